@@ -1,0 +1,44 @@
+# `make demo` and `make test` work on a fresh clone with Python 3.10 to 3.13 and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: install demo test test-slow lint format docs clean
+
+install: $(VENV)/.build-installed  ## .venv with the base and `build` dependencies
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.build-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing edgesd with what building needs (PyTorch among it) into $(VENV)"
+	$(PIP_INSTALL) --editable '.[build]'
+	@touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.build-installed
+	$(PIP_INSTALL) --editable '.[build,dev]'
+	@touch $@
+
+demo: install  ## build the embedded pipeline for this computer and draw eight pictures
+	$(BIN)/edgesd demo
+
+test: $(VENV)/.dev-installed  ## all checks and the default tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev-installed  ## the tests marked slow: minutes, and up to 12 GB of memory
+	$(BIN)/python -m pytest -m slow
+
+format: $(VENV)/.dev-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev-installed  ## docs/cli.md, made from --help
+	$(BIN)/python scripts/write_cli_docs.py
+
+clean:
+	rm -rf $(VENV) out bundles .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,155 @@
+"""The recipe: a checkpoint and a target in, a bundle out."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import edgesd
+from edgesd.device.detect import detect_machine, explain_machine, runnable_targets
+from edgesd.device.targets import check_memory, check_request, get_target
+from edgesd.engines import BACKENDS
+from edgesd.engines.bundle import file_entries, pack_bundle, write_manifest
+from edgesd.errors import InputError, TargetError
+from edgesd.files import atomic_dir, private_folder
+from edgesd.runtime.bundle import SUFFIX, Bundle, open_bundle
+from edgesd.spec import SCHEMA_VERSION, BundleManifest, Precision, Target
+
+DEMO = "demo"
+"""Name of the embedded pipeline, where a model is asked for."""
+
+RUNTIME_BYTES = 160 << 20
+"""Memory of the runtime itself with its libraries loaded (measured on x86-64: 130 MB)."""
+
+
+class Progress(Protocol):
+    """Told of each stage of a component as it begins."""
+
+    def __call__(self, stage: str, component: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build made. `note`: one line the user should know of, or None."""
+
+    bundle: Bundle
+    path: Path
+    target: Target
+    backend: str
+    note: str | None
+
+
+def default_output(model: str, target: str, precision: str) -> Path:
+    """Where a build goes without -o: bundles/MODEL-TARGET-PRECISION."""
+    name = model.rstrip("/").rsplit("/", 1)[-1] or "bundle"
+    return Path("bundles") / f"{name}-{target}-{precision}"
+
+
+def demo_model() -> Path:
+    """Folder of the embedded pipeline. Raises InputError where it isn't at hand."""
+    folder = Path(edgesd.__file__).resolve().parent.parent / "models" / "emoji"
+    if not (folder / "model_index.json").is_file():
+        raise InputError(
+            "the embedded pipeline is part of the source checkout, not of the installed package: "
+            "clone edgesd and run there, or give the folder of a diffusers pipeline"
+        )
+    return folder
+
+
+def demo_target() -> str:
+    """The target that this machine is, or the plainest one of its architecture.
+
+    Raises TargetError on a machine that no target fits.
+    """
+    machine = detect_machine()
+    if machine.target:
+        return machine.target
+    runnable = runnable_targets(machine)
+    if not runnable:
+        raise TargetError(explain_machine(machine))
+    return runnable[0].name
+
+
+def build(
+    model: str,
+    target_name: str,
+    precision: Precision,
+    out: Path,
+    size: tuple[int, int] | None = None,
+    progress: Progress | None = None,
+) -> Built:
+    """Export `model`, check it against its source, and write the bundle `out`.
+
+    model: "demo", a diffusers folder, or a hub id. size: (width, height) in pixels for static
+    graphs of one picture; None exports graphs for any size and batch. An `out` that ends in
+    `.edgesd` is the one-file form. Raises UsageError, InputError, TargetError, ParityError,
+    ResourceError; nothing is left at `out` then.
+    """
+    from edgesd.export.pipeline import export_pipeline
+    from edgesd.export.source import resolve_source
+
+    target = get_target(target_name)
+    backend, note = _backend(target)
+    check_request(target, precision, backend)
+    one_file = out.suffix == SUFFIX
+    if out.exists() and (one_file or not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already: remove it, or choose another -o")
+    source = resolve_source(str(demo_model()) if model == DEMO else model)
+
+    with private_folder(out) if one_file else atomic_dir(out) as root:
+        graphs = export_pipeline(source, root, precision, size=size, progress=progress)
+        if progress:
+            progress("write", "bundle")
+        engines = {name: BACKENDS[backend](graph) for name, graph in graphs.graphs.items()}
+        manifest = BundleManifest(
+            schema_version=SCHEMA_VERSION,
+            name=Path(model).name if model != DEMO else DEMO,
+            target=target.name,
+            arch=target.arch,
+            backend=backend,
+            precision=precision,
+            pipeline=graphs.pipeline,
+            engines=engines,
+            licence=graphs.licence,
+            tools={
+                "edgesd": edgesd.__version__,
+                "python": platform.python_version(),
+                **graphs.tools,
+            },
+            files=file_entries(root),
+            required_capabilities=(),
+        )
+        write_manifest(root, manifest)
+        bundle = open_bundle(root)
+        check_memory(target, run_memory_bytes(bundle), f"{manifest.name} in {precision}")
+        if one_file:
+            pack_bundle(bundle, out)
+    return Built(open_bundle(out), out, target, backend, note)
+
+
+def run_memory_bytes(bundle: Bundle) -> int:
+    """Memory that a picture takes at least: the runtime and the largest component, in fp32.
+
+    A lower bound: activations, which grow with the picture, come on top.
+    """
+    factor = 2 if bundle.manifest.precision == "fp16" else 1
+    largest = max(bundle.weight_bytes(component) for component in bundle.manifest.engines)
+    return RUNTIME_BYTES + factor * largest
+
+
+def _backend(target: Target) -> tuple[str, str | None]:
+    """The target's best backend that this version builds for, and what to say of it."""
+    for backend in target.backends:
+        if backend in BACKENDS:
+            if backend == target.backends[0]:
+                return backend, None
+            return backend, (
+                f"this version builds no {target.backends[0]} engines yet: the bundle runs on the "
+                f"CPU cores of {target.name}, by {backend}"
+            )
+    raise TargetError(
+        f"{target.name} takes {', '.join(target.backends)}; this version builds for "
+        f"{', '.join(BACKENDS)}"
+    )

@@ -1,0 +1,68 @@
+"""The `edgesd` command. One file per subcommand; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import NoReturn
+
+import click
+
+from edgesd import __version__
+from edgesd.cli import build, demo, generate, inspect, pack, targets
+from edgesd.cli.common import fail
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="edgesd")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+def cli(debug: bool) -> None:
+    """Build text-to-image pipelines for edge boards, and run them there.
+
+    \b
+    edgesd demo                                   build the embedded pipeline and draw with it
+    edgesd build MODEL --target raspberry-pi-5    make a bundle for a board
+    edgesd generate BUNDLE -p "a red apple"       draw, on the board
+    """
+
+
+for command in (
+    build.build_command,
+    generate.generate_command,
+    demo.demo_command,
+    inspect.inspect_command,
+    pack.pack_command,
+    targets.targets_command,
+):
+    cli.add_command(command)
+
+
+def main() -> NoReturn:
+    """Run the command line; every failure is one line and a nonzero exit status."""
+    arguments = sys.argv[1:]
+    # Also understood behind the subcommand, where it is typed in anger.
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        result = cli.main(args=arguments, prog_name="edgesd", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as exc:
+        sys.exit(exc.exit_code)
+    except click.ClickException as exc:
+        context = exc.ctx if isinstance(exc, click.UsageError) else None
+        command = f" ({context.command_path} --help)" if context else ""
+        click.echo(f"edgesd: {' '.join(exc.format_message().split())}{command}", err=True)
+        sys.exit(exc.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(fail(KeyboardInterrupt(), debug))
+    except Exception as exc:  # noqa: BLE001: the one place that turns any fault into a line
+        sys.exit(fail(exc, debug))
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,121 @@
+"""What the commands share: parameter types, the reporter of progress, and the one error line."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from edgesd.errors import EdgesdError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new releases only
+    """WIDTHxHEIGHT in pixels, or one number for a square -> (width, height)."""
+
+    name = "WxH"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Parse `value`; fails with a usage message."""
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).lower().split("x")
+        if len(parts) in (1, 2) and all(part.isascii() and part.isdigit() for part in parts):
+            width, height = int(parts[0]), int(parts[-1])
+            if 0 < width <= 16384 and 0 < height <= 16384:
+                return width, height
+        self.fail(f"{value!r} isn't a size: write WIDTHxHEIGHT in pixels, such as 512x512")
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--json: one JSON object on standard output."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
+    )(function)
+
+
+def print_json(value: object) -> None:
+    """Print any spec, or a dict of them, as indented JSON."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+class Reporter:
+    """Shows progress on standard error: a rich bar on a terminal, plain lines when piped."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.fancy = not quiet and sys.stderr.isatty()
+        self._bar: Progress | None = None
+        self._shown_at = time.monotonic()
+
+    def line(self, text: str) -> None:
+        """Print one line, above the bar where there is one."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False, markup=False)
+        elif not self.quiet:
+            click.echo(text, err=True)
+
+    def bar(self) -> AbstractContextManager[object]:
+        """A context in which `update` draws a bar, where there is a terminal."""
+        if not self.fancy:
+            return nullcontext()
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+        )
+        return self._bar
+
+    def update(self, name: str, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of `total` units of `name` are finished. Plain lines at most 1 per s."""
+        if self._bar:
+            tasks = {task.description: task.id for task in self._bar.tasks}
+            task = tasks.get(name)
+            if task is None:
+                task = self._bar.add_task(name, total=total, note=note)
+            self._bar.update(task, completed=done, total=total, note=note)
+        elif not self.quiet and time.monotonic() - self._shown_at >= 1:
+            self._shown_at = time.monotonic()
+            click.echo(f"{name}: {done}/{total} {note}".rstrip(), err=True)
+
+
+def fail(error: BaseException, debug: bool) -> int:
+    """Print what went wrong as one line (the traceback first, with --debug); the exit status."""
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, EdgesdError):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, MemoryError):
+        message, code = "out of memory: use --low-memory, a smaller --size or --batch 1", 6
+    elif isinstance(error, KeyboardInterrupt):
+        message, code = "interrupted; no unfinished file was left", 130
+    elif isinstance(error, OSError):
+        message, code = f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 3
+    else:
+        message = f"internal fault: {type(error).__name__}: {error} (--debug shows where)"
+        code = 1
+    click.echo(f"edgesd: {' '.join(message.split())}", err=True)
+    return code

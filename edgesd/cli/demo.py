@@ -1,0 +1,58 @@
+"""edgesd demo"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgesd.cli.common import Reporter
+
+PROMPTS = (
+    "a red apple",
+    "a blue heart",
+    "a grinning cat",
+    "a rocket",
+    "a pizza",
+    "a green dinosaur",
+    "a penguin",
+    "a yellow balloon",
+)
+
+
+@click.command("demo")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True,
+    help="Folder for the bundle and the pictures.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
+def demo_command(output: Path, seed: int) -> None:
+    """Build the embedded pipeline for this computer and draw eight pictures with it."""
+    from edgesd.build import DEMO, build, demo_target
+    from edgesd.cli.generate import draw
+    from edgesd.errors import BundleError
+    from edgesd.runtime.bundle import open_bundle
+    from edgesd.runtime.pictures import contact_sheet, expand_requests
+    from edgesd.runtime.pipeline import Pipeline, Request
+
+    reporter = Reporter()
+    target = demo_target()
+    bundle = output / f"bundle-{target}"
+    if bundle.exists():
+        try:
+            opened = open_bundle(bundle)
+        except BundleError as exc:
+            raise BundleError(f"{exc}; remove {bundle}, and run the demo again") from exc
+        reporter.line(f"using the bundle {bundle}")
+    else:
+        reporter.line(f"building the embedded pipeline for {target}")
+        opened = build(
+            DEMO, target, "fp32", bundle,
+            progress=lambda stage, component: reporter.line(f"{component}: {stage}"),
+        ).bundle
+    requests = expand_requests(Request("", seed), PROMPTS, 1)
+    with Pipeline(opened) as pipeline:
+        made = draw(pipeline, requests, output / "pictures")
+    sheet = contact_sheet([picture.path for picture in made], output / "pictures.png", columns=4)
+    click.echo(f"the pictures: {output / 'pictures'}/*.png, all on one sheet: {sheet}")
+    click.echo(f'next: edgesd generate {bundle} -p "a purple star" -o star.png')

@@ -1,0 +1,195 @@
+"""edgesd generate"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import statistics
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, BinaryIO
+
+import click
+
+from edgesd.cli.common import Reporter, Size, json_option, print_json
+
+if TYPE_CHECKING:
+    from edgesd.runtime.denoise import GuidanceMode, Step
+    from edgesd.runtime.pictures import Picture
+    from edgesd.runtime.pipeline import Pipeline, Request
+
+
+@click.command("generate")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", "prompts", multiple=True, help="What to draw; may be repeated.")
+@click.option(
+    "--prompts", "prompt_file", type=click.File("rb"),
+    help="File of prompts, one per line; - reads standard input.",
+)
+@click.option(
+    "-n", "--count", type=click.IntRange(1, 100_000), default=1, show_default=True,
+    help="Pictures per prompt; their seeds count up.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**64 - 1),
+    help="Seed of the first picture. [default: a random one, which is printed]",
+)
+@click.option("--steps", type=int, help="Denoising steps. [default: the bundle's]")
+@click.option(
+    "--guidance", type=float, help="Classifier-free guidance scale; 1 is none. [default: the bundle's]"
+)
+@click.option("--negative", default="", help="What not to draw.")
+@click.option("--size", type=Size(), help="Picture size in pixels. [default: the bundle's]")
+@click.option(
+    "--scheduler",
+    help="Sampler: ddim, dpmpp-2m, euler, euler-a, flow-euler, lcm or pndm. "
+    "[default: the model's own]",
+)
+@click.option(
+    "--batch", type=click.IntRange(1, 1024), default=1, show_default=True,
+    help="Pictures drawn at a time.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("pictures"), show_default=True,
+    help="A .png, or a folder for several.",
+)
+@click.option(
+    "--preview", type=click.IntRange(0), default=0, metavar="K",
+    help="Write NAME.preview.png every K steps. [default: never]",
+)
+@click.option(
+    "--low-memory/--no-low-memory", default=None,
+    help="Release each network after its use. [default: when memory is short]",
+)
+@click.option(
+    "--guidance-mode", type=click.Choice(["batched", "sequential"]),
+    help="Both halves of guidance in one run, or one by one in less memory. [default: by memory]",
+)
+@click.option(
+    "--threads", type=click.IntRange(0, 1024), default=0, show_default=True,
+    help="CPU threads; 0 takes all cores.",
+)
+@click.option(
+    "--any-machine", is_flag=True, help="Run a bundle that was built for another board."
+)
+@json_option
+def generate_command(
+    bundle: Path,
+    prompts: tuple[str, ...],
+    prompt_file: BinaryIO | None,
+    count: int,
+    seed: int | None,
+    steps: int | None,
+    guidance: float | None,
+    negative: str,
+    size: tuple[int, int] | None,
+    scheduler: str | None,
+    batch: int,
+    output: Path,
+    preview: int,
+    low_memory: bool | None,
+    guidance_mode: GuidanceMode | None,
+    threads: int,
+    any_machine: bool,
+    as_json: bool,
+) -> None:
+    """Draw pictures with BUNDLE (a folder, or a .edgesd file)."""
+    from edgesd.device.detect import check_machine, detect_machine
+    from edgesd.runtime.bundle import open_bundle
+    from edgesd.runtime.pictures import expand_requests, read_prompts
+    from edgesd.runtime.pipeline import Pipeline, Request, Settings
+
+    texts = list(prompts)
+    if prompt_file:
+        texts += read_prompts(prompt_file)
+    if not texts:
+        raise click.UsageError("no prompt: give -p PROMPT, or --prompts FILE")
+    opened = open_bundle(bundle)
+    if not any_machine:
+        manifest = opened.manifest
+        check_machine(
+            manifest.target, manifest.arch, manifest.required_capabilities, detect_machine()
+        )
+    width, height = size or (None, None)
+    template = Request(
+        prompt="",
+        seed=secrets.randbits(32) if seed is None else seed,
+        negative_prompt=negative,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=height,
+        width=width,
+        scheduler=scheduler,
+    )
+    settings = Settings(threads, low_memory, guidance_mode)
+    with Pipeline(opened, settings) as pipeline:
+        draw(
+            pipeline,
+            expand_requests(template, texts, count),
+            output,
+            batch=batch,
+            preview_every=preview,
+            as_json=as_json,
+        )
+
+
+def draw(
+    pipeline: Pipeline,
+    requests: list[Request],
+    output: Path,
+    batch: int = 1,
+    preview_every: int = 0,
+    as_json: bool = False,
+) -> list[Picture]:
+    """Make and write `requests`, showing each step and, at the end, the files and the times."""
+    from edgesd.runtime.pictures import make_pictures
+
+    reporter = Reporter(quiet=as_json)
+    warned: set[str] = set()
+
+    def on_step(first: int, step: Step) -> None:
+        for prompt, cut in pipeline.truncations.items():
+            if prompt not in warned:
+                warned.add(prompt)
+                click.echo(
+                    f"edgesd: warning: the text encoder takes {cut.kept_tokens} tokens; "
+                    f"{cut.cut_tokens} were cut: {shorten(cut.text, 200)}",
+                    err=True,
+                )
+        last = min(first + batch, len(requests))
+        name = f"picture {last}" if last == first + 1 else f"pictures {first + 1}-{last}"
+        reporter.update(
+            f"{name} of {len(requests)}", step.index + 1, step.count, f"{step.seconds:.3f} s/step"
+        )
+
+    def on_picture(picture: Picture) -> None:
+        reporter.line(f"{picture.path}  (seed {picture.request.seed})")
+
+    with reporter.bar():
+        made = make_pictures(
+            pipeline, requests, output, batch, preview_every, on_step, on_picture
+        )
+    timings = pipeline.timings
+    if as_json:
+        print_json(
+            {
+                "pictures": [
+                    {"path": str(picture.path), **dataclasses.asdict(picture.request)}
+                    for picture in made
+                ],
+                "load_seconds": timings.load,
+                "run_seconds": timings.run,
+                "step_seconds": timings.steps,
+                "total_seconds": timings.total,
+                "peak_memory_bytes": timings.peak_memory_bytes,
+                "low_memory": pipeline.low_memory,
+                "truncated": {prompt: cut.text for prompt, cut in pipeline.truncations.items()},
+            }
+        )
+        return made
+    reporter.line(
+        f"{len(made)} picture{'s' * (len(made) != 1)} in {timings.total:.1f} s, "
+        f"{statistics.median(timings.steps):.3f} s per step, "
+        f"peak memory {timings.peak_memory_bytes / 1e6:.0f} MB"
+    )
+    return made

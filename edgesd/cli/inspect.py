@@ -1,0 +1,53 @@
+"""edgesd inspect"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgesd.cli.common import Reporter, json_option, print_json
+
+
+@click.command("inspect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+def inspect_command(bundle: Path, as_json: bool) -> None:
+    """Show what BUNDLE is, and verify every byte of it."""
+    from edgesd.runtime.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    reporter = Reporter(quiet=as_json)
+    done, total = 0, sum(entry.bytes for entry in manifest.files.values())
+
+    def progress(name: str, count: int) -> None:
+        nonlocal done
+        done += count
+        reporter.update("verify", done >> 20, total >> 20, "MB")
+
+    with reporter.bar():
+        opened.verify(progress=progress)
+    if as_json:
+        print_json({"verified": True, "bytes": total, "manifest": manifest})
+        return
+    pipeline, shape = manifest.pipeline, manifest.pipeline.shape
+    size = f"{shape.width}x{shape.height}"
+    rows = {
+        "model": f"{manifest.name} (family {pipeline.family}, source sha256 "
+        f"{pipeline.source_sha256[:16]})",
+        "target": f"{manifest.target} ({manifest.arch}), {manifest.backend}, {manifest.precision}",
+        "size": f"{size}, any multiple of {shape.multiple_of}" if shape.dynamic else f"{size} only",
+        "defaults": f"{pipeline.num_inference_steps} steps of {pipeline.scheduler.name}, "
+        f"guidance {pipeline.guidance_scale:g}",
+        "licence": f"{manifest.licence.name} ({', '.join(manifest.licence.files) or 'no file'})",
+        "tools": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
+    }
+    for name, text in rows.items():
+        click.echo(f"{name:10} {text}")
+    for name, engine in manifest.engines.items():
+        click.echo(
+            f"{name:13} {opened.weight_bytes(name) / 1e6:9.1f} MB  {engine.precision}  "
+            f"parity {engine.parity.rel_rms:.1e} RMS, {engine.parity.max_abs:.1e} max"
+        )
+    click.echo(f"verified: {len(manifest.files)} files, {total / 1e6:.1f} MB, every byte")

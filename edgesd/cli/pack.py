@@ -1,0 +1,37 @@
+"""edgesd pack"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgesd.cli.common import Reporter
+
+
+@click.command("pack")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+def pack_command(bundle: Path, output: Path) -> None:
+    """Write BUNDLE as the one file OUTPUT (NAME.edgesd), which every command takes as it is.
+
+    `tar -xf NAME.edgesd` turns it into a folder again.
+    """
+    from edgesd.engines.bundle import pack_bundle
+    from edgesd.errors import UsageError
+    from edgesd.runtime.bundle import SUFFIX, open_bundle
+
+    if output.suffix != SUFFIX:
+        raise UsageError(f"{output} must end in {SUFFIX}: try {output}{SUFFIX}")
+    opened = open_bundle(bundle)
+    reporter = Reporter()
+    done, total = 0, sum(entry.bytes for entry in opened.manifest.files.values())
+
+    def progress(name: str, count: int) -> None:
+        nonlocal done
+        done += count
+        reporter.update("pack", done >> 20, total >> 20, "MB")
+
+    with reporter.bar():
+        pack_bundle(opened, output, progress)
+    click.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB")

@@ -1,0 +1,36 @@
+"""edgesd targets"""
+
+from __future__ import annotations
+
+import click
+
+from edgesd.cli.common import json_option, print_json
+
+
+@click.command("targets")
+@click.option("--detect", is_flag=True, help="Say what this machine is instead.")
+@json_option
+def targets_command(detect: bool, as_json: bool) -> None:
+    """List the boards that edgesd builds for."""
+    from edgesd.device.detect import detect_machine, explain_machine
+    from edgesd.device.targets import families, list_targets
+
+    if detect:
+        machine = detect_machine()
+        if as_json:
+            print_json(machine)
+        else:
+            click.echo(explain_machine(machine))
+        return
+    targets = list_targets()
+    if as_json:
+        print_json({"targets": targets, "families": families()})
+        return
+    for target in targets:
+        click.echo(
+            f"{target.name:24} {target.arch:8} {target.memory_bytes / 2**30:6.1f} GB  "
+            f"{'/'.join(target.backends):24} {target.title}"
+        )
+    click.echo()
+    for family, member in families().items():
+        click.echo(f"{family:24} means {member}")

@@ -1,0 +1,55 @@
+"""Writes bundles: the folder form, and the one-file form from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from edgesd.files import atomic_write, sha256_file
+from edgesd.runtime.bundle import (
+    CHECKSUM,
+    MANIFEST,
+    Bundle,
+    Progress,
+    archive_header,
+    archive_order,
+    checksum_line,
+)
+from edgesd.spec import BundleManifest, FileEntry
+
+
+def file_entries(root: Path) -> dict[str, FileEntry]:
+    """Name (relative, POSIX) -> size in bytes and sha256 of every file below `root`, sorted."""
+    return {
+        path.relative_to(root).as_posix(): FileEntry(path.stat().st_size, sha256_file(path))
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def write_manifest(root: Path, manifest: BundleManifest) -> None:
+    """Write bundle.json and its checksum into `root`, which holds the manifest's files already."""
+    raw = msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=1)
+    for name, content in ((MANIFEST, raw), (CHECKSUM, checksum_line(raw))):
+        with atomic_write(root / name) as file:
+            file.write(content)
+
+
+def pack_bundle(bundle: Bundle, path: Path, progress: Progress | None = None) -> None:
+    """Write `bundle` in its one-file form to `path`: an uncompressed tar that is mapped in place.
+
+    Verifies every byte on the way. Raises BundleError when the bundle is damaged, ResourceError
+    when the disk is full; `path` is then left as it was.
+    """
+    bundle.verify()
+    with atomic_write(path) as out:
+        for name in archive_order(bundle.manifest.files):
+            size = bundle.size(name)
+            out.write(archive_header(name, size))
+            for chunk in bundle.chunks(name):
+                out.write(chunk)
+                if progress:
+                    progress(name, len(chunk))
+            out.write(bytes(-size % 512))
+        out.write(bytes(2 * 512))

@@ -1,0 +1,114 @@
+"""Writing files so that a crash, a full disk or Ctrl-C never leaves a half-written one."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from edgesd.errors import InputError, ResourceError
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames inside `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a refused write below `path` into one clear error."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(
+                f"no space left to write {path}: free some space, or choose another folder with -o"
+            ) from exc
+        if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+            raise InputError(f"cannot write {path}: {exc.strerror}; choose another -o") from exc
+        raise
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`; on success fsync it and rename it onto `path`.
+
+    Raises ResourceError when the disk is full, InputError when `path` can't be written. On any
+    error, and on Ctrl-C, the temporary file is removed and an older `path` stays as it was.
+    """
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        tmp = Path(name)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            tmp.chmod(0o644)
+            tmp.replace(path)
+            fsync_dir(path.parent)
+        except BaseException:
+            tmp.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def private_folder(beside: Path) -> Iterator[Path]:
+    """A temporary folder on the same disk as `beside`, removed at the end whatever happens."""
+    beside = Path(beside)
+    with disk_errors(beside):
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{beside.name}."
+        tmp = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=beside.parent))
+        try:
+            yield tmp
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+
+
+@contextmanager
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """Fill a temporary folder beside `path`; on success rename it to `path`, which must not exist
+    or be an empty folder.
+
+    Raises InputError when `path` exists and isn't empty. On any error the folder is removed.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists already: remove it, or choose another -o")
+    with private_folder(path) as tmp:
+        yield tmp
+        _fsync_tree(tmp)
+        tmp.chmod(0o755)
+        tmp.replace(path)
+        fsync_dir(path.parent)
+
+
+def _fsync_tree(root: Path) -> None:
+    for path in [*root.rglob("*"), root]:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of the file at `path`, read in pieces of 4 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(4 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

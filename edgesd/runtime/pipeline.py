@@ -1,0 +1,328 @@
+"""From a bundle and a prompt to pictures, on the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from edgesd.errors import InputError, ResourceError, TargetError, UsageError
+from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
+from edgesd.runtime.memory import available_bytes, peak_bytes
+from edgesd.runtime.noise import BatchNoise
+from edgesd.runtime.runners import Runner
+from edgesd.runtime.schedulers import Scheduler, create_scheduler
+from edgesd.runtime.tokenizer import PromptTokenizer, Truncation
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from typing_extensions import Self
+
+Float = npt.NDArray[np.float32]
+
+_HEADROOM_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make; None takes the bundle's own default.
+
+    height, width: pixels. guidance_scale <= 1 turns guidance off. scheduler: one of our names.
+    """
+
+    prompt: str
+    seed: int
+    negative_prompt: str = ""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    scheduler: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run. low_memory, guidance_mode: None decides by the memory that is free.
+
+    threads: per operator, 0 for all cores.
+    """
+
+    threads: int = 0
+    low_memory: bool | None = None
+    guidance_mode: GuidanceMode | None = None
+
+
+@dataclass
+class Timings:
+    """Where the time went, in seconds; `steps` holds each step's wall time."""
+
+    load: dict[str, float] = field(default_factory=dict)
+    run: dict[str, float] = field(default_factory=dict)
+    steps: list[float] = field(default_factory=list)
+    total: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def add(self, table: dict[str, float], component: str, seconds: float) -> None:
+        """Add to one component's entry of `table`."""
+        table[component] = table.get(component, 0.0) + seconds
+
+
+Listener = Callable[[Step], None]
+
+
+class Pipeline:
+    """A bundle's networks, loaded when first needed. A context manager: leaving it frees them.
+
+    Components stay loaded between pictures unless memory is short, when each is released after
+    its use. `truncations` tells of every prompt what was cut.
+    """
+
+    def __init__(self, bundle: Bundle, settings: Settings | None = None) -> None:
+        self.bundle = bundle
+        self.spec = bundle.manifest.pipeline
+        self.settings = settings or Settings()
+        self.timings = Timings()
+        self.truncations: dict[str, Truncation] = {}
+        self._runners: dict[str, Runner] = {}
+        self._embeddings: dict[str, Float] = {}
+        self._tokenizer = PromptTokenizer(
+            bundle.read("tokenizer/tokenizer.json"), bundle.read("tokenizer/tokenizer_spec.json")
+        )
+        self.low_memory = self._short_of_memory() if self.settings.low_memory is None else (
+            self.settings.low_memory
+        )
+
+    def complete(self, request: Request) -> Request:
+        """Fill in the bundle's defaults and check every value.
+
+        Raises UsageError naming the value, what is valid, and the nearest valid choice.
+        """
+        spec, shape = self.spec, self.spec.shape
+        request = replace(
+            request,
+            num_inference_steps=_first(request.num_inference_steps, spec.num_inference_steps),
+            guidance_scale=_first(request.guidance_scale, spec.guidance_scale),
+            height=_first(request.height, shape.height),
+            width=_first(request.width, shape.width),
+            scheduler=_first(request.scheduler, spec.scheduler.name),
+        )
+        assert request.guidance_scale is not None and request.height and request.width
+        if not np.isfinite(request.guidance_scale):
+            raise UsageError(f"guidance must be a finite number, not {request.guidance_scale}")
+        for name, size, built in (
+            ("height", request.height, shape.height),
+            ("width", request.width, shape.width),
+        ):
+            if not shape.dynamic and size != built:
+                raise UsageError(
+                    f"this bundle was built for {shape.width}x{shape.height} pixels only, "
+                    f"not {name} {size}: leave --size out, or build without --size"
+                )
+            step = shape.multiple_of
+            if size <= 0 or size % step:
+                near = max(step, round(size / step) * step)
+                raise UsageError(f"{name} {size} isn't a multiple of {step}: the nearest is {near}")
+        self._scheduler(request)
+        return request
+
+    def generate(
+        self, requests: Sequence[Request], on_step: Listener | None = None
+    ) -> list[Image.Image]:
+        """Make one picture per request, all in one batch.
+
+        The requests may differ in prompt, negative prompt and seed only. Picture k depends on its
+        own request alone, not on the batch it was made in (up to the backend's rounding).
+        Raises UsageError for requests that can't share a batch, ResourceError when memory is short.
+        """
+        start = time.perf_counter()
+        requests = [self.complete(request) for request in requests]
+        first = requests[0]
+        for request in requests:
+            same = replace(
+                request,
+                prompt=first.prompt,
+                seed=first.seed,
+                negative_prompt=first.negative_prompt,
+            )
+            if same != first:
+                raise UsageError("the pictures of one batch must share steps, size and scheduler")
+        count = len(requests)
+        built = self.spec.shape
+        if not built.dynamic and count != built.batch:
+            raise UsageError(f"this bundle was built for --batch {built.batch}, not {count}")
+        assert first.guidance_scale is not None and first.height and first.width
+
+        guided = first.guidance_scale > 1 and not self._guidance_is_an_input()
+        conditioning = Conditioning(
+            self._encode([request.prompt for request in requests]),
+            self._encode([request.negative_prompt for request in requests]) if guided else None,
+        )
+        used = {text for r in requests for text in (r.prompt, r.negative_prompt)}
+        self._embeddings = {k: v for k, v in self._embeddings.items() if k in used}
+        self._release("text_encoder")
+
+        scale = self.spec.latent.scale_factor
+        shape = (self.spec.latent.channels, first.height // scale, first.width // scale)
+        noise = BatchNoise([request.seed for request in requests])
+        unet = self._load("unet")
+        before = unet.seconds
+        latents = denoise(
+            unet,
+            self._scheduler(first),
+            noise((count, *shape)),
+            conditioning,
+            first.guidance_scale,
+            noise,
+            mode=self._guidance_mode(),
+            on_step=self._watch(on_step),
+        )
+        self.timings.add(self.timings.run, "unet", unet.seconds - before)
+        self._release("unet")
+        pictures = self.decode(latents)
+        self._release("vae_decoder")
+        self.timings.total += time.perf_counter() - start
+        self.timings.peak_memory_bytes = peak_bytes()
+        return pictures
+
+    def decode(self, latents: Float) -> list[Image.Image]:
+        """Latents [B, C, h, w] -> B pictures of h, w times the latent scale factor, 8-bit RGB.
+
+        Also shows unfinished latents, for a preview.
+        """
+        from PIL import Image
+
+        runner = self._load("vae_decoder")
+        pictures = []
+        for row in latents:  # one at a time: the decoder is what sets the memory peak
+            image = self._run(runner, {"latents": row[None]})[0]
+            pixels = np.clip(image.transpose(1, 2, 0) * 127.5 + 127.5, 0, 255)
+            pictures.append(Image.fromarray(pixels.round().astype(np.uint8)))
+        return pictures
+
+    def close(self) -> None:
+        """Free all components."""
+        for runner in self._runners.values():
+            runner.close()
+        self._runners.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _scheduler(self, request: Request) -> Scheduler:
+        assert request.scheduler and request.num_inference_steps is not None
+        scheduler = create_scheduler(request.scheduler, self.spec.scheduler.config)
+        scheduler.set_timesteps(request.num_inference_steps)
+        return scheduler
+
+    def _encode(self, prompts: list[str]) -> Float:
+        """Text embeddings [len(prompts), tokens, channels]; each distinct prompt is run once."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._embeddings:
+                ids, cut = self._tokenizer.encode(prompt)
+                if cut:
+                    self.truncations[prompt] = cut
+                runner = self._load("text_encoder")
+                self._embeddings[prompt] = self._run(runner, {"input_ids": ids})
+        return np.concatenate([self._embeddings[prompt] for prompt in prompts])
+
+    def _run(self, runner: Runner, inputs: dict[str, npt.NDArray[np.generic]]) -> Float:
+        """Run one row through a component of one output; fill a static batch by repeating it."""
+        before = runner.seconds
+        shapes = {}
+        for name, array in inputs.items():
+            tensor = runner.spec.input(name)
+            assert tensor is not None
+            rows = tensor.shape[0] if isinstance(tensor.shape[0], int) else 1
+            shapes[name] = (rows, *array.shape[1:])
+        runner.bind(shapes)
+        for name, array in inputs.items():
+            runner.inputs[name][:] = array
+        runner.run()
+        self.timings.add(self.timings.run, runner.spec.name, runner.seconds - before)
+        (output,) = runner.outputs.values()
+        return np.array(output[:1], np.float32)
+
+    def _load(self, component: str) -> Runner:
+        if component not in self._runners:
+            start = time.perf_counter()
+            self._check_memory(component)
+            self._runners[component] = self._open_runner(component)
+            self.timings.add(self.timings.load, component, time.perf_counter() - start)
+        return self._runners[component]
+
+    def _open_runner(self, component: str) -> Runner:
+        engine = self.bundle.manifest.engines.get(component)
+        if engine is None:
+            raise InputError(f"{self.bundle.path} has no {component}: build the bundle again")
+        if engine.backend == "onnxruntime":
+            from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
+
+            return OnnxRuntimeRunner(
+                self.spec.components[component],
+                self.bundle.graph_file(component),
+                self.settings.threads,
+            )
+        raise TargetError(
+            f"{component} was built for the backend {engine.backend!r}; this edgesd runs: onnxruntime"
+        )
+
+    def _release(self, component: str) -> None:
+        if self.low_memory and component in self._runners:
+            self._runners.pop(component).close()
+
+    def _loaded_bytes(self, component: str) -> int:
+        """Memory that a component's weights take once loaded: they are computed with in fp32."""
+        engine = self.bundle.manifest.engines[component]
+        return self.bundle.weight_bytes(component) * (2 if engine.precision == "fp16" else 1)
+
+    def _check_memory(self, component: str) -> None:
+        available = available_bytes()
+        needed = self._loaded_bytes(component) + _HEADROOM_BYTES
+        if available is not None and needed > available:
+            raise ResourceError(
+                f"{component} needs about {needed >> 20} MB of memory and {available >> 20} MB are "
+                "free: end other programs, use --low-memory, or build for a smaller model"
+            )
+
+    def _short_of_memory(self) -> bool:
+        available = available_bytes()
+        components = ("text_encoder", "unet", "vae_decoder")
+        needed = sum(map(self._loaded_bytes, components))
+        return available is not None and 2 * needed > available
+
+    def _guidance_is_an_input(self) -> bool:
+        return self.spec.components["unet"].input("timestep_cond") is not None
+
+    def _guidance_mode(self) -> GuidanceMode:
+        if not self.spec.shape.dynamic:
+            return "sequential"  # a static graph has one row per picture
+        return self.settings.guidance_mode or ("sequential" if self.low_memory else "batched")
+
+    def _watch(self, on_step: Listener | None) -> Listener:
+        def watch(step: Step) -> None:
+            self.timings.steps.append(step.seconds)
+            if on_step:
+                on_step(step)
+
+        return watch
+
+
+_T = TypeVar("_T")
+
+
+def _first(value: _T | None, default: _T) -> _T:
+    return default if value is None else value

@@ -1,0 +1,104 @@
+"""Components on ONNX Runtime, on the CPU. onnxruntime is imported when the first one is loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgesd.errors import BundleError, EdgesdError, MissingDependencyError, ResourceError
+from edgesd.runtime.bundle import GraphFile
+from edgesd.runtime.runners import BoundRunner
+from edgesd.spec import ComponentSpec
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate", "out of memory")
+
+
+class OnnxRuntimeRunner(BoundRunner):
+    """An ONNX session whose inputs and outputs live in numpy arrays, without a copy per run.
+
+    threads: threads per operator; 0 lets ONNX Runtime take all physical cores.
+    Raises BundleError when the graph can't be loaded, ResourceError when memory runs out.
+    """
+
+    def __init__(self, spec: ComponentSpec, graph: GraphFile, threads: int = 0) -> None:
+        super().__init__(spec)
+        try:
+            import onnxruntime
+        except ImportError as exc:
+            raise MissingDependencyError(
+                f"onnxruntime can't be imported ({exc}): pip install onnxruntime"
+            ) from exc
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # The static reuse plan keeps the down path's large buffers alive until the up path: without
+        # it the arena reuses them at run time, at equal speed and a quarter less peak memory.
+        options.enable_mem_pattern = False
+        options.enable_mem_reuse = False
+        options.log_severity_level = 3
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(graph.folder)
+        )
+        try:
+            self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
+                graph.model, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as exc:  # noqa: BLE001: onnxruntime has no common base class
+            raise self._error(exc, "can't be loaded") from exc
+        self._binding: onnxruntime.IOBinding | None = None
+
+    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """See Runner.bind."""
+        before = self.inputs
+        super().bind(shapes)
+        if self.inputs is before:
+            return
+        assert self._session is not None
+        self._binding = self._session.io_binding()
+        for name, array in self.inputs.items():
+            self._binding.bind_input(
+                name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
+            )
+        for tensor in self.spec.outputs:
+            self._binding.bind_output(tensor.name, "cpu")
+
+    def run(self) -> None:
+        """See Runner.run. After the first run, whose shapes are then known, outputs are bound."""
+        assert self._session is not None and self._binding is not None
+        start = time.perf_counter()
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as exc:  # noqa: BLE001: onnxruntime has no common base class
+            raise self._error(exc, "failed while running") from exc
+        if not self.outputs:
+            values = self._binding.copy_outputs_to_cpu()
+            self._binding.clear_binding_outputs()
+            for tensor, value in zip(self.spec.outputs, values, strict=True):
+                array = np.ascontiguousarray(value)
+                self.outputs[tensor.name] = array
+                self._binding.bind_output(
+                    tensor.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
+                )
+        self.seconds += time.perf_counter() - start
+
+    def close(self) -> None:
+        """See Runner.close."""
+        self._binding = None
+        self._session = None
+        super().close()
+
+    def _error(self, exc: Exception, what: str) -> EdgesdError:
+        text = " ".join(str(exc).split())
+        if isinstance(exc, MemoryError) or any(sign in text.lower() for sign in _OUT_OF_MEMORY):
+            return ResourceError(
+                f"not enough memory for {self.spec.name}: use --low-memory, a smaller --size or "
+                "--batch 1"
+            )
+        return BundleError(f"{self.spec.name} {what} in ONNX Runtime: {text}")

@@ -1,0 +1,128 @@
+"""What every sampler offers, and how a diffusers scheduler_config.json is read."""
+
+from __future__ import annotations
+
+import re
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+import numpy as np
+
+from edgesd.errors import InputError
+from edgesd.runtime.schedulers.schedule import F32, I64, Array, BetaSchedule, alphas_cumprod
+
+Noise = Callable[[tuple[int, ...]], F32]
+"""shape -> standard normal float32 values of that shape; TorchNoise and BatchNoise are such."""
+
+
+class Scheduler(ABC):
+    """A sampler: turns noise into latents along the timesteps, one model output at a time.
+
+    timesteps [n]: as handed to the network, descending, int64 or float32 as in diffusers.
+    init_noise_sigma: initial latents are noise * init_noise_sigma.
+    """
+
+    name: ClassVar[str]
+    diffusers_class: ClassVar[str]
+
+    timesteps: F32 | I64
+    init_noise_sigma: float = 1.0
+
+    @abstractmethod
+    def set_timesteps(self, num_inference_steps: int, *, image_seq_len: int | None = None) -> None:
+        """Lay out the timesteps and forget everything about earlier steps.
+
+        image_seq_len: number of latent patches of the picture; only a flow-matching schedule
+        with dynamic shifting reads it. `timesteps` can be longer than `num_inference_steps`.
+        Raises UsageError for a number of steps that this schedule can't make.
+        """
+
+    def scale_model_input(self, sample: F32, i: int, out: Array | None = None) -> Array:
+        """sample [B, ...] as the network wants it at step i; into `out` if given.
+
+        Without `out` the result may be `sample` itself.
+        """
+        if out is None:
+            return sample
+        np.copyto(out, sample)
+        return out
+
+    @abstractmethod
+    def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
+        """sample [B, ...] after step i, as a new float32 array.
+
+        model_output (float32, or float16 of a reduced engine), sample (float32): same shape;
+        neither is changed or kept by reference.
+        noise: called only by a stochastic sampler, once, exactly when diffusers draws. Steps
+        go 0, 1, ... after `set_timesteps`; step 0 starts over.
+        """
+
+
+class BetaConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Options of every scheduler of a discrete diffusion process, with diffusers' defaults."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: BetaSchedule = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    steps_offset: int = 0
+
+    def table(self, *, zero_snr: bool = False, floor: float = 0.0) -> F32:
+        """alphas_cumprod [num_train_timesteps]; see `schedule.alphas_cumprod`."""
+        return alphas_cumprod(
+            self.num_train_timesteps,
+            self.beta_schedule,
+            self.beta_start,
+            self.beta_end,
+            self.trained_betas,
+            zero_snr,
+            floor,
+        )
+
+
+class LimitConfig(BetaConfig, frozen=True, kw_only=True):
+    """Options that limit a predicted x_0."""
+
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+
+
+C = TypeVar("C", bound=msgspec.Struct)
+
+
+def read_config(as_type: type[C], config: Mapping[str, Any], scheduler: str) -> C:
+    """The options that this sampler has; as diffusers' from_config, others are ignored, missing
+    ones (and those listed under `_use_default_values`) take this sampler's defaults.
+
+    Raises InputError naming the option, its value and the valid ones.
+    """
+    skip = set(config.get("_use_default_values") or ())
+    given = {key: value for key, value in config.items() if key not in skip}
+    fields = typing.get_type_hints(as_type)
+    for key, kind in fields.items():
+        # null stands for "off" in older files, and for -Infinity, which JSON can't write.
+        if given.get(key, ...) is None and type(None) not in typing.get_args(kind):
+            del given[key]
+    try:
+        return msgspec.convert(given, as_type)
+    except msgspec.ValidationError as exc:
+        match = re.search(r"\$\.(\w+)", str(exc))
+        key = match.group(1) if match else ""
+        valid = [repr(value) for value in typing.get_args(fields.get(key)) if value is not None]
+        if typing.get_origin(fields.get(key)) is typing.Literal:
+            expected = "expected " + ", ".join(valid)
+        else:
+            expected = str(exc).split(" - at ")[0]
+        raise InputError(refusal(scheduler, key, given.get(key), expected)) from exc
+
+
+def refusal(scheduler: str, option: str, value: object, expected: str) -> str:
+    """One line for an option of scheduler_config.json that can't be honoured."""
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return f"scheduler {scheduler} doesn't support {option} = {shown}: {expected}"

@@ -1,0 +1,93 @@
+"""LCM (Luo et al., Latent Consistency Models)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from edgesd.errors import InputError
+from edgesd.runtime.schedulers import schedule
+from edgesd.runtime.schedulers.base import LimitConfig, Noise, Scheduler, read_config, refusal
+from edgesd.runtime.schedulers.schedule import F32, Array, BetaSchedule, Prediction
+
+_SIGMA_DATA = 0.5
+
+
+class LCMConfig(LimitConfig, frozen=True, kw_only=True):
+    """diffusers' LCMScheduler. It places its timesteps on the grid of the distillation, so that
+    timestep_spacing and steps_offset have no effect there either."""
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: BetaSchedule = "scaled_linear"
+    original_inference_steps: int = 50
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    set_alpha_to_one: bool = True
+    prediction_type: Prediction = "epsilon"
+    timestep_scaling: float = 10.0
+    rescale_betas_zero_snr: bool = False
+
+
+class LCM(Scheduler):
+    """Multistep consistency sampling (algorithm 3 of the paper), with u = timestep_scaling t:
+
+        c_skip = 0.25 / (u**2 + 0.25),  c_out = u / sqrt(u**2 + 0.25)
+        d = c_skip x + c_out x_0
+        x_prev = sqrt(p) d + sqrt(1 - p) z
+
+    p is alphas_cumprod at the next timestep; the last step returns d and draws no noise.
+    """
+
+    name = "lcm"
+    diffusers_class = "LCMScheduler"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = c = read_config(LCMConfig, config, self.name)
+        if not 1 <= c.original_inference_steps <= c.num_train_timesteps:
+            expected = f"expected 1 to {c.num_train_timesteps}, as num_train_timesteps says"
+            option = "original_inference_steps"
+            raise InputError(refusal(self.name, option, c.original_inference_steps, expected))
+        self._table = c.table(zero_snr=c.rescale_betas_zero_snr)
+        self._limit = schedule.x0_limiter(
+            c.thresholding,
+            c.dynamic_thresholding_ratio,
+            c.sample_max_value,
+            c.clip_sample,
+            c.clip_sample_range,
+        )
+        self.timesteps = np.arange(c.num_train_timesteps, dtype=np.int64)[::-1].copy()
+
+    def set_timesteps(self, num_inference_steps: int, *, image_seq_len: int | None = None) -> None:
+        """See Scheduler; at most original_inference_steps steps."""
+        c, n = self.config, num_inference_steps
+        grid_size = c.original_inference_steps
+        schedule.check_steps(n, grid_size, "original_inference_steps of the distilled model")
+        grid = np.arange(grid_size, 0, -1, dtype=np.int64) * (c.num_train_timesteps // grid_size)
+        picks = np.floor(np.linspace(0, grid_size, n, endpoint=False)).astype(np.int64)
+        timesteps = grid[picks] - 1
+        self._weights = []
+        for i, t in enumerate(timesteps):
+            alpha, sigma = schedule.signal_and_noise(float(self._table[t]))
+            x0_s, x0_m = schedule.x0_weights(c.prediction_type, alpha, sigma)
+            u = float(t) * c.timestep_scaling
+            scale = u * u + _SIGMA_DATA**2
+            skip, out = _SIGMA_DATA**2 / scale, u / scale**0.5
+            signal, spread = 1.0, 0.0
+            if i < n - 1:
+                signal, spread = schedule.signal_and_noise(float(self._table[timesteps[i + 1]]))
+            self._weights.append((x0_s, x0_m, signal * skip, signal * out, spread))
+        self.timesteps = timesteps
+
+    def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
+        """See Scheduler."""
+        x0_s, x0_m, skip, out, spread = self._weights[i]
+        x0 = schedule.combine(x0_s, sample, x0_m, model_output)
+        if self._limit is not None:
+            x0 = self._limit(x0)
+        result = schedule.combine(skip, sample, out, x0)
+        if i < len(self._weights) - 1:
+            result += np.multiply(noise(sample.shape), spread)
+        return result

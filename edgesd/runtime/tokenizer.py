@@ -1,0 +1,116 @@
+"""Prompts to token ids, from a bundle's tokenizer.json and the few numbers it doesn't hold."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edgesd.errors import BundleError, InputError
+from edgesd.spec import Spec
+
+
+class TokenizerSpec(Spec, frozen=True):
+    """tokenizer_spec.json: what a text encoder expects around the tokens of a prompt.
+
+    max_length: tokens of the encoder's input, with beginning and end (77 for CLIP). pad_id: fills
+    up what is left (the end token in Stable Diffusion 1.x, 0 in 2.x). bos_id, eos_id: beginning
+    and end.
+    """
+
+    max_length: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+
+
+class Truncation(NamedTuple):
+    """What of a prompt didn't fit: its text, its number of tokens, and how many were kept.
+
+    kept_tokens doesn't count beginning and end.
+    """
+
+    text: str
+    cut_tokens: int
+    kept_tokens: int
+
+
+class PromptTokenizer:
+    """Encodes prompts as diffusers' Stable Diffusion pipelines do.
+
+    tokenizer_json: a tokenizer of the tokenizers package; padding and truncation that it may
+    have set are not used. spec_json: a TokenizerSpec. Raises BundleError when either can't be
+    read or they contradict each other.
+    """
+
+    def __init__(self, tokenizer_json: bytes, spec_json: bytes) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            self.spec = spec = msgspec.json.decode(spec_json, type=TokenizerSpec)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+            raise BundleError(f"tokenizer_spec.json can't be read: {_one_line(exc)}") from exc
+        try:
+            text = tokenizer_json.decode()
+            self._tokenizer = Tokenizer.from_str(text)
+        except Exception as exc:
+            raise BundleError(f"tokenizer.json can't be read: {_one_line(exc)}") from exc
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._word_end = json.loads(text)["model"].get("end_of_word_suffix")
+        frame = self._tokenizer.encode("").ids
+        size = self._tokenizer.get_vocab_size()
+        if (
+            frame != [spec.bos_id, spec.eos_id]
+            or spec.max_length < 2
+            or not 0 <= spec.pad_id < size
+        ):
+            raise BundleError(
+                f"tokenizer_spec.json doesn't fit tokenizer.json: it says {spec}, but an empty "
+                f"prompt becomes {frame} of {size} known tokens; build the bundle again"
+            )
+
+    def encode(self, prompt: str) -> tuple[NDArray[np.int64], Truncation | None]:
+        """Token ids [1, max_length], int64: beginning, tokens, end, padding; and what was cut.
+
+        Names of control tokens in the prompt become these tokens, as in transformers. Raises
+        InputError for a prompt that isn't valid Unicode text or holds a NUL character.
+        """
+        _check(prompt)
+        spec = self.spec
+        ids: list[int] = self._tokenizer.encode(prompt).ids
+        truncation = None
+        if len(ids) > spec.max_length:
+            cut = ids[spec.max_length - 1 : -1]
+            truncation = Truncation(self._decode(cut), len(cut), spec.max_length - 2)
+            ids = [*ids[: spec.max_length - 1], spec.eos_id]
+        padded = np.full((1, spec.max_length), spec.pad_id, np.int64)
+        padded[0, : len(ids)] = ids
+        return padded, truncation
+
+    def _decode(self, ids: list[int]) -> str:
+        """The text of tokens, control tokens included, with a space after each word."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text.replace(self._word_end, " ").strip() if self._word_end else text
+
+
+def _check(prompt: str) -> None:
+    """Raise InputError, naming the place, unless the prompt can be encoded."""
+    at = prompt.find("\0")
+    if at >= 0:
+        raise InputError(f"the prompt holds a NUL character at position {at}: remove it")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as exc:
+        raise InputError(
+            f"the prompt isn't valid Unicode text: character {exc.start} is "
+            f"{prompt[exc.start]!a}, half of a pair; give it as UTF-8"
+        ) from exc
+
+
+def _one_line(error: Exception) -> str:
+    """The message without line breaks."""
+    return " ".join(str(error).split())

@@ -1,0 +1,29 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import pytest
+
+from edgesd.runtime.bundle import Bundle
+from tests.support import write_bundle
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of the miniature pipeline for this machine's architecture. Read-only."""
+    arm = platform.machine() in ("aarch64", "arm64")
+    target, arch = ("raspberry-pi-4", "aarch64") if arm else ("x86-64-cpu", "x86_64")
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "miniature", target, arch)
+
+
+@pytest.fixture(scope="session")
+def miniature_file(miniature: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same bundle in its one-file form. Read-only."""
+    from edgesd.engines.bundle import pack_bundle
+
+    path = tmp_path_factory.mktemp("files") / "miniature.edgesd"
+    pack_bundle(miniature, path)
+    return path

@@ -1,0 +1,173 @@
+"""edgesd generate on a bundle of real graphs, as a user calls it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgesd.runtime.bundle import Bundle
+from tests.support import assert_refused, run_cli
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_one_picture_with_its_making_in_it(miniature: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "apple.png"
+    prompt = "a red apple, très beau 🍎"
+    outcome = run_cli(
+        "generate", miniature.path, "-p", prompt, "--seed", 7, "--steps", 3, "--guidance", 2,
+        "--negative", "blue", "--size", "20x12", "--scheduler", "dpmpp-2m", "-o", out,
+    )  # fmt: skip
+    assert outcome.code == 0
+    image = Image.open(out)
+    assert image.size == (20, 12)
+    expected = {
+        "prompt": prompt, "negative_prompt": "blue", "seed": "7", "steps": "3",
+        "guidance_scale": "2.0", "scheduler": "dpmpp-2m", "size": "20x12", "model": "miniature",
+        "precision": "fp32",
+    }  # fmt: skip
+    assert expected.items() <= image.text.items()  # type: ignore[attr-defined]
+
+
+def test_the_one_file_form_makes_the_same_picture(
+    miniature: Bundle, miniature_file: Path, tmp_path: Path
+) -> None:
+    for name, bundle in (("a.png", miniature.path), ("b.png", miniature_file)):
+        assert run_cli("generate", bundle, "-p", "a cat", "--seed", 1, "-o", tmp_path / name)[0] == 0
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+
+
+def test_many_pictures_from_files_and_flags(miniature: Bundle, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red apple\n\n  a blue cat  \n", encoding="utf-8")
+    out = tmp_path / "out"
+    outcome = run_cli(
+        "generate", miniature.path, "-p", "a cat", "--prompts", prompts, "-n", 2, "--seed", 5,
+        "--batch", 4, "-o", out, "--json",
+    )  # fmt: skip
+    assert outcome.code == 0
+    report = json.loads(outcome.out)
+    names = [Path(picture["path"]).name for picture in report["pictures"]]
+    assert names == [
+        "000-a-cat-5.png", "001-a-cat-6.png", "002-a-red-apple-5.png",
+        "003-a-red-apple-6.png", "004-a-blue-cat-5.png", "005-a-blue-cat-6.png",
+    ]  # fmt: skip
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert report["peak_memory_bytes"] > 0
+    assert report["run_seconds"].keys() == {"text_encoder", "unet", "vae_decoder"}
+    assert len(report["step_seconds"]) == 2 * 4
+
+
+def test_a_picture_does_not_depend_on_its_batch(miniature: Bundle, tmp_path: Path) -> None:
+    base = ("generate", miniature.path, "-p", "a cat", "-n", 3, "--seed", 5, "--scheduler", "euler-a")
+    assert run_cli(*base, "--batch", 3, "-o", tmp_path / "together").code == 0
+    assert run_cli(*base, "--low-memory", "-o", tmp_path / "alone").code == 0
+    for path in (tmp_path / "together").iterdir():
+        difference = pixels(path).astype(int) - pixels(tmp_path / "alone" / path.name)
+        assert abs(difference).max() <= 1
+
+
+def test_preview(miniature: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    run_cli("generate", miniature.path, "-p", "a cat", "--steps", 4, "--preview", 3, "-o", out)
+    assert Image.open(tmp_path / "a.preview.png").size == Image.open(out).size
+
+
+def test_a_long_prompt_is_cut_with_a_warning(miniature: Bundle, tmp_path: Path) -> None:
+    prompt = "a cat " * 1700
+    outcome = run_cli("generate", miniature.path, "-p", prompt, "-o", tmp_path / "a.png")
+    assert outcome.code == 0
+    warnings = [line for line in outcome.err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert "takes 75 tokens; 3325 were cut: cat a cat" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "no prompt"),
+        (["-p", "x", "--steps", "0"], "0"),
+        (["-p", "x", "--steps", "5000"], "5000"),
+        (["-p", "x", "--size", "15x16"], "width 15 isn't a multiple of 2: the nearest is 16"),
+        (["-p", "x", "--size", "big"], "isn't a size"),
+        (["-p", "x", "--scheduler", "dim"], "did you mean 'ddim'"),
+        (["-p", "x", "--scheduler", "flow-euler"], "flow-euler"),
+        (["-p", "x", "--guidance", "nan"], "finite"),
+        (["-p", "x", "--seed", "-1"], "seed"),
+        (["-p", "x", "-n", "2", "-o", "two.png"], "one file for 2 pictures"),
+        (["-p", "a\0b"], "NUL"),
+        (["--prompts", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(
+    miniature: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(run_cli("generate", miniature.path, *arguments), words)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_prompt_file_must_be_text(miniature: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "prompts"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert_refused(run_cli("generate", miniature.path, "--prompts", path), "UTF-8")
+    path.write_bytes(b"\n \n")
+    assert_refused(run_cli("generate", miniature.path, "--prompts", path), "no prompt in it")
+
+
+def test_a_full_disk_leaves_the_old_picture(
+    miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a.png"
+    out.write_bytes(b"old")
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert_refused(run_cli("generate", miniature.path, "-p", "a cat", "-o", out), "no space left")
+    assert out.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_no_half_file(miniature: Bundle, tmp_path: Path, number: int) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from edgesd.cli import main; main()", "generate",
+         str(miniature.path), "-p", "a cat", "-n", "100000", "--steps", "50", "-o", str(out)],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr
+    assert process.stderr.readline()  # the first picture, or step, is there
+    time.sleep(0.3)
+    process.send_signal(number)
+    rest = process.stderr.read()
+    assert process.wait(30) == 130
+    assert "Traceback" not in rest
+    assert rest.splitlines()[-1] == "edgesd: interrupted; no unfinished file was left"
+    for path in out.iterdir():
+        assert path.suffix == ".png"
+        Image.open(path).load()
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    outcome = run_cli("generate", tmp_path / "none", "-p", "x", "--debug")
+    assert outcome.code == 4
+    assert "Traceback" in outcome.err and "no bundle at" in outcome.err.splitlines()[-1]

@@ -1,0 +1,255 @@
+"""A miniature pipeline in ONNX, made without torch: real graphs, real weights, a few kilobytes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgesd.cli import main
+from edgesd.engines.bundle import file_entries, write_manifest
+from edgesd.runtime.bundle import Bundle, open_bundle
+from edgesd.spec import (
+    SCHEMA_VERSION,
+    BundleManifest,
+    ComponentSpec,
+    Engine,
+    LatentSpec,
+    Licence,
+    Parity,
+    PipelineSpec,
+    SchedulerSpec,
+    ShapeSpec,
+    TensorSpec,
+)
+
+CHANNELS, TEXT, SCALE, VOCABULARY = 4, 8, 2, 8
+F32 = TensorProto.FLOAT
+
+
+class Outcome(NamedTuple):
+    """What a command line did."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_cli(*arguments: object) -> Outcome:
+    """Run `edgesd ARGUMENTS` in this process, as its entry point does."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["edgesd", *map(str, arguments)]
+    code: object = 0
+    with (
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as exc:
+            code = exc.code
+    return Outcome(int(code or 0), out.getvalue(), err.getvalue())
+
+
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    """The command failed with exactly one line, which holds all `words`, and no traceback."""
+    assert outcome.code != 0
+    lines = [line for line in outcome.err.splitlines() if line]
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("edgesd: ")
+    for word in words:
+        assert word in lines[0], f"{word!r} not in {lines[0]!r}"
+
+
+def _graph(
+    folder: Path,
+    nodes: list[onnx.NodeProto],
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[onnx.ValueInfoProto],
+    weights: dict[str, np.ndarray],
+) -> None:
+    """Write model.onnx and weights.bin, each weight 64-byte aligned, as the export does."""
+    folder.mkdir(parents=True)
+    tensors, blob = [], b""
+    for name, array in weights.items():
+        if array.size < 8:  # what shape inference reads must lie in the model itself
+            tensors.append(numpy_helper.from_array(array, name))
+            continue
+        blob += bytes(-len(blob) % 64)
+        tensor = TensorProto(
+            name=name,
+            data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+            dims=array.shape,
+            data_location=TensorProto.EXTERNAL,
+        )
+        for key, value in (
+            ("location", "weights.bin"),
+            ("offset", str(len(blob))),
+            ("length", str(array.nbytes)),
+        ):
+            tensor.external_data.add(key=key, value=value)
+        tensors.append(tensor)
+        blob += array.tobytes()
+    graph = helper.make_graph(nodes, folder.name, inputs, outputs, tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    (folder / "weights.bin").write_bytes(blob)
+
+
+def _value(name: str, dtype: int, shape: list[int | str]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, dtype, shape)
+
+
+def _write_graphs(root: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def weight(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32) * np.float32(0.3)
+
+    _graph(
+        root / "text_encoder",
+        [helper.make_node("Gather", ["table", "input_ids"], ["encoder_hidden_states"])],
+        [_value("input_ids", TensorProto.INT64, ["batch", 77])],
+        [_value("encoder_hidden_states", F32, ["batch", 77, TEXT])],
+        {"table": weight(VOCABULARY, TEXT)},
+    )
+    latent: list[int | str] = ["batch", CHANNELS, "height", "width"]
+    _graph(
+        root / "unet",
+        [
+            helper.make_node("Conv", ["sample", "kernel"], ["mixed"], pads=[1, 1, 1, 1]),
+            helper.make_node("ReduceMean", ["encoder_hidden_states", "axes"], ["mean"], keepdims=0),
+            helper.make_node("MatMul", ["mean", "project"], ["text"]),
+            helper.make_node("Unsqueeze", ["text", "last"], ["text4"]),
+            helper.make_node("Add", ["mixed", "text4"], ["sum"]),
+            helper.make_node("Mul", ["timestep", "milli"], ["time"]),
+            helper.make_node("Add", ["sum", "time"], ["raw"]),
+            helper.make_node("Tanh", ["raw"], ["noise_pred"]),
+        ],
+        [
+            _value("sample", F32, latent),
+            _value("timestep", F32, [1]),
+            _value("encoder_hidden_states", F32, ["batch", 77, TEXT]),
+        ],
+        [_value("noise_pred", F32, latent)],
+        {
+            "kernel": weight(CHANNELS, CHANNELS, 3, 3),
+            "project": weight(TEXT, CHANNELS),
+            "milli": np.float32([1e-3]),
+            "axes": np.int64([1]),
+            "last": np.int64([2, 3]),
+        },
+    )
+    _graph(
+        root / "vae_decoder",
+        [
+            helper.make_node("Conv", ["latents", "kernel"], ["colour"]),
+            helper.make_node(
+                "Resize", ["colour", "", "scales"], ["image"], mode="nearest"
+            ),
+        ],
+        [_value("latents", F32, latent)],
+        [_value("image", F32, ["batch", 3, "h", "w"])],
+        {"kernel": weight(3, CHANNELS, 1, 1), "scales": np.float32([1, 1, SCALE, SCALE])},
+    )
+
+
+def _tensor(name: str, dtype: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name, dtype, shape)
+
+
+def _component(name: str, inputs: list[TensorSpec], output: TensorSpec) -> ComponentSpec:
+    return ComponentSpec(name, tuple(inputs), (output,))
+
+
+def pipeline_spec() -> PipelineSpec:
+    """Spec of the miniature pipeline: 4 latent channels, 2 pixels per latent, DDIM."""
+    latent = ("batch", CHANNELS, "height", "width")
+    states = _tensor("encoder_hidden_states", "float32", "batch", 77, TEXT)
+    return PipelineSpec(
+        family="sd",
+        source="miniature",
+        source_sha256="0" * 64,
+        components={
+            "text_encoder": _component(
+                "text_encoder", [_tensor("input_ids", "int64", "batch", 77)], states
+            ),
+            "unet": _component(
+                "unet",
+                [
+                    _tensor("sample", "float32", *latent),
+                    _tensor("timestep", "float32", 1),
+                    states,
+                ],
+                _tensor("noise_pred", "float32", *latent),
+            ),
+            "vae_decoder": _component(
+                "vae_decoder",
+                [_tensor("latents", "float32", *latent)],
+                _tensor("image", "float32", "batch", 3, "h", "w"),
+            ),
+        },
+        scheduler=SchedulerSpec("ddim", {"_class_name": "DDIMScheduler", "clip_sample": False}),
+        latent=LatentSpec(CHANNELS, SCALE, 1.0),
+        shape=ShapeSpec(16, 16, 1, dynamic=True, multiple_of=SCALE),
+        max_tokens=77,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+    )
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<unk>", "<|startoftext|>", "<|endoftext|>", "a", "red", "apple", "blue", "cat"]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>",
+        special_tokens=[("<|startoftext|>", 1), ("<|endoftext|>", 2)],
+    )
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    (folder / "tokenizer_spec.json").write_text(
+        json.dumps({"max_length": 77, "pad_id": 2, "bos_id": 1, "eos_id": 2})
+    )
+
+
+def write_bundle(root: Path, target: str = "x86-64-cpu", arch: str = "x86_64") -> Bundle:
+    """Write the miniature pipeline as a bundle to the new folder `root`."""
+    root.mkdir(parents=True)
+    _write_graphs(root)
+    _write_tokenizer(root / "tokenizer")
+    (root / "LICENSE").write_text("Public domain.\n")
+    spec = pipeline_spec()
+    manifest = BundleManifest(
+        schema_version=SCHEMA_VERSION,
+        name="miniature",
+        target=target,
+        arch=arch,
+        backend="onnxruntime",
+        precision="fp32",
+        pipeline=spec,
+        engines={
+            name: Engine(
+                name, f"{name}/model.onnx", "onnxruntime", "fp32", Parity(0.0, 0.0, 1e-4)
+            )
+            for name in spec.components
+        },
+        licence=Licence("CC0-1.0", ("LICENSE",)),
+        tools={"edgesd": "0"},
+        files=file_entries(root),
+    )
+    write_manifest(root, manifest)
+    return open_bundle(root)

@@ -1,0 +1,119 @@
+"""The benchmarks' own arithmetic, and short runs of those that need no peer."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import common, loop_overhead, parity, startup, unet_files, unet_peers
+from edgesd.runtime.bundle import Bundle
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    assert common.spread([5, 1, 2, 4, 3]) == (3, 2, 4, 5)
+    assert common.spread([2.0]) == (2.0, 2.0, 2.0, 1)
+    assert common.spread([1, 2]) == (1.5, 1.25, 1.75, 2)
+    assert common.spread([3, 1, 2]).text(1) == "2.0 (1.5 to 2.5)"
+
+
+def test_ratios_are_of_pairs() -> None:
+    assert common.paired_ratio([1, 4, 9], [2, 4, 3]).median == 1
+    with pytest.raises(ValueError, match="zip"):
+        common.paired_ratio([1], [1, 2])
+
+
+def test_tables_are_aligned() -> None:
+    assert common.table(("a", "long"), [("wide", 1.5), ("b", 2)]).splitlines() == [
+        "a     long",
+        "----  -----",
+        "wide  1.500",
+        "b     2",
+    ]
+
+
+def test_json_is_written_only_when_asked(tmp_path: Path) -> None:
+    common.write_json(None, {})
+    common.write_json(tmp_path / "figures.json", {"environment": common.environment("none-such")})
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["environment"]["none-such"] == "not installed"
+    assert figures["environment"]["cores"] >= 1
+
+
+def test_loop_overhead_of_the_miniature(
+    miniature: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "overhead.json"
+    options = ["--steps", "3", "--repeats", "2", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["loop_overhead", str(miniature.path), *options])
+    loop_overhead.main()
+    figures = json.loads(out.read_text())
+    names = set(loop_overhead.SCHEDULERS) - {"flow-euler"}
+    assert set(figures["schedulers"]) == names
+    for row in figures["schedulers"].values():
+        assert 0 < row["overhead_percent"]["median"] < 100
+        assert 0 < row["outside_us"]["median"] < row["step_us"]["median"]
+        assert row["outside_us_fake"]["median"] > 0
+    assert all(name in capsys.readouterr().out for name in ["ddim"])
+
+
+def test_import_report_is_read() -> None:
+    report = (
+        "import time: self [us] | cumulative | imported package\n"
+        "import time:       200 |        300 |   numpy\n"
+        "import time:       500 |       4200 | edgesd.runtime\n"
+    )
+    assert startup.import_us(report, "edgesd.runtime") == 4200
+    with pytest.raises(startup.EdgesdError, match="doesn't report"):
+        startup.import_us(report, "edgesd")
+
+
+def test_heavy_modules_are_found_past_an_exit() -> None:
+    assert startup.heavy_modules("import numpy; raise SystemExit(0)") == ["numpy"]
+    assert startup.heavy_modules(startup.HELP) == []
+
+
+def test_parity_is_summed_up_per_case() -> None:
+    rows = [
+        parity.Row("a", "x", 0, math.inf, 0),
+        parity.Row("a", "y", 1, 60.0, 2),
+        parity.Row("a", "z", 2, 70.0, 1),
+        parity.Row("b", "x", 0, math.inf, 0),
+    ]
+    assert parity.summarise(rows) == [
+        ("a", 60.0, 65.0, 1, 3, 2),
+        ("b", math.inf, math.inf, 1, 1, 0),
+    ]
+    assert parity.jsonable(rows[0]._asdict())["psnr_db"] is None
+    assert len(set(parity.PROMPTS)) == 16
+
+
+def test_the_true_size_is_that_of_stable_diffusion() -> None:
+    model = unet_files.MODELS["sd15"]
+    shapes = {name: array.shape for name, array in model.inputs().items()}
+    assert shapes == {
+        "sample": (1, 4, 64, 64),
+        "timestep": (1,),
+        "encoder_hidden_states": (1, 77, 768),
+    }
+    assert [tensor.name for tensor in model.spec().inputs] == list(shapes)
+
+
+def test_relative_rms() -> None:
+    # difference 1 and 1, wanted 3 and 4: sqrt(1) / sqrt(12.5)
+    found, wanted = np.float32([4, 5]), np.float32([3, 4])
+    assert unet_peers.relative_rms(found, wanted) == pytest.approx(1 / math.sqrt(12.5))
+
+
+def test_memory_of_a_process_is_read() -> None:
+    import os
+
+    assert unet_peers.status_bytes(os.getpid(), "VmHWM") > 10_000_000
+    assert unet_peers.status_bytes(0, "VmHWM") == 0
