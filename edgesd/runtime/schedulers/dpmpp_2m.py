@@ -60,7 +60,7 @@ class DPMSolverPlusPlus(Scheduler):
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(DPMConfig, config, self.name)
         self._check_options()
-        # Names of other solvers (deis, bh1, logrho ...) stand for the plain choice, as in diffusers.
+        # Names of other solvers (deis, bh1 ...) stand for the plain choice, as in diffusers.
         self._sde = c.algorithm_type == "sde-dpmsolver++"
         self._heun = c.solver_type == "heun"
         self._table = c.table(zero_snr=c.rescale_betas_zero_snr, floor=schedule.ZERO_SNR_FLOOR)
