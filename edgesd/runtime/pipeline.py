@@ -91,6 +91,7 @@ class Pipeline:
         self.truncations: dict[str, Truncation] = {}
         self._runners: dict[str, Runner] = {}
         self._embeddings: dict[str, Float] = {}
+        self._schedules: set[tuple[str | None, int | None]] = set()
         self._tokenizer = PromptTokenizer(
             bundle.read("tokenizer/tokenizer.json"), bundle.read("tokenizer/tokenizer_spec.json")
         )
@@ -128,7 +129,7 @@ class Pipeline:
             if size <= 0 or size % step:
                 near = max(step, round(size / step) * step)
                 raise UsageError(f"{name} {size} isn't a multiple of {step}: the nearest is {near}")
-        self._scheduler(request)
+        self._check_schedule(request)
         return request
 
     def generate(
@@ -227,6 +228,13 @@ class Pipeline:
         scheduler = create_scheduler(request.scheduler, self.spec.scheduler.config)
         scheduler.set_timesteps(request.num_inference_steps)
         return scheduler
+
+    def _check_schedule(self, request: Request) -> None:
+        """Raise for a sampler or number of steps that can't be; each pair is tried once."""
+        pair = (request.scheduler, request.num_inference_steps)
+        if pair not in self._schedules:
+            self._scheduler(request)
+            self._schedules.add(pair)
 
     def _encode(self, prompts: list[str]) -> Float:
         """Text embeddings [len(prompts), tokens, channels]; each distinct prompt is run once."""

@@ -52,7 +52,7 @@ def test_other_pictures_are_refused() -> None:
     with pytest.raises(InputError, match="5x2 and 5x3"):
         psnr(flat(0), flat(0, height=3))
     with pytest.raises(InputError, match="float64"):
-        psnr(flat(0), flat(0) / 255)
+        psnr(flat(0), flat(0) / 255)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="uint8"):
         psnr(flat(0)[..., 0], flat(0)[..., 0])
     with pytest.raises(InputError, match="uint8"):

@@ -1,0 +1,1 @@
+"""Measurements of edgesd, alone and side by side with its peers; see README.md."""

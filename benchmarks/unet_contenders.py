@@ -1,0 +1,141 @@
+"""The contenders of `unet_peers`: each loads its own files, and lives in a process of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.unet_files import Inputs, Model, load_torch
+from edgesd.spec import ComponentSpec
+
+Array = npt.NDArray[np.float32]
+Step = Callable[[Inputs], Array]
+
+
+class Loaded(NamedTuple):
+    """A contender's answer once it can run. note: version, and precision as it states it."""
+
+    seconds: float
+    note: str
+
+
+class Stepped(NamedTuple):
+    """A contender's answer to a step: inputs in, noise_pred on the host. output: if wanted."""
+
+    seconds: float
+    output: Array | None
+
+
+class Failed(NamedTuple):
+    """A contender's answer when it can't go on."""
+
+    message: str
+
+
+Answer = Loaded | Stepped | Failed
+
+
+def serve(
+    name: str, folder: Path, model: Model, threads: int, connection: Connection[Answer, Any]
+) -> None:
+    """Load contender `name` and answer each request: True runs a step and sends its output, False
+    runs a step, None ends."""
+    try:
+        start = time.perf_counter()
+        step, note = CONTENDERS[name](folder, model, threads)
+        connection.send(Loaded(time.perf_counter() - start, note))
+        inputs = model.inputs()
+        while (wanted := connection.recv()) is not None:
+            start = time.perf_counter()
+            output = step(inputs)
+            seconds = time.perf_counter() - start
+            connection.send(Stepped(seconds, output if wanted else None))
+    except (EOFError, KeyboardInterrupt):
+        pass  # the parent has gone
+    except Exception as exc:  # noqa: BLE001 - handed to the parent, whatever it is
+        connection.send(Failed(f"{type(exc).__name__}: {' '.join(str(exc).split())[:500]}"))
+
+
+def _edgesd(graph: Path, spec: ComponentSpec, inputs: Inputs, threads: int) -> tuple[Step, str]:
+    """edgesd's own runner, as the device side uses it."""
+    import onnxruntime
+
+    from edgesd.runtime.bundle import GraphFile
+    from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
+
+    file = GraphFile((graph / "model.onnx").read_bytes(), graph)
+    runner = OnnxRuntimeRunner(spec, file, threads)
+    runner.bind({name: array.shape for name, array in inputs.items()})
+
+    def step(inputs: Inputs) -> Array:
+        for name, array in inputs.items():
+            runner.inputs[name][:] = array
+        runner.run()
+        return runner.outputs["noise_pred"].astype(np.float32, copy=False)
+
+    return step, f"onnxruntime {onnxruntime.__version__}, fp32"
+
+
+def _openvino(folder: Path, threads: int) -> tuple[Step, str]:
+    """A fixed size, one stream, and fp32 by hint: on a CPU with bf16 OpenVINO's default is bf16."""
+    import openvino
+    from openvino import properties
+    from openvino.properties import hint
+
+    core = openvino.Core()
+    compiled = core.compile_model(
+        core.read_model(folder / "unet.xml"),
+        "CPU",
+        {
+            hint.inference_precision(): openvino.Type.f32,
+            hint.performance_mode(): hint.PerformanceMode.LATENCY,
+            properties.inference_num_threads(): threads,
+            properties.num_streams(): 1,
+        },
+    )
+    request = compiled.create_infer_request()
+
+    def step(inputs: Inputs) -> Array:
+        request.infer(inputs)
+        output: Array = request.get_output_tensor(0).data
+        return output
+
+    precision = compiled.get_property(hint.inference_precision()).to_string()
+    used = compiled.get_property(properties.inference_num_threads())
+    version = openvino.__version__.partition("-")[0]
+    return step, f"openvino {version}, precision {precision}, {used} threads"
+
+
+def _torch(folder: Path, model: Model, threads: int) -> tuple[Step, str]:
+    """Eager, with diffusers' default attention: scaled_dot_product_attention."""
+    import torch
+
+    torch.set_num_threads(threads)
+    module = load_torch(folder)
+
+    def step(inputs: Inputs) -> Array:
+        with torch.inference_mode():
+            output: Array = module(*(torch.from_numpy(array) for array in inputs.values())).numpy()
+        return output
+
+    return step, f"torch {torch.__version__} eager, fp32, {torch.get_num_threads()} threads"
+
+
+CONTENDERS: dict[str, Callable[[Path, Model, int], tuple[Step, str]]] = {
+    "edgesd": lambda folder, model, threads: _edgesd(
+        folder / "edgesd", model.spec(), model.inputs(), threads
+    ),
+    "edgesd-static": lambda folder, model, threads: _edgesd(
+        folder / "edgesd-static", model.spec(static=True), model.inputs(), threads
+    ),
+    "openvino": lambda folder, _, threads: _openvino(folder / "openvino", threads),
+    "openvino-onnx": lambda folder, _, threads: _openvino(folder / "openvino-onnx", threads),
+    "torch": _torch,
+}
+"""Name -> loads from the folder of all formats; returns what runs a step, and a note."""

@@ -1,0 +1,59 @@
+"""How far two pictures are apart, pixel by pixel."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from edgesd.errors import InputError
+
+Pixels = npt.NDArray[np.uint8]
+Picture = Image.Image | Pixels
+"""An RGB image, or its pixels [H, W, 3] in 0 to 255."""
+
+_PEAK = 255.0
+
+
+def psnr(first: Picture, second: Picture) -> float:
+    """Peak signal-to-noise ratio in dB of two pictures [H, W, 3] of 8 bits.
+
+    10 log10(255^2 / MSE), where MSE is the mean over all pixels and channels of the squared
+    difference; infinite for equal pictures. It doesn't matter which comes first.
+    Raises InputError for anything but two 8-bit RGB pictures of one size.
+    """
+    mean_squared = float(np.mean(_difference(first, second).astype(np.float64) ** 2))
+    return math.inf if mean_squared == 0 else 10 * math.log10(_PEAK**2 / mean_squared)
+
+
+def max_abs_difference(first: Picture, second: Picture) -> int:
+    """The largest difference of any channel of any pixel, 0 to 255. Raises InputError as `psnr`."""
+    return int(np.abs(_difference(first, second)).max())
+
+
+def _difference(first: Picture, second: Picture) -> npt.NDArray[np.int16]:
+    """first - second [H, W, 3]."""
+    a, b = _pixels(first), _pixels(second)
+    if a.shape != b.shape:
+        raise InputError(
+            f"pictures of {_size(a)} and {_size(b)} pixels can't be compared: expected one size"
+        )
+    return np.subtract(a, b, dtype=np.int16)
+
+
+def _pixels(picture: Picture) -> Pixels:
+    if isinstance(picture, Image.Image) and picture.mode != "RGB":
+        raise InputError(f"a picture of mode {picture.mode} can't be compared: convert it to RGB")
+    pixels = np.asarray(picture)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
+        raise InputError(
+            f"a picture of {pixels.dtype} {list(pixels.shape)} can't be compared: "
+            "expected uint8 [height, width, 3]"
+        )
+    return pixels
+
+
+def _size(pixels: Pixels) -> str:
+    return f"{pixels.shape[1]}x{pixels.shape[0]}"
