@@ -15,13 +15,12 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 def render() -> str:
     """The command reference as Markdown."""
     parts = ["# Command reference", "", "Made from `--help` by `make docs`.", ""]
-    root = click.Context(cli, info_name="edgesd")
+    root = click.Context(cli, info_name="edgesd", terminal_width=100)
     parts += ["## edgesd", "", "```text", cli.get_help(root), "```", ""]
     for name in cli.list_commands(root):
         command = cli.get_command(root, name)
         assert command is not None
-        context = click.Context(command, parent=root, info_name=name, max_content_width=100)
-        context.terminal_width = 100
+        context = click.Context(command, parent=root, info_name=name, terminal_width=100)
         parts += [f"## edgesd {name}", "", "```text", command.get_help(context), "```", ""]
     return "\n".join(parts)
 

@@ -153,9 +153,7 @@ def _write_graphs(root: Path) -> None:
         root / "vae_decoder",
         [
             helper.make_node("Conv", ["latents", "kernel"], ["colour"]),
-            helper.make_node(
-                "Resize", ["colour", "", "scales"], ["image"], mode="nearest"
-            ),
+            helper.make_node("Resize", ["colour", "", "scales"], ["image"], mode="nearest"),
         ],
         [_value("latents", F32, latent)],
         [_value("image", F32, ["batch", 3, "h", "w"])],
@@ -242,9 +240,7 @@ def write_bundle(root: Path, target: str = "x86-64-cpu", arch: str = "x86_64") -
         precision="fp32",
         pipeline=spec,
         engines={
-            name: Engine(
-                name, f"{name}/model.onnx", "onnxruntime", "fp32", Parity(0.0, 0.0, 1e-4)
-            )
+            name: Engine(name, f"{name}/model.onnx", "onnxruntime", "fp32", Parity(0.0, 0.0, 1e-4))
             for name in spec.components
         },
         licence=Licence("CC0-1.0", ("LICENSE",)),

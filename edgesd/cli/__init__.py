@@ -59,7 +59,7 @@ def main() -> NoReturn:
         sys.exit(141)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(fail(KeyboardInterrupt(), debug))
-    except Exception as exc:  # noqa: BLE001: the one place that turns any fault into a line
+    except Exception as exc:  # noqa: BLE001  turns any fault into a line
         sys.exit(fail(exc, debug))
     sys.exit(result if isinstance(result, int) else 0)
 

@@ -14,16 +14,22 @@ from edgesd.spec import PRECISIONS, Precision
 @click.argument("model")
 @click.option("--target", required=True, help="Board to build for; `edgesd targets` lists them.")
 @click.option(
-    "--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True,
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
     help="Number format of the weights. On CPUs fp16 halves the bundle and computes in fp32.",
 )
 @click.option(
-    "--size", type=Size(),
+    "--size",
+    type=Size(),
     help="Fix the picture's size in pixels (static graphs, one picture at a time). "
     "Without it the bundle draws any size.",
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path),
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
     help="Folder of the bundle, or NAME.edgesd for one file. "
     "[default: bundles/MODEL-TARGET-PRECISION]",
 )
@@ -46,17 +52,27 @@ def build_command(
     reporter = Reporter(quiet=as_json)
     out = output or default_output(model, target, precision)
     built = build(
-        model, target, precision, out, size,
+        model,
+        target,
+        precision,
+        out,
+        size,
         progress=lambda stage, component: reporter.line(f"{component}: {stage}"),
     )
     manifest = built.bundle.manifest
     sizes = {name: built.bundle.weight_bytes(name) for name in manifest.engines}
     if as_json:
-        print_json({
-            "bundle": str(built.path), "target": manifest.target, "backend": manifest.backend,
-            "precision": manifest.precision, "bytes": sizes, "note": built.note,
-            "parity": {name: engine.parity for name, engine in manifest.engines.items()},
-        })
+        print_json(
+            {
+                "bundle": str(built.path),
+                "target": manifest.target,
+                "backend": manifest.backend,
+                "precision": manifest.precision,
+                "bytes": sizes,
+                "note": built.note,
+                "parity": {name: engine.parity for name, engine in manifest.engines.items()},
+            }
+        )
         return
     for name, engine in manifest.engines.items():
         click.echo(

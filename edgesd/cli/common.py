@@ -33,7 +33,9 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new release
             width, height = int(parts[0]), int(parts[-1])
             if 0 < width <= 16384 and 0 < height <= 16384:
                 return width, height
-        self.fail(f"{value!r} isn't a size: write WIDTHxHEIGHT in pixels, such as 512x512")
+        raise click.BadParameter(
+            f"{value!r} isn't a size: write WIDTHxHEIGHT in pixels, such as 512x512", ctx, param
+        )
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,9 +20,13 @@ PROMPTS = (
 )
 
 
-@click.command("demo")
+@click.command("demo", short_help="Build the embedded pipeline and draw with it.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True,
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("out/demo"),
+    show_default=True,
     help="Folder for the bundle and the pictures.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
@@ -47,7 +51,10 @@ def demo_command(output: Path, seed: int) -> None:
     else:
         reporter.line(f"building the embedded pipeline for {target}")
         opened = build(
-            DEMO, target, "fp32", bundle,
+            DEMO,
+            target,
+            "fp32",
+            bundle,
             progress=lambda stage, component: reporter.line(f"{component}: {stage}"),
         ).bundle
     requests = expand_requests(Request("", seed), PROMPTS, 1)

@@ -19,24 +19,33 @@ if TYPE_CHECKING:
     from edgesd.runtime.pipeline import Pipeline, Request
 
 
-@click.command("generate")
+@click.command("generate", short_help="Draw pictures with BUNDLE.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", "prompts", multiple=True, help="What to draw; may be repeated.")
 @click.option(
-    "--prompts", "prompt_file", type=click.File("rb"),
+    "--prompts",
+    "prompt_file",
+    type=click.File("rb"),
     help="File of prompts, one per line; - reads standard input.",
 )
 @click.option(
-    "-n", "--count", type=click.IntRange(1, 100_000), default=1, show_default=True,
+    "-n",
+    "--count",
+    type=click.IntRange(1, 100_000),
+    default=1,
+    show_default=True,
     help="Pictures per prompt; their seeds count up.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0, 2**64 - 1),
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
     help="Seed of the first picture. [default: a random one, which is printed]",
 )
 @click.option("--steps", type=int, help="Denoising steps. [default: the bundle's]")
 @click.option(
-    "--guidance", type=float, help="Classifier-free guidance scale; 1 is none. [default: the bundle's]"
+    "--guidance",
+    type=float,
+    help="Classifier-free guidance scale; 1 is none. [default: the bundle's]",
 )
 @click.option("--negative", default="", help="What not to draw.")
 @click.option("--size", type=Size(), help="Picture size in pixels. [default: the bundle's]")
@@ -46,32 +55,45 @@ if TYPE_CHECKING:
     "[default: the model's own]",
 )
 @click.option(
-    "--batch", type=click.IntRange(1, 1024), default=1, show_default=True,
+    "--batch",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
     help="Pictures drawn at a time.",
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default=Path("pictures"), show_default=True,
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("pictures"),
+    show_default=True,
     help="A .png, or a folder for several.",
 )
 @click.option(
-    "--preview", type=click.IntRange(0), default=0, metavar="K",
+    "--preview",
+    type=click.IntRange(0),
+    default=0,
+    metavar="K",
     help="Write NAME.preview.png every K steps. [default: never]",
 )
 @click.option(
-    "--low-memory/--no-low-memory", default=None,
+    "--low-memory/--no-low-memory",
+    default=None,
     help="Release each network after its use. [default: when memory is short]",
 )
 @click.option(
-    "--guidance-mode", type=click.Choice(["batched", "sequential"]),
+    "--guidance-mode",
+    type=click.Choice(["batched", "sequential"]),
     help="Both halves of guidance in one run, or one by one in less memory. [default: by memory]",
 )
 @click.option(
-    "--threads", type=click.IntRange(0, 1024), default=0, show_default=True,
+    "--threads",
+    type=click.IntRange(0, 1024),
+    default=0,
+    show_default=True,
     help="CPU threads; 0 takes all cores.",
 )
-@click.option(
-    "--any-machine", is_flag=True, help="Run a bundle that was built for another board."
-)
+@click.option("--any-machine", is_flag=True, help="Run a bundle that was built for another board.")
 @json_option
 def generate_command(
     bundle: Path,
@@ -166,9 +188,7 @@ def draw(
         reporter.line(f"{picture.path}  (seed {picture.request.seed})")
 
     with reporter.bar():
-        made = make_pictures(
-            pipeline, requests, output, batch, preview_every, on_step, on_picture
-        )
+        made = make_pictures(pipeline, requests, output, batch, preview_every, on_step, on_picture)
     timings = pipeline.timings
     if as_json:
         print_json(

@@ -9,7 +9,7 @@ import click
 from edgesd.cli.common import Reporter
 
 
-@click.command("pack")
+@click.command("pack", short_help="Write BUNDLE as one file.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 def pack_command(bundle: Path, output: Path) -> None:

@@ -158,15 +158,13 @@ class Bundle:
                 left -= len(chunk)
                 yield chunk
 
-    def verify(
-        self, names: Iterable[str] | None = None, progress: Progress | None = None, again: bool = False
-    ) -> None:
-        """Hash `names` (all files by default); those hashed before are skipped unless `again`.
+    def verify(self, names: Iterable[str] | None = None, progress: Progress | None = None) -> None:
+        """Hash `names` (all files by default); those that were hashed before are skipped.
 
         Raises BundleError naming the first file whose bytes differ from the manifest.
         """
         for name in self.manifest.files if names is None else names:
-            if name in self._verified and not again:
+            if name in self._verified:
                 continue
             digest = hashlib.sha256()
             for chunk in self.chunks(name):
@@ -228,7 +226,7 @@ def open_bundle(path: Path) -> Bundle:
     """
     path = Path(path)
     if not path.exists():
-        raise BundleError(f"no bundle at {path}: give the folder or {SUFFIX} file of `edgesd build`")
+        raise BundleError(f"no bundle at {path}: give a folder or {SUFFIX} file of `edgesd build`")
     try:
         return _open(path.resolve())
     except OSError as exc:

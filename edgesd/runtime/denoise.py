@@ -69,10 +69,14 @@ def denoise(
     batch = len(latents)
     guided = conditioning.negative is not None
     together = guided and mode == "batched"
-    halves = [conditioning.positive] if conditioning.negative is None else [
-        conditioning.negative,
-        conditioning.positive,
-    ]
+    halves = (
+        [conditioning.positive]
+        if conditioning.negative is None
+        else [
+            conditioning.negative,
+            conditioning.positive,
+        ]
+    )
     embeddings = [np.concatenate(halves)] if together else halves
     rows = batch * 2 if together else batch
     shapes: dict[str, tuple[int, ...]] = {

@@ -95,8 +95,10 @@ class Pipeline:
         self._tokenizer = PromptTokenizer(
             bundle.read("tokenizer/tokenizer.json"), bundle.read("tokenizer/tokenizer_spec.json")
         )
-        self.low_memory = self._short_of_memory() if self.settings.low_memory is None else (
-            self.settings.low_memory
+        self.low_memory = (
+            self._short_of_memory()
+            if self.settings.low_memory is None
+            else (self.settings.low_memory)
         )
 
     def complete(self, request: Request) -> Request:
@@ -285,7 +287,8 @@ class Pipeline:
                 self.settings.threads,
             )
         raise TargetError(
-            f"{component} was built for the backend {engine.backend!r}; this edgesd runs: onnxruntime"
+            f"{component} was built for the backend {engine.backend!r}; this version runs: "
+            "onnxruntime"
         )
 
     def _release(self, component: str) -> None:

@@ -45,7 +45,8 @@ def test_the_one_file_form_makes_the_same_picture(
     miniature: Bundle, miniature_file: Path, tmp_path: Path
 ) -> None:
     for name, bundle in (("a.png", miniature.path), ("b.png", miniature_file)):
-        assert run_cli("generate", bundle, "-p", "a cat", "--seed", 1, "-o", tmp_path / name)[0] == 0
+        out = tmp_path / name
+        assert run_cli("generate", bundle, "-p", "a cat", "--seed", 1, "-o", out).code == 0
     assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
 
 
@@ -71,7 +72,8 @@ def test_many_pictures_from_files_and_flags(miniature: Bundle, tmp_path: Path) -
 
 
 def test_a_picture_does_not_depend_on_its_batch(miniature: Bundle, tmp_path: Path) -> None:
-    base = ("generate", miniature.path, "-p", "a cat", "-n", 3, "--seed", 5, "--scheduler", "euler-a")
+    base = ("generate", miniature.path, "-p", "a cat", "-n", 3, "--seed", 5)
+    base += ("--scheduler", "euler-a")
     assert run_cli(*base, "--batch", 3, "-o", tmp_path / "together").code == 0
     assert run_cli(*base, "--low-memory", "-o", tmp_path / "alone").code == 0
     for path in (tmp_path / "together").iterdir():
@@ -144,6 +146,32 @@ def test_a_full_disk_leaves_the_old_picture(
     assert_refused(run_cli("generate", miniature.path, "-p", "a cat", "-o", out), "no space left")
     assert out.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_too_little_memory_is_refused_before_loading(
+    miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgesd.runtime.pipeline.available_bytes", lambda: 1 << 20)
+    out = tmp_path / "a.png"
+    outcome = run_cli("generate", miniature.path, "-p", "a cat", "-o", out)
+    assert outcome.code == 6
+    assert_refused(outcome, "text_encoder needs about 64 MB of memory and 1 MB are free")
+    assert not out.exists()
+
+
+def test_components_are_released_when_memory_is_short(
+    miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def report(*options: str) -> dict[str, object]:
+        base = ("generate", miniature.path, "-p", "a cat", "-o", tmp_path / "a.png", "--json")
+        return dict(json.loads(run_cli(*base, *options).out))
+
+    assert report()["low_memory"] is False
+    assert report("--low-memory")["low_memory"] is True
+    weights = sum(miniature.weight_bytes(name) for name in miniature.manifest.engines)
+    monkeypatch.setattr("edgesd.runtime.pipeline._HEADROOM_BYTES", 0)
+    monkeypatch.setattr("edgesd.runtime.pipeline.available_bytes", lambda: 2 * weights - 1)
+    assert report()["low_memory"] is True
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -87,9 +87,7 @@ def test_infinite_latents_are_refused_with_the_step() -> None:
     states = np.zeros((1, 77, 8), np.float32)
     noise = BatchNoise([0])
     with pytest.raises(InputError, match="no longer finite after step 1 of 3"):
-        denoise(
-            runner, scheduler, noise((1, 4, 4, 4)), Conditioning(states, None), 1.0, noise
-        )
+        denoise(runner, scheduler, noise((1, 4, 4, 4)), Conditioning(states, None), 1.0, noise)
 
 
 def test_binding_checks_names_and_shapes_once() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from edgesd.cli.generate import generate_command
 from edgesd.runtime.schedulers import SCHEDULERS
 
+ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "peft", "safetensors")
 
 
@@ -46,3 +48,8 @@ def test_help_names_every_scheduler() -> None:
     (option,) = (p for p in generate_command.params if p.name == "scheduler")
     assert isinstance(option, click.Option) and option.help
     assert all(name in re.split(r"[ ,.]+", option.help) for name in SCHEDULERS)
+
+
+def test_the_command_reference_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, "scripts/write_cli_docs.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run `make docs`"

@@ -50,7 +50,7 @@ class OnnxRuntimeRunner(BoundRunner):
             self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
                 graph.model, options, providers=["CPUExecutionProvider"]
             )
-        except Exception as exc:  # noqa: BLE001: onnxruntime has no common base class
+        except Exception as exc:
             raise self._error(exc, "can't be loaded") from exc
         self._binding: onnxruntime.IOBinding | None = None
 
@@ -75,7 +75,7 @@ class OnnxRuntimeRunner(BoundRunner):
         start = time.perf_counter()
         try:
             self._session.run_with_iobinding(self._binding)
-        except Exception as exc:  # noqa: BLE001: onnxruntime has no common base class
+        except Exception as exc:
             raise self._error(exc, "failed while running") from exc
         if not self.outputs:
             values = self._binding.copy_outputs_to_cpu()
