@@ -64,7 +64,11 @@ class LatentSpec(Spec, frozen=True):
 
 
 class ShapeSpec(Spec, frozen=True):
-    """Picture sizes in pixels that the graphs accept. `dynamic`: any multiple of `multiple_of`."""
+    """Picture sizes in pixels that the graphs accept.
+
+    dynamic: any multiple of `multiple_of`, height and width being the default, and up to `batch`
+    rows. Otherwise this size only, and exactly `batch` rows.
+    """
 
     height: int
     width: int

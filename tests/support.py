@@ -198,7 +198,7 @@ def pipeline_spec() -> PipelineSpec:
         },
         scheduler=SchedulerSpec("ddim", {"_class_name": "DDIMScheduler", "clip_sample": False}),
         latent=LatentSpec(CHANNELS, SCALE, 1.0),
-        shape=ShapeSpec(16, 16, 1, dynamic=True, multiple_of=SCALE),
+        shape=ShapeSpec(16, 16, 63, dynamic=True, multiple_of=SCALE),
         max_tokens=77,
         num_inference_steps=4,
         guidance_scale=3.0,

@@ -157,8 +157,9 @@ class Pipeline:
                 raise UsageError("the pictures of one batch must share steps, size and scheduler")
         count = len(requests)
         built = self.spec.shape
-        if not built.dynamic and count != built.batch:
-            raise UsageError(f"this bundle was built for --batch {built.batch}, not {count}")
+        if count > built.batch or (not built.dynamic and count != built.batch):
+            most = "at most" if built.dynamic else "exactly"
+            raise UsageError(f"this bundle draws {most} {built.batch} at a time, not {count}")
         assert first.guidance_scale is not None and first.height and first.width
 
         guided = first.guidance_scale > 1 and not self._guidance_is_an_input()
@@ -182,7 +183,7 @@ class Pipeline:
             conditioning,
             first.guidance_scale,
             noise,
-            mode=self._guidance_mode(),
+            mode=self._guidance_mode(count),
             on_step=self._watch(on_step),
         )
         self.timings.add(self.timings.run, "unet", unet.seconds - before)
@@ -318,9 +319,9 @@ class Pipeline:
     def _guidance_is_an_input(self) -> bool:
         return self.spec.components["unet"].input("timestep_cond") is not None
 
-    def _guidance_mode(self) -> GuidanceMode:
-        if not self.spec.shape.dynamic:
-            return "sequential"  # a static graph has one row per picture
+    def _guidance_mode(self, count: int) -> GuidanceMode:
+        if not self.spec.shape.dynamic or 2 * count > self.spec.shape.batch:
+            return "sequential"  # one row per picture, not two
         return self.settings.guidance_mode or ("sequential" if self.low_memory else "batched")
 
     def _watch(self, on_step: Listener | None) -> Listener:

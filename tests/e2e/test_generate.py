@@ -81,6 +81,12 @@ def test_a_picture_does_not_depend_on_its_batch(miniature: Bundle, tmp_path: Pat
         assert abs(difference).max() <= 1
 
 
+def test_batches_too_large_for_both_halves_of_guidance(miniature: Bundle, tmp_path: Path) -> None:
+    base = ("generate", miniature.path, "-p", "a cat", "-n", 40, "--seed", 5)
+    assert run_cli(*base, "--batch", 40, "-o", tmp_path).code == 0
+    assert len(list(tmp_path.iterdir())) == 40
+
+
 def test_preview(miniature: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "a.png"
     run_cli("generate", miniature.path, "-p", "a cat", "--steps", 4, "--preview", 3, "-o", out)
@@ -109,6 +115,7 @@ def test_a_long_prompt_is_cut_with_a_warning(miniature: Bundle, tmp_path: Path) 
         (["-p", "x", "--guidance", "nan"], "finite"),
         (["-p", "x", "--seed", "-1"], "seed"),
         (["-p", "x", "-n", "2", "-o", "two.png"], "one file for 2 pictures"),
+        (["-p", "x", "-n", "64", "--batch", "64"], "at most 63 at a time, not 64"),
         (["-p", "a\0b"], "NUL"),
         (["--prompts", "missing.txt"], "missing.txt"),
     ],

@@ -1,0 +1,6 @@
+"""Workstation side: from a diffusers pipeline to checked ONNX graphs. torch lives here only.
+
+Importing this package costs nothing heavy: torch, diffusers, transformers and onnx are imported
+when a model is exported. Entry points: `edgesd.export.source.resolve_source` and
+`edgesd.export.pipeline.export_pipeline`.
+"""

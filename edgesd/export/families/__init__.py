@@ -1,0 +1,98 @@
+"""Model families: one file per family, found by `_class_name` in model_index.json.
+
+To add a family, write `families/<name>.py` with a `FAMILY: Family` and list it in `_MODULES`.
+A family reads configs only; torch is imported when `Component.load` is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgesd.errors import InputError
+from edgesd.spec import ComponentSpec, PipelineSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgesd.export.source import ModelSource
+
+MAX_BATCH = 63
+"""Rows of a dynamic graph, at most. diffusers' upsampling takes another branch from 64 on."""
+
+Sizes = Mapping[str, int]
+"""A value for each symbolic dimension of a component's inputs: batch, height, width."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network to export.
+
+    load: reads the weights and returns a torch module in fp32 whose forward takes the inputs of
+        `spec` in order, and returns its output, or a tuple of them. Raises InputError.
+    multiples: what a symbolic dimension must be a multiple of (1 if absent).
+    sizes: where parity is checked; all equal when the graph is static.
+    vocab_size: ids in int64 inputs stay below it.
+    """
+
+    spec: ComponentSpec
+    load: Callable[[], nn.Module]
+    multiples: Mapping[str, int]
+    sizes: tuple[Sizes, ...]
+    vocab_size: int = 0
+
+    @property
+    def name(self) -> str:
+        """The component's name: unet, text_encoder ..."""
+        return self.spec.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a checkpoint becomes: the pipeline as a whole, and its networks in export order."""
+
+    pipeline: PipelineSpec
+    components: tuple[Component, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    class_names: values of `_class_name` in model_index.json that it takes.
+    weights: folder of each network -> stem of its weight files.
+    configs: folders whose json and text files are needed (scheduler, tokenizer).
+    plan: reads the configs. Takes (width, height) in pixels for static graphs of one picture, or
+        None for dynamic ones. Raises InputError for a variant that isn't supported, UsageError
+        for a size that the model can't draw.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    weights: Mapping[str, str]
+    configs: tuple[str, ...]
+    plan: Callable[[ModelSource, tuple[int, int] | None], Plan]
+
+
+_MODULES = ("sd",)
+
+
+def families() -> tuple[Family, ...]:
+    """All families."""
+    return tuple(
+        importlib.import_module(f"edgesd.export.families.{name}").FAMILY for name in _MODULES
+    )
+
+
+def family_of(class_name: str, where: str) -> Family:
+    """The family that takes the diffusers pipeline class `class_name`.
+
+    Raises InputError listing what is supported; `where` says which model asked.
+    """
+    for family in families():
+        if class_name in family.class_names:
+            return family
+    valid = ", ".join(sorted(name for family in families() for name in family.class_names))
+    raise InputError(f"{where} is a {class_name}, which isn't supported: valid: {valid}")

@@ -1,0 +1,117 @@
+"""The gate: an exported component must compute what its torch source computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from edgesd.errors import ParityError
+from edgesd.export.families import Component, Sizes
+from edgesd.export.quiet import first_line
+from edgesd.spec import Parity, Precision, TensorSpec
+
+Array = npt.NDArray[Any]
+Case = tuple[dict[str, Array], tuple[Array, ...]]
+"""Inputs by name, and what the source made of them, output by output."""
+
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3}
+"""The largest relative RMS difference that passes."""
+
+
+def example_inputs(component: Component, sizes: Sizes, seed: int) -> dict[str, Array]:
+    """Inputs as the pipeline would feed them: noise, token ids padded at the end, a timestep."""
+    rng = np.random.default_rng(seed)
+    return {t.name: _example(t, component, sizes, rng) for t in component.spec.inputs}
+
+
+def reference_cases(module: nn.Module, component: Component) -> list[Case]:
+    """Run the source module once for each of component.sizes, on inputs of fixed seeds."""
+    cases = []
+    for seed, sizes in enumerate(component.sizes):
+        inputs = example_inputs(component, sizes, seed)
+        with torch.inference_mode():
+            out = module(*(torch.from_numpy(array) for array in inputs.values()))
+        outputs = out if isinstance(out, tuple) else (out,)
+        cases.append((inputs, tuple(tensor.numpy() for tensor in outputs)))
+    return cases
+
+
+def check_parity(
+    graph: Path, component: Component, cases: Sequence[Case], precision: Precision
+) -> Parity:
+    """Run the graph file in ONNX Runtime on the CPU and compare. All outputs count together.
+
+    Raises ParityError, naming component, figure and tolerance, when the graph doesn't load or run,
+    when an output isn't finite, or when it is further away than the tolerance.
+    """
+    tolerance = TOLERANCE[precision]
+    names = [tensor.name for tensor in component.spec.outputs]
+    max_abs, rel_rms = 0.0, 0.0
+    try:
+        session = _session(graph)
+        for inputs, wanted in cases:
+            found = session.run(names, inputs)
+            for name, ours, source in zip(names, found, wanted, strict=True):
+                if ours.shape != source.shape:
+                    raise ParityError(
+                        f"{component.name}: {name} of the exported graph has the shape "
+                        f"{list(ours.shape)}, its source {list(source.shape)}"
+                    )
+                for what, array in (("the source", source), ("the exported graph", ours)):
+                    if not np.isfinite(array).all():
+                        raise ParityError(f"{component.name}: {name} of {what} isn't finite")
+                max_abs = max(max_abs, float(np.abs(ours - source).max()))
+                rel_rms = max(rel_rms, relative_rms(ours, source))
+    except ParityError:
+        raise
+    except Exception as exc:  # onnxruntime raises a class for each of its error codes
+        raise ParityError(
+            f"{component.name}: ONNX Runtime can't run the exported graph: {first_line(exc)}"
+        ) from exc
+    if not rel_rms <= tolerance:
+        raise ParityError(
+            f"{component.name} ({precision}) differs from its source by {rel_rms:.2e} (relative "
+            f"RMS; largest difference {max_abs:.2e}), more than the tolerance {tolerance:.0e}"
+        )
+    return Parity(max_abs=max_abs, rel_rms=rel_rms, tolerance=tolerance)
+
+
+def relative_rms(ours: Array, source: Array) -> float:
+    """RMS of the difference over RMS of the source; infinite if only the source is zero."""
+    source = source.astype(np.float64)
+    difference = float(np.sqrt(np.mean((ours - source) ** 2)))
+    scale = float(np.sqrt(np.mean(source**2)))
+    if scale == 0:
+        return 0.0 if difference == 0 else math.inf
+    return difference / scale
+
+
+def _session(graph: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_mem_pattern = options.enable_mem_reuse = False  # less memory, same speed
+    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+
+
+def _example(
+    tensor: TensorSpec, component: Component, sizes: Sizes, rng: np.random.Generator
+) -> Array:
+    shape = [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape]
+    if tensor.dtype == "int64":
+        ids = rng.integers(0, component.vocab_size, shape)
+        ids[:, 0], ids[:, shape[1] // 2 :] = component.vocab_size - 2, component.vocab_size - 1
+        return ids.astype(np.int64)
+    if tensor.name == "timestep":
+        return rng.integers(1, 1000, shape).astype(np.float32)
+    if tensor.name == "image":
+        return rng.uniform(-1, 1, shape).astype(np.float32)
+    return rng.standard_normal(shape, dtype=np.float32)

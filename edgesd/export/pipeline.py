@@ -1,0 +1,171 @@
+"""A checkpoint becomes a folder of ONNX graphs, each checked against its source."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.metadata
+import logging
+import resource
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from edgesd.errors import InputError, MissingDependencyError
+from edgesd.export.families import Component, Plan
+from edgesd.export.source import ModelSource
+from edgesd.files import atomic_dir, disk_errors
+from edgesd.spec import Graph, GraphSet, Precision
+
+if TYPE_CHECKING:
+    from edgesd.export.parity import Case
+
+LICENCE_FOLDER = "licence"
+"""Where the model card and the licence files of the weights go."""
+
+_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+_log = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Told of each stage (load, export, check, tokenizer) of a component as it begins."""
+
+    def __call__(self, stage: str, component: str) -> None: ...
+
+
+def export_pipeline(
+    source: ModelSource,
+    out_dir: Path,
+    precision: Precision = "fp32",
+    *,
+    size: tuple[int, int] | None = None,
+    attention: Literal["ort-mha", "sdpa"] = "ort-mha",
+    progress: Progress | None = None,
+) -> GraphSet:
+    """Export all components of `source` to the new (or empty) folder `out_dir`.
+
+    Writes COMPONENT/model.onnx and weights.bin for each component, tokenizer/tokenizer.json and
+    tokenizer_spec.json, and licence/. One component is in memory at a time.
+
+    precision: "fp16" stores weights in 16 bits; inputs, outputs and arithmetic stay in fp32.
+    size: (width, height) in pixels for static graphs of batch 1; None for any batch and any
+    multiple of the model's granularity. attention: "ort-mha" for ONNX Runtime's fused operator,
+    "sdpa" for standard ONNX operators.
+
+    Raises InputError for a model that can't be read, UsageError for a size it can't draw,
+    ParityError when a graph differs from its source, ResourceError when the disk is full,
+    EdgesdError when the exporter fails, MissingDependencyError without edgesd[build]. `out_dir`
+    is left as it was then.
+    """
+    _require_build_tools()
+    plan = plan_pipeline(source, size)
+    report = progress or _silent
+    graphs = {}
+    with atomic_dir(out_dir) as root:
+        assets = _copy_licence(source, root)
+        report("tokenizer", "tokenizer")
+        from edgesd.export.tokenizer import write_tokenizer
+
+        names = write_tokenizer(
+            source.root / "tokenizer", root / "tokenizer", plan.pipeline.max_tokens
+        )
+        assets += [f"tokenizer/{name}" for name in names]
+        for component in plan.components:
+            graphs[component.name] = _export(component, root, precision, attention, report)
+    return GraphSet(
+        root=str(out_dir),
+        pipeline=plan.pipeline,
+        precision=precision,
+        graphs=graphs,
+        assets=tuple(assets),
+        licence=source.licence(LICENCE_FOLDER),
+        tools={name: importlib.metadata.version(name) for name in _TOOLS},
+    )
+
+
+def plan_pipeline(source: ModelSource, size: tuple[int, int] | None) -> Plan:
+    """What `source` becomes, from its configs alone. `size` and errors as in `export_pipeline`."""
+    try:
+        return source.family.plan(source, size)
+    except (TypeError, ValueError, AttributeError, OverflowError) as exc:
+        raise InputError(f"{source.name}: its configs hold a value of a wrong type: {exc}") from exc
+
+
+def _export(
+    component: Component,
+    root: Path,
+    precision: Precision,
+    attention: Literal["ort-mha", "sdpa"],
+    report: Progress,
+) -> Graph:
+    from edgesd.export.external_data import GRAPH_FILE
+    from edgesd.export.parity import check_parity
+
+    start = time.perf_counter()
+    cases = _write_graph(component, root / component.name, precision, attention, report)
+    gc.collect()  # the module is in reference cycles: free it before the graph is loaded
+    report("check", component.name)
+    path = f"{component.name}/{GRAPH_FILE}"
+    parity = check_parity(root / path, component, cases, precision)
+    _log.info(
+        "%s: %.1f s, relative RMS %.1e, peak memory of the process %d MB",
+        component.name,
+        time.perf_counter() - start,
+        parity.rel_rms,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+    )
+    return Graph(component.name, path, precision, parity)
+
+
+def _write_graph(
+    component: Component,
+    folder: Path,
+    precision: Precision,
+    attention: Literal["ort-mha", "sdpa"],
+    report: Progress,
+) -> list[Case]:
+    """Write one component; returns what its source computes, taken before it was changed."""
+    from edgesd.export.external_data import write_model
+    from edgesd.export.parity import reference_cases
+    from edgesd.export.passes.fp16_weights import Fp16Weights
+    from edgesd.export.to_onnx import graph_from_module
+
+    report("load", component.name)
+    module = component.load()
+    cases = reference_cases(module, component)
+    report("export", component.name)
+    model = graph_from_module(module, component, attention)
+    if precision == "fp16":
+        half = Fp16Weights()
+        half(model)
+        for name in half.kept:
+            _log.warning("%s: %s exceeds fp16 and stays in fp32", component.name, name)
+    write_model(model, folder)
+    return cases
+
+
+def _copy_licence(source: ModelSource, root: Path) -> list[str]:
+    """Copy the model card and licence files; returns their paths below `root`."""
+    folder = root / LICENCE_FOLDER
+    card = source.model_card()
+    paths = [*([card] if card else []), *source.licence_files()]
+    with disk_errors(folder):
+        folder.mkdir()
+        for path in paths:
+            shutil.copyfile(path, folder / path.name)
+    return [f"{LICENCE_FOLDER}/{path.name}" for path in paths]
+
+
+def _require_build_tools() -> None:
+    for name in ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript"):
+        try:
+            importlib.import_module(name)
+        except ImportError as exc:
+            raise MissingDependencyError(
+                f"exporting a model needs {exc.name or name}: pip install 'edgesd[build]'"
+            ) from exc
+
+
+def _silent(stage: str, component: str) -> None:
+    pass

@@ -1,0 +1,316 @@
+"""From what the user names as a model to a checked local folder.
+
+Takes a diffusers folder (with model_index.json) or a Hugging Face hub id (owner/name). Other
+kinds of input (single-file checkpoints, ONNX folders) would be told apart in `resolve_source`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgesd.errors import InputError, MissingDependencyError, unknown_name
+from edgesd.export.families import Family, family_of
+from edgesd.export.quiet import first_line
+from edgesd.files import sha256_file
+from edgesd.spec import Licence
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+_TEXT_FILE = (".json", ".txt", ".model")
+_LICENCES = "LICENSES"
+_NOTICE = re.compile(r"(licen[cs]e|notice|copying)([._-].*)?", re.IGNORECASE)
+_MODEL_CARD = "README.md"
+_HINTS = "edgesd.json"
+_HINT_TYPES: dict[str, tuple[type, ...]] = {
+    "num_inference_steps": (int,),
+    "guidance_scale": (int, float),
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weight files of one network: names in its folder, and how diffusers must load them."""
+
+    files: tuple[str, ...]
+    variant: str | None
+    safetensors: bool
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this machine. `name` is what the user called it; `index` is model_index.json."""
+
+    name: str
+    root: Path
+    index: Mapping[str, Any]
+    family: Family
+
+    def config(self, path: str) -> dict[str, Any]:
+        """The json object in the file `path`, relative to the model. Raises InputError."""
+        return read_json_object(self.root / path)
+
+    def class_of(self, component: str) -> str:
+        """The class that model_index.json gives for a component. Raises InputError."""
+        entry = self.index.get(component)
+        if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str):
+            return entry[1]
+        raise InputError(f"{self.root / 'model_index.json'} has no {component}: is it complete?")
+
+    def weights(self, component: str) -> Weights:
+        """The best weight files of a component. Raises InputError when there are none."""
+        folder = self.root / component
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        stem = self.family.weights[component]
+        found = choose_weights(names, stem)
+        if found is None:
+            raise InputError(
+                f"{folder} has no complete weights: expected {stem}.safetensors (or its .fp16 "
+                "variant, its shards, or a .bin file); download the model again"
+            )
+        return found
+
+    def parameters(self, component: str) -> int:
+        """Number of weights of a component; for .bin files, as if they were stored in fp32.
+
+        Raises InputError when a file can't be read.
+        """
+        weights = self.weights(component)
+        paths = [self.root / component / name for name in weights.files]
+        if not weights.safetensors:
+            return sum(path.stat().st_size for path in paths) // 4
+        from safetensors import SafetensorError, safe_open
+
+        count = 0
+        for path in paths:
+            if path.suffix != ".safetensors":
+                continue  # the index of a sharded checkpoint
+            try:
+                with safe_open(path, "np") as file:
+                    shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+            except (SafetensorError, OSError) as exc:
+                raise InputError(f"cannot read {path}: {first_line(exc)}") from exc
+            count += sum(math.prod(shape) for shape in shapes)
+        return count
+
+    def licence_files(self) -> tuple[Path, ...]:
+        """LICENSE, NOTICE and the like in the model's folder, and all files in its LICENSES/."""
+        notices = [p for p in self.root.iterdir() if _NOTICE.fullmatch(p.name)]
+        return tuple(
+            sorted(p for p in [*notices, *(self.root / _LICENCES).glob("*")] if p.is_file())
+        )
+
+    def model_card(self) -> Path | None:
+        """README.md, if there is one."""
+        path = self.root / _MODEL_CARD
+        return path if path.is_file() else None
+
+    def licence_name(self) -> str:
+        """`license` in the model card's front matter, or "unknown"."""
+        card = self.model_card()
+        text = card.read_text("utf-8", errors="replace") if card else ""
+        front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+        fields = dict(
+            re.findall(r"^(license\w*):[ \t]*[\"']?([^\"'\n#]+)", front[1], re.MULTILINE)
+            if front
+            else []
+        )
+        name = fields.get("license", "").strip()
+        if name in ("", "other"):
+            name = fields.get("license_name", name).strip()
+        return name or "unknown"
+
+    def licence(self, folder: str) -> Licence:
+        """The licence, its files taken to be copied to `folder`."""
+        return Licence(
+            self.licence_name(), tuple(f"{folder}/{path.name}" for path in self.licence_files())
+        )
+
+    def hints(self) -> dict[str, Any]:
+        """Defaults that the model asks for in edgesd.json: num_inference_steps, guidance_scale.
+
+        Raises InputError for another field, or a value that makes no sense.
+        """
+        path = self.root / _HINTS
+        if not path.exists():
+            return {}
+        found = read_json_object(path)
+        for name, value in found.items():
+            kinds = _HINT_TYPES.get(name)
+            if kinds is None:
+                raise InputError(f"{path}: {unknown_name('field', name, _HINT_TYPES)}")
+            number = float(value) if type(value) in kinds else math.nan
+            if not 0 <= number <= 1000:
+                raise InputError(f"{path}: {name} must be a number from 0 to 1000, not {value!r}")
+        return found
+
+    def sha256(self) -> str:
+        """Hash over the names and contents of all files that the pipeline is made from."""
+        digest = hashlib.sha256()
+        for path in self._files():
+            name = path.relative_to(self.root).as_posix()
+            digest.update(f"{name}\0{sha256_file(path)}\n".encode())
+        return digest.hexdigest()
+
+    def _files(self) -> list[Path]:
+        paths = [self.root / "model_index.json"]
+        for component in self.family.weights:
+            folder = self.root / component
+            paths.append(folder / "config.json")
+            paths += [folder / name for name in self.weights(component).files]
+        for folder_name in self.family.configs:
+            folder = self.root / folder_name
+            if not folder.is_dir():
+                raise InputError(f"{folder} is missing: download the model again")
+            paths += [p for p in folder.iterdir() if p.suffix in _TEXT_FILE]
+        for path in paths:
+            if not path.is_file():
+                raise InputError(f"{path} is missing: download the model again")
+        return sorted(paths)
+
+
+def resolve_source(model: str | Path) -> ModelSource:
+    """Find a model: a local diffusers folder, or a hub id, which is downloaded to its cache.
+
+    What looks like a path (it exists, starts with . / or ~, or its parent folder exists) is never
+    looked up on the network. Raises InputError when the model can't be found, read or reached, or
+    is of no supported family; MissingDependencyError when a download needs edgesd[build].
+    """
+    name = str(model)
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise InputError(_not_a_folder(path))
+    if path.is_dir():
+        return _open_folder(name, path)
+    if _looks_local(model):
+        raise InputError(
+            f"{name} doesn't exist: give a diffusers folder (with model_index.json), "
+            "or a hub id such as owner/name"
+        )
+    return _open_folder(name, _download(name))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The json object in a file. Raises InputError when it is missing, broken, or no object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: is this a complete diffusers folder?") from None
+    except OSError as exc:
+        raise InputError(f"cannot read {path}: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise InputError(f"{path} isn't valid JSON ({exc}): download the model again") from exc
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def choose_weights(names: Collection[str], stem: str) -> Weights | None:
+    """The best complete set of weight files among `names`, or None.
+
+    Full precision before fp16, and safetensors before pickles (whose transformers stem is
+    pytorch_model); variants other than fp16 (non_ema, int8 ...) are left alone.
+    """
+    for safetensors in (True, False):
+        for variant in (None, "fp16"):
+            extension = "safetensors" if safetensors else "bin"
+            base = "pytorch_model" if stem == "model" and not safetensors else stem
+            infix = f".{variant}" if variant else ""
+            single = f"{base}{infix}.{extension}"
+            if single in names:
+                return Weights((single,), variant, safetensors)
+            index = f"{base}.{extension}.index{infix}.json"
+            shard = re.compile(re.escape(f"{base}{infix}") + rf"-\d+-of-(\d+)\.{extension}")
+            shards = sorted(name for name in names if shard.fullmatch(name))
+            counts = {int(match[1]) for name in shards if (match := shard.fullmatch(name))}
+            if index in names and counts == {len(shards)}:
+                return Weights((index, *shards), variant, safetensors)
+    return None
+
+
+def _open_folder(name: str, root: Path) -> ModelSource:
+    if not (root / "model_index.json").is_file():
+        raise InputError(
+            f"{root} has no model_index.json: expected a diffusers pipeline folder, as "
+            "save_pretrained writes it"
+        )
+    index = read_json_object(root / "model_index.json")
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str):
+        raise InputError(f"{root / 'model_index.json'} has no _class_name: is it complete?")
+    return ModelSource(name, root, index, family_of(class_name, name))
+
+
+def _not_a_folder(path: Path) -> str:
+    if path.suffix.lower() in _SINGLE_FILE:
+        return (
+            f"{path} is a single-file checkpoint, which isn't supported yet: convert it once with "
+            "diffusers (StableDiffusionPipeline.from_single_file, then save_pretrained)"
+        )
+    return f"{path} is a file: expected a diffusers folder (with model_index.json)"
+
+
+def _looks_local(model: str | Path) -> bool:
+    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+        return True
+    return Path(model).suffix.lower() in _SINGLE_FILE or Path(model).parent.is_dir()
+
+
+def _download(repo_id: str) -> Path:
+    """Fetch just the files that the family needs; from the cache when the hub can't be reached."""
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import errors
+    except ImportError as exc:
+        raise MissingDependencyError(
+            f"downloading {repo_id} needs huggingface_hub: pip install 'edgesd[build]'"
+        ) from exc
+    try:
+        index = read_json_object(Path(hub.hf_hub_download(repo_id, "model_index.json")))
+        family = family_of(str(index.get("_class_name")), repo_id)
+        try:
+            patterns = _wanted(hub.list_repo_files(repo_id), family)
+        except (errors.OfflineModeIsEnabled, ConnectionError):
+            return Path(hub.snapshot_download(repo_id, local_files_only=True))
+        return Path(hub.snapshot_download(repo_id, allow_patterns=patterns))
+    except errors.GatedRepoError as exc:
+        raise InputError(
+            f"{repo_id} is gated: accept its terms on the hub's web page, then run `hf auth login`"
+        ) from exc
+    except errors.RepositoryNotFoundError as exc:
+        raise InputError(
+            f"{repo_id} is neither a folder here nor a public model on the hub: check the spelling"
+            ", or run `hf auth login` if it is private"
+        ) from exc
+    except errors.LocalEntryNotFoundError as exc:
+        raise InputError(
+            f"{repo_id} is not a folder here, is not in the download cache, and the hub can't be "
+            "reached: check the network, or give a local folder"
+        ) from exc
+    except errors.EntryNotFoundError as exc:
+        raise InputError(
+            f"{repo_id} has no model_index.json: only diffusers pipelines are supported"
+        ) from exc
+    except InputError:
+        raise
+    except Exception as exc:  # each hub version raises the exceptions of its own HTTP library
+        raise InputError(f"cannot download {repo_id}: {first_line(exc)}") from exc
+
+
+def _wanted(files: Collection[str], family: Family) -> list[str]:
+    wanted = ["model_index.json", _MODEL_CARD, _HINTS]
+    wanted += [name for name in files if _NOTICE.fullmatch(name)] + [f"{_LICENCES}/*"]
+    wanted += [f"{folder}/*{suffix}" for folder in family.configs for suffix in _TEXT_FILE]
+    for component, stem in family.weights.items():
+        prefix = f"{component}/"
+        names = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
+        weights = choose_weights(names, stem)
+        wanted.append(f"{prefix}config.json")
+        wanted += [prefix + name for name in weights.files] if weights else []
+    return wanted

@@ -1,0 +1,1 @@
+"""How the emoji demo model in ``models/emoji`` is made: data, training, contact sheet, judge."""

@@ -1,0 +1,56 @@
+"""Draw the 32 prompts of the contact sheet, eight to a row.
+
+python -m scripts.demo_model.contact_sheet --pipeline models/emoji --out docs/demo-sheet.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from .sampling import draw
+from .vocabulary import SHEET_PROMPTS
+
+COLUMNS = 8
+GAP = 4  # pixels around each tile
+
+
+def tile(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of equal size, row by row, on white."""
+    side = pictures[0].width + GAP
+    rows = -(-len(pictures) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * side, rows * side), "white")
+    for place, picture in enumerate(pictures):
+        row, column = divmod(place, COLUMNS)
+        sheet.paste(picture, (column * side + GAP // 2, row * side + GAP // 2))
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--pipeline", type=Path, required=True, help="pipeline folder")
+    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--prompts", help="other prompts, separated by semicolons")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    arguments = parser.parse_args()
+    pipeline = StableDiffusionPipeline.from_pretrained(arguments.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = arguments.prompts.split(";") if arguments.prompts else SHEET_PROMPTS
+    pictures = draw(
+        pipeline,
+        prompts,
+        seed=arguments.seed,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance,
+    )
+    tile(pictures).save(arguments.out, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""edgesd build and demo on the embedded pipeline; the picture against diffusers' own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgesd.evaluate.psnr import psnr
+from edgesd.runtime.bundle import open_bundle
+from tests.support import assert_refused, run_cli
+
+MODEL = Path(__file__).resolve().parents[2] / "models" / "emoji"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of `edgesd demo`."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    outcome = run_cli("demo", "-o", out)
+    assert outcome.code == 0, outcome.err
+    assert "next: edgesd generate" in outcome.out
+    return out
+
+
+def bundle_of(demo: Path) -> Path:
+    (bundle,) = demo.glob("bundle-*")
+    return bundle
+
+
+def test_demo_draws_eight_pictures_on_a_sheet(demo: Path) -> None:
+    pictures = sorted((demo / "pictures").iterdir())
+    assert len(pictures) == 8
+    side = Image.open(pictures[0]).width
+    assert Image.open(demo / "pictures.png").width > 4 * side
+    for path in pictures:
+        assert np.asarray(Image.open(path)).std() > 20  # not one flat colour
+
+
+def test_demo_uses_its_bundle_again(demo: Path) -> None:
+    before = (bundle_of(demo) / "bundle.json").stat().st_mtime_ns
+    outcome = run_cli("demo", "-o", demo)
+    assert outcome.code == 0
+    assert "using the bundle" in outcome.err
+    assert (bundle_of(demo) / "bundle.json").stat().st_mtime_ns == before
+
+
+def test_the_bundle_says_what_it_is(demo: Path) -> None:
+    outcome = run_cli("inspect", bundle_of(demo), "--json")
+    manifest = json.loads(outcome.out)["manifest"]
+    assert manifest["licence"]["name"] == "apache-2.0"
+    assert {"torch", "diffusers", "onnxruntime", "edgesd"} <= manifest["tools"].keys()
+    engines = manifest["engines"]
+    assert engines.keys() == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+    for engine in engines.values():
+        assert 0 < engine["parity"]["rel_rms"] <= engine["parity"]["tolerance"] <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "steps"),
+    [("ddim", None, 20), ("dpmpp-2m", "DPMSolverMultistepScheduler", 8)],
+)
+def test_same_seed_same_picture_as_diffusers(
+    demo: Path, tmp_path: Path, ours: str, theirs: str | None, steps: int
+) -> None:
+    import diffusers
+    import torch
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(MODEL))
+    pipe.set_progress_bar_config(disable=True)
+    if theirs:
+        pipe.scheduler = getattr(diffusers, theirs).from_config(pipe.scheduler.config)
+    prompts = ["a red apple", "a green dinosaur"]
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 3)]
+    expected = pipe(
+        prompts, num_inference_steps=steps, guidance_scale=4.0, generator=generators
+    ).images
+    outcome = run_cli(
+        "generate", bundle_of(demo), "-p", prompts[0], "-p", prompts[1], "--seed", 3,
+        "--steps", steps, "--guidance", 4, "--scheduler", ours, "-o", tmp_path,
+    )  # fmt: skip
+    assert outcome.code == 0
+    for image, path in zip(expected, sorted(tmp_path.glob("*.png")), strict=True):
+        assert psnr(np.asarray(image), np.asarray(Image.open(path))) >= 45
+
+
+def test_build_for_a_board_in_one_file(tmp_path: Path) -> None:
+    out = tmp_path / "demo.edgesd"
+    outcome = run_cli(
+        "build", "demo", "--target", "jetson-orin", "--precision", "fp16", "--size", "64x64",
+        "-o", out,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "no tensorrt engines yet" in outcome.out
+    bundle = open_bundle(out)
+    assert bundle.manifest.target == "jetson-orin-nano-4gb"
+    assert bundle.manifest.precision == "fp16"
+    assert not bundle.manifest.pipeline.shape.dynamic
+    parameters = sum(path.stat().st_size for path in MODEL.rglob("*.safetensors"))
+    assert out.stat().st_size < 1.5 * parameters  # the checkpoint is fp16, too
+    assert list(tmp_path.iterdir()) == [out]
+    again = run_cli("build", "demo", "--target", "x86-64-cpu", "-o", out)
+    assert_refused(again, "exists already")
+    png = tmp_path / "a.png"
+    options = ("-p", "a cat", "--any-machine", "--steps", 2, "-o", png)
+    assert run_cli("generate", out, *options).code == 0
+    assert Image.open(png).size == (64, 64)
+    assert_refused(run_cli("generate", out, *options, "--size", "128x128"), "64x64 pixels only")
+
+
+def test_a_model_too_large_for_the_board_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgesd.build.RUNTIME_BYTES", 400 << 20)
+    monkeypatch.chdir(tmp_path)
+    outcome = run_cli("build", "demo", "--target", "raspberry-pi-zero-2w")
+    assert outcome.code == 5
+    assert_refused(outcome, "demo in fp32 needs 0.4", "raspberry-pi-zero-2w", "raspberry-pi-4")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "--target", "raspbery-pi-5"], "did you mean 'raspberry-pi-5'"),
+        (["./missing", "--target", "x86-64-cpu"], "missing"),
+        (["demo", "--target", "x86-64-cpu", "--precision", "int3"], "int3"),
+        (["demo", "--target", "x86-64-cpu", "--size", "100x100"], "100"),
+        (["demo"], "--target"),
+        (["./checkpoint.safetensors", "--target", "x86-64-cpu"], "checkpoint.safetensors"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(run_cli("build", *arguments), words)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,270 @@
+"""Finding models: what is accepted, and what each refusal says. No torch, no network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgesd.errors import EdgesdError, InputError, UsageError
+from edgesd.export import source as source_module
+from edgesd.export.source import Weights, choose_weights, resolve_source
+
+EMOJI = Path(__file__).resolve().parents[2] / "models" / "emoji"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the embedded model that a test may break."""
+    return Path(shutil.copytree(EMOJI, tmp_path / "model"))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(repo_id: str) -> Path:
+        raise AssertionError(f"looked for {repo_id} on the network")
+
+    monkeypatch.setattr(source_module, "_download", refuse)
+
+
+def edit(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_the_embedded_model() -> None:
+    source = resolve_source(EMOJI)
+    plan = source.family.plan(source, None)
+    spec = plan.pipeline
+    assert [c.name for c in plan.components] == [
+        "text_encoder",
+        "unet",
+        "vae_decoder",
+        "vae_encoder",
+    ]
+    assert (spec.family, spec.scheduler.name, spec.max_tokens) == ("sd", "ddim", 77)
+    assert spec.scheduler.config == source.config("scheduler/scheduler_config.json")
+    assert (spec.num_inference_steps, spec.guidance_scale) == (20, 4.0)
+    assert (spec.latent.channels, spec.latent.scale_factor, spec.latent.scaling_factor) == (4, 8, 1)
+    shape = spec.shape
+    assert (shape.height, shape.width, shape.multiple_of, shape.dynamic) == (128, 128, 32, True)
+    assert source.licence("licence").name == "apache-2.0"
+    files = source.licence("licence").files
+    assert "licence/NOTICE" in files
+    assert len(files) == 1 + len(list((EMOJI / "LICENSES").iterdir()))
+
+
+def test_static_size() -> None:
+    source = resolve_source(EMOJI)
+    plan = source.family.plan(source, (192, 128))
+    assert not plan.pipeline.shape.dynamic
+    assert plan.pipeline.components["unet"].inputs[0].shape == (1, 4, 16, 24)
+    assert plan.pipeline.components["vae_decoder"].outputs[0].shape == (1, 3, 128, 192)
+    with pytest.raises(UsageError, match="width 100 isn't a multiple of 32: the nearest is 96"):
+        source.family.plan(source, (100, 64))
+
+
+@pytest.mark.parametrize("name", ["./none", "/none/at/all", "~/none", "none", "a/b/c", "", "x y/z"])
+def test_what_looks_local_stays_local(name: str) -> None:
+    with pytest.raises(InputError, match=r"doesn't exist|no model_index"):
+        resolve_source(name)
+
+
+def test_a_typo_beside_a_folder_stays_local(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="models/emojy doesn't exist"):
+        resolve_source("models/emojy")
+
+
+def test_a_hub_id_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "_download", lambda repo_id: EMOJI)
+    assert resolve_source("owner/name").name == "owner/name"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "notes.txt"])
+def test_files_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=r"single-file checkpoint|expected a diffusers folder"):
+        resolve_source(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\xff", "{}", '{"_class_name": 3}'])
+def test_broken_index(model: Path, content: str) -> None:
+    (model / "model_index.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=r"model_index\.json"):
+        resolve_source(model)
+
+
+def test_another_family_names_those_supported(model: Path) -> None:
+    edit(model / "model_index.json", _class_name="FluxPipeline")
+    with pytest.raises(InputError, match=r"FluxPipeline.*StableDiffusionPipeline"):
+        resolve_source(model)
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("model_index.json", {"vae": ["diffusers", "VQModel"]}, "VQModel.*AutoencoderKL"),
+        ("model_index.json", {"unet": [None, None]}, "no unet"),
+        ("model_index.json", {"scheduler": ["diffusers", "NoSuchScheduler"]}, "NoSuchScheduler"),
+        ("unet/config.json", {"in_channels": 9}, "inpainting"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type"),
+        ("unet/config.json", {"cross_attention_dim": 1024}, "width 1024.*128"),
+        ("vae/config.json", {"latent_channels": 16}, "16 latent channels"),
+        ("text_encoder/config.json", {"use_attention_mask": True}, "use_attention_mask"),
+    ],
+)
+def test_variants_that_are_not_supported(
+    model: Path, file: str, fields: dict[str, Any], message: str
+) -> None:
+    edit(model / file, **fields)
+    source = resolve_source(model)
+    with pytest.raises(InputError, match=message):
+        source.family.plan(source, None)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae",
+        "scheduler",
+        "tokenizer",
+    ],
+)
+def test_missing_files(model: Path, missing: str) -> None:
+    path = model / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    source = resolve_source(model)
+    with pytest.raises(InputError, match=missing.split("/")[0]):
+        source.family.plan(source, None)
+
+
+@pytest.mark.parametrize(
+    "hints",
+    [
+        "[",
+        "{}",
+        '{"steps": 3}',
+        '{"guidance_scale": "4"}',
+        '{"guidance_scale": NaN}',
+        '{"guidance_scale": -1}',
+        '{"num_inference_steps": 2.5}',
+        '{"num_inference_steps": true}',
+    ],
+)
+def test_hints(model: Path, hints: str) -> None:
+    (model / "edgesd.json").write_text(hints)
+    if hints == "{}":
+        assert resolve_source(model).hints() == {}
+        return
+    with pytest.raises(InputError, match=r"edgesd\.json"):
+        resolve_source(model).hints()
+
+
+def test_the_hash_covers_weights_and_configs(model: Path) -> None:
+    before = resolve_source(model).sha256()
+    assert before == resolve_source(EMOJI).sha256()
+    (model / "README.md").write_text("another card")
+    assert resolve_source(model).sha256() == before
+    assert resolve_source(model).licence_name() == "unknown"
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    changed = resolve_source(model).sha256()
+    assert changed != before
+    edit(model / "unet" / "config.json", dropout=0.5)
+    assert resolve_source(model).sha256() not in (before, changed)
+
+
+@pytest.mark.parametrize(
+    ("card", "name"),
+    [
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\ntags: [a]\nlicense: 'creativeml-openrail-m'  # x\n---\n", "creativeml-openrail-m"),
+        ("---\nlicense: other\nlicense_name: my-own\n---\n", "my-own"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("license: mit\n", "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_licence_name(model: Path, card: str, name: str) -> None:
+    (model / "README.md").write_text(card)
+    assert resolve_source(model).licence_name() == name
+
+
+def test_choose_weights() -> None:
+    stem = "diffusion_pytorch_model"
+    full, half, pickle = f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem}.bin"
+    assert choose_weights([pickle, half, full], stem) == Weights((full,), None, True)
+    assert choose_weights([pickle, half], stem) == Weights((half,), "fp16", True)
+    assert choose_weights([pickle, f"{stem}.non_ema.safetensors"], stem) == Weights(
+        (pickle,), None, False
+    )
+    assert choose_weights(["pytorch_model.bin"], "model") == Weights(
+        ("pytorch_model.bin",), None, False
+    )
+    index = f"{stem}.safetensors.index.json"
+    shards = [f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert choose_weights([index, *shards], stem) == Weights((index, *shards), None, True)
+    assert choose_weights([index, shards[0]], stem) is None
+    assert choose_weights([], stem) is None
+
+
+class TestDownload:
+    """What the hub's failures turn into: one line that says what to do."""
+
+    @pytest.fixture
+    def hub(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        monkeypatch.undo()
+        return pytest.importorskip("huggingface_hub")
+
+    @pytest.mark.parametrize(
+        ("error", "message"),
+        [
+            ("GatedRepoError", "is gated: accept its terms"),
+            ("RepositoryNotFoundError", "neither a folder here nor a public model"),
+            ("LocalEntryNotFoundError", "the hub can't be reached"),
+            ("RemoteEntryNotFoundError", "has no model_index.json"),
+            ("", "cannot download some-owner/none: socket closed"),
+        ],
+    )
+    def test_failures(
+        self, hub: Any, monkeypatch: pytest.MonkeyPatch, error: str, message: str
+    ) -> None:
+        def fail(*args: Any, **kwargs: Any) -> str:
+            cls = getattr(hub.errors, error) if error else RuntimeError
+            raised = cls.__new__(cls)
+            raised.args = ("socket closed\nand more",)
+            raise raised
+
+        monkeypatch.setattr(hub, "hf_hub_download", fail)
+        with pytest.raises(EdgesdError, match=message) as caught:
+            resolve_source("some-owner/none")
+        assert "\n" not in str(caught.value)
+
+    def test_only_what_is_needed_is_fetched(
+        self, hub: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        files = [p.relative_to(EMOJI).as_posix() for p in EMOJI.rglob("*") if p.is_file()]
+        extra = ["unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors"]
+        asked: list[str] = []
+
+        def snapshot(repo_id: str, allow_patterns: list[str]) -> str:
+            asked.extend(allow_patterns)
+            return str(EMOJI)
+
+        monkeypatch.setattr(hub, "hf_hub_download", lambda repo, name: str(EMOJI / name))
+        monkeypatch.setattr(hub, "list_repo_files", lambda repo: [*files, *extra])
+        monkeypatch.setattr(hub, "snapshot_download", snapshot)
+        assert resolve_source("some-owner/model").root == EMOJI
+        assert "unet/diffusion_pytorch_model.safetensors" in asked
+        assert "tokenizer/*.json" in asked and "NOTICE" in asked
+        assert not set(extra) & set(asked)
