@@ -13,7 +13,7 @@ from edgesd.device.targets import check_memory, check_request, get_target
 from edgesd.engines import BACKENDS
 from edgesd.engines.bundle import file_entries, pack_bundle, write_manifest
 from edgesd.errors import InputError, TargetError
-from edgesd.files import atomic_dir, private_folder
+from edgesd.files import atomic_dir, check_writable, private_folder
 from edgesd.runtime.bundle import SUFFIX, Bundle, open_bundle
 from edgesd.spec import SCHEMA_VERSION, BundleManifest, Precision, Target
 
@@ -47,8 +47,11 @@ class Built:
 
 def default_output(model: str, target: str, precision: str) -> Path:
     """Where a build goes without -o: bundles/MODEL-TARGET-PRECISION."""
-    name = model.rstrip("/").rsplit("/", 1)[-1] or "bundle"
-    return Path("bundles") / f"{name}-{target}-{precision}"
+    return Path("bundles") / f"{_name(model)}-{target}-{precision}"
+
+
+def _name(model: str) -> str:
+    return DEMO if model == DEMO else Path(model).resolve().name or "model"
 
 
 def demo_model() -> Path:
@@ -60,6 +63,13 @@ def demo_model() -> Path:
             "clone edgesd and run there, or give the folder of a diffusers pipeline"
         )
     return folder
+
+
+def demo_sha256() -> str:
+    """Hash of the embedded pipeline, as its bundles carry it. Raises InputError."""
+    from edgesd.export.source import resolve_source
+
+    return resolve_source(demo_model()).sha256()
 
 
 def demo_target() -> str:
@@ -82,37 +92,41 @@ def build(
     precision: Precision,
     out: Path,
     size: tuple[int, int] | None = None,
+    scheduler: str | None = None,
     progress: Progress | None = None,
 ) -> Built:
     """Export `model`, check it against its source, and write the bundle `out`.
 
     model: "demo", a diffusers folder, or a hub id. size: (width, height) in pixels for static
-    graphs of one picture; None exports graphs for any size and batch. An `out` that ends in
-    `.edgesd` is the one-file form. Raises UsageError, InputError, TargetError, ParityError,
+    graphs of one picture; None exports graphs for any size and batch. scheduler: the bundle's
+    default sampler, if not the model's own. An `out` that ends in `.edgesd` is the one-file form.
+    Raises UsageError, InputError, TargetError, ParityError,
     ResourceError; nothing is left at `out` then.
     """
-    from edgesd.export.pipeline import export_pipeline, plan_pipeline
+    from edgesd.export.pipeline import export_pipeline, plan_pipeline, require_build_tools
     from edgesd.export.source import resolve_source
 
+    require_build_tools()
     target = get_target(target_name)
     backend, note = _backend(target)
     check_request(target, precision, backend)
     one_file = out.suffix == SUFFIX
-    if out.exists() and (one_file or not out.is_dir() or any(out.iterdir())):
+    if out.exists() or out.resolve().exists():
         raise InputError(f"{out} exists already: remove it, or choose another -o")
     source = resolve_source(str(demo_model()) if model == DEMO else model)
-    plan_pipeline(source, size)
     largest = max(source.parameters(component) for component in source.family.weights)
     check_memory(target, RUNTIME_BYTES + 4 * largest, f"{model} in {precision}")
+    plan = plan_pipeline(source, size, scheduler)
+    check_writable(out)
 
     with private_folder(out) if one_file else atomic_dir(out) as root:
-        graphs = export_pipeline(source, root, precision, size=size, progress=progress)
+        graphs = export_pipeline(source, plan, root, precision, progress=progress)
         if progress:
             progress("write", "bundle")
         engines = {name: BACKENDS[backend](graph) for name, graph in graphs.graphs.items()}
         manifest = BundleManifest(
             schema_version=SCHEMA_VERSION,
-            name=Path(model).name if model != DEMO else DEMO,
+            name=_name(model),
             target=target.name,
             arch=target.arch,
             backend=backend,

@@ -63,6 +63,6 @@ class ParityError(EdgesdError):
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
     """One line for a name that isn't in `valid`: what was received, the nearest, all of them."""
     valid = sorted(valid)
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.3)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown {kind} {name!r}: {hint}valid: {', '.join(valid)}"

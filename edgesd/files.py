@@ -34,7 +34,9 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise ResourceError(
                 f"no space left to write {path}: free some space, or choose another folder with -o"
             ) from exc
-        if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+        refused = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EBUSY)
+        ours = exc.filename is None or str(exc.filename).startswith(str(path.parent))
+        if exc.errno in refused and ours:
             raise InputError(f"cannot write {path}: {exc.strerror}; choose another -o") from exc
         raise
 
@@ -62,6 +64,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             tmp.unlink(missing_ok=True)
             raise
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of `path` and try to write there, before long work is done in vain.
+
+    Raises InputError or ResourceError when `path` can't be written.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 @contextmanager

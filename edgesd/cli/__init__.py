@@ -44,19 +44,21 @@ def main() -> NoReturn:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup keeps its meaning
+        signal.signal(signal.SIGHUP, _terminated)
     try:
         result = cli.main(args=arguments, prog_name="edgesd", standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.Exit as exc:
+        sys.exit(exc.exit_code)
+    except click.exceptions.NoArgsIsHelpError as exc:
+        click.echo(exc.format_message())
         sys.exit(exc.exit_code)
     except click.ClickException as exc:
         context = exc.ctx if isinstance(exc, click.UsageError) else None
         command = f" ({context.command_path} --help)" if context else ""
         click.echo(f"edgesd: {' '.join(exc.format_message().split())}{command}", err=True)
         sys.exit(exc.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(fail(KeyboardInterrupt(), debug))
     except Exception as exc:  # noqa: BLE001  turns any fault into a line

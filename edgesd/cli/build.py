@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import Reporter, Size, json_option, print_json
+from edgesd.cli.common import Reporter, Size, json_option, print_json, printable
 from edgesd.spec import PRECISIONS, Precision
 
 
@@ -27,6 +27,10 @@ from edgesd.spec import PRECISIONS, Precision
     "Without it the bundle draws any size.",
 )
 @click.option(
+    "--scheduler",
+    help="Default sampler of the bundle, such as ddim or dpmpp-2m. [default: the model's own]",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
@@ -39,6 +43,7 @@ def build_command(
     target: str,
     precision: Precision,
     size: tuple[int, int] | None,
+    scheduler: str | None,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -57,6 +62,7 @@ def build_command(
         precision,
         out,
         size,
+        scheduler,
         progress=lambda stage, component: reporter.line(f"{component}: {stage}"),
     )
     manifest = built.bundle.manifest
@@ -64,7 +70,7 @@ def build_command(
     if as_json:
         print_json(
             {
-                "bundle": str(built.path),
+                "bundle": printable(built.path),
                 "target": manifest.target,
                 "backend": manifest.backend,
                 "precision": manifest.precision,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -45,6 +47,11 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def printable(path: Path) -> str:
+    """`path` as valid Unicode text, whatever bytes it has."""
+    return os.fsencode(path).decode(errors="replace")
+
+
 def print_json(value: object) -> None:
     """Print any spec, or a dict of them, as indented JSON."""
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
@@ -65,6 +72,13 @@ class Reporter:
             self._bar.console.print(text, highlight=False, markup=False)
         elif not self.quiet:
             click.echo(text, err=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning, even with --json."""
+        if self._bar:
+            self._bar.console.print(f"edgesd: warning: {text}", highlight=False, markup=False)
+        else:
+            click.echo(f"edgesd: warning: {text}", err=True)
 
     def bar(self) -> AbstractContextManager[object]:
         """A context in which `update` draws a bar, where there is a terminal."""
@@ -92,11 +106,12 @@ class Reporter:
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` units of `name` are finished. Plain lines at most 1 per s."""
         if self._bar:
-            tasks = {task.description: task.id for task in self._bar.tasks}
-            task = tasks.get(name)
-            if task is None:
-                task = self._bar.add_task(name, total=total, note=note)
-            self._bar.update(task, completed=done, total=total, note=note)
+            if not self._bar.task_ids:
+                self._bar.add_task(name, total=total, note=note)
+            task = self._bar.tasks[0]
+            if task.description != name:
+                self._bar.reset(task.id, description=name)
+            self._bar.update(task.id, completed=done, total=total, note=note)
         elif not self.quiet and time.monotonic() - self._shown_at >= 1:
             self._shown_at = time.monotonic()
             click.echo(f"{name}: {done}/{total} {note}".rstrip(), err=True)

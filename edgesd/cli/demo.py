@@ -32,7 +32,7 @@ PROMPTS = (
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 def demo_command(output: Path, seed: int) -> None:
     """Build the embedded pipeline for this computer and draw eight pictures with it."""
-    from edgesd.build import DEMO, build, demo_target
+    from edgesd.build import DEMO, build, demo_sha256, demo_target
     from edgesd.cli.generate import draw
     from edgesd.errors import BundleError
     from edgesd.runtime.bundle import open_bundle
@@ -41,7 +41,7 @@ def demo_command(output: Path, seed: int) -> None:
 
     reporter = Reporter()
     target = demo_target()
-    bundle = output / f"bundle-{target}"
+    bundle = output / f"bundle-{target}-{demo_sha256()[:8]}"
     if bundle.exists():
         try:
             opened = open_bundle(bundle)

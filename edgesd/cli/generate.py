@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
-from edgesd.cli.common import Reporter, Size, json_option, print_json
+from edgesd.cli.common import Reporter, Size, json_option, print_json, printable
 
 if TYPE_CHECKING:
     from edgesd.runtime.denoise import GuidanceMode, Step
@@ -88,7 +88,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--threads",
-    type=click.IntRange(0, 1024),
+    type=click.IntRange(0, 256),
     default=0,
     show_default=True,
     help="CPU threads; 0 takes all cores.",
@@ -173,10 +173,9 @@ def draw(
         for prompt, cut in pipeline.truncations.items():
             if prompt not in warned:
                 warned.add(prompt)
-                click.echo(
-                    f"edgesd: warning: the text encoder takes {cut.kept_tokens} tokens; "
-                    f"{cut.cut_tokens} were cut: {shorten(cut.text, 200)}",
-                    err=True,
+                reporter.warn(
+                    f"the text encoder takes {cut.kept_tokens} tokens; "
+                    f"{cut.cut_tokens} were cut: {shorten(cut.text, 200)}"
                 )
         last = min(first + batch, len(requests))
         name = f"picture {last}" if last == first + 1 else f"pictures {first + 1}-{last}"
@@ -194,7 +193,7 @@ def draw(
         print_json(
             {
                 "pictures": [
-                    {"path": str(picture.path), **dataclasses.asdict(picture.request)}
+                    {"path": printable(picture.path), **dataclasses.asdict(picture.request)}
                     for picture in made
                 ],
                 "load_seconds": timings.load,

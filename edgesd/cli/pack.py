@@ -18,12 +18,14 @@ def pack_command(bundle: Path, output: Path) -> None:
     `tar -xf NAME.edgesd` turns it into a folder again.
     """
     from edgesd.engines.bundle import pack_bundle
-    from edgesd.errors import UsageError
+    from edgesd.errors import InputError, UsageError
     from edgesd.runtime.bundle import SUFFIX, open_bundle
 
     if output.suffix != SUFFIX:
         raise UsageError(f"{output} must end in {SUFFIX}: try {output}{SUFFIX}")
     opened = open_bundle(bundle)
+    if output.exists() or opened.path in output.resolve().parents:
+        raise InputError(f"{output} exists already, or lies in the bundle: choose another name")
     reporter = Reporter()
     done, total = 0, sum(entry.bytes for entry in opened.manifest.files.values())
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from edgesd.cgroup import memory_groups
 from edgesd.device.capabilities import CPU_FLAGS, in_gb, normal_arch
 from edgesd.device.targets import all_targets, list_targets, usable_bytes
 from edgesd.errors import TargetError
@@ -38,7 +39,8 @@ def detect_machine(root: Path = _ROOT, arch: str | None = None) -> Machine:
     release = _L4T.search(_read(root, "etc/nv_tegra_release"))
     arch = normal_arch(arch or _arch(root, cpus))
     ram = _ram_bytes(root)
-    limits = [limit for limit in (ram, *_cgroup_limits(root)) if limit > 0]
+    groups = [group.limit_bytes for group in memory_groups(root)]
+    limits = [limit for limit in (ram, *groups) if limit > 0]
     unnamed = Machine(
         arch=arch,
         model=_model(root, cpus),
@@ -215,22 +217,3 @@ def _capabilities(
 def _ram_bytes(root: Path) -> int:
     total = re.search(r"^MemTotal:\s*(\d+) kB", _read(root, "proc/meminfo"), re.MULTILINE)
     return int(total[1]) * 1024 if total else 0
-
-
-def _cgroup_limits(root: Path) -> list[int]:
-    """Memory limits in bytes of this process's control group and those above it, v1 and v2."""
-    limits = []
-    for line in ["0::/", "0:memory:/", *_read(root, "proc/self/cgroup").splitlines()]:
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers == "":
-            base, file = "sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            base, file = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
-        steps = [step for step in path.split("/") if step not in ("", "..")]
-        for depth in range(len(steps) + 1):
-            text = _read(root, "/".join([base, *steps[:depth], file]))
-            if text.isascii() and text.isdigit():  # else "max", or no such file
-                limits.append(int(text))
-    return limits

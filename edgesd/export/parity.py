@@ -46,7 +46,7 @@ def reference_cases(module: nn.Module, component: Component) -> list[Case]:
 def check_parity(
     graph: Path, component: Component, cases: Sequence[Case], precision: Precision
 ) -> Parity:
-    """Run the graph file in ONNX Runtime on the CPU and compare. All outputs count together.
+    """Run the graph file in ONNX Runtime on the CPU and compare. The worst output and case count.
 
     Raises ParityError, naming component, figure and tolerance, when the graph doesn't load or run,
     when an output isn't finite, or when it is further away than the tolerance.

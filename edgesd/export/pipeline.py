@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import resource
 import shutil
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 LICENCE_FOLDER = "licence"
 """Where the model card and the licence files of the weights go."""
 
+_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript")
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 _log = logging.getLogger(__name__)
 
@@ -36,30 +37,26 @@ class Progress(Protocol):
 
 def export_pipeline(
     source: ModelSource,
+    plan: Plan,
     out_dir: Path,
     precision: Precision = "fp32",
     *,
-    size: tuple[int, int] | None = None,
     attention: Literal["ort-mha", "sdpa"] = "ort-mha",
     progress: Progress | None = None,
 ) -> GraphSet:
-    """Export all components of `source` to the new (or empty) folder `out_dir`.
+    """Export all components of `source`, as planned, to the new (or empty) folder `out_dir`.
 
     Writes COMPONENT/model.onnx and weights.bin for each component, tokenizer/tokenizer.json and
     tokenizer_spec.json, and licence/. One component is in memory at a time.
 
     precision: "fp16" stores weights in 16 bits; inputs, outputs and arithmetic stay in fp32.
-    size: (width, height) in pixels for static graphs of batch 1; None for any batch and any
-    multiple of the model's granularity. attention: "ort-mha" for ONNX Runtime's fused operator,
-    "sdpa" for standard ONNX operators.
+    attention: "ort-mha" for ONNX Runtime's fused operator, "sdpa" for standard ONNX operators.
 
-    Raises InputError for a model that can't be read, UsageError for a size it can't draw,
-    ParityError when a graph differs from its source, ResourceError when the disk is full,
-    EdgesdError when the exporter fails, MissingDependencyError without edgesd[build]. `out_dir`
-    is left as it was then.
+    Raises InputError for a model that can't be read, ParityError when a graph differs from its
+    source, ResourceError when the disk is full, EdgesdError when the exporter fails,
+    MissingDependencyError without edgesd[build]. `out_dir` is left as it was then.
     """
-    _require_build_tools()
-    plan = plan_pipeline(source, size)
+    require_build_tools()
     report = progress or _silent
     graphs = {}
     with atomic_dir(out_dir) as root:
@@ -84,10 +81,17 @@ def export_pipeline(
     )
 
 
-def plan_pipeline(source: ModelSource, size: tuple[int, int] | None) -> Plan:
-    """What `source` becomes, from its configs alone. `size` and errors as in `export_pipeline`."""
+def plan_pipeline(
+    source: ModelSource, size: tuple[int, int] | None = None, scheduler: str | None = None
+) -> Plan:
+    """What `source` becomes, from its configs alone; hashes its weights.
+
+    size: (width, height) in pixels for static graphs of batch 1; None for any batch and any
+    multiple of the model's granularity. scheduler: another sampler than the model's own.
+    Raises InputError for a model that isn't supported, UsageError for a size it can't draw.
+    """
     try:
-        return source.family.plan(source, size)
+        return source.family.plan(source, size, scheduler)
     except (TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise InputError(f"{source.name}: its configs hold a value of a wrong type: {exc}") from exc
 
@@ -153,18 +157,19 @@ def _copy_licence(source: ModelSource, root: Path) -> list[str]:
     with disk_errors(folder):
         folder.mkdir()
         for path in paths:
-            shutil.copyfile(path, folder / path.name)
-    return [f"{LICENCE_FOLDER}/{path.name}" for path in paths]
+            target = folder / path.relative_to(source.root)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+    return [f"{LICENCE_FOLDER}/{path.relative_to(source.root).as_posix()}" for path in paths]
 
 
-def _require_build_tools() -> None:
-    for name in ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript"):
-        try:
-            importlib.import_module(name)
-        except ImportError as exc:
+def require_build_tools() -> None:
+    """Raise MissingDependencyError unless all packages that building needs are installed."""
+    for name in (*_MODULES, "safetensors"):
+        if importlib.util.find_spec(name) is None:
             raise MissingDependencyError(
-                f"exporting a model needs {exc.name or name}: pip install 'edgesd[build]'"
-            ) from exc
+                f"exporting a model needs {name}: pip install 'edgesd[build]'"
+            )
 
 
 def _silent(stage: str, component: str) -> None:

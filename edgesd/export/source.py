@@ -129,7 +129,8 @@ class ModelSource:
     def licence(self, folder: str) -> Licence:
         """The licence, its files taken to be copied to `folder`."""
         return Licence(
-            self.licence_name(), tuple(f"{folder}/{path.name}" for path in self.licence_files())
+            self.licence_name(),
+            tuple(f"{folder}/{p.relative_to(self.root).as_posix()}" for p in self.licence_files()),
         )
 
     def hints(self) -> dict[str, Any]:
@@ -276,7 +277,9 @@ def _download(repo_id: str) -> Path:
         family = family_of(str(index.get("_class_name")), repo_id)
         try:
             patterns = _wanted(hub.list_repo_files(repo_id), family)
-        except (errors.OfflineModeIsEnabled, ConnectionError):
+        except errors.HfHubHTTPError:
+            raise  # the hub answered, and said no
+        except Exception:  # noqa: BLE001  each hub version raises those of its own HTTP library
             return Path(hub.snapshot_download(repo_id, local_files_only=True))
         return Path(hub.snapshot_download(repo_id, allow_patterns=patterns))
     except errors.GatedRepoError as exc:

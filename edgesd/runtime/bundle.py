@@ -56,6 +56,8 @@ class _Folder:
         self.path = path
 
     def sizes(self) -> dict[str, int]:
+        if not (self.path / MANIFEST).is_file():
+            return {}  # whatever it is, don't walk it
         found = {}
         for entry in sorted(self.path.rglob("*")):
             name = entry.relative_to(self.path).as_posix()
@@ -209,6 +211,11 @@ class Bundle:
         if isinstance(self._storage, _Folder):
             return GraphFile(model, graph_path.parent)
 
+        try:
+            graph_path.name.encode()
+        except UnicodeEncodeError as exc:
+            raise BundleError(f"{self.path!a} has a name that isn't UTF-8: rename it") from exc
+
         def into_archive(location: str, offset: int) -> tuple[str, int]:
             name = str(folder / location)
             if name not in self.manifest.files:
@@ -292,11 +299,13 @@ def _decode(path: Path, raw: bytes) -> BundleManifest:
         manifest = msgspec.json.decode(raw, type=BundleManifest)
     except msgspec.MsgspecError as exc:
         raise BundleError(f"{path}: {MANIFEST} isn't valid: {exc}") from exc
+    if manifest.engines.keys() != manifest.pipeline.components.keys():
+        raise BundleError(f"{path}: {MANIFEST} has not one engine for each component")
     for name in [*manifest.files, *(engine.path for engine in manifest.engines.values())]:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or str(pure) != name:
             raise BundleError(f"{path}: {MANIFEST} lists the unsafe path {name!r}")
     for engine in manifest.engines.values():
-        if engine.path not in manifest.files:
+        if engine.path not in manifest.files or "/" not in engine.path:
             raise BundleError(f"{path}: {MANIFEST} doesn't list {engine.path}")
     return manifest

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from pathlib import Path
+
+from edgesd.cgroup import memory_groups
 
 
 def peak_bytes() -> int:
@@ -14,20 +17,13 @@ def peak_bytes() -> int:
 def available_bytes(root: Path = Path("/")) -> int | None:
     """Memory that can still be taken without swapping; None where it can't be read.
 
-    The smaller of MemAvailable (proc(5)) and what the control group leaves (cgroup v2 memory.max
-    minus memory.current), so that a container's limit counts.
+    The smallest of MemAvailable (proc(5)) and what each control group leaves.
     """
-    found = []
+    found = [group.limit_bytes - group.used_bytes for group in memory_groups(root)]
     try:
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    except (OSError, ValueError, IndexError):
-        return None
-    group = root / "sys/fs/cgroup"
-    try:
-        limit = int((group / "memory.max").read_text())
-        found.append(max(0, limit - int((group / "memory.current").read_text())))
-    except (OSError, ValueError):
-        pass  # no cgroup v2, or no limit ("max")
-    return min(found, default=None)
+        text = (root / "proc/meminfo").read_text()
+    except OSError:
+        text = ""
+    if match := re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE):
+        found.append(int(match[1]) * 1024)
+    return max(0, min(found)) if found else None

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from edgesd.errors import InputError, UsageError
-from edgesd.files import atomic_write
+from edgesd.files import atomic_write, check_writable
 from edgesd.runtime.denoise import Step
 from edgesd.runtime.noise import image_seeds
 from edgesd.runtime.pipeline import Pipeline, Request
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+_OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".edgesd")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ def plan_paths(out: Path, requests: Sequence[Request]) -> list[Path]:
     Raises UsageError when several pictures are to go into one file, InputError when `out` is a
     file where a folder is needed, or the reverse.
     """
+    if out.suffix.lower() in _OTHER_FORMATS:
+        raise UsageError(f"-o {out}: pictures are written as PNG; give a name ending in .png")
     if out.suffix.lower() == ".png":
         if len(requests) != 1:
             raise UsageError(f"-o {out} is one file for {len(requests)} pictures: give a folder")
@@ -59,11 +64,13 @@ def make_pictures(
     """Make and write all `requests`, `batch` at a time. A file is written whole or not at all.
 
     preview_every: every so many steps, decode the unfinished latents into NAME.preview.png (0:
-    never). on_step gets the index of the batch's first picture and the step.
+    never), which goes when the picture is there. on_step gets the index of the batch's first
+    picture, and the step.
     Raises UsageError for bad values before anything is run.
     """
     paths = plan_paths(out, requests)
     requests = [pipeline.complete(request) for request in requests]
+    check_writable(paths[0])
     written: list[Picture] = []
     for first in range(0, len(requests), batch):
         group, group_paths = requests[first : first + batch], paths[first : first + batch]
@@ -74,11 +81,12 @@ def make_pictures(
             done = step.index + 1
             if preview_every and done % preview_every == 0 and done < step.count:
                 for image, path in zip(pipeline.decode(step.latents), group_paths, strict=True):
-                    write_png(image, path.with_suffix(".preview.png"), {})
+                    write_png(image, _preview(path), {})
 
         images = pipeline.generate(group, watch)
         for image, request, path in zip(images, group, group_paths, strict=True):
             write_png(image, path, text_chunks(pipeline, request))
+            _preview(path).unlink(missing_ok=True)
             written.append(Picture(path, request))
             if on_picture:
                 on_picture(written[-1])
@@ -154,6 +162,10 @@ def expand_requests(template: Request, prompts: Sequence[str], count: int) -> li
         for prompt in prompts
         for seed in image_seeds(template.seed, count)
     ]
+
+
+def _preview(path: Path) -> Path:
+    return path.with_suffix(".preview.png")
 
 
 def _slug(prompt: str) -> str:

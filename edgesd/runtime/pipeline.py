@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from edgesd.errors import InputError, ResourceError, TargetError, UsageError
+from edgesd.errors import BundleError, ResourceError, TargetError, UsageError
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
 from edgesd.runtime.memory import available_bytes, peak_bytes
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.runners import Runner
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
-from edgesd.runtime.tokenizer import PromptTokenizer, Truncation
+from edgesd.runtime.tokenizer import PromptTokenizer, Truncation, check_prompt
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 Float = npt.NDArray[np.float32]
 
+_FAMILIES = ("sd",)
+_NEEDED = ("text_encoder", "unet", "vae_decoder")
+_MAX_GUIDANCE = 1000
 _HEADROOM_BYTES = 64 << 20
 
 
@@ -87,6 +90,14 @@ class Pipeline:
         self.bundle = bundle
         self.spec = bundle.manifest.pipeline
         self.settings = settings or Settings()
+        if self.spec.family not in _FAMILIES:
+            raise BundleError(
+                f"{bundle.path} holds a pipeline of the family {self.spec.family!r}; this version "
+                f"draws with: {', '.join(_FAMILIES)}"
+            )
+        for component in _NEEDED:
+            if component not in self.spec.components:
+                raise BundleError(f"{bundle.path} has no {component}: build the bundle again")
         self.timings = Timings()
         self.truncations: dict[str, Truncation] = {}
         self._runners: dict[str, Runner] = {}
@@ -98,7 +109,7 @@ class Pipeline:
         self.low_memory = (
             self._short_of_memory()
             if self.settings.low_memory is None
-            else (self.settings.low_memory)
+            else self.settings.low_memory
         )
 
     def complete(self, request: Request) -> Request:
@@ -116,8 +127,13 @@ class Pipeline:
             scheduler=_first(request.scheduler, spec.scheduler.name),
         )
         assert request.guidance_scale is not None and request.height and request.width
-        if not np.isfinite(request.guidance_scale):
-            raise UsageError(f"guidance must be a finite number, not {request.guidance_scale}")
+        if not abs(request.guidance_scale) <= _MAX_GUIDANCE:
+            raise UsageError(
+                f"guidance must be a number of at most {_MAX_GUIDANCE}, not "
+                f"{request.guidance_scale}: 1 is none, 7.5 is usual"
+            )
+        for text in (request.prompt, request.negative_prompt):
+            check_prompt(text)
         for name, size, built in (
             ("height", request.height, shape.height),
             ("width", request.width, shape.width),
@@ -189,7 +205,6 @@ class Pipeline:
         self.timings.add(self.timings.run, "unet", unet.seconds - before)
         self._release("unet")
         pictures = self.decode(latents)
-        self._release("vae_decoder")
         self.timings.total += time.perf_counter() - start
         self.timings.peak_memory_bytes = peak_bytes()
         return pictures
@@ -207,6 +222,7 @@ class Pipeline:
             image = self._run(runner, {"latents": row[None]})[0]
             pixels = np.clip(image.transpose(1, 2, 0) * 127.5 + 127.5, 0, 255)
             pictures.append(Image.fromarray(pixels.round().astype(np.uint8)))
+        self._release("vae_decoder")
         return pictures
 
     def close(self) -> None:
@@ -276,9 +292,7 @@ class Pipeline:
         return self._runners[component]
 
     def _open_runner(self, component: str) -> Runner:
-        engine = self.bundle.manifest.engines.get(component)
-        if engine is None:
-            raise InputError(f"{self.bundle.path} has no {component}: build the bundle again")
+        engine = self.bundle.manifest.engines[component]
         if engine.backend == "onnxruntime":
             from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -312,8 +326,7 @@ class Pipeline:
 
     def _short_of_memory(self) -> bool:
         available = available_bytes()
-        components = ("text_encoder", "unet", "vae_decoder")
-        needed = sum(map(self._loaded_bytes, components))
+        needed = sum(map(self._loaded_bytes, _NEEDED))
         return available is not None and 2 * needed > available
 
     def _guidance_is_an_input(self) -> bool:
@@ -321,7 +334,12 @@ class Pipeline:
 
     def _guidance_mode(self, count: int) -> GuidanceMode:
         if not self.spec.shape.dynamic or 2 * count > self.spec.shape.batch:
-            return "sequential"  # one row per picture, not two
+            if self.settings.guidance_mode == "batched":
+                raise UsageError(
+                    "batched guidance needs two rows per picture, and this bundle has "
+                    f"{self.spec.shape.batch} for {count}: use --guidance-mode sequential"
+                )
+            return "sequential"
         return self.settings.guidance_mode or ("sequential" if self.low_memory else "batched")
 
     def _watch(self, on_step: Listener | None) -> Listener:

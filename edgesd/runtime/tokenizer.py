@@ -79,7 +79,7 @@ class PromptTokenizer:
         Names of control tokens in the prompt become these tokens, as in transformers. Raises
         InputError for a prompt that isn't valid Unicode text or holds a NUL character.
         """
-        _check(prompt)
+        check_prompt(prompt)
         spec = self.spec
         ids: list[int] = self._tokenizer.encode(prompt).ids
         truncation = None
@@ -97,7 +97,7 @@ class PromptTokenizer:
         return text.replace(self._word_end, " ").strip() if self._word_end else text
 
 
-def _check(prompt: str) -> None:
+def check_prompt(prompt: str) -> None:
     """Raise InputError, naming the place, unless the prompt can be encoded."""
     at = prompt.find("\0")
     if at >= 0:

@@ -111,6 +111,14 @@ def test_build_for_a_board_in_one_file(tmp_path: Path) -> None:
     assert_refused(run_cli("generate", out, *options, "--size", "128x128"), "64x64 pixels only")
 
 
+def test_without_the_build_extra_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    outcome = run_cli("build", "demo", "--target", "x86-64-cpu", "-o", tmp_path / "b")
+    assert_refused(outcome, "pip install 'edgesd[build]'")
+
+
 def test_a_model_too_large_for_the_board_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from edgesd.errors import EdgesdError, InputError, ParityError  # noqa: E402
 from edgesd.export import parity  # noqa: E402
 from edgesd.export.external_data import write_model  # noqa: E402
 from edgesd.export.families import Component  # noqa: E402
-from edgesd.export.pipeline import export_pipeline  # noqa: E402
+from edgesd.export.pipeline import export_pipeline, plan_pipeline  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.export.to_onnx import graph_from_module  # noqa: E402
 from edgesd.runtime.tokenizer import PromptTokenizer  # noqa: E402
@@ -60,8 +60,10 @@ def variant(root: Path, unet: dict[str, Any], vae: Any, scheduler: Any) -> Path:
 @pytest.fixture(scope="module")
 def emoji(tmp_path_factory: pytest.TempPathFactory) -> tuple[GraphSet, list[tuple[str, str]]]:
     stages: list[tuple[str, str]] = []
+    source = resolve_source(EMOJI)
     graphs = export_pipeline(
-        resolve_source(EMOJI),
+        source,
+        plan_pipeline(source),
         tmp_path_factory.mktemp("export") / "emoji",
         progress=lambda stage, component: stages.append((stage, component)),
     )
@@ -97,6 +99,7 @@ class TestEmbeddedModel:
         assert set(graphs.assets) == {
             "licence/README.md",
             "licence/NOTICE",
+            *(f"licence/LICENSES/{path.name}" for path in (EMOJI / "LICENSES").iterdir()),
             "tokenizer/tokenizer.json",
             "tokenizer/tokenizer_spec.json",
         }
@@ -163,7 +166,8 @@ def test_sd2_like_with_kl_autoencoder_in_fp16(tmp_path: Path) -> None:
     )
     config = model / "tokenizer" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "pad_token": "!"}))
-    graphs = export_pipeline(resolve_source(model), tmp_path / "out", "fp16", size=(16, 32))
+    source = resolve_source(model)
+    graphs = export_pipeline(source, plan_pipeline(source, (16, 32)), tmp_path / "out", "fp16")
     for graph in graphs.graphs.values():
         assert graph.precision == "fp16" and graph.parity.rel_rms < 5e-3
     shape = graphs.pipeline.shape
@@ -210,8 +214,9 @@ class TestFailures:
 
     def test_parity(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(parity.TOLERANCE, "fp32", 1e-12)
+        source = resolve_source(EMOJI)
         with pytest.raises(ParityError, match=r"text_encoder \(fp32\) differs .*1e-12"):
-            export_pipeline(resolve_source(EMOJI), tmp_path / "out")
+            export_pipeline(source, plan_pipeline(source), tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
     def test_exporter(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,13 +237,14 @@ class TestFailures:
         path = model / "unet" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": "big"}))
         with pytest.raises(InputError, match="wrong type"):
-            export_pipeline(resolve_source(model), tmp_path / "out")
+            plan_pipeline(resolve_source(model))
 
     def test_tokenizer_is_broken(self, tmp_path: Path) -> None:
         model = Path(shutil.copytree(EMOJI, tmp_path / "model"))
         (model / "tokenizer" / "tokenizer.json").write_text("{")
+        source = resolve_source(model)
         with pytest.raises(InputError, match="cannot read the tokenizer"):
-            export_pipeline(resolve_source(model), tmp_path / "out")
+            export_pipeline(source, plan_pipeline(source), tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 

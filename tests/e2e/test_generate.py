@@ -87,10 +87,20 @@ def test_batches_too_large_for_both_halves_of_guidance(miniature: Bundle, tmp_pa
     assert len(list(tmp_path.iterdir())) == 40
 
 
-def test_preview(miniature: Bundle, tmp_path: Path) -> None:
+def test_preview_is_there_until_the_picture_is(
+    miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: dict[str, tuple[int, int]] = {}
+
+    def write_png(image: Image.Image, path: Path, chunks: dict[str, str]) -> None:
+        written[path.name] = image.size
+        image.save(path)
+
+    monkeypatch.setattr("edgesd.runtime.pictures.write_png", write_png)
     out = tmp_path / "a.png"
     run_cli("generate", miniature.path, "-p", "a cat", "--steps", 4, "--preview", 3, "-o", out)
-    assert Image.open(tmp_path / "a.preview.png").size == Image.open(out).size
+    assert list(written.items()) == [("a.preview.png", (16, 16)), ("a.png", (16, 16))]
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_long_prompt_is_cut_with_a_warning(miniature: Bundle, tmp_path: Path) -> None:
@@ -112,7 +122,11 @@ def test_a_long_prompt_is_cut_with_a_warning(miniature: Bundle, tmp_path: Path) 
         (["-p", "x", "--size", "big"], "isn't a size"),
         (["-p", "x", "--scheduler", "dim"], "did you mean 'ddim'"),
         (["-p", "x", "--scheduler", "flow-euler"], "flow-euler"),
-        (["-p", "x", "--guidance", "nan"], "finite"),
+        (["-p", "x", "--guidance", "nan"], "guidance must be"),
+        (["-p", "x", "--guidance", "1e40"], "guidance must be"),
+        (["-p", "x", "-o", "a.jpg"], "ending in .png"),
+        (["-p", "x", "-o", "/proc/x/a.png"], "/proc/x"),
+        (["-p", "x", "--guidance", "1", "--negative", "a\0b"], "NUL"),
         (["-p", "x", "--seed", "-1"], "seed"),
         (["-p", "x", "-n", "2", "-o", "two.png"], "one file for 2 pictures"),
         (["-p", "x", "-n", "64", "--batch", "64"], "at most 63 at a time, not 64"),

@@ -11,6 +11,7 @@ import pytest
 
 from edgesd.errors import EdgesdError, InputError, UsageError
 from edgesd.export import source as source_module
+from edgesd.export.pipeline import plan_pipeline
 from edgesd.export.source import Weights, choose_weights, resolve_source
 
 EMOJI = Path(__file__).resolve().parents[2] / "models" / "emoji"
@@ -268,3 +269,56 @@ class TestDownload:
         assert "unet/diffusion_pytorch_model.safetensors" in asked
         assert "tokenizer/*.json" in asked and "NOTICE" in asked
         assert not set(extra) & set(asked)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_scheduler_options_are_those_of_diffusers_pipeline(model: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    path = model / "scheduler" / "scheduler_config.json"
+    edit_json(path, steps_offset=0, clip_sample=True, timestep_spacing="leading")
+    with pytest.warns(FutureWarning, match="should be set to"):
+        expected = StableDiffusionPipeline.from_pretrained(str(model)).scheduler.config
+    found = plan_pipeline(resolve_source(model)).pipeline.scheduler.config
+    assert {name: found[name] for name in found if name != "_class_name"} == {
+        name: expected[name] for name in found if name != "_class_name"
+    }
+    assert (found["steps_offset"], found["clip_sample"]) == (1, False)
+
+
+def test_another_sampler_for_a_scheduler_that_there_is_none_for(model: Path) -> None:
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"UniPC.*--scheduler"):
+        plan_pipeline(resolve_source(model))
+    plan = plan_pipeline(resolve_source(model), None, "dpmpp-2m")
+    assert plan.pipeline.scheduler.name == "dpmpp-2m"
+    with pytest.raises(UsageError, match="did you mean 'dpmpp-2m'"):
+        plan_pipeline(resolve_source(model), None, "dpmpp")
+
+
+def test_what_the_board_would_refuse_is_refused_at_once(model: Path) -> None:
+    edit_json(model / "scheduler" / "scheduler_config.json", prediction_type="noise")
+    with pytest.raises(InputError, match="prediction_type"):
+        plan_pipeline(resolve_source(model))
+
+
+def test_latent_consistency_models_have_their_own_defaults(model: Path) -> None:
+    (model / "edgesd.json").unlink()
+    assert plan_pipeline(resolve_source(model)).pipeline.num_inference_steps == 20
+    edit_json(model / "model_index.json", _class_name="LatentConsistencyModelPipeline")
+    pipeline = plan_pipeline(resolve_source(model)).pipeline
+    assert (pipeline.num_inference_steps, pipeline.guidance_scale) == (4, 8.5)
+
+
+def test_parameters_are_counted_without_loading(model: Path) -> None:
+    source = resolve_source(model)
+    stored = (model / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert 0.9 * stored < 2 * source.parameters("unet") < stored  # stored in fp16
+    (model / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(InputError, match="cannot read"):
+        source.parameters("unet")

@@ -125,8 +125,7 @@ def check_memory(target: Target, needed_bytes: int, what: str) -> None:
     )
     raise TargetError(
         f"{what} needs {in_gb(needed_bytes)}, {target.name} has {in_gb(target.memory_bytes)} "
-        f"({in_gb(usable)} usable): {advice}; or lower the need with --precision fp16 or a smaller "
-        "picture"
+        f"({in_gb(usable)} usable): {advice}"
     )
 
 

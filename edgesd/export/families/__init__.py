@@ -65,15 +65,16 @@ class Family:
     weights: folder of each network -> stem of its weight files.
     configs: folders whose json and text files are needed (scheduler, tokenizer).
     plan: reads the configs. Takes (width, height) in pixels for static graphs of one picture, or
-        None for dynamic ones. Raises InputError for a variant that isn't supported, UsageError
-        for a size that the model can't draw.
+        None for dynamic ones, and the name of a scheduler, or None for the model's own. Raises
+        InputError for a variant that isn't supported, UsageError for a size that the model can't
+        draw or an unknown scheduler.
     """
 
     name: str
     class_names: tuple[str, ...]
     weights: Mapping[str, str]
     configs: tuple[str, ...]
-    plan: Callable[[ModelSource, tuple[int, int] | None], Plan]
+    plan: Callable[[ModelSource, tuple[int, int] | None, str | None], Plan]
 
 
 _MODULES = ("sd",)

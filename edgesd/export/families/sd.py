@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import InputError, UsageError
 from edgesd.export.families import MAX_BATCH, Component, Family, Plan, Sizes
-from edgesd.runtime.schedulers import name_from_class
+from edgesd.runtime.schedulers import create_scheduler, name_from_class
 from edgesd.spec import (
     ComponentSpec,
     Dim,
@@ -38,8 +38,8 @@ _CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
 }
-_DEFAULT_STEPS = 20
-_DEFAULT_GUIDANCE = 7.5
+_DEFAULTS = {False: (20, 7.5), True: (4, 8.5)}
+"""Latent consistency model or not -> steps and guidance."""
 _UNSUPPORTED = (
     "class_embed_type",
     "num_class_embeds",
@@ -50,12 +50,15 @@ _UNSUPPORTED = (
 )
 
 
-def plan(source: ModelSource, size: tuple[int, int] | None) -> Plan:
+def plan(
+    source: ModelSource, size: tuple[int, int] | None = None, scheduler: str | None = None
+) -> Plan:
     """Read the configs of an SD 1.x/2.x pipeline.
 
     size: (width, height) in pixels for static graphs; None for dynamic ones, the model's own size
-    being the default. Raises InputError for a variant of the family that isn't supported,
-    UsageError for a size that the model can't draw.
+    being the default. scheduler: another sampler than the model's own. Raises InputError for a
+    variant of the family, or a scheduler option, that isn't supported, UsageError for a size that
+    the model can't draw or an unknown scheduler.
     """
     for component, valid in _CLASSES.items():
         found = source.class_of(component)
@@ -76,20 +79,24 @@ def plan(source: ModelSource, size: tuple[int, int] | None) -> Plan:
         _vae_decoder(source, latent, shape),
         _vae_encoder(source, latent, shape),
     )
-    scheduler = source.config("scheduler/scheduler_config.json")
+    config = _scheduler_config(source)
+    name = scheduler or name_from_class(source.class_of("scheduler"))
+    steps, guidance = _DEFAULTS[_is_lcm(source)]
     hints = source.hints()
+    steps = int(hints.get("num_inference_steps", steps))
+    create_scheduler(name, config).set_timesteps(steps)  # refuses here what the board would
     return Plan(
         PipelineSpec(
             family=FAMILY.name,
             source=source.name,
             source_sha256=source.sha256(),
             components={c.name: c.spec for c in components},
-            scheduler=SchedulerSpec(name_from_class(source.class_of("scheduler")), scheduler),
+            scheduler=SchedulerSpec(name, config),
             latent=latent,
             shape=shape,
             max_tokens=_tokens(text),
-            num_inference_steps=int(hints.get("num_inference_steps", _DEFAULT_STEPS)),
-            guidance_scale=float(hints.get("guidance_scale", _DEFAULT_GUIDANCE)),
+            num_inference_steps=steps,
+            guidance_scale=float(hints.get("guidance_scale", guidance)),
         ),
         components,
     )
@@ -110,6 +117,22 @@ FAMILY = Family(
     configs=("scheduler", "tokenizer"),
     plan=plan,
 )
+
+
+def _is_lcm(source: ModelSource) -> bool:
+    return source.index.get("_class_name") == "LatentConsistencyModelPipeline"
+
+
+def _scheduler_config(source: ModelSource) -> dict[str, Any]:
+    """scheduler_config.json as diffusers' Stable Diffusion pipelines take it.
+
+    Their constructor sets steps_offset to 1 and clip_sample to False, whatever the file says
+    (StableDiffusionPipeline.__init__); that of latent consistency models doesn't.
+    """
+    config = source.config("scheduler/scheduler_config.json")
+    if _is_lcm(source):
+        return config
+    return {**config, "steps_offset": 1, "clip_sample": False}
 
 
 def _check_unet(name: str, unet: Mapping[str, Any], text: Mapping[str, Any]) -> None:

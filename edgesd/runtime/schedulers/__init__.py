@@ -39,7 +39,7 @@ def name_from_class(class_name: str) -> str:
         return DIFFUSERS_CLASSES[class_name]
     except KeyError:
         message = unknown_name("scheduler class", class_name, DIFFUSERS_CLASSES)
-        raise InputError(f"{message}; or choose another with --scheduler") from None
+        raise InputError(f"{message}; choose another sampler with --scheduler NAME") from None
 
 
 def create_scheduler(name: str, config: Mapping[str, Any], *, eta: float = 0.0) -> Scheduler:
