@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def denoise(
             difference += low
             noise_pred = difference
         latents = scheduler.step(noise_pred, index, latents, noise)
-        if not np.isfinite(latents.sum()):
+        if not math.isfinite(float(latents.sum())):
             raise InputError(
                 f"the latents are no longer finite after step {index + 1} of {count}: try another "
                 "--scheduler, a smaller --guidance, or a bundle of higher precision"

@@ -43,6 +43,7 @@ _COS = tuple((-1.0) ** k / math.factorial(2 * k) for k in range(9, 0, -1))
 
 _BLOCK = 16  # values per Box-Muller block of torch's vectorised path
 _HALF = _BLOCK // 2
+_AHEAD = 1 << 14  # values made ahead at most: 64 KB
 
 
 def _horner(x: F64, coefficients: tuple[float, ...]) -> F64:
@@ -112,6 +113,10 @@ class TorchNoise:
         # by numpy's NEP 19.
         self._state = np.random.RandomState(seed & 0xFFFFFFFF)
         self._kept: float | None = None
+        # Words of the stream not yet used, and the values of the first blocks of them.
+        self._words = np.empty(0, np.uint32)
+        self._ready = np.empty(0, np.float32)
+        self._draws = 0
 
     def __call__(self, shape: tuple[int, ...]) -> F32:
         """The same as `normal`, so that the object itself serves as a scheduler's noise."""
@@ -125,16 +130,36 @@ class TorchNoise:
 
     def _raw(self, count: int) -> NDArray[np.uint32]:
         """The next `count` words of the generator."""
-        return self._state.randint(0, 2**32, size=count, dtype=np.uint32)
+        self._fill(count)
+        words, self._words = self._words[:count], self._words[count:]
+        self._ready = self._ready[:0]
+        return words
+
+    def _fill(self, count: int) -> None:
+        """Have at least `count` words at hand."""
+        missing = count - len(self._words)
+        if missing > 0:
+            new = self._state.randint(0, 2**32, size=missing, dtype=np.uint32)
+            self._words = np.concatenate([self._words, new])
+
+    def _whole_blocks(self, count: int) -> F32:
+        """`count` values, a multiple of 16. From the second draw on, later ones are made with it:
+        a sampler that draws at each step pays for some 100 numpy calls once in a while only."""
+        if len(self._ready) < count:
+            ahead = max(count, min(8 * count, _AHEAD)) if self._draws else count
+            self._fill(ahead)
+            self._ready = _box_muller(_uniform(self._words[:ahead]))
+        self._draws += 1
+        values: F32 = self._ready[:count].copy()
+        self._ready, self._words = self._ready[count:], self._words[count:]
+        return values
 
     def _blocks(self, count: int) -> F32:
         """`count` >= 16 values; where 16 doesn't divide count the last 16 are drawn again."""
         tail = count % _BLOCK
-        words = self._raw(count + (_BLOCK if tail else 0))
-        # Multiples of 2**-24 in [0, 1), exact in float32.
-        uniform = (words & np.uint32(0xFFFFFF)).astype(np.float32) * np.float32(2.0**-24)
         if not tail:
-            return _box_muller(uniform)
+            return self._whole_blocks(count)
+        uniform = _uniform(self._raw(count + _BLOCK))
         values = np.empty(count, np.float32)
         values[: count - tail] = _box_muller(uniform[: count - tail])
         values[count - _BLOCK :] = _box_muller(uniform[count:])
@@ -156,6 +181,12 @@ class TorchNoise:
             values[i] = radius * float(cosine[0])
             self._kept = radius * float(sine[0])
         return values
+
+
+def _uniform(words: NDArray[np.uint32]) -> F32:
+    """Multiples of 2**-24 in [0, 1), exact in float32; same shape."""
+    uniform: F32 = (words & np.uint32(0xFFFFFF)).astype(np.float32) * np.float32(2.0**-24)
+    return uniform
 
 
 def _box_muller(uniform: F32) -> F32:

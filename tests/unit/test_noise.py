@@ -34,7 +34,10 @@ SHAPES = (
     (),
     (0, 4),
 )
-SMALL = st.lists(st.integers(0, 40), min_size=1, max_size=12)
+# Odd sizes, and such as are drawn ahead.
+COUNTS = st.lists(
+    st.integers(0, 40) | st.sampled_from([256, 1024, 2048, 4100]), min_size=1, max_size=12
+)
 
 # draws: sha256 of the little-endian float32 bytes of one draw; streams: the same for all SHAPES
 # drawn one after the other from one generator, twice. Any board must reproduce them.
@@ -101,7 +104,7 @@ def test_equals_torch(torch: ModuleType, seed: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**64 - 1), counts=SMALL)
+@given(seed=st.integers(0, 2**64 - 1), counts=COUNTS)
 def test_any_sequence_of_draws_equals_torch(
     torch: ModuleType, seed: int, counts: list[int]
 ) -> None:
