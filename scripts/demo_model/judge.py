@@ -4,7 +4,8 @@
 
 A picture shows the right object when the nearest picture of the whole flat set (mean squared error
 at 32x32, all colours of all objects) is of that object, and the right colour when its main hue is
-nearer to the colour word asked for than to any other.
+nearer to the colour word asked for than to any other. The autoencoder's own loss is told apart by
+its PSNR on the pictures of each kind.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
@@ -94,6 +96,19 @@ def names_of(emoji: Sequence[Emoji], kind: Kind, limit: int) -> list[str]:
     return names[::stride][:limit]
 
 
+@torch.no_grad()
+def reconstruction_psnr(
+    pipeline: StableDiffusionPipeline, pictures: npt.NDArray[np.uint8]
+) -> float:
+    """PSNR in dB of pictures [N, S, S, 3] after encoding and decoding them."""
+    wanted = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    errors = []
+    for batch in torch.split(wanted, 16):
+        drawn = pipeline.vae.decode(pipeline.vae.encode(batch).latents).sample.clamp(-1, 1)
+        errors.append(((drawn - batch) / 2).pow(2).mean(dim=(1, 2, 3)))
+    return float(-10 * torch.log10(torch.cat(errors).mean()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--pipeline", type=Path, required=True, help="pipeline folder")
@@ -121,7 +136,9 @@ def main() -> None:
         )
         verdicts = judge(prompts, drawn, known, names)
         right = sum(verdict.right for verdict in verdicts)
-        print(f"{kind}: {right} of {len(verdicts)} right")
+        chosen = [index for index, entry in enumerate(emoji) if entry.kind == kind]
+        decibels = reconstruction_psnr(pipeline, pictures[chosen[: arguments.limit]])
+        print(f"{kind}: {right} of {len(verdicts)} right, autoencoder {decibels:.1f} dB")
         for verdict in verdicts:
             if not verdict.right:
                 wrong = "colour" if verdict.object_right else f"looks like {verdict.looks_like}"

@@ -2,7 +2,8 @@
 
     python -m scripts.demo_model.train_autoencoder STAGE --data DATA --work WORK [options]
 
-teacher   a small factor-4 autoencoder at 64x64: its encoder defines the latents
+teacher   a small factor-4 autoencoder at 64x64, saved as ``work/vae``: its encoder defines the
+          latents
 decoder   latents -> 128x128; learns from latents with noise on them and, with ``--denoiser``, from
           what the UNet makes of noised latents, so that it draws clean shapes from imperfect ones
 encoder   128x128 -> the latents that the teacher gives for the picture at half the size
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's habit
@@ -49,6 +50,8 @@ MAX_LATENT_NOISE = 0.25
 POOL_SIZE = 1024
 POOL_BATCH = 32
 REFRESH_EVERY = 10
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 def gradient_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
@@ -155,11 +158,11 @@ class Options:
 
 def run(
     name: str,
-    net: nn.Module,
+    net: Net,
     options: Options,
     loss_of: Callable[[int], Tensor],
-    score_of: Callable[[nn.Module], str],
-) -> Any:
+    score_of: Callable[[Any], str],
+) -> Net:
     """The training loop of every stage; returns the averaged weights.
 
     ``loss_of`` makes the loss of a step, ``score_of`` says how good the averaged weights are.
@@ -270,15 +273,16 @@ def train_teacher(options: Options) -> None:
         loss: Tensor = F.mse_loss(drawn, wanted) + picture_loss(drawn, wanted) + 0.02 * spread
         return loss
 
-    def score_of(average: nn.Module) -> str:
+    def score_of(average: Any) -> str:
         def drawn_of(indices: Tensor) -> Tensor:
-            drawn: Tensor = average(to_unit_range(pictures[indices])).sample
+            latents = average.encode(to_unit_range(pictures[indices])).latents
+            drawn: Tensor = average.decode(latents).sample
             return drawn
 
         return scores(emoji, drawn_of, pictures)
 
     average: AutoencoderTiny = run("teacher", net, options, loss_of, score_of)
-    average.save_pretrained(options.work / "teacher")
+    average.to(memory_format=torch.contiguous_format).save_pretrained(options.work / "vae")
 
 
 def teacher_of(options: Options) -> AutoencoderTiny:
@@ -325,7 +329,7 @@ def train_decoder(options: Options) -> None:
             drawn = decoder(inputs.to(memory_format=torch.channels_last)).float()
         return picture_loss(drawn, to_unit_range(pictures[indices]))
 
-    def score_of(average: nn.Module) -> str:
+    def score_of(average: Any) -> str:
         def drawn_of(indices: Tensor) -> Tensor:
             drawn: Tensor = average(latents[indices])
             return drawn
@@ -351,7 +355,7 @@ def train_encoder(options: Options) -> None:
             made = encoder(given).float()
         return F.mse_loss(made, latents[indices]) + F.l1_loss(made, latents[indices])
 
-    def score_of(average: nn.Module) -> str:
+    def score_of(average: Any) -> str:
         parts = []
         with torch.no_grad():
             for kind, indices in check_sets(emoji).items():

@@ -47,7 +47,7 @@ def test_the_embedded_model() -> None:
     ]
     assert (spec.family, spec.scheduler.name, spec.max_tokens) == ("sd", "ddim", 77)
     assert spec.scheduler.config == source.config("scheduler/scheduler_config.json")
-    assert (spec.num_inference_steps, spec.guidance_scale) == (20, 4.0)
+    assert (spec.num_inference_steps, spec.guidance_scale) == (20, 3.0)
     assert (spec.latent.channels, spec.latent.scale_factor, spec.latent.scaling_factor) == (4, 8, 1)
     shape = spec.shape
     assert (shape.height, shape.width, shape.multiple_of, shape.dynamic) == (128, 128, 32, True)
