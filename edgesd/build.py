@@ -93,15 +93,16 @@ def build(
     out: Path,
     size: tuple[int, int] | None = None,
     scheduler: str | None = None,
+    batch: int = 1,
     progress: Progress | None = None,
 ) -> Built:
     """Export `model`, check it against its source, and write the bundle `out`.
 
     model: "demo", a diffusers folder, or a hub id. size: (width, height) in pixels for static
-    graphs of one picture; None exports graphs for any size and batch. scheduler: the bundle's
-    default sampler, if not the model's own. An `out` that ends in `.edgesd` is the one-file form.
-    Raises UsageError, InputError, TargetError, ParityError,
-    ResourceError; nothing is left at `out` then.
+    graphs, whose denoiser takes `batch` rows; None exports graphs for any size and batch.
+    scheduler: the bundle's default sampler, if not the model's own. An `out` that ends in `.edgesd`
+    is the one-file form. Raises UsageError, InputError, TargetError, ParityError, ResourceError;
+    nothing is left at `out` then.
     """
     from edgesd.export.pipeline import export_pipeline, plan_pipeline, require_build_tools
     from edgesd.export.source import resolve_source
@@ -116,7 +117,7 @@ def build(
     source = resolve_source(str(demo_model()) if model == DEMO else model)
     largest = max(source.parameters(component) for component in source.family.weights)
     check_memory(target, RUNTIME_BYTES + 4 * largest, f"{model} in {precision}")
-    plan = plan_pipeline(source, size, scheduler)
+    plan = plan_pipeline(source, size, scheduler, batch)
     check_writable(out)
 
     with private_folder(out) if one_file else atomic_dir(out) as root:

@@ -67,7 +67,7 @@ class ShapeSpec(Spec, frozen=True):
     """Picture sizes in pixels that the graphs accept.
 
     dynamic: any multiple of `multiple_of`, height and width being the default, and up to `batch`
-    rows. Otherwise this size only, and exactly `batch` rows.
+    rows of the denoiser. Otherwise this size only, and exactly `batch` rows.
     """
 
     height: int

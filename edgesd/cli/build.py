@@ -23,8 +23,14 @@ from edgesd.spec import PRECISIONS, Precision
 @click.option(
     "--size",
     type=Size(),
-    help="Fix the picture's size in pixels (static graphs, one picture at a time). "
-    "Without it the bundle draws any size.",
+    help="Fix the picture's size in pixels (static graphs). Without it the bundle draws any size, "
+    "and any number of pictures at a time.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    help="With --size: rows of the static UNet. A picture takes two of them in batched guidance, "
+    "one otherwise.  [default: 1]",
 )
 @click.option(
     "--scheduler",
@@ -43,6 +49,7 @@ def build_command(
     target: str,
     precision: Precision,
     size: tuple[int, int] | None,
+    batch: int | None,
     scheduler: str | None,
     output: Path | None,
     as_json: bool,
@@ -54,6 +61,8 @@ def build_command(
     """
     from edgesd.build import build, default_output
 
+    if batch and not size:
+        raise click.UsageError("--batch fixes the rows of static graphs: give --size, too")
     reporter = Reporter(quiet=as_json)
     out = output or default_output(model, target, precision)
     built = build(
@@ -63,6 +72,7 @@ def build_command(
         out,
         size,
         scheduler,
+        batch or 1,
         progress=lambda stage, component: reporter.line(f"{component}: {stage}"),
     )
     manifest = built.bundle.manifest

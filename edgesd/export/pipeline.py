@@ -82,16 +82,20 @@ def export_pipeline(
 
 
 def plan_pipeline(
-    source: ModelSource, size: tuple[int, int] | None = None, scheduler: str | None = None
+    source: ModelSource,
+    size: tuple[int, int] | None = None,
+    scheduler: str | None = None,
+    batch: int = 1,
 ) -> Plan:
     """What `source` becomes, from its configs alone; hashes its weights.
 
-    size: (width, height) in pixels for static graphs of batch 1; None for any batch and any
-    multiple of the model's granularity. scheduler: another sampler than the model's own.
-    Raises InputError for a model that isn't supported, UsageError for a size it can't draw.
+    size: (width, height) in pixels for static graphs, whose denoiser takes `batch` rows; None for
+    any batch and any multiple of the model's granularity. scheduler: another sampler than the
+    model's own. Raises InputError for a model that isn't supported, UsageError for a size it
+    can't draw.
     """
     try:
-        return source.family.plan(source, size, scheduler)
+        return source.family.plan(source, size, scheduler, batch)
     except (TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise InputError(f"{source.name}: its configs hold a value of a wrong type: {exc}") from exc
 

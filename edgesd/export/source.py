@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -272,6 +273,8 @@ def _download(repo_id: str) -> Path:
         raise MissingDependencyError(
             f"downloading {repo_id} needs huggingface_hub: pip install 'edgesd[build]'"
         ) from exc
+    # The library retries, and reports each try; the one error line at the end says it all.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         index = read_json_object(Path(hub.hf_hub_download(repo_id, "model_index.json")))
         family = family_of(str(index.get("_class_name")), repo_id)

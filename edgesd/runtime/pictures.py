@@ -70,6 +70,8 @@ def make_pictures(
     """
     paths = plan_paths(out, requests)
     requests = [pipeline.complete(request) for request in requests]
+    for count in {min(batch, len(requests)), len(requests) % batch} - {0}:
+        pipeline.guidance_mode(requests[0], count)
     check_writable(paths[0])
     written: list[Picture] = []
     for first in range(0, len(requests), batch):

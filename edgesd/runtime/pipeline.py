@@ -150,6 +150,32 @@ class Pipeline:
         self._check_schedule(request)
         return request
 
+    def guidance_mode(self, request: Request, count: int) -> GuidanceMode:
+        """How `count` pictures like the completed `request` are drawn in one batch.
+
+        A picture takes two rows of the UNet in batched guidance, one otherwise. Raises UsageError
+        when the bundle's rows, or the mode asked for in the settings, don't allow that.
+        """
+        shape, asked = self.spec.shape, self.settings.guidance_mode
+        rows: dict[GuidanceMode, int] = {"batched": 2 * count, "sequential": count}
+        if not self._guided(request):
+            rows = {"sequential": count}
+        fits = (
+            [mode for mode, n in rows.items() if n == shape.batch]
+            if not shape.dynamic
+            else [mode for mode, n in rows.items() if n <= shape.batch]
+        )
+        if asked and len(rows) == 2:
+            fits = [mode for mode in fits if mode == asked]
+        if not fits:
+            most = "up to" if shape.dynamic else "exactly"
+            need = " or ".join(f"{n} ({mode} guidance)" for mode, n in rows.items())
+            raise UsageError(
+                f"this bundle's UNet takes {most} {shape.batch} rows; {count} at a time need {need}"
+                ": change --batch or --guidance-mode"
+            )
+        return fits[-1] if self.low_memory else fits[0]
+
     def generate(
         self, requests: Sequence[Request], on_step: Listener | None = None
     ) -> list[Image.Image]:
@@ -172,13 +198,10 @@ class Pipeline:
             if same != first:
                 raise UsageError("the pictures of one batch must share steps, size and scheduler")
         count = len(requests)
-        built = self.spec.shape
-        if count > built.batch or (not built.dynamic and count != built.batch):
-            most = "at most" if built.dynamic else "exactly"
-            raise UsageError(f"this bundle draws {most} {built.batch} at a time, not {count}")
         assert first.guidance_scale is not None and first.height and first.width
 
-        guided = first.guidance_scale > 1 and not self._guidance_is_an_input()
+        guided = self._guided(first)
+        mode = self.guidance_mode(first, count)
         conditioning = Conditioning(
             self._encode([request.prompt for request in requests]),
             self._encode([request.negative_prompt for request in requests]) if guided else None,
@@ -199,7 +222,7 @@ class Pipeline:
             conditioning,
             first.guidance_scale,
             noise,
-            mode=self._guidance_mode(count),
+            mode=mode,
             on_step=self._watch(on_step),
         )
         self.timings.add(self.timings.run, "unet", unet.seconds - before)
@@ -329,18 +352,12 @@ class Pipeline:
         needed = sum(map(self._loaded_bytes, _NEEDED))
         return available is not None and 2 * needed > available
 
+    def _guided(self, request: Request) -> bool:
+        assert request.guidance_scale is not None
+        return request.guidance_scale > 1 and not self._guidance_is_an_input()
+
     def _guidance_is_an_input(self) -> bool:
         return self.spec.components["unet"].input("timestep_cond") is not None
-
-    def _guidance_mode(self, count: int) -> GuidanceMode:
-        if not self.spec.shape.dynamic or 2 * count > self.spec.shape.batch:
-            if self.settings.guidance_mode == "batched":
-                raise UsageError(
-                    "batched guidance needs two rows per picture, and this bundle has "
-                    f"{self.spec.shape.batch} for {count}: use --guidance-mode sequential"
-                )
-            return "sequential"
-        return self.settings.guidance_mode or ("sequential" if self.low_memory else "batched")
 
     def _watch(self, on_step: Listener | None) -> Listener:
         def watch(step: Step) -> None:

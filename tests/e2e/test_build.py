@@ -111,6 +111,31 @@ def test_build_for_a_board_in_one_file(tmp_path: Path) -> None:
     assert_refused(run_cli("generate", out, *options, "--size", "128x128"), "64x64 pixels only")
 
 
+def test_static_rows_hold_both_halves_of_guidance_or_pictures(demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "static"
+    outcome = run_cli(
+        "build", "demo", "--target", "x86-64-cpu", "--size", "64x64", "--batch", 2, "-o", out
+    )
+    assert outcome.code == 0, outcome.err
+    base = ("-p", "a cat", "--seed", 4, "--steps", 4, "--size", "64x64", "--any-machine")
+    for name, bundle, options in (
+        ("guided", out, ()),
+        ("two", out, ("-n", 2, "--batch", 2)),
+        ("dynamic", bundle_of(demo), ("-n", 2)),
+    ):
+        assert run_cli("generate", bundle, *base, *options, "-o", tmp_path / name).code == 0
+    expected = sorted((tmp_path / "dynamic").iterdir())
+    for name, count in (("guided", 1), ("two", 2)):
+        found = sorted((tmp_path / name).iterdir())
+        assert len(found) == count
+        for ours, other in zip(found, expected, strict=False):
+            assert psnr(np.asarray(Image.open(ours)), np.asarray(Image.open(other))) >= 60
+    refused = run_cli(
+        "generate", out, *base, "-n", 3, "--batch", 2, "--guidance-mode", "sequential"
+    )
+    assert_refused(refused, "exactly 2 rows; 1 at a time need")
+
+
 def test_without_the_build_extra_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +163,7 @@ def test_a_model_too_large_for_the_board_is_refused_before_any_work(
         (["demo", "--target", "x86-64-cpu", "--precision", "int3"], "int3"),
         (["demo", "--target", "x86-64-cpu", "--size", "100x100"], "100"),
         (["demo"], "--target"),
+        (["demo", "--target", "x86-64-cpu", "--batch", "2"], "give --size"),
         (["./checkpoint.safetensors", "--target", "x86-64-cpu"], "checkpoint.safetensors"),
     ],
 )

@@ -129,7 +129,10 @@ def test_a_long_prompt_is_cut_with_a_warning(miniature: Bundle, tmp_path: Path) 
         (["-p", "x", "--guidance", "1", "--negative", "a\0b"], "NUL"),
         (["-p", "x", "--seed", "-1"], "seed"),
         (["-p", "x", "-n", "2", "-o", "two.png"], "one file for 2 pictures"),
-        (["-p", "x", "-n", "64", "--batch", "64"], "at most 63 at a time, not 64"),
+        (
+            ["-p", "x", "-n", "64", "--batch", "64"],
+            "up to 63 rows; 64 at a time need 128 (batched guidance)",
+        ),
         (["-p", "a\0b"], "NUL"),
         (["--prompts", "missing.txt"], "missing.txt"),
     ],

@@ -64,17 +64,17 @@ class Family:
     class_names: values of `_class_name` in model_index.json that it takes.
     weights: folder of each network -> stem of its weight files.
     configs: folders whose json and text files are needed (scheduler, tokenizer).
-    plan: reads the configs. Takes (width, height) in pixels for static graphs of one picture, or
-        None for dynamic ones, and the name of a scheduler, or None for the model's own. Raises
-        InputError for a variant that isn't supported, UsageError for a size that the model can't
-        draw or an unknown scheduler.
+    plan: reads the configs. Takes (width, height) in pixels for static graphs, or None for dynamic
+        ones, the name of a scheduler, or None for the model's own, and the rows of a static
+        denoiser. Raises InputError for a variant that isn't supported, UsageError for a size that
+        the model can't draw or an unknown scheduler.
     """
 
     name: str
     class_names: tuple[str, ...]
     weights: Mapping[str, str]
     configs: tuple[str, ...]
-    plan: Callable[[ModelSource, tuple[int, int] | None, str | None], Plan]
+    plan: Callable[[ModelSource, tuple[int, int] | None, str | None, int], Plan]
 
 
 _MODULES = ("sd",)

@@ -51,14 +51,18 @@ _UNSUPPORTED = (
 
 
 def plan(
-    source: ModelSource, size: tuple[int, int] | None = None, scheduler: str | None = None
+    source: ModelSource,
+    size: tuple[int, int] | None = None,
+    scheduler: str | None = None,
+    batch: int = 1,
 ) -> Plan:
     """Read the configs of an SD 1.x/2.x pipeline.
 
     size: (width, height) in pixels for static graphs; None for dynamic ones, the model's own size
-    being the default. scheduler: another sampler than the model's own. Raises InputError for a
-    variant of the family, or a scheduler option, that isn't supported, UsageError for a size that
-    the model can't draw or an unknown scheduler.
+    being the default. batch: rows of a static UNet; the other graphs take one row, since the
+    runtime runs them row by row. scheduler: another sampler than the model's own. Raises InputError
+    for a variant of the family, or a scheduler option, that isn't supported, UsageError for a size
+    that the model can't draw or an unknown scheduler.
     """
     for component, valid in _CLASSES.items():
         found = source.class_of(component)
@@ -72,7 +76,7 @@ def plan(
     vae = source.config("vae/config.json")
     _check_unet(source.name, unet, text)
     latent = _latent_spec(source, vae, unet)
-    shape = _shape_spec(size, unet, latent.scale_factor)
+    shape = _shape_spec(size, batch, unet, latent.scale_factor)
     components = (
         _text_encoder(source, text, shape),
         _unet(source, unet, text, shape, latent),
@@ -175,7 +179,7 @@ def _latent_spec(
 
 
 def _shape_spec(
-    size: tuple[int, int] | None, unet: Mapping[str, Any], scale_factor: int
+    size: tuple[int, int] | None, batch: int, unet: Mapping[str, Any], scale_factor: int
 ) -> ShapeSpec:
     step = _unet_multiple(unet) * scale_factor
     if size is None:
@@ -188,7 +192,9 @@ def _shape_spec(
         if value <= 0 or value % step:
             near = _nearest(value, step)
             raise UsageError(f"{what} {value} isn't a multiple of {step}: the nearest is {near}")
-    return ShapeSpec(height, width, batch=1, dynamic=False, multiple_of=step)
+    if not 1 <= batch <= MAX_BATCH:
+        raise UsageError(f"batch {batch} is out of range: expected 1 to {MAX_BATCH}")
+    return ShapeSpec(height, width, batch=batch, dynamic=False, multiple_of=step)
 
 
 def _text_encoder(source: ModelSource, text: Mapping[str, Any], shape: ShapeSpec) -> Component:
@@ -225,6 +231,8 @@ def _unet(
         return modules.load_unet(source)
 
     batch, height, width = _dims(shape, latent.scale_factor)
+    if not shape.dynamic:
+        batch = shape.batch
     inputs = [
         _float("sample", batch, latent.channels, height, width),
         _float("timestep", 1),
@@ -289,10 +297,10 @@ def _float(name: str, *shape: Dim) -> TensorSpec:
 
 
 def _dims(shape: ShapeSpec, unit: int) -> tuple[Dim, Dim, Dim]:
-    """Batch, height, width of a tensor whose elements are `unit` pixels wide."""
+    """Batch, height, width of a tensor whose elements are `unit` pixels wide; one static row."""
     if shape.dynamic:
         return "batch", "height", "width"
-    return shape.batch, shape.height // unit, shape.width // unit
+    return 1, shape.height // unit, shape.width // unit
 
 
 def _sizes(shape: ShapeSpec, unit: int) -> tuple[Sizes, ...]:
