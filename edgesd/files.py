@@ -14,6 +14,11 @@ from typing import BinaryIO
 
 from edgesd.errors import InputError, ResourceError
 
+_REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT),
+)
+
 
 def fsync_dir(path: Path) -> None:
     """Make renames inside `path` durable."""
@@ -34,9 +39,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise ResourceError(
                 f"no space left to write {path}: free some space, or choose another folder with -o"
             ) from exc
-        refused = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EBUSY)
         ours = exc.filename is None or str(exc.filename).startswith(str(path.parent))
-        if exc.errno in refused and ours:
+        if exc.errno in _REFUSED and ours:
             raise InputError(f"cannot write {path}: {exc.strerror}; choose another -o") from exc
         raise
 
