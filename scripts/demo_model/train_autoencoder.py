@@ -16,11 +16,9 @@ from __future__ import annotations
 import argparse
 import copy
 import random
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +33,7 @@ from .dataset import Emoji, Kind
 from .train_unet import Denoiser
 from .training import (
     Budget,
+    StopSignal,
     learning_rate,
     sampling_weights,
     save_checkpoint,
@@ -182,11 +181,6 @@ def run(
         step, spent_s = state["step"], state["spent_s"]
     torch.manual_seed(step + 1)
     budget = Budget(options.cpu_minutes, spent_s)
-    stopping = False
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        nonlocal stopping
-        stopping = True
 
     def save() -> None:
         save_checkpoint(
@@ -200,10 +194,10 @@ def run(
             },
         )
 
-    signal.signal(signal.SIGTERM, stop)
+    stop = StopSignal()
     running = float("nan")
     saved_s = budget.spent_s
-    while budget.progress < 1 and not stopping:
+    while budget.progress < 1 and not stop.asked:
         rate = learning_rate(options.lr, step, budget.progress, warmup=100, flat=0.3)
         set_learning_rate(optimizer, rate)
         loss = loss_of(step)

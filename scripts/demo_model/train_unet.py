@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import random
-import signal
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from .captions import pick_caption
 from .dataset import Emoji, Kind
 from .training import (
     Budget,
+    StopSignal,
     learning_rate,
     sampling_weights,
     save_checkpoint,
@@ -122,11 +121,6 @@ def train(
     rng = random.Random(step + 1)
     alphas = model.scheduler().alphas_cumprod
     budget = Budget(cpu_minutes, spent_s)
-    stopping = False
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        nonlocal stopping
-        stopping = True
 
     def save() -> None:
         save_checkpoint(
@@ -141,10 +135,10 @@ def train(
             },
         )
 
-    signal.signal(signal.SIGTERM, stop)
+    stop = StopSignal()
     running = float("nan")
     saved_s = budget.spent_s
-    while budget.progress < 1 and not stopping:
+    while budget.progress < 1 and not stop.asked:
         rate = learning_rate(lr, step, budget.progress, warmup=200, flat=0.4)
         set_learning_rate(optimizer, rate)
         chosen = torch.multinomial(weights, batch, replacement=True)

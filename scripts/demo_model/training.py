@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -32,6 +34,17 @@ class Budget:
     def progress(self) -> float:
         """From 0 at the start to 1 when the budget is used up."""
         return min(1.0, self.spent_s / self.total_s)
+
+
+class StopSignal:
+    """From now on SIGTERM asks the stage to save and end, instead of ending it."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
 
 
 def learning_rate(peak: float, step: int, progress: float, *, warmup: int, flat: float) -> float:
