@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import edgesd
 from edgesd.device.detect import detect_machine, explain_machine, runnable_targets
@@ -16,6 +16,9 @@ from edgesd.errors import InputError, TargetError
 from edgesd.files import atomic_dir, check_writable, private_folder
 from edgesd.runtime.bundle import SUFFIX, Bundle, open_bundle
 from edgesd.spec import SCHEMA_VERSION, BundleManifest, Precision, Target
+
+if TYPE_CHECKING:
+    from edgesd.export.pipeline import Progress
 
 DEMO = "demo"
 """Name of the embedded pipeline, where a model is asked for."""
@@ -28,20 +31,12 @@ that a picture takes; activations, which grow with the picture, come on top.
 """
 
 
-class Progress(Protocol):
-    """Told of each stage of a component as it begins."""
-
-    def __call__(self, stage: str, component: str) -> None: ...
-
-
 @dataclass(frozen=True)
 class Built:
     """What a build made. `note`: one line the user should know of, or None."""
 
     bundle: Bundle
     path: Path
-    target: Target
-    backend: str
     note: str | None
 
 
@@ -146,7 +141,7 @@ def build(
         write_manifest(root, manifest)
         if one_file:
             pack_bundle(open_bundle(root), out)
-    return Built(open_bundle(out), out, target, backend, note)
+    return Built(open_bundle(out), out, note)
 
 
 def _backend(target: Target) -> tuple[str, str | None]:

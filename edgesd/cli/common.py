@@ -103,6 +103,17 @@ class Reporter:
         )
         return self._bar
 
+    def count_bytes(self, name: str, total: int) -> Callable[[str, int], None]:
+        """A progress callback (file, bytes) that adds up to `total`, shown in MB."""
+        done = 0
+
+        def progress(_file: str, count: int) -> None:
+            nonlocal done
+            done += count
+            self.update(name, done >> 20, total >> 20, "MB")
+
+        return progress
+
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` units of `name` are finished. Plain lines at most 1 per s."""
         if self._bar:

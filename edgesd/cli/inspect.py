@@ -19,15 +19,9 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
     opened = open_bundle(bundle)
     manifest = opened.manifest
     reporter = Reporter(quiet=as_json)
-    done, total = 0, sum(entry.bytes for entry in manifest.files.values())
-
-    def progress(name: str, count: int) -> None:
-        nonlocal done
-        done += count
-        reporter.update("verify", done >> 20, total >> 20, "MB")
-
+    total = sum(entry.bytes for entry in manifest.files.values())
     with reporter.bar():
-        opened.verify(progress=progress)
+        opened.verify(progress=reporter.count_bytes("verify", total))
     if as_json:
         print_json({"verified": True, "bytes": total, "manifest": manifest})
         return

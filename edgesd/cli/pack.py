@@ -27,13 +27,7 @@ def pack_command(bundle: Path, output: Path) -> None:
     if output.exists() or opened.path in output.resolve().parents:
         raise InputError(f"{output} exists already, or lies in the bundle: choose another name")
     reporter = Reporter()
-    done, total = 0, sum(entry.bytes for entry in opened.manifest.files.values())
-
-    def progress(name: str, count: int) -> None:
-        nonlocal done
-        done += count
-        reporter.update("pack", done >> 20, total >> 20, "MB")
-
+    total = sum(entry.bytes for entry in opened.manifest.files.values())
     with reporter.bar():
-        pack_bundle(opened, output, progress)
+        pack_bundle(opened, output, reporter.count_bytes("pack", total))
     click.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB")

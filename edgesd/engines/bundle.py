@@ -39,15 +39,15 @@ def write_manifest(root: Path, manifest: BundleManifest) -> None:
 def pack_bundle(bundle: Bundle, path: Path, progress: Progress | None = None) -> None:
     """Write `bundle` in its one-file form to `path`: an uncompressed tar that is mapped in place.
 
-    Verifies every byte on the way. Raises BundleError when the bundle is damaged, ResourceError
-    when the disk is full; `path` is then left as it was.
+    Verifies every byte on the way, in one reading. Raises BundleError when the bundle is damaged,
+    ResourceError when the disk is full; `path` is then left as it was.
     """
-    bundle.verify()
     with atomic_write(path) as out:
         for name in archive_order(bundle.manifest.files):
             size = bundle.size(name)
             out.write(archive_header(name, size))
-            for chunk in bundle.chunks(name):
+            listed = name in bundle.manifest.files  # else the manifest, or its checksum
+            for chunk in bundle.verified_chunks(name) if listed else bundle.chunks(name):
                 out.write(chunk)
                 if progress:
                     progress(name, len(chunk))

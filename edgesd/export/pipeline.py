@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LICENCE_FOLDER = "licence"
 """Where the model card and the licence files of the weights go."""
 
-_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript")
+_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 _log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def _copy_licence(source: ModelSource, root: Path) -> list[str]:
 
 def require_build_tools() -> None:
     """Raise MissingDependencyError unless all packages that building needs are installed."""
-    for name in (*_MODULES, "safetensors"):
+    for name in _MODULES:
         if importlib.util.find_spec(name) is None:
             raise MissingDependencyError(
                 f"exporting a model needs {name}: pip install 'edgesd[build]'"

@@ -135,11 +135,13 @@ class GraphFile(NamedTuple):
 class Bundle:
     """An opened bundle. Nothing in it is ever written. Made by `open_bundle`."""
 
-    def __init__(self, path: Path, storage: _Storage, manifest: BundleManifest) -> None:
+    def __init__(
+        self, path: Path, storage: _Storage, sizes: dict[str, int], manifest: BundleManifest
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self._storage = storage
-        self._sizes = storage.sizes()
+        self._sizes = sizes
         self._verified: set[str] = set()
 
     def location(self, name: str) -> Location:
@@ -160,32 +162,38 @@ class Bundle:
                 left -= len(chunk)
                 yield chunk
 
+    def verified_chunks(self, name: str) -> Iterator[bytes]:
+        """`chunks` of a file that the manifest lists, hashed as they are read.
+
+        Raises BundleError behind the last one when the bytes differ from the manifest.
+        """
+        digest = hashlib.sha256()
+        for chunk in self.chunks(name):
+            digest.update(chunk)
+            yield chunk
+        if digest.hexdigest() != self.manifest.files[name].sha256:
+            raise BundleError(
+                f"{self.path}: {name} was altered or damaged (its sha256 differs from the "
+                "manifest's); copy the bundle anew or build it again"
+            )
+        self._verified.add(name)
+
     def verify(self, names: Iterable[str] | None = None, progress: Progress | None = None) -> None:
         """Hash `names` (all files by default); those that were hashed before are skipped.
 
         Raises BundleError naming the first file whose bytes differ from the manifest.
         """
         for name in self.manifest.files if names is None else names:
-            if name in self._verified:
-                continue
-            digest = hashlib.sha256()
-            for chunk in self.chunks(name):
-                digest.update(chunk)
-                if progress:
-                    progress(name, len(chunk))
-            if digest.hexdigest() != self.manifest.files[name].sha256:
-                raise BundleError(
-                    f"{self.path}: {name} was altered or damaged (its sha256 differs from the "
-                    "manifest's); copy the bundle anew or build it again"
-                )
-            self._verified.add(name)
+            if name not in self._verified:
+                for chunk in self.verified_chunks(name):
+                    if progress:
+                        progress(name, len(chunk))
 
     def read(self, name: str) -> bytes:
         """The verified bytes of the file `name`. Raises BundleError if it was altered."""
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: the manifest lists no {name}; build the bundle again")
-        self.verify([name])
-        return b"".join(self.chunks(name))
+        return b"".join(self.verified_chunks(name))
 
     def engine_files(self, engine: Engine) -> list[str]:
         """Names of the files of one engine: its graph or plan, and the weights beside it."""
@@ -204,8 +212,8 @@ class Bundle:
         are memory-mapped there. Raises BundleError if a file was altered.
         """
         engine = self.manifest.engines[component]
-        self.verify(self.engine_files(engine))
         model = self.read(engine.path)
+        self.verify(self.engine_files(engine))
         folder = PurePosixPath(engine.path).parent
         graph_path = self.location(engine.path).path
         if isinstance(self._storage, _Folder):
@@ -272,7 +280,7 @@ def _open(path: Path) -> Bundle:
         raise BundleError(f"{path}: {extra[0]} isn't in the manifest; remove it")
     if isinstance(storage, _Archive) and list(sizes) != archive_order(manifest.files):
         raise BundleError(f"{path}: its files are not in the manifest's order; it was altered")
-    return Bundle(path, storage, manifest)
+    return Bundle(path, storage, sizes, manifest)
 
 
 def checksum_line(manifest: bytes) -> bytes:

@@ -18,7 +18,6 @@ from edgesd.runtime.pipeline import Pipeline, Request
 if TYPE_CHECKING:
     from PIL import Image
 
-
 _OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".edgesd")
 
 
