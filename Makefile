@@ -17,7 +17,7 @@ $(VENV)/.build-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.build-installed
-	$(PIP_INSTALL) --editable '.[build,dev]'
+	$(PIP_INSTALL) --editable '.[build,evaluate,dev]'
 	@touch $@
 
 demo: install  ## build the embedded pipeline for this computer and draw eight pictures

@@ -60,6 +60,12 @@ class ParityError(EdgesdError):
     exit_code = 7
 
 
+class QualityError(EdgesdError):
+    """The pictures of a quantized pipeline are further from their source's than was allowed."""
+
+    exit_code = 7
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
     """One line for a name that isn't in `valid`: what was received, the nearest, all of them."""
     valid = sorted(valid)

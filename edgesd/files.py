@@ -70,6 +70,30 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """As `atomic_write`, for a library that writes a file by its name: gives the temporary name."""
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(fd)
+        tmp = Path(name)
+        try:
+            yield tmp
+            fd = os.open(tmp, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            tmp.chmod(0o644)
+            tmp.replace(path)
+            fsync_dir(path.parent)
+        except BaseException:
+            tmp.unlink(missing_ok=True)
+            raise
+
+
 def check_writable(path: Path) -> None:
     """Make the folder of `path` and try to write there, before long work is done in vain.
 

@@ -6,15 +6,23 @@ it) decodes strictly: an unknown or missing field is an error.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Any
 
 import msgspec
 
-SCHEMA_VERSION = 1
-"""Version of `bundle.json`. A reader refuses a newer one; it is raised on any change of meaning."""
+from edgesd.errors import UsageError, unknown_name
 
-Precision = Literal["fp32", "fp16"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
+SCHEMA_VERSION = 2
+"""Version of `bundle.json`. A reader refuses a newer one; it is raised on any change of meaning.
+
+2: `recipe` and `quality`, both optional; a file of version 1 is read as one without them.
+"""
+
+Precision = str
+"""fp32, fp16, or a quantization scheme in canonical form: w4a8-g64-lr32 (`parse_scheme`)."""
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "w8a16", "w8a8", "w4a16", "w4a8", "w4a4")
+"""The number formats, without group and rank."""
 
 Dim = int | str
 """A fixed size, or the name of a symbolic one: batch, height, width (in the tensor's own unit)."""
@@ -22,6 +30,72 @@ Dim = int | str
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=False):
     """Base of all specs: immutable, strict when decoded."""
+
+
+class Scheme(Spec, frozen=True):
+    """How the weights and activations of a layer are represented: wXaY[-gN][-lrR].
+
+    weight_bits: 8 (a scale per output channel) or 4 (a scale per `group` values of K, the reduced
+    dimension). activation_bits: 16 leaves activations in floating point. group: 0 for none; with
+    activation_bits 4, activations too get a scale per group. rank: of the 16-bit low-rank branch,
+    at most; 0 for none.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    group: int = 0
+    rank: int = 0
+
+    def __str__(self) -> str:
+        group = f"-g{self.group}" if self.group else ""
+        rank = f"-lr{self.rank}" if self.rank else ""
+        return f"w{self.weight_bits}a{self.activation_bits}{group}{rank}"
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no engine computes in this format: the picture is right, speed and RAM aren't."""
+        return self.activation_bits == 4
+
+
+METHODS = ("rtn", "gptq", "svdquant")
+"""Quantization methods. rtn: round to nearest. gptq: GPTQ codes, plain branch. svdquant: smoothing,
+fitted branch."""
+
+GROUPS = (16, 32, 64, 128, 256)
+MAX_RANK = 512
+_SCHEME = re.compile(r"w(8|4)a(16|8|4)(?:-g([1-9][0-9]{0,3}))?(?:-lr([1-9][0-9]{0,3}))?")
+_EXAMPLES = ("w8a8", "w8a16", "w4a16-g64", "w4a8-g64", "w4a4-g64", "w4a8-g64-lr32")
+_SCHEMES = ", ".join(_EXAMPLES)
+
+
+def parse_scheme(name: str) -> Scheme:
+    """`name` as a Scheme. Raises UsageError, naming what is valid, for anything but a scheme."""
+    match = _SCHEME.fullmatch(name)
+    if not match:
+        raise UsageError(unknown_name("precision", name, ("fp32", "fp16", *_EXAMPLES)))
+    weights, activations, group, rank = (int(part or 0) for part in match.groups())
+    if weights == 8 and (group or activations == 4):
+        raise UsageError(
+            f"{name}: 8-bit weights have a scale per channel and no group, and go with 8- or "
+            f"16-bit activations: valid are {_SCHEMES}"
+        )
+    if weights == 4 and group not in GROUPS:
+        valid = ", ".join(f"-g{size}" for size in GROUPS)
+        raise UsageError(f"{name}: 4-bit weights need a group: {valid} (w4a{activations}-g64)")
+    if match[4] is not None and not 1 <= rank <= MAX_RANK:
+        raise UsageError(f"{name}: the rank must be from 1 to {MAX_RANK}")
+    return Scheme(weights, activations, group, rank)
+
+
+def number_format(precision: Precision) -> str:
+    """The member of PRECISIONS that `precision` belongs to: w4a8 for w4a8-g64-lr32.
+
+    Raises UsageError for a name that is no precision.
+    """
+    if precision in ("fp32", "fp16"):
+        return precision
+    scheme = parse_scheme(precision)
+    return f"w{scheme.weight_bits}a{scheme.activation_bits}"
 
 
 class TensorSpec(Spec, frozen=True):
@@ -104,6 +178,90 @@ class Parity(Spec, frozen=True):
     tolerance: float
 
 
+class LayerRecipe(Spec, frozen=True):
+    """What became of one layer. Names are those of the source's modules, below its component.
+
+    kind: conv, linear or embedding. shape: of the source's weight, output channels first.
+    scheme: as it is now: "fp16", or a Scheme. method: rtn, minmax, gptq, svdquant ... rank: of its
+    branch, at most the scheme's. bytes: its codes, scales and branch on disk. error: RMS of the
+    change of the layer's output over RMS of that output, on calibrated inputs (0 if not measured).
+    raised_from: the scheme that was planned, where it is another; reason: why it was raised.
+    """
+
+    name: str
+    component: str
+    kind: str
+    shape: tuple[int, ...]
+    scheme: str
+    method: str
+    rank: int
+    bytes: int
+    error: float
+    raised_from: str | None = None
+    reason: str | None = None
+
+
+class CalibrationSpec(Spec, frozen=True):
+    """What activations were recorded on: the pipeline's own loop over a file of prompts."""
+
+    prompts: int
+    prompts_sha256: str
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    height: int
+    width: int
+
+
+class QuantRecipe(Spec, frozen=True):
+    """How a pipeline was quantized. name: the scheme asked for, in canonical form.
+
+    simulated: some layer's number format is computed by no engine, but imitated in fp32.
+    """
+
+    name: str
+    simulated: bool
+    layers: tuple[LayerRecipe, ...]
+    calibration: CalibrationSpec | None = None
+
+
+class PictureQuality(Spec, frozen=True):
+    """One prompt, drawn by the source's graphs and by the bundle's, from the same seed.
+
+    psnr in dB (None: equal pictures); ssim up to 1; distance by the metric Quality names.
+    source, ours: the two pictures as files of the bundle, where they were kept.
+    """
+
+    prompt: str
+    seed: int
+    psnr: float | None
+    ssim: float
+    distance: float
+    source: str | None = None
+    ours: str | None = None
+
+
+class Quality(Spec, frozen=True):
+    """How far the bundle's pictures are from its source's, measured at build.
+
+    psnr: mean and minimum over all pictures, in dB, equal pictures counting as 100. metric: name of
+    the perceptual distance ("LPIPS (alex)", or what stands in for it). min_psnr: the floor asked
+    for. measured_on: the arithmetic that drew the pictures.
+    """
+
+    pictures: tuple[PictureQuality, ...]
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    psnr_mean: float
+    psnr_min: float
+    ssim_mean: float
+    distance_mean: float
+    metric: str
+    measured_on: str
+    min_psnr: float | None = None
+
+
 class Graph(Spec, frozen=True):
     """A component as an ONNX file. Paths are relative to the folder that holds it."""
 
@@ -126,6 +284,7 @@ class GraphSet(Spec, frozen=True):
     assets: tuple[str, ...]
     licence: Licence
     tools: dict[str, str]
+    recipe: QuantRecipe | None = None
 
 
 class Licence(Spec, frozen=True):
@@ -210,3 +369,5 @@ class BundleManifest(Spec, frozen=True):
     tools: dict[str, str]
     files: dict[str, FileEntry]
     required_capabilities: tuple[str, ...] = ()
+    recipe: QuantRecipe | None = None
+    quality: Quality | None = None

@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from edgesd import __version__
-from edgesd.cli import build, demo, generate, inspect, pack, targets
+from edgesd.cli import build, demo, generate, inspect, pack, report, targets
 from edgesd.cli.common import fail
 
 
@@ -32,6 +32,7 @@ for command in (
     demo.demo_command,
     inspect.inspect_command,
     pack.pack_command,
+    report.report_command,
     targets.targets_command,
 ):
     cli.add_command(command)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from edgesd.cli.common import Reporter, Size, json_option, print_json, printable
-from edgesd.spec import PRECISIONS, Precision
+from edgesd.spec import METHODS, Precision
 
 
 @click.command("build")
@@ -15,10 +15,66 @@ from edgesd.spec import PRECISIONS, Precision
 @click.option("--target", required=True, help="Board to build for; `edgesd targets` lists them.")
 @click.option(
     "--precision",
-    type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="Number format of the weights. On CPUs fp16 halves the bundle and computes in fp32.",
+    metavar="NAME",
+    help="fp32, fp16 (on CPUs storage only), or fewer bits for weights and activations: w8a16, "
+    "w8a8, w4a16-g64, w4a8-g64, w4a4-g64 (simulated). -gN: N weights share a scale; -lrR behind it "
+    "adds a 16-bit branch of rank R, as in w4a8-g64-lr32.",
+)
+@click.option(
+    "--min-psnr",
+    type=click.FloatRange(0, 100),
+    metavar="DB",
+    help="Least PSNR in dB of the worst picture against the source's: layers are raised until it "
+    "holds, or the build fails.",
+)
+@click.option(
+    "--max-size",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="PART",
+    help="Largest bundle, as a part of the fp32 one (0.2): ranks and bits go where pictures gain.",
+)
+@click.option(
+    "--max-time",
+    type=click.FloatRange(0, min_open=True),
+    metavar="PART",
+    help="The same for the estimated time of a picture.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="svdquant",
+    show_default=True,
+    help="How codes and branches are chosen.",
+)
+@click.option(
+    "--static",
+    is_flag=True,
+    help="8-bit activations: ranges recorded for each timestep, instead of those at hand.",
+)
+@click.option(
+    "--calibration-prompts",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Text file, a prompt per line. [default: the model's prompts/calibration.txt]",
+)
+@click.option(
+    "--quality-prompts",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Prompts to compare pictures of; their places are the seeds. [default: the model's "
+    "prompts/quality.txt]",
+)
+@click.option("--no-quality", is_flag=True, help="Don't draw and compare pictures.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for intermediate results, from which an interrupted build goes on. "
+    "[default: EDGESD_CACHE, or ~/.cache/edgesd]",
+)
+@click.option(
+    "--lpips",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder with LPIPS's weights: alexnet-owt-7be5be79.pth and alex.pth.",
 )
 @click.option(
     "--size",
@@ -48,6 +104,16 @@ def build_command(
     model: str,
     target: str,
     precision: Precision,
+    min_psnr: float | None,
+    max_size: float | None,
+    max_time: float | None,
+    method: str,
+    static: bool,
+    calibration_prompts: Path | None,
+    quality_prompts: Path | None,
+    no_quality: bool,
+    work: Path | None,
+    lpips: Path | None,
     size: tuple[int, int] | None,
     batch: int | None,
     scheduler: str | None,
@@ -57,14 +123,31 @@ def build_command(
     """Turn MODEL into a bundle for a board.
 
     MODEL is `demo` (the embedded pipeline), the folder of a diffusers pipeline, or a hub id such as
-    OWNER/NAME. Each network is compared with its source before the bundle is written.
+    OWNER/NAME. Each network is compared with its source before the bundle is written; of a
+    quantized bundle the pictures are, too, and `edgesd report` shows them.
     """
-    from edgesd.build import build, default_output
+    from edgesd.build import QuantOptions, build, default_output
 
     if batch and not size:
         raise click.UsageError("--batch fixes the rows of static graphs: give --size, too")
     reporter = Reporter(quiet=as_json)
     out = output or default_output(model, target, precision)
+    if no_quality and any(limit is not None for limit in (min_psnr, max_size, max_time)):
+        raise click.UsageError(
+            "--min-psnr, --max-size and --max-time are held by drawing pictures: "
+            "leave --no-quality out"
+        )
+    options = QuantOptions(
+        method=method,
+        static=static,
+        calibration_prompts=_prompts(calibration_prompts),
+        quality_prompts=() if no_quality else _prompts(quality_prompts),
+        min_psnr=min_psnr,
+        max_size=max_size,
+        max_time=max_time,
+        work=work,
+        lpips=lpips,
+    )
     built = build(
         model,
         target,
@@ -74,6 +157,7 @@ def build_command(
         scheduler,
         batch or 1,
         progress=lambda stage, component: reporter.line(f"{component}: {stage}"),
+        quantization=options,
     )
     manifest = built.bundle.manifest
     sizes = {name: built.bundle.weight_bytes(name) for name in manifest.engines}
@@ -87,6 +171,7 @@ def build_command(
                 "bytes": sizes,
                 "note": built.note,
                 "parity": {name: engine.parity for name, engine in manifest.engines.items()},
+                "quality": manifest.quality,
             }
         )
         return
@@ -95,6 +180,24 @@ def build_command(
             f"{name:13} {sizes[name] / 1e6:9.1f} MB   differs from its source by "
             f"{engine.parity.rel_rms:.1e} RMS (allowed {engine.parity.tolerance:.0e})"
         )
+    if manifest.quality:
+        q = manifest.quality
+        click.echo(
+            f"pictures against the source's, {len(q.pictures)} prompts, {q.num_inference_steps} "
+            f"steps: PSNR {q.psnr_mean:.1f} dB (least {q.psnr_min:.1f}), SSIM {q.ssim_mean:.3f}, "
+            f"{q.metric} {q.distance_mean:.4f}"
+        )
+    if manifest.recipe and manifest.recipe.simulated:
+        click.echo("note: simulated: no engine computes in this format; the pictures are right")
     if built.note:
         click.echo(f"note: {built.note}")
     click.echo(f"bundle for {manifest.target}: {built.path}")
+
+
+def _prompts(path: Path | None) -> tuple[str, ...] | None:
+    from edgesd.runtime.pictures import read_prompts
+
+    if path is None:
+        return None
+    with path.open("rb") as file:
+        return tuple(read_prompts(file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -19,12 +20,12 @@ from edgesd.runtime.bundle import (
 from edgesd.spec import BundleManifest, FileEntry
 
 
-def file_entries(root: Path) -> dict[str, FileEntry]:
+def file_entries(root: Path, leave_out: Collection[str] = ()) -> dict[str, FileEntry]:
     """Name (relative, POSIX) -> size in bytes and sha256 of every file below `root`, sorted."""
     return {
         path.relative_to(root).as_posix(): FileEntry(path.stat().st_size, sha256_file(path))
         for path in sorted(root.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.relative_to(root).as_posix() not in leave_out
     }
 
 

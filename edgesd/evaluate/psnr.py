@@ -35,15 +35,22 @@ def max_abs_difference(first: Picture, second: Picture) -> int:
 
 def _difference(first: Picture, second: Picture) -> npt.NDArray[np.int16]:
     """first - second [H, W, 3]."""
-    a, b = _pixels(first), _pixels(second)
+    a, b = pixel_pair(first, second)
+    return np.subtract(a, b, dtype=np.int16)
+
+
+def pixel_pair(first: Picture, second: Picture) -> tuple[Pixels, Pixels]:
+    """The pixels of both, each [H, W, 3]. Raises InputError as `psnr`."""
+    a, b = pixels_of(first), pixels_of(second)
     if a.shape != b.shape:
         raise InputError(
             f"pictures of {_size(a)} and {_size(b)} pixels can't be compared: expected one size"
         )
-    return np.subtract(a, b, dtype=np.int16)
+    return a, b
 
 
-def _pixels(picture: Picture) -> Pixels:
+def pixels_of(picture: Picture) -> Pixels:
+    """The pixels [H, W, 3]. Raises InputError for anything but an 8-bit RGB picture."""
     if isinstance(picture, Image.Image) and picture.mode != "RGB":
         raise InputError(f"a picture of mode {picture.mode} can't be compared: convert it to RGB")
     pixels = np.asarray(picture)

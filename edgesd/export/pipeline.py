@@ -77,8 +77,13 @@ def export_pipeline(
         graphs=graphs,
         assets=tuple(assets),
         licence=source.licence(LICENCE_FOLDER),
-        tools={name: importlib.metadata.version(name) for name in _TOOLS},
+        tools=tool_versions(),
     )
+
+
+def tool_versions() -> dict[str, str]:
+    """Package -> version of what makes the graphs."""
+    return {name: importlib.metadata.version(name) for name in _TOOLS}
 
 
 def plan_pipeline(

@@ -20,6 +20,7 @@ from edgesd.errors import InputError, MissingDependencyError, unknown_name
 from edgesd.export.families import Family, family_of
 from edgesd.export.quiet import first_line
 from edgesd.files import sha256_file
+from edgesd.runtime.pictures import read_prompts
 from edgesd.spec import Licence
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -151,6 +152,17 @@ class ModelSource:
             if not 0 <= number <= 1000:
                 raise InputError(f"{path}: {name} must be a number from 0 to 1000, not {value!r}")
         return found
+
+    def prompts(self, purpose: str) -> tuple[str, ...] | None:
+        """The model's own prompts for "calibration" or "quality"; None if it has none.
+
+        They are in prompts/PURPOSE.txt. Raises InputError for a file that isn't text or is empty.
+        """
+        path = self.root / "prompts" / f"{purpose}.txt"
+        if not path.exists():
+            return None
+        with path.open("rb") as file:
+            return tuple(read_prompts(file))
 
     def sha256(self) -> str:
         """Hash over the names and contents of all files that the pipeline is made from."""

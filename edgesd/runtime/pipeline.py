@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.runners import Runner
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
 from edgesd.runtime.tokenizer import PromptTokenizer, Truncation, check_prompt
+from edgesd.spec import LayerRecipe, parse_scheme
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -182,7 +184,8 @@ class Pipeline:
         """Make one picture per request, all in one batch.
 
         The requests may differ in prompt, negative prompt and seed only. Picture k depends on its
-        own request alone, not on the batch it was made in (up to the backend's rounding).
+        own request alone, not on the batch it was made in (up to the backend's rounding; where
+        activations are quantized dynamically, the pictures of a batch share their ranges).
         Raises UsageError for requests that can't share a batch, ResourceError when memory is short.
         """
         start = time.perf_counter()
@@ -247,6 +250,19 @@ class Pipeline:
             pictures.append(Image.fromarray(pixels.round().astype(np.uint8)))
         self._release("vae_decoder")
         return pictures
+
+    def replace(self, component: str, runner: Runner) -> None:
+        """Draw with another runner for one component from now on; the one before is freed."""
+        before = self._runners.pop(component, None)
+        if before is not None:
+            before.close()
+        self._embeddings.clear()
+        self._runners[component] = runner
+
+    def restore(self, component: str) -> None:
+        """Draw with the bundle's own engine again; it is loaded when first needed."""
+        self._runners.pop(component).close()
+        self._embeddings.clear()
 
     def close(self) -> None:
         """Free all components."""
@@ -329,6 +345,12 @@ class Pipeline:
 
     def _loaded_bytes(self, component: str) -> int:
         """Memory that a component's weights take once loaded: they are computed with in fp32."""
+        recipe = self.bundle.manifest.recipe
+        if recipe is not None:
+            # Codes of convolutions become int8 or fp32 when they are loaded: the weights' number
+            # bounds it from above.
+            layers = [layer for layer in recipe.layers if layer.component == component]
+            return sum(_loaded_layer_bytes(layer) for layer in layers)
         engine = self.bundle.manifest.engines[component]
         return self.bundle.weight_bytes(component) * (2 if engine.precision == "fp16" else 1)
 
@@ -360,6 +382,19 @@ class Pipeline:
                 on_step(step)
 
         return watch
+
+
+def _loaded_layer_bytes(layer: LayerRecipe) -> int:
+    """Memory of one quantized layer's weights in a session."""
+    weights = math.prod(layer.shape)
+    scheme = None if layer.scheme == "fp16" else parse_scheme(layer.scheme)
+    if scheme is None or (layer.kind == "conv" and scheme.activation_bits != 8):
+        return 4 * weights + 2 * layer.bytes
+    if scheme.weight_bits == 4 and layer.kind == "linear":
+        return 2 * layer.bytes  # packed codes; the branch in fp32
+    if scheme.activation_bits == 8 or layer.kind == "embedding":
+        return weights + 2 * layer.bytes
+    return 4 * weights + 2 * layer.bytes
 
 
 _T = TypeVar("_T")

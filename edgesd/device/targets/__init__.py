@@ -16,7 +16,7 @@ import msgspec
 
 from edgesd.device.capabilities import GB, in_gb
 from edgesd.errors import TargetError, UsageError, unknown_name
-from edgesd.spec import PRECISIONS, Target
+from edgesd.spec import Target, number_format
 
 OS_BYTES = 128 * 2**20
 """RAM that a headless operating system holds, whatever the board."""
@@ -81,11 +81,10 @@ def check_request(target: Target, precision: str, backend: str | None = None) ->
     can run; the message names what this one runs and the nearest target that fits the request.
     """
     backends = {name for known in list_targets() for name in known.backends}
-    if precision not in PRECISIONS:
-        raise UsageError(unknown_name("precision", precision, PRECISIONS))
+    asked_format = number_format(precision)
     if backend is not None and backend not in backends:
         raise UsageError(unknown_name("backend", backend, backends))
-    if precision not in target.precisions:
+    if asked_format not in target.precisions:
         kind, asked, runs = "precision", str(precision), ", ".join(target.precisions)
     elif backend is not None and backend not in target.backends:
         kind, asked, runs = "backend", backend, ", ".join(target.backends)
@@ -94,7 +93,7 @@ def check_request(target: Target, precision: str, backend: str | None = None) ->
     able = [
         other
         for other in all_targets()
-        if precision in other.precisions and (backend is None or backend in other.backends)
+        if asked_format in other.precisions and (backend is None or backend in other.backends)
     ]
     near = _nearest(target, able)
     advice = f"use one of these, or --target {near.name}" if near else "use one of these"

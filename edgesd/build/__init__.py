@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import platform
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import edgesd
+from edgesd.build.quantized import QuantizedBuild, QuantOptions, cache_folder
 from edgesd.device.detect import detect_machine, explain_machine, runnable_targets
 from edgesd.device.targets import check_memory, check_request, get_target
 from edgesd.engines import BACKENDS
 from edgesd.engines.bundle import file_entries, pack_bundle, write_manifest
-from edgesd.errors import InputError, TargetError
-from edgesd.files import atomic_dir, check_writable, private_folder
-from edgesd.runtime.bundle import SUFFIX, Bundle, open_bundle
-from edgesd.spec import SCHEMA_VERSION, BundleManifest, Precision, Target
+from edgesd.errors import BundleError, InputError, TargetError
+from edgesd.files import atomic_dir, check_writable, disk_errors, private_folder
+from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
+from edgesd.spec import (
+    SCHEMA_VERSION,
+    BundleManifest,
+    GraphSet,
+    Precision,
+    Quality,
+    Target,
+    number_format,
+    parse_scheme,
+)
 
 if TYPE_CHECKING:
+    from edgesd.export.families import Plan
     from edgesd.export.pipeline import Progress
+    from edgesd.export.source import ModelSource
+
+__all__ = ["DEMO", "Built", "QuantOptions", "build", "default_output", "demo_model"]
 
 DEMO = "demo"
 """Name of the embedded pipeline, where a model is asked for."""
+
+MANIFEST_FILES = (MANIFEST, CHECKSUM)
+
+_log = logging.getLogger(__name__)
 
 RUNTIME_BYTES = 128 << 20
 """Memory of the runtime itself with its libraries loaded, about (measured: 113 MB on x86-64).
@@ -90,18 +112,20 @@ def build(
     scheduler: str | None = None,
     batch: int = 1,
     progress: Progress | None = None,
+    quantization: QuantOptions | None = None,
 ) -> Built:
     """Export `model`, check it against its source, and write the bundle `out`.
 
     model: "demo", a diffusers folder, or a hub id. size: (width, height) in pixels for static
     graphs, whose denoiser takes `batch` rows; None exports graphs for any size and batch.
     scheduler: the bundle's default sampler, if not the model's own. An `out` that ends in `.edgesd`
-    is the one-file form. Raises UsageError, InputError, TargetError, ParityError, ResourceError;
-    nothing is left at `out` then.
+    is the one-file form. quantization: for a precision that is a scheme. Nothing is left at `out`
+    on an error: UsageError, InputError, TargetError, ParityError, QualityError, ResourceError.
     """
     from edgesd.export.pipeline import export_pipeline, plan_pipeline, require_build_tools
     from edgesd.export.source import resolve_source
 
+    number_format(precision)
     require_build_tools()
     target = get_target(target_name)
     backend, note = _backend(target)
@@ -115,10 +139,7 @@ def build(
     plan = plan_pipeline(source, size, scheduler, batch)
     check_writable(out)
 
-    with private_folder(out) if one_file else atomic_dir(out) as root:
-        graphs = export_pipeline(source, plan, root, precision, progress=progress)
-        if progress:
-            progress("write", "bundle")
+    def write(root: Path, graphs: GraphSet, quality: Quality | None) -> None:
         engines = {name: BACKENDS[backend](graph) for name, graph in graphs.graphs.items()}
         manifest = BundleManifest(
             schema_version=SCHEMA_VERSION,
@@ -135,13 +156,104 @@ def build(
                 "python": platform.python_version(),
                 **graphs.tools,
             },
-            files=file_entries(root),
+            files=file_entries(root, leave_out=MANIFEST_FILES),
             required_capabilities=(),
+            recipe=graphs.recipe,
+            quality=quality,
         )
         write_manifest(root, manifest)
+
+    with private_folder(out) if one_file else atomic_dir(out) as root:
+        if number_format(precision) in ("fp32", "fp16"):
+            graphs = export_pipeline(source, plan, root, precision, progress=progress)
+            write(root, graphs, None)
+        else:
+            options = quantization or QuantOptions()
+            reference = _reference(model, target, source, plan, options, progress)
+            _quantize(source, plan, reference, precision, options, root, write, progress)
+        if progress:
+            progress("write", "bundle")
         if one_file:
             pack_bundle(open_bundle(root), out)
     return Built(open_bundle(out), out, note)
+
+
+def _reference(
+    model: str,
+    target: Target,
+    source: ModelSource,
+    plan: Plan,
+    options: QuantOptions,
+    progress: Progress | None,
+) -> Bundle:
+    """The fp32 bundle of the same plan, from the cache of intermediate results if it is there."""
+    from edgesd.export.pipeline import tool_versions
+
+    spec = plan.pipeline
+    shape, tools = spec.shape, (edgesd.__version__, tool_versions())
+    parts = (spec.source_sha256, shape, spec.scheduler, target.name, _name(model), tools)
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    path = (options.work or cache_folder()) / f"source-{key}"
+    if path.exists():
+        try:
+            found = open_bundle(path)
+            found.verify()
+            return found
+        except BundleError as exc:
+            _log.warning("%s: making it anew", exc)
+            shutil.rmtree(path)
+    size = None if shape.dynamic else (shape.width, shape.height)
+    scheduler, batch = spec.scheduler.name, 1 if shape.dynamic else shape.batch
+    return build(model, target.name, "fp32", path, size, scheduler, batch, progress).bundle
+
+
+def _quantize(
+    source: ModelSource,
+    plan: Plan,
+    reference: Bundle,
+    precision: Precision,
+    options: QuantOptions,
+    root: Path,
+    write: Callable[[Path, GraphSet, Quality | None], None],
+    progress: Progress | None,
+) -> None:
+    """Fill `root` with the quantized bundle's files."""
+    manifest = reference.manifest
+    assets = [
+        name
+        for name in manifest.files
+        if not any(name.startswith(f"{component}/") for component in manifest.engines)
+    ]
+    for name in assets:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(root / name):
+            (root / name).write_bytes(reference.read(name))
+    tools = {k: v for k, v in manifest.tools.items() if k not in ("edgesd", "python")}
+
+    def manifest_of(making: QuantizedBuild) -> None:
+        graphs = GraphSet(
+            root=str(root),
+            pipeline=plan.pipeline,
+            precision=precision,
+            graphs=dict(making.graphs),
+            assets=tuple(assets),
+            licence=manifest.licence,
+            tools=tools,
+            recipe=making.recipe(),
+        )
+        write(root, graphs, making.quality)
+
+    making = QuantizedBuild(
+        source,
+        plan,
+        reference,
+        parse_scheme(precision),
+        options,
+        root,
+        reference.path.parent,
+        progress,
+    )
+    making.run(manifest_of)
 
 
 def _backend(target: Target) -> tuple[str, str | None]:

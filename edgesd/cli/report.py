@@ -1,0 +1,32 @@
+"""edgesd report"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgesd.cli.common import printable
+
+
+@click.command("report", short_help="Write a page on the quality of BUNDLE.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The page, NAME.html; an older one is replaced. [default: BUNDLE-report.html]",
+)
+def report_command(bundle: Path, output: Path | None) -> None:
+    """Write an HTML page on BUNDLE: its pictures beside its source's, its layers, its sizes.
+
+    The page is one file that loads nothing else. Nothing is measured anew: the figures are those
+    that the build left in the bundle.
+    """
+    from edgesd.evaluate.report import default_report_path, write_report
+    from edgesd.runtime.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    path = output or default_report_path(opened)
+    write_report(opened, path)
+    click.echo(f"{printable(path)}: {path.stat().st_size / 1e6:.2f} MB")

@@ -1,0 +1,152 @@
+"""How far a bundle's pictures are from its source's: same prompts, same seeds, same steps."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from edgesd.errors import InputError
+from edgesd.evaluate.perceptual import Perceptual
+from edgesd.evaluate.psnr import psnr
+from edgesd.evaluate.ssim import ssim
+from edgesd.files import atomic_write
+from edgesd.runtime.pipeline import Pipeline, Request
+from edgesd.spec import PictureQuality, Quality
+
+EQUAL_DB = 100.0
+"""What two equal pictures count in a mean of PSNR."""
+
+_BATCH_PIXELS = 8 * 256 * 256
+_MAX_BATCH = 8
+
+Progress = Callable[[int, int], None]
+"""Told of pictures drawn, and of how many."""
+
+
+def requests_for(prompts: Sequence[str], **settings: object) -> list[Request]:
+    """One request per prompt; the prompt's place, counted from 0, is its seed."""
+    return [Request(prompt, seed, **settings) for seed, prompt in enumerate(prompts)]  # type: ignore[arg-type]
+
+
+def draw(
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    progress: Progress | None = None,
+    together: bool = False,
+) -> list[Image.Image]:
+    """The pictures of all requests, one by one, as `edgesd generate` does.
+
+    together: several at a time where they are small, which is faster. Pictures that are drawn
+    together share the ranges of dynamically quantized activations: figures would be worse.
+    """
+    shape = pipeline.spec.shape
+    batch = 1
+    if together and shape.dynamic:
+        batch = max(1, min(_MAX_BATCH, _BATCH_PIXELS // (shape.height * shape.width)))
+    pictures: list[Image.Image] = []
+    for start in range(0, len(requests), batch):
+        pictures += pipeline.generate(requests[start : start + batch])
+        if progress:
+            progress(len(pictures), len(requests))
+    return pictures
+
+
+def draw_cached(
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    folder: Path,
+    progress: Progress | None = None,
+) -> list[Image.Image]:
+    """The pictures of an fp32 bundle, kept in `folder`, whose name says what they depend on."""
+    paths = [folder / f"{index:04d}.png" for index in range(len(requests))]
+    if all(path.is_file() for path in paths):
+        return [_open(path) for path in paths]
+    pictures = draw(pipeline, requests, progress, together=True)
+    for path, picture in zip(paths, pictures, strict=True):
+        with atomic_write(path) as file:
+            picture.save(file, "PNG")
+    return pictures
+
+
+def compare(
+    requests: Sequence[Request],
+    source: Sequence[Image.Image],
+    ours: Sequence[Image.Image],
+    perceptual: Perceptual,
+) -> tuple[PictureQuality, ...]:
+    """Every pair of pictures measured, in the requests' order. Raises InputError as `psnr`."""
+    found = []
+    for request, first, second in zip(requests, source, ours, strict=True):
+        value = psnr(first, second)
+        found.append(
+            PictureQuality(
+                prompt=request.prompt,
+                seed=request.seed,
+                psnr=None if math.isinf(value) else value,
+                ssim=ssim(first, second),
+                distance=perceptual.distance(first, second),
+            )
+        )
+    return tuple(found)
+
+
+def summarise(
+    pictures: tuple[PictureQuality, ...],
+    pipeline: Pipeline,
+    request: Request,
+    perceptual: Perceptual,
+    min_psnr: float | None,
+) -> Quality:
+    """The Quality of pictures that were all drawn like `request`. Raises InputError for none."""
+    if not pictures:
+        raise InputError("no prompts to measure quality with: give a file with at least one")
+    values = [EQUAL_DB if p.psnr is None else p.psnr for p in pictures]
+    request = pipeline.complete(request)
+    assert request.guidance_scale is not None and request.num_inference_steps and request.scheduler
+    return Quality(
+        pictures=pictures,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        scheduler=request.scheduler,
+        psnr_mean=float(np.mean(values)),
+        psnr_min=min(values),
+        ssim_mean=float(np.mean([p.ssim for p in pictures])),
+        distance_mean=float(np.mean([p.distance for p in pictures])),
+        metric=perceptual.name,
+        measured_on=arithmetic(),
+        min_psnr=min_psnr,
+    )
+
+
+def arithmetic() -> str:
+    """What drew the pictures, and that its int8 sums are exact."""
+    import onnxruntime
+
+    # The runner asks for exact sums where the processor's int8 instructions would saturate.
+    return f"onnxruntime {onnxruntime.__version__} on {platform.machine()}, exact int8 sums"
+
+
+def mean_squared_error(first: Sequence[Image.Image], second: Sequence[Image.Image]) -> float:
+    """Mean over pictures of the squared difference of their 8-bit values."""
+    return float(
+        np.mean(
+            [
+                np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
+                for a, b in zip(first, second, strict=True)
+            ]
+        )
+    )
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            picture: Image.Image = image.convert("RGB")
+            return picture
+    except OSError as exc:
+        raise InputError(f"{path} can't be read ({exc}): remove it and run again") from exc

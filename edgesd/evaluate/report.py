@@ -1,0 +1,783 @@
+"""The report on a bundle: one HTML page that needs nothing but itself, and works without scripts.
+
+All of it comes from the manifest and the pictures that the build kept. The same bundle gives the
+same page, byte for byte.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from edgesd.errors import BundleError, InputError, UsageError
+from edgesd.files import atomic_write
+from edgesd.runtime.bundle import SUFFIX, Bundle
+from edgesd.spec import BundleManifest, LayerRecipe, PictureQuality, Quality, QuantRecipe
+
+SIMULATED = (
+    "simulated: no engine computes in this format; the pictures are right, speed and memory are not"
+)
+FORMATS = {"PNG": "image/png", "WEBP": "image/webp"}
+"""Formats that kept pictures may have, and their media types."""
+MAX_AMPLIFICATION = 64
+"""Largest factor of the difference maps: 64 makes a difference of 4 of 255 white."""
+
+_PIXELATED_BELOW = 257
+"""Pictures smaller than this, in pixels, are scaled up with their pixels kept sharp."""
+_CONTROL = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "\ufffd")
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def default_report_path(bundle: Bundle) -> Path:
+    """Where a report goes without -o: NAME-report.html beside the bundle's folder or file."""
+    name = bundle.path.name.removesuffix(SUFFIX) if bundle.path.is_file() else bundle.path.name
+    return bundle.path.with_name(f"{name}-report.html")
+
+
+def write_report(bundle: Bundle, path: Path) -> None:
+    """Write the report on `bundle` to `path`, over an older one.
+
+    Raises UsageError when `path` isn't named .html, InputError when it is a folder, lies in the
+    bundle (which may hold no other files) or can't be written, ResourceError when the disk is full,
+    and BundleError as `report_html`.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"-o {path}: the report is an HTML page; give a name ending in .html")
+    if path.is_dir():
+        raise InputError(f"-o {path} is a folder: give a name such as {path / 'report.html'}")
+    if bundle.path in path.resolve().parents:
+        raise InputError(
+            f"-o {path} lies in the bundle, which may hold no other files: choose a name outside it"
+        )
+    page = report_html(bundle)
+    with atomic_write(path) as file:
+        file.write(page.encode("utf-8", "replace"))
+
+
+def report_html(bundle: Bundle) -> str:
+    """The report on `bundle` as an HTML page with its pictures, styles and script inside.
+
+    Raises BundleError when a picture is missing, altered, can't be decoded, or differs in size
+    from the one that it is compared with.
+    """
+    manifest = bundle.manifest
+    title = f"{manifest.name}, {manifest.precision}"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_sha256(_STYLE)}'; "
+        f"script-src '{_sha256(_SCRIPT)}'; base-uri 'none'; form-action 'none'"
+    )
+    sections = (
+        _head(bundle),
+        _quality(manifest),
+        _pictures(bundle),
+        _layers(manifest),
+        _calibration(manifest.recipe),
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(title)}: edgesd report</title>\n"
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(section for section in sections if section)
+        + f"\n</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+# --- sections ---------------------------------------------------------------------------------
+
+
+def _head(bundle: Bundle) -> str:
+    manifest, recipe, quality = bundle.manifest, bundle.manifest.recipe, bundle.manifest.quality
+    pipeline, shape = manifest.pipeline, manifest.pipeline.shape
+    size = f"{shape.width}x{shape.height}"
+    total = sum(entry.bytes for entry in manifest.files.values())
+    figures = [("on disk", _megabytes(total), "all files of the bundle")]
+    if recipe and recipe.layers:
+        figures.append(_against_fp32(recipe.layers))
+    if quality:
+        figures += [
+            ("PSNR, mean", f"{quality.psnr_mean:.1f} dB", _count(len(quality.pictures), "picture")),
+            ("PSNR, worst", f"{quality.psnr_min:.1f} dB", _floor(quality)),
+        ]
+    size += f", any multiple of {shape.multiple_of}" if shape.dynamic else " only"
+    source = f"family {pipeline.family}, source sha256 {pipeline.source_sha256[:16]}"
+    licence = manifest.licence
+    facts = (
+        ("Model", f"{manifest.name} ({source})"),
+        ("Target", f"{manifest.target} ({manifest.arch})"),
+        ("Backend", manifest.backend),
+        ("Precision", manifest.precision),
+        ("Simulated", (SIMULATED if recipe.simulated else "no") if recipe else None),
+        ("Picture size", size),
+        ("Licence", f"{licence.name} ({', '.join(licence.files) or 'no file'})"),
+        ("Tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
+    )
+    notice = ""
+    if recipe and recipe.simulated:
+        notice = f'<p class="notice" role="note">{_text(SIMULATED)}</p>\n'
+    tiles = "".join(
+        f"<div><dt>{_text(name)}</dt><dd><strong>{_text(value)}</strong> "
+        f"<span>{_text(note)}</span></dd></div>"
+        for name, value, note in figures
+    )
+    return (
+        f'<header>\n<p class="kicker">edgesd report</p>\n'
+        f'<h1 dir="auto">{_text(manifest.name)}</h1>\n'
+        f'<p class="lead">{_text(manifest.precision)} for {_text(manifest.target)}</p>\n{notice}'
+        f'<dl class="figures">{tiles}</dl>\n</header>\n'
+        + _section("The bundle", _facts(facts) + _sizes(bundle, total))
+    )
+
+
+def _against_fp32(layers: Sequence[LayerRecipe]) -> tuple[str, str, str]:
+    """The figure that sets the layers' bytes against 4 per weight: name, value, note."""
+    now, full = sum(layer.bytes for layer in layers), _fp32_bytes(layers)
+    return (
+        "weights of the layers",
+        f"{now / full:.0%} of fp32" if full > 0 else _megabytes(now),
+        f"{_megabytes(now)} instead of {_megabytes(full)} (computed: 4 bytes per weight)",
+    )
+
+
+def _sizes(bundle: Bundle, total: int) -> str:
+    manifest = bundle.manifest
+    layers = manifest.recipe.layers if manifest.recipe else ()
+    columns = [
+        _Column("component"),
+        _Column("precision"),
+        _Column("on disk, MB", numeric=True),
+        _Column("parity, RMS", numeric=True),
+    ]
+    if layers:
+        columns += [
+            _Column("layers", numeric=True),
+            _Column("layers now, MB", numeric=True),
+            _Column("layers in fp32, MB (computed)", numeric=True),
+        ]
+
+    def layer_cells(of: Sequence[LayerRecipe]) -> list[_Cell]:
+        sizes = (sum(layer.bytes for layer in of), _fp32_bytes(of))
+        cells = [_Cell(str(len(of)), len(of)), *(_Cell(_mb(size), size) for size in sizes)]
+        return cells if layers else []
+
+    rows, left = [], total
+    for name, engine in manifest.engines.items():
+        weight = bundle.weight_bytes(name)
+        left -= weight
+        rows.append(
+            [
+                _Cell(name),
+                _Cell(engine.precision),
+                _Cell(_mb(weight), weight),
+                _Cell(f"{engine.parity.rel_rms:.1e}", engine.parity.rel_rms),
+                *layer_cells([layer for layer in layers if layer.component == name]),
+            ]
+        )
+    blank = _Cell("")
+    filler = [blank] * (len(columns) - 4)
+    other = [_Cell("other files"), blank, _Cell(_mb(left), left), blank, *filler]
+    sums = [_Cell("total"), blank, _Cell(_mb(total), total), blank, *layer_cells(layers)]
+    note = ""
+    if layers:
+        note = (
+            '<p class="note">"In fp32" is no file: it is computed from the shapes of the layers, '
+            "4 bytes per weight, without biases and norms.</p>\n"
+        )
+    return _table("Sizes", columns, [*rows, other, sums]) + note
+
+
+def _quality(manifest: BundleManifest) -> str:
+    quality = manifest.quality
+    if not quality:
+        return _section(
+            "Quality",
+            "<p>Nothing was measured: this bundle says nothing of how far its pictures are from "
+            f"those of its source. {_how_to(manifest)}</p>\n",
+        )
+    decibels = f"mean {quality.psnr_mean:.2f} dB, worst {quality.psnr_min:.2f} dB"
+    steps = _count(quality.num_inference_steps, "step")
+    facts = (
+        ("PSNR", f"{decibels} (equal pictures count as 100 dB)"),
+        ("SSIM", f"mean {quality.ssim_mean:.4f} (1 for equal pictures)"),
+        (quality.metric, f"mean {quality.distance_mean:.4f} (0 for equal pictures)"),
+        ("Floor", _floor(quality)),
+        ("Worst prompt", _worst(quality.pictures)),
+        ("Drawn with", f"{steps} of {quality.scheduler}, guidance {quality.guidance_scale:g}"),
+        ("Measured on", quality.measured_on),
+    )
+    columns = (
+        _Column("prompt", prose=True),
+        _Column("seed", numeric=True),
+        _Column("PSNR, dB", numeric=True, sorted="ascending"),
+        _Column("SSIM", numeric=True),
+        _Column(quality.metric, numeric=True),
+        _Column("shown below"),
+    )
+    rows = [
+        [
+            _Cell(_prompt(picture)),
+            _Cell(str(picture.seed), picture.seed),
+            _Cell(_psnr(picture), _rank(picture)),
+            _Cell(f"{picture.ssim:.4f}", picture.ssim),
+            _Cell(f"{picture.distance:.4f}", picture.distance),
+            _Cell("yes" if picture.source or picture.ours else "no"),
+        ]
+        for picture in _worst_first(quality.pictures)
+    ]
+    return _section("Quality", _facts(facts) + _table("All pictures, worst first", columns, rows))
+
+
+def _floor(quality: Quality) -> str:
+    if quality.min_psnr is None:
+        return "no floor was asked for"
+    held = "held" if quality.psnr_min >= quality.min_psnr else "not held"
+    return f"at least {quality.min_psnr:g} dB was asked for: {held}"
+
+
+def _worst(pictures: Sequence[PictureQuality]) -> str:
+    if not pictures:
+        return "no picture was compared"
+    worst = _worst_first(pictures)[0]
+    if worst.psnr is None:
+        return "none: all pictures are equal to the source's"
+    return f"{_prompt(worst)} (seed {worst.seed}, {_psnr(worst)} dB)"
+
+
+def _pictures(bundle: Bundle) -> str:
+    quality = bundle.manifest.quality
+    if not quality:
+        return ""
+    kept = [picture for picture in _worst_first(quality.pictures) if picture.source or picture.ours]
+    if not kept:
+        text = "<p>The bundle keeps no pictures: there are only their figures above.</p>\n"
+        return _section("Pictures", text)
+    factor = _amplification(_difference_counts(bundle, kept))
+    intro = (
+        f"<p>Worst PSNR first. The difference is |ours - source| per channel, amplified {factor} "
+        "times in all maps of this page (white where that is above 255), so that they compare."
+        "</p>\n"
+    )
+    cards = "\n".join(_card(bundle, picture, quality.metric, factor) for picture in kept)
+    return _section("Pictures", f'{intro}<div class="cards">\n{cards}\n</div>\n')
+
+
+def _card(bundle: Bundle, picture: PictureQuality, metric: str, factor: int) -> str:
+    """One prompt: source, ours and their difference side by side."""
+    prompt = _prompt(picture)
+    figures = []
+    for name, kind, who in (
+        (picture.source, "source", "the source"),
+        (picture.ours, "ours", "this bundle"),
+    ):
+        if name is None:
+            figures.append(f'<p class="absent">{kind}: not kept</p>')
+            continue
+        data = bundle.read(name)
+        image = _decode(bundle, name, data)
+        alt = f"Drawn by {who}: {prompt}"
+        figures.append(_figure(kind, kind, alt, data, FORMATS[str(image.format)], image.size))
+    difference = _difference(bundle, picture)
+    if difference is not None:
+        amplified = np.minimum(difference.astype(np.uint16) * factor, 255).astype(np.uint8)
+        data, (height, width) = _png(amplified), amplified.shape[:2]
+        alt = f"Difference of the two, amplified {factor} times: {prompt}"
+        caption = f"difference x{factor}"
+        figures.append(_figure("difference", caption, alt, data, "image/png", (width, height)))
+    seed_and_scores = (
+        f"seed {picture.seed}, PSNR {_psnr(picture, ' dB')}, SSIM {picture.ssim:.4f}, "
+        f"{metric} {picture.distance:.4f}"
+    )
+    return (
+        f'<article class="card">\n<h3 dir="auto">{_text(prompt)}</h3>\n'
+        f'<div class="pair">{"".join(figures)}</div>\n'
+        f'<p class="note">{_text(seed_and_scores)}</p>\n</article>'
+    )
+
+
+def _figure(
+    kind: str, caption: str, alt: str, data: bytes, media_type: str, size: tuple[int, int]
+) -> str:
+    sharp = " sharp" if max(size) < _PIXELATED_BELOW else ""
+    uri = f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+    return (
+        f'<figure class="{kind}{sharp}"><img src="{uri}" width="{size[0]}" height="{size[1]}" '
+        f'alt="{_text(alt)}"><figcaption>{_text(caption)}</figcaption></figure>'
+    )
+
+
+def _layers(manifest: BundleManifest) -> str:
+    recipe = manifest.recipe
+    if not recipe:
+        return _section(
+            "Layers",
+            f"<p>Nothing was quantized: the weights are {_text(manifest.precision)}. "
+            f"{_how_to(manifest)}</p>\n",
+        )
+    if not recipe.layers:
+        return _section("Layers", f"<p>The recipe {_text(recipe.name)} lists no layer.</p>\n")
+    columns = (
+        _Column("component"),
+        _Column("layer"),
+        _Column("kind"),
+        _Column("shape"),
+        _Column("scheme"),
+        _Column("method"),
+        _Column("rank", numeric=True),
+        _Column("kB", numeric=True),
+        _Column("error", numeric=True, sorted="descending"),
+    )
+    rows = [
+        [
+            _Cell(layer.component),
+            _Cell(layer.name),
+            _Cell(layer.kind),
+            _Cell("x".join(map(str, layer.shape)), math.prod(layer.shape)),
+            _Cell(layer.scheme),
+            _Cell(layer.method),
+            _Cell(str(layer.rank), layer.rank),
+            _Cell(f"{layer.bytes / 1e3:.1f}", layer.bytes),
+            _Cell(f"{layer.error:.3g}" if layer.error > 0 else "not measured", layer.error),
+        ]
+        for layer in sorted(recipe.layers, key=lambda layer: -layer.error)
+    ]
+    intro = (
+        f"<p>{_text(_count(len(recipe.layers), 'layer'))}, recipe {_text(recipe.name)}. The error "
+        "of a layer is the RMS of the change of its output over the RMS of that output, on "
+        "calibrated inputs.</p>\n"
+    )
+    chart = _histogram([layer.error for layer in recipe.layers])
+    table = _table("All layers, largest error first", columns, rows, row_header=1)
+    return _section("Layers", intro + chart + _raised(recipe.layers) + table)
+
+
+def _raised(layers: Iterable[LayerRecipe]) -> str:
+    """What was raised, and why: one entry for each (from, to, reason) with its layers."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for layer in layers:
+        if layer.raised_from is not None or layer.reason is not None:
+            key = (
+                layer.raised_from or layer.scheme,
+                layer.scheme,
+                layer.reason or "no reason given",
+            )
+            groups.setdefault(key, []).append(f"{layer.component}/{layer.name}")
+    title = "<h3>What was raised, and why</h3>\n"
+    if not groups:
+        return f"{title}<p>Nothing: every layer has the scheme that was planned.</p>\n"
+    items = []
+    for (before, after, reason), names in groups.items():
+        change = f"{before} to {after}" if before != after else f"kept at {after}"
+        listed = "".join(f"<li><code>{_text(name)}</code></li>" for name in names)
+        items.append(
+            f"<li><strong>{_text(change)}</strong>: {_text(reason)} "
+            f"<details open><summary>{_text(_count(len(names), 'layer'))}</summary>"
+            f"<ul>{listed}</ul></details></li>"
+        )
+    return f'{title}<ul class="raised">{"".join(items)}</ul>\n'
+
+
+def _calibration(recipe: QuantRecipe | None) -> str:
+    if not recipe:
+        return ""
+    calibration = recipe.calibration
+    if not calibration:
+        text = "<p>None: no activations were recorded for this recipe.</p>\n"
+        return _section("Calibration", text)
+    prompts, steps = calibration.prompts, calibration.num_inference_steps
+    loop = f"{_count(steps, 'step')} of {calibration.scheduler}"
+    facts = (
+        ("Recorded on", f"{_count(prompts, 'prompt')}, drawn by the pipeline's own loop"),
+        ("Prompts' sha256", calibration.prompts_sha256),
+        ("Drawn with", f"{loop}, guidance {calibration.guidance_scale:g}"),
+        ("Picture size", f"{calibration.width}x{calibration.height}"),
+    )
+    return _section("Calibration", _facts(facts))
+
+
+def _how_to(manifest: BundleManifest) -> str:
+    command = f"edgesd build MODEL --target {manifest.target} --precision w8a8"
+    return (
+        f"To get figures, build a quantized bundle: <code>{_text(command)}</code> "
+        "(<code>edgesd build --help</code> lists the precisions)."
+    )
+
+
+# --- pictures ---------------------------------------------------------------------------------
+
+
+def _decode(bundle: Bundle, name: str, data: bytes) -> Image.Image:
+    """`data`, the file `name`, as a loaded picture of whatever mode. Raises BundleError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+            image.load()
+    except (
+        *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
+        *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+    ) as exc:
+        detail = "" if isinstance(exc, UnidentifiedImageError) else f" ({exc})"
+        raise BundleError(
+            f"{bundle.path}: {name} isn't a readable PNG or WebP picture{detail}; "
+            "build the bundle again"
+        ) from exc
+    return image
+
+
+def _difference(bundle: Bundle, picture: PictureQuality) -> Pixels | None:
+    """|ours - source| [H, W, 3] of 8 bits; None where one isn't kept. Raises BundleError."""
+    if picture.source is None or picture.ours is None:
+        return None
+    first, second = (
+        np.asarray(_decode(bundle, name, bundle.read(name)).convert("RGB"))
+        for name in (picture.source, picture.ours)
+    )
+    if first.shape != second.shape:
+        sizes = " and ".join(f"{array.shape[1]}x{array.shape[0]}" for array in (first, second))
+        raise BundleError(
+            f"{bundle.path}: {picture.source} and {picture.ours} are of {sizes} pixels and can't "
+            "be compared; build the bundle again"
+        )
+    difference: Pixels = np.maximum(first, second) - np.minimum(first, second)
+    return difference
+
+
+def _difference_counts(bundle: Bundle, pictures: Iterable[PictureQuality]) -> npt.NDArray[np.int64]:
+    """How often each difference 0 to 255 occurs [256], over all channels of all `pictures`."""
+    counts = np.zeros(256, np.int64)
+    for picture in pictures:
+        difference = _difference(bundle, picture)
+        if difference is not None:
+            counts += np.bincount(difference.ravel(), minlength=256)
+    return counts
+
+
+def _amplification(counts: npt.NDArray[np.int64]) -> int:
+    """The largest power of two, up to MAX_AMPLIFICATION, that clips at most 1 value in 1000.
+
+    counts [256]: how often each difference occurs.
+    """
+    total = int(counts.sum())
+    high = int(np.searchsorted(np.cumsum(counts), 0.999 * total)) if total else 0
+    factor = 1
+    while factor < MAX_AMPLIFICATION and 2 * factor * high <= 255:
+        factor *= 2
+    return factor
+
+
+def _png(pixels: Pixels) -> bytes:
+    """`pixels` [H, W, 3] as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+# --- the chart of errors ----------------------------------------------------------------------
+
+_CHART_WIDTH, _CHART_HEIGHT = 720, 220
+_PLOT_LEFT, _PLOT_TOP, _PLOT_RIGHT, _PLOT_BOTTOM = 44, 10, 708, 170
+_MAX_DECADES = 8
+
+
+def _histogram(errors: Sequence[float]) -> str:
+    """An SVG histogram of the measured (positive) `errors` over a logarithmic axis."""
+    measured = [error for error in errors if error > 0]
+    if not measured:
+        return "<p>No layer's error was measured.</p>\n"
+    last = math.floor(math.log10(max(measured))) + 1
+    first = max(math.floor(math.log10(min(measured))), last - _MAX_DECADES)
+    per_decade = 6 if last - first <= 4 else 3
+    counts = [0] * ((last - first) * per_decade)
+    for error in measured:
+        at = int((math.log10(error) - first) * per_decade)
+        counts[min(max(at, 0), len(counts) - 1)] += 1
+
+    bar = (_PLOT_RIGHT - _PLOT_LEFT) / len(counts)
+    tall = (_PLOT_BOTTOM - _PLOT_TOP) / max(counts)
+    parts = []
+    for decade in range(first, last + 1):
+        x = _PLOT_LEFT + (decade - first) * per_decade * bar
+        label = f"{10.0**decade:g}" if -4 <= decade <= 4 else f"1e{decade}"
+        parts.append(
+            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_PLOT_TOP}" y2="{_PLOT_BOTTOM}"/>'
+            f'<text x="{x:.1f}" y="{_PLOT_BOTTOM + 20}" text-anchor="middle">{label}</text>'
+        )
+    for index, count in enumerate(counts):
+        if count:
+            low, high = (10 ** min(first + at / per_decade, 308.0) for at in (index, index + 1))
+            parts.append(
+                f'<rect x="{_PLOT_LEFT + index * bar + 1:.1f}" width="{bar - 2:.1f}" '
+                f'y="{_PLOT_BOTTOM - count * tall:.1f}" height="{count * tall:.1f}">'
+                f"<title>{_count(count, 'layer')}, {low:.2g} to {high:.2g}</title></rect>"
+            )
+    for count, y in ((0, _PLOT_BOTTOM), (max(counts), _PLOT_TOP)):
+        parts.append(f'<text x="{_PLOT_LEFT - 8}" y="{y + 5}" text-anchor="end">{count}</text>')
+    middle = (_PLOT_LEFT + _PLOT_RIGHT) / 2
+    parts.append(
+        f'<line class="axis" x1="{_PLOT_LEFT}" x2="{_PLOT_RIGHT}" y1="{_PLOT_BOTTOM}" '
+        f'y2="{_PLOT_BOTTOM}"/><text x="{middle}" y="{_CHART_HEIGHT - 8}" text-anchor="middle">'
+        "error of the layer (logarithmic)</text>"
+    )
+    label = (
+        f"Histogram of the errors of {_count(len(measured), 'layer')}, "
+        f"from {min(measured):.3g} to {max(measured):.3g}"
+    )
+    missing = len(errors) - len(measured)
+    without = f"; {missing} not measured" if missing else ""
+    return (
+        f'<figure class="chart"><svg viewBox="0 0 {_CHART_WIDTH} {_CHART_HEIGHT}" role="img" '
+        f'aria-label="{label}">{"".join(parts)}</svg>'
+        f"<figcaption>Layers by error{without}</figcaption></figure>\n"
+    )
+
+
+# --- pieces of HTML ---------------------------------------------------------------------------
+
+
+class _Cell(NamedTuple):
+    """Plain text of a table cell, and the number by which the column sorts, if not the text."""
+
+    text: str
+    order: float | None = None
+
+
+class _Column(NamedTuple):
+    """A column's title; how it is aligned; `sorted`: in which order the rows come."""
+
+    title: str
+    numeric: bool = False
+    prose: bool = False
+    sorted: str = ""
+
+
+def _text(value: str) -> str:
+    """`value` as HTML text or attribute value; control characters become visible."""
+    return html.escape(value.translate(_CONTROL))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section>\n<h2>{_text(title)}</h2>\n{content}</section>"
+
+
+def _facts(facts: Iterable[tuple[str, str | None]]) -> str:
+    """A description list of those `facts` that are there."""
+    rows = "".join(
+        f'<div><dt>{_text(name)}</dt><dd dir="auto">{_text(value)}</dd></div>\n'
+        for name, value in facts
+        if value is not None
+    )
+    return f'<dl class="facts">\n{rows}</dl>\n'
+
+
+def _table(
+    caption: str, columns: Sequence[_Column], rows: Iterable[Sequence[_Cell]], row_header: int = 0
+) -> str:
+    """A table that scrolls sideways; the cells of the column `row_header` head their rows."""
+
+    def head(column: _Column) -> str:
+        numeric = ' class="number"' if column.numeric else ""
+        order = f' aria-sort="{column.sorted}"' if column.sorted else ""
+        return f'<th scope="col"{numeric}{order}>{_text(column.title)}</th>'
+
+    def cell(index: int, content: _Cell) -> str:
+        column = columns[index]
+        kind = ' class="number"' if column.numeric else ' class="prose"' if column.prose else ""
+        order = f' data-order="{content.order!r}"' if content.order is not None else ""
+        tag, scope = ("th", ' scope="row"') if index == row_header else ("td", "")
+        return f'<{tag}{scope}{kind}{order} dir="auto">{_text(content.text)}</{tag}>'
+
+    body = "\n".join(
+        f"<tr>{''.join(cell(index, content) for index, content in enumerate(row))}</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll" role="region" aria-label="{_text(caption)}" tabindex="0">\n<table>\n'
+        f"<caption>{_text(caption)}</caption>\n"
+        f"<thead><tr>{''.join(map(head, columns))}</tr></thead>\n"
+        f"<tbody>\n{body}\n</tbody>\n</table>\n</div>\n"
+    )
+
+
+def _worst_first(pictures: Iterable[PictureQuality]) -> list[PictureQuality]:
+    """By PSNR, ascending; equal pictures last."""
+    return sorted(pictures, key=_rank)
+
+
+def _rank(picture: PictureQuality) -> float:
+    return 1e9 if picture.psnr is None else picture.psnr
+
+
+def _psnr(picture: PictureQuality, unit: str = "") -> str:
+    return "equal" if picture.psnr is None else f"{picture.psnr:.2f}{unit}"
+
+
+def _prompt(picture: PictureQuality) -> str:
+    return picture.prompt or "(empty prompt)"
+
+
+def _fp32_bytes(layers: Iterable[LayerRecipe]) -> int:
+    return sum(4 * math.prod(layer.shape) for layer in layers)
+
+
+def _mb(size_bytes: int) -> str:
+    """`size_bytes` in megabytes (10^6), without the unit."""
+    megabytes = size_bytes / 1e6
+    return f"{megabytes:.1f}" if megabytes >= 10 else f"{megabytes:.3g}"
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{_mb(size_bytes)} MB"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _sha256(text: str) -> str:
+    """The source expression that allows exactly `text` in a Content-Security-Policy."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+# --- style and script -------------------------------------------------------------------------
+
+_STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #fbfbfa; --card: #ffffff; --ink: #1d1f21; --soft: #5c6166; --line: #dfe1e3;
+  --accent: #22669c; --notice: #fff4d6; --notice-line: #d9a514;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #151719; --card: #1d2023; --ink: #e6e7e8; --soft: #a2a8ae; --line: #34393e;
+    --accent: #7ab3e0; --notice: #3a3012; --notice-line: #c99a1a;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere; }
+main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0; }
+h2 { font-size: 1.35rem; margin: 2.5rem 0 .75rem; padding-top: 1rem;
+  border-top: 1px solid var(--line); }
+h3 { font-size: 1.05rem; margin: 1.5rem 0 .5rem; }
+p { margin: .5rem 0; max-width: 48rem; }
+code { font: .9em/1.4 ui-monospace, monospace; }
+.kicker, .lead, .note, figcaption, caption { color: var(--soft); }
+.kicker { margin: 0; font-size: .875rem; }
+.lead { font-size: 1.15rem; margin-top: .15rem; }
+.note { font-size: .875rem; }
+.notice { background: var(--notice); border-left: 4px solid var(--notice-line);
+  padding: .6rem .9rem; border-radius: 4px; }
+dl, dd { margin: 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr));
+  gap: .75rem; margin-top: 1rem; }
+.figures div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: .7rem .9rem; }
+.figures dt, .figures span { color: var(--soft); font-size: .875rem; }
+.figures strong { display: block; font-size: 1.5rem; line-height: 1.3; font-weight: 600; }
+.facts div { display: grid; grid-template-columns: 9rem 1fr; gap: 0 1rem; padding: .2rem 0; }
+.facts dt { color: var(--soft); }
+.scroll { overflow: auto; max-height: 36rem; margin: 1rem 0; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px; }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; overflow-wrap: normal;
+  font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding: .6rem .75rem; }
+th, td { text-align: left; padding: .35rem .75rem; border-top: 1px solid var(--line);
+  white-space: nowrap; vertical-align: top; }
+th[scope=row] { font-weight: 500; }
+thead th { position: sticky; top: 0; background: var(--card); border-top: 0;
+  box-shadow: 0 1px var(--line); white-space: normal; vertical-align: bottom; }
+.number { text-align: right; }
+.prose { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
+th button { font: inherit; color: inherit; background: none; border: 0; padding: 0;
+  cursor: pointer; }
+th[aria-sort=ascending] button::after { content: " \\2191"; }
+th[aria-sort=descending] button::after { content: " \\2193"; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr));
+  gap: 1rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: .9rem; }
+.card h3 { margin: 0 0 .6rem; }
+.pair { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .5rem; }
+figure { margin: 0; }
+figcaption, .absent { font-size: .875rem; color: var(--soft); margin: 0; }
+img { display: block; width: 100%; height: auto; border-radius: 4px;
+  outline: 1px solid var(--line); }
+.sharp img { image-rendering: pixelated; }
+.flip { font: inherit; font-size: .875rem; color: var(--accent); background: none; cursor: pointer;
+  border: 1px solid var(--line); border-radius: 4px; padding: .2rem .6rem; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.chart { max-width: 48rem; }
+svg { display: block; width: 100%; height: auto; }
+svg text { fill: var(--soft); font-size: 13px; }
+svg rect { fill: var(--accent); }
+.grid { stroke: var(--line); }
+.axis { stroke: var(--soft); }
+.raised ul { columns: 20rem auto; }
+summary { cursor: pointer; color: var(--soft); font-size: .875rem; }
+@media (max-width: 36rem) {
+  .facts div { grid-template-columns: 1fr; padding: .35rem 0; }
+  .pair { gap: .3rem; }
+}
+@media print { .scroll { max-height: none; overflow: visible; } .flip { display: none; } }
+"""
+
+_SCRIPT = """
+"use strict";
+for (const table of document.querySelectorAll("table")) {
+  const heads = [...table.tHead.rows[0].cells];
+  if (!heads.some(head => head.hasAttribute("aria-sort"))) continue;
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.append(...head.childNodes);
+    head.append(button);
+    const key = row => row.cells[column].dataset.order ?? row.cells[column].textContent;
+    button.addEventListener("click", () => {
+      const before = head.getAttribute("aria-sort");
+      const down = before ? before === "ascending" : head.classList.contains("number");
+      heads.forEach(other => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const compare = (a, b) =>
+        key(a).localeCompare(key(b), undefined, { numeric: true });
+      const byNumber = (a, b) => key(a) - key(b);
+      const numeric = table.tBodies[0].rows[0]?.cells[column].dataset.order !== undefined;
+      const rows = [...table.tBodies[0].rows].sort(numeric ? byNumber : compare);
+      table.tBodies[0].append(...(down ? rows.reverse() : rows));
+    });
+  });
+}
+for (const pair of document.querySelectorAll(".pair")) {
+  const source = pair.querySelector(".source img"), ours = pair.querySelector(".ours img");
+  if (!source || !ours) continue;
+  const caption = ours.nextElementSibling, own = ours.src, alt = ours.alt;
+  const button = document.createElement("button");
+  button.className = "flip";
+  button.type = "button";
+  button.textContent = "Show the source in place of ours";
+  button.setAttribute("aria-pressed", "false");
+  button.addEventListener("click", () => {
+    const pressed = button.getAttribute("aria-pressed") !== "true";
+    button.setAttribute("aria-pressed", String(pressed));
+    ours.src = pressed ? source.src : own;
+    ours.alt = pressed ? source.alt : alt;
+    caption.textContent = pressed ? "source, for comparison" : "ours";
+  });
+  pair.after(button);
+}
+"""

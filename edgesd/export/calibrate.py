@@ -1,0 +1,473 @@
+"""Records what flows into each layer while the pipeline's own loop draws calibration prompts.
+
+Components run in the order of the pipeline, each on what the one before made: text encoder,
+denoiser (`runtime/denoise.py` with a torch-backed runner, one step of the schedule after the
+other), decoder, encoder. One component is in memory at a time. Statistics are streamed: with more
+prompts only the outputs grow (latents, pictures). The state is written now and then, so that a
+run that was interrupted goes on from there and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from edgesd.errors import EdgesdError, InputError
+from edgesd.export.families import Component, Plan
+from edgesd.export.quantize.layers import Layer
+from edgesd.export.torch_runner import TorchRunner
+from edgesd.files import atomic_path, atomic_write
+from edgesd.runtime.denoise import Conditioning, denoise
+from edgesd.runtime.noise import BatchNoise
+from edgesd.runtime.schedulers import create_scheduler
+from edgesd.runtime.tokenizer import PromptTokenizer
+from edgesd.spec import CalibrationSpec
+
+Float = npt.NDArray[np.float32]
+
+VERSION = 4
+"""Part of the cache key: raised when the statistics change in meaning."""
+
+COVARIANCE_BYTES = 3 << 29
+"""Covariance blocks of one component, at most: 1.5 GiB."""
+
+BLOCKS = (4608, 2304, 1152, 576, 288)
+"""Sizes of covariance blocks; the largest that fits is taken. Whole taps of usual channels."""
+
+ROWS_PER_RUN = 512
+"""Rows that enter the covariance per run of the network; they are spread evenly over all."""
+
+SAMPLE_BYTES = 4 << 20
+SAMPLE_ROWS = 1024
+"""Rows of a layer's input that are kept as they are, at most."""
+
+SAVE_SECONDS = 20.0
+"""Between two states on disk at least; the last one of a component is always written."""
+
+_MAX_HALF = float(torch.finfo(torch.float16).max)
+
+_log = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]
+"""Told of a component, prompts done, and of how many."""
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What went into one layer, T recorded timesteps, C channels, K columns.
+
+    low, high [T, C]: smallest and largest value of each channel. blocks: sums
+    of x x^T over `count` rows, one [B, B] for each B columns of K (the last one smaller). rows
+    [n, K] float16: a sample, spread over prompts and timesteps; row_steps [n]: index of theirs.
+    rows_per_run: rows of the matrix product in one run of the network.
+    """
+
+    low: Float
+    high: Float
+    blocks: tuple[Float, ...]
+    count: int
+    rows: npt.NDArray[np.float16]
+    row_steps: npt.NDArray[np.int64]
+    rows_per_run: int = 1
+
+
+class Calibration:
+    """Statistics on disk, read layer by layer. `timesteps` [T]: those of the denoising loop."""
+
+    def __init__(self, folder: Path, spec: CalibrationSpec) -> None:
+        self.folder, self.spec = folder, spec
+
+    def timesteps(self) -> Float:
+        """The timesteps that the loop went through, in its order, each once [T]."""
+        values: Float = np.load(self.folder / "timesteps.npy")
+        return values
+
+    def layer(self, layer: Layer) -> LayerStats | None:
+        """Statistics of one layer; None for one that saw nothing (an embedding)."""
+        path = self.folder / f"{layer.component}.safetensors"
+        try:
+            with safe_open(path, "numpy") as file:
+                names = set(file.keys())
+                key = layer.name
+                if f"{key}:low" not in names:
+                    return None
+                count = int(file.get_tensor(f"{key}:count")[0])
+                used = int(file.get_tensor(f"{key}:used")[0])
+                blocks: list[Float] = []
+                while f"{key}:block{len(blocks)}" in names:
+                    blocks.append(file.get_tensor(f"{key}:block{len(blocks)}"))
+                return LayerStats(
+                    low=file.get_tensor(f"{key}:low"),
+                    high=file.get_tensor(f"{key}:high"),
+                    blocks=tuple(blocks),
+                    count=count,
+                    rows=file.get_tensor(f"{key}:rows")[:used],
+                    row_steps=file.get_tensor(f"{key}:row_steps")[:used],
+                    rows_per_run=int(file.get_tensor(f"{key}:rows_per_run")[0]),
+                )
+        except (SafetensorError, OSError) as exc:
+            raise EdgesdError(f"{path} can't be read ({exc}): remove it and run again") from exc
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """What is to be recorded. Prompts are drawn one at a time, seeds counting from `first_seed`."""
+
+    prompts: tuple[str, ...]
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    height: int
+    width: int
+    first_seed: int = 1 << 20
+
+    def spec(self) -> CalibrationSpec:
+        """As the bundle's manifest has it."""
+        return CalibrationSpec(
+            prompts=len(self.prompts),
+            prompts_sha256=hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            scheduler=self.scheduler,
+            height=self.height,
+            width=self.width,
+        )
+
+
+def calibration_key(plan: CalibrationPlan, source_sha256: str) -> str:
+    """Name of the cache entry: a hash of all that the statistics depend on."""
+    parts = (VERSION, source_sha256, *vars(plan).values(), BLOCKS, COVARIANCE_BYTES)
+    # Sums depend on how work is shared among threads.
+    limits = (ROWS_PER_RUN, SAMPLE_BYTES, SAMPLE_ROWS, torch.__version__, torch.get_num_threads())
+    return hashlib.sha256(repr((parts, limits)).encode()).hexdigest()[:16]
+
+
+def calibrate(
+    plan: Plan,
+    layers: Sequence[Layer],
+    how: CalibrationPlan,
+    tokenizer: PromptTokenizer,
+    folder: Path,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Record statistics of `layers` into `folder`, or go on where a run before was interrupted.
+
+    Raises InputError when the loop's values stop being finite or a prompt is bad, ResourceError
+    when the disk is full.
+    """
+    done = Calibration(folder, how.spec())
+    recorded = {name: _Stage(folder, name) for name in ("text_encoder", "unet", "vae_decoder")}
+    by_name = {component.name: component for component in plan.components}
+    report = progress or (lambda component, at, total: None)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    texts = ("", *how.prompts)
+    ids = [tokenizer.encode(text)[0] for text in texts]
+    embeddings = _run_stage(
+        recorded["text_encoder"],
+        by_name["text_encoder"],
+        layers,
+        [{"input_ids": row} for row in ids],
+        ["the empty prompt", *_labels(len(how.prompts))],
+        report,
+    )
+    latents: Float = _run_unet(
+        recorded["unet"], by_name["unet"], plan, layers, how, embeddings, folder, report
+    )
+    images = _run_stage(
+        recorded["vae_decoder"],
+        by_name["vae_decoder"],
+        layers,
+        [{"latents": row[None]} for row in latents],
+        _labels(len(latents)),
+        report,
+    )
+    if "vae_encoder" in by_name:
+        _run_stage(
+            _Stage(folder, "vae_encoder"),
+            by_name["vae_encoder"],
+            layers,
+            [{"image": np.clip(row[None], -1, 1)} for row in images],
+            _labels(len(images)),
+            report,
+        )
+    return done
+
+
+def _labels(count: int) -> list[str]:
+    return [f"calibration prompt {index + 1}" for index in range(count)]
+
+
+class _Stage:
+    """One component's state on disk: statistics, outputs so far, and how many prompts are in."""
+
+    def __init__(self, folder: Path, component: str) -> None:
+        self.path = folder / f"{component}.safetensors"
+        self.component = component
+
+    def load(self, layers: Sequence[Layer]) -> tuple[int, bool, dict[str, Tensor]]:
+        """Prompts done, whether that is all of them, and the tensors; nothing, where the state is
+        damaged or lacks one of `layers`."""
+        if not self.path.exists():
+            return 0, False, {}
+        try:
+            with safe_open(self.path, "pt") as file:
+                meta = json.loads(file.metadata()["edgesd"])
+                done, complete = int(meta["done"]), bool(meta["complete"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            _log.warning("%s is damaged: recording again", self.path)
+            return 0, False, {}
+        if any(f"{layer.name}:low" not in tensors for layer in layers):
+            _log.warning("%s lacks a layer: recording again", self.path)
+            return 0, False, {}
+        return done, complete, tensors
+
+    def save(self, done: int, complete: bool, tensors: dict[str, Tensor]) -> None:
+        with atomic_path(self.path) as part:
+            meta = json.dumps({"done": done, "complete": complete}, sort_keys=True)
+            save_file({k: v.contiguous() for k, v in tensors.items()}, part, {"edgesd": meta})
+
+
+class _Recorder:
+    """Hooks on a component's layers that add up statistics; `runs` are expected in all."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Sequence[Layer],
+        steps: int,
+        runs: int,
+        tensors: dict[str, Tensor],
+    ) -> None:
+        self.step = 0
+        self.runs = runs
+        self.tensors = tensors
+        self.steps = steps
+        self._handles = []
+        block = _block_size(layers)
+        for layer in layers:
+            target = module.get_submodule(f"net.{layer.name}")
+            if f"{layer.name}:low" not in tensors:
+                _allocate(tensors, layer, steps, block)
+            self._handles.append(target.register_forward_pre_hook(self._hook(layer)))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, layer: Layer) -> Any:
+        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._record(layer, inputs[0].detach())
+
+        return record
+
+    def _record(self, layer: Layer, x: Tensor) -> None:
+        tensors, name = self.tensors, layer.name
+        channels = x.movedim(1, -1) if layer.kind == "conv" else x
+        flat = channels.reshape(-1, layer.channels)
+        low, high = tensors[f"{name}:low"][self.step], tensors[f"{name}:high"][self.step]
+        torch.minimum(low, flat.amin(0), out=low)
+        torch.maximum(high, flat.amax(0), out=high)
+        rows, total = _rows(layer, x, ROWS_PER_RUN)
+        tensors[f"{name}:rows_per_run"][0] = total
+        size = tensors[f"{name}:block0"].shape[0]
+        for index, start in enumerate(range(0, layer.columns, size)):
+            part = rows[:, start : start + size]
+            tensors[f"{name}:block{index}"].addmm_(part.T, part)
+        tensors[f"{name}:count"] += len(rows)
+        self._sample(layer, rows)
+
+    def _sample(self, layer: Layer, rows: Tensor) -> None:
+        """Keep some rows: each run gets an equal share of the space, whatever comes after it."""
+        kept = self.tensors[f"{layer.name}:rows"]
+        used = int(self.tensors[f"{layer.name}:used"])
+        run = int(self.tensors[f"{layer.name}:runs"])
+        self.tensors[f"{layer.name}:runs"] += 1
+        share = (run + 1) * len(kept) // self.runs - run * len(kept) // self.runs
+        take = min(share, len(rows), len(kept) - used)
+        if take <= 0:
+            return
+        # A different phase each time, so that the sample isn't always the same corner.
+        at = (torch.arange(take) * len(rows) // take + used * 7) % len(rows)
+        kept[used : used + take] = rows[at].clamp(-_MAX_HALF, _MAX_HALF).half()
+        self.tensors[f"{layer.name}:row_steps"][used : used + take] = self.step
+        self.tensors[f"{layer.name}:used"] += take
+
+
+def _allocate(tensors: dict[str, Tensor], layer: Layer, steps: int, block: int) -> None:
+    name, columns = layer.name, layer.columns
+    tensors[f"{name}:low"] = torch.full((steps, layer.channels), torch.inf)
+    tensors[f"{name}:high"] = torch.full((steps, layer.channels), -torch.inf)
+    for index, start in enumerate(range(0, columns, block)):
+        size = min(block, columns - start)
+        tensors[f"{name}:block{index}"] = torch.zeros(size, size)
+    tensors[f"{name}:count"] = torch.zeros(1, dtype=torch.int64)
+    tensors[f"{name}:used"] = torch.zeros(1, dtype=torch.int64)
+    tensors[f"{name}:runs"] = torch.zeros(1, dtype=torch.int64)
+    tensors[f"{name}:rows_per_run"] = torch.zeros(1, dtype=torch.int64)
+    rows = max(64, min(SAMPLE_ROWS, SAMPLE_BYTES // (2 * columns)))
+    tensors[f"{name}:rows"] = torch.zeros(rows, columns, dtype=torch.float16)
+    tensors[f"{name}:row_steps"] = torch.zeros(rows, dtype=torch.int64)
+
+
+def _block_size(layers: Sequence[Layer]) -> int:
+    """The largest of BLOCKS at which all covariance blocks fit into COVARIANCE_BYTES."""
+    columns = [layer.columns for layer in layers if layer.kind != "embedding"]
+    for block in BLOCKS:
+        if sum(4 * n * min(n, block) for n in columns) <= COVARIANCE_BYTES:
+            return block
+    return BLOCKS[-1]
+
+
+def _rows(layer: Layer, x: Tensor, limit: int) -> tuple[Tensor, int]:
+    """Rows of the layer's matrix product [n, K], n at most `limit`, spread evenly over x; and how
+    many there are."""
+    if layer.kind != "conv":
+        flat = x.reshape(-1, layer.channels)
+        return flat[_spread(len(flat), limit)], len(flat)
+    kernel_h, kernel_w = layer.kernel
+    top, left, bottom, right = layer.pads
+    padded = nn.functional.pad(x, (left, right, top, bottom)).movedim(1, -1)
+    batch, height, width, _ = padded.shape
+    out_h = (height - kernel_h) // layer.strides[0] + 1
+    out_w = (width - kernel_w) // layer.strides[1] + 1
+    at = _spread(batch * out_h * out_w, limit)
+    b, rest = at // (out_h * out_w), at % (out_h * out_w)
+    row, column = rest // out_w * layer.strides[0], rest % out_w * layer.strides[1]
+    taps = [padded[b, row + i, column + j] for i in range(kernel_h) for j in range(kernel_w)]
+    return torch.cat(taps, 1), batch * out_h * out_w
+
+
+def _spread(total: int, limit: int) -> Tensor:
+    """Up to `limit` indices below `total`, evenly spread."""
+    count = min(total, limit)
+    return torch.arange(count) * total // count
+
+
+def _run_stage(
+    stage: _Stage,
+    component: Component,
+    layers: Sequence[Layer],
+    inputs: list[dict[str, npt.NDArray[Any]]],
+    labels: Sequence[str],
+    report: Progress,
+) -> Float:
+    """Run a component once for each of `inputs`, recording; its first output, one row for each."""
+
+    def run(runner: TorchRunner, index: int, recorder: _Recorder) -> Float:
+        runner.bind({name: array.shape for name, array in inputs[index].items()})
+        for name, array in inputs[index].items():
+            runner.inputs[name][:] = array
+        runner.run()
+        return np.array(next(iter(runner.outputs.values()))[0], np.float32)
+
+    return _record_stage(stage, component, layers, labels, 1, len(inputs), run, report)
+
+
+def _run_unet(
+    stage: _Stage,
+    component: Component,
+    plan: Plan,
+    layers: Sequence[Layer],
+    how: CalibrationPlan,
+    embeddings: Float,
+    folder: Path,
+    report: Progress,
+) -> Float:
+    """Draw every prompt with the denoising loop; the final latents [prompts, C, h, w]."""
+    spec = plan.pipeline
+    scheduler = create_scheduler(how.scheduler, spec.scheduler.config)
+    scheduler.set_timesteps(how.num_inference_steps)
+    calls = len(scheduler.timesteps)
+    # A sampler may call the network twice at one timestep.
+    every = [float(value) for value in scheduler.timesteps]
+    timesteps = list(dict.fromkeys(every))
+    index_of = [timesteps.index(value) for value in every]
+    with atomic_write(folder / "timesteps.npy") as file:
+        np.save(file, np.array(timesteps, np.float32))
+    scale = spec.latent.scale_factor
+    shape = (1, spec.latent.channels, how.height // scale, how.width // scale)
+    guided = how.guidance_scale > 1 and component.spec.input("timestep_cond") is None
+
+    def run(runner: TorchRunner, index: int, recorder: _Recorder) -> Float:
+        scheduler = create_scheduler(how.scheduler, spec.scheduler.config)
+        scheduler.set_timesteps(how.num_inference_steps)
+        noise = BatchNoise([how.first_seed + index])
+        recorder.step = index_of[0]
+
+        def step_done(step: Any) -> None:
+            recorder.step = index_of[min(step.index + 1, calls - 1)]
+
+        latents = denoise(
+            runner,
+            scheduler,
+            noise(shape),
+            Conditioning(embeddings[index + 1][None], embeddings[:1] if guided else None),
+            how.guidance_scale,
+            noise,
+            on_step=step_done,
+        )
+        first: Float = latents[0]
+        return first
+
+    count = len(how.prompts)
+    labels = _labels(count)
+    return _record_stage(
+        stage, component, layers, labels, len(timesteps), count * calls, run, report
+    )
+
+
+def _record_stage(
+    stage: _Stage,
+    component: Component,
+    layers: Sequence[Layer],
+    labels: Sequence[str],
+    steps: int,
+    runs: int,
+    run: Callable[[TorchRunner, int, _Recorder], Float],
+    report: Progress,
+) -> Float:
+    mine = [
+        layer for layer in layers if layer.component == component.name and layer.kind != "embedding"
+    ]
+    done, complete, tensors = stage.load(mine)
+    if complete:
+        outputs_there: Float = tensors["outputs"].numpy()
+        return outputs_there
+    module = component.load()
+    outputs = list(tensors.pop("outputs").numpy()) if done else []
+    recorder = _Recorder(module, mine, steps, runs, tensors)
+    count = len(labels)
+    saved = time.monotonic()
+    try:
+        with TorchRunner(component.spec, module) as runner:
+            for index in range(done, count):
+                report(component.name, index, count)
+                outputs.append(run(runner, index, recorder))
+                if not np.isfinite(outputs[-1]).all():
+                    raise InputError(
+                        f"{component.name} makes NaN or infinite values of {labels[index]}: check "
+                        "the model, or give other prompts"
+                    )
+                last = index + 1 == count
+                if last or time.monotonic() - saved > SAVE_SECONDS:
+                    state = {**tensors, "outputs": torch.from_numpy(np.stack(outputs))}
+                    stage.save(index + 1, last, state)
+                    saved = time.monotonic()
+    finally:
+        recorder.close()
+    report(component.name, count, count)
+    return np.stack(outputs)

@@ -1,0 +1,294 @@
+"""Quantized layers as TensorRT takes them: explicit, symmetric Q/DQ in a strongly typed graph.
+
+| layer, scheme           | becomes                                                              |
+|-------------------------|----------------------------------------------------------------------|
+| conv and linear w8a8    | Q and DQ of the input, DQ of int8 weights per output                 |
+| conv and linear w8a16   | DQ of int8 weights per output                                        |
+| linear w4a16, w4a8      | DQ of int4 weights in blocks along K; the input isn't quantized      |
+| the same, odd outputs   | as w8a16: each code times its scale is rounded again, to 8 bits      |
+| conv w4a8, w4a16        | as w8a8, w8a16, rounded again likewise                               |
+| embedding               | DQ of int8 rows, then the Gather as it was                           |
+| anything a4             | refused                                                              |
+
+Behind its DQs each node stays what it was, with its bias. A branch is two more products of the
+same (smoothed, unquantized) input, added.
+
+What TensorRT asks for, in the words of its parser and builder: zero points of zero and int8 or int4
+codes; positive scales; whole blocks, along one of the last two axes, so that convs have none; an
+even last dimension for int4; nothing but a DQ behind a quantized constant. INT4 is for weights only
+("Working with Quantized Types" of its documentation). A DQ's scale has the activations' type:
+TensorRT issue 4832. Opset 21 is newer than what TensorRT 10.3 names as its newest; the parser of
+10.1 has int4 and blocks already and refuses no opset for being new (onnx-tensorrt 10.1-GA,
+onnxOpImporters.cpp and ModelImporter.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from edgesd.errors import EdgesdError
+from edgesd.export.passes import Pass
+from edgesd.export.quantize.layers import QuantizedLayer, weight_of
+
+OPSET_INT4 = 21
+"""The oldest in which DequantizeLinear takes int4 and blocks."""
+
+MAX_BLOCK = 128
+"""Larger groups are divided: blocks of 16 to 128 are known to build."""
+
+_TYPES = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
+
+Array = npt.NDArray[Any]
+
+
+class QuantizedQdq(Pass):
+    """Replaces the weights and inputs of the nodes of `layers` (by node name).
+
+    Scales and branches are of the type that the layer's weight had, fp32 or fp16, which is that of
+    its input. Sets the opset to 21 if a weight is int4, and leaves it otherwise.
+    """
+
+    def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
+        self.layers = layers
+        self._weights: set[str | None] = set()
+
+    def requires(self, model: ir.Model) -> None:
+        """Every layer's node is there, with a weight of the layer's shape, and has ranges if it
+        needs them."""
+        self._weights = set()
+        nodes = {node.name: node for node in model.graph}
+        for name, quantized in self.layers.items():
+            weight = weight_of(nodes[name]) if name in nodes else None
+            if weight is None or weight.const_value is None:
+                raise EdgesdError(f"{model.graph.name}: there is no layer {name} to quantize")
+            if weight.const_value.size != quantized.codes.size:
+                raise EdgesdError(f"{model.graph.name}: {name} has another shape than its codes")
+            if weight.const_value.dtype not in _TYPES:
+                raise EdgesdError(
+                    f"{model.graph.name}: the weight of {name} is {weight.const_value.dtype}: "
+                    "expected FLOAT or FLOAT16"
+                )
+            _check_inputs(f"{model.graph.name}: {name}", quantized)
+            self._weights.add(weight.name)
+        if _any_int4(self.layers) and any(n.op_type == "GroupNormalization" for n in model.graph):
+            raise EdgesdError("GroupNormalization means something else since opset 21")
+
+    def call(self, model: ir.Model) -> bool:
+        """See the class."""
+        if _any_int4(self.layers):
+            opset = model.graph.opset_imports.get("", 0)
+            model.graph.opset_imports[""] = max(opset, OPSET_INT4)
+        for number, node in enumerate(list(model.graph)):
+            quantized = self.layers.get(node.name or "")
+            if quantized is not None:
+                _Lowering(model, node, quantized, f"q{number}").replace()
+        common.RemoveUnusedNodesPass()(model)
+        return bool(self.layers)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No float weight of a quantized layer is left, and all new values are finite."""
+        left = {v.name for v in model.graph.initializers.values()} & self._weights
+        if left:
+            raise EdgesdError(f"{model.graph.name}: {sorted(left, key=str)[0]} is still there")
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if ":" not in name or tensor is None or tensor.dtype not in _TYPES:
+                continue
+            array = tensor.numpy()
+            scale = name.endswith("scale")
+            if not np.isfinite(array).all() or (scale and not (array > 0).all()):
+                raise EdgesdError(f"initializer {name} holds values that are out of range")
+
+
+def _check_inputs(name: str, quantized: QuantizedLayer) -> None:
+    act = quantized.activations
+    if act.bits == 4:
+        raise EdgesdError(
+            f"{name} has 4-bit activations ({quantized.scheme}), which TensorRT hasn't: "
+            "expected w8a8, w8a16, w4a16 or w4a8"
+        )
+    if act.mode == "dynamic" or (act.mode == "static" and act.symmetric_scale is None):
+        raise EdgesdError(
+            f"{name} has no symmetric range of its input (mode {act.mode}), and TensorRT takes "
+            "nothing else: quantize with static ranges"
+        )
+    if quantized.rank and quantized.layer.kind == "embedding":
+        raise EdgesdError(f"{name} is an embedding with a branch: expected one without")
+
+
+def _int4(quantized: QuantizedLayer) -> bool:
+    """Whether the weight stays in 4 bits."""
+    four = quantized.scheme.weight_bits == 4 and quantized.layer.kind == "linear"
+    return four and quantized.layer.rows % 2 == 0
+
+
+def _any_int4(layers: Mapping[str, QuantizedLayer]) -> bool:
+    return any(_int4(quantized) for quantized in layers.values())
+
+
+class _Lowering:
+    """Writes one layer's nodes in the place of the one it was."""
+
+    def __init__(
+        self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
+    ) -> None:
+        self.model, self.node, self.q, self.prefix = model, node, quantized, prefix
+        weight = weight_of(node)
+        assert weight is not None and weight.const_value is not None
+        self.weight, self.dtype = weight, _TYPES[weight.const_value.dtype]
+        self.nodes: list[ir.Node] = []
+
+    def replace(self) -> None:
+        source, old = self.node.inputs[0], self.node.outputs[0]
+        assert source is not None
+        weight, inputs = self._weight(), list(self.node.inputs)
+        inputs[inputs.index(self.weight)] = weight
+        x = source
+        if self.q.layer.kind != "embedding":  # its input 0 is the weight
+            x = self._smoothed(source)
+            inputs[0] = self._quantized(x)
+        out = self._op(self.node.op_type, inputs, **self.node.attributes)
+        if self.q.rank:
+            out = self._op("Add", [out, self._branch(x)])
+        producer = out.producer()
+        assert producer is not None
+        producer.name = f"{self.node.name}/{self.q.scheme}"
+        out.shape, out.type = old.shape, old.type
+        self.model.graph.insert_before(self.node, self.nodes)
+        ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
+        name = old.name
+        self.model.graph.remove(self.node, safe=True)
+        if out in self.model.graph.outputs:
+            out.name = name
+
+    def _op(self, op: str, inputs: list[ir.Value | None], **attributes: Any) -> ir.Value:
+        node = ir.node(op, inputs, attributes, num_outputs=1)
+        node.name = f"{self.prefix}.{len(self.nodes)}"
+        node.outputs[0].name = node.name
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def _const(self, name: str, array: Array, dtype: Any = None) -> ir.Value:
+        """An initializer of this layer."""
+        return self._shared(f"{self.prefix}:{name}", np.ascontiguousarray(array), dtype)
+
+    def _shared(self, name: str, array: Array, dtype: Any = None) -> ir.Value:
+        """An initializer called `name`; the one that is there if it was made before."""
+        if name in self.model.graph.initializers:
+            return self.model.graph.initializers[name]
+        tensor = ir.tensor(array, dtype=dtype, name=name)
+        kind = ir.TensorType(tensor.dtype)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
+        self.model.graph.register_initializer(value)
+        return value
+
+    def _float(self, name: str, array: Array) -> ir.Value:
+        return self._const(name, array.astype(self.dtype))
+
+    # The input.
+
+    def _smoothed(self, x: ir.Value) -> ir.Value:
+        if self.q.smooth is None:
+            return x
+        factor = 1 / self.q.smooth
+        if self.q.layer.kind == "conv":
+            factor = factor.reshape(1, -1, 1, 1)
+        return self._op("Mul", [x, self._float("smooth", factor)])
+
+    def _quantized(self, x: ir.Value) -> ir.Value:
+        """What the product takes: x, of whole blocks for int4, rounded to 8 bits if static."""
+        if _int4(self.q):
+            columns = self.q.layer.columns
+            return self._padded(x, -columns % self._block())
+        if self.q.activations.mode != "static":
+            return x
+        assert self.q.activations.symmetric_scale is not None
+        least = np.finfo(self.dtype).smallest_subnormal
+        step = np.maximum(self.q.activations.symmetric_scale.reshape(()).astype(self.dtype), least)
+        scale = self._const("act_scale", np.asarray(step))
+        # The zero point makes the codes int8: without one they would be uint8.
+        zero = self._shared("const:zero8", np.array(0, np.int8))
+        codes = self._op("QuantizeLinear", [x, scale, zero])
+        return self._op("DequantizeLinear", [codes, scale, zero])
+
+    def _padded(self, x: ir.Value, extra: int) -> ir.Value:
+        """x [..., K] -> [..., K + extra]. Padding x leaves the DQ next to the product."""
+        if not extra:
+            return x
+        pads = self._shared(f"pads:{extra}", np.array([0, extra], np.int64))
+        return self._op("Pad", [x, pads, None, self._shared("axes:-1", np.array([-1], np.int64))])
+
+    # The weight.
+
+    def _weight(self) -> ir.Value:
+        """The dequantized weight in the node's layout."""
+        if _int4(self.q):
+            return self._blocks()
+        codes, scale = self._int8()
+        layer = self.q.layer
+        if layer.kind == "conv":
+            codes = self._kernel(codes)
+        axis = 1 if self._transposed() else 0
+        codes = codes.T if self._transposed() else codes
+        inputs: list[ir.Value | None] = [self._const("codes", codes), self._float("scale", scale)]
+        return self._op("DequantizeLinear", inputs, axis=axis)
+
+    def _transposed(self) -> bool:
+        """Whether the node has its weight as [K, N]."""
+        if self.node.op_type == "Gemm":
+            return "transB" not in self.node.attributes or not self.node.attributes["transB"].value
+        return self.node.op_type == "MatMul"
+
+    def _kernel(self, matrix: Array) -> Array:
+        """[N, kh * kw * C] -> [N, C, kh, kw]."""
+        shape = (len(matrix), *self.q.layer.kernel, self.q.layer.channels)
+        kernel: Array = matrix.reshape(shape).transpose(0, 3, 1, 2)
+        return kernel
+
+    def _int8(self) -> tuple[Array, Array]:
+        """Codes int8 [N, K] and scales [N]: for 4 bits, each code times its group's scale is
+        rounded once more, to a 127th of its output's largest."""
+        if self.q.scheme.weight_bits == 8:
+            return self.q.codes, self.q.scales[:, 0]
+        residual = self.q.residual()
+        scale = (np.abs(residual).max(1) / 127).astype(self.dtype)
+        scale = np.where(scale > 0, scale, self.dtype(1))
+        ratio = np.round(residual / scale.astype(np.float32)[:, None])
+        return np.clip(ratio, -127, 127).astype(np.int8), scale
+
+    def _block(self) -> int:
+        return min(self.q.group, MAX_BLOCK)
+
+    def _blocks(self) -> ir.Value:
+        """int4 codes [K', N] and scales [K' / block, N], or both transposed; K' is K padded."""
+        block, columns = self._block(), self.q.layer.columns
+        count = -(-columns // block)
+        codes = np.pad(self.q.codes, ((0, 0), (0, count * block - columns)))
+        scales = np.repeat(self.q.scales, self.q.group // block, axis=1)[:, :count]
+        axis = 1
+        if self._transposed():
+            codes, scales, axis = codes.T, scales.T, 0
+        inputs: list[ir.Value | None] = [
+            self._const("codes", codes, ir.DataType.INT4),
+            self._float("scale", scales),
+        ]
+        return self._op("DequantizeLinear", inputs, axis=axis, block_size=block)
+
+    # The branch.
+
+    def _branch(self, x: ir.Value) -> ir.Value:
+        """up (down x)."""
+        assert self.q.down is not None and self.q.up is not None
+        if self.q.layer.kind == "linear":
+            low = self._op("MatMul", [x, self._float("down", self.q.down.T)])
+            return self._op("MatMul", [low, self._float("up", self.q.up.T)])
+        down = self._float("down", self._kernel(self.q.down))
+        low = self._op("Conv", [x, down], **self.node.attributes)
+        up = self._float("up", self.q.up[:, :, None, None])
+        return self._op("Conv", [low, up], kernel_shape=[1, 1])

@@ -1,0 +1,177 @@
+"""Mixed precision: which scheme each layer gets.
+
+`planned` is the rule before anything is measured. `assign` spends a budget of bytes where a
+picture gains most, given what each option of each layer does to the picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from edgesd.export.quantize.layers import Layer
+from edgesd.spec import Scheme
+
+Choice = Scheme | None
+"""A layer's scheme; None: fp16 weights, fp32 arithmetic."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to represent a layer: its bytes on disk, its computing time in a picture (any unit),
+    and the squared error it makes in the picture (any unit), each the same for all layers."""
+
+    choice: Choice
+    bytes: int
+    time: float
+    loss: float
+
+
+_TIME_PER_PRODUCT = {"fp32": 3.0, "int8": 1.0, "nbits8": 2.5, "nbits16": 3.2, "simulated": 6.0}
+"""Of a multiplication in each kind of kernel, relative to int8: `benchmarks/quantization.py`
+measures them. Machines differ; what matters is that 16-bit activations and branches cost."""
+
+
+def relative_time(layer: Layer, choice: Choice, rows_per_run: int) -> float:
+    """Time of a layer in one run, in int8 multiplications; rows_per_run: of its matrix product."""
+    products = float(rows_per_run * layer.rows * layer.columns)
+    if choice is None or choice.activation_bits == 16:
+        packed = choice is not None and choice.weight_bits == 4 and layer.kind == "linear"
+        time = products * _TIME_PER_PRODUCT["nbits16" if packed else "fp32"]
+    elif choice.simulated:
+        time = products * _TIME_PER_PRODUCT["simulated"]
+    else:
+        packed = choice.weight_bits == 4 and layer.kind == "linear"
+        time = products * _TIME_PER_PRODUCT["nbits8" if packed else "int8"]
+    rank = 0 if choice is None else min(choice.rank, layer.rows, layer.columns)
+    branch = rows_per_run * rank * (layer.rows + layer.columns)
+    return time + branch * _TIME_PER_PRODUCT["fp32"]
+
+
+def planned(layers: Sequence[Layer], scheme: Scheme) -> dict[Layer, Choice]:
+    """The scheme of every layer before anything is measured.
+
+    A component's first and last convolution stay in fp16: they are its way in and out, see or make
+    few channels, and hold few weights. An embedding, which is read and not multiplied, gets 8 bits.
+    """
+    convs: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if layer.kind == "conv":
+            convs.setdefault(layer.component, []).append(layer)
+    ends = {layer for group in convs.values() for layer in (group[0], group[-1])}
+    return {
+        layer: None if layer in ends else Scheme(8, 16) if layer.kind == "embedding" else scheme
+        for layer in layers
+    }
+
+
+def options_of(layer: Layer, choice: Choice) -> list[Choice]:
+    """`choice` and what a layer may get in its place: smaller ranks, then more bits, up to fp16."""
+    if choice is None or layer.kind == "embedding":
+        return [choice, None] if choice else [None]
+    out: list[Choice] = []
+    limit = min(choice.rank, layer.rows, layer.columns)
+    ranks = {0, limit, *(choice.rank // part for part in (16, 8, 4, 2))}
+    out += [
+        Scheme(choice.weight_bits, choice.activation_bits, choice.group, rank)
+        for rank in sorted(ranks)
+        if rank < limit
+    ]
+    out.append(choice)
+    step = choice
+    while (upper := raised(step)) is not None:
+        out.append(upper)
+        step = upper
+    return [*out, None]
+
+
+def raised(scheme: Scheme) -> Choice:
+    """The next better scheme; None for fp16, above 8-bit weights and 16-bit activations."""
+    if scheme.activation_bits == 4:
+        return Scheme(scheme.weight_bits, 8, scheme.group, scheme.rank)
+    if scheme.weight_bits == 4:
+        return Scheme(8, scheme.activation_bits)
+    return Scheme(8, 16) if scheme.activation_bits == 8 else None
+
+
+def assign(
+    options: Mapping[Layer, Sequence[Option]],
+    max_bytes: float = math.inf,
+    max_time: float = math.inf,
+    max_loss: float = 0.0,
+    start: Mapping[Layer, Choice] | None = None,
+) -> dict[Layer, Option]:
+    """The cheapest options whose total loss is at most `max_loss`, within both budgets.
+
+    With the default `max_loss` of 0 the budgets are spent as well as can be. Every layer begins
+    with its cheapest option (or with that of `start`), and the step that takes away most loss for
+    what it costs comes first: on each layer's lower convex hull that is optimal up to the last step
+    (Everett 1963, generalized Lagrange multipliers). Cost is bytes and time, each relative to the
+    total of the cheapest options. When even those exceed a budget, they are returned.
+    """
+    bytes_unit = max(sum(min(o.bytes for o in found) for found in options.values()), 1)
+    time_unit = max(sum(min(o.time for o in found) for found in options.values()), 1e-30)
+
+    def cost(option: Option) -> float:
+        return option.bytes / bytes_unit + option.time / time_unit
+
+    hulls = {layer: _hull(found, cost) for layer, found in options.items()}
+    if start is not None:
+        for layer in hulls:
+            first = next((o for o in options[layer] if o.choice == start[layer]), None)
+            if first is not None:
+                better = [o for o in options[layer] if o.loss < first.loss]
+                hulls[layer] = [first, *_hull_above(first, better, cost)]
+    now = {layer: hull[0] for layer, hull in hulls.items()}
+    used_bytes = sum(option.bytes for option in now.values())
+    used_time = sum(option.time for option in now.values())
+    loss = sum(option.loss for option in now.values())
+    steps = [
+        (_slope(hull[at], hull[at + 1], cost), layer, at)
+        for layer, hull in hulls.items()
+        for at in range(len(hull) - 1)
+    ]
+    for _, layer, at in sorted(steps, key=lambda step: -step[0]):
+        if loss <= max_loss:
+            break
+        before, after = hulls[layer][at], hulls[layer][at + 1]
+        more_bytes, more_time = after.bytes - before.bytes, after.time - before.time
+        if now[layer] is not before:
+            continue
+        if (more_bytes > 0 and used_bytes + more_bytes > max_bytes) or (
+            more_time > 0 and used_time + more_time > max_time
+        ):
+            continue
+        now[layer] = after
+        used_bytes += more_bytes
+        used_time += more_time
+        loss += after.loss - before.loss
+    return now
+
+
+Cost = Callable[[Option], float]
+
+
+def _hull(options: Sequence[Option], cost: Cost) -> list[Option]:
+    """Options by rising cost and falling loss, each step gaining less for it than the last."""
+    first = min(options, key=lambda option: (cost(option), option.loss))
+    better = [option for option in options if option.loss < first.loss]
+    return [first, *_hull_above(first, better, cost)]
+
+
+def _hull_above(first: Option, better: Sequence[Option], cost: Cost) -> list[Option]:
+    hull = [first]
+    for option in sorted(better, key=lambda option: (cost(option), option.loss)):
+        if option.loss >= hull[-1].loss:
+            continue
+        while len(hull) >= 2 and _slope(hull[-2], option, cost) >= _slope(hull[-2], hull[-1], cost):
+            hull.pop()
+        hull.append(option)
+    return hull[1:]
+
+
+def _slope(first: Option, second: Option, cost: Cost) -> float:
+    """Loss taken away for each unit of cost; infinite for a step that costs nothing."""
+    more = cost(second) - cost(first)
+    return (first.loss - second.loss) / more if more > 0 else math.inf

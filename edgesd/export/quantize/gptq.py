@@ -1,0 +1,67 @@
+"""GPTQ: columns are rounded one after the other, the rest makes up for what was lost.
+
+Frantar et al. 2022, arXiv 2210.17323, algorithm 1, with columns in the order of falling
+importance (their code's act-order) under scales that are chosen beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from edgesd.export.quantize.rtn import code_range
+
+DAMPING = 0.01
+"""Share of the mean diagonal that is added to the diagonal (section 3.3, step 3)."""
+
+_PANEL = 128
+
+
+def gptq(weight: Tensor, scales: Tensor, group: int, bits: int, blocks: Sequence[Tensor]) -> Tensor:
+    """Codes int8 [N, K] of weight [N, K] that keep its outputs on the recorded inputs.
+
+    scales [N, G] for groups of `group` columns. blocks: covariances [B, B] of consecutive columns,
+    together K; columns of different blocks are taken to be uncorrelated. Raises
+    torch.linalg.LinAlgError when a block isn't a covariance (NaN).
+    """
+    wide = scales.repeat_interleave(group, 1)[:, : weight.shape[1]]
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    start = 0
+    for block in blocks:
+        stop = start + len(block)
+        codes[:, start:stop] = _block(weight[:, start:stop], wide[:, start:stop], bits, block)
+        start = stop
+    return codes
+
+
+def _block(weight: Tensor, scales: Tensor, bits: int, covariance: Tensor) -> Tensor:
+    low, high = code_range(bits)
+    diagonal = covariance.diagonal().double()
+    mean = float(diagonal.mean())
+    if mean == 0:  # never saw a thing: plain rounding
+        return (weight / scales).round().clamp(low, high).to(torch.int8)
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    damped = covariance.double()[order][:, order]
+    damped.diagonal().add_(DAMPING * mean)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    rest, scale = weight[:, order].clone(), scales[:, order]
+    codes = torch.empty(rest.shape)
+    columns = rest.shape[1]
+    for start in range(0, columns, _PANEL):
+        stop = min(columns, start + _PANEL)
+        panel, errors = rest[:, start:stop], torch.empty(len(rest), stop - start)
+        inside = factor[start:stop, start:stop]
+        for k in range(stop - start):
+            column, step = panel[:, k], scale[:, start + k]
+            code = (column / step).round_().clamp_(low, high)
+            codes[:, start + k] = code
+            error = (column - code * step) / inside[k, k]
+            errors[:, k] = error
+            panel[:, k + 1 :].addr_(error, inside[k, k + 1 :], alpha=-1)
+        rest[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+    out = torch.empty(codes.shape, dtype=torch.int8)
+    out[:, order] = codes.to(torch.int8)
+    return out

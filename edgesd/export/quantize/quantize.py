@@ -1,0 +1,308 @@
+"""One layer under one scheme and method; and a whole pipeline, layer by layer, on disk."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from edgesd.errors import EdgesdError
+from edgesd.export.calibrate import LayerStats
+from edgesd.export.quantize.activations import (
+    activation_mode,
+    channel_group,
+    fake_quantize,
+    smoothing,
+    static_ranges,
+)
+from edgesd.export.quantize.gptq import gptq
+from edgesd.export.quantize.layers import (
+    Activations,
+    Layer,
+    QuantizedLayer,
+)
+from edgesd.export.quantize.rtn import group_scales, round_to_nearest
+from edgesd.export.quantize.svdquant import svdquant
+from edgesd.spec import Scheme
+
+Float = npt.NDArray[np.float32]
+
+VERSION = 2
+"""Part of the cache key: raised when a method changes its results."""
+
+_ALPHAS = (0.25, 0.5, 0.75)
+_WORTHWHILE = 0.95
+"""Smoothing costs a multiplication per run: the error must fall to this part to be worth it."""
+
+_ROUNDS = 4
+_BIG = 4 << 20
+"""Weights of a layer from which on one round less precise search must do."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How codes are chosen. static: activation ranges are recorded ones, not those at hand.
+
+    name: one of spec.METHODS. gptq_residual: with svdquant, the last codes come from GPTQ.
+    """
+
+    name: str = "svdquant"
+    static: bool = False
+    gptq_residual: bool = True
+
+    def label(self) -> str:
+        """As a recipe has it."""
+        return self.name + ("+gptq" if self.name == "svdquant" and self.gptq_residual else "")
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What is known of a layer's input, as tensors."""
+
+    blocks: list[Tensor]
+    rows: Tensor
+    steps: Tensor
+    low: Tensor
+    high: Tensor
+
+    @property
+    def ranges(self) -> Tensor:
+        """Smallest and largest value of the whole input at each timestep [T, 2]."""
+        return torch.stack([self.low.amin(1), self.high.amax(1)], 1)
+
+    @property
+    def channel_max(self) -> Tensor:
+        """Largest magnitude of each channel over all timesteps [C]."""
+        return torch.maximum(self.low.abs(), self.high.abs()).amax(0)
+
+    def divided(self, smooth: Tensor) -> _Inputs:
+        """The same, of inputs divided by `smooth` [C]."""
+        wide = smooth.repeat(self.rows.shape[1] // len(smooth))
+        blocks, start = [], 0
+        for block in self.blocks:
+            part = wide[start : start + len(block)]
+            blocks.append(block / part[:, None] / part)
+            start += len(block)
+        return _Inputs(blocks, self.rows / wide, self.steps, self.low / smooth, self.high / smooth)
+
+
+def quantize_layer(
+    layer: Layer,
+    weight: Float,
+    stats: LayerStats | None,
+    scheme: Scheme,
+    method: Method,
+) -> QuantizedLayer:
+    """Quantize weight [N, K]. stats: None for an embedding, and where nothing was recorded.
+
+    Raises EdgesdError when the weight or the statistics hold NaN or infinite values.
+    """
+    if not np.isfinite(weight).all():
+        raise EdgesdError(f"{layer.component}: {layer.name} holds NaN or infinite weights")
+    matrix = torch.from_numpy(np.array(weight, np.float32))
+    if layer.kind == "embedding":  # rows are read, not multiplied: no kernel wants them in 4 bits
+        scheme = Scheme(8, 16)
+    group = scheme.group or layer.columns
+    inputs = _inputs(layer, stats) if stats is not None and stats.count else None
+    if inputs is None:
+        return _blind(layer, matrix, scheme, group)
+    mode = activation_mode(layer, scheme, method.static)
+    smooth, inputs, acts = _choose_smoothing(layer, matrix, inputs, scheme, mode, method)
+    if smooth is not None:
+        matrix = matrix * smooth.repeat(layer.columns // layer.channels)
+    rank = min(scheme.rank, *matrix.shape)
+    if method.name == "svdquant" and rank:
+        noise = _noise(layer, inputs, acts) if mode != "none" else None
+        importance = _importance(inputs)
+
+        def plain(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return _codes(part, group, scheme.weight_bits, importance, None)
+
+        def last(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            blocks = _noisy(inputs.blocks, noise) if method.gptq_residual else None
+            return _codes(part, group, scheme.weight_bits, importance, blocks)
+
+        rounds = _ROUNDS if matrix.numel() < _BIG else 2
+        found = svdquant(matrix, rank, inputs.blocks, noise, plain, last, rounds)
+        codes, scales, up, down = found
+    else:
+        up, down = _plain_branch(matrix, rank)
+        rest = matrix if rank == 0 else matrix - up @ down
+        if method.name == "rtn":
+            codes, scales, _ = _codes(rest, group, scheme.weight_bits, None, None)
+        else:
+            importance = _importance(inputs)
+            codes, scales, _ = _codes(rest, group, scheme.weight_bits, importance, inputs.blocks)
+    result = QuantizedLayer(
+        layer=layer,
+        scheme=scheme,
+        method=method.label(),
+        codes=codes.numpy(),
+        scales=scales.half().numpy(),
+        group=group,
+        smooth=None if smooth is None else smooth.numpy(),
+        down=down.half().numpy() if rank else None,
+        up=up.half().numpy() if rank else None,
+        activations=acts,
+    )
+    return replace(result, error=layer_error(result, weight, stats))
+
+
+def layer_error(quantized: QuantizedLayer, weight: Float, stats: LayerStats | None) -> float:
+    """RMS of the change of the layer's output over RMS of the output, on the sampled rows.
+
+    Without rows (an embedding): of the weight itself.
+    """
+    source = torch.from_numpy(np.array(weight, np.float32))
+    residual = torch.from_numpy(quantized.residual())
+    branch = torch.from_numpy(quantized.branch())
+    if stats is None or not len(stats.rows):
+        wanted, found = source, residual + branch
+    else:
+        assert quantized.activations is not None
+        inputs = _inputs(quantized.layer, stats)
+        wanted = inputs.rows @ source.T
+        if quantized.smooth is not None:
+            inputs = inputs.divided(torch.from_numpy(quantized.smooth))
+        low = fake_quantize(
+            inputs.rows, quantized.activations, quantized.layer, inputs.ranges, inputs.steps
+        )
+        found = low @ residual.T + inputs.rows @ branch.T
+    scale = float(wanted.square().mean())
+    return math.sqrt(float((found - wanted).square().mean()) / scale) if scale > 0 else 0.0
+
+
+def _blind(layer: Layer, matrix: Tensor, scheme: Scheme, group: int) -> QuantizedLayer:
+    """Round to nearest: all that can be done for a layer nothing is known of."""
+    codes, scales, residual = _codes(matrix, group, scheme.weight_bits, None, None)
+    power = float(matrix.square().mean())
+    error = float((residual - matrix).square().mean() / power) ** 0.5 if power > 0 else 0.0
+    return QuantizedLayer(
+        layer=layer,
+        scheme=Scheme(scheme.weight_bits, 16, scheme.group),
+        method="rtn",
+        codes=codes.numpy(),
+        scales=scales.half().numpy(),
+        group=group,
+        error=error,
+    )
+
+
+def _inputs(layer: Layer, stats: LayerStats) -> _Inputs:
+    parts: list[npt.NDArray[Any]] = [stats.low, stats.high, stats.rows, *stats.blocks]
+    for part in parts:
+        if not np.isfinite(part).all():
+            raise EdgesdError(
+                f"{layer.component}: the inputs of {layer.name} aren't finite in calibration"
+            )
+    return _Inputs(
+        blocks=[torch.from_numpy(block) / stats.count for block in stats.blocks],
+        rows=torch.from_numpy(stats.rows.astype(np.float32)),
+        steps=torch.from_numpy(stats.row_steps),
+        low=torch.from_numpy(stats.low),
+        high=torch.from_numpy(stats.high),
+    )
+
+
+def _importance(inputs: _Inputs) -> Tensor:
+    """Mean square of each column of the input [K]."""
+    diagonal = torch.cat([block.diagonal() for block in inputs.blocks])
+    return diagonal.clamp_min(float(diagonal.mean()) * 1e-4 + 1e-12)
+
+
+def _codes(
+    matrix: Tensor, group: int, bits: int, importance: Tensor | None, blocks: list[Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes [N, K], scales [N, G], codes times scales [N, K])."""
+    scales = group_scales(matrix, group, bits, importance)
+    if blocks is None:
+        codes = round_to_nearest(matrix, scales, group, bits)
+    else:
+        codes = gptq(matrix, scales, group, bits, blocks)
+    return codes, scales, codes * scales.repeat_interleave(group, 1)[:, : matrix.shape[1]]
+
+
+def _noisy(blocks: list[Tensor], noise: Tensor | None) -> list[Tensor]:
+    if noise is None:
+        return blocks
+    out, start = [], 0
+    for block in blocks:
+        out.append(block + torch.diag(noise[start : start + len(block)].square()))
+        start += len(block)
+    return out
+
+
+def _plain_branch(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The truncated SVD of the weight alone, exact in float16."""
+    if rank == 0:
+        return torch.zeros(len(matrix), 0), torch.zeros(0, matrix.shape[1])
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    root = values[:rank].sqrt()
+    up, down = left[:, :rank] * root, right[:rank] * root[:, None]
+    return up.half().float(), down.half().float()
+
+
+def _noise(layer: Layer, inputs: _Inputs, acts: Activations) -> Tensor:
+    """RMS of the change that the number format makes to each column of the input [K]."""
+    low = fake_quantize(inputs.rows, acts, layer, inputs.ranges, inputs.steps)
+    return (low - inputs.rows).square().mean(0).sqrt()
+
+
+def _activations(layer: Layer, inputs: _Inputs, scheme: Scheme, mode: str) -> Activations:
+    if mode == "none":
+        return Activations()
+    if mode == "static":
+        return static_ranges(inputs.ranges)
+    if mode == "group":
+        return Activations("group", scheme.activation_bits, channel_group(layer, scheme))
+    return Activations("dynamic", 8)
+
+
+def _choose_smoothing(
+    layer: Layer, matrix: Tensor, inputs: _Inputs, scheme: Scheme, mode: str, method: Method
+) -> tuple[Tensor | None, _Inputs, Activations]:
+    """The smoothing whose rounding to nearest loses least, none where it doesn't pay."""
+    acts = _activations(layer, inputs, scheme, mode)
+    if mode == "none" or method.name != "svdquant":
+        return None, inputs, acts
+    best = _trial(layer, matrix, matrix, inputs, inputs, acts, scheme) * _WORTHWHILE
+    chosen: tuple[Tensor | None, _Inputs, Activations] = (None, inputs, acts)
+    for alpha in _ALPHAS:
+        smooth = smoothing(inputs.channel_max, matrix, alpha)
+        divided = inputs.divided(smooth)
+        scaled = matrix * smooth.repeat(layer.columns // layer.channels)
+        acts = _activations(layer, divided, scheme, mode)
+        error = _trial(layer, matrix, scaled, inputs, divided, acts, scheme)
+        if error < best:
+            best, chosen = error, (smooth, divided, acts)
+    return chosen
+
+
+def _trial(
+    layer: Layer,
+    source: Tensor,
+    matrix: Tensor,
+    before: _Inputs,
+    after: _Inputs,
+    acts: Activations,
+    scheme: Scheme,
+) -> float:
+    """RMS error of the output when codes are rounded to nearest; half of weights' share in 4 bits
+    is left to the branch."""
+    low = fake_quantize(after.rows, acts, layer, after.ranges, after.steps)
+    wanted = before.rows @ source.T
+    if scheme.weight_bits == 8 or scheme.rank:
+        # The branch and the codes' fit take care of the weights: judge the inputs.
+        found = low @ matrix.T
+    else:
+        group = scheme.group or matrix.shape[1]
+        found = low @ _codes(matrix, group, scheme.weight_bits, None, None)[2].T
+    return math.sqrt(float((found - wanted).square().mean()))

@@ -1,0 +1,60 @@
+"""Round to nearest, with each group's scale chosen to lose least."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SHRINK = tuple(1 - 0.035 * step for step in range(15))
+"""Candidates for a scale, as parts of the one that holds the group's largest magnitude."""
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest code: -8 to 7, or -127 to 127 (int8 GEMMs want a symmetric range)."""
+    return (-8, 7) if bits == 4 else (-127, 127)
+
+
+def grouped(weight: Tensor, group: int) -> Tensor:
+    """[N, K] -> [N, G, group], the last group filled up with zeros."""
+    rows, columns = weight.shape
+    count = -(-columns // group)
+    padded = torch.nn.functional.pad(weight, (0, count * group - columns))
+    return padded.reshape(rows, count, group)
+
+
+def group_scales(weight: Tensor, group: int, bits: int, importance: Tensor | None = None) -> Tensor:
+    """The scale of each group [N, G] that minimises the weighted squared error of rounding.
+
+    weight [N, K]. importance [K]: weight of each column's squared error, the mean square of its
+    input; None for equal ones. Scales are positive and exact in float16; a group of zeros gets 1.
+    One scale for all K (group >= K) with 8 bits is the largest magnitude's, unsearched.
+    """
+    low, high = code_range(bits)
+    groups = grouped(weight, group)
+    largest = torch.maximum(groups.amax(-1) / high, groups.amin(-1) / low).clamp_min(0)
+    if bits == 8:
+        return _usable(largest)
+    weights = torch.ones(weight.shape[1]) if importance is None else importance
+    weights = grouped(weights[None], group)
+    best, chosen = torch.full_like(largest, torch.inf), _usable(largest)
+    for part in _SHRINK:
+        scale = _usable(largest * part)
+        rounded = (groups / scale[..., None]).round_().clamp_(low, high).mul_(scale[..., None])
+        error = (rounded.sub_(groups).square_() * weights).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        chosen = torch.where(better, scale, chosen)
+    return chosen
+
+
+def round_to_nearest(weight: Tensor, scales: Tensor, group: int, bits: int) -> Tensor:
+    """Codes int8 [N, K] of weight [N, K] under the scales [N, G] of its groups."""
+    low, high = code_range(bits)
+    wide = scales.repeat_interleave(group, 1)[:, : weight.shape[1]]
+    return (weight / wide).round_().clamp_(low, high).to(torch.int8)
+
+
+def _usable(scale: Tensor) -> Tensor:
+    """Rounded to float16, as it is stored; 1 where it would be zero or too small for it."""
+    half = scale.clamp_max(65504.0).half().float()
+    return torch.where(half > 0, half, torch.ones_like(half))

@@ -1,0 +1,193 @@
+"""SVDQuant: a 16-bit low-rank branch takes what 4 bits can't hold, and gives back what they lose.
+
+Li et al. 2024, arXiv 2411.05007. Section 4.2: outliers move from activations into weights by a
+factor per channel (smoothing); the branch is the truncated SVD of the smoothed weight, and its
+residual is quantized. Here the SVD is taken in the metric of the recorded inputs rather than that
+of independent channels, and branch and codes are fitted in turn, as LoftQ does with weights alone
+(Li et al. 2023, arXiv 2310.08659, algorithm 1): the branch that best repairs given codes is known
+in closed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+DAMPING = 1e-4
+"""Share of the mean diagonal that is added to a covariance's diagonal, so that it has a factor."""
+
+_EXACT = 512
+"""Up to this size of the smaller side the SVD is exact; above, by subspace iteration."""
+_OVERSAMPLING, _ITERATIONS = 16, 6
+
+
+Quantizer = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+"""A matrix [N, K] -> codes [N, K], scales [N, G], codes times scales [N, K]."""
+
+
+class Metric:
+    """The norm |M|^2 = E |M x|^2 + sum over k of noise[k]^2 |M[:, k]|^2, over recorded inputs x.
+
+    blocks: covariances [B, B] of consecutive columns, together K; noise [K] >= 0: RMS error of the
+    quantized input. Both enter as they are: smoothed, where the input is.
+    """
+
+    def __init__(self, blocks: Sequence[Tensor], noise: Tensor | None = None) -> None:
+        self.factors: list[Tensor] = []
+        start = 0
+        for block in blocks:
+            stop = start + len(block)
+            full = block.double().clone()
+            mean = float(full.diagonal().mean())
+            full.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+            if noise is not None:
+                full.diagonal().add_(noise[start:stop].double().square())
+            self.factors.append(torch.linalg.cholesky(full).float())
+            start = stop
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        """M [N, K] -> M L with L L^T the metric, so that |M|^2 is its sum of squares."""
+        return self._each(matrix, lambda part, factor: part @ factor)
+
+    def undo(self, matrix: Tensor) -> Tensor:
+        """M L [r, K] -> M."""
+        return self._each(
+            matrix,
+            lambda part, factor: torch.linalg.solve_triangular(
+                factor, part, upper=False, left=False
+            ),
+        )
+
+    def undo_transposed(self, matrix: Tensor) -> Tensor:
+        """M [N, K] -> M L^-T."""
+        return self._each(
+            matrix,
+            lambda part, factor: torch.linalg.solve_triangular(
+                factor.T, part, upper=True, left=False
+            ),
+        )
+
+    def _each(self, matrix: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        out, start = torch.empty_like(matrix), 0
+        for factor in self.factors:
+            stop = start + len(factor)
+            out[:, start:stop] = function(matrix[:, start:stop], factor)
+            start = stop
+        return out
+
+
+def low_rank(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
+    """(up [N, r], down [r, K]) with |matrix - up down| least in the metric, r at most `rank`."""
+    weighted = metric.apply(matrix)
+    basis = top_singular(weighted, rank)
+    return _balanced(basis, metric.undo(basis.T @ weighted))
+
+
+def svdquant(
+    weight: Tensor,
+    rank: int,
+    blocks: Sequence[Tensor],
+    noise: Tensor | None,
+    quantize: Quantizer,
+    last: Quantizer,
+    rounds: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes [N, K], scales [N, G], up [N, r] and down [r, K] (exact in float16) for one weight.
+
+    weight [N, K] and the inputs' covariance `blocks` are smoothed. noise [K]: RMS error of the
+    quantized input, which passes through the codes alone, as the branch sees the input in 16 bits;
+    None for inputs in 16 bits. quantize: used in all rounds but the `last` one. Each of
+    `rounds` takes the branch that is best for the codes at hand, then codes for what is left.
+    """
+    metric = Metric(blocks, noise)
+    up, down = _half(low_rank(weight, rank, metric))
+    best: tuple[float, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+    for index in range(rounds):
+        chosen = last if index + 1 == rounds else quantize
+        codes, scales, residual = chosen(weight - up @ down)
+        up, down = _half(_repair(weight, residual, rank, blocks, noise, metric))
+        loss = _loss(weight, residual, up @ down, blocks, noise)
+        if best is None or loss < best[0]:
+            best = loss, (codes, scales, up, down)
+    assert best is not None
+    return best[1]
+
+
+def top_singular(matrix: Tensor, rank: int) -> Tensor:
+    """The first left singular vectors [N, r] of a matrix [N, K], r = min(rank, N, K).
+
+    Exact for small matrices; else by subspace iteration from a fixed start (Halko et al. 2011,
+    arXiv 0909.4061, algorithm 4.4).
+    """
+    rows, columns = matrix.shape
+    rank = min(rank, rows, columns)
+    if min(rows, columns) <= _EXACT:
+        wide = matrix.double()
+        if rows <= columns:
+            vectors: Tensor = torch.linalg.eigh(wide @ wide.T)[1]
+            return vectors[:, -rank:].flip(1).float()
+        right: Tensor = torch.linalg.eigh(wide.T @ wide)[1]
+        left: Tensor = torch.linalg.qr(wide @ right[:, -rank:].flip(1))[0]
+        return left.float()
+    width = min(rank + _OVERSAMPLING, rows, columns)
+    start = torch.randn(columns, width, generator=torch.Generator().manual_seed(0))
+    basis: Tensor = torch.linalg.qr(matrix @ start)[0]
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
+    small = basis.T @ matrix
+    order: Tensor = torch.linalg.eigh((small @ small.T).double())[1].flip(1)[:, :rank]
+    return basis @ order.float()
+
+
+def _repair(
+    weight: Tensor,
+    residual: Tensor,
+    rank: int,
+    blocks: Sequence[Tensor],
+    noise: Tensor | None,
+    metric: Metric,
+) -> tuple[Tensor, Tensor]:
+    """The branch B of that rank with the least E |(W - Q - B) x|^2 + |(W - B) noise|^2.
+
+    With S = E x x^T + noise^2 = L L^T, the unconstrained optimum is Y S^-1 with
+    Y = (W - Q) E x x^T + W noise^2 = W S - Q E x x^T; the best of a rank is its SVD in the metric
+    S. Codes of the next round carry what the branch doesn't, which is what noise passes through.
+    """
+    if noise is None:
+        return low_rank(weight - residual, rank, metric)
+    spoiled, start = torch.empty_like(residual), 0
+    for block in blocks:
+        stop = start + len(block)
+        spoiled[:, start:stop] = residual[:, start:stop] @ block
+        start = stop
+    target = metric.apply(weight) - metric.undo_transposed(spoiled)
+    basis = top_singular(target, rank)
+    return _balanced(basis, metric.undo(basis.T @ target))
+
+
+def _loss(
+    weight: Tensor,
+    residual: Tensor,
+    branch: Tensor,
+    blocks: Sequence[Tensor],
+    noise: Tensor | None,
+) -> float:
+    """E |(W - Q - B) x|^2 + |Q noise|^2."""
+    difference, total, start = weight - residual - branch, 0.0, 0
+    for block in blocks:
+        part = difference[:, start : start + len(block)]
+        total += float(((part @ block) * part).sum())
+        start += len(block)
+    return total if noise is None else total + float((residual * noise).square().sum())
+
+
+def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with both factors of like magnitude per rank, so that float16 holds them."""
+    size = (down.norm(dim=1) / up.norm(dim=0).clamp_min(1e-30)).sqrt().clamp(1e-6, 1e6)
+    return up * size, down / size[:, None]
+
+
+def _half(factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return factors[0].half().float(), factors[1].half().float()

@@ -1,0 +1,33 @@
+"""A component's torch source behind the runner protocol: calibration runs the device's own loop."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from edgesd.runtime.runners import BoundRunner
+from edgesd.spec import ComponentSpec
+
+
+class TorchRunner(BoundRunner):
+    """Runs `module`, which takes the inputs of `spec` in order, on the CPU in fp32."""
+
+    def __init__(self, spec: ComponentSpec, module: nn.Module) -> None:
+        super().__init__(spec)
+        self.module = module
+
+    def run(self) -> None:
+        """See Runner.run."""
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = self.module(*(torch.from_numpy(array) for array in self.inputs.values()))
+        outputs = out if isinstance(out, tuple) else (out,)
+        for tensor, value in zip(self.spec.outputs, outputs, strict=True):
+            array = value.numpy()
+            if tensor.name in self.outputs:
+                self.outputs[tensor.name][...] = array
+            else:
+                self.outputs[tensor.name] = array.copy()
+        self.seconds += time.perf_counter() - start

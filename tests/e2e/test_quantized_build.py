@@ -1,0 +1,268 @@
+"""edgesd build with a quantization scheme: from the embedded pipeline to a measured bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgesd.build import DEMO, QuantOptions, build
+from edgesd.build.quantized import QuantizedBuild
+from edgesd.errors import QualityError, UsageError
+from edgesd.evaluate import quality
+from edgesd.runtime.bundle import Bundle, open_bundle
+from tests.support import assert_refused, run_cli
+
+CALIBRATION = ("red apple", "grinning cat")
+PROMPTS = ("blue heart", "pizza", "green dinosaur")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline() -> Iterator[None]:
+    """No test looks for weights on the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGESD_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work")
+
+
+def options(work: Path, **more: object) -> QuantOptions:
+    return QuantOptions(
+        calibration_prompts=CALIBRATION,
+        quality_prompts=PROMPTS,
+        steps=4,
+        work=work,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def built(out: Path, work: Path, precision: str, **more: object) -> Bundle:
+    return build(
+        DEMO, "x86-64-cpu", precision, out, quantization=options(work, **more)
+    ).bundle  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def four_bits(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return built(tmp_path_factory.mktemp("bundles") / "four", work, "w4a8-g64-lr8")
+
+
+def size(bundle: Bundle) -> int:
+    return sum(entry.bytes for entry in bundle.manifest.files.values())
+
+
+def test_the_bundle_says_how_it_was_quantized_and_how_good_it_is(
+    four_bits: Bundle, work: Path
+) -> None:
+    manifest = four_bits.manifest
+    recipe, measured = manifest.recipe, manifest.quality
+    assert recipe is not None and measured is not None
+    assert recipe.name == manifest.precision == "w4a8-g64-lr8" and not recipe.simulated
+    assert recipe.calibration is not None and recipe.calibration.prompts == len(CALIBRATION)
+    schemes = {layer.name: layer.scheme for layer in recipe.layers}
+    assert schemes["conv_in"] == schemes["conv_out"] == "fp16"
+    assert schemes["mid_block.resnets.0.conv1"] == "w4a8-g64-lr8"
+    assert schemes["embeddings.token_embedding"] == "w8a16"
+    assert all(0 <= layer.error < 0.2 for layer in recipe.layers)
+    assert [picture.prompt for picture in measured.pictures] == list(PROMPTS)
+    assert [picture.seed for picture in measured.pictures] == [0, 1, 2]
+    assert "not LPIPS" in measured.metric
+    assert measured.psnr_min <= measured.psnr_mean
+    assert measured.psnr_min > 25
+    source = open_bundle(next(work.glob("source-*")))
+    assert size(four_bits) < 0.3 * size(source)
+
+
+def test_the_figures_are_those_of_the_pictures(four_bits: Bundle, work: Path) -> None:
+    from edgesd.evaluate.psnr import psnr
+    from edgesd.runtime.pipeline import Pipeline, Request
+
+    assert four_bits.manifest.quality is not None
+    picture = four_bits.manifest.quality.pictures[1]
+    request = Request(picture.prompt, picture.seed, num_inference_steps=4)
+    both = []
+    for bundle in (open_bundle(next(work.glob("source-*"))), four_bits):
+        with Pipeline(bundle) as pipeline:
+            both.append(pipeline.generate([request])[0])
+    assert psnr(*both) == pytest.approx(picture.psnr, abs=0.05)
+    for name, image in zip((picture.source, picture.ours), both, strict=True):
+        assert name is not None
+        with Image.open(four_bits.path / name) as kept:
+            assert psnr(kept.convert("RGB"), image) > 45
+
+
+def test_generate_inspect_and_report_take_it(four_bits: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "picture.png"
+    drawn = run_cli("generate", four_bits.path, "-p", "a rocket", "--steps", "2", "-o", out)
+    assert drawn.code == 0, drawn.err
+    assert np.asarray(Image.open(out)).std() > 5
+    assert run_cli("inspect", four_bits.path).code == 0
+    page = tmp_path / "page.html"
+    assert run_cli("report", four_bits.path, "-o", page).code == 0
+    text = page.read_text()
+    assert "mid_block.resnets.0.conv1" in text and "not LPIPS" in text
+    for prompt in PROMPTS:
+        assert prompt in text
+
+
+def test_two_builds_give_the_same_graphs(four_bits: Bundle, work: Path, tmp_path: Path) -> None:
+    """Only the source bundle is shared: calibration and quantization are done again."""
+    other = tmp_path / "work"
+    shutil.copytree(next(work.glob("source-*")), other / next(work.glob("source-*")).name)
+    again = built(tmp_path / "again", other, "w4a8-g64-lr8")
+    graphs = [name for name in again.manifest.files if name.endswith((".onnx", ".bin"))]
+    assert len(graphs) == 8
+    for name in graphs:
+        assert again.manifest.files[name] == four_bits.manifest.files[name], name
+
+
+def test_rtn_gptq_and_static_ranges(work: Path, tmp_path: Path) -> None:
+    for number, (precision, more) in enumerate(
+        (
+            ("w8a8", {"static": True}),
+            ("w4a16-g32", {"method": "gptq"}),
+            ("w8a16", {"method": "rtn"}),
+        )
+    ):
+        bundle = built(tmp_path / str(number), work, precision, **more)
+        assert bundle.manifest.quality is not None
+        # Static ranges of two prompts and four steps don't hold what others need.
+        assert bundle.manifest.quality.psnr_min > (18 if more.get("static") else 25)
+
+
+def test_four_bit_activations_are_called_a_simulation(work: Path, tmp_path: Path) -> None:
+    bundle = built(tmp_path / "bundle", work, "w4a4-g32")
+    assert bundle.manifest.recipe is not None and bundle.manifest.recipe.simulated
+    page = tmp_path / "page.html"
+    assert run_cli("report", bundle.path, "-o", page).code == 0
+    assert "simulated" in page.read_text()
+
+
+def errors_as_sensitivities(self: QuantizedBuild) -> dict[object, float]:
+    """Stands in for 200 drawings: a layer does to the picture what it does to its output."""
+    return {
+        layer: 0.0 if choice is None else 100 * self.store.get(layer, choice).error ** 2
+        for layer, choice in self._planned().items()
+    }
+
+
+def test_a_floor_raises_layers(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QuantizedBuild, "sensitivities", errors_as_sensitivities)
+    plain = built(tmp_path / "plain", work, "w4a8-g64").manifest
+    assert plain.quality is not None
+    floor = plain.quality.psnr_min + 2
+    raised = built(tmp_path / "raised", work, "w4a8-g64", min_psnr=floor).manifest
+    assert raised.quality is not None and raised.recipe is not None
+    assert raised.quality.psnr_min >= floor == raised.quality.min_psnr
+    changed = [layer for layer in raised.recipe.layers if layer.raised_from]
+    assert 0 < len(changed) < len(raised.recipe.layers)
+    for layer in changed:
+        assert layer.raised_from != layer.scheme and layer.reason and "dB" in layer.reason
+
+
+def test_a_floor_out_of_reach_fails_and_names_layers(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QuantizedBuild, "sensitivities", errors_as_sensitivities)
+    monkeypatch.setattr(quality, "EQUAL_DB", 100.0)
+    with pytest.raises(QualityError, match=r"w8a8 reaches .* not the 99 .*unet/") as caught:
+        built(tmp_path / "out", work, "w8a8", min_psnr=99.0, max_size=0.29)
+    assert caught.value.exit_code == 7
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_size_spends_ranks_where_they_pay(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QuantizedBuild, "sensitivities", errors_as_sensitivities)
+    bundle = built(tmp_path / "small", work, "w4a16-g64-lr16", max_size=0.21)
+    source = open_bundle(next(work.glob("source-*")))
+    assert 0.17 * size(source) < size(bundle) <= 0.21 * size(source)
+    assert bundle.manifest.recipe is not None
+    ranks = {layer.rank for layer in bundle.manifest.recipe.layers}
+    assert 0 in ranks and len(ranks) > 2
+    with pytest.raises(UsageError, match=r"takes at least"):
+        built(tmp_path / "tiny", work, "w8a8", max_size=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--precision", "w4a8"], "need a group"),
+        (["--precision", "w5a8"], "unknown precision 'w5a8': did you mean"),
+        (["--precision", "w8a8", "--no-quality", "--min-psnr", "30"], "--no-quality"),
+        (["--precision", "w8a8", "--method", "magic"], "svdquant"),
+    ],
+)
+def test_bad_requests_are_refused(tmp_path: Path, arguments: list[str], words: str) -> None:
+    out = tmp_path / "out"
+    outcome = run_cli("build", "demo", "--target", "x86-64-cpu", "-o", out, *arguments)
+    assert outcome.code == 2
+    assert_refused(outcome, words)
+    assert not out.exists()
+
+
+def test_a_recipe_survives_its_json(four_bits: Bundle) -> None:
+    raw = (four_bits.path / "bundle.json").read_bytes()
+    again = msgspec.json.decode(raw, type=type(four_bits.manifest))
+    assert again == four_bits.manifest
+    assert json.loads(raw)["recipe"]["layers"]
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_the_bytes_are_the_same(work: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, then one run to the end: the graphs of an undisturbed run."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from edgesd.build import QuantOptions, build\n"
+        "from edgesd.export import calibrate\n"
+        "calibrate.SAVE_SECONDS = 0\n"
+        "work, out = map(Path, sys.argv[1:])\n"
+        f"options = QuantOptions(calibration_prompts={CALIBRATION * 3!r}, "
+        f"quality_prompts={PROMPTS!r}, steps=4, work=work)\n"
+        "build('demo', 'x86-64-cpu', 'w4a8-g64-lr8', out, quantization=options)\n"
+    )
+    if not list(work.glob("source-*")):
+        built(tmp_path / "first", work, "w8a16")
+    source = next(work.glob("source-*"))
+    results, rng = [], random.Random(0)
+    for kills in (0, 20):
+        folder, out = tmp_path / f"work-{kills}", tmp_path / f"out-{kills}"
+        shutil.copytree(source, folder / source.name)
+        command = [sys.executable, str(script), str(folder), str(out)]
+        start = time.monotonic()
+        if kills == 0:
+            subprocess.run(command, check=True, env=dict(os.environ))
+            whole = time.monotonic() - start
+        for _ in range(kills):
+            process = subprocess.Popen(command, env=dict(os.environ))
+            # Kills are spread over what a run that begins anew goes through.
+            time.sleep(rng.uniform(0.2, 0.9) * whole)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            if out.exists():
+                shutil.rmtree(out)
+        if kills:
+            subprocess.run(command, check=True, env=dict(os.environ))
+        entries = open_bundle(out).manifest.files
+        results.append({k: v for k, v in entries.items() if k.endswith((".onnx", ".bin"))})
+    assert results[0] == results[1]
