@@ -6,7 +6,6 @@ import hashlib
 import logging
 import platform
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from edgesd.device.targets import check_memory, check_request, get_target
 from edgesd.engines import BACKENDS
 from edgesd.engines.bundle import file_entries, pack_bundle, write_manifest
 from edgesd.errors import BundleError, InputError, TargetError
-from edgesd.files import atomic_dir, check_writable, disk_errors, private_folder
+from edgesd.files import atomic_dir, check_writable, private_folder
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
 from edgesd.spec import (
     SCHEMA_VERSION,
@@ -41,16 +40,20 @@ __all__ = ["DEMO", "Built", "QuantOptions", "build", "default_output", "demo_mod
 DEMO = "demo"
 """Name of the embedded pipeline, where a model is asked for."""
 
-MANIFEST_FILES = (MANIFEST, CHECKSUM)
-
 _log = logging.getLogger(__name__)
 
 RUNTIME_BYTES = 128 << 20
 """Memory of the runtime itself with its libraries loaded, about (measured: 113 MB on x86-64).
 
-With the largest network's weights in fp32, which is what CPUs compute in, it is the least memory
-that a picture takes; activations, which grow with the picture, come on top.
+With the largest network's weights as they are computed with, it is the least memory that a picture
+takes; activations, which grow with the picture, come on top.
 """
+
+_BYTES_PER_WEIGHT = {
+    **dict.fromkeys(("fp32", "fp16", "w8a16", "w4a16", "w4a4"), 4.0),
+    **dict.fromkeys(("w8a8", "w4a8"), 1.1),
+}
+"""In memory, on CPUs: all but 8-bit activations compute in fp32, in convolutions at least."""
 
 
 @dataclass(frozen=True)
@@ -135,19 +138,47 @@ def build(
         raise InputError(f"{out} exists already: remove it, or choose another -o")
     source = resolve_source(str(demo_model()) if model == DEMO else model)
     largest = max(source.parameters(component) for component in source.family.weights)
-    check_memory(target, RUNTIME_BYTES + 4 * largest, f"{model} in {precision}")
+    needed = RUNTIME_BYTES + int(_BYTES_PER_WEIGHT[number_format(precision)] * largest)
+    check_memory(target, needed, f"{model} in {precision}")
     plan = plan_pipeline(source, size, scheduler, batch)
     check_writable(out)
+    writer = _Writer(_name(model), target, backend)
+    with private_folder(out) if one_file else atomic_dir(out) as root:
+        if precision in ("fp32", "fp16"):
+            graphs = export_pipeline(source, plan, root, precision, progress=progress)
+            writer.write(root, graphs)
+        else:
+            options = quantization or QuantOptions()
+            work = options.work or cache_folder()
+            reference = _reference(writer, source, plan, work, progress)
+            scheme = parse_scheme(precision)
+            making = QuantizedBuild(source, plan, reference, scheme, options, root, work, progress)
+            making.run(writer.write)
+        if progress:
+            progress("write", "bundle")
+        if one_file:
+            pack_bundle(open_bundle(root), out)
+    return Built(open_bundle(out), out, note)
 
-    def write(root: Path, graphs: GraphSet, quality: Quality | None) -> None:
-        engines = {name: BACKENDS[backend](graph) for name, graph in graphs.graphs.items()}
+
+@dataclass(frozen=True)
+class _Writer:
+    """Makes manifests of bundles called `name`, for one target and backend."""
+
+    name: str
+    target: Target
+    backend: str
+
+    def write(self, root: Path, graphs: GraphSet, quality: Quality | None = None) -> None:
+        """Write the manifest of what is in `root` now."""
+        engines = {name: BACKENDS[self.backend](graph) for name, graph in graphs.graphs.items()}
         manifest = BundleManifest(
             schema_version=SCHEMA_VERSION,
-            name=_name(model),
-            target=target.name,
-            arch=target.arch,
-            backend=backend,
-            precision=precision,
+            name=self.name,
+            target=self.target.name,
+            arch=self.target.arch,
+            backend=self.backend,
+            precision=graphs.precision,
             pipeline=graphs.pipeline,
             engines=engines,
             licence=graphs.licence,
@@ -156,44 +187,21 @@ def build(
                 "python": platform.python_version(),
                 **graphs.tools,
             },
-            files=file_entries(root, leave_out=MANIFEST_FILES),
-            required_capabilities=(),
+            files=file_entries(root, leave_out=(MANIFEST, CHECKSUM)),
             recipe=graphs.recipe,
             quality=quality,
         )
         write_manifest(root, manifest)
 
-    with private_folder(out) if one_file else atomic_dir(out) as root:
-        if number_format(precision) in ("fp32", "fp16"):
-            graphs = export_pipeline(source, plan, root, precision, progress=progress)
-            write(root, graphs, None)
-        else:
-            options = quantization or QuantOptions()
-            reference = _reference(model, target, source, plan, options, progress)
-            _quantize(source, plan, reference, precision, options, root, write, progress)
-        if progress:
-            progress("write", "bundle")
-        if one_file:
-            pack_bundle(open_bundle(root), out)
-    return Built(open_bundle(out), out, note)
-
 
 def _reference(
-    model: str,
-    target: Target,
-    source: ModelSource,
-    plan: Plan,
-    options: QuantOptions,
-    progress: Progress | None,
+    writer: _Writer, source: ModelSource, plan: Plan, work: Path, progress: Progress | None
 ) -> Bundle:
-    """The fp32 bundle of the same plan, from the cache of intermediate results if it is there."""
-    from edgesd.export.pipeline import tool_versions
+    """The fp32 bundle of the same plan, from the folder of what is kept if it is there."""
+    from edgesd.export.pipeline import export_pipeline, tool_versions
 
-    spec = plan.pipeline
-    shape, tools = spec.shape, (edgesd.__version__, tool_versions())
-    parts = (spec.source_sha256, shape, spec.scheduler, target.name, _name(model), tools)
-    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    path = (options.work or cache_folder()) / f"source-{key}"
+    parts = (edgesd.__version__, sorted(tool_versions().items()), writer, plan.pipeline)
+    path = work / f"source-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
     if path.exists():
         try:
             found = open_bundle(path)
@@ -202,58 +210,9 @@ def _reference(
         except BundleError as exc:
             _log.warning("%s: making it anew", exc)
             shutil.rmtree(path)
-    size = None if shape.dynamic else (shape.width, shape.height)
-    scheduler, batch = spec.scheduler.name, 1 if shape.dynamic else shape.batch
-    return build(model, target.name, "fp32", path, size, scheduler, batch, progress).bundle
-
-
-def _quantize(
-    source: ModelSource,
-    plan: Plan,
-    reference: Bundle,
-    precision: Precision,
-    options: QuantOptions,
-    root: Path,
-    write: Callable[[Path, GraphSet, Quality | None], None],
-    progress: Progress | None,
-) -> None:
-    """Fill `root` with the quantized bundle's files."""
-    manifest = reference.manifest
-    assets = [
-        name
-        for name in manifest.files
-        if not any(name.startswith(f"{component}/") for component in manifest.engines)
-    ]
-    for name in assets:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        with disk_errors(root / name):
-            (root / name).write_bytes(reference.read(name))
-    tools = {k: v for k, v in manifest.tools.items() if k not in ("edgesd", "python")}
-
-    def manifest_of(making: QuantizedBuild) -> None:
-        graphs = GraphSet(
-            root=str(root),
-            pipeline=plan.pipeline,
-            precision=precision,
-            graphs=dict(making.graphs),
-            assets=tuple(assets),
-            licence=manifest.licence,
-            tools=tools,
-            recipe=making.recipe(),
-        )
-        write(root, graphs, making.quality)
-
-    making = QuantizedBuild(
-        source,
-        plan,
-        reference,
-        parse_scheme(precision),
-        options,
-        root,
-        reference.path.parent,
-        progress,
-    )
-    making.run(manifest_of)
+    with atomic_dir(path) as root:
+        writer.write(root, export_pipeline(source, plan, root, "fp32", progress=progress))
+    return open_bundle(path)
 
 
 def _backend(target: Target) -> tuple[str, str | None]:

@@ -23,10 +23,10 @@ import msgspec
 from edgesd.errors import QualityError, UsageError
 from edgesd.evaluate import quality as quality_
 from edgesd.files import atomic_write
-from edgesd.runtime.bundle import Bundle, GraphFile, open_bundle
+from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, GraphFile, open_bundle
 from edgesd.runtime.pipeline import Pipeline, Request
 from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
-from edgesd.spec import METHODS, Graph, LayerRecipe, Quality, QuantRecipe, Scheme
+from edgesd.spec import METHODS, Graph, GraphSet, LayerRecipe, Quality, QuantRecipe, Scheme
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -136,13 +136,12 @@ class QuantizedBuild:
         self.requests = quality_.requests_for(self.prompts, **settings)
         self.raised: dict[Layer, tuple[Choice, str]] = {}
         self.graphs: dict[str, Graph] = {}
-        self.quality: Quality | None = None
-        self._overhead = 0
+        self.assets = self._copy_assets()
         self.store: LayerStore = self._store()
         self.choices: dict[Layer, Choice] = self._planned()
 
-    def run(self, write: Callable[[QuantizedBuild], None]) -> None:
-        """Fill `root`. write: makes a manifest of what is there now, and writes it.
+    def run(self, write: Callable[[Path, GraphSet, Quality | None], None]) -> None:
+        """Fill `root`. write: makes a manifest of what is in a folder now, and writes it there.
 
         Raises QualityError, naming the worst layers, when the floor can't be held.
         """
@@ -150,14 +149,14 @@ class QuantizedBuild:
             self._spend()
         self._write_graphs()
         if not self.prompts:
-            write(self)
+            write(self.root, self.graph_set(), None)
             return
         from edgesd.evaluate.perceptual import open_perceptual
 
         perceptual = open_perceptual(self.options.lpips)
         source = self._source_pictures()
         for round_ in range(_ROUNDS):
-            write(self)
+            write(self.root, self.graph_set(), None)
             ours, measured = self._measure(source, perceptual)
             self.report(
                 "quality", f"PSNR {measured.psnr_mean:.1f} dB, least {measured.psnr_min:.1f}"
@@ -168,8 +167,8 @@ class QuantizedBuild:
             if round_ + 1 == _ROUNDS or not self._raise(floor, measured):
                 raise QualityError(self._failure(measured, floor))
             self._write_graphs()
-        self._keep_pictures(source, ours, measured)
-        write(self)
+        quality = self._keep_pictures(source, ours, measured)
+        write(self.root, self.graph_set(), quality)
 
     def recipe(self) -> QuantRecipe:
         """What became of every layer."""
@@ -181,7 +180,31 @@ class QuantizedBuild:
             calibration=self.store.calibration.spec,
         )
 
+    def graph_set(self) -> GraphSet:
+        """The graphs that are in `root` now."""
+        manifest = self.reference.manifest
+        return GraphSet(
+            root=str(self.root),
+            pipeline=self.plan.pipeline,
+            precision=str(self.scheme),
+            graphs=dict(self.graphs),
+            assets=self.assets,
+            licence=manifest.licence,
+            tools={k: v for k, v in manifest.tools.items() if k not in ("edgesd", "python")},
+            recipe=self.recipe(),
+        )
+
     # Preparation.
+
+    def _copy_assets(self) -> tuple[str, ...]:
+        """Copy what isn't a graph (tokenizer, licences) from the source's bundle."""
+        manifest = self.reference.manifest
+        folders = tuple(f"{component}/" for component in manifest.engines)
+        names = tuple(name for name in manifest.files if not name.startswith(folders))
+        for name in names:
+            with atomic_write(self.root / name) as file:
+                file.write(self.reference.read(name))
+        return names
 
     def _store(self) -> LayerStore:
         from edgesd.export.calibrate import CalibrationPlan, calibrate, calibration_key
@@ -282,15 +305,15 @@ class QuantizedBuild:
         with Pipeline(open_bundle(self.root)) as pipeline:
             ours = quality_.draw(pipeline, self.requests, self._drawn("quantized pictures"))
             pairs = quality_.compare(self.requests, source, ours, perceptual)
-            self.quality = quality_.summarise(
+            measured = quality_.summarise(
                 pairs, pipeline, self.requests[0], perceptual, self.options.min_psnr
             )
-        return ours, self.quality
+        return ours, measured
 
     def _keep_pictures(
         self, source: Sequence[Image.Image], ours: Sequence[Image.Image], measured: Quality
-    ) -> None:
-        """Write the worst pairs into the bundle, for its report."""
+    ) -> Quality:
+        """Write the worst pairs into the bundle, for its report; `measured` with their names."""
         order = sorted(
             range(len(source)), key=lambda i: measured.pictures[i].psnr or quality_.EQUAL_DB
         )
@@ -302,7 +325,7 @@ class QuantizedBuild:
                 with atomic_write(self.root / names[side]) as file:
                     picture.save(file, "WEBP", lossless=True, method=6)
             pictures[index] = msgspec.structs.replace(pictures[index], **names)
-        self.quality = msgspec.structs.replace(measured, pictures=tuple(pictures))
+        return msgspec.structs.replace(measured, pictures=tuple(pictures))
 
     # Choosing.
 
@@ -389,23 +412,19 @@ class QuantizedBuild:
             max_time = self.options.max_time * whole_time
         if self.options.max_size is None:
             return max_bytes, max_time
-        whole = _bundle_bytes(self.reference)
         if not self.graphs:
             self._write_graphs()
-            chosen = sum(self._layer_recipe(*item).bytes for item in self.choices.items())
-            graphs = sum(
-                path.stat().st_size
-                for component in self.plan.pipeline.components
-                for path in (self.root / component).iterdir()
-            )
-            self._overhead = graphs - chosen
-        components = self.plan.pipeline.components
-        assets = whole - sum(self.reference.weight_bytes(name) for name in components)
-        manifest = _MANIFEST_BYTES * len(self.choices)
+        # What isn't a layer's: graphs' structure, tokenizer, licences, the manifest, kept pictures.
+        chosen = sum(self._layer_recipe(*item).bytes for item in self.choices.items())
+        there = sum(
+            path.stat().st_size
+            for path in self.root.rglob("*")
+            if path.is_file() and path.name not in (MANIFEST, CHECKSUM)
+        )
         shape = self.plan.pipeline.shape
         kept = 2 * min(KEPT_PICTURES, len(self.prompts)) * shape.height * shape.width
-        rest = self._overhead + assets + manifest + int(_PICTURE_BYTES * kept)
-        return int(self.options.max_size * whole) - rest, max_time
+        rest = there - chosen + _MANIFEST_BYTES * len(self.choices) + int(_PICTURE_BYTES * kept)
+        return int(self.options.max_size * _bundle_bytes(self.reference)) - rest, max_time
 
     def _spend(self) -> None:
         """Choose layers' schemes as --max-size and --max-time allow."""

@@ -1,1 +1,1 @@
-"""Quality metrics: one file each. numpy and pillow only, so that any room above can use them."""
+"""Quality: one file per metric, drawing and comparing, and the report."""

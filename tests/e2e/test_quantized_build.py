@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -27,14 +26,6 @@ from tests.support import assert_refused, run_cli
 
 CALIBRATION = ("red apple", "grinning cat")
 PROMPTS = ("blue heart", "pizza", "green dinosaur")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def offline() -> Iterator[None]:
-    """No test looks for weights on the network."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGESD_OFFLINE", "1")
-        yield
 
 
 @pytest.fixture(scope="module")

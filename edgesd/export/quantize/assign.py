@@ -67,7 +67,8 @@ def planned(layers: Sequence[Layer], scheme: Scheme) -> dict[Layer, Choice]:
 
 
 def options_of(layer: Layer, choice: Choice) -> list[Choice]:
-    """`choice` and what a layer may get in its place: smaller ranks, then more bits, up to fp16."""
+    """`choice` and what a layer may get in its place: smaller ranks, 16-bit activations, then more
+    bits, up to fp16."""
     if choice is None or layer.kind == "embedding":
         return [choice, None] if choice else [None]
     out: list[Choice] = []
@@ -79,6 +80,8 @@ def options_of(layer: Layer, choice: Choice) -> list[Choice]:
         if rank < limit
     ]
     out.append(choice)
+    if choice.weight_bits == 4 and choice.activation_bits == 8:
+        out += [Scheme(4, 16, found.group, found.rank) for found in list(out) if found is not None]
     step = choice
     while (upper := raised(step)) is not None:
         out.append(upper)

@@ -295,8 +295,7 @@ def _trial(
     acts: Activations,
     scheme: Scheme,
 ) -> float:
-    """RMS error of the output when codes are rounded to nearest; half of weights' share in 4 bits
-    is left to the branch."""
+    """RMS error of the output when codes are rounded to nearest."""
     low = fake_quantize(after.rows, acts, layer, after.ranges, after.steps)
     wanted = before.rows @ source.T
     if scheme.weight_bits == 8 or scheme.rank:
