@@ -188,6 +188,17 @@ def test_newer_schema_is_refused_even_with_unknown_fields(folder: Path) -> None:
         open_bundle(folder)
 
 
+def test_a_bundle_of_version_1_is_read(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    for field in ("recipe", "quality"):
+        del manifest[field]
+    raw = json.dumps(manifest | {"schema_version": 1}).encode()
+    (folder / MANIFEST).write_bytes(raw)
+    (folder / CHECKSUM).write_bytes(checksum_line(raw))
+    found = open_bundle(folder).manifest
+    assert found.schema_version == 1 and found.recipe is None and found.quality is None
+
+
 def test_unknown_field_is_refused_by_name(folder: Path) -> None:
     forge(folder, novelty=True)
     with pytest.raises(BundleError, match="novelty"):
