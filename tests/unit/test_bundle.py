@@ -199,6 +199,12 @@ def test_a_bundle_of_version_1_is_read(folder: Path) -> None:
     assert found.schema_version == 1 and found.recipe is None and found.quality is None
 
 
+def test_an_unknown_precision_is_refused(folder: Path) -> None:
+    forge(folder, precision="w3a3")
+    with pytest.raises(BundleError, match="unknown precision 'w3a3'"):
+        open_bundle(folder)
+
+
 def test_unknown_field_is_refused_by_name(folder: Path) -> None:
     forge(folder, novelty=True)
     with pytest.raises(BundleError, match="novelty"):
