@@ -153,6 +153,7 @@ def errors_as_sensitivities(self: QuantizedBuild) -> dict[object, float]:
     }
 
 
+@pytest.mark.slow
 def test_a_floor_raises_layers(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QuantizedBuild, "sensitivities", errors_as_sensitivities)
     plain = built(tmp_path / "plain", work, "w4a8-g64").manifest
