@@ -20,9 +20,9 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import msgspec
 
-from edgesd.errors import BundleError, UsageError
+from edgesd.errors import BundleError
 from edgesd.runtime.onnx_wire import relocate_external_data
-from edgesd.spec import SCHEMA_VERSION, BundleManifest, Engine, number_format
+from edgesd.spec import SCHEMA_VERSION, BundleManifest, Engine
 
 MANIFEST = "bundle.json"
 CHECKSUM = "bundle.sha256"
@@ -307,12 +307,6 @@ def _decode(path: Path, raw: bytes) -> BundleManifest:
         manifest = msgspec.json.decode(raw, type=BundleManifest)
     except msgspec.MsgspecError as exc:
         raise BundleError(f"{path}: {MANIFEST} isn't valid: {exc}") from exc
-    layers = () if manifest.recipe is None else manifest.recipe.layers
-    for precision in {manifest.precision, *(layer.scheme for layer in layers)}:
-        try:
-            number_format(precision)
-        except UsageError as exc:
-            raise BundleError(f"{path}: {MANIFEST} isn't valid: {exc}") from exc
     if manifest.engines.keys() != manifest.pipeline.components.keys():
         raise BundleError(f"{path}: {MANIFEST} has not one engine for each component")
     for name in [*manifest.files, *(engine.path for engine in manifest.engines.values())]:

@@ -20,7 +20,7 @@ from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.runners import Runner
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
 from edgesd.runtime.tokenizer import PromptTokenizer, Truncation, check_prompt
-from edgesd.spec import LayerRecipe, parse_scheme
+from edgesd.spec import LayerRecipe, number_format, parse_scheme
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -100,6 +100,7 @@ class Pipeline:
         for component in _NEEDED:
             if component not in self.spec.components:
                 raise BundleError(f"{bundle.path} has no {component}: build the bundle again")
+        _check_precisions(bundle)
         self.timings = Timings()
         self.truncations: dict[str, Truncation] = {}
         self._runners: dict[str, Runner] = {}
@@ -384,17 +385,30 @@ class Pipeline:
         return watch
 
 
+def _check_precisions(bundle: Bundle) -> None:
+    """Raise BundleError for a number format that no version knows."""
+    manifest = bundle.manifest
+    layers = () if manifest.recipe is None else manifest.recipe.layers
+    for precision in {manifest.precision, *(layer.scheme for layer in layers)}:
+        try:
+            number_format(precision)
+        except UsageError as exc:
+            raise BundleError(f"{bundle.path}: its manifest isn't valid: {exc}") from exc
+
+
 def _loaded_layer_bytes(layer: LayerRecipe) -> int:
-    """Memory of one quantized layer's weights in a session."""
-    weights = math.prod(layer.shape)
+    """Memory of one quantized layer's weights in a session: what is computed with (fp32, int8, or
+    packed 4 bits), its file, and its branch in fp32."""
     scheme = None if layer.scheme == "fp16" else parse_scheme(layer.scheme)
-    if scheme is None or (layer.kind == "conv" and scheme.activation_bits != 8):
-        return 4 * weights + 2 * layer.bytes
-    if scheme.weight_bits == 4 and layer.kind == "linear":
-        return 2 * layer.bytes  # packed codes; the branch in fp32
-    if scheme.activation_bits == 8 or layer.kind == "embedding":
-        return weights + 2 * layer.bytes
-    return 4 * weights + 2 * layer.bytes
+    if scheme is None:
+        per_weight = 4
+    elif layer.kind == "embedding":
+        per_weight = 1
+    elif layer.kind == "linear" and scheme.weight_bits == 4:
+        per_weight = 0
+    else:
+        per_weight = 1 if scheme.activation_bits == 8 else 4
+    return per_weight * math.prod(layer.shape) + 2 * layer.bytes
 
 
 _T = TypeVar("_T")

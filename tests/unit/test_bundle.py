@@ -16,6 +16,7 @@ import pytest
 from edgesd.engines.bundle import pack_bundle, write_manifest
 from edgesd.errors import BundleError
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, checksum_line, open_bundle
+from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 from edgesd.spec import SCHEMA_VERSION
 from tests.support import assert_refused, run_cli
@@ -202,7 +203,7 @@ def test_a_bundle_of_version_1_is_read(folder: Path) -> None:
 def test_an_unknown_precision_is_refused(folder: Path) -> None:
     forge(folder, precision="w3a3")
     with pytest.raises(BundleError, match="unknown precision 'w3a3'"):
-        open_bundle(folder)
+        Pipeline(open_bundle(folder))
 
 
 def test_unknown_field_is_refused_by_name(folder: Path) -> None:
