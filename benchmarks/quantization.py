@@ -10,21 +10,21 @@ denoising step of one guided picture, alternating with fp32 in the same run.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from benchmarks.common import environment, paired_ratio, parser, run, spread, table, write_json
-from edgesd.build import DEMO, Built, QuantOptions, build
+from edgesd.build import DEMO, QuantOptions, build
 from edgesd.errors import EdgesdError
 from edgesd.evaluate.perceptual import Perceptual, open_perceptual
-from edgesd.evaluate.quality import EQUAL_DB, compare, draw, draw_cached, requests_for
-from edgesd.runtime.bundle import Bundle, open_bundle
+from edgesd.evaluate.quality import compare, draw, draw_cached, requests_for, summarise
+from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.pictures import read_prompts
 from edgesd.runtime.pipeline import Pipeline, Request
+from edgesd.spec import Quality
 
 TARGET = "x86-64-cpu"
 FEW = {"num_inference_steps": 8, "scheduler": "dpmpp-2m"}
@@ -87,35 +87,29 @@ def cases(work: Path) -> list[Case]:
 
 
 def measure(
-    case: Case, model: str, work: Path, requests: Sequence[Request], perceptual: Perceptual
+    case: Case, model: str, work: Path, prompts: Sequence[str], perceptual: Perceptual
 ) -> Row:
     """Build one row's bundle, draw with it, and remove it."""
     out = work / "row"
     shutil.rmtree(out, ignore_errors=True)
-    built: Built = build(model, TARGET, case.precision, out, quantization=case.options)
-    source = open_bundle(next(work.glob("source-*")))
-    values = []
-    for few in (False, True):
-        mine = requests_for([r.prompt for r in requests], **(FEW if few else {}))
-        pairs = compare(
-            mine, _source_pictures(source, mine, work), _pictures(built.bundle, mine), perceptual
-        )
-        decibels = [EQUAL_DB if p.psnr is None else p.psnr for p in pairs]
-        values.append((sum(decibels) / len(decibels), min(decibels), pairs))
-    (mean, least, pairs), (few_mean, few_least, _) = values
+    built = build(model, TARGET, case.precision, out, quantization=case.options)
+    source, recipe = built.reference, built.bundle.manifest.recipe
+    assert source is not None and recipe is not None
+    usual, few = (
+        _quality(built.bundle, source, requests_for(prompts, **settings), work, perceptual)
+        for settings in ({}, FEW)
+    )
     ours, theirs = _steps(built.bundle, source)
-    recipe = built.bundle.manifest.recipe
-    assert recipe is not None
     row = Row(
         name=case.name,
         scheme=case.precision,
-        psnr_mean=mean,
-        psnr_min=least,
-        ssim=sum(p.ssim for p in pairs) / len(pairs),
-        distance=sum(p.distance for p in pairs) / len(pairs),
-        few_psnr_mean=few_mean,
-        few_psnr_min=few_least,
-        size=_bytes(built.bundle) / _bytes(source),
+        psnr_mean=usual.psnr_mean,
+        psnr_min=usual.psnr_min,
+        ssim=usual.ssim_mean,
+        distance=usual.distance_mean,
+        few_psnr_mean=few.psnr_mean,
+        few_psnr_min=few.psnr_min,
+        size=built.bundle.disk_bytes() / source.disk_bytes(),
         step_ms=1000 * spread(ours).median,
         step_ratio=paired_ratio(ours, theirs).median,
         raised=sum(layer.raised_from is not None for layer in recipe.layers),
@@ -124,15 +118,15 @@ def measure(
     return row
 
 
-def _source_pictures(bundle: Bundle, requests: Sequence[Request], work: Path) -> list[Image.Image]:
-    folder = work / f"benchmark-{requests[0].num_inference_steps}-{len(requests)}"
+def _quality(
+    bundle: Bundle, source: Bundle, requests: Sequence[Request], work: Path, perceptual: Perceptual
+) -> Quality:
+    key = hashlib.sha256(repr((source.path.name, requests)).encode()).hexdigest()[:16]
+    with Pipeline(source) as pipeline:
+        theirs = draw_cached(pipeline, requests, work / f"benchmark-{key}")
     with Pipeline(bundle) as pipeline:
-        return draw_cached(pipeline, requests, folder)
-
-
-def _pictures(bundle: Bundle, requests: Sequence[Request]) -> list[Image.Image]:
-    with Pipeline(bundle) as pipeline:
-        return draw(pipeline, requests)
+        pairs = compare(requests, theirs, draw(pipeline, requests), perceptual)
+        return summarise(pairs, pipeline, requests[0], perceptual, None)
 
 
 def _steps(ours: Bundle, theirs: Bundle, rounds: int = 7) -> tuple[list[float], list[float]]:
@@ -150,10 +144,6 @@ def _steps(ours: Bundle, theirs: Bundle, rounds: int = 7) -> tuple[list[float], 
     return found
 
 
-def _bytes(bundle: Bundle) -> int:
-    return sum(entry.bytes for entry in bundle.manifest.files.values())
-
-
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("model", nargs="?", default=DEMO)
@@ -163,16 +153,16 @@ def main() -> None:
     made.add_argument("--lpips", type=Path, help="folder with the weights of LPIPS")
     given = made.parse_args()
     with given.prompts.open("rb") as file:
-        requests = requests_for(read_prompts(file))
+        prompts = read_prompts(file)
     perceptual = open_perceptual(given.lpips)
-    print(f"{len(requests)} prompts; distance: {perceptual.name}", flush=True)
+    print(f"{len(prompts)} prompts; distance: {perceptual.name}", flush=True)
     rows = []
     for case in cases(given.work):
         label = f"{case.name} {case.precision}"
         if given.only and not any(part in label for part in given.only):
             continue
         try:
-            rows.append(measure(case, given.model, given.work, requests, perceptual))
+            rows.append(measure(case, given.model, given.work, prompts, perceptual))
         except EdgesdError as exc:
             print(f"{label}: {exc}", flush=True)
             continue

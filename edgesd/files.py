@@ -22,7 +22,11 @@ _REFUSED = (
 
 def fsync_dir(path: Path) -> None:
     """Make renames inside `path` durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _fsync(path, os.O_DIRECTORY)
+
+
+def _fsync(path: Path, flags: int = 0) -> None:
+    fd = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(fd)
     finally:
@@ -46,8 +50,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; on success fsync it and rename it onto `path`.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path` to write to; on success fsync it and rename it to `path`.
 
     Raises ResourceError when the disk is full, InputError when `path` can't be written. On any
     error, and on Ctrl-C, the temporary file is removed and an older `path` stays as it was.
@@ -56,12 +60,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(fd)
         tmp = Path(name)
         try:
-            with os.fdopen(fd, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            yield tmp
+            _fsync(tmp)
             tmp.chmod(0o644)
             tmp.replace(path)
             fsync_dir(path.parent)
@@ -71,27 +74,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """As `atomic_write`, for a library that writes a file by its name: gives the temporary name."""
-    path = Path(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(fd)
-        tmp = Path(name)
-        try:
-            yield tmp
-            fd = os.open(tmp, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            tmp.chmod(0o644)
-            tmp.replace(path)
-            fsync_dir(path.parent)
-        except BaseException:
-            tmp.unlink(missing_ok=True)
-            raise
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """As `atomic_path`, with the temporary file open for writing."""
+    with atomic_path(path) as tmp, tmp.open("wb") as file:
+        yield file
 
 
 def check_writable(path: Path) -> None:
@@ -138,11 +124,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
 
 def _fsync_tree(root: Path) -> None:
     for path in [*root.rglob("*"), root]:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _fsync(path)
 
 
 def sha256_file(path: Path) -> str:

@@ -82,7 +82,7 @@ def parse_scheme(name: str) -> Scheme:
     if weights == 4 and group not in GROUPS:
         valid = ", ".join(f"-g{size}" for size in GROUPS)
         raise UsageError(f"{name}: 4-bit weights need a group: {valid} (w4a{activations}-g64)")
-    if match[4] is not None and not 1 <= rank <= MAX_RANK:
+    if rank > MAX_RANK:
         raise UsageError(f"{name}: the rank must be from 1 to {MAX_RANK}")
     return Scheme(weights, activations, group, rank)
 
@@ -182,7 +182,7 @@ class LayerRecipe(Spec, frozen=True):
     """What became of one layer. Names are those of the source's modules, below its component.
 
     kind: conv, linear or embedding. shape: of the source's weight, output channels first.
-    scheme: as it is now: "fp16", or a Scheme. method: rtn, minmax, gptq, svdquant ... rank: of its
+    scheme: as it is now: "fp16", or a Scheme. method: one of METHODS, or "fp16". rank: of its
     branch, at most the scheme's. bytes: its codes, scales and branch on disk. error: RMS of the
     change of the layer's output over RMS of that output, on calibrated inputs (0 if not measured).
     raised_from: the scheme that was planned, where it is another; reason: why it was raised.
@@ -245,8 +245,8 @@ class Quality(Spec, frozen=True):
     """How far the bundle's pictures are from its source's, measured at build.
 
     psnr: mean and minimum over all pictures, in dB, equal pictures counting as 100. metric: name of
-    the perceptual distance ("LPIPS (alex)", or what stands in for it). min_psnr: the floor asked
-    for. measured_on: the arithmetic that drew the pictures.
+    the perceptual distance ("LPIPS (AlexNet, v0.1)", or what stands in for it). min_psnr: the floor
+    asked for. measured_on: the arithmetic that drew the pictures.
     """
 
     pictures: tuple[PictureQuality, ...]

@@ -37,3 +37,13 @@ def miniature_file(miniature: Bundle, tmp_path_factory: pytest.TempPathFactory) 
     path = tmp_path_factory.mktemp("files") / "miniature.edgesd"
     pack_bundle(miniature, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On matrices as small as a unit test's, threads wait for each other more than they work."""
+    torch = pytest.importorskip("torch")
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)

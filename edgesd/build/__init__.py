@@ -58,11 +58,13 @@ _BYTES_PER_WEIGHT = {
 
 @dataclass(frozen=True)
 class Built:
-    """What a build made. `note`: one line the user should know of, or None."""
+    """What a build made. `note`: one line the user should know of, or None. reference: the fp32
+    bundle of the same source that a quantized one was compared with."""
 
     bundle: Bundle
     path: Path
     note: str | None
+    reference: Bundle | None = None
 
 
 def default_output(model: str, target: str, precision: str) -> Path:
@@ -143,6 +145,7 @@ def build(
     plan = plan_pipeline(source, size, scheduler, batch)
     check_writable(out)
     writer = _Writer(_name(model), target, backend)
+    reference: Bundle | None = None
     with private_folder(out) if one_file else atomic_dir(out) as root:
         if precision in ("fp32", "fp16"):
             graphs = export_pipeline(source, plan, root, precision, progress=progress)
@@ -152,13 +155,14 @@ def build(
             work = options.work or cache_folder()
             reference = _reference(writer, source, plan, work, progress)
             scheme = parse_scheme(precision)
-            making = QuantizedBuild(source, plan, reference, scheme, options, root, work, progress)
-            making.run(writer.write)
+            QuantizedBuild(
+                source, plan, reference, scheme, options, root, work, writer.write, progress
+            ).run()
         if progress:
             progress("write", "bundle")
         if one_file:
             pack_bundle(open_bundle(root), out)
-    return Built(open_bundle(out), out, note)
+    return Built(open_bundle(out), out, note, reference)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ that was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import logging
 import math
 import os
 import shutil
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +24,9 @@ import msgspec
 
 from edgesd.errors import QualityError, UsageError
 from edgesd.evaluate import quality as quality_
+from edgesd.evaluate.psnr import mean_squared_error
 from edgesd.files import atomic_write
-from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, GraphFile, open_bundle
+from edgesd.runtime.bundle import Bundle, GraphFile, open_bundle
 from edgesd.runtime.pipeline import Pipeline, Request
 from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 from edgesd.spec import METHODS, Graph, GraphSet, LayerRecipe, Quality, QuantRecipe, Scheme
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
     from edgesd.evaluate.perceptual import Perceptual
     from edgesd.export.families import Plan
+    from edgesd.export.parity import Case
     from edgesd.export.pipeline import Progress
     from edgesd.export.quantize.assign import Choice, Option
     from edgesd.export.quantize.layers import Layer
@@ -58,6 +62,11 @@ _ROUNDS = 8
 """Times that layers are raised and everything is drawn anew, at most."""
 _MARGIN = 1.15
 """Raised layers must take this much more error away than is missing."""
+
+_PICTURE_BYTES = 0.7
+"""Bytes per pixel of a kept picture, about: what --max-size sets aside."""
+_ENTRY_BYTES = 200
+"""Bytes in the manifest of a kept picture's file, of a picture's figures, of a layer's reason."""
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +107,7 @@ class QuantizedBuild:
     """One quantized bundle in the making. `root` gets the bundle's files.
 
     reference: the fp32 bundle (a folder) of the same source and plan. work: folder for what is kept
-    between runs.
+    between runs. write_manifest: makes a manifest of what is in a folder now, and writes it there.
     """
 
     def __init__(
@@ -110,15 +119,18 @@ class QuantizedBuild:
         options: QuantOptions,
         root: Path,
         work: Path,
+        write_manifest: Callable[[Path, GraphSet, Quality | None], None],
         progress: Progress | None,
     ) -> None:
         from edgesd.build import prompts
+        from edgesd.export.quantize.assign import planned
         from edgesd.export.quantize.quantize import Method
 
         if options.method not in METHODS:
             raise UsageError(f"unknown method {options.method!r}: valid: {', '.join(METHODS)}")
         self.source, self.plan, self.reference = source, plan, reference
         self.scheme, self.options, self.root, self.work = scheme, options, root, work
+        self._write_manifest = write_manifest
         self.report = progress or (lambda stage, component: None)
         self.method = Method(options.method, options.static)
         calibration = options.calibration_prompts or source.prompts("calibration")
@@ -138,25 +150,24 @@ class QuantizedBuild:
         self.graphs: dict[str, Graph] = {}
         self.assets = self._copy_assets()
         self.store: LayerStore = self._store()
-        self.choices: dict[Layer, Choice] = self._planned()
+        self.planned: dict[Layer, Choice] = planned(self.store.layers, scheme)
+        self.choices = dict(self.planned)
+        self._written: dict[str, dict[Layer, Choice]] = {}
+        self._cases: dict[str, list[Case]] = {}
 
-    def run(self, write: Callable[[Path, GraphSet, Quality | None], None]) -> None:
-        """Fill `root`. write: makes a manifest of what is in a folder now, and writes it there.
-
-        Raises QualityError, naming the worst layers, when the floor can't be held.
-        """
+    def run(self) -> None:
+        """Fill `root`. Raises QualityError, naming the worst layers, when the floor can't be held,
+        and UsageError when the budgets can't."""
         if self.options.max_size is not None or self.options.max_time is not None:
             self._spend()
-        self._write_graphs()
+        self._write()
         if not self.prompts:
-            write(self.root, self.graph_set(), None)
             return
         from edgesd.evaluate.perceptual import open_perceptual
 
         perceptual = open_perceptual(self.options.lpips)
         source = self._source_pictures()
         for round_ in range(_ROUNDS):
-            write(self.root, self.graph_set(), None)
             ours, measured = self._measure(source, perceptual)
             self.report(
                 "quality", f"PSNR {measured.psnr_mean:.1f} dB, least {measured.psnr_min:.1f}"
@@ -166,9 +177,16 @@ class QuantizedBuild:
                 break
             if round_ + 1 == _ROUNDS or not self._raise(floor, measured):
                 raise QualityError(self._failure(measured, floor))
-            self._write_graphs()
+            self._write()
+        self._write_manifest(self.root, self.graph_set(), measured)
         quality = self._keep_pictures(source, ours, measured)
-        write(self.root, self.graph_set(), quality)
+        self._write_manifest(self.root, self.graph_set(), quality)
+        if self._room() < 0:
+            size = open_bundle(self.root).disk_bytes() / self.reference.disk_bytes()
+            raise UsageError(
+                f"the bundle came to {size:.3f} of its source, not the "
+                f"{self.options.max_size:g} of --max-size: allow more"
+            )
 
     def recipe(self) -> QuantRecipe:
         """What became of every layer."""
@@ -208,9 +226,7 @@ class QuantizedBuild:
 
     def _store(self) -> LayerStore:
         from edgesd.export.calibrate import CalibrationPlan, calibrate, calibration_key
-        from edgesd.export.external_data import GRAPH_FILE
-        from edgesd.export.quantize.layers import find_layers
-        from edgesd.export.quantize.store import LayerStore, load_graph
+        from edgesd.export.quantize.store import LayerStore, find_nodes
         from edgesd.runtime.tokenizer import PromptTokenizer
 
         spec = self.plan.pipeline
@@ -223,11 +239,7 @@ class QuantizedBuild:
             width=spec.shape.width,
         )
         graphs = self.reference.path
-        layers = [
-            layer
-            for component in spec.components
-            for layer in find_layers(component, load_graph(graphs / component / GRAPH_FILE))
-        ]
+        nodes = find_nodes(graphs, spec.components)
         folder = self.work / f"calibration-{calibration_key(how, spec.source_sha256)}"
         tokenizer = PromptTokenizer(
             self.reference.read("tokenizer/tokenizer.json"),
@@ -238,35 +250,39 @@ class QuantizedBuild:
             if done < total:
                 self.report(f"calibrate {done + 1}/{total}", component)
 
-        calibration = calibrate(self.plan, layers, how, tokenizer, folder, progress)
-        return LayerStore(graphs, spec.components, calibration, self.method, self.work)
-
-    def _planned(self) -> dict[Layer, Choice]:
-        from edgesd.export.quantize.assign import planned
-
-        return planned(self.store.layers, self.scheme)
+        calibration = calibrate(self.plan, list(nodes), how, tokenizer, folder, progress)
+        return LayerStore(graphs, nodes, calibration, self.method, self.work)
 
     # Writing.
 
-    def _write_graphs(self) -> None:
-        """All components' graphs as chosen, into `root`, each run once beside its source."""
+    def _write(self) -> None:
+        """All components' graphs as chosen, into `root`, each run once beside its source; and the
+        manifest of a bundle whose pictures weren't measured."""
         from edgesd.export.external_data import GRAPH_FILE
         from edgesd.export.parity import check_parity, graph_cases
 
         for component in self.plan.components:
             name = component.name
+            mine = {la: choice for la, choice in self.choices.items() if la.component == name}
+            if self._written.get(name) == mine:
+                continue
             self.report("quantize", name)
             folder = self.root / name
             shutil.rmtree(folder, ignore_errors=True)
-            self.store.write(name, self.choices, folder)
+            self.store.write(name, mine, folder)
             self.report("check", name)
-            cases = graph_cases(self.store.graphs / name / GRAPH_FILE, component)
-            parity = check_parity(folder / GRAPH_FILE, component, cases, str(self.scheme))
+            if name not in self._cases:
+                self._cases[name] = graph_cases(self.store.graphs / name / GRAPH_FILE, component)
+            parity = check_parity(
+                folder / GRAPH_FILE, component, self._cases[name], str(self.scheme)
+            )
             self.graphs[name] = Graph(name, f"{name}/{GRAPH_FILE}", str(self.scheme), parity)
+            self._written[name] = mine
+        self._write_manifest(self.root, self.graph_set(), None)
 
     def _layer_recipe(self, layer: Layer, choice: Choice) -> LayerRecipe:
         planned, reason = self.raised.get(layer, (choice, None))
-        found = None if choice is None else self.store.get(layer, choice)
+        found = None if choice is None else self.store.summary(layer, choice)
         return LayerRecipe(
             name=layer.name,
             component=layer.component,
@@ -275,7 +291,7 @@ class QuantizedBuild:
             scheme="fp16" if found is None else str(found.scheme),
             method="fp16" if found is None else found.method,
             rank=0 if found is None else found.rank,
-            bytes=2 * layer.rows * layer.columns if found is None else found.bytes(),
+            bytes=2 * layer.rows * layer.columns if found is None else found.bytes,
             error=0.0 if found is None else found.error,
             raised_from=None if planned == choice else str(planned or "fp16"),
             reason=reason,
@@ -313,49 +329,64 @@ class QuantizedBuild:
     def _keep_pictures(
         self, source: Sequence[Image.Image], ours: Sequence[Image.Image], measured: Quality
     ) -> Quality:
-        """Write the worst pairs into the bundle, for its report; `measured` with their names."""
-        order = sorted(
-            range(len(source)), key=lambda i: measured.pictures[i].psnr or quality_.EQUAL_DB
-        )
+        """Write the worst pairs, as many as --max-size has room for, into the bundle, for its
+        report; `measured` with their names."""
+        room = self._room()
+        order = sorted(range(len(source)), key=lambda i: quality_.decibels(measured.pictures[i]))
         pictures = list(measured.pictures)
         for index in order[:KEPT_PICTURES]:
-            names = {}
+            files: dict[str, bytes] = {}
             for side, picture in (("source", source[index]), ("ours", ours[index])):
-                names[side] = f"{PICTURES}/{index:03d}-{side}.webp"
+                encoded = io.BytesIO()
+                picture.save(encoded, "WEBP", lossless=True, method=6)
+                files[side] = encoded.getvalue()
+            room -= sum(len(data) + _ENTRY_BYTES for data in files.values())
+            if room < 0:
+                break
+            names = {side: f"{PICTURES}/{index:03d}-{side}.webp" for side in files}
+            for side, data in files.items():
                 with atomic_write(self.root / names[side]) as file:
-                    picture.save(file, "WEBP", lossless=True, method=6)
+                    file.write(data)
             pictures[index] = msgspec.structs.replace(pictures[index], **names)
         return msgspec.structs.replace(measured, pictures=tuple(pictures))
+
+    def _room(self) -> float:
+        """Bytes that --max-size leaves beside what is in `root`; infinite without it."""
+        if self.options.max_size is None:
+            return math.inf
+        limit = int(self.options.max_size * self.reference.disk_bytes())
+        return limit - open_bundle(self.root).disk_bytes()
 
     # Choosing.
 
     def sensitivities(self) -> dict[Layer, float]:
         """Mean squared error of the picture when that layer alone is quantized as planned.
 
-        Cached: the measurement takes one small drawing per layer.
+        Kept on disk: the measurement takes one small drawing per layer.
         """
-        planned = self._planned()
         requests = self.requests[:_PROBES]
         key = hashlib.sha256(
             repr((self.store.folder.name, self._pictures_folder().name, _PROBES)).encode()
         ).hexdigest()[:16]
         path = self.work / f"sensitivity-{self.scheme}-{key}.json"
-        known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-        found: dict[Layer, float] = {}
-        with Pipeline(self.reference) as pipeline:
-            source = quality_.draw(pipeline, requests, together=True)
-            for number, (layer, choice) in enumerate(planned.items()):
-                if choice is None or layer.component not in _DRAWING:
-                    found[layer] = 0.0
-                    continue
-                name = f"{layer.component}/{layer.name}"
-                if name not in known:
-                    self.report(f"sensitivity {number + 1}/{len(planned)}", layer.component)
-                    known[name] = self._probe(pipeline, layer, choice, requests, source)
+        known = _read_figures(path)
+        drawing = {
+            layer: choice
+            for layer, choice in self.planned.items()
+            if choice is not None and layer.component in _DRAWING
+        }
+        unknown = [layer for layer in drawing if _name(layer) not in known]
+        if unknown:
+            source = self._source_pictures()[:_PROBES]
+            with Pipeline(self.reference) as pipeline:
+                for number, layer in enumerate(unknown):
+                    self.report(f"sensitivity {number + 1}/{len(unknown)}", layer.component)
+                    known[_name(layer)] = self._probe(
+                        pipeline, layer, drawing[layer], requests, source
+                    )
                     with atomic_write(path) as file:
-                        file.write(json.dumps(known, indent=0).encode())
-                found[layer] = known[name]
-        return found
+                        file.write(msgspec.json.encode(known))
+        return {layer: known[_name(layer)] if layer in drawing else 0.0 for layer in self.planned}
 
     def _probe(
         self,
@@ -371,30 +402,29 @@ class QuantizedBuild:
             self.store.variant(component, {layer: choice}), self.store.graphs / component
         )
         pipeline.replace(component, OnnxRuntimeRunner(spec, graph))
-        error = quality_.mean_squared_error(
-            source, quality_.draw(pipeline, requests, together=True)
-        )
+        ours = quality_.draw(pipeline, requests, together=True)
         pipeline.restore(component)
-        return error
+        return statistics.fmean(map(mean_squared_error, source, ours))
 
-    def _options(self) -> dict[Layer, list[Option]]:
+    @cached_property
+    def layer_options(self) -> dict[Layer, list[Option]]:
         """Every layer's options, with the squared error each would make in the picture: measured
         for the planned one, and in proportion to the squared error of the layer's output else."""
         from edgesd.export.quantize.assign import Option, options_of, relative_time
 
         measured = self.sensitivities()
         out: dict[Layer, list[Option]] = {}
-        for layer, base in self._planned().items():
+        for layer, base in self.planned.items():
             self.report("options", layer.component)
-            rows = self.store.rows_per_run(layer)
+            rows = self.store.calibration.rows_per_run(layer)
             known = layer.component in _DRAWING
             unit = 0.0
             if base is not None and known:
-                unit = measured[layer] / max(self.store.get(layer, base).error, 1e-9) ** 2
+                unit = measured[layer] / max(self.store.summary(layer, base).error, 1e-9) ** 2
             out[layer] = []
             for choice in options_of(layer, base) if known else [base]:
-                found = None if choice is None else self.store.get(layer, choice)
-                size = 2 * layer.rows * layer.columns if found is None else found.bytes()
+                found = None if choice is None else self.store.summary(layer, choice)
+                size = 2 * layer.rows * layer.columns if found is None else found.bytes
                 loss = 0.0 if found is None else unit * found.error**2
                 time = relative_time(layer, choice, rows)
                 out[layer].append(Option(choice, size, time, loss))
@@ -406,52 +436,58 @@ class QuantizedBuild:
 
         max_bytes = max_time = math.inf
         if self.options.max_time is not None:
-            whole_time = sum(
-                relative_time(layer, None, self.store.rows_per_run(layer)) for layer in self.choices
+            runs = self.store.calibration.rows_per_run
+            max_time = self.options.max_time * sum(
+                relative_time(layer, None, runs(layer)) for layer in self.planned
             )
-            max_time = self.options.max_time * whole_time
         if self.options.max_size is None:
             return max_bytes, max_time
-        if not self.graphs:
-            self._write_graphs()
-        # What isn't a layer's: graphs' structure, tokenizer, licences, the manifest, kept pictures.
+        self._write()
         chosen = sum(self._layer_recipe(*item).bytes for item in self.choices.items())
-        there = sum(
-            path.stat().st_size
-            for path in self.root.rglob("*")
-            if path.is_file() and path.name not in (MANIFEST, CHECKSUM)
-        )
+        # What isn't a layer's is in `root`, but for pictures, their figures, and layers' reasons.
         shape = self.plan.pipeline.shape
         kept = 2 * min(KEPT_PICTURES, len(self.prompts)) * shape.height * shape.width
-        rest = there - chosen + _MANIFEST_BYTES * len(self.choices) + int(_PICTURE_BYTES * kept)
-        return int(self.options.max_size * _bundle_bytes(self.reference)) - rest, max_time
+        later = int(_PICTURE_BYTES * kept) + _ENTRY_BYTES * (len(self.prompts) + len(self.choices))
+        return self._room() + chosen - later, max_time
 
     def _spend(self) -> None:
         """Choose layers' schemes as --max-size and --max-time allow."""
-        from edgesd.export.quantize.assign import assign
+        from edgesd.export.quantize.assign import assign, within
 
         max_bytes, max_time = self._budget()
-        planned = self._planned()
         # A budget decides on ranks and weights; activations keep the format that was asked for.
         options = {
-            layer: [o for o in found if _same_activations(o.choice, planned[layer])]
-            for layer, found in self._options().items()
+            layer: [o for o in found if _same_activations(o.choice, self.planned[layer])]
+            for layer, found in self.layer_options.items()
         }
         least = sum(min(option.bytes for option in found) for found in options.values())
         if least > max_bytes:
-            whole = _bundle_bytes(self.reference)
             assert self.options.max_size is not None
-            limit = self.options.max_size * whole
+            limit = self.options.max_size * self.reference.disk_bytes()
             raise UsageError(
                 f"--max-size {self.options.max_size:g} allows {limit / 1e6:.1f} MB; {self.scheme} "
                 f"takes at least {(limit - max_bytes + least) / 1e6:.1f} MB: allow more, or choose "
                 "a scheme of fewer bits"
             )
-        for layer, option in assign(options, max_bytes, max_time).items():
+        fastest = sum(min(option.time for option in found) for found in options.values())
+        if fastest > max_time:
+            assert self.options.max_time is not None
+            raise UsageError(
+                f"--max-time {self.options.max_time:g}: {self.scheme} takes at least "
+                f"{self.options.max_time * fastest / max_time:.2f} of the source's time as "
+                "estimated: allow more, or choose another scheme"
+            )
+        chosen = assign(options, max_bytes, max_time)
+        if not within(chosen, max_bytes, max_time):
+            raise UsageError(
+                f"no choice of layers' schemes keeps both --max-size {self.options.max_size:g} and "
+                f"--max-time {self.options.max_time:g}: allow more of one"
+            )
+        for layer, option in chosen.items():
             self._choose(layer, option.choice, "the best use of the budget")
 
     def _choose(self, layer: Layer, choice: Choice, reason: str) -> None:
-        planned = self._planned()[layer]
+        planned = self.planned[layer]
         if choice != self.choices[layer]:
             self.choices[layer] = choice
             self.raised.pop(layer, None)
@@ -464,7 +500,7 @@ class QuantizedBuild:
         from edgesd.export.quantize.assign import assign
 
         max_bytes, max_time = self._budget()
-        options = self._options()
+        options = self.layer_options
         before = dict(self.choices)
         losses = {
             layer: next((o.loss for o in options[layer] if o.choice == choice), 0.0)
@@ -483,13 +519,17 @@ class QuantizedBuild:
 
     def _failure(self, measured: Quality, floor: float) -> str:
         sensitive = sorted(self.sensitivities().items(), key=lambda item: -item[1])[:5]
-        names = ", ".join(f"{layer.component}/{layer.name}" for layer, _ in sensitive)
-        worst = min(measured.pictures, key=lambda p: p.psnr or quality_.EQUAL_DB)
+        names = ", ".join(_name(layer) for layer, _ in sensitive)
+        worst = min(measured.pictures, key=quality_.decibels)
         return (
             f"{self.scheme} reaches {measured.psnr_min:.1f} dB at worst ({worst.prompt!r}), not "
             f"the {floor:g} of --min-psnr, with every layer raised that helps; most sensitive: "
             f"{names}. Ask for less, or choose a scheme of more bits"
         )
+
+
+def _name(layer: Layer) -> str:
+    return f"{layer.component}/{layer.name}"
 
 
 def _same_activations(choice: Choice, planned: Choice) -> bool:
@@ -498,11 +538,12 @@ def _same_activations(choice: Choice, planned: Choice) -> bool:
     return choice.activation_bits == planned.activation_bits
 
 
-_MANIFEST_BYTES = 420
-"""Bytes of bundle.json per layer, about."""
-_PICTURE_BYTES = 0.7
-"""Bytes per pixel of a kept picture, about."""
-
-
-def _bundle_bytes(bundle: Bundle) -> int:
-    return sum(entry.bytes for entry in bundle.manifest.files.values())
+def _read_figures(path: Path) -> dict[str, float]:
+    """What an earlier run has measured; nothing where the file is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, float])
+    except msgspec.MsgspecError as exc:
+        _log.warning("%s is damaged (%s): measuring again", path, exc)
+        return {}

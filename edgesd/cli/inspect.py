@@ -19,7 +19,7 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
     opened = open_bundle(bundle)
     manifest = opened.manifest
     reporter = Reporter(quiet=as_json)
-    total = sum(entry.bytes for entry in manifest.files.values())
+    total = opened.total_bytes()
     with reporter.bar():
         opened.verify(progress=reporter.count_bytes("verify", total))
     if as_json:

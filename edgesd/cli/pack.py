@@ -27,7 +27,7 @@ def pack_command(bundle: Path, output: Path) -> None:
     if output.exists() or opened.path in output.resolve().parents:
         raise InputError(f"{output} exists already, or lies in the bundle: choose another name")
     reporter = Reporter()
-    total = sum(entry.bytes for entry in opened.manifest.files.values())
+    total = opened.total_bytes()
     with reporter.bar():
         pack_bundle(opened, output, reporter.count_bytes("pack", total))
     click.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB")

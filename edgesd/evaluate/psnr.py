@@ -24,8 +24,13 @@ def psnr(first: Picture, second: Picture) -> float:
     difference; infinite for equal pictures. It doesn't matter which comes first.
     Raises InputError for anything but two 8-bit RGB pictures of one size.
     """
-    mean_squared = float(np.mean(_difference(first, second).astype(np.float64) ** 2))
+    mean_squared = mean_squared_error(first, second)
     return math.inf if mean_squared == 0 else 10 * math.log10(_PEAK**2 / mean_squared)
+
+
+def mean_squared_error(first: Picture, second: Picture) -> float:
+    """Mean over all pixels and channels of the squared difference. Raises InputError as `psnr`."""
+    return float(np.mean(_difference(first, second).astype(np.float64) ** 2))
 
 
 def max_abs_difference(first: Picture, second: Picture) -> int:

@@ -105,7 +105,7 @@ def summarise(
     """The Quality of pictures that were all drawn like `request`. Raises InputError for none."""
     if not pictures:
         raise InputError("no prompts to measure quality with: give a file with at least one")
-    values = [EQUAL_DB if p.psnr is None else p.psnr for p in pictures]
+    values = [decibels(picture) for picture in pictures]
     request = pipeline.complete(request)
     assert request.guidance_scale is not None and request.num_inference_steps and request.scheduler
     return Quality(
@@ -123,24 +123,17 @@ def summarise(
     )
 
 
+def decibels(picture: PictureQuality) -> float:
+    """A picture's PSNR in dB, EQUAL_DB for equal ones: what means and minima are taken of."""
+    return EQUAL_DB if picture.psnr is None else picture.psnr
+
+
 def arithmetic() -> str:
     """What drew the pictures, and that its int8 sums are exact."""
     import onnxruntime
 
     # The runner asks for exact sums where the processor's int8 instructions would saturate.
     return f"onnxruntime {onnxruntime.__version__} on {platform.machine()}, exact int8 sums"
-
-
-def mean_squared_error(first: Sequence[Image.Image], second: Sequence[Image.Image]) -> float:
-    """Mean over pictures of the squared difference of their 8-bit values."""
-    return float(
-        np.mean(
-            [
-                np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
-                for a, b in zip(first, second, strict=True)
-            ]
-        )
-    )
 
 
 def _open(path: Path) -> Image.Image:

@@ -106,7 +106,7 @@ def _head(bundle: Bundle) -> str:
     manifest, recipe, quality = bundle.manifest, bundle.manifest.recipe, bundle.manifest.quality
     pipeline, shape = manifest.pipeline, manifest.pipeline.shape
     size = f"{shape.width}x{shape.height}"
-    total = sum(entry.bytes for entry in manifest.files.values())
+    total = bundle.disk_bytes()
     figures = [("on disk", _megabytes(total), "all files of the bundle")]
     if recipe and recipe.layers:
         figures.append(_against_fp32(recipe.layers))
@@ -267,17 +267,23 @@ def _pictures(bundle: Bundle) -> str:
     if not kept:
         text = "<p>The bundle keeps no pictures: there are only their figures above.</p>\n"
         return _section("Pictures", text)
-    factor = _amplification(_difference_counts(bundle, kept))
+    differences = [_difference(bundle, picture) for picture in kept]
+    factor = _amplification(_difference_counts(differences))
     intro = (
         f"<p>Worst PSNR first. The difference is |ours - source| per channel, amplified {factor} "
         "times in all maps of this page (white where that is above 255), so that they compare."
         "</p>\n"
     )
-    cards = "\n".join(_card(bundle, picture, quality.metric, factor) for picture in kept)
+    cards = "\n".join(
+        _card(bundle, picture, difference, quality.metric, factor)
+        for picture, difference in zip(kept, differences, strict=True)
+    )
     return _section("Pictures", f'{intro}<div class="cards">\n{cards}\n</div>\n')
 
 
-def _card(bundle: Bundle, picture: PictureQuality, metric: str, factor: int) -> str:
+def _card(
+    bundle: Bundle, picture: PictureQuality, difference: Pixels | None, metric: str, factor: int
+) -> str:
     """One prompt: source, ours and their difference side by side."""
     prompt = _prompt(picture)
     figures = []
@@ -292,7 +298,6 @@ def _card(bundle: Bundle, picture: PictureQuality, metric: str, factor: int) -> 
         image = _decode(bundle, name, data)
         alt = f"Drawn by {who}: {prompt}"
         figures.append(_figure(kind, kind, alt, data, FORMATS[str(image.format)], image.size))
-    difference = _difference(bundle, picture)
     if difference is not None:
         amplified = np.minimum(difference.astype(np.uint16) * factor, 255).astype(np.uint8)
         data, (height, width) = _png(amplified), amplified.shape[:2]
@@ -458,11 +463,10 @@ def _difference(bundle: Bundle, picture: PictureQuality) -> Pixels | None:
     return difference
 
 
-def _difference_counts(bundle: Bundle, pictures: Iterable[PictureQuality]) -> npt.NDArray[np.int64]:
-    """How often each difference 0 to 255 occurs [256], over all channels of all `pictures`."""
+def _difference_counts(differences: Iterable[Pixels | None]) -> npt.NDArray[np.int64]:
+    """How often each difference 0 to 255 occurs [256], over all channels of all pictures."""
     counts = np.zeros(256, np.int64)
-    for picture in pictures:
-        difference = _difference(bundle, picture)
+    for difference in differences:
         if difference is not None:
             counts += np.bincount(difference.ravel(), minlength=256)
     return counts

@@ -13,7 +13,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,27 +97,37 @@ class Calibration:
 
     def layer(self, layer: Layer) -> LayerStats | None:
         """Statistics of one layer; None for one that saw nothing (an embedding)."""
+        with self._opened(layer) as file:
+            names = set(file.keys())
+            key = layer.name
+            if f"{key}:low" not in names:
+                return None
+            used = int(file.get_tensor(f"{key}:used")[0])
+            blocks: list[Float] = []
+            while f"{key}:block{len(blocks)}" in names:
+                blocks.append(file.get_tensor(f"{key}:block{len(blocks)}"))
+            return LayerStats(
+                low=file.get_tensor(f"{key}:low"),
+                high=file.get_tensor(f"{key}:high"),
+                blocks=tuple(blocks),
+                count=int(file.get_tensor(f"{key}:count")[0]),
+                rows=file.get_tensor(f"{key}:rows")[:used],
+                row_steps=file.get_tensor(f"{key}:row_steps")[:used],
+                rows_per_run=int(file.get_tensor(f"{key}:rows_per_run")[0]),
+            )
+
+    def rows_per_run(self, layer: Layer) -> int:
+        """Rows of the layer's matrix product in one run of the network; 1 where none was seen."""
+        key = f"{layer.name}:rows_per_run"
+        with self._opened(layer) as file:
+            return int(file.get_tensor(key)[0]) if key in file.keys() else 1  # noqa: SIM118
+
+    @contextmanager
+    def _opened(self, layer: Layer) -> Iterator[Any]:
         path = self.folder / f"{layer.component}.safetensors"
         try:
             with safe_open(path, "numpy") as file:
-                names = set(file.keys())
-                key = layer.name
-                if f"{key}:low" not in names:
-                    return None
-                count = int(file.get_tensor(f"{key}:count")[0])
-                used = int(file.get_tensor(f"{key}:used")[0])
-                blocks: list[Float] = []
-                while f"{key}:block{len(blocks)}" in names:
-                    blocks.append(file.get_tensor(f"{key}:block{len(blocks)}"))
-                return LayerStats(
-                    low=file.get_tensor(f"{key}:low"),
-                    high=file.get_tensor(f"{key}:high"),
-                    blocks=tuple(blocks),
-                    count=count,
-                    rows=file.get_tensor(f"{key}:rows")[:used],
-                    row_steps=file.get_tensor(f"{key}:row_steps")[:used],
-                    rows_per_run=int(file.get_tensor(f"{key}:rows_per_run")[0]),
-                )
+                yield file
         except (SafetensorError, OSError) as exc:
             raise EdgesdError(f"{path} can't be read ({exc}): remove it and run again") from exc
 
@@ -168,7 +179,6 @@ def calibrate(
     when the disk is full.
     """
     done = Calibration(folder, how.spec())
-    recorded = {name: _Stage(folder, name) for name in ("text_encoder", "unet", "vae_decoder")}
     by_name = {component.name: component for component in plan.components}
     report = progress or (lambda component, at, total: None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,18 +186,16 @@ def calibrate(
     texts = ("", *how.prompts)
     ids = [tokenizer.encode(text)[0] for text in texts]
     embeddings = _run_stage(
-        recorded["text_encoder"],
+        folder,
         by_name["text_encoder"],
         layers,
         [{"input_ids": row} for row in ids],
         ["the empty prompt", *_labels(len(how.prompts))],
         report,
     )
-    latents: Float = _run_unet(
-        recorded["unet"], by_name["unet"], plan, layers, how, embeddings, folder, report
-    )
+    latents = _run_unet(folder, by_name["unet"], plan, layers, how, embeddings, report)
     images = _run_stage(
-        recorded["vae_decoder"],
+        folder,
         by_name["vae_decoder"],
         layers,
         [{"latents": row[None]} for row in latents],
@@ -196,7 +204,7 @@ def calibrate(
     )
     if "vae_encoder" in by_name:
         _run_stage(
-            _Stage(folder, "vae_encoder"),
+            folder,
             by_name["vae_encoder"],
             layers,
             [{"image": np.clip(row[None], -1, 1)} for row in images],
@@ -215,7 +223,6 @@ class _Stage:
 
     def __init__(self, folder: Path, component: str) -> None:
         self.path = folder / f"{component}.safetensors"
-        self.component = component
 
     def load(self, layers: Sequence[Layer]) -> tuple[int, bool, dict[str, Tensor]]:
         """Prompts done, whether that is all of them, and the tensors; nothing, where the state is
@@ -255,7 +262,6 @@ class _Recorder:
         self.step = 0
         self.runs = runs
         self.tensors = tensors
-        self.steps = steps
         self._handles = []
         block = _block_size(layers)
         for layer in layers:
@@ -358,7 +364,7 @@ def _spread(total: int, limit: int) -> Tensor:
 
 
 def _run_stage(
-    stage: _Stage,
+    folder: Path,
     component: Component,
     layers: Sequence[Layer],
     inputs: list[dict[str, npt.NDArray[Any]]],
@@ -374,17 +380,16 @@ def _run_stage(
         runner.run()
         return np.array(next(iter(runner.outputs.values()))[0], np.float32)
 
-    return _record_stage(stage, component, layers, labels, 1, len(inputs), run, report)
+    return _record_stage(folder, component, layers, labels, 1, len(inputs), run, report)
 
 
 def _run_unet(
-    stage: _Stage,
+    folder: Path,
     component: Component,
     plan: Plan,
     layers: Sequence[Layer],
     how: CalibrationPlan,
     embeddings: Float,
-    folder: Path,
     report: Progress,
 ) -> Float:
     """Draw every prompt with the denoising loop; the final latents [prompts, C, h, w]."""
@@ -426,12 +431,12 @@ def _run_unet(
     count = len(how.prompts)
     labels = _labels(count)
     return _record_stage(
-        stage, component, layers, labels, len(timesteps), count * calls, run, report
+        folder, component, layers, labels, len(timesteps), count * calls, run, report
     )
 
 
 def _record_stage(
-    stage: _Stage,
+    folder: Path,
     component: Component,
     layers: Sequence[Layer],
     labels: Sequence[str],
@@ -443,6 +448,7 @@ def _record_stage(
     mine = [
         layer for layer in layers if layer.component == component.name and layer.kind != "embedding"
     ]
+    stage = _Stage(folder, component.name)
     done, complete, tensors = stage.load(mine)
     if complete:
         outputs_there: Float = tensors["outputs"].numpy()

@@ -195,6 +195,14 @@ class Bundle:
             raise BundleError(f"{self.path}: the manifest lists no {name}; build the bundle again")
         return b"".join(self.verified_chunks(name))
 
+    def total_bytes(self) -> int:
+        """Bytes of all files that the manifest lists: what `verify` and `pack_bundle` count."""
+        return sum(entry.bytes for entry in self.manifest.files.values())
+
+    def disk_bytes(self) -> int:
+        """Bytes of all files, manifest and checksum included."""
+        return sum(self._sizes.values())
+
     def engine_files(self, engine: Engine) -> list[str]:
         """Names of the files of one engine: its graph or plan, and the weights beside it."""
         folder = f"{PurePosixPath(engine.path).parent}/"

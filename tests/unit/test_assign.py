@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
@@ -14,6 +15,7 @@ from edgesd.export.quantize.assign import (
     planned,
     raised,
     relative_time,
+    within,
 )
 from edgesd.export.quantize.layers import Layer
 from edgesd.spec import Scheme, parse_scheme
@@ -115,6 +117,17 @@ def test_time_is_a_budget_too() -> None:
     }
     assert [o.time for o in assign(options, max_time=4.0).values()] == [3.0, 1.0]
     assert [o.time for o in assign(options).values()] == [3.0, 3.0]
+
+
+def test_where_the_cheapest_of_both_exceeds_one_budget_the_other_pays() -> None:
+    small, fast = Option(Scheme(4, 8, 64), 10, 3.0, 1.0), Option(Scheme(8, 8), 14, 1.0, 0.5)
+    options = {layer("a"): [small, fast], layer("b"): [small, fast]}
+    assert list(assign(options, max_loss=9.0).values()) == [fast, fast]
+    for max_bytes in (20, 24, 28):
+        assert within(assign(options, max_bytes), max_bytes, math.inf)
+    for max_time in (2.0, 4.0):
+        assert within(assign(options, max_time=max_time), math.inf, max_time)
+    assert not within(assign(options, 20, 2.0), 20, 2.0)
 
 
 def test_a_branch_and_wide_activations_take_time() -> None:

@@ -30,16 +30,12 @@ from edgesd.export.quantize.layers import (  # noqa: E402
     pack_int4,
     save_layer,
     spread,
-    unpack_int4,
     weight_of,
 )
 from edgesd.spec import parse_scheme  # noqa: E402
+from tests.quantizing import normal, patches  # noqa: E402
 
 Array = npt.NDArray[np.float32]
-
-
-def normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
 def model(
@@ -177,21 +173,6 @@ class TestFindLayers:
 def run(proto: onnx.ModelProto, feed: npt.NDArray[np.generic]) -> Array:
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     out: Array = session.run(None, {session.get_inputs()[0].name: feed})[0]
-    return out
-
-
-def patches(x: Array, layer: Layer) -> Array:
-    """im2col by loops: [B, C, H, W] -> [B, H', W', K], tap by tap."""
-    top, left, bottom, right = layer.pads
-    padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
-    (kernel_h, kernel_w), (step_h, step_w) = layer.kernel, layer.strides
-    height = (padded.shape[2] - kernel_h) // step_h + 1
-    width = (padded.shape[3] - kernel_w) // step_w + 1
-    out = np.empty((len(x), height, width, layer.columns), np.float32)
-    for row in range(height):
-        for column in range(width):
-            part = padded[:, :, row * step_h :, column * step_w :][:, :, :kernel_h, :kernel_w]
-            out[:, row, column] = part.transpose(0, 2, 3, 1).reshape(len(x), -1)
     return out
 
 
@@ -424,8 +405,8 @@ def test_four_bits_are_packed_and_unpacked(values: list[int], rows: int) -> None
     codes = np.tile(np.array(values, np.int8), (rows, 1))
     packed = pack_int4(codes)
     assert packed.dtype == np.uint8 and packed.shape == (rows, len(values) // 2)
-    assert unpack_int4(packed).dtype == np.int8
-    np.testing.assert_array_equal(unpack_int4(packed), codes)
+    tensor = helper.make_tensor("c", TensorProto.INT4, codes.shape, packed.tobytes(), raw=True)
+    np.testing.assert_array_equal(numpy_helper.to_array(tensor), codes)
     first = [(v & 15) | (w & 15) << 4 for v, w in zip(values[::2], values[1::2], strict=True)]
     np.testing.assert_array_equal(packed[0], first)
 
@@ -434,4 +415,4 @@ def test_packing_is_onnxs() -> None:
     codes = np.array([-8, -1, 0, 7, 3, -5], np.int8)
     tensor = helper.make_tensor("c", TensorProto.INT4, [6], codes.tolist())
     assert np.asarray(tensor.int32_data, np.uint8).tobytes() == pack_int4(codes).tobytes()
-    np.testing.assert_array_equal(unpack_int4(pack_int4(codes)), numpy_helper.to_array(tensor))
+    np.testing.assert_array_equal(numpy_helper.to_array(tensor), codes)

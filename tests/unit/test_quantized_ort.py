@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,22 +31,13 @@ from edgesd.export.quantize.layers import (  # noqa: E402
 )
 from edgesd.export.quantize.quantize import Method, quantize_layer  # noqa: E402
 from edgesd.spec import parse_scheme  # noqa: E402
+from tests.quantizing import normal, patches  # noqa: E402
 
 Array = npt.NDArray[np.float32]
 TIMESTEPS = np.array([900, 500, 20], np.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On matrices this small, threads wait for each other more than they work."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
-
-
-def normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
@@ -115,23 +106,6 @@ def graph(kind: Kind, name: str = "mid.block") -> onnx.ModelProto:
         [numpy_helper.from_array(array, n) for n, array in weights.items()],
     )
     return helper.make_model(proto, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-
-
-def patches(x: Array, layer: Layer) -> Array:
-    """im2col by loops: [B, C, H, W] -> [B, H', W', K], tap by tap. Rows for others."""
-    if layer.kind != "conv":
-        return x
-    top, left, bottom, right = layer.pads
-    padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
-    (kernel_h, kernel_w), (step_h, step_w) = layer.kernel, layer.strides
-    height = (padded.shape[2] - kernel_h) // step_h + 1
-    width = (padded.shape[3] - kernel_w) // step_w + 1
-    out = np.empty((len(x), height, width, layer.columns), np.float32)
-    for row in range(height):
-        for column in range(width):
-            part = padded[:, :, row * step_h :, column * step_w :][:, :, :kernel_h, :kernel_w]
-            out[:, row, column] = part.transpose(0, 2, 3, 1).reshape(len(x), -1)
-    return out
 
 
 def record(layer: Layer, inputs: list[Array]) -> LayerStats:

@@ -25,6 +25,7 @@ from edgesd.export.quantize.layers import (  # noqa: E402
     spread,
 )
 from edgesd.spec import Scheme, parse_scheme  # noqa: E402
+from tests.quantizing import patches  # noqa: E402
 
 Array = npt.NDArray[Any]
 
@@ -117,7 +118,7 @@ def expected(name: str, q: QuantizedLayer, x: Array, bias: Array) -> Array:
         weight = np.round((weight / step).astype(np.float32)) * step
     if q.layer.kind == "embedding":
         return weight[x]
-    rows = patches(q, x.astype(np.float64)) if q.layer.kind == "conv" else x.astype(np.float64)
+    rows = patches(x, q.layer).astype(np.float64)
     if q.smooth is not None:
         rows = rows * spread(1 / q.smooth, q.layer.columns)
     low = rows
@@ -127,20 +128,6 @@ def expected(name: str, q: QuantizedLayer, x: Array, bias: Array) -> Array:
     if name not in ("matmul", "wide", "odd"):
         out = out + bias
     return np.moveaxis(out, -1, 1) if q.layer.kind == "conv" else out
-
-
-def patches(q: QuantizedLayer, x: Array) -> Array:
-    """[B, C, H, W] -> [B, H', W', K], tap by tap."""
-    top, left, bottom, right = q.layer.pads
-    (kernel_h, kernel_w), (stride_h, stride_w) = q.layer.kernel, q.layer.strides
-    wide = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
-    height, width = wide.shape[2] - kernel_h + 1, wide.shape[3] - kernel_w + 1
-    taps = [
-        wide[:, :, i : i + height : stride_h, j : j + width : stride_w]
-        for i in range(kernel_h)
-        for j in range(kernel_w)
-    ]
-    return np.moveaxis(np.concatenate(taps, 1), 1, -1)
 
 
 def run(folder: Path, x: Array) -> Array:

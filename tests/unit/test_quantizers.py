@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,22 +18,13 @@ from edgesd.export.quantize.gptq import DAMPING, gptq  # noqa: E402
 from edgesd.export.quantize.layers import Activations, Layer  # noqa: E402
 from edgesd.export.quantize.quantize import Method, layer_error, quantize_layer  # noqa: E402
 from edgesd.spec import parse_scheme  # noqa: E402
+from tests.quantizing import normal  # noqa: E402
 
 Array = npt.NDArray[np.float32]
 Wide = npt.NDArray[np.float64]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On matrices this small, threads wait for each other more than they work."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
-
-
-def normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def correlated(count: int, columns: int, seed: int = 0) -> Array:

@@ -23,12 +23,12 @@ class Fp16Weights(Pass):
     """Every fp32 weight of two or more dimensions becomes an fp16 one with a Cast behind it.
 
     Norms and biases stay in fp32, as does a tensor with a value above 65504, the largest fp16.
-    `kept` names those after the call; weights in `skip` are left alone. Inputs, outputs and
-    arithmetic stay in fp32.
+    `kept` names those after the call. only: names of the weights to take; None for all. Inputs,
+    outputs and arithmetic stay in fp32.
     """
 
-    def __init__(self, skip: Collection[str] = ()) -> None:
-        self.skip = frozenset(skip)
+    def __init__(self, only: Collection[str] | None = None) -> None:
+        self.only = only
         self.kept: tuple[str, ...] = ()
 
     def call(self, model: ir.Model) -> bool:
@@ -36,7 +36,9 @@ class Fp16Weights(Pass):
         kept, casts = [], []
         for name, value in list(model.graph.initializers.items()):
             tensor = value.const_value
-            if tensor is None or tensor.dtype != ir.DataType.FLOAT or name in self.skip:
+            if tensor is None or tensor.dtype != ir.DataType.FLOAT:
+                continue
+            if self.only is not None and name not in self.only:
                 continue
             if len(tensor.shape) < 2 or tensor.size < MIN_ELEMENTS:
                 continue

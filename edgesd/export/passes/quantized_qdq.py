@@ -25,15 +25,18 @@ onnxOpImporters.cpp and ModelImporter.cpp).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from edgesd.errors import EdgesdError
-from edgesd.export.passes import Pass
+from edgesd.export.passes.lowering import (
+    Array,
+    LayerLowering,
+    QuantizedPass,
+    check_opset_21,
+    shared_constant,
+)
 from edgesd.export.quantize.layers import QuantizedLayer, weight_of
 
 OPSET_INT4 = 21
@@ -44,65 +47,49 @@ MAX_BLOCK = 128
 
 _TYPES = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
 
-Array = npt.NDArray[Any]
 
-
-class QuantizedQdq(Pass):
+class QuantizedQdq(QuantizedPass):
     """Replaces the weights and inputs of the nodes of `layers` (by node name).
 
     Scales and branches are of the type that the layer's weight had, fp32 or fp16, which is that of
     its input. Sets the opset to 21 if a weight is int4, and leaves it otherwise.
     """
 
-    def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
-        self.layers = layers
-        self._weights: set[str | None] = set()
-
     def requires(self, model: ir.Model) -> None:
-        """Every layer's node is there, with a weight of the layer's shape, and has ranges if it
-        needs them."""
-        self._weights = set()
-        nodes = {node.name: node for node in model.graph}
-        for name, quantized in self.layers.items():
-            weight = weight_of(nodes[name]) if name in nodes else None
-            if weight is None or weight.const_value is None:
-                raise EdgesdError(f"{model.graph.name}: there is no layer {name} to quantize")
-            if weight.const_value.size != quantized.codes.size:
-                raise EdgesdError(f"{model.graph.name}: {name} has another shape than its codes")
-            if weight.const_value.dtype not in _TYPES:
-                raise EdgesdError(
-                    f"{model.graph.name}: the weight of {name} is {weight.const_value.dtype}: "
-                    "expected FLOAT or FLOAT16"
-                )
-            _check_inputs(f"{model.graph.name}: {name}", quantized)
-            self._weights.add(weight.name)
-        if _any_int4(self.layers) and any(n.op_type == "GroupNormalization" for n in model.graph):
-            raise EdgesdError("GroupNormalization means something else since opset 21")
+        """See QuantizedPass."""
+        super().requires(model)
+        if _any_int4(self.layers):
+            check_opset_21(model)
+
+    def check_layer(self, name: str, quantized: QuantizedLayer, weight: ir.TensorProtocol) -> None:
+        """The weight is of a float type, and the input has a range if it needs one."""
+        if weight.dtype not in _TYPES:
+            raise EdgesdError(
+                f"{name.partition(': ')[0]}: the weight of {name.partition(': ')[2]} is "
+                f"{weight.dtype}: expected FLOAT or FLOAT16"
+            )
+        _check_inputs(name, quantized)
 
     def call(self, model: ir.Model) -> bool:
         """See the class."""
         if _any_int4(self.layers):
             opset = model.graph.opset_imports.get("", 0)
             model.graph.opset_imports[""] = max(opset, OPSET_INT4)
-        for number, node in enumerate(list(model.graph)):
-            quantized = self.layers.get(node.name or "")
-            if quantized is not None:
-                _Lowering(model, node, quantized, f"q{number}").replace()
-        common.RemoveUnusedNodesPass()(model)
-        return bool(self.layers)
+        return super().call(model)
+
+    def lowering(
+        self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
+    ) -> LayerLowering:
+        """See QuantizedPass."""
+        return _Lowering(model, node, quantized, prefix)
 
     def ensures(self, model: ir.Model) -> None:
-        """No float weight of a quantized layer is left, and all new values are finite."""
-        left = {v.name for v in model.graph.initializers.values()} & self._weights
-        if left:
-            raise EdgesdError(f"{model.graph.name}: {sorted(left, key=str)[0]} is still there")
+        """No float weight of a quantized layer is left; new values are finite, scales positive."""
+        super().ensures(model)
         for name, value in model.graph.initializers.items():
-            tensor = value.const_value
-            if ":" not in name or tensor is None or tensor.dtype not in _TYPES:
+            if ":" not in name or not name.endswith("scale") or value.const_value is None:
                 continue
-            array = tensor.numpy()
-            scale = name.endswith("scale")
-            if not np.isfinite(array).all() or (scale and not (array > 0).all()):
+            if not (value.const_value.numpy() > 0).all():
                 raise EdgesdError(f"initializer {name} holds values that are out of range")
 
 
@@ -132,20 +119,17 @@ def _any_int4(layers: Mapping[str, QuantizedLayer]) -> bool:
     return any(_int4(quantized) for quantized in layers.values())
 
 
-class _Lowering:
-    """Writes one layer's nodes in the place of the one it was."""
-
+class _Lowering(LayerLowering):
     def __init__(
         self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
     ) -> None:
-        self.model, self.node, self.q, self.prefix = model, node, quantized, prefix
+        super().__init__(model, node, quantized, prefix)
         weight = weight_of(node)
         assert weight is not None and weight.const_value is not None
         self.weight, self.dtype = weight, _TYPES[weight.const_value.dtype]
-        self.nodes: list[ir.Node] = []
 
-    def replace(self) -> None:
-        source, old = self.node.inputs[0], self.node.outputs[0]
+    def output(self) -> ir.Value:
+        source = self.node.inputs[0]
         assert source is not None
         weight, inputs = self._weight(), list(self.node.inputs)
         inputs[inputs.index(self.weight)] = weight
@@ -153,53 +137,19 @@ class _Lowering:
         if self.q.layer.kind != "embedding":  # its input 0 is the weight
             x = self._smoothed(source)
             inputs[0] = self._quantized(x)
-        out = self._op(self.node.op_type, inputs, **self.node.attributes)
-        if self.q.rank:
-            out = self._op("Add", [out, self._branch(x)])
-        producer = out.producer()
-        assert producer is not None
-        producer.name = f"{self.node.name}/{self.q.scheme}"
-        out.shape, out.type = old.shape, old.type
-        self.model.graph.insert_before(self.node, self.nodes)
-        ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
-        name = old.name
-        self.model.graph.remove(self.node, safe=True)
-        if out in self.model.graph.outputs:
-            out.name = name
-
-    def _op(self, op: str, inputs: list[ir.Value | None], **attributes: Any) -> ir.Value:
-        node = ir.node(op, inputs, attributes, num_outputs=1)
-        node.name = f"{self.prefix}.{len(self.nodes)}"
-        node.outputs[0].name = node.name
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def _const(self, name: str, array: Array, dtype: Any = None) -> ir.Value:
-        """An initializer of this layer."""
-        return self._shared(f"{self.prefix}:{name}", np.ascontiguousarray(array), dtype)
-
-    def _shared(self, name: str, array: Array, dtype: Any = None) -> ir.Value:
-        """An initializer called `name`; the one that is there if it was made before."""
-        if name in self.model.graph.initializers:
-            return self.model.graph.initializers[name]
-        tensor = ir.tensor(array, dtype=dtype, name=name)
-        kind = ir.TensorType(tensor.dtype)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
-        self.model.graph.register_initializer(value)
-        return value
+        (out,) = self.ops(self.node.op_type, inputs, self.node.attributes)
+        return self.op("Add", [out, self._branch(x)]) if self.q.rank else out
 
     def _float(self, name: str, array: Array) -> ir.Value:
-        return self._const(name, array.astype(self.dtype))
+        return self.const(name, array.astype(self.dtype))
 
     # The input.
 
     def _smoothed(self, x: ir.Value) -> ir.Value:
         if self.q.smooth is None:
             return x
-        factor = 1 / self.q.smooth
-        if self.q.layer.kind == "conv":
-            factor = factor.reshape(1, -1, 1, 1)
-        return self._op("Mul", [x, self._float("smooth", factor)])
+        factor = self.per_channel(1 / self.q.smooth)
+        return self.op("Mul", [x, self._float("smooth", factor)])
 
     def _quantized(self, x: ir.Value) -> ir.Value:
         """What the product takes: x, of whole blocks for int4, rounded to 8 bits if static."""
@@ -211,18 +161,19 @@ class _Lowering:
         assert self.q.activations.symmetric_scale is not None
         least = np.finfo(self.dtype).smallest_subnormal
         step = np.maximum(self.q.activations.symmetric_scale.reshape(()).astype(self.dtype), least)
-        scale = self._const("act_scale", np.asarray(step))
+        scale = self.const("act_scale", np.asarray(step))
         # The zero point makes the codes int8: without one they would be uint8.
-        zero = self._shared("const:zero8", np.array(0, np.int8))
-        codes = self._op("QuantizeLinear", [x, scale, zero])
-        return self._op("DequantizeLinear", [codes, scale, zero])
+        zero = shared_constant(self.model, "const:zero8", np.array(0, np.int8))
+        codes = self.op("QuantizeLinear", [x, scale, zero])
+        return self.op("DequantizeLinear", [codes, scale, zero])
 
     def _padded(self, x: ir.Value, extra: int) -> ir.Value:
         """x [..., K] -> [..., K + extra]. Padding x leaves the DQ next to the product."""
         if not extra:
             return x
-        pads = self._shared(f"pads:{extra}", np.array([0, extra], np.int64))
-        return self._op("Pad", [x, pads, None, self._shared("axes:-1", np.array([-1], np.int64))])
+        pads = shared_constant(self.model, f"pads:{extra}", np.array([0, extra], np.int64))
+        axes = shared_constant(self.model, "axes:-1", np.array([-1], np.int64))
+        return self.op("Pad", [x, pads, None, axes])
 
     # The weight.
 
@@ -233,23 +184,17 @@ class _Lowering:
         codes, scale = self._int8()
         layer = self.q.layer
         if layer.kind == "conv":
-            codes = self._kernel(codes)
+            codes = self.kernel(codes)
         axis = 1 if self._transposed() else 0
         codes = codes.T if self._transposed() else codes
-        inputs: list[ir.Value | None] = [self._const("codes", codes), self._float("scale", scale)]
-        return self._op("DequantizeLinear", inputs, axis=axis)
+        inputs: list[ir.Value | None] = [self.const("codes", codes), self._float("scale", scale)]
+        return self.op("DequantizeLinear", inputs, axis=axis)
 
     def _transposed(self) -> bool:
         """Whether the node has its weight as [K, N]."""
         if self.node.op_type == "Gemm":
             return "transB" not in self.node.attributes or not self.node.attributes["transB"].value
         return self.node.op_type == "MatMul"
-
-    def _kernel(self, matrix: Array) -> Array:
-        """[N, kh * kw * C] -> [N, C, kh, kw]."""
-        shape = (len(matrix), *self.q.layer.kernel, self.q.layer.channels)
-        kernel: Array = matrix.reshape(shape).transpose(0, 3, 1, 2)
-        return kernel
 
     def _int8(self) -> tuple[Array, Array]:
         """Codes int8 [N, K] and scales [N]: for 4 bits, each code times its group's scale is
@@ -275,10 +220,10 @@ class _Lowering:
         if self._transposed():
             codes, scales, axis = codes.T, scales.T, 0
         inputs: list[ir.Value | None] = [
-            self._const("codes", codes, ir.DataType.INT4),
+            self.const("codes", codes, ir.DataType.INT4),
             self._float("scale", scales),
         ]
-        return self._op("DequantizeLinear", inputs, axis=axis, block_size=block)
+        return self.op("DequantizeLinear", inputs, axis=axis, block_size=block)
 
     # The branch.
 
@@ -286,9 +231,9 @@ class _Lowering:
         """up (down x)."""
         assert self.q.down is not None and self.q.up is not None
         if self.q.layer.kind == "linear":
-            low = self._op("MatMul", [x, self._float("down", self.q.down.T)])
-            return self._op("MatMul", [low, self._float("up", self.q.up.T)])
-        down = self._float("down", self._kernel(self.q.down))
-        low = self._op("Conv", [x, down], **self.node.attributes)
+            low = self.op("MatMul", [x, self._float("down", self.q.down.T)])
+            return self.op("MatMul", [low, self._float("up", self.q.up.T)])
+        down = self._float("down", self.kernel(self.q.down))
+        (low,) = self.ops("Conv", [x, down], self.node.attributes)
         up = self._float("up", self.q.up[:, :, None, None])
-        return self._op("Conv", [low, up], kernel_shape=[1, 1])
+        return self.op("Conv", [low, up], kernel_shape=[1, 1])

@@ -33,6 +33,10 @@ _TIME_PER_PRODUCT = {"fp32": 3.0, "int8": 1.0, "nbits8": 2.5, "nbits16": 3.2, "s
 measures them. Machines differ; what matters is that 16-bit activations and branches cost."""
 
 
+_PRICES = (1.0, 8.0, 1 / 8, 64.0, 1 / 64, 1e6, 1e-6)
+"""Of a byte against time, in turn, until both budgets hold."""
+
+
 def relative_time(layer: Layer, choice: Choice, rows_per_run: int) -> float:
     """Time of a layer in one run, in int8 multiplications; rows_per_run: of its matrix product."""
     products = float(rows_per_run * layer.rows * layer.columns)
@@ -111,13 +115,38 @@ def assign(
     with its cheapest option (or with that of `start`), and the step that takes away most loss for
     what it costs comes first: on each layer's lower convex hull that is optimal up to the last step
     (Everett 1963, generalized Lagrange multipliers). Cost is bytes and time, each relative to the
-    total of the cheapest options. When even those exceed a budget, they are returned.
+    total of the cheapest options; where that exceeds a budget, one of both gets dearer. When no
+    price keeps both budgets (`within`), the last try is returned.
     """
+    found: dict[Layer, Option] = {}
+    for price in _PRICES:
+        found = _assign_at(price, options, max_bytes, max_time, max_loss, start)
+        if within(found, max_bytes, max_time):
+            break
+    return found
+
+
+def within(chosen: Mapping[Layer, Option], max_bytes: float, max_time: float) -> bool:
+    """Whether what was chosen keeps both budgets."""
+    return (
+        sum(option.bytes for option in chosen.values()) <= max_bytes
+        and sum(option.time for option in chosen.values()) <= max_time
+    )
+
+
+def _assign_at(
+    price: float,
+    options: Mapping[Layer, Sequence[Option]],
+    max_bytes: float,
+    max_time: float,
+    max_loss: float,
+    start: Mapping[Layer, Choice] | None,
+) -> dict[Layer, Option]:
     bytes_unit = max(sum(min(o.bytes for o in found) for found in options.values()), 1)
     time_unit = max(sum(min(o.time for o in found) for found in options.values()), 1e-30)
 
     def cost(option: Option) -> float:
-        return option.bytes / bytes_unit + option.time / time_unit
+        return price * option.bytes / bytes_unit + option.time / time_unit
 
     hulls = {layer: _hull(found, cost) for layer, found in options.items()}
     if start is not None:

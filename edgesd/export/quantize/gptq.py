@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from edgesd.export.quantize.blocks import spans
 from edgesd.export.quantize.rtn import code_range
 
 DAMPING = 0.01
@@ -28,11 +29,8 @@ def gptq(weight: Tensor, scales: Tensor, group: int, bits: int, blocks: Sequence
     """
     wide = scales.repeat_interleave(group, 1)[:, : weight.shape[1]]
     codes = torch.empty(weight.shape, dtype=torch.int8)
-    start = 0
-    for block in blocks:
-        stop = start + len(block)
-        codes[:, start:stop] = _block(weight[:, start:stop], wide[:, start:stop], bits, block)
-        start = stop
+    for span, block in spans(blocks):
+        codes[:, span] = _block(weight[:, span], wide[:, span], bits, block)
     return codes
 
 

@@ -244,15 +244,6 @@ def pack_int4(codes: Codes) -> npt.NDArray[np.uint8]:
     return packed
 
 
-def unpack_int4(packed: npt.NDArray[np.uint8]) -> Codes:
-    """The inverse of `pack_int4`."""
-    out = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.int8)
-    out[..., 0::2] = (packed & 15).astype(np.int8)
-    out[..., 1::2] = (packed >> 4).astype(np.int8)
-    out[out > 7] -= 16
-    return out
-
-
 def save_layer(quantized: QuantizedLayer, path: Path) -> None:
     """Write a layer to `path` (safetensors), whole or not at all; equal layers, equal bytes."""
     act = quantized.activations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,12 +20,9 @@ from edgesd.export.quantize.activations import (
     smoothing,
     static_ranges,
 )
+from edgesd.export.quantize.blocks import spans
 from edgesd.export.quantize.gptq import gptq
-from edgesd.export.quantize.layers import (
-    Activations,
-    Layer,
-    QuantizedLayer,
-)
+from edgesd.export.quantize.layers import Activations, Layer, QuantizedLayer
 from edgesd.export.quantize.rtn import group_scales, round_to_nearest
 from edgesd.export.quantize.svdquant import svdquant
 from edgesd.spec import Scheme
@@ -44,23 +40,20 @@ _ROUNDS = 4
 _BIG = 4 << 20
 """Weights of a layer from which on one round less precise search must do."""
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Method:
     """How codes are chosen. static: activation ranges are recorded ones, not those at hand.
 
-    name: one of spec.METHODS. gptq_residual: with svdquant, the last codes come from GPTQ.
+    name: one of spec.METHODS.
     """
 
     name: str = "svdquant"
     static: bool = False
-    gptq_residual: bool = True
 
     def label(self) -> str:
-        """As a recipe has it."""
-        return self.name + ("+gptq" if self.name == "svdquant" and self.gptq_residual else "")
+        """As a recipe has it: the last codes of svdquant come from GPTQ."""
+        return "svdquant+gptq" if self.name == "svdquant" else self.name
 
 
 @dataclass(frozen=True)
@@ -85,12 +78,8 @@ class _Inputs:
 
     def divided(self, smooth: Tensor) -> _Inputs:
         """The same, of inputs divided by `smooth` [C]."""
-        wide = smooth.repeat(self.rows.shape[1] // len(smooth))
-        blocks, start = [], 0
-        for block in self.blocks:
-            part = wide[start : start + len(block)]
-            blocks.append(block / part[:, None] / part)
-            start += len(block)
+        wide = _per_column(smooth, self.rows.shape[1])
+        blocks = [block / wide[span, None] / wide[span] for span, block in spans(self.blocks)]
         return _Inputs(blocks, self.rows / wide, self.steps, self.low / smooth, self.high / smooth)
 
 
@@ -111,13 +100,13 @@ def quantize_layer(
     if layer.kind == "embedding":  # rows are read, not multiplied: no kernel wants them in 4 bits
         scheme = Scheme(8, 16)
     group = scheme.group or layer.columns
-    inputs = _inputs(layer, stats) if stats is not None and stats.count else None
-    if inputs is None:
+    if stats is None or not stats.count:
         return _blind(layer, matrix, scheme, group)
+    source, recorded = matrix, _inputs(layer, stats)
     mode = activation_mode(layer, scheme, method.static)
-    smooth, inputs, acts = _choose_smoothing(layer, matrix, inputs, scheme, mode, method)
+    smooth, inputs, acts = _choose_smoothing(layer, matrix, recorded, scheme, mode, method)
     if smooth is not None:
-        matrix = matrix * smooth.repeat(layer.columns // layer.channels)
+        matrix = matrix * _per_column(smooth, layer.columns)
     rank = min(scheme.rank, *matrix.shape)
     if method.name == "svdquant" and rank:
         noise = _noise(layer, inputs, acts) if mode != "none" else None
@@ -127,7 +116,7 @@ def quantize_layer(
             return _codes(part, group, scheme.weight_bits, importance, None)
 
         def last(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            blocks = _noisy(inputs.blocks, noise) if method.gptq_residual else None
+            blocks = _noisy(inputs.blocks, noise)
             return _codes(part, group, scheme.weight_bits, importance, blocks)
 
         rounds = _ROUNDS if matrix.numel() < _BIG else 2
@@ -153,7 +142,7 @@ def quantize_layer(
         up=up.half().numpy() if rank else None,
         activations=acts,
     )
-    return replace(result, error=layer_error(result, weight, stats))
+    return replace(result, error=_error(result, source, recorded))
 
 
 def layer_error(quantized: QuantizedLayer, weight: Float, stats: LayerStats | None) -> float:
@@ -161,14 +150,16 @@ def layer_error(quantized: QuantizedLayer, weight: Float, stats: LayerStats | No
 
     Without rows (an embedding): of the weight itself.
     """
-    source = torch.from_numpy(np.array(weight, np.float32))
+    inputs = None if stats is None or not stats.count else _inputs(quantized.layer, stats)
+    return _error(quantized, torch.from_numpy(np.array(weight, np.float32)), inputs)
+
+
+def _error(quantized: QuantizedLayer, source: Tensor, inputs: _Inputs | None) -> float:
     residual = torch.from_numpy(quantized.residual())
     branch = torch.from_numpy(quantized.branch())
-    if stats is None or not len(stats.rows):
-        wanted, found = source, residual + branch
+    if inputs is None:
+        wanted, found = source, torch.from_numpy(quantized.effective_weight())
     else:
-        assert quantized.activations is not None
-        inputs = _inputs(quantized.layer, stats)
         wanted = inputs.rows @ source.T
         if quantized.smooth is not None:
             inputs = inputs.divided(torch.from_numpy(quantized.smooth))
@@ -182,18 +173,16 @@ def layer_error(quantized: QuantizedLayer, weight: Float, stats: LayerStats | No
 
 def _blind(layer: Layer, matrix: Tensor, scheme: Scheme, group: int) -> QuantizedLayer:
     """Round to nearest: all that can be done for a layer nothing is known of."""
-    codes, scales, residual = _codes(matrix, group, scheme.weight_bits, None, None)
-    power = float(matrix.square().mean())
-    error = float((residual - matrix).square().mean() / power) ** 0.5 if power > 0 else 0.0
-    return QuantizedLayer(
+    codes, scales, _ = _codes(matrix, group, scheme.weight_bits, None, None)
+    result = QuantizedLayer(
         layer=layer,
         scheme=Scheme(scheme.weight_bits, 16, scheme.group),
         method="rtn",
         codes=codes.numpy(),
         scales=scales.half().numpy(),
         group=group,
-        error=error,
     )
+    return replace(result, error=_error(result, matrix, None))
 
 
 def _inputs(layer: Layer, stats: LayerStats) -> _Inputs:
@@ -210,6 +199,11 @@ def _inputs(layer: Layer, stats: LayerStats) -> _Inputs:
         low=torch.from_numpy(stats.low),
         high=torch.from_numpy(stats.high),
     )
+
+
+def _per_column(values: Tensor, columns: int) -> Tensor:
+    """Values [C] of channels, repeated for every tap -> [K]."""
+    return values.repeat(columns // len(values))
 
 
 def _importance(inputs: _Inputs) -> Tensor:
@@ -233,11 +227,7 @@ def _codes(
 def _noisy(blocks: list[Tensor], noise: Tensor | None) -> list[Tensor]:
     if noise is None:
         return blocks
-    out, start = [], 0
-    for block in blocks:
-        out.append(block + torch.diag(noise[start : start + len(block)].square()))
-        start += len(block)
-    return out
+    return [block + torch.diag(noise[span].square()) for span, block in spans(blocks)]
 
 
 def _plain_branch(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -278,7 +268,7 @@ def _choose_smoothing(
     for alpha in _ALPHAS:
         smooth = smoothing(inputs.channel_max, matrix, alpha)
         divided = inputs.divided(smooth)
-        scaled = matrix * smooth.repeat(layer.columns // layer.channels)
+        scaled = matrix * _per_column(smooth, layer.columns)
         acts = _activations(layer, divided, scheme, mode)
         error = _trial(layer, matrix, scaled, inputs, divided, acts, scheme)
         if error < best:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,39 +30,44 @@ from edgesd.export.quantize.layers import (
     weight_of,
 )
 from edgesd.export.quantize.quantize import Method, quantize_layer
-from edgesd.spec import ComponentSpec, Scheme
+from edgesd.spec import Scheme
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of a QuantizedLayer: what became of the scheme, bytes on disk, and the error it makes."""
+
+    scheme: Scheme
+    method: str
+    rank: int
+    bytes: int
+    error: float
 
 
 class LayerStore:
     """Quantizes layers of the fp32 graphs below `graphs`, each once; `folder` keeps them.
 
-    graphs: a folder with COMPONENT/model.onnx for each component. What is in `folder` from an
+    nodes: see `find_nodes`. What is in `folder` from an
     interrupted run is taken as it is: its name says what it depends on.
     """
 
     def __init__(
-        self, graphs: Path, components: Mapping[str, ComponentSpec], calibration: Calibration,
-        method: Method, folder: Path,
-    ) -> None:  # fmt: skip
+        self,
+        graphs: Path,
+        nodes: Mapping[Layer, ir.Node],
+        calibration: Calibration,
+        method: Method,
+        folder: Path,
+    ) -> None:
         self.graphs, self.calibration, self.method = graphs, calibration, method
+        self.layers = list(nodes)
+        self._nodes = nodes
+        self._summaries: dict[tuple[Layer, Scheme], Summary] = {}
         parts = (quantize.VERSION, method, torch.__version__, torch.get_num_threads())
         key = hashlib.sha256(repr((calibration.folder.name, parts)).encode()).hexdigest()[:16]
         self.folder = folder / f"layers-{key}"
-        self.layers: list[Layer] = []
-        self._weights: dict[Layer, ir.Value] = {}
-        self._nodes: dict[Layer, ir.Node] = {}
-        for component in components:
-            model = self.model(component)
-            nodes = {node.name: node for node in model.graph}
-            for layer in find_layers(component, model):
-                self.layers.append(layer)
-                self._nodes[layer] = nodes[layer.node]
-
-    def model(self, component: str) -> ir.Model:
-        """The fp32 graph of a component, its weights mapped and not read."""
-        return load_graph(self.graphs / component / GRAPH_FILE)
 
     def get(self, layer: Layer, scheme: Scheme) -> QuantizedLayer:
         """`layer` under `scheme`: read if it is there, else quantized and written."""
@@ -77,28 +83,27 @@ class LayerStore:
         save_layer(found, path)
         return found
 
-    def rows_per_run(self, layer: Layer) -> int:
-        """Rows of the layer's matrix product in one run of the network."""
-        stats = self.calibration.layer(layer)
-        return 1 if stats is None else stats.rows_per_run
+    def summary(self, layer: Layer, scheme: Scheme) -> Summary:
+        """What `get` gives, without its tensors."""
+        if (layer, scheme) not in self._summaries:
+            q = self.get(layer, scheme)
+            found = Summary(q.scheme, q.method, q.rank, q.bytes(), q.error)
+            self._summaries[layer, scheme] = found
+        return self._summaries[layer, scheme]
 
     def quantized_model(self, component: str, choices: Mapping[Layer, Choice]) -> ir.Model:
         """A component's graph with its layers as chosen; one that isn't named stays fp32."""
-        model = self.model(component)
+        model = _load(self.graphs, component)
         mine = {layer: choice for layer, choice in choices.items() if layer.component == component}
         layers = {
             layer.node: self.get(layer, choice)
             for layer, choice in mine.items()
             if choice is not None
         }
-        halves = {layer.node for layer, choice in mine.items() if choice is None}
-        keep = set()
-        for node in model.graph:
-            weight = weight_of(node)
-            if weight is not None and node.name not in halves:
-                keep.add(weight.name or "")
-        others = {name for name in model.graph.initializers if name not in _weights(model)}
-        Fp16Weights(skip=keep | others)(model)
+        weights = [
+            weight_of(self._nodes[layer]) for layer, choice in mine.items() if choice is None
+        ]
+        Fp16Weights(only={weight.name for weight in weights if weight and weight.name})(model)
         QuantizedOrt(layers, self.timesteps(component))(model)
         return model
 
@@ -117,12 +122,17 @@ class LayerStore:
         return self.calibration.timesteps() if component == "unet" else None
 
 
-def load_graph(path: Path) -> ir.Model:
-    """The graph file at `path`, its weights mapped and not read."""
-    return ir.load(path)
+def find_nodes(graphs: Path, components: Iterable[str]) -> dict[Layer, ir.Node]:
+    """All layers that can be quantized, with their nodes, in the graphs COMPONENT/model.onnx below
+    the folder `graphs`."""
+    found: dict[Layer, ir.Node] = {}
+    for component in components:
+        model = _load(graphs, component)
+        nodes = {node.name: node for node in model.graph}
+        found.update({layer: nodes[layer.node] for layer in find_layers(component, model)})
+    return found
 
 
-def _weights(model: ir.Model) -> set[str]:
-    """Names of the weights of all layers."""
-    found = (weight_of(node) for node in model.graph)
-    return {weight.name or "" for weight in found if weight is not None}
+def _load(graphs: Path, component: str) -> ir.Model:
+    """The fp32 graph of a component, its weights mapped and not read."""
+    return ir.load(graphs / component / GRAPH_FILE)

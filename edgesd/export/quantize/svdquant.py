@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from edgesd.export.quantize.blocks import blockwise, spans
+
 DAMPING = 1e-4
 """Share of the mean diagonal that is added to a covariance's diagonal, so that it has a factor."""
 
@@ -36,53 +38,40 @@ class Metric:
 
     def __init__(self, blocks: Sequence[Tensor], noise: Tensor | None = None) -> None:
         self.factors: list[Tensor] = []
-        start = 0
-        for block in blocks:
-            stop = start + len(block)
+        for span, block in spans(blocks):
             full = block.double().clone()
             mean = float(full.diagonal().mean())
             full.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
             if noise is not None:
-                full.diagonal().add_(noise[start:stop].double().square())
+                full.diagonal().add_(noise[span].double().square())
             self.factors.append(torch.linalg.cholesky(full).float())
-            start = stop
 
     def apply(self, matrix: Tensor) -> Tensor:
         """M [N, K] -> M L with L L^T the metric, so that |M|^2 is its sum of squares."""
-        return self._each(matrix, lambda part, factor: part @ factor)
+        return blockwise(matrix, self.factors, torch.matmul)
 
     def undo(self, matrix: Tensor) -> Tensor:
         """M L [r, K] -> M."""
-        return self._each(
-            matrix,
-            lambda part, factor: torch.linalg.solve_triangular(
-                factor, part, upper=False, left=False
-            ),
-        )
+
+        def solve(part: Tensor, factor: Tensor) -> Tensor:
+            solved: Tensor = torch.linalg.solve_triangular(factor, part, upper=False, left=False)
+            return solved
+
+        return blockwise(matrix, self.factors, solve)
 
     def undo_transposed(self, matrix: Tensor) -> Tensor:
         """M [N, K] -> M L^-T."""
-        return self._each(
-            matrix,
-            lambda part, factor: torch.linalg.solve_triangular(
-                factor.T, part, upper=True, left=False
-            ),
-        )
 
-    def _each(self, matrix: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        out, start = torch.empty_like(matrix), 0
-        for factor in self.factors:
-            stop = start + len(factor)
-            out[:, start:stop] = function(matrix[:, start:stop], factor)
-            start = stop
-        return out
+        def solve(part: Tensor, factor: Tensor) -> Tensor:
+            solved: Tensor = torch.linalg.solve_triangular(factor.T, part, upper=True, left=False)
+            return solved
+
+        return blockwise(matrix, self.factors, solve)
 
 
 def low_rank(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
     """(up [N, r], down [r, K]) with |matrix - up down| least in the metric, r at most `rank`."""
-    weighted = metric.apply(matrix)
-    basis = top_singular(weighted, rank)
-    return _balanced(basis, metric.undo(basis.T @ weighted))
+    return _truncated(metric.apply(matrix), rank, metric)
 
 
 def svdquant(
@@ -157,14 +146,14 @@ def _repair(
     """
     if noise is None:
         return low_rank(weight - residual, rank, metric)
-    spoiled, start = torch.empty_like(residual), 0
-    for block in blocks:
-        stop = start + len(block)
-        spoiled[:, start:stop] = residual[:, start:stop] @ block
-        start = stop
-    target = metric.apply(weight) - metric.undo_transposed(spoiled)
-    basis = top_singular(target, rank)
-    return _balanced(basis, metric.undo(basis.T @ target))
+    spoiled = blockwise(residual, blocks, torch.matmul)
+    return _truncated(metric.apply(weight) - metric.undo_transposed(spoiled), rank, metric)
+
+
+def _truncated(weighted: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
+    """(up, down) of the matrix whose product with the metric's factor is `weighted` [N, K]."""
+    basis = top_singular(weighted, rank)
+    return _balanced(basis, metric.undo(basis.T @ weighted))
 
 
 def _loss(
@@ -175,11 +164,10 @@ def _loss(
     noise: Tensor | None,
 ) -> float:
     """E |(W - Q - B) x|^2 + |Q noise|^2."""
-    difference, total, start = weight - residual - branch, 0.0, 0
-    for block in blocks:
-        part = difference[:, start : start + len(block)]
+    difference, total = weight - residual - branch, 0.0
+    for span, block in spans(blocks):
+        part = difference[:, span]
         total += float(((part @ block) * part).sum())
-        start += len(block)
     return total if noise is None else total + float((residual * noise).square().sum())
 
 

@@ -1,0 +1,159 @@
+"""What the lowerings of quantized layers share: finding nodes, putting others in their place.
+
+A lowering is a pass over the layers to be replaced, and a `LayerLowering` that writes one of them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from edgesd.errors import EdgesdError
+from edgesd.export.passes import Pass
+from edgesd.export.quantize.layers import QuantizedLayer, weight_of
+
+Array = npt.NDArray[Any]
+
+
+class QuantizedPass(Pass):
+    """Replaces the nodes of `layers` (by node name)."""
+
+    def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
+        self.layers = layers
+        self._weights: set[str] = set()
+
+    def requires(self, model: ir.Model) -> None:
+        """Every layer's node is there, with a weight of the layer's shape."""
+        self._weights = set()
+        nodes = {node.name: node for node in model.graph}
+        for name, quantized in self.layers.items():
+            weight = weight_of(nodes[name]) if name in nodes else None
+            if weight is None or weight.const_value is None:
+                raise EdgesdError(f"{model.graph.name}: there is no layer {name} to quantize")
+            if weight.const_value.size != quantized.codes.size:
+                raise EdgesdError(f"{model.graph.name}: {name} has another shape than its codes")
+            self.check_layer(f"{model.graph.name}: {name}", quantized, weight.const_value)
+            self._weights.add(weight.name or "")
+
+    def check_layer(self, name: str, quantized: QuantizedLayer, weight: ir.TensorProtocol) -> None:
+        """Raise EdgesdError, which begins with `name`, for a layer that can't be written."""
+
+    def call(self, model: ir.Model) -> bool:
+        """See the class."""
+        for number, node in enumerate(list(model.graph)):
+            quantized = self.layers.get(node.name or "")
+            if quantized is not None:
+                # Values get short names: paths would be a good part of a small bundle.
+                self.lowering(model, node, quantized, f"q{number}").replace()
+        common.RemoveUnusedNodesPass()(model)
+        return bool(self.layers)
+
+    @abstractmethod
+    def lowering(
+        self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
+    ) -> LayerLowering:
+        """What writes the layer that `node` was, under names that begin with `prefix`."""
+
+    def ensures(self, model: ir.Model) -> None:
+        """No float weight of a quantized layer is left, and all new values are finite."""
+        left = set(model.graph.initializers) & self._weights
+        if left:
+            raise EdgesdError(f"{model.graph.name}: {sorted(left)[0]} is still there in fp32")
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if ":" not in name or tensor is None or not tensor.dtype.is_floating_point():
+                continue
+            if not np.isfinite(np.asarray(tensor.numpy(), np.float32)).all():
+                raise EdgesdError(f"initializer {name} holds NaN or infinite values")
+
+
+class LayerLowering:
+    """Writes one layer's nodes in the place of the one it was."""
+
+    def __init__(
+        self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
+    ) -> None:
+        self.model, self.node, self.q, self.prefix = model, node, quantized, prefix
+        self.nodes: list[ir.Node] = []
+
+    def replace(self) -> None:
+        """Write the nodes, and let everything that read the old one's output read the new one's."""
+        out, old = self.output(), self.node.outputs[0]
+        producer = out.producer()
+        assert producer is not None
+        producer.name = f"{self.node.name}/{self.q.scheme}"
+        out.shape, out.type = old.shape, old.type
+        self.model.graph.insert_before(self.node, self.nodes)
+        ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
+        name = old.name
+        self.model.graph.remove(self.node, safe=True)
+        if out in self.model.graph.outputs:
+            out.name = name
+
+    @abstractmethod
+    def output(self) -> ir.Value:
+        """Write the nodes; what the layer gives."""
+
+    def ops(
+        self,
+        op: str,
+        inputs: list[ir.Value | None],
+        attributes: Mapping[str, Any],
+        domain: str = "",
+        outputs: int = 1,
+    ) -> list[ir.Value]:
+        """The outputs of a new node."""
+        node = ir.node(op, inputs, attributes, domain=domain, num_outputs=outputs)
+        node.name = f"{self.prefix}.{len(self.nodes)}"
+        for index, out in enumerate(node.outputs):
+            out.name = node.name if outputs == 1 else f"{node.name}.{index}"
+        self.nodes.append(node)
+        return list(node.outputs)
+
+    def op(
+        self, op: str, inputs: list[ir.Value | None], domain: str = "", **attributes: Any
+    ) -> ir.Value:
+        """The output of a new node that has one."""
+        return self.ops(op, inputs, attributes, domain)[0]
+
+    def const(self, name: str, array: Array, dtype: Any = None) -> ir.Value:
+        """An initializer of this layer."""
+        name = f"{self.prefix}:{name}"
+        return shared_constant(self.model, name, np.ascontiguousarray(array), dtype)
+
+    def per_channel(self, values: Array) -> Array:
+        """[C] -> the shape in which they meet the layer's input: [C], or [1, C, 1, 1] of a conv."""
+        return values.reshape(1, -1, 1, 1) if self.q.layer.kind == "conv" else values
+
+    def kernel(self, matrix: Array) -> Array:
+        """The matrix [N, kh * kw * C] of a conv as its kernel [N, C, kh, kw]."""
+        shape = (len(matrix), *self.q.layer.kernel, self.q.layer.channels)
+        kernel: Array = matrix.reshape(shape).transpose(0, 3, 1, 2)
+        return kernel
+
+
+def shared_constant(model: ir.Model, name: str, array: Array, dtype: Any = None) -> ir.Value:
+    """An initializer called `name`; the one that is there if it was made before."""
+    if name in model.graph.initializers:
+        return model.graph.initializers[name]
+    tensor = ir.tensor(array, dtype=dtype, name=name)
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(tensor.shape.numpy()),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def check_opset_21(model: ir.Model) -> None:
+    """Raise EdgesdError where raising the opset from 20 to 21 changes a meaning, not only types."""
+    if any(node.op_type == "GroupNormalization" for node in model.graph):
+        raise EdgesdError("GroupNormalization means something else since opset 21")
