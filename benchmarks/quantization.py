@@ -78,9 +78,9 @@ def cases(work: Path) -> list[Case]:
     ]
     static = QuantOptions(static=True, work=work, quality_prompts=())
     rows.append(Case("svdquant, static", "w8a8", static))
-    gated = (("w8a8", 38.0, None), ("w4a16-g64-lr32", None, 0.2), ("w4a8-g64-lr32", None, 0.2))
-    for scheme, floor, size in (*gated, ("w4a4-g64-lr32", None, 0.2)):
-        what = f">= {floor:g} dB" if floor else f"size {size}"
+    gated = (("w8a8", 38.0, 0.3), ("w4a16-g64-lr32", 33.0, 0.2), ("w4a8-g64-lr32", 32.0, 0.2))
+    for scheme, floor, size in (*gated, ("w4a4-g64-lr32", 16.0, 0.2)):
+        what = f">= {floor:g} dB, size <= {size:g}"
         options = QuantOptions(min_psnr=floor, max_size=size, work=work)
         rows.append(Case(f"svdquant, {what}", scheme, options))
     return rows

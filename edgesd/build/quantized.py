@@ -16,7 +16,6 @@ import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +54,9 @@ _DRAWING = ("text_encoder", "unet", "vae_decoder")
 _LARGE = 100_000_000
 _LARGE_PROMPTS, _LARGE_STEPS = 4, 6
 """Calibration of a denoiser with more weights than _LARGE, unless prompts are given."""
+
+Probes = tuple[int, ...]
+"""Places of requests."""
 
 _PROBES = 6
 """Prompts that a layer's effect on the picture is measured with."""
@@ -154,6 +156,7 @@ class QuantizedBuild:
         self.choices = dict(self.planned)
         self._written: dict[str, dict[Layer, Choice]] = {}
         self._cases: dict[str, list[Case]] = {}
+        self._worst: Probes = ()
 
     def run(self) -> None:
         """Fill `root`. Raises QualityError, naming the worst layers, when the floor can't be held,
@@ -359,14 +362,14 @@ class QuantizedBuild:
 
     # Choosing.
 
-    def sensitivities(self) -> dict[Layer, float]:
-        """Mean squared error of the picture when that layer alone is quantized as planned.
+    def sensitivities(self, probes: Probes) -> dict[Layer, float]:
+        """Mean squared error of pictures when that layer alone is quantized as planned.
 
-        Kept on disk: the measurement takes one small drawing per layer.
+        probes: which of `requests`. Kept on disk: that takes one small drawing per layer.
         """
-        requests = self.requests[:_PROBES]
+        requests = [self.requests[index] for index in probes]
         key = hashlib.sha256(
-            repr((self.store.folder.name, self._pictures_folder().name, _PROBES)).encode()
+            repr((self.store.folder.name, self._pictures_folder().name, probes)).encode()
         ).hexdigest()[:16]
         path = self.work / f"sensitivity-{self.scheme}-{key}.json"
         known = _read_figures(path)
@@ -377,7 +380,8 @@ class QuantizedBuild:
         }
         unknown = [layer for layer in drawing if _name(layer) not in known]
         if unknown:
-            source = self._source_pictures()[:_PROBES]
+            pictures = self._source_pictures()
+            source = [pictures[index] for index in probes]
             with Pipeline(self.reference) as pipeline:
                 for number, layer in enumerate(unknown):
                     self.report(f"sensitivity {number + 1}/{len(unknown)}", layer.component)
@@ -406,13 +410,12 @@ class QuantizedBuild:
         pipeline.restore(component)
         return statistics.fmean(map(mean_squared_error, source, ours))
 
-    @cached_property
-    def layer_options(self) -> dict[Layer, list[Option]]:
+    def layer_options(self, probes: Probes) -> dict[Layer, list[Option]]:
         """Every layer's options, with the squared error each would make in the picture: measured
         for the planned one, and in proportion to the squared error of the layer's output else."""
         from edgesd.export.quantize.assign import Option, options_of, relative_time
 
-        measured = self.sensitivities()
+        measured = self.sensitivities(probes)
         out: dict[Layer, list[Option]] = {}
         for layer, base in self.planned.items():
             self.report("options", layer.component)
@@ -429,6 +432,9 @@ class QuantizedBuild:
                 time = relative_time(layer, choice, rows)
                 out[layer].append(Option(choice, size, time, loss))
         return out
+
+    def _first_probes(self) -> Probes:
+        return tuple(range(min(_PROBES, len(self.requests))))
 
     def _budget(self) -> tuple[float, float]:
         """Bytes that layers may take altogether, and time, by --max-size and --max-time."""
@@ -458,7 +464,7 @@ class QuantizedBuild:
         # A budget decides on ranks and weights; activations keep the format that was asked for.
         options = {
             layer: [o for o in found if _same_activations(o.choice, self.planned[layer])]
-            for layer, found in self.layer_options.items()
+            for layer, found in self.layer_options(self._first_probes()).items()
         }
         least = sum(min(option.bytes for option in found) for found in options.values())
         if least > max_bytes:
@@ -496,11 +502,20 @@ class QuantizedBuild:
 
     def _raise(self, floor: float, measured: Quality) -> bool:
         """Give layers better schemes until the error that is too much should be gone, the best gain
-        for its cost first. False when nothing is left to raise within the budgets."""
-        from edgesd.export.quantize.assign import assign
+        for its cost first. False when nothing is left to raise within the budgets.
 
+        What counts is the error in the pictures that were worst at first. Where the budgets leave
+        too little to raise, layers that matter less to them may pay.
+        """
+        from edgesd.export.quantize.assign import assign, total_loss
+
+        if not self._worst:
+            order = sorted(
+                range(len(self.requests)), key=lambda i: quality_.decibels(measured.pictures[i])
+            )
+            self._worst = tuple(sorted(order[:_PROBES]))
         max_bytes, max_time = self._budget()
-        options = self.layer_options
+        options = self.layer_options(self._worst)
         before = dict(self.choices)
         losses = {
             layer: next((o.loss for o in options[layer] if o.choice == choice), 0.0)
@@ -508,7 +523,10 @@ class QuantizedBuild:
         }
         missing = 10 ** ((floor - measured.psnr_min) / 10) * _MARGIN
         target = sum(losses.values()) / missing
-        for layer, option in assign(options, max_bytes, max_time, target, before).items():
+        chosen = assign(options, max_bytes, max_time, target, before)
+        if total_loss(chosen) > target:
+            chosen = min(chosen, assign(options, max_bytes, max_time, target), key=total_loss)
+        for layer, option in chosen.items():
             self._choose(
                 layer,
                 option.choice,
@@ -518,7 +536,8 @@ class QuantizedBuild:
         return before != self.choices
 
     def _failure(self, measured: Quality, floor: float) -> str:
-        sensitive = sorted(self.sensitivities().items(), key=lambda item: -item[1])[:5]
+        probes = self._worst or self._first_probes()
+        sensitive = sorted(self.sensitivities(probes).items(), key=lambda item: -item[1])[:5]
         names = ", ".join(_name(layer) for layer, _ in sensitive)
         worst = min(measured.pictures, key=quality_.decibels)
         return (

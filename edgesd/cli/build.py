@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import Reporter, Size, json_option, print_json, printable
+from edgesd.cli.common import Finite, Reporter, Size, json_option, print_json, printable
 from edgesd.spec import METHODS, Precision
 
 
@@ -24,20 +24,20 @@ from edgesd.spec import METHODS, Precision
 )
 @click.option(
     "--min-psnr",
-    type=click.FloatRange(0, 100),
+    type=Finite(0, 100),
     metavar="DB",
     help="Least PSNR in dB of the worst picture against the source's: layers are raised until it "
     "holds, or the build fails.",
 )
 @click.option(
     "--max-size",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Finite(0, 1, min_open=True),
     metavar="PART",
     help="Largest bundle, as a part of the fp32 one (0.2): ranks and bits go where pictures gain.",
 )
 @click.option(
     "--max-time",
-    type=click.FloatRange(0, min_open=True),
+    type=Finite(0, min_open=True),
     metavar="PART",
     help="The same for the estimated time of a picture.",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -38,6 +39,19 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new release
         raise click.BadParameter(
             f"{value!r} isn't a size: write WIDTHxHEIGHT in pixels, such as 512x512", ctx, param
         )
+
+
+class Finite(click.FloatRange):
+    """A FloatRange that NaN isn't in."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Parse `value`; fails with a usage message."""
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            raise click.BadParameter(f"{value!r} isn't a finite number", ctx, param)
+        return found
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -46,14 +46,22 @@ def test_the_ladder_ends_in_fp16() -> None:
     assert [str(step) for step in steps] == ["w4a4-g64-lr8", "w4a8-g64-lr8", "w8a8", "w8a16"]
 
 
-def test_options_have_smaller_ranks_and_better_schemes() -> None:
-    found = options_of(layer("line", shape=(16, 128)), parse_scheme("w4a16-g64-lr32"))
-    names = [str(choice) if choice else "fp16" for choice in found]
+def test_options_have_smaller_ranks_and_groups_and_better_schemes() -> None:
+    line = layer("line", shape=(16, 128))
+
+    def names(scheme: str) -> list[str]:
+        return [str(choice or "fp16") for choice in options_of(line, parse_scheme(scheme))]
+
     # A branch of rank 16 is the whole layer: larger ones are the planned scheme itself.
-    assert names == [
-        *("w4a16-g64", "w4a16-g64-lr2", "w4a16-g64-lr4", "w4a16-g64-lr8"),
-        *("w4a16-g64-lr32", "w8a16", "fp16"),
+    ranks = ("", "-lr4", "-lr8", "-lr32")
+    assert names("w4a16-g64-lr32") == [
+        *(f"w4a16-g64{rank}" for rank in ranks),
+        *(f"w4a16-g32{rank}" for rank in ranks),
+        *("w8a16", "fp16"),
     ]
+    assert names("w4a8-g16") == ["w4a8-g16", "w4a16-g16", "w8a8", "w8a16", "fp16"]
+    ranks = ("", "-lr1", "-lr2", "-lr4", "-lr8")
+    assert names("w8a8-lr8") == [*(f"w8a8{rank}" for rank in ranks), "w8a16", "fp16"]
     assert options_of(layer("x"), None) == [None]
     assert options_of(layer("x", "embedding"), Scheme(8, 16)) == [Scheme(8, 16), None]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgesd.export.quantize.layers import Layer
-from edgesd.spec import Scheme
+from edgesd.spec import GROUPS, Scheme
 
 Choice = Scheme | None
 """A layer's scheme; None: fp16 weights, fp32 arithmetic."""
@@ -71,21 +71,23 @@ def planned(layers: Sequence[Layer], scheme: Scheme) -> dict[Layer, Choice]:
 
 
 def options_of(layer: Layer, choice: Choice) -> list[Choice]:
-    """`choice` and what a layer may get in its place: smaller ranks, 16-bit activations, then more
-    bits, up to fp16."""
+    """`choice` and what a layer may get in its place: smaller ranks, groups of half the size,
+    16-bit activations, then more bits, up to fp16."""
     if choice is None or layer.kind == "embedding":
         return [choice, None] if choice else [None]
-    out: list[Choice] = []
     limit = min(choice.rank, layer.rows, layer.columns)
-    ranks = {0, limit, *(choice.rank // part for part in (16, 8, 4, 2))}
-    out += [
-        Scheme(choice.weight_bits, choice.activation_bits, choice.group, rank)
-        for rank in sorted(ranks)
-        if rank < limit
-    ]
-    out.append(choice)
+    ranks = {rank for part in (8, 4, 2) if (rank := choice.rank // part) < limit}
+    groups, activations = [choice.group], [choice.activation_bits]
+    if choice.weight_bits == 4 and choice.group // 2 in GROUPS:
+        groups.append(choice.group // 2)
     if choice.weight_bits == 4 and choice.activation_bits == 8:
-        out += [Scheme(4, 16, found.group, found.rank) for found in list(out) if found is not None]
+        activations.append(16)
+    out: list[Choice] = [
+        Scheme(choice.weight_bits, bits, group, rank)
+        for bits in activations
+        for group in groups
+        for rank in sorted({0, choice.rank, *ranks})
+    ]
     step = choice
     while (upper := raised(step)) is not None:
         out.append(upper)
@@ -132,6 +134,11 @@ def within(chosen: Mapping[Layer, Option], max_bytes: float, max_time: float) ->
         sum(option.bytes for option in chosen.values()) <= max_bytes
         and sum(option.time for option in chosen.values()) <= max_time
     )
+
+
+def total_loss(chosen: Mapping[Layer, Option]) -> float:
+    """The squared error that all layers' options make in the picture together."""
+    return sum(option.loss for option in chosen.values())
 
 
 def _assign_at(
