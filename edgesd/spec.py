@@ -178,7 +178,7 @@ class Parity(Spec, frozen=True):
     tolerance: float
 
 
-class LayerRecipe(Spec, frozen=True):
+class LayerRecipe(Spec, frozen=True, omit_defaults=True):
     """What became of one layer. Names are those of the source's modules, below its component.
 
     kind: conv, linear or embedding. shape: of the source's weight, output channels first.
@@ -225,7 +225,7 @@ class QuantRecipe(Spec, frozen=True):
     calibration: CalibrationSpec | None = None
 
 
-class PictureQuality(Spec, frozen=True):
+class PictureQuality(Spec, frozen=True, omit_defaults=True):
     """One prompt, drawn by the source's graphs and by the bundle's, from the same seed.
 
     psnr in dB (None: equal pictures); ssim up to 1; distance by the metric Quality names.

@@ -425,7 +425,9 @@ class QuantizedBuild:
             if base is not None and known:
                 unit = measured[layer] / max(self.store.summary(layer, base).error, 1e-9) ** 2
             out[layer] = []
-            for choice in options_of(layer, base) if known else [base]:
+            # What doesn't draw has nothing to gain from a branch, which others need.
+            plain = base and Scheme(base.weight_bits, base.activation_bits, base.group)
+            for choice in options_of(layer, base) if known else [plain, base]:
                 found = None if choice is None else self.store.summary(layer, choice)
                 size = 2 * layer.rows * layer.columns if found is None else found.bytes
                 loss = 0.0 if found is None else unit * found.error**2

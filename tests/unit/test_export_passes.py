@@ -19,6 +19,7 @@ from edgesd.export.families import Component  # noqa: E402
 from edgesd.export.parity import check_parity, relative_rms  # noqa: E402
 from edgesd.export.passes.check import CheckGraph  # noqa: E402
 from edgesd.export.passes.fp16_weights import Fp16Weights  # noqa: E402
+from edgesd.export.passes.no_shapes import NoShapes  # noqa: E402
 from edgesd.export.passes.tidy import Tidy  # noqa: E402
 from edgesd.spec import ComponentSpec, TensorSpec  # noqa: E402
 
@@ -101,6 +102,24 @@ def test_fp16_weights(weight: Array, tmp_path: Path) -> None:
     wanted = x @ weight.astype(np.float16).astype(np.float32) + np.arange(32)
     np.testing.assert_allclose(run(tmp_path, x), wanted, rtol=1e-5)
     assert not Fp16Weights()(model)
+
+
+def test_fp16_takes_the_weights_it_is_told_to(weight: Array) -> None:
+    assert not Fp16Weights(only={"bias"})(linear(weight))
+    assert Fp16Weights(only={"w"})(linear(weight))
+
+
+def test_shapes_of_values_in_between_are_dropped(weight: Array, tmp_path: Path) -> None:
+    model = linear(weight)
+    assert len(ir.serde.serialize_model(model).graph.value_info) == 5
+    assert NoShapes()(model)
+    assert not NoShapes()(model)
+    write_model(model, tmp_path)
+    proto = onnx.load(tmp_path / "model.onnx")
+    assert not proto.graph.value_info
+    assert [d.dim_value for d in proto.graph.output[0].type.tensor_type.shape.dim] == [0, 32]
+    x = np.ones((3, 64), np.float32)
+    np.testing.assert_allclose(run(tmp_path, x), x @ weight + np.arange(32), rtol=1e-5)
 
 
 @pytest.mark.parametrize("value", [65520.0, -1e30])

@@ -17,6 +17,7 @@ from edgesd.errors import EdgesdError
 from edgesd.export.calibrate import Calibration
 from edgesd.export.external_data import GRAPH_FILE, write_model
 from edgesd.export.passes.fp16_weights import Fp16Weights
+from edgesd.export.passes.no_shapes import NoShapes
 from edgesd.export.passes.quantized_ort import QuantizedOrt
 from edgesd.export.quantize import quantize
 from edgesd.export.quantize.assign import Choice
@@ -105,6 +106,7 @@ class LayerStore:
         ]
         Fp16Weights(only={weight.name for weight in weights if weight and weight.name})(model)
         QuantizedOrt(layers, self.timesteps(component))(model)
+        NoShapes()(model)
         return model
 
     def write(self, component: str, choices: Mapping[Layer, Choice], folder: Path) -> None:
