@@ -68,7 +68,7 @@ def cases(work: Path) -> list[Case]:
             *("w4a8-g64", "w4a8-g64-lr32", "w4a4-g64", "w4a4-g64-lr32"),
         )
     ]
-    rows += [plain("gptq", scheme) for scheme in ("w4a16-g64", "w4a8-g64", "w4a4-g64")]
+    rows += [plain("gptq", scheme) for scheme in ("w8a8", "w4a16-g64", "w4a8-g64", "w4a4-g64")]
     rows += [
         plain("svdquant", scheme)
         for scheme in (

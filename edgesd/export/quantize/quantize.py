@@ -29,7 +29,7 @@ from edgesd.spec import Scheme
 
 Float = npt.NDArray[np.float32]
 
-VERSION = 2
+VERSION = 3
 """Part of the cache key: raised when a method changes its results."""
 
 _ALPHAS = (0.25, 0.5, 0.75)
@@ -288,8 +288,7 @@ def _trial(
     """RMS error of the output when codes are rounded to nearest."""
     low = fake_quantize(after.rows, acts, layer, after.ranges, after.steps)
     wanted = before.rows @ source.T
-    if scheme.weight_bits == 8 or scheme.rank:
-        # The branch and the codes' fit take care of the weights: judge the inputs.
+    if scheme.rank:  # the branch takes care of the weights: judge the inputs
         found = low @ matrix.T
     else:
         group = scheme.group or matrix.shape[1]
