@@ -181,14 +181,14 @@ class QuantizedBuild:
             if round_ + 1 == _ROUNDS or not self._raise(floor, measured):
                 raise QualityError(self._failure(measured, floor))
             self._write()
-        self._write_manifest(self.root, self.graph_set(), measured)
+        if self.options.max_size is not None:  # what room is left for pictures the manifest decides
+            self._write_manifest(self.root, self.graph_set(), measured)
         quality = self._keep_pictures(source, ours, measured)
         self._write_manifest(self.root, self.graph_set(), quality)
         if self._room() < 0:
-            size = open_bundle(self.root).disk_bytes() / self.reference.disk_bytes()
             raise UsageError(
-                f"the bundle came to {size:.3f} of its source, not the "
-                f"{self.options.max_size:g} of --max-size: allow more"
+                f"--max-size {self.options.max_size:g} allows {self._limit() / 1e6:.1f} MB; the "
+                f"bundle came to {(self._limit() - self._room()) / 1e6:.1f} MB: allow more"
             )
 
     def recipe(self) -> QuantRecipe:
@@ -264,6 +264,7 @@ class QuantizedBuild:
         from edgesd.export.external_data import GRAPH_FILE
         from edgesd.export.parity import check_parity, graph_cases
 
+        changed = False
         for component in self.plan.components:
             name = component.name
             mine = {la: choice for la, choice in self.choices.items() if la.component == name}
@@ -280,8 +281,9 @@ class QuantizedBuild:
                 folder / GRAPH_FILE, component, self._cases[name], str(self.scheme)
             )
             self.graphs[name] = Graph(name, f"{name}/{GRAPH_FILE}", str(self.scheme), parity)
-            self._written[name] = mine
-        self._write_manifest(self.root, self.graph_set(), None)
+            self._written[name], changed = mine, True
+        if changed:
+            self._write_manifest(self.root, self.graph_set(), None)
 
     def _layer_recipe(self, layer: Layer, choice: Choice) -> LayerRecipe:
         planned, reason = self.raised.get(layer, (choice, None))
@@ -335,9 +337,8 @@ class QuantizedBuild:
         """Write the worst pairs, as many as --max-size has room for, into the bundle, for its
         report; `measured` with their names."""
         room = self._room()
-        order = sorted(range(len(source)), key=lambda i: quality_.decibels(measured.pictures[i]))
         pictures = list(measured.pictures)
-        for index in order[:KEPT_PICTURES]:
+        for index in quality_.worst_first(pictures)[:KEPT_PICTURES]:
             files: dict[str, bytes] = {}
             for side, picture in (("source", source[index]), ("ours", ours[index])):
                 encoded = io.BytesIO()
@@ -355,10 +356,13 @@ class QuantizedBuild:
 
     def _room(self) -> float:
         """Bytes that --max-size leaves beside what is in `root`; infinite without it."""
+        return self._limit() - open_bundle(self.root).disk_bytes()
+
+    def _limit(self) -> float:
+        """Bytes that --max-size allows the bundle; infinite without it."""
         if self.options.max_size is None:
             return math.inf
-        limit = int(self.options.max_size * self.reference.disk_bytes())
-        return limit - open_bundle(self.root).disk_bytes()
+        return int(self.options.max_size * self.reference.disk_bytes())
 
     # Choosing.
 
@@ -470,8 +474,7 @@ class QuantizedBuild:
         }
         least = sum(min(option.bytes for option in found) for found in options.values())
         if least > max_bytes:
-            assert self.options.max_size is not None
-            limit = self.options.max_size * self.reference.disk_bytes()
+            limit = self._limit()
             raise UsageError(
                 f"--max-size {self.options.max_size:g} allows {limit / 1e6:.1f} MB; {self.scheme} "
                 f"takes at least {(limit - max_bytes + least) / 1e6:.1f} MB: allow more, or choose "
@@ -512,10 +515,7 @@ class QuantizedBuild:
         from edgesd.export.quantize.assign import assign, total_loss
 
         if not self._worst:
-            order = sorted(
-                range(len(self.requests)), key=lambda i: quality_.decibels(measured.pictures[i])
-            )
-            self._worst = tuple(sorted(order[:_PROBES]))
+            self._worst = tuple(sorted(quality_.worst_first(measured.pictures)[:_PROBES]))
         max_bytes, max_time = self._budget()
         options = self.layer_options(self._worst)
         before = dict(self.choices)
@@ -541,7 +541,7 @@ class QuantizedBuild:
         probes = self._worst or self._first_probes()
         sensitive = sorted(self.sensitivities(probes).items(), key=lambda item: -item[1])[:5]
         names = ", ".join(_name(layer) for layer, _ in sensitive)
-        worst = min(measured.pictures, key=quality_.decibels)
+        worst = measured.pictures[quality_.worst_first(measured.pictures)[0]]
         return (
             f"{self.scheme} reaches {measured.psnr_min:.1f} dB at worst ({worst.prompt!r}), not "
             f"the {floor:g} of --min-psnr, with every layer raised that helps; most sensitive: "

@@ -128,6 +128,16 @@ def decibels(picture: PictureQuality) -> float:
     return EQUAL_DB if picture.psnr is None else picture.psnr
 
 
+def worst_first(pictures: Sequence[PictureQuality]) -> list[int]:
+    """Places of `pictures` by rising PSNR; equal pictures last."""
+    return sorted(range(len(pictures)), key=lambda index: rank(pictures[index]))
+
+
+def rank(picture: PictureQuality) -> float:
+    """What pictures are ordered by: PSNR in dB, and above any of it for equal ones."""
+    return 1e9 if picture.psnr is None else picture.psnr
+
+
 def arithmetic() -> str:
     """What drew the pictures, and that its int8 sums are exact."""
     import onnxruntime

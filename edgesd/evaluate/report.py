@@ -23,6 +23,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from edgesd.errors import BundleError, InputError, UsageError
+from edgesd.evaluate.quality import rank, worst_first
 from edgesd.files import atomic_write
 from edgesd.runtime.bundle import SUFFIX, Bundle
 from edgesd.spec import BundleManifest, LayerRecipe, PictureQuality, Quality, QuantRecipe
@@ -233,12 +234,12 @@ def _quality(manifest: BundleManifest) -> str:
         [
             _Cell(_prompt(picture)),
             _Cell(str(picture.seed), picture.seed),
-            _Cell(_psnr(picture), _rank(picture)),
+            _Cell(_psnr(picture), rank(picture)),
             _Cell(f"{picture.ssim:.4f}", picture.ssim),
             _Cell(f"{picture.distance:.4f}", picture.distance),
             _Cell("yes" if picture.source or picture.ours else "no"),
         ]
-        for picture in _worst_first(quality.pictures)
+        for picture in (quality.pictures[index] for index in worst_first(quality.pictures))
     ]
     return _section("Quality", _facts(facts) + _table("All pictures, worst first", columns, rows))
 
@@ -253,7 +254,7 @@ def _floor(quality: Quality) -> str:
 def _worst(pictures: Sequence[PictureQuality]) -> str:
     if not pictures:
         return "no picture was compared"
-    worst = _worst_first(pictures)[0]
+    worst = pictures[worst_first(pictures)[0]]
     if worst.psnr is None:
         return "none: all pictures are equal to the source's"
     return f"{_prompt(worst)} (seed {worst.seed}, {_psnr(worst)} dB)"
@@ -263,7 +264,8 @@ def _pictures(bundle: Bundle) -> str:
     quality = bundle.manifest.quality
     if not quality:
         return ""
-    kept = [picture for picture in _worst_first(quality.pictures) if picture.source or picture.ours]
+    ordered = [quality.pictures[index] for index in worst_first(quality.pictures)]
+    kept = [picture for picture in ordered if picture.source or picture.ours]
     if not kept:
         text = "<p>The bundle keeps no pictures: there are only their figures above.</p>\n"
         return _section("Pictures", text)
@@ -616,15 +618,6 @@ def _table(
         f"<thead><tr>{''.join(map(head, columns))}</tr></thead>\n"
         f"<tbody>\n{body}\n</tbody>\n</table>\n</div>\n"
     )
-
-
-def _worst_first(pictures: Iterable[PictureQuality]) -> list[PictureQuality]:
-    """By PSNR, ascending; equal pictures last."""
-    return sorted(pictures, key=_rank)
-
-
-def _rank(picture: PictureQuality) -> float:
-    return 1e9 if picture.psnr is None else picture.psnr
 
 
 def _psnr(picture: PictureQuality, unit: str = "") -> str:
