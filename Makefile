@@ -6,14 +6,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .PHONY: install demo test test-slow lint format docs clean
 
-install: $(VENV)/.build-installed  ## .venv with the base and `build` dependencies
+install: $(VENV)/.build-installed  ## .venv with the base, `build` and `evaluate` dependencies
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.build-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing edgesd with what building needs (PyTorch among it) into $(VENV)"
-	$(PIP_INSTALL) --editable '.[build]'
+	$(PIP_INSTALL) --editable '.[build,evaluate]'
 	@touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.build-installed

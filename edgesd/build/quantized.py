@@ -125,6 +125,7 @@ class QuantizedBuild:
         progress: Progress | None,
     ) -> None:
         from edgesd.build import prompts
+        from edgesd.evaluate.perceptual import open_perceptual
         from edgesd.export.quantize.assign import planned
         from edgesd.export.quantize.quantize import Method
 
@@ -148,6 +149,8 @@ class QuantizedBuild:
             self.prompts = source.prompts("quality") or prompts.QUALITY
         settings = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
         self.requests = quality_.requests_for(self.prompts, **settings)
+        # What is missing for the comparison is said before the hour of quantizing.
+        self.perceptual = open_perceptual(options.lpips) if self.prompts else None
         self.raised: dict[Layer, tuple[Choice, str]] = {}
         self.graphs: dict[str, Graph] = {}
         self.assets = self._copy_assets()
@@ -164,14 +167,11 @@ class QuantizedBuild:
         if self.options.max_size is not None or self.options.max_time is not None:
             self._spend()
         self._write()
-        if not self.prompts:
+        if self.perceptual is None:
             return
-        from edgesd.evaluate.perceptual import open_perceptual
-
-        perceptual = open_perceptual(self.options.lpips)
         source = self._source_pictures()
         for round_ in range(_ROUNDS):
-            ours, measured = self._measure(source, perceptual)
+            ours, measured = self._measure(source, self.perceptual)
             self.report(
                 "quality", f"PSNR {measured.psnr_mean:.1f} dB, least {measured.psnr_min:.1f}"
             )

@@ -17,7 +17,7 @@ from PIL import Image
 
 from edgesd.build import DEMO, QuantOptions, build
 from edgesd.build.quantized import QuantizedBuild
-from edgesd.errors import QualityError, UsageError
+from edgesd.errors import MissingDependencyError, QualityError, UsageError
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.spec import FileEntry
 from tests.support import assert_refused, run_cli
@@ -115,6 +115,22 @@ def test_two_builds_give_the_same_graphs(four_bits: Bundle, work: Path, tmp_path
     assert len(graphs) == 8
     for name in graphs:
         assert again.manifest.files[name] == four_bits.manifest.files[name], name
+
+
+def test_what_comparing_lacks_is_said_before_calibration(
+    four_bits: Bundle, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(folder: Path | None) -> None:
+        raise MissingDependencyError("no weights to compare with")
+
+    monkeypatch.setattr("edgesd.evaluate.perceptual.open_perceptual", missing)
+    source = next(work.glob("source-*"))
+    other = tmp_path / "work"
+    shutil.copytree(source, other / source.name)
+    with pytest.raises(MissingDependencyError, match="no weights"):
+        built(tmp_path / "out", other, "w8a8")
+    assert [path.name for path in other.iterdir()] == [source.name]
+    assert not (tmp_path / "out").exists()
 
 
 def test_rtn_gptq_and_static_ranges(work: Path, tmp_path: Path) -> None:
