@@ -15,6 +15,7 @@ from torch import nn
 from edgesd.errors import ParityError
 from edgesd.export.families import Component, Sizes
 from edgesd.export.quiet import first_line
+from edgesd.runtime.runners.onnxruntime import session_options
 from edgesd.spec import Parity, Precision, TensorSpec
 
 Array = npt.NDArray[Any]
@@ -111,10 +112,9 @@ def relative_rms(ours: Array, source: Array) -> float:
 def _session(graph: Path) -> Any:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.enable_mem_pattern = options.enable_mem_reuse = False  # less memory, same speed
-    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        str(graph), session_options(), providers=["CPUExecutionProvider"]
+    )
 
 
 def _example(

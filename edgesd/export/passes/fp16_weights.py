@@ -16,7 +16,7 @@ from edgesd.export.passes import Pass
 MIN_ELEMENTS = 1024
 """Smaller tensors stay in fp32: they save nothing."""
 
-_MAX = float(np.finfo(np.float16).max)
+MAX_HALF = float(np.finfo(np.float16).max)
 
 
 class Fp16Weights(Pass):
@@ -42,7 +42,7 @@ class Fp16Weights(Pass):
                 continue
             if len(tensor.shape) < 2 or tensor.size < MIN_ELEMENTS:
                 continue
-            if max(abs(float(tensor.numpy().max())), abs(float(tensor.numpy().min()))) > _MAX:
+            if max(abs(float(tensor.numpy().max())), abs(float(tensor.numpy().min()))) > MAX_HALF:
                 kept.append(name)
                 continue
             casts.append(_store_half(value, tensor))
@@ -65,11 +65,15 @@ def _store_half(value: ir.Value, tensor: ir.TensorProtocol) -> ir.Node:
         if node is not cast:
             node.replace_input_with(index, out)
     value.dtype = ir.DataType.FLOAT16
+    value.const_value = half_tensor(tensor, name)
+    return cast
+
+
+def half_tensor(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    """`tensor` in fp16, made when it is read."""
 
     def half() -> ir.TensorProtocol:
         return ir.tensor(tensor.numpy().astype(np.float16), name=name)
 
-    value.const_value = ir.LazyTensor(
-        half, dtype=ir.DataType.FLOAT16, shape=ir.Shape(tensor.shape.numpy()), name=name
-    )
-    return cast
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.LazyTensor(half, dtype=ir.DataType.FLOAT16, shape=shape, name=name)

@@ -10,8 +10,9 @@
 | embedding               | Gather of codes, times Gather of scales                              |
 
 A branch is two more products of the same (smoothed) input, added. What is computed from constants
-alone ONNX Runtime folds when it loads the graph: 4-bit codes of convolutions are 4 bits on disk
-and int8 or fp32 in memory.
+alone ONNX Runtime folds when it loads the graph (DequantizeLinear only where the session has
+"session.disable_quant_qdq"): 4-bit codes of convolutions are 4 bits on disk and int8 or fp32 in
+memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgesd.errors import EdgesdError
+from edgesd.export.passes.fp16_weights import MAX_HALF
 from edgesd.export.passes.lowering import (
     Array,
     LayerLowering,
@@ -33,7 +35,7 @@ from edgesd.export.passes.lowering import (
 from edgesd.export.quantize.layers import Activations, QuantizedLayer, pack_int4
 
 OPSET = 21
-"""The oldest in which Cast takes int4."""
+"""The oldest with int4 and with blocks."""
 
 _MICROSOFT = "com.microsoft"
 _TIMESTEP = "timestep"
@@ -166,45 +168,55 @@ class _Lowering(LayerLowering):
             pads=list(layer.pads),
         )
 
-    # Weights.
+    # Weights. What ONNX Runtime folds it keeps until all is folded: each weight passes through as
+    # few operators as can be, since each leaves a copy behind.
 
-    def _codes(self) -> ir.Value:
-        """Codes as they lie on disk: int8 [N, K], or int4 [N, G * group]."""
+    def _dequantized(self, codes: Array, scales: Array, axis: int) -> ir.Value:
+        """Codes times scales as fp32: scales of outputs along `axis`, or of groups."""
+        four = self.q.scheme.weight_bits == 4
+        values: list[ir.Value | None] = [
+            self.const("codes", codes, ir.DataType.INT4 if four else ir.DataType.INT8),
+            self._half("scales", scales),
+        ]
+        block = {"block_size": self.q.group} if four else {}
+        return self.op("DequantizeLinear", values, axis=axis, **block)
+
+    def _matrix(self) -> ir.Value:
+        """The weight [K, N] of a linear in fp32."""
+        return self._dequantized(self.q.codes.T, self.q.scales[:, 0], 1)
+
+    def _kernel(self) -> ir.Value:
+        """The weight [N, C, kh, kw] of a convolution in fp32."""
+        layer, scales = self.q.layer, self.q.scales
         if self.q.scheme.weight_bits == 8:
-            return self.const("codes", self.q.codes)
-        return self.const("codes", self._padded().view(np.int8), ir.DataType.INT4)
-
-    def _padded(self) -> npt.NDArray[np.int8]:
-        extra = self.q.scales.shape[1] * self.q.group - self.q.codes.shape[1]
-        return np.pad(self.q.codes, ((0, 0), (0, extra)))
-
-    def _weight(self) -> ir.Value:
-        """Codes times scales as fp32 [N, K]; folded when loaded."""
-        codes = self.op("Cast", [self._codes()], to=ir.DataType.FLOAT)
-        if self.q.scheme.weight_bits == 8:
-            return self.op("Mul", [codes, self._half("scales", self.q.scales)])
-        columns = self.q.codes.shape[1]
-        count = self.q.scales.shape[1]
-        groups = self.op("Reshape", [codes, self._shared(f"shape:0x{count}x-1", [0, count, -1])])
-        scaled = self.op("Mul", [groups, self._half("scales", self.q.scales[:, :, None])])
-        wide = self.op("Reshape", [scaled, self._shared("shape:0x-1", [0, -1])])
-        if count * self.q.group == columns:
-            return wide
-        ends = [self._shared(f"const:{n}", [n]) for n in (0, columns, 1)]
-        return self.op("Slice", [wide, *ends])
+            return self._dequantized(self.kernel(self.q.codes), scales[:, 0], 0)
+        if layer.channels % self.q.group == 0:  # no group is of two taps
+            wide = scales.reshape(layer.rows, *layer.kernel, -1).transpose(0, 3, 1, 2)
+            return self._dequantized(self.kernel(self.q.codes), wide, 1)
+        rows = self._dequantized(self.q.codes, scales, 1)
+        taps = self.const("shape", np.array([-1, *layer.kernel, layer.channels]))
+        return self.op("Transpose", [self.op("Reshape", [rows, taps])], perm=[0, 3, 1, 2])
 
     def _int8(self) -> tuple[ir.Value, Array]:
         """The weight as int8 [K, N], and its scales [N]: for 4 bits, each code times its group's
-        scale is rounded once more, to a 127th of its output's largest; folded when loaded."""
+        scale is rounded once more, to a 127th of its output's largest."""
         if self.q.scheme.weight_bits == 8:
             return self.const("codes", self.q.codes.T), self.q.scales[:, 0].astype(np.float32)
         largest = np.abs(self.q.residual()).max(1)
         scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-        shape = self._shared("shape:-1x1", [-1, 1])
-        column = self.op("Reshape", [self.const("scale", scale), shape])
-        ratio = self.op("Div", [self._weight(), column])
-        eight = self.op("Cast", [self.op("Round", [ratio])], to=ir.DataType.INT8)
-        return self.op("Transpose", [eight], perm=[1, 0]), scale
+        with np.errstate(divide="ignore"):
+            steps = scale[:, None] / self.q.scales.astype(np.float32)
+        # A code that isn't 0 makes at most 127 steps: what is out of range belongs to zeros.
+        steps = steps.clip(1 / 256, MAX_HALF).astype(np.float16)
+        codes = self.const("codes", self.q.codes.T, ir.DataType.INT4)
+        eight = self.op(
+            "QuantizeLinear",
+            [self.op("Cast", [codes], to=ir.DataType.FLOAT16), self.const("steps", steps.T)],
+            axis=0,
+            block_size=self.q.group,
+            output_dtype=ir.DataType.INT8,
+        )
+        return eight, scale
 
     # Kinds.
 
@@ -221,13 +233,14 @@ class _Lowering(LayerLowering):
             )
         if self.q.scheme.weight_bits == 4:
             return self._nbits(x, _LEVEL_INT8 if act.bits == 8 else _LEVEL_FP32)
-        return self.op("MatMul", [x, self.op("Transpose", [self._weight()], perm=[1, 0])])
+        return self.op("MatMul", [x, self._matrix()])
 
     def _nbits(self, x: ir.Value, level: int) -> ir.Value:
         rows, columns = self.q.codes.shape
         count = self.q.scales.shape[1]
         # The kernel takes codes from 0 to 15: the sign bit turned over.
-        packed = (pack_int4(self._padded()) ^ np.uint8(0x88)).reshape(rows, count, -1)
+        codes = np.pad(self.q.codes, ((0, 0), (0, count * self.q.group - columns)))
+        packed = (pack_int4(codes) ^ np.uint8(0x88)).reshape(rows, count, -1)
         scales = self._half("scales", self.q.scales)
         return self.op(
             "MatMulNBits",
@@ -242,10 +255,7 @@ class _Lowering(LayerLowering):
 
     def _conv(self, x: ir.Value) -> ir.Value:
         if self.q.activations.mode not in ("dynamic", "static"):
-            kernel_h, kernel_w = self.q.layer.kernel
-            shape = [-1, kernel_h, kernel_w, self.q.layer.channels]
-            kernel = self.op("Reshape", [self._weight(), self.const("shape", np.array(shape))])
-            return self._convolved(x, self.op("Transpose", [kernel], perm=[0, 3, 1, 2]))
+            return self._convolved(x, self._kernel())
         codes, a_scale, a_zero = self._quantized(x)
         patches = self._patches(codes, a_zero)
         weight, scale = self._int8()

@@ -217,7 +217,8 @@ class QuantizedLayer:
     def bytes(self) -> int:
         """Codes, scales, smoothing and branch on disk."""
         width = self.codes.shape[1]
-        if self.scheme.weight_bits == 4:  # the last group is filled up
+        if self.scheme.weight_bits == 4 and self.layer.kind == "linear":
+            # MatMulNBits has whole groups: the last one is filled up.
             width = self.scales.shape[1] * self.group
         size: int = len(self.codes) * width * self.scheme.weight_bits // 8 + self.scales.nbytes
         for part in (self.smooth, self.down, self.up):

@@ -19,6 +19,28 @@ if TYPE_CHECKING:
 _OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate", "out of memory")
 
 
+def session_options(threads: int = 0) -> onnxruntime.SessionOptions:
+    """How every session of edgesd runs, on boards and where graphs are checked.
+
+    threads: per operator; 0 lets ONNX Runtime take all physical cores.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # The static reuse plan keeps the down path's large buffers alive until the up path: without
+    # it the arena reuses them at run time, at equal speed and a quarter less peak memory.
+    options.enable_mem_pattern = False
+    options.enable_mem_reuse = False
+    # Without VNNI, sums of u8 x s8 products saturate in 16 bits: take the exact way there.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    # Weights behind a DequantizeLinear are folded once; else they would be computed in every run.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.log_severity_level = 4  # failures are raised, too
+    return options
+
+
 class OnnxRuntimeRunner(BoundRunner):
     """An ONNX session whose inputs and outputs live in numpy arrays, without a copy per run.
 
@@ -35,16 +57,7 @@ class OnnxRuntimeRunner(BoundRunner):
                 f"onnxruntime can't be imported ({exc}): pip install onnxruntime"
             ) from exc
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # The static reuse plan keeps the down path's large buffers alive until the up path: without
-        # it the arena reuses them at run time, at equal speed and a quarter less peak memory.
-        options.enable_mem_pattern = False
-        options.enable_mem_reuse = False
-        # Without VNNI, sums of u8 x s8 products saturate in 16 bits: take the exact way there.
-        options.add_session_config_entry("session.x64quantprecision", "1")
-        options.log_severity_level = 4  # failures are raised, too
+        options = session_options(threads)
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(graph.folder)
         )
