@@ -39,18 +39,23 @@ def draw(
     progress: Progress | None = None,
     together: bool = False,
 ) -> list[Image.Image]:
-    """The pictures of all requests, one by one, as `edgesd generate` does.
+    """The pictures of all requests, one by one, as `edgesd generate` does; of a bundle with a fixed
+    number of rows as many at a time as these make.
 
     together: several at a time where they are small, which is faster. Pictures that are drawn
     together share the ranges of dynamically quantized activations: figures would be worse.
     """
     shape = pipeline.spec.shape
     batch = 1
-    if together and shape.dynamic:
+    if not shape.dynamic:
+        batch = pipeline.pictures_per_run(requests[0]) if requests else 1
+    elif together:
         batch = max(1, min(_MAX_BATCH, _BATCH_PIXELS // (shape.height * shape.width)))
     pictures: list[Image.Image] = []
     for start in range(0, len(requests), batch):
-        pictures += pipeline.generate(requests[start : start + batch])
+        group = list(requests[start : start + batch])
+        filled = group if shape.dynamic else group + group[-1:] * (batch - len(group))
+        pictures += pipeline.generate(filled)[: len(group)]
         if progress:
             progress(len(pictures), len(requests))
     return pictures

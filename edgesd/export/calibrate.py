@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -35,7 +36,7 @@ from edgesd.runtime.denoise import Conditioning, denoise
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.schedulers import create_scheduler
 from edgesd.runtime.tokenizer import PromptTokenizer
-from edgesd.spec import CalibrationSpec
+from edgesd.spec import CalibrationSpec, ComponentSpec
 
 Float = npt.NDArray[np.float32]
 
@@ -435,6 +436,17 @@ def _run_unet(
     )
 
 
+def _any_rows(spec: ComponentSpec) -> ComponentSpec:
+    """The source takes any number of rows, also where its graph is to have a fixed one."""
+    inputs = tuple(
+        msgspec.structs.replace(tensor, shape=("batch", *tensor.shape[1:]))
+        if len(tensor.shape) > 1
+        else tensor
+        for tensor in spec.inputs
+    )
+    return msgspec.structs.replace(spec, inputs=inputs)
+
+
 def _record_stage(
     folder: Path,
     component: Component,
@@ -459,7 +471,7 @@ def _record_stage(
     count = len(labels)
     saved = time.monotonic()
     try:
-        with TorchRunner(component.spec, module) as runner:
+        with TorchRunner(_any_rows(component.spec), module) as runner:
             for index in range(done, count):
                 report(component.name, index, count)
                 outputs.append(run(runner, index, recorder))

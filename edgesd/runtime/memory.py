@@ -9,8 +9,18 @@ from pathlib import Path
 from edgesd.cgroup import memory_groups
 
 
-def peak_bytes() -> int:
-    """Largest resident set of this process so far (getrusage(2): ru_maxrss, in KiB on Linux)."""
+def peak_bytes(root: Path = Path("/")) -> int:
+    """Largest resident set of this process so far: VmHWM of proc(5).
+
+    Where that can't be read, ru_maxrss of getrusage(2), which counts what the process was before
+    it called execve(2), too: a fork of a large one.
+    """
+    try:
+        text = (root / "proc/self/status").read_text()
+    except OSError:
+        text = ""
+    if match := re.search(r"^VmHWM:\s*(\d+) kB", text, re.MULTILINE):
+        return int(match[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -278,3 +278,22 @@ def test_killed_twenty_times_the_bytes_are_the_same(work: Path, tmp_path: Path) 
             assert graphs() == wanted
     subprocess.run(command, check=True)
     assert graphs() == wanted
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_fixed_size_is_calibrated_and_measured(rows: int, work: Path, tmp_path: Path) -> None:
+    """One row: guidance one half after the other. Three: three pictures at a time."""
+    out = tmp_path / "bundle"
+    bundle = build(
+        DEMO,
+        "x86-64-cpu",
+        "w8a8",
+        out,
+        size=(64, 64),
+        batch=rows,
+        quantization=options(work, method="rtn"),
+    ).bundle
+    assert bundle.manifest.pipeline.shape.batch == rows
+    assert bundle.manifest.quality is not None
+    assert len(bundle.manifest.quality.pictures) == len(PROMPTS)
+    assert bundle.manifest.quality.psnr_min > 20

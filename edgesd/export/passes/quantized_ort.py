@@ -178,8 +178,8 @@ class _Lowering(LayerLowering):
             self.const("codes", codes, ir.DataType.INT4 if four else ir.DataType.INT8),
             self._half("scales", scales),
         ]
-        block = {"block_size": self.q.group} if four else {}
-        return self.op("DequantizeLinear", values, axis=axis, **block)
+        attributes = {"axis": axis, "block_size": self.q.group} if four else {"axis": axis}
+        return self.ops("DequantizeLinear", values, attributes)[0]
 
     def _matrix(self) -> ir.Value:
         """The weight [K, N] of a linear in fp32."""
