@@ -13,16 +13,20 @@ import msgspec
 
 from edgesd.errors import UsageError, unknown_name
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of `bundle.json`. A reader refuses a newer one; it is raised on any change of meaning.
 
-2: `recipe` and `quality`, both optional; a file of version 1 is read as one without them.
+2: `recipe` and `quality`, both optional; a file of version 1 is read as one without them. 3: the
+same for an engine's `checked`.
 """
 
 Precision = str
 """fp32, fp16, or a quantization scheme in canonical form: w4a8-g64-lr32 (`parse_scheme`)."""
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "w8a16", "w8a8", "w4a16", "w4a8", "w4a4")
 """The number formats, without group and rank."""
+
+TENSORRT_PRECISIONS: tuple[Precision, ...] = PRECISIONS[:-1]
+"""Those that TensorRT has: w4a4 is only simulated."""
 
 Dim = int | str
 """A fixed size, or the name of a symbolic one: batch, height, width (in the tensor's own unit)."""
@@ -337,7 +341,11 @@ class Target(Spec, frozen=True):
 
 
 class Engine(Spec, frozen=True):
-    """What a runner loads for one component. `built_for`: backend-specific environment or None."""
+    """What a runner loads for one component.
+
+    built_for: the backend-specific environment that it runs in, or None. checked: what a compiler
+    made of it where it was built, which says nothing of the board: "built for sm_86 by ...".
+    """
 
     component: str
     path: str
@@ -345,6 +353,7 @@ class Engine(Spec, frozen=True):
     precision: Precision
     parity: Parity
     built_for: str | None = None
+    checked: str | None = None
 
 
 class FileEntry(Spec, frozen=True):

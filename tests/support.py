@@ -224,7 +224,12 @@ def _write_tokenizer(folder: Path) -> None:
     )
 
 
-def write_bundle(root: Path, target: str = "x86-64-cpu", arch: str = "x86_64") -> Bundle:
+def write_bundle(
+    root: Path,
+    target: str = "x86-64-cpu",
+    arch: str = "x86_64",
+    backend: str = "onnxruntime",
+) -> Bundle:
     """Write the miniature pipeline as a bundle to the new folder `root`."""
     root.mkdir(parents=True)
     _write_graphs(root)
@@ -236,11 +241,11 @@ def write_bundle(root: Path, target: str = "x86-64-cpu", arch: str = "x86_64") -
         name="miniature",
         target=target,
         arch=arch,
-        backend="onnxruntime",
+        backend=backend,
         precision="fp32",
         pipeline=spec,
         engines={
-            name: Engine(name, f"{name}/model.onnx", "onnxruntime", "fp32", Parity(0.0, 0.0, 1e-4))
+            name: Engine(name, f"{name}/model.onnx", backend, "fp32", Parity(0.0, 0.0, 1e-4))
             for name in spec.components
         },
         licence=Licence("CC0-1.0", ("LICENSE",)),

@@ -6,23 +6,26 @@ import hashlib
 import logging
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 import edgesd
 from edgesd.build.quantized import QuantizedBuild, QuantOptions, cache_folder
 from edgesd.device.detect import detect_machine, explain_machine, runnable_targets
 from edgesd.device.targets import check_memory, check_request, get_target
-from edgesd.engines import BACKENDS
+from edgesd.engines import BACKENDS, onnxruntime, tensorrt
 from edgesd.engines.bundle import file_entries, pack_bundle, write_manifest
 from edgesd.errors import BundleError, InputError, TargetError
-from edgesd.files import atomic_dir, check_writable, private_folder
+from edgesd.files import atomic_dir, atomic_write, check_writable, private_folder
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
 from edgesd.spec import (
     SCHEMA_VERSION,
     BundleManifest,
     GraphSet,
+    PipelineSpec,
     Precision,
     Quality,
     Target,
@@ -54,6 +57,17 @@ _BYTES_PER_WEIGHT = {
     **dict.fromkeys(("w8a8", "w4a8"), 1.1),
 }
 """In memory, on CPUs: all but 8-bit activations compute in fp32, in convolutions at least."""
+
+
+_BYTES_ON_GPU = {
+    "fp32": 4.0,
+    **dict.fromkeys(("fp16", "w8a16", "w4a16", "w4a4"), 2.0),
+    **dict.fromkeys(("w8a8", "w4a8"), 1.1),
+}
+"""The same in a TensorRT plan, where codes of 16-bit activations may become fp16 weights."""
+
+
+_FIRST_RUN = "TensorRT's plans are built on the board, on the first run or by `edgesd finalize`"
 
 
 @dataclass(frozen=True)
@@ -118,14 +132,17 @@ def build(
     batch: int = 1,
     progress: Progress | None = None,
     quantization: QuantOptions | None = None,
+    backend: str | None = None,
 ) -> Built:
     """Export `model`, check it against its source, and write the bundle `out`.
 
     model: "demo", a diffusers folder, or a hub id. size: (width, height) in pixels for static
-    graphs, whose denoiser takes `batch` rows; None exports graphs for any size and batch.
-    scheduler: the bundle's default sampler, if not the model's own. An `out` that ends in `.edgesd`
-    is the one-file form. quantization: for a precision that is a scheme. Nothing is left at `out`
-    on an error: UsageError, InputError, TargetError, ParityError, QualityError, ResourceError.
+    graphs, whose denoiser takes `batch` rows; None exports graphs for any size and batch (of
+    TensorRT: for one picture of the model's own size). scheduler: the bundle's default sampler, if
+    not the model's own. An `out` that ends in `.edgesd` is the one-file form. quantization: for a
+    precision that is a scheme. backend: whose graphs to make; None takes the target's best. Nothing
+    is left at `out` on an error: UsageError, InputError, TargetError, ParityError, QualityError,
+    ResourceError.
     """
     from edgesd.export.pipeline import export_pipeline, plan_pipeline, require_build_tools
     from edgesd.export.source import resolve_source
@@ -133,35 +150,44 @@ def build(
     number_format(precision)
     require_build_tools()
     target = get_target(target_name)
-    backend, note = _backend(target)
+    backend = backend or target.backends[0]
     check_request(target, precision, backend)
     one_file = out.suffix == SUFFIX
     if out.exists() or out.resolve().exists():
         raise InputError(f"{out} exists already: remove it, or choose another -o")
     source = resolve_source(str(demo_model()) if model == DEMO else model)
     largest = max(source.parameters(component) for component in source.family.weights)
-    needed = RUNTIME_BYTES + int(_BYTES_PER_WEIGHT[number_format(precision)] * largest)
+    table = _BYTES_ON_GPU if backend == tensorrt.BACKEND else _BYTES_PER_WEIGHT
+    needed = RUNTIME_BYTES + int(table[number_format(precision)] * largest)
     check_memory(target, needed, f"{model} in {precision}")
     plan = plan_pipeline(source, size, scheduler, batch)
+    if backend == tensorrt.BACKEND and plan.pipeline.shape.dynamic:
+        plan = plan_pipeline(source, *_fixed(plan.pipeline, scheduler))
     check_writable(out)
     writer = _Writer(_name(model), target, backend)
     reference: Bundle | None = None
     with private_folder(out) if one_file else atomic_dir(out) as root:
         if precision in ("fp32", "fp16"):
-            graphs = export_pipeline(source, plan, root, precision, progress=progress)
+            graphs = export_pipeline(
+                source, plan, root, precision, backend=backend, progress=progress
+            )
             writer.write(root, graphs)
         else:
             options = quantization or QuantOptions()
             work = options.work or cache_folder()
-            reference = _reference(writer, source, plan, work, progress)
+            drawing = replace(writer, backend=onnxruntime.BACKEND)
+            reference = _reference(drawing, source, plan, work, progress)
             scheme = parse_scheme(precision)
             QuantizedBuild(
-                source, plan, reference, scheme, options, root, work, writer.write, progress
+                source, plan, reference, scheme, options, root, work, writer, progress
             ).run()
+        if backend == tensorrt.BACKEND:
+            _check_engines(root, target, progress)
         if progress:
             progress("write", "bundle")
         if one_file:
             pack_bundle(open_bundle(root), out)
+    note = _FIRST_RUN if backend == tensorrt.BACKEND else None
     return Built(open_bundle(out), out, note, reference)
 
 
@@ -176,6 +202,9 @@ class _Writer:
     def write(self, root: Path, graphs: GraphSet, quality: Quality | None = None) -> None:
         """Write the manifest of what is in `root` now."""
         engines = {name: BACKENDS[self.backend](graph) for name, graph in graphs.graphs.items()}
+        if self.backend == tensorrt.BACKEND:
+            with atomic_write(root / tensorrt.SCRIPT) as file:
+                file.write(tensorrt.trtexec_script(engines).encode())
         manifest = BundleManifest(
             schema_version=SCHEMA_VERSION,
             name=self.name,
@@ -196,6 +225,19 @@ class _Writer:
             quality=quality,
         )
         write_manifest(root, manifest)
+
+
+def _check_engines(root: Path, target: Target, progress: Progress | None) -> None:
+    """Lint the graphs in `root`, build them by TensorRT-RTX where it is, and note what was done."""
+    manifest = open_bundle(root).manifest
+    sm = next((name for name in target.capabilities if name.startswith("sm_")), None)
+    engines = {}
+    for name, engine in manifest.engines.items():
+        if progress:
+            progress("compile", name)
+        checked = tensorrt.check_engine(root / engine.path, name, sm)
+        engines[name] = msgspec.structs.replace(engine, checked=checked)
+    write_manifest(root, msgspec.structs.replace(manifest, engines=engines))
 
 
 def _reference(
@@ -219,17 +261,14 @@ def _reference(
     return open_bundle(path)
 
 
-def _backend(target: Target) -> tuple[str, str | None]:
-    """The target's best backend that this version builds for, and what to say of it."""
-    for backend in target.backends:
-        if backend in BACKENDS:
-            if backend == target.backends[0]:
-                return backend, None
-            return backend, (
-                f"this version builds no {target.backends[0]} engines yet: the bundle runs on the "
-                f"CPU cores of {target.name}, by {backend}"
-            )
-    raise TargetError(
-        f"{target.name} takes {', '.join(target.backends)}; this version builds for "
-        f"{', '.join(BACKENDS)}"
-    )
+def _fixed(
+    pipeline: PipelineSpec, scheduler: str | None
+) -> tuple[tuple[int, int], str | None, int]:
+    """Size, scheduler and rows of the same pipeline with fixed shapes: its own size, one picture.
+
+    A plan of fixed shapes needs least memory, to be built and to run.
+    """
+    guided = pipeline.guidance_scale > 1
+    distilled = pipeline.components["unet"].input("timestep_cond") is not None
+    shape = pipeline.shape
+    return (shape.width, shape.height), scheduler, 2 if guided and not distilled else 1

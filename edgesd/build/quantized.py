@@ -14,10 +14,10 @@ import math
 import os
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -105,11 +105,21 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(base) / "edgesd"
 
 
+class ManifestWriter(Protocol):
+    """Makes a manifest of what is in a folder now, and writes it there, for one backend."""
+
+    @property
+    def backend(self) -> str:
+        """Whose engines the manifest names."""
+
+    def write(self, root: Path, graphs: GraphSet, quality: Quality | None = None) -> None: ...
+
+
 class QuantizedBuild:
     """One quantized bundle in the making. `root` gets the bundle's files.
 
     reference: the fp32 bundle (a folder) of the same source and plan. work: folder for what is kept
-    between runs. write_manifest: makes a manifest of what is in a folder now, and writes it there.
+    between runs. writer: makes manifests, and knows whose graphs are wanted.
     """
 
     def __init__(
@@ -121,11 +131,12 @@ class QuantizedBuild:
         options: QuantOptions,
         root: Path,
         work: Path,
-        write_manifest: Callable[[Path, GraphSet, Quality | None], None],
+        writer: ManifestWriter,
         progress: Progress | None,
     ) -> None:
         from edgesd.build import prompts
         from edgesd.evaluate.perceptual import open_perceptual
+        from edgesd.export.backends import needs_static_ranges
         from edgesd.export.quantize.assign import planned
         from edgesd.export.quantize.quantize import Method
 
@@ -133,9 +144,10 @@ class QuantizedBuild:
             raise UsageError(f"unknown method {options.method!r}: valid: {', '.join(METHODS)}")
         self.source, self.plan, self.reference = source, plan, reference
         self.scheme, self.options, self.root, self.work = scheme, options, root, work
-        self._write_manifest = write_manifest
+        self._write_manifest, self.backend = writer.write, writer.backend
         self.report = progress or (lambda stage, component: None)
-        self.method = Method(options.method, options.static)
+        static = options.static or needs_static_ranges(self.backend)
+        self.method = Method(options.method, static)
         calibration = options.calibration_prompts or source.prompts("calibration")
         self.calibration_prompts = calibration or prompts.CALIBRATION
         self.calibration_steps = options.steps or plan.pipeline.num_inference_steps
@@ -254,7 +266,7 @@ class QuantizedBuild:
                 self.report(f"calibrate {done + 1}/{total}", component)
 
         calibration = calibrate(self.plan, list(nodes), how, tokenizer, folder, progress)
-        return LayerStore(graphs, nodes, calibration, self.method, self.work)
+        return LayerStore(graphs, nodes, calibration, self.method, self.work, self.backend)
 
     # Writing.
 

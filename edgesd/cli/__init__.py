@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from edgesd import __version__
-from edgesd.cli import build, demo, generate, inspect, pack, report, targets
+from edgesd.cli import build, demo, finalize, generate, inspect, pack, report, targets
 from edgesd.cli.common import fail
 
 
@@ -29,6 +29,7 @@ def cli(debug: bool) -> None:
 for command in (
     build.build_command,
     generate.generate_command,
+    finalize.finalize_command,
     demo.demo_command,
     inspect.inspect_command,
     pack.pack_command,

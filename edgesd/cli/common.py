@@ -142,6 +142,19 @@ class Reporter:
             click.echo(f"{name}: {done}/{total} {note}".rstrip(), err=True)
 
 
+def plan_progress(reporter: Reporter) -> Callable[[str, str, int, int], None]:
+    """Shows the phases of building plans, each component's first one as a line."""
+    begun: set[str] = set()
+
+    def progress(component: str, phase: str, done: int, total: int) -> None:
+        if component not in begun:
+            begun.add(component)
+            reporter.line(f"building the plan of {component} for this machine, once: minutes")
+        reporter.update(f"{component}: {phase}", done, total)
+
+    return progress
+
+
 def fail(error: BaseException, debug: bool) -> int:
     """Print what went wrong as one line (the traceback first, with --debug); the exit status."""
     if debug:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
-from edgesd.cli.common import Reporter, Size, json_option, print_json, printable
+from edgesd.cli.common import (
+    Reporter,
+    Size,
+    json_option,
+    plan_progress,
+    print_json,
+    printable,
+)
 
 if TYPE_CHECKING:
     from edgesd.runtime.denoise import GuidanceMode, Step
@@ -93,6 +100,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="CPU threads; 0 takes all cores.",
 )
+@click.option(
+    "--no-fallback",
+    is_flag=True,
+    help="Fail where TensorRT can't run the bundle, instead of drawing on the CPU.",
+)
 @click.option("--any-machine", is_flag=True, help="Run a bundle that was built for another board.")
 @json_option
 def generate_command(
@@ -112,14 +124,16 @@ def generate_command(
     low_memory: bool | None,
     guidance_mode: GuidanceMode | None,
     threads: int,
+    no_fallback: bool,
     any_machine: bool,
     as_json: bool,
 ) -> None:
     """Draw pictures with BUNDLE (a folder, or a .edgesd file)."""
     from edgesd.device.detect import check_machine, detect_machine
+    from edgesd.engines.plans import Plans, plans_folder
     from edgesd.runtime.bundle import open_bundle
     from edgesd.runtime.pictures import expand_requests, read_prompts
-    from edgesd.runtime.pipeline import Pipeline, Request, Settings
+    from edgesd.runtime.pipeline import DRAWING, Pipeline, Request, Settings
 
     texts = list(prompts)
     if prompt_file:
@@ -143,7 +157,9 @@ def generate_command(
         width=width,
         scheduler=scheduler,
     )
-    settings = Settings(threads, low_memory, guidance_mode)
+    reporter = Reporter(quiet=as_json)
+    plans = Plans(opened, plans_folder(), plan_progress(reporter), DRAWING)
+    settings = Settings(threads, low_memory, guidance_mode, plans, not no_fallback)
     with Pipeline(opened, settings) as pipeline:
         draw(
             pipeline,
@@ -152,6 +168,7 @@ def generate_command(
             batch=batch,
             preview_every=preview,
             as_json=as_json,
+            reporter=reporter,
         )
 
 
@@ -162,14 +179,22 @@ def draw(
     batch: int = 1,
     preview_every: int = 0,
     as_json: bool = False,
+    reporter: Reporter | None = None,
 ) -> list[Picture]:
     """Make and write `requests`, showing each step and, at the end, the files and the times."""
     from edgesd.runtime.pictures import make_pictures
 
-    reporter = Reporter(quiet=as_json)
+    reporter = reporter or Reporter(quiet=as_json)
     warned: set[str] = set()
 
+    def warn_of_fallbacks() -> None:
+        for reason in pipeline.fallbacks.values():
+            if reason not in warned:
+                warned.add(reason)
+                reporter.warn(f"{reason}; drawing on the CPU instead, by ONNX Runtime")
+
     def on_step(first: int, step: Step) -> None:
+        warn_of_fallbacks()
         for prompt, cut in pipeline.truncations.items():
             if prompt not in warned:
                 warned.add(prompt)
@@ -188,6 +213,7 @@ def draw(
 
     with reporter.bar():
         made = make_pictures(pipeline, requests, output, batch, preview_every, on_step, on_picture)
+    warn_of_fallbacks()
     timings = pipeline.timings
     if as_json:
         print_json(
@@ -202,6 +228,7 @@ def draw(
                 "total_seconds": timings.total,
                 "peak_memory_bytes": timings.peak_memory_bytes,
                 "low_memory": pipeline.low_memory,
+                "fallbacks": pipeline.fallbacks,
                 "truncated": {prompt: cut.text for prompt, cut in pipeline.truncations.items()},
             }
         )

@@ -10,7 +10,7 @@ import resource
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from edgesd.errors import InputError, MissingDependencyError
 from edgesd.export.families import Component, Plan
@@ -41,7 +41,7 @@ def export_pipeline(
     out_dir: Path,
     precision: Precision = "fp32",
     *,
-    attention: Literal["ort-mha", "sdpa"] = "ort-mha",
+    backend: str = "onnxruntime",
     progress: Progress | None = None,
 ) -> GraphSet:
     """Export all components of `source`, as planned, to the new (or empty) folder `out_dir`.
@@ -49,8 +49,8 @@ def export_pipeline(
     Writes COMPONENT/model.onnx and weights.bin for each component, tokenizer/tokenizer.json and
     tokenizer_spec.json, and licence/. One component is in memory at a time.
 
-    precision: "fp16" stores weights in 16 bits; inputs, outputs and arithmetic stay in fp32.
-    attention: "ort-mha" for ONNX Runtime's fused operator, "sdpa" for standard ONNX operators.
+    precision: "fp16" stores weights in 16 bits; inputs and outputs stay in fp32. backend: whose
+    graphs to make (`backends`): for ONNX Runtime arithmetic stays in fp32, too.
 
     Raises InputError for a model that can't be read, ParityError when a graph differs from its
     source, ResourceError when the disk is full, EdgesdError when the exporter fails,
@@ -69,7 +69,7 @@ def export_pipeline(
         )
         assets += [f"tokenizer/{name}" for name in names]
         for component in plan.components:
-            graphs[component.name] = _export(component, root, precision, attention, report)
+            graphs[component.name] = _export(component, root, precision, backend, report)
     return GraphSet(
         root=str(out_dir),
         pipeline=plan.pipeline,
@@ -109,14 +109,14 @@ def _export(
     component: Component,
     root: Path,
     precision: Precision,
-    attention: Literal["ort-mha", "sdpa"],
+    backend: str,
     report: Progress,
 ) -> Graph:
     from edgesd.export.external_data import GRAPH_FILE
     from edgesd.export.parity import check_parity
 
     start = time.perf_counter()
-    cases = _write_graph(component, root / component.name, precision, attention, report)
+    cases = _write_graph(component, root / component.name, precision, backend, report)
     gc.collect()  # the module is in reference cycles: free it before the graph is loaded
     report("check", component.name)
     path = f"{component.name}/{GRAPH_FILE}"
@@ -135,25 +135,21 @@ def _write_graph(
     component: Component,
     folder: Path,
     precision: Precision,
-    attention: Literal["ort-mha", "sdpa"],
+    backend: str,
     report: Progress,
 ) -> list[Case]:
     """Write one component; returns what its source computes, taken before it was changed."""
+    from edgesd.export.backends import lower
     from edgesd.export.external_data import write_model
     from edgesd.export.parity import reference_cases
-    from edgesd.export.passes.fp16_weights import Fp16Weights
     from edgesd.export.to_onnx import graph_from_module
 
     report("load", component.name)
     module = component.load()
     cases = reference_cases(module, component)
     report("export", component.name)
-    model = graph_from_module(module, component, attention)
-    if precision == "fp16":
-        half = Fp16Weights()
-        half(model)
-        for name in half.kept:
-            _log.warning("%s: %s exceeds fp16 and stays in fp32", component.name, name)
+    model = graph_from_module(module, component, "ort-mha")
+    lower(model, precision, backend)
     write_model(model, folder)
     return cases
 

@@ -6,13 +6,20 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from edgesd.errors import BundleError, ResourceError, TargetError, UsageError
+from edgesd.errors import (
+    BundleError,
+    EdgesdError,
+    ResourceError,
+    TargetError,
+    UsageError,
+)
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
 from edgesd.runtime.memory import available_bytes, peak_bytes
@@ -20,7 +27,7 @@ from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.runners import Runner
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
 from edgesd.runtime.tokenizer import PromptTokenizer, Truncation, check_prompt
-from edgesd.spec import LayerRecipe, number_format, parse_scheme
+from edgesd.spec import ComponentSpec, LayerRecipe, number_format, parse_scheme
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +36,7 @@ if TYPE_CHECKING:
 Float = npt.NDArray[np.float32]
 
 _FAMILIES = ("sd",)
-_NEEDED = ("text_encoder", "unet", "vae_decoder")
+DRAWING = ("text_encoder", "unet", "vae_decoder")
 _MAX_GUIDANCE = 1000
 _HEADROOM_BYTES = 64 << 20
 
@@ -55,12 +62,16 @@ class Request:
 class Settings:
     """How to run. low_memory, guidance_mode: None decides by the memory that is free.
 
-    threads: per operator, 0 for all cores.
+    threads: per operator, 0 for all cores. plan_of: component -> its plan for TensorRT on this
+    machine, built if need be (engines.plans). fallback: a bundle for TensorRT is drawn on the CPU
+    where there is no plan, or it fails.
     """
 
     threads: int = 0
     low_memory: bool | None = None
     guidance_mode: GuidanceMode | None = None
+    plan_of: Callable[[str], Path] | None = None
+    fallback: bool = True
 
 
 @dataclass
@@ -85,7 +96,8 @@ class Pipeline:
     """A bundle's networks, loaded when first needed. A context manager: leaving it frees them.
 
     Components stay loaded between pictures unless memory is short, when each is released after
-    its use. `truncations` tells of every prompt what was cut.
+    its use. `truncations` tells of every prompt what was cut; `fallbacks` of every component that
+    runs on the CPU instead of TensorRT why.
     """
 
     def __init__(self, bundle: Bundle, settings: Settings | None = None) -> None:
@@ -97,12 +109,13 @@ class Pipeline:
                 f"{bundle.path} holds a pipeline of the family {self.spec.family!r}; this version "
                 f"draws with: {', '.join(_FAMILIES)}"
             )
-        for component in _NEEDED:
+        for component in DRAWING:
             if component not in self.spec.components:
                 raise BundleError(f"{bundle.path} has no {component}: build the bundle again")
         _check_precisions(bundle)
         self.timings = Timings()
         self.truncations: dict[str, Truncation] = {}
+        self.fallbacks: dict[str, str] = {}
         self._runners: dict[str, Runner] = {}
         self._embeddings: dict[str, Float] = {}
         self._schedules: set[tuple[str | None, int | None]] = set()
@@ -178,6 +191,11 @@ class Pipeline:
                 ": change --batch or --guidance-mode"
             )
         return fits[-1] if self.low_memory else fits[0]
+
+    def pictures_per_run(self, request: Request) -> int:
+        """Pictures like `request` that a bundle with a fixed number of rows draws at a time."""
+        rows = self.spec.shape.batch
+        return rows // 2 if self._guided(self.complete(request)) and rows % 2 == 0 else rows
 
     def generate(
         self, requests: Sequence[Request], on_step: Listener | None = None
@@ -326,19 +344,32 @@ class Pipeline:
         return self._runners[component]
 
     def _open_runner(self, component: str) -> Runner:
-        engine = self.bundle.manifest.engines[component]
-        if engine.backend == "onnxruntime":
-            from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
-
-            return OnnxRuntimeRunner(
-                self.spec.components[component],
-                self.bundle.graph_file(component),
-                self.settings.threads,
+        engine, spec = self.bundle.manifest.engines[component], self.spec.components[component]
+        if engine.backend == "tensorrt":
+            try:
+                return self._tensorrt_runner(component, spec)
+            except EdgesdError as exc:
+                if not self.settings.fallback or isinstance(exc, BundleError):
+                    raise
+                self.fallbacks[component] = str(exc)
+        elif engine.backend != "onnxruntime":
+            raise TargetError(
+                f"{component} was built for the backend {engine.backend!r}; this version runs: "
+                "onnxruntime, tensorrt"
             )
-        raise TargetError(
-            f"{component} was built for the backend {engine.backend!r}; this version runs: "
-            "onnxruntime"
-        )
+        # Graphs for TensorRT are of standard operators, which ONNX Runtime has, too.
+        from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
+
+        return OnnxRuntimeRunner(spec, self.bundle.graph_file(component), self.settings.threads)
+
+    def _tensorrt_runner(self, component: str, spec: ComponentSpec) -> Runner:
+        if self.settings.plan_of is None:
+            raise TargetError("there are no plans for TensorRT")
+        plan = self.settings.plan_of(component)
+        from edgesd.runtime.device_memory import open_device_memory
+        from edgesd.runtime.runners.tensorrt import TensorRtRunner
+
+        return TensorRtRunner(spec, plan.read_bytes(), open_device_memory())
 
     def _release(self, component: str) -> None:
         if self.low_memory and component in self._runners:
@@ -366,7 +397,7 @@ class Pipeline:
 
     def _short_of_memory(self) -> bool:
         available = available_bytes()
-        needed = sum(map(self._loaded_bytes, _NEEDED))
+        needed = sum(map(self._loaded_bytes, DRAWING))
         return available is not None and 2 * needed > available
 
     def _guided(self, request: Request) -> bool:

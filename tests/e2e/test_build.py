@@ -94,8 +94,12 @@ def test_build_for_a_board_in_one_file(tmp_path: Path) -> None:
         "-o", out,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert "no tensorrt engines yet" in outcome.out
+    assert "plans are built on the board" in outcome.out
     bundle = open_bundle(out)
+    assert bundle.manifest.backend == "tensorrt"
+    for name, engine in bundle.manifest.engines.items():
+        assert engine.checked and engine.checked.startswith(("passed", "built for sm_86 by")), name
+    assert b"--onnx=unet/model.onnx" in bundle.read("trtexec.sh")
     assert bundle.manifest.target == "jetson-orin-nano-4gb"
     assert bundle.manifest.precision == "fp16"
     assert not bundle.manifest.pipeline.shape.dynamic

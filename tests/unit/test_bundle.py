@@ -185,7 +185,7 @@ def forge(folder: Path, **changes: object) -> None:
 
 def test_newer_schema_is_refused_even_with_unknown_fields(folder: Path) -> None:
     forge(folder, schema_version=SCHEMA_VERSION + 1, novelty=True)
-    with pytest.raises(BundleError, match=r"schema version 3.*upgrade edgesd"):
+    with pytest.raises(BundleError, match=r"schema version 4.*upgrade edgesd"):
         open_bundle(folder)
 
 

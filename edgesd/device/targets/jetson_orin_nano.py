@@ -1,7 +1,7 @@
 """Jetson Orin Nano modules: six Cortex-A78AE, an Ampere GPU, memory shared between the two."""
 
 from edgesd.device.capabilities import GB
-from edgesd.spec import Target
+from edgesd.spec import TENSORRT_PRECISIONS, Target
 
 
 def _member(gigabytes: int, module_ids: tuple[str, ...]) -> Target:
@@ -10,6 +10,7 @@ def _member(gigabytes: int, module_ids: tuple[str, ...]) -> Target:
         title=f"Jetson Orin Nano {gigabytes} GB",
         arch="aarch64",
         backends=("tensorrt", "onnxruntime"),
+        precisions=TENSORRT_PRECISIONS,
         memory_bytes=gigabytes * GB,
         cpu_count=6,
         capabilities=("dotprod", "fp16_arithmetic", "sm_87"),

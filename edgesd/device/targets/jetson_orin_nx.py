@@ -1,7 +1,7 @@
 """Jetson Orin NX modules: six or eight Cortex-A78AE, an Ampere GPU, shared memory."""
 
 from edgesd.device.capabilities import GB
-from edgesd.spec import Target
+from edgesd.spec import TENSORRT_PRECISIONS, Target
 
 
 def _member(gigabytes: int, cpu_count: int, module_ids: tuple[str, ...]) -> Target:
@@ -10,6 +10,7 @@ def _member(gigabytes: int, cpu_count: int, module_ids: tuple[str, ...]) -> Targ
         title=f"Jetson Orin NX {gigabytes} GB",
         arch="aarch64",
         backends=("tensorrt", "onnxruntime"),
+        precisions=TENSORRT_PRECISIONS,
         memory_bytes=gigabytes * GB,
         cpu_count=cpu_count,
         capabilities=("dotprod", "fp16_arithmetic", "sm_87"),

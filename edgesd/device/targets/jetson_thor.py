@@ -4,7 +4,7 @@ Unconfirmed until a board has been read: the CPU's capabilities and the model's 
 """
 
 from edgesd.device.capabilities import GB
-from edgesd.spec import Target
+from edgesd.spec import TENSORRT_PRECISIONS, Target
 
 TARGETS = (
     Target(
@@ -12,6 +12,7 @@ TARGETS = (
         title="Jetson AGX Thor 128 GB",
         arch="aarch64",
         backends=("tensorrt", "onnxruntime"),
+        precisions=TENSORRT_PRECISIONS,
         memory_bytes=128 * GB,
         cpu_count=14,
         capabilities=("bf16", "dotprod", "fp16_arithmetic", "i8mm", "sm_110"),

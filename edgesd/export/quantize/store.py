@@ -14,11 +14,10 @@ import onnx_ir as ir
 import torch
 
 from edgesd.errors import EdgesdError
+from edgesd.export.backends import ONNXRUNTIME, lower_quantized
 from edgesd.export.calibrate import Calibration
 from edgesd.export.external_data import GRAPH_FILE, write_model
-from edgesd.export.passes.fp16_weights import Fp16Weights
 from edgesd.export.passes.no_shapes import NoShapes
-from edgesd.export.passes.quantized_ort import QuantizedOrt
 from edgesd.export.quantize import quantize
 from edgesd.export.quantize.assign import Choice
 from edgesd.export.quantize.layers import (
@@ -50,8 +49,8 @@ class Summary:
 class LayerStore:
     """Quantizes layers of the fp32 graphs below `graphs`, each once; `folder` keeps them.
 
-    nodes: see `find_nodes`. What is in `folder` from an
-    interrupted run is taken as it is: its name says what it depends on.
+    nodes: see `find_nodes`. backend: whose graphs `quantized_model` makes. What is in `folder` from
+    an interrupted run is taken as it is: its name says what it depends on.
     """
 
     def __init__(
@@ -61,8 +60,10 @@ class LayerStore:
         calibration: Calibration,
         method: Method,
         folder: Path,
+        backend: str = ONNXRUNTIME,
     ) -> None:
         self.graphs, self.calibration, self.method = graphs, calibration, method
+        self.backend = backend
         self.layers = list(nodes)
         self._nodes = nodes
         self._summaries: dict[tuple[Layer, Scheme], Summary] = {}
@@ -104,8 +105,8 @@ class LayerStore:
         weights = [
             weight_of(self._nodes[layer]) for layer, choice in mine.items() if choice is None
         ]
-        Fp16Weights(only={weight.name for weight in weights if weight and weight.name})(model)
-        QuantizedOrt(layers, self.timesteps(component))(model)
+        half = {weight.name for weight in weights if weight and weight.name}
+        lower_quantized(model, layers, half, self.timesteps(component), self.backend)
         NoShapes()(model)
         return model
 

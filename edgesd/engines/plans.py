@@ -1,0 +1,171 @@
+"""Plans of a bundle on the machine that runs it: built once, kept in a folder, found again.
+
+A plan belongs to this GPU, this TensorRT and this JetPack, so it is no part of the bundle: its name
+hashes all of them with the graph. Beside it lies what its build came to, with its checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from edgesd.device.detect import detect_machine
+from edgesd.engines.tensorrt import (
+    BACKEND,
+    PLAN_SUFFIX,
+    BuildSpec,
+    Environment,
+    PlanReport,
+    build_plan,
+)
+from edgesd.errors import EdgesdError, MissingDependencyError, TargetError, UsageError
+from edgesd.files import atomic_write, private_folder, sha256_file
+from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.cuda import find_gpu
+from edgesd.spec import Spec
+
+MODULE = "tensorrt"
+
+_WORKSPACE_PART = 4
+"""A layer's workspace may take this part of the GPU's memory, which a Jetson shares."""
+
+Progress = Callable[[str, str, int, int], None]
+"""Told of a component, a phase of its build, steps done, and of how many."""
+
+
+class Plan(Spec, frozen=True):
+    """A plan in the folder. sha256: of its file; report: what its build came to."""
+
+    component: str
+    sha256: str
+    report: PlanReport
+
+
+def plans_folder() -> Path:
+    """EDGESD_PLANS, or edgesd/plans in the user's cache folder."""
+    given = os.environ.get("EDGESD_PLANS")
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(given) if given else Path(base) / "edgesd" / "plans"
+
+
+def environment_here() -> Environment:
+    """This machine's TensorRT, GPU and JetPack.
+
+    Raises TargetError without a driver or a GPU, MissingDependencyError without TensorRT. The
+    driver is asked first: without one TensorRT crashes.
+    """
+    gpu = find_gpu()
+    if isinstance(gpu, str):
+        raise TargetError(gpu)
+    try:
+        version = str(importlib.import_module(MODULE).__version__)
+    except ImportError as exc:
+        raise MissingDependencyError(
+            f"{MODULE} can't be imported ({exc}): it comes with JetPack (a virtual environment "
+            "needs --system-site-packages)"
+        ) from exc
+    return Environment(MODULE, version, gpu.sm, detect_machine().l4t)
+
+
+def prepare_plans(
+    bundle: Bundle,
+    folder: Path,
+    progress: Progress | None = None,
+    components: Iterable[str] | None = None,
+) -> dict[str, Path]:
+    """The plans of a bundle's components, those that `folder` lacks built first.
+
+    components: None for all. Raises UsageError for a bundle of another backend, TargetError and
+    MissingDependencyError as `environment_here`, what `build_plan` raises, BundleError when the
+    bundle was altered.
+    """
+    backend = bundle.manifest.backend
+    if backend != BACKEND:
+        raise UsageError(
+            f"{bundle.path} is a bundle for {backend}, which needs no plans: they are for bundles "
+            f"of {BACKEND}"
+        )
+    here = environment_here()
+    names = bundle.manifest.engines if components is None else components
+    return {name: _plan(bundle, name, here, folder, progress) for name in names}
+
+
+class Plans:
+    """`prepare_plans`, when the first plan is asked for: all are built before any is loaded.
+
+    What went wrong is raised again for every component, without another try.
+    """
+
+    def __init__(
+        self, bundle: Bundle, folder: Path, progress: Progress, components: Iterable[str]
+    ) -> None:
+        self._prepare = partial(prepare_plans, bundle, folder, progress, components)
+        self._found: dict[str, Path] | EdgesdError | None = None
+
+    def __call__(self, component: str) -> Path:
+        """The plan of a component. Raises what `prepare_plans` raises."""
+        if self._found is None:
+            try:
+                self._found = self._prepare()
+            except EdgesdError as exc:
+                self._found = exc
+        if isinstance(self._found, EdgesdError):
+            raise self._found
+        return self._found[component]
+
+
+def _plan(
+    bundle: Bundle, component: str, here: Environment, folder: Path, progress: Progress | None
+) -> Path:
+    spec = _spec(component)
+    path = folder / f"{_key(bundle, component, spec, here)}{PLAN_SUFFIX}"
+    if _is_whole(path):
+        return path
+
+    def step(phase: str, done: int, total: int) -> None:
+        if progress:
+            progress(component, phase, done, total)
+
+    graph = bundle.graph_file(component)
+    step("read", 0, 1)
+    with private_folder(path) as temporary:
+        model = temporary / "model.onnx"
+        model.write_bytes(graph.model)
+        report = build_plan(model, spec, temporary / "plan", step, graph.folder)
+        kept = Plan(component, sha256_file(temporary / "plan"), report)
+        (temporary / "plan").replace(path)
+    with atomic_write(path.with_suffix(".json")) as file:  # last: a plan without it is not whole
+        file.write(msgspec.json.encode(kept))
+    return path
+
+
+def _spec(component: str) -> BuildSpec:
+    gpu = find_gpu()
+    memory = 0 if isinstance(gpu, str) else gpu.memory_bytes
+    return BuildSpec(component, MODULE, workspace_bytes=memory // _WORKSPACE_PART or 1 << 30)
+
+
+def _key(bundle: Bundle, component: str, spec: BuildSpec, here: Environment) -> str:
+    """What a plan depends on: the graph's files (by the manifest's checksums), the spec, here."""
+    files = bundle.engine_files(bundle.manifest.engines[component])
+    sums = sorted((name, bundle.manifest.files[name].sha256) for name in files)
+    raw = msgspec.json.encode((sums, spec, here), order="deterministic")
+    return hashlib.sha256(raw).hexdigest()[:32]
+
+
+def read_plan(path: Path) -> Plan:
+    """What is known of the plan at `path`, which `prepare_plans` gave."""
+    return msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Plan)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return sha256_file(path) == read_plan(path).sha256
+    except (OSError, msgspec.MsgspecError):
+        return False

@@ -1,0 +1,137 @@
+"""Computes in 16 bits, for strongly typed compilers: every type stands in the graph.
+
+What goes in and out stays fp32, with a Cast at the boundary: a device's loop is the same for all
+precisions. What is computed from the timestep alone stays in fp32, too, until it is a sine and a
+cosine: 999 * frequency has no digits left in fp16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from edgesd.errors import EdgesdError
+from edgesd.export.passes import Pass
+from edgesd.export.passes.fp16_weights import MAX_HALF, half_tensor
+
+EXACT_INPUTS = ("timestep",)
+_LAST_EXACT = ("Sin", "Cos")
+"""Operators whose results fit fp16 again."""
+_FP32_INPUTS = {("Resize", 2)}
+"""Operators and their inputs that are fp32 whatever they compute in: the scales of a Resize."""
+
+
+class Fp16Compute(Pass):
+    """Every fp32 value of the graph becomes fp16, but for inputs, outputs and the timestep's phase.
+
+    exact: names of the inputs whose values keep fp32 up to the first Sin or Cos. Raises EdgesdError
+    for a weight beyond 65504, which fp16 can't hold, and for a graph that casts by itself.
+    """
+
+    def __init__(self, exact: Collection[str] = EXACT_INPUTS) -> None:
+        self.exact = exact
+
+    def requires(self, model: ir.Model) -> None:
+        """Every weight fits fp16, and all casts are this pass's own."""
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or tensor.dtype != ir.DataType.FLOAT or not tensor.size:
+                continue
+            largest = float(np.abs(tensor.numpy()).max())
+            if not largest <= MAX_HALF:
+                raise EdgesdError(
+                    f"{model.graph.name}: {name} holds {largest:.3g}, and fp16 ends at "
+                    f"{MAX_HALF:.0f}: build it in fp32"
+                )
+        for node in model.graph:
+            if node.op_type in ("Cast", "CastLike"):
+                raise EdgesdError(f"{model.graph.name}: {node.name} is a {node.op_type} already")
+
+    def call(self, model: ir.Model) -> bool:
+        """See the class."""
+        graph = model.graph
+        phase = self._phase(graph)
+        for value in list(graph.initializers.values()):
+            self._convert_weight(graph, value, phase)
+        for node in graph:
+            if node in phase:
+                continue
+            for out in node.outputs:
+                if out.dtype == ir.DataType.FLOAT:
+                    out.dtype = ir.DataType.FLOAT16
+        for value in list(graph.inputs):
+            if value.dtype == ir.DataType.FLOAT:
+                users = [(user, index) for user, index in value.uses() if user not in phase]
+                self._cast(graph, value, users, None)
+        for node in list(phase):
+            for out in node.outputs:
+                if out.dtype == ir.DataType.FLOAT:
+                    users = [(user, index) for user, index in out.uses() if user not in phase]
+                    self._cast(graph, out, users, node)
+        for index, value in enumerate(list(graph.outputs)):
+            if value.dtype == ir.DataType.FLOAT16:
+                self._cast_output(graph, index, value)
+        return True
+
+    def ensures(self, model: ir.Model) -> None:
+        """Inputs and outputs are of the types they were: no fp16."""
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            if value.dtype == ir.DataType.FLOAT16:
+                raise EdgesdError(f"{value.name} is fp16: expected fp32 at the boundary")
+
+    def _phase(self, graph: ir.Graph) -> dict[ir.Node, None]:
+        """The nodes from an exact input to the first sine or cosine, these included, in order."""
+        reached = {value for value in graph.inputs if value.name in self.exact}
+        found: dict[ir.Node, None] = {}
+        for node in graph:
+            if any(value in reached for value in node.inputs if value is not None):
+                found[node] = None
+                if node.op_type not in _LAST_EXACT:
+                    reached.update(node.outputs)
+        return found if any(node.op_type in _LAST_EXACT for node in found) else {}
+
+    def _convert_weight(self, graph: ir.Graph, value: ir.Value, phase: Collection[ir.Node]) -> None:
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT:
+            return
+        uses = list(value.uses())
+        exact = [user for user, at in uses if user in phase or (user.op_type, at) in _FP32_INPUTS]
+        if exact and len(exact) < len(uses):
+            raise EdgesdError(f"{value.name} is read in fp32 by {exact[0].name}, in fp16 by others")
+        if exact:
+            return
+        value.dtype = ir.DataType.FLOAT16
+        value.const_value = half_tensor(tensor, value.name or "")
+
+    def _cast(
+        self,
+        graph: ir.Graph,
+        value: ir.Value,
+        users: Sequence[tuple[ir.Node, int]],
+        after: ir.Node | None,
+    ) -> None:
+        if not users:
+            return
+        cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT16}, num_outputs=1)
+        cast.name = f"{value.name}/to_fp16"
+        out = cast.outputs[0]
+        out.name, out.shape = cast.name, value.shape
+        out.type = ir.TensorType(ir.DataType.FLOAT16)
+        for user, index in users:
+            user.replace_input_with(index, out)
+        if after is not None:
+            graph.insert_after(after, cast)
+        else:
+            graph.insert_before(graph[0], cast)
+
+    def _cast_output(self, graph: ir.Graph, index: int, value: ir.Value) -> None:
+        name = value.name
+        value.name = f"{name}/fp16"
+        cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, num_outputs=1)
+        cast.name = f"{name}/to_fp32"
+        out = cast.outputs[0]
+        out.name, out.shape, out.type = name, value.shape, ir.TensorType(ir.DataType.FLOAT)
+        graph.append(cast)
+        graph.outputs[index] = out

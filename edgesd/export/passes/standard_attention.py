@@ -1,0 +1,108 @@
+"""Writes fused attention out in standard operators, for compilers that fuse it themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from edgesd.errors import EdgesdError
+from edgesd.export.passes import Pass
+from edgesd.export.passes.lowering import Array, shared_constant
+
+MASKED = -1e4
+"""Added to a score that doesn't count: exact in fp16, and its exponential is 0 in fp32."""
+
+_DOMAIN, _OP = "com.microsoft", "MultiHeadAttention"
+
+
+class StandardAttention(Pass):
+    """Every MultiHeadAttention becomes softmax(scale query key^T) value in standard operators.
+
+    query, key, value [batch, n, heads * d] are split into heads by Reshape and Transpose. The query
+    is scaled before the product, so that scores of fp16 don't overflow. Where attention is causal,
+    the number of tokens must be fixed: the mask is a constant.
+    """
+
+    def requires(self, model: ir.Model) -> None:
+        """Widths of all inputs are known, and numbers of tokens where attention is causal."""
+        for node in _attentions(model):
+            for value in node.inputs[:3]:
+                if value is None or value.shape is None or not isinstance(value.shape[-1], int):
+                    raise EdgesdError(f"{node.name}: the width of its inputs isn't known")
+            value = node.inputs[2]
+            if _causal(node) and not (value and value.shape and isinstance(value.shape[1], int)):
+                raise EdgesdError(f"{node.name} is causal over an unknown number of tokens")
+
+    def call(self, model: ir.Model) -> bool:
+        """See the class."""
+        found = _attentions(model)
+        for number, node in enumerate(found):
+            _Writer(model, node, f"attention{number}").replace()
+        if found:
+            del model.graph.opset_imports[_DOMAIN]
+        return bool(found)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No operator is left that isn't standard."""
+        for node in model.graph:
+            if node.domain == _DOMAIN:
+                raise EdgesdError(f"{node.name} is a {node.op_type} of {node.domain}: not standard")
+
+
+def _attentions(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if (node.domain, node.op_type) == (_DOMAIN, _OP)]
+
+
+def _causal(node: ir.Node) -> bool:
+    return "unidirectional" in node.attributes and bool(node.attributes["unidirectional"].as_int())
+
+
+class _Writer:
+    def __init__(self, model: ir.Model, node: ir.Node, prefix: str) -> None:
+        self.model, self.node, self.prefix = model, node, prefix
+        self.nodes: list[ir.Node] = []
+
+    def replace(self) -> None:
+        query, key, value = self.node.inputs[:3]
+        assert query is not None and key is not None and value is not None
+        assert query.dtype is not None
+        dtype = query.dtype.numpy()
+        heads = self.node.attributes["num_heads"].as_int()
+        scale = np.array(self.node.attributes["scale"].as_float(), dtype)
+        query = self._op("Mul", [query, self._const(f"scale:{scale}:{dtype}", scale)])
+        scores = self._op(
+            "MatMul",
+            [self._heads(query, heads, (0, 2, 1, 3)), self._heads(key, heads, (0, 2, 3, 1))],
+        )
+        if _causal(self.node):
+            assert value.shape is not None
+            tokens = value.shape.numpy()[1]
+            mask = np.triu(np.full((tokens, tokens), MASKED, dtype), 1)
+            scores = self._op("Add", [scores, self._const(f"causal:{tokens}:{dtype}", mask)])
+        weights = self._op("Softmax", [scores], axis=-1)
+        mixed = self._op("MatMul", [weights, self._heads(value, heads, (0, 2, 1, 3))])
+        rows = self._op("Transpose", [mixed], perm=(0, 2, 1, 3))
+        flat = self._const("shape:flat", np.array([0, 0, -1], np.int64))
+        out, old = self._op("Reshape", [rows, flat]), self.node.outputs[0]
+        out.shape, out.type = old.shape, old.type
+        self.model.graph.insert_before(self.node, self.nodes)
+        ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
+        name = old.name
+        self.model.graph.remove(self.node, safe=True)
+        if out in self.model.graph.outputs:
+            out.name = name
+
+    def _heads(self, value: ir.Value, heads: int, order: tuple[int, ...]) -> ir.Value:
+        """[batch, n, heads * d] -> [batch, n, heads, d], its axes in another order."""
+        shape = self._const(f"shape:heads{heads}", np.array([0, 0, heads, -1], np.int64))
+        return self._op("Transpose", [self._op("Reshape", [value, shape])], perm=order)
+
+    def _const(self, name: str, array: Array) -> ir.Value:
+        return shared_constant(self.model, name, array)
+
+    def _op(self, op: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
+        node = ir.node(op, inputs, attributes, num_outputs=1)  # type: ignore[arg-type]
+        node.name = f"{self.node.name}/{op}{len(self.nodes)}"
+        node.outputs[0].name = f"{self.prefix}.{len(self.nodes)}"
+        self.nodes.append(node)
+        return node.outputs[0]

@@ -1,0 +1,241 @@
+"""A bundle for TensorRT, from `edgesd finalize` to the picture: on fakes of the GPU and TensorRT,
+and without either."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from edgesd.engines import plans
+from edgesd.engines.bundle import pack_bundle
+from edgesd.engines.tensorrt import BuildSpec, Environment, PlanReport, Progress
+from edgesd.errors import EdgesdError, ResourceError
+from edgesd.runtime import device_memory
+from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.cuda import Gpu
+from edgesd.runtime.device_memory import NumpyMemory
+from tests import fake_tensorrt
+from tests.support import assert_refused, run_cli, write_bundle
+
+HERE = Environment("tensorrt", "10.3.0", "sm_87", None)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    arm = platform.machine() in ("aarch64", "arm64")
+    target, arch = ("raspberry-pi-4", "aarch64") if arm else ("x86-64-cpu", "x86_64")
+    folder = tmp_path_factory.mktemp("bundles") / "for-tensorrt"
+    return write_bundle(folder, target, arch, "tensorrt")
+
+
+class Builder:
+    """Stands in for `build_plan`: the plan is the graph with its weights inside."""
+
+    def __init__(self) -> None:
+        self.built: list[str] = []
+        self.error: Exception | None = None
+
+    def __call__(
+        self,
+        graph: Path,
+        spec: BuildSpec,
+        plan: Path,
+        progress: Progress | None = None,
+        weights: Path | None = None,
+    ) -> PlanReport:
+        if self.error:
+            raise self.error
+        if progress:
+            progress("Building engine", 1, 2)
+        model = onnx.load(graph, load_external_data=False)
+        onnx.external_data_helper.load_external_data_for_model(model, str(weights))
+        plan.write_bytes(model.SerializeToString())
+        self.built.append(spec.component)
+        return PlanReport(HERE, plan.stat().st_size, 1.5, 300 << 20, 200 << 20, ())
+
+
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builder:
+    """A machine with a GPU and TensorRT, and an empty folder of plans."""
+    builder = Builder()
+    monkeypatch.setenv("EDGESD_PLANS", str(tmp_path / "plans"))
+    gpu = Gpu("Orin", "sm_87", 8 << 30)
+    monkeypatch.setattr(plans, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(plans, "build_plan", builder)
+    monkeypatch.setattr(device_memory, "open_device_memory", NumpyMemory)
+    monkeypatch.setattr(fake_tensorrt, "__version__", "10.3.0", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt)
+    return builder
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+@pytest.fixture
+def wanted(miniature: Bundle, tmp_path: Path) -> np.ndarray:
+    """The picture that ONNX Runtime draws of the same pipeline."""
+    out = tmp_path / "wanted.png"
+    run_cli("generate", miniature.path, "-p", "a red apple", "--seed", "3", "-o", out)
+    return pixels(out)
+
+
+Draw = Callable[..., tuple[str, np.ndarray]]
+
+
+@pytest.fixture
+def draw(tmp_path: Path) -> Draw:
+    def drawn(path: Path, *more: object) -> tuple[str, np.ndarray]:
+        out = tmp_path / "picture.png"
+        outcome = run_cli("generate", path, "-p", "a red apple", "--seed", "3", "-o", out, *more)
+        assert outcome.code == 0, outcome.err
+        return outcome.err, pixels(out)
+
+    return drawn
+
+
+def test_the_first_run_builds_plans_and_later_ones_find_them(
+    bundle: Bundle, board: Builder, draw: Draw, wanted: np.ndarray
+) -> None:
+    said, picture = draw(bundle.path)
+    assert board.built == ["text_encoder", "unet", "vae_decoder"]
+    assert "building the plan of unet for this machine, once" in said
+    assert "on the CPU" not in said
+    np.testing.assert_array_equal(picture, wanted)
+    said, picture = draw(bundle.path)
+    assert len(board.built) == 3 and "building" not in said
+    np.testing.assert_array_equal(picture, wanted)
+
+
+def test_a_one_file_bundle_is_built_from_in_place(
+    bundle: Bundle, board: Builder, draw: Draw, wanted: np.ndarray, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.edgesd"
+    pack_bundle(bundle, path)
+    _, picture = draw(path)
+    np.testing.assert_array_equal(picture, wanted)
+    draw(bundle.path)
+    assert len(board.built) == 3  # the same files, the same plans
+
+
+def test_finalize_builds_them_ahead(bundle: Bundle, board: Builder, draw: Draw) -> None:
+    outcome = run_cli("finalize", bundle.path)
+    assert outcome.code == 0, outcome.err
+    assert "unet" in outcome.out and "tensorrt 10.3.0, sm_87" in outcome.out
+    assert len(board.built) == 3
+    draw(bundle.path)
+    assert len(board.built) == 3
+    told = json.loads(run_cli("finalize", bundle.path, "--json").out)
+    assert told["unet"]["plan"]["report"]["environment"]["sm"] == "sm_87"
+    assert Path(told["unet"]["path"]).is_file()
+
+
+@pytest.mark.parametrize("change", ["damaged", "cut", "no report", "other version"])
+def test_a_plan_that_does_not_hold_is_built_anew(
+    change: str, bundle: Bundle, board: Builder, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_cli("finalize", bundle.path)
+    told = json.loads(run_cli("finalize", bundle.path, "--json").out)
+    path = Path(told["unet"]["path"])
+    if change == "damaged":
+        raw = bytearray(path.read_bytes())
+        raw[100] ^= 1
+        path.write_bytes(raw)
+    elif change == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif change == "no report":
+        path.with_suffix(".json").unlink()
+    else:
+        monkeypatch.setattr(fake_tensorrt, "__version__", "10.16.1")
+    draw(bundle.path)
+    expected = ["text_encoder", "unet", "vae_decoder"] if change == "other version" else ["unet"]
+    assert board.built[3:] == expected
+    assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ResourceError("unet: tensorrt was killed"), "unet: tensorrt was killed"),
+        (EdgesdError("unet: tensorrt refuses the graph: no"), "refuses the graph"),
+    ],
+)
+def test_a_build_that_fails_falls_back_or_fails(
+    error: EdgesdError,
+    words: str,
+    bundle: Bundle,
+    board: Builder,
+    draw: Draw,
+    wanted: np.ndarray,
+    tmp_path: Path,
+) -> None:
+    board.error = error
+    said, picture = draw(bundle.path)
+    assert said.count("drawing on the CPU instead, by ONNX Runtime") == 1 and words in said
+    np.testing.assert_array_equal(picture, wanted)
+    out = tmp_path / "none.png"
+    outcome = run_cli("generate", bundle.path, "-p", "a cat", "--no-fallback", "-o", out)
+    assert outcome.code == error.exit_code
+    begun, refused = outcome.err.splitlines()
+    assert "building the plan of text_encoder" in begun and words in refused
+    assert not out.exists()
+
+
+def test_a_plan_that_does_not_load_falls_back(
+    bundle: Bundle, board: Builder, draw: Draw, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_cli("finalize", bundle.path)
+    monkeypatch.setattr(fake_tensorrt.Engine, "contexts", 0)
+    said, picture = draw(bundle.path)
+    for component in ("text_encoder", "unet", "vae_decoder"):
+        assert f"not enough GPU memory for {component}" in said
+    np.testing.assert_array_equal(picture, wanted)
+    outcome = run_cli("generate", bundle.path, "-p", "a cat", "--no-fallback")
+    assert_refused(outcome, "not enough GPU memory for text_encoder")
+
+
+@pytest.mark.skipif(not isinstance(plans.find_gpu(), str), reason="this machine has an NVIDIA GPU")
+def test_without_a_gpu(bundle: Bundle, draw: Draw, wanted: np.ndarray, tmp_path: Path) -> None:
+    said, picture = draw(bundle.path)
+    assert "driver" in said and "drawing on the CPU instead" in said
+    np.testing.assert_array_equal(picture, wanted)
+    outcome = run_cli("generate", bundle.path, "-p", "a cat", "--no-fallback")
+    assert outcome.code == 5
+    assert_refused(outcome, "driver")
+    outcome = run_cli("finalize", bundle.path)
+    assert outcome.code == 5
+    assert_refused(outcome, "driver")
+
+
+def test_a_bundle_that_needs_no_plans(miniature: Bundle) -> None:
+    outcome = run_cli("finalize", miniature.path)
+    assert outcome.code == 2
+    assert_refused(outcome, "which needs no plans")
+
+
+def test_an_altered_bundle_is_refused_and_not_drawn_on_the_cpu(
+    board: Builder, tmp_path: Path
+) -> None:
+    folder = write_bundle(tmp_path / "altered", backend="tensorrt").path
+    weights = folder / "text_encoder" / "weights.bin"
+    raw = bytearray(weights.read_bytes())
+    raw[0] ^= 1
+    weights.write_bytes(raw)
+    outcome = run_cli("generate", folder, "-p", "a cat", "--any-machine")
+    assert outcome.code == 4
+    assert_refused(outcome, "text_encoder/weights.bin was altered")
+
+
+def test_a_plans_report_survives_its_json() -> None:
+    plan = plans.Plan("unet", "0" * 64, PlanReport(HERE, 5, 1.0, 2, 1, ("w",)))
+    assert msgspec.json.decode(msgspec.json.encode(plan), type=plans.Plan) == plan
