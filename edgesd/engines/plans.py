@@ -7,7 +7,7 @@ hashes all of them with the graph. Beside it lies what its build came to, with i
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,6 +18,7 @@ import msgspec
 from edgesd.device.detect import detect_machine
 from edgesd.engines.tensorrt import (
     BACKEND,
+    MODULES,
     PLAN_SUFFIX,
     BuildSpec,
     Environment,
@@ -28,9 +29,8 @@ from edgesd.errors import EdgesdError, MissingDependencyError, TargetError, Usag
 from edgesd.files import atomic_write, private_folder, sha256_file
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.cuda import find_gpu
+from edgesd.runtime.runners.tensorrt import PlanFile
 from edgesd.spec import Spec
-
-MODULE = "tensorrt"
 
 _WORKSPACE_PART = 4
 """A layer's workspace may take this part of the GPU's memory, which a Jetson shares."""
@@ -63,14 +63,20 @@ def environment_here() -> Environment:
     gpu = find_gpu()
     if isinstance(gpu, str):
         raise TargetError(gpu)
-    try:
-        version = str(importlib.import_module(MODULE).__version__)
-    except ImportError as exc:
-        raise MissingDependencyError(
-            f"{MODULE} can't be imported ({exc}): it comes with JetPack (a virtual environment "
-            "needs --system-site-packages)"
-        ) from exc
-    return Environment(MODULE, version, gpu.sm, detect_machine().l4t)
+    for module in MODULES:
+        if importlib.util.find_spec(module) is None:
+            continue
+        try:
+            version = str(importlib.import_module(module).__version__)
+        except ImportError as exc:
+            raise MissingDependencyError(
+                f"{module} can't be imported ({exc}): install it anew, with JetPack on a Jetson"
+            ) from exc
+        return Environment(module, version, gpu.sm, detect_machine().l4t)
+    raise MissingDependencyError(
+        "there is no TensorRT: on a Jetson it comes with JetPack (a virtual environment needs "
+        "--system-site-packages), on a PC with pip install tensorrt-rtx"
+    )
 
 
 def prepare_plans(
@@ -108,7 +114,7 @@ class Plans:
         self._prepare = partial(prepare_plans, bundle, folder, progress, components)
         self._found: dict[str, Path] | EdgesdError | None = None
 
-    def __call__(self, component: str) -> Path:
+    def __call__(self, component: str) -> PlanFile:
         """The plan of a component. Raises what `prepare_plans` raises."""
         if self._found is None:
             try:
@@ -117,13 +123,14 @@ class Plans:
                 self._found = exc
         if isinstance(self._found, EdgesdError):
             raise self._found
-        return self._found[component]
+        path = self._found[component]
+        return PlanFile(path, read_plan(path).report.environment.module)
 
 
 def _plan(
     bundle: Bundle, component: str, here: Environment, folder: Path, progress: Progress | None
 ) -> Path:
-    spec = _spec(component)
+    spec = _spec(component, here)
     path = folder / f"{_key(bundle, component, spec, here)}{PLAN_SUFFIX}"
     if _is_whole(path):
         return path
@@ -145,10 +152,10 @@ def _plan(
     return path
 
 
-def _spec(component: str) -> BuildSpec:
+def _spec(component: str, here: Environment) -> BuildSpec:
     gpu = find_gpu()
     memory = 0 if isinstance(gpu, str) else gpu.memory_bytes
-    return BuildSpec(component, MODULE, workspace_bytes=memory // _WORKSPACE_PART or 1 << 30)
+    return BuildSpec(component, here.module, workspace_bytes=memory // _WORKSPACE_PART or 1 << 30)
 
 
 def _key(bundle: Bundle, component: str, spec: BuildSpec, here: Environment) -> str:

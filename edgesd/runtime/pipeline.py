@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -32,6 +31,8 @@ from edgesd.spec import ComponentSpec, LayerRecipe, number_format, parse_scheme
 if TYPE_CHECKING:
     from PIL import Image
     from typing_extensions import Self
+
+    from edgesd.runtime.runners.tensorrt import PlanFile
 
 Float = npt.NDArray[np.float32]
 
@@ -70,7 +71,7 @@ class Settings:
     threads: int = 0
     low_memory: bool | None = None
     guidance_mode: GuidanceMode | None = None
-    plan_of: Callable[[str], Path] | None = None
+    plan_of: Callable[[str], PlanFile] | None = None
     fallback: bool = True
 
 
@@ -369,7 +370,7 @@ class Pipeline:
         from edgesd.runtime.device_memory import open_device_memory
         from edgesd.runtime.runners.tensorrt import TensorRtRunner
 
-        return TensorRtRunner(spec, plan.read_bytes(), open_device_memory())
+        return TensorRtRunner(spec, plan.path.read_bytes(), open_device_memory(), plan.module)
 
     def _release(self, component: str) -> None:
         if self.low_memory and component in self._runners:

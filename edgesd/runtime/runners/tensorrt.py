@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,13 @@ from edgesd.errors import BundleError, MissingDependencyError, ResourceError, Ta
 from edgesd.runtime.device_memory import Buffer, DeviceMemory
 from edgesd.runtime.runners import BoundRunner
 from edgesd.spec import ComponentSpec
+
+
+class PlanFile(NamedTuple):
+    """A plan that was built on this machine, and the Python package that runs it."""
+
+    path: Path
+    module: str
 
 
 class TensorRtRunner(BoundRunner):

@@ -1,0 +1,113 @@
+"""Plans on a real GPU: built, run beside ONNX Runtime, recorded. `python scripts/gpu_tests.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgesd.engines.plans import Plans, environment_here
+from edgesd.engines.tensorrt import BuildSpec, build_plan
+from edgesd.errors import EdgesdError
+from edgesd.runtime.bundle import Bundle, open_bundle
+from edgesd.runtime.cuda import find_gpu
+from edgesd.runtime.device_memory import DeviceMemory, open_device_memory
+from edgesd.runtime.pipeline import DRAWING, Pipeline, Request, Settings
+from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
+from edgesd.runtime.runners.tensorrt import TensorRtRunner
+
+pytestmark = pytest.mark.gpu
+
+PRECISIONS = ("fp16", "w8a8", "w4a16-g64-lr32")
+REQUEST = Request("a red apple", 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu() -> None:
+    found = find_gpu()
+    if isinstance(found, str):
+        pytest.skip(found)
+    try:
+        environment_here()
+    except EdgesdError as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The embedded pipeline for TensorRT."""
+    pytest.importorskip("torch")
+    from edgesd.build import DEMO, QuantOptions, build
+
+    folder = tmp_path_factory.mktemp("tensorrt")
+    options = QuantOptions(work=folder / "work", quality_prompts=())
+    out = folder / "bundle"
+    build(DEMO, "jetson-agx-orin-64gb", request.param, out, quantization=options)
+    return open_bundle(out)
+
+
+@pytest.fixture
+def memory() -> Iterator[DeviceMemory]:
+    with open_device_memory() as found:
+        yield found
+
+
+def settings(folder: Path, bundle: Bundle) -> Settings:
+    plans = Plans(bundle, folder, lambda *step: None, DRAWING)
+    return Settings(plan_of=plans, fallback=False)
+
+
+@pytest.mark.parametrize("component", DRAWING)
+def test_a_component_computes_what_onnx_runtime_computes(
+    component: str, bundle: Bundle, memory: DeviceMemory, tmp_path: Path
+) -> None:
+    spec = bundle.manifest.pipeline.components[component]
+    engine = bundle.manifest.engines[component]
+    plan, module = tmp_path / "plan", environment_here().module
+    build_plan(bundle.path / engine.path, BuildSpec(component, module), plan)
+    rng = np.random.default_rng(0)
+    shapes: dict[str, Any] = {tensor.name: tensor.shape for tensor in spec.inputs}
+    with (
+        TensorRtRunner(spec, plan.read_bytes(), memory, module) as ours,
+        OnnxRuntimeRunner(spec, bundle.graph_file(component)) as theirs,
+    ):
+        for runner in (ours, theirs):
+            runner.bind(shapes)
+        for _ in range(4):  # as it is, recorded, repeated
+            for tensor in spec.inputs:
+                values = (
+                    rng.integers(0, 100, shapes[tensor.name])
+                    if tensor.dtype == "int64"
+                    else rng.standard_normal(shapes[tensor.name])
+                    * (1 + 500 * (tensor.name == "timestep"))
+                )
+                for runner in (ours, theirs):
+                    runner.inputs[tensor.name][...] = values
+            for runner in (ours, theirs):
+                runner.run()
+            for name, wanted in theirs.outputs.items():
+                apart = np.sqrt(np.mean((ours.outputs[name] - wanted) ** 2) / np.mean(wanted**2))
+                assert apart < 2e-2, name
+
+
+def test_a_picture_is_that_of_the_cpu(bundle: Bundle, tmp_path: Path) -> None:
+    from edgesd.evaluate.psnr import psnr
+
+    with Pipeline(bundle) as pipeline:
+        wanted = pipeline.generate([REQUEST])[0]
+    with Pipeline(bundle, settings(tmp_path, bundle)) as pipeline:
+        found = pipeline.generate([REQUEST])[0]
+        again = pipeline.generate([REQUEST])[0]
+        assert not pipeline.fallbacks
+    assert psnr(found, wanted) > 30
+    assert found.tobytes() == again.tobytes()
+
+
+def test_plans_are_found_again(bundle: Bundle, tmp_path: Path) -> None:
+    first = Plans(bundle, tmp_path, lambda *step: None, DRAWING)("unet")
+    made = first.path.stat().st_mtime_ns
+    assert Plans(bundle, tmp_path, lambda *step: None, DRAWING)("unet") == first
+    assert first.path.stat().st_mtime_ns == made
