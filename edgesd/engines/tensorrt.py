@@ -21,7 +21,7 @@ import msgspec
 
 from edgesd.errors import EdgesdError, MissingDependencyError, ResourceError, TargetError
 from edgesd.files import private_folder
-from edgesd.spec import Dim, Engine, Graph, Spec
+from edgesd.spec import Engine, Graph, Spec
 
 BACKEND = "tensorrt"
 MODULES = ("tensorrt", "tensorrt_rtx")
@@ -160,33 +160,6 @@ def trtexec_script(engines: Mapping[str, Engine]) -> str:
         for name, engine in engines.items()
     ]
     return "\n".join(lines) + "\n"
-
-
-def profiles_for(
-    inputs: dict[str, tuple[Dim, ...]],
-    smallest: dict[str, int],
-    best: dict[str, int],
-    largest: dict[str, int],
-) -> tuple[Profile, ...]:
-    """Profiles of the inputs that have a symbolic dimension, from sizes by the dimension's name."""
-
-    def shape(dims: tuple[Dim, ...], sizes: dict[str, int]) -> tuple[int, ...]:
-        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in dims)
-
-    return tuple(
-        Profile(name, *(shape(dims, sizes) for sizes in (smallest, best, largest)))
-        for name, dims in inputs.items()
-        if any(isinstance(dim, str) for dim in dims)
-    )
-
-
-def check_environment(component: str, built_for: str, here: Environment) -> None:
-    """Refuse a plan that was built elsewhere. Raises TargetError naming both places."""
-    if built_for != str(here):
-        raise TargetError(
-            f"the plan of {component} was built for {built_for}; this is {here}: plans run only "
-            "where they were built for: build it here"
-        )
 
 
 def build_plan(

@@ -6,7 +6,7 @@ A lowering is a pass over the layers to be replaced, and a `LayerLowering` that 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,17 +84,11 @@ class LayerLowering:
 
     def replace(self) -> None:
         """Write the nodes, and let everything that read the old one's output read the new one's."""
-        out, old = self.output(), self.node.outputs[0]
+        out = self.output()
         producer = out.producer()
         assert producer is not None
         producer.name = f"{self.node.name}/{self.q.scheme}"
-        out.shape, out.type = old.shape, old.type
-        self.model.graph.insert_before(self.node, self.nodes)
-        ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
-        name = old.name
-        self.model.graph.remove(self.node, safe=True)
-        if out in self.model.graph.outputs:
-            out.name = name
+        replace_node(self.model.graph, self.node, self.nodes, out)
 
     @abstractmethod
     def output(self) -> ir.Value:
@@ -136,6 +130,18 @@ class LayerLowering:
         shape = (len(matrix), *self.q.layer.kernel, self.q.layer.channels)
         kernel: Array = matrix.reshape(shape).transpose(0, 3, 1, 2)
         return kernel
+
+
+def replace_node(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node], out: ir.Value) -> None:
+    """Put `nodes` in the place of `node`, whose one output everybody reads from `out` then."""
+    old = node.outputs[0]
+    out.shape, out.type = old.shape, old.type
+    graph.insert_before(node, nodes)
+    ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
+    name = old.name
+    graph.remove(node, safe=True)
+    if out in graph.outputs:
+        out.name = name
 
 
 def shared_constant(model: ir.Model, name: str, array: Array, dtype: Any = None) -> ir.Value:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
-from edgesd.export.passes.lowering import Array, shared_constant
+from edgesd.export.passes.lowering import Array, replace_node, shared_constant
 
 MASKED = -1e4
 """Added to a score that doesn't count: exact in fp16, and its exponential is 0 in fp32."""
@@ -83,14 +83,8 @@ class _Writer:
         mixed = self._op("MatMul", [weights, self._heads(value, heads, (0, 2, 1, 3))])
         rows = self._op("Transpose", [mixed], perm=(0, 2, 1, 3))
         flat = self._const("shape:flat", np.array([0, 0, -1], np.int64))
-        out, old = self._op("Reshape", [rows, flat]), self.node.outputs[0]
-        out.shape, out.type = old.shape, old.type
-        self.model.graph.insert_before(self.node, self.nodes)
-        ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
-        name = old.name
-        self.model.graph.remove(self.node, safe=True)
-        if out in self.model.graph.outputs:
-            out.name = name
+        out = self._op("Reshape", [rows, flat])
+        replace_node(self.model.graph, self.node, self.nodes, out)
 
     def _heads(self, value: ir.Value, heads: int, order: tuple[int, ...]) -> ir.Value:
         """[batch, n, heads * d] -> [batch, n, heads, d], its axes in another order."""
