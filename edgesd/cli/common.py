@@ -19,6 +19,9 @@ from edgesd.errors import EdgesdError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from edgesd.engines.plans import Plans
+    from edgesd.runtime.bundle import Bundle
+
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new releases only
     """WIDTHxHEIGHT in pixels, or one number for a square -> (width, height)."""
@@ -140,6 +143,15 @@ class Reporter:
         elif not self.quiet and time.monotonic() - self._shown_at >= 1:
             self._shown_at = time.monotonic()
             click.echo(f"{name}: {done}/{total} {note}".rstrip(), err=True)
+
+
+def plans_of(bundle: Bundle, reporter: Reporter) -> Plans:
+    """The plans that drawing with `bundle` takes, where it is one for TensorRT; built when first
+    needed."""
+    from edgesd.engines.plans import Plans, plans_folder
+    from edgesd.runtime.pipeline import DRAWING
+
+    return Plans(bundle, plans_folder(), plan_progress(reporter), DRAWING)
 
 
 def plan_progress(reporter: Reporter) -> Callable[[str, str, int, int], None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import Reporter
+from edgesd.cli.common import Reporter, plans_of
 
 PROMPTS = (
     "a red apple",
@@ -37,7 +37,7 @@ def demo_command(output: Path, seed: int) -> None:
     from edgesd.errors import BundleError
     from edgesd.runtime.bundle import open_bundle
     from edgesd.runtime.pictures import contact_sheet, expand_requests
-    from edgesd.runtime.pipeline import Pipeline, Request
+    from edgesd.runtime.pipeline import Pipeline, Request, Settings
 
     reporter = Reporter()
     target = demo_target()
@@ -58,8 +58,9 @@ def demo_command(output: Path, seed: int) -> None:
             progress=lambda stage, component: reporter.line(f"{component}: {stage}"),
         ).bundle
     requests = expand_requests(Request("", seed), PROMPTS, 1)
-    with Pipeline(opened) as pipeline:
-        made = draw(pipeline, requests, output / "pictures")
+    settings = Settings(plan_of=plans_of(opened, reporter))
+    with Pipeline(opened, settings) as pipeline:
+        made = draw(pipeline, requests, output / "pictures", reporter=reporter)
     sheet = contact_sheet([picture.path for picture in made], output / "pictures.png", columns=4)
     click.echo(f"the pictures: {output / 'pictures'}/*.png, all on one sheet: {sheet}")
     click.echo(f'next: edgesd generate {bundle} -p "a purple star" -o star.png')

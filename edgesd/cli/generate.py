@@ -15,7 +15,7 @@ from edgesd.cli.common import (
     Reporter,
     Size,
     json_option,
-    plan_progress,
+    plans_of,
     print_json,
     printable,
 )
@@ -130,10 +130,9 @@ def generate_command(
 ) -> None:
     """Draw pictures with BUNDLE (a folder, or a .edgesd file)."""
     from edgesd.device.detect import check_machine, detect_machine
-    from edgesd.engines.plans import Plans, plans_folder
     from edgesd.runtime.bundle import open_bundle
     from edgesd.runtime.pictures import expand_requests, read_prompts
-    from edgesd.runtime.pipeline import DRAWING, Pipeline, Request, Settings
+    from edgesd.runtime.pipeline import Pipeline, Request, Settings
 
     texts = list(prompts)
     if prompt_file:
@@ -158,7 +157,7 @@ def generate_command(
         scheduler=scheduler,
     )
     reporter = Reporter(quiet=as_json)
-    plans = Plans(opened, plans_folder(), plan_progress(reporter), DRAWING)
+    plans = plans_of(opened, reporter)
     settings = Settings(threads, low_memory, guidance_mode, plans, not no_fallback)
     with Pipeline(opened, settings) as pipeline:
         draw(
