@@ -1,7 +1,7 @@
 """Plans that TensorRT-RTX builds of a pipeline, without a GPU: size, time, memory of each.
 
 python -m benchmarks.tensorrt_builds MODEL --work FOLDER [--precisions NAME ...] [--sm sm_86]
-    [--layers] [--json FILE]
+    [--quick] [--layers] [--json FILE]
 
 Every row is one component of a bundle that `edgesd build` makes for a Jetson: its graph passes the
 lint, and TensorRT-RTX builds it for a desktop GPU of the same generation. That is a strong check of
@@ -12,6 +12,7 @@ one by one; bytes of the plan per weight tell whether quantization survived.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,24 +81,26 @@ def weights_of(path: Path) -> int:
     return sum(tensor.size for tensor in values if tensor and tensor.dtype.is_floating_point())
 
 
-def pipeline_rows(model: str, precisions: list[str], work: Path, sm: str) -> list[Row]:
-    """All components in all precisions, the first of which must be fp16: it counts the weights."""
-    rows, weights = [], dict[str, int]()
+def pipeline_rows(model: str, precisions: list[str], work: Path, sm: str, quick: bool) -> list[Row]:
+    """All components in all precisions."""
+    rows = []
+    options = QuantOptions(work=work, quality_prompts=())
+    if quick:
+        options = replace(options, method="rtn", calibration_prompts=("a red apple",), steps=2)
     for precision in precisions:
         out = work / "bundle"
         shutil.rmtree(out, ignore_errors=True)
-        options = QuantOptions(work=work, quality_prompts=())
-        build(model, TARGET, precision, out, quantization=options, backend=BACKEND)
+        built = build(model, TARGET, precision, out, quantization=options, backend=BACKEND)
         bundle = open_bundle(out)
+        counted = built.reference or bundle
         for name, engine in bundle.manifest.engines.items():
             graph = out / engine.path
-            if precision == "fp16":
-                weights[name] = weights_of(graph)
+            weights = weights_of(counted.path / counted.manifest.engines[name].path)
             for finding in lint(graph):
                 print(f"{name} {precision}: {finding}", flush=True)
             plan = work / "component.plan"
             report = build_plan(graph, BuildSpec(name, "tensorrt_rtx", sm), plan)
-            rows.append(row(name, precision, weights[name], bundle.weight_bytes(name), report))
+            rows.append(row(name, precision, weights, bundle.weight_bytes(name), report))
             print(table(Row._fields, rows[-1:]).splitlines()[-1], flush=True)
             plan.unlink()
         shutil.rmtree(out)
@@ -170,11 +173,14 @@ def main() -> None:
     made.add_argument("--work", type=Path, required=True, help="folder for what is kept")
     made.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
     made.add_argument("--sm", default="sm_86", help="GPU that TensorRT-RTX builds for")
+    made.add_argument(
+        "--quick", action="store_true", help="round to nearest after two steps: sizes stay the same"
+    )
     made.add_argument("--layers", action="store_true", help="the largest layers, one by one")
     given = made.parse_args()
     rows = layer_rows(given.precisions, given.work, given.sm) if given.layers else []
     if given.model:
-        rows += pipeline_rows(given.model, given.precisions, given.work, given.sm)
+        rows += pipeline_rows(given.model, given.precisions, given.work, given.sm, given.quick)
     print()
     print(table(Row._fields, rows))
     write_json(
