@@ -61,7 +61,7 @@ _BYTES_PER_WEIGHT = {
 
 _BYTES_ON_GPU = {
     "fp32": 4.0,
-    **dict.fromkeys(("fp16", "w8a16", "w4a16", "w4a4"), 2.0),
+    **dict.fromkeys(("fp16", "w8a16", "w4a16"), 2.0),
     **dict.fromkeys(("w8a8", "w4a8"), 1.1),
 }
 """The same in a TensorRT plan, where codes of 16-bit activations may become fp16 weights."""

@@ -28,7 +28,7 @@ from edgesd.engines.tensorrt import (
 from edgesd.errors import EdgesdError, MissingDependencyError, TargetError, UsageError
 from edgesd.files import atomic_write, private_folder, sha256_file
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.cuda import find_gpu
+from edgesd.runtime.cuda import Gpu, find_gpu
 from edgesd.runtime.runners.tensorrt import PlanFile
 from edgesd.spec import Spec
 
@@ -54,15 +54,20 @@ def plans_folder() -> Path:
     return Path(given) if given else Path(base) / "edgesd" / "plans"
 
 
-def environment_here() -> Environment:
-    """This machine's TensorRT, GPU and JetPack.
+def _gpu() -> Gpu:
+    gpu = find_gpu()
+    if isinstance(gpu, str):
+        raise TargetError(gpu)
+    return gpu
+
+
+def environment_here(gpu: Gpu | None = None) -> Environment:
+    """This machine's TensorRT, GPU (`gpu`, if it is known already) and JetPack.
 
     Raises TargetError without a driver or a GPU, MissingDependencyError without TensorRT. The
     driver is asked first: without one TensorRT crashes.
     """
-    gpu = find_gpu()
-    if isinstance(gpu, str):
-        raise TargetError(gpu)
+    gpu = gpu or _gpu()
     for module in MODULES:
         if importlib.util.find_spec(module) is None:
             continue
@@ -97,9 +102,10 @@ def prepare_plans(
             f"{bundle.path} is a bundle for {backend}, which needs no plans: they are for bundles "
             f"of {BACKEND}"
         )
-    here = environment_here()
+    gpu = _gpu()
+    here, workspace = environment_here(gpu), gpu.memory_bytes // _WORKSPACE_PART
     names = bundle.manifest.engines if components is None else components
-    return {name: _plan(bundle, name, here, folder, progress) for name in names}
+    return {name: _plan(bundle, name, here, workspace, folder, progress) for name in names}
 
 
 class Plans:
@@ -128,9 +134,14 @@ class Plans:
 
 
 def _plan(
-    bundle: Bundle, component: str, here: Environment, folder: Path, progress: Progress | None
+    bundle: Bundle,
+    component: str,
+    here: Environment,
+    workspace: int,
+    folder: Path,
+    progress: Progress | None,
 ) -> Path:
-    spec = _spec(component, here)
+    spec = BuildSpec(component, here.module, workspace_bytes=workspace)
     path = folder / f"{_key(bundle, component, spec, here)}{PLAN_SUFFIX}"
     if _is_whole(path):
         return path
@@ -150,12 +161,6 @@ def _plan(
     with atomic_write(path.with_suffix(".json")) as file:  # last: a plan without it is not whole
         file.write(msgspec.json.encode(kept))
     return path
-
-
-def _spec(component: str, here: Environment) -> BuildSpec:
-    gpu = find_gpu()
-    memory = 0 if isinstance(gpu, str) else gpu.memory_bytes
-    return BuildSpec(component, here.module, workspace_bytes=memory // _WORKSPACE_PART or 1 << 30)
 
 
 def _key(bundle: Bundle, component: str, spec: BuildSpec, here: Environment) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from edgesd.engines import onnxruntime
 from edgesd.errors import EdgesdError, MissingDependencyError, ResourceError, TargetError
 from edgesd.files import private_folder
 from edgesd.spec import Engine, Graph, Spec
@@ -119,18 +120,10 @@ class PlanReport(Spec, frozen=True):
 
 def engine_from_graph(graph: Graph) -> Engine:
     """The engine of one component: its graph, whose plan is built where it will run."""
-    return Engine(
-        component=graph.component,
-        path=graph.path,
-        backend=BACKEND,
-        precision=graph.precision,
-        parity=graph.parity,
-    )
+    return msgspec.structs.replace(onnxruntime.engine_from_graph(graph), backend=BACKEND)
 
 
-def check_engine(
-    graph: Path, component: str, sm: str | None, progress: Progress | None = None
-) -> str:
+def check_engine(graph: Path, component: str, sm: str | None) -> str:
     """Lint a graph and, where TensorRT-RTX is installed, build it for a GPU like `sm`; what was
     found good, for an engine's `checked`.
 
@@ -145,7 +138,7 @@ def check_engine(
     with private_folder(graph.parent) as temporary:
         spec = BuildSpec(component, CHECK_MODULE, near)
         try:
-            report = build_plan(graph, spec, temporary / "plan", progress)
+            report = build_plan(graph, spec, temporary / "plan")
         except ResourceError as exc:  # this machine's fault, not the graph's
             _log.warning("%s", exc)
             return "passed edgesd's lint"
