@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgesd.errors import MissingDependencyError, ResourceError, TargetError
+from edgesd.runtime.closing import Closing
 from edgesd.runtime.cuda import find_gpu
 
 if TYPE_CHECKING:
@@ -96,23 +97,7 @@ def open_device_memory() -> DeviceMemory:
     )
 
 
-class _Closing:
-    def close(self) -> None:
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class CudaBindingsMemory(_Closing):
+class CudaBindingsMemory(Closing):
     """By NVIDIA's cuda-bindings: the CUDA runtime's own functions."""
 
     name = "cuda-bindings"
@@ -214,7 +199,7 @@ class CudaBindingsMemory(_Closing):
         return tuple(values)
 
 
-class PyCudaMemory(_Closing):
+class PyCudaMemory(Closing):
     """By pycuda, which has no capture of graphs."""
 
     name = "pycuda"
@@ -282,7 +267,7 @@ class PyCudaMemory(_Closing):
 
 
 @dataclass
-class NumpyMemory(_Closing):
+class NumpyMemory(Closing):
     """A fake: the GPU's side is another array, so that a copy that was forgotten shows.
 
     shared: as on a Jetson. captures: whether work can be recorded. limit_bytes: what there is. log:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -20,6 +19,7 @@ from edgesd.errors import (
     UsageError,
 )
 from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.closing import Closing
 from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
 from edgesd.runtime.memory import available_bytes, peak_bytes
 from edgesd.runtime.noise import BatchNoise
@@ -30,7 +30,6 @@ from edgesd.spec import ComponentSpec, LayerRecipe, number_format, parse_scheme
 
 if TYPE_CHECKING:
     from PIL import Image
-    from typing_extensions import Self
 
     from edgesd.runtime.runners.tensorrt import PlanFile
 
@@ -93,7 +92,7 @@ class Timings:
 Listener = Callable[[Step], None]
 
 
-class Pipeline:
+class Pipeline(Closing):
     """A bundle's networks, loaded when first needed. A context manager: leaving it frees them.
 
     Components stay loaded between pictures unless memory is short, when each is released after
@@ -289,17 +288,6 @@ class Pipeline:
         for runner in self._runners.values():
             runner.close()
         self._runners.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _scheduler(self, request: Request) -> Scheduler:
         assert request.scheduler and request.num_inference_steps is not None

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgesd.errors import InputError
+from edgesd.runtime.closing import Closing
 from edgesd.spec import ComponentSpec
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Runner(Protocol):
     ) -> None: ...
 
 
-class BoundRunner:
+class BoundRunner(Closing):
     """What all runners share: checking shapes once, at the boundary, and the context manager."""
 
     def __init__(self, spec: ComponentSpec) -> None:
@@ -92,14 +93,3 @@ class BoundRunner:
     def close(self) -> None:
         """See Runner.close."""
         self.inputs, self.outputs = {}, {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
