@@ -2,7 +2,8 @@
 
 A message says what happened, what was received, what was expected and what to do.
 Exit statuses: 1 internal fault, 2 usage (as Click), 3 bad input, 4 broken bundle, 5 wrong
-target or environment, 6 not enough memory or disk, 7 quality gate not met, 130 interrupted.
+target or environment, 6 not enough memory or disk, 7 quality gate not met, 8 a board can't be
+reached or failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -64,6 +65,12 @@ class QualityError(EdgesdError):
     """The pictures of a quantized pipeline are further from their source's than was allowed."""
 
     exit_code = 7
+
+
+class BoardError(EdgesdError):
+    """A board can't be reached, or what was asked of it failed there."""
+
+    exit_code = 8
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:

@@ -80,6 +80,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def check_new(path: Path) -> None:
+    """Raise InputError when there is something at `path` already, or where a link there leads."""
+    if path.exists() or path.resolve().exists():
+        raise InputError(f"{path} exists already: remove it, or choose another -o")
+
+
 def check_writable(path: Path) -> None:
     """Make the folder of `path` and try to write there, before long work is done in vain.
 

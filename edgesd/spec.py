@@ -13,11 +13,11 @@ import msgspec
 
 from edgesd.errors import UsageError, unknown_name
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of `bundle.json`. A reader refuses a newer one; it is raised on any change of meaning.
 
 2: `recipe` and `quality`, both optional; a file of version 1 is read as one without them. 3: the
-same for an engine's `checked`.
+same for an engine's `checked`. 4: an engine's `plan`, and `built_for`, which was never set.
 """
 
 Precision = str
@@ -340,11 +340,28 @@ class Target(Spec, frozen=True):
     flasher: str | None = None
 
 
-class Engine(Spec, frozen=True):
-    """What a runner loads for one component.
+class Environment(Spec, frozen=True):
+    """Where a TensorRT plan was built, and the only place where it runs.
 
-    built_for: the backend-specific environment that it runs in, or None. checked: what a compiler
-    made of it where it was built, which says nothing of the board: "built for sm_86 by ...".
+    module: TensorRT's Python package. sm: the GPU's compute capability. l4t: a Jetson's release.
+    """
+
+    module: str
+    version: str
+    sm: str
+    l4t: str | None = None
+
+    def __str__(self) -> str:
+        release = f", L4T {self.l4t}" if self.l4t else ""
+        return f"{self.module} {self.version}, {self.sm}{release}"
+
+
+class Engine(Spec, frozen=True):
+    """What a runner loads for one component: a graph, and for TensorRT perhaps a plan of it.
+
+    plan: the bundle's file of a plan that was built beforehand, for the one environment `built_for`
+    (both or neither). checked: what a compiler made of the graph where it was built, which says
+    nothing of the board: "built for sm_86 by ...".
     """
 
     component: str
@@ -352,7 +369,8 @@ class Engine(Spec, frozen=True):
     backend: str
     precision: Precision
     parity: Parity
-    built_for: str | None = None
+    built_for: Environment | None = None
+    plan: str | None = None
     checked: str | None = None
 
 

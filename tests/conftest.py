@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from edgesd.engines import plans
+from edgesd.runtime import device_memory
 from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.cuda import Gpu
+from edgesd.runtime.device_memory import NumpyMemory
+from tests import fake_tensorrt
+from tests.boards import Builder
 from tests.support import write_bundle
 
 
@@ -47,3 +54,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(count)
+
+
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builder:
+    """A machine with a GPU and TensorRT, and an empty folder of plans."""
+    builder = Builder()
+    monkeypatch.setenv("EDGESD_PLANS", str(tmp_path / "plans"))
+    gpu = Gpu("Orin", "sm_87", 8 << 30)
+    monkeypatch.setattr(plans, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(plans, "build_plan", builder)
+    monkeypatch.setattr(device_memory, "open_device_memory", NumpyMemory)
+    monkeypatch.setattr(fake_tensorrt, "__version__", "10.3.0", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt)
+    return builder

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +18,9 @@ from edgesd.build.quantized import QuantizedBuild, QuantOptions, cache_folder
 from edgesd.device.detect import detect_machine, explain_machine, runnable_targets
 from edgesd.device.targets import check_memory, check_request, get_target
 from edgesd.engines import BACKENDS, onnxruntime, tensorrt
-from edgesd.engines.bundle import file_entries, pack_bundle, write_manifest
-from edgesd.errors import BundleError, InputError, TargetError
-from edgesd.files import atomic_dir, atomic_write, check_writable, private_folder
+from edgesd.engines.bundle import file_entries, pack_bundle, update_engines, write_manifest
+from edgesd.errors import BundleError, EdgesdError, InputError, TargetError
+from edgesd.files import atomic_dir, atomic_write, check_new, check_writable, private_folder
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
 from edgesd.spec import (
     SCHEMA_VERSION,
@@ -67,18 +68,20 @@ _BYTES_ON_GPU = {
 """The same in a TensorRT plan, where codes of 16-bit activations may become fp16 weights."""
 
 
-_FIRST_RUN = "TensorRT's plans are built on the board, on the first run or by `edgesd finalize`"
+_FIRST_RUN = "TensorRT's plans are built where they run, on the first run or by `edgesd finalize`"
 
 
 @dataclass(frozen=True)
 class Built:
     """What a build made. `note`: one line the user should know of, or None. reference: the fp32
-    bundle of the same source that a quantized one was compared with."""
+    bundle of the same source that a quantized one was compared with. unfinished: why there are no
+    plans from the board that was to build them; the bundle is whole without."""
 
     bundle: Bundle
     path: Path
     note: str | None
     reference: Bundle | None = None
+    unfinished: EdgesdError | None = None
 
 
 def default_output(model: str, target: str, precision: str) -> Path:
@@ -133,6 +136,7 @@ def build(
     progress: Progress | None = None,
     quantization: QuantOptions | None = None,
     backend: str | None = None,
+    finish: Callable[[Path], object] | None = None,
 ) -> Built:
     """Export `model`, check it against its source, and write the bundle `out`.
 
@@ -140,9 +144,10 @@ def build(
     graphs, whose denoiser takes `batch` rows; None exports graphs for any size and batch (of
     TensorRT: for one picture of the model's own size). scheduler: the bundle's default sampler, if
     not the model's own. An `out` that ends in `.edgesd` is the one-file form. quantization: for a
-    precision that is a scheme. backend: whose graphs to make; None takes the target's best. Nothing
-    is left at `out` on an error: UsageError, InputError, TargetError, ParityError, QualityError,
-    ResourceError.
+    precision that is a scheme. backend: whose graphs to make; None takes the target's best.
+    finish: adds to the folder of the finished bundle, such as plans from a board; what it raises
+    spoils nothing. Nothing is left at `out` on another error: UsageError, InputError, TargetError,
+    ParityError, QualityError, ResourceError.
     """
     from edgesd.export.pipeline import export_pipeline, plan_pipeline, require_build_tools
     from edgesd.export.source import resolve_source
@@ -153,8 +158,7 @@ def build(
     backend = backend or target.backends[0]
     check_request(target, precision, backend)
     one_file = out.suffix == SUFFIX
-    if out.exists() or out.resolve().exists():
-        raise InputError(f"{out} exists already: remove it, or choose another -o")
+    check_new(out)
     source = resolve_source(str(demo_model()) if model == DEMO else model)
     largest = max(source.parameters(component) for component in source.family.weights)
     table = _BYTES_ON_GPU if backend == tensorrt.BACKEND else _BYTES_PER_WEIGHT
@@ -166,6 +170,8 @@ def build(
     check_writable(out)
     writer = _Writer(_name(model), target, backend)
     reference: Bundle | None = None
+    note: str | None = None
+    unfinished: EdgesdError | None = None
     with private_folder(out) if one_file else atomic_dir(out) as root:
         if precision in ("fp32", "fp16"):
             graphs = export_pipeline(
@@ -182,13 +188,18 @@ def build(
                 source, plan, reference, scheme, options, root, work, writer, progress
             ).run()
         if backend == tensorrt.BACKEND:
-            _check_engines(root, target, progress)
+            note = _check_engines(root, target, progress)
+        if finish:
+            try:
+                finish(root)
+                note = None
+            except EdgesdError as exc:
+                unfinished = exc
         if progress:
             progress("write", "bundle")
         if one_file:
             pack_bundle(open_bundle(root), out)
-    note = _FIRST_RUN if backend == tensorrt.BACKEND else None
-    return Built(open_bundle(out), out, note, reference)
+    return Built(open_bundle(out), out, note, reference, unfinished)
 
 
 @dataclass(frozen=True)
@@ -227,17 +238,26 @@ class _Writer:
         write_manifest(root, manifest)
 
 
-def _check_engines(root: Path, target: Target, progress: Progress | None) -> None:
-    """Lint the graphs in `root`, build them by TensorRT-RTX where it is, and note what was done."""
+def _check_engines(root: Path, target: Target, progress: Progress | None) -> str | None:
+    """Lint the graphs in `root`, build them by TensorRT-RTX where it is, and note what was done.
+
+    Returns the note for a bundle whose plans have yet to be built.
+    """
     manifest = open_bundle(root).manifest
     sm = next((name for name in target.capabilities if name.startswith("sm_")), None)
     engines = {}
     for name, engine in manifest.engines.items():
         if progress:
             progress("compile", name)
-        checked = tensorrt.check_engine(root / engine.path, name, sm)
-        engines[name] = msgspec.structs.replace(engine, checked=checked)
-    write_manifest(root, msgspec.structs.replace(manifest, engines=engines))
+        found = tensorrt.check_engine(root, engine, sm)
+        engines[name] = msgspec.structs.replace(
+            engine,
+            checked=found.words,
+            built_for=found.built_for,
+            plan=tensorrt.plan_path(name) if found.built_for else None,
+        )
+    update_engines(root, manifest, engines)
+    return None if all(engine.plan for engine in engines.values()) else _FIRST_RUN
 
 
 def _reference(

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
-from edgesd.cli.common import Finite, Reporter, Size, json_option, print_json, printable
+from edgesd.cli.common import (
+    Finite,
+    Reporter,
+    Size,
+    board_progress,
+    json_option,
+    print_json,
+    printable,
+)
+from edgesd.errors import EdgesdError
 from edgesd.spec import METHODS, Precision
 
 
@@ -99,6 +109,12 @@ from edgesd.spec import METHODS, Precision
     help="Folder of the bundle, or NAME.edgesd for one file. "
     "[default: bundles/MODEL-TARGET-PRECISION]",
 )
+@click.option(
+    "--on",
+    "host",
+    metavar="USER@BOARD[:PORT]",
+    help="For Jetsons: let that board build the TensorRT plans, over SSH; the bundle brings them.",
+)
 @json_option
 def build_command(
     model: str,
@@ -118,6 +134,7 @@ def build_command(
     batch: int | None,
     scheduler: str | None,
     output: Path | None,
+    host: str | None,
     as_json: bool,
 ) -> None:
     """Turn MODEL into a bundle for a board.
@@ -148,6 +165,16 @@ def build_command(
         work=work,
         lpips=lpips,
     )
+    finish = None
+    if host:
+        from edgesd.build.on_board import add_plans, check_board
+        from edgesd.device.targets import get_target
+
+        if get_target(target).backends[0] != "tensorrt":
+            raise click.UsageError(f"--on builds TensorRT plans, and {target} takes none")
+        place = check_board(host, target).environment  # before long work
+        reporter.line(f"{host} builds plans for {place}")
+        finish = partial(add_plans, host, progress=board_progress(reporter))
     built = build(
         model,
         target,
@@ -158,6 +185,7 @@ def build_command(
         batch or 1,
         progress=lambda stage, component: reporter.line(f"{component}: {stage}"),
         quantization=options,
+        finish=finish,
     )
     manifest = built.bundle.manifest
     sizes = {name: built.bundle.weight_bytes(name) for name in manifest.engines}
@@ -174,6 +202,7 @@ def build_command(
                 "quality": manifest.quality,
             }
         )
+        _raise_unfinished(built.unfinished, built.path, host)
         return
     for name, engine in manifest.engines.items():
         click.echo(
@@ -192,6 +221,16 @@ def build_command(
     if built.note:
         click.echo(f"note: {built.note}")
     click.echo(f"bundle for {manifest.target}: {built.path}")
+    _raise_unfinished(built.unfinished, built.path, host)
+
+
+def _raise_unfinished(error: EdgesdError | None, path: Path, host: str | None) -> None:
+    """Fail behind a bundle that lacks the board's plans."""
+    if error is not None:
+        raise type(error)(
+            f"{error} ({path} is whole, without plans: edgesd finalize {path} --on {host} -o NEW "
+            "adds them)"
+        )
 
 
 def _prompts(path: Path | None) -> tuple[str, ...] | None:

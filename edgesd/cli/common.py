@@ -19,6 +19,7 @@ from edgesd.errors import EdgesdError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from edgesd.build.on_board import Progress as BoardProgress
     from edgesd.engines.plans import Plans
     from edgesd.runtime.bundle import Bundle
 
@@ -165,6 +166,16 @@ def plan_progress(reporter: Reporter) -> Callable[[str, str, int, int], None]:
         reporter.update(f"{component}: {phase}", done, total)
 
     return progress
+
+
+def board_progress(reporter: Reporter) -> BoardProgress:
+    """Shows what a board says, and what goes there and comes back."""
+    from edgesd.build.on_board import Progress as BoardProgress
+
+    def moved(what: str, done: int, total: int) -> None:
+        reporter.update(what, done >> 20, total >> 20, "MB")
+
+    return BoardProgress(reporter.line, moved)
 
 
 def fail(error: BaseException, debug: bool) -> int:

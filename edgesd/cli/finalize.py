@@ -3,40 +3,107 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from edgesd.cli.common import Reporter, json_option, plan_progress, print_json, printable
+from edgesd.cli.common import (
+    Reporter,
+    board_progress,
+    json_option,
+    plan_progress,
+    print_json,
+    printable,
+)
+
+if TYPE_CHECKING:
+    from edgesd.engines.plans import Finalized
 
 
-@click.command("finalize", short_help="Build BUNDLE's TensorRT plans for this machine.")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.command("finalize", short_help="Build BUNDLE's TensorRT plans, here or on a board.")
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--plans",
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder to keep them in. [default: EDGESD_PLANS, or ~/.cache/edgesd/plans]",
 )
+@click.option(
+    "--on",
+    "host",
+    metavar="USER@BOARD[:PORT]",
+    help="Build them on that board, over SSH, and write a bundle that brings them.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="With --on: folder or NAME.edgesd."
+)
+@click.option("--check", is_flag=True, help="Only say what plans are built for here.")
 @json_option
-def finalize_command(bundle: Path, plans: Path | None, as_json: bool) -> None:
+def finalize_command(
+    bundle: Path | None,
+    plans: Path | None,
+    host: str | None,
+    output: Path | None,
+    check: bool,
+    as_json: bool,
+) -> None:
     """Build the TensorRT plans of BUNDLE on the machine that will run it.
 
     `edgesd generate` does so on its first run, too. A plan fits this GPU, this TensorRT and this
     JetPack only; it is built anew when one of them changes.
     """
-    from edgesd.engines.plans import plans_folder, prepare_plans, read_plan
+    if check:
+        if bundle or plans or host or output:
+            raise click.UsageError("--check looks at this machine alone: give nothing else")
+        _check(as_json)
+        return
+    if bundle is None:
+        raise click.UsageError("Missing argument 'BUNDLE'.")
+    if host and (output is None or plans):
+        raise click.UsageError("--on writes another bundle: name it by -o, and leave --plans out")
+    if output and not host:
+        raise click.UsageError("-o goes with --on: plans of this machine are kept in --plans")
+    from edgesd.engines.plans import Finalized, plans_folder, prepare_plans, read_plan
     from edgesd.runtime.bundle import open_bundle
 
+    opened = open_bundle(bundle)
     reporter = Reporter(quiet=as_json)
     with reporter.bar():
-        paths = prepare_plans(open_bundle(bundle), plans or plans_folder(), plan_progress(reporter))
-    found = {component: read_plan(path) for component, path in paths.items()}
+        if host and output:
+            from edgesd.build.on_board import finalize_on
+
+            found = finalize_on(host, opened, output, board_progress(reporter))
+        else:
+            paths = prepare_plans(opened, plans or plans_folder(), plan_progress(reporter))
+            found = {
+                name: Finalized(printable(path), read_plan(path)) if path else Finalized(None, None)
+                for name, path in paths.items()
+            }
     if as_json:
-        print_json(
-            {name: {"path": printable(paths[name]), "plan": plan} for name, plan in found.items()}
-        )
+        print_json(found)
         return
-    for name, plan in found.items():
-        report = plan.report
+    _show(found)
+    if output:
+        click.echo(f"bundle with the plans of {host}: {output}")
+
+
+def _check(as_json: bool) -> None:
+    from edgesd.device.detect import detect_machine, explain_machine
+    from edgesd.engines.plans import Here, environment_here
+
+    here = Here(detect_machine(), environment_here())
+    if as_json:
+        print_json(here)
+    else:
+        click.echo(explain_machine(here.machine))
+        click.echo(f"plans are built for {here.environment}")
+
+
+def _show(found: dict[str, Finalized]) -> None:
+    for name, final in found.items():
+        if final.plan is None:
+            click.echo(f"{name:13} the bundle's own plan fits")
+            continue
+        report = final.plan.report
         click.echo(
             f"{name:13} {report.plan_bytes / 1e6:9.1f} MB  {report.environment}  built in "
             f"{report.seconds:.0f} s, {report.peak_bytes / 1e6:.0f} MB at most"

@@ -44,5 +44,6 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
             f"{name:13} {opened.weight_bytes(name) / 1e6:9.1f} MB  {engine.precision}  "
             f"parity {engine.parity.rel_rms:.1e} RMS, {engine.parity.max_abs:.1e} max"
             + (f"; {engine.checked}" if engine.checked else "")
+            + (f"; its plan is for {engine.built_for}" if engine.plan else "")
         )
     click.echo(f"verified: {len(manifest.files)} files, {total / 1e6:.1f} MB, every byte")

@@ -30,6 +30,9 @@ CAPABILITIES: dict[str, str] = {
     "amx_int8": "int8 matrix tiles",
     "amx_bf16": "bfloat16 matrix tiles",
     # NVIDIA GPUs: the compute capability that an engine is built for, no more and no less
+    "sm_86": "GeForce RTX 30 and RTX A GPUs",
+    "sm_89": "GeForce RTX 40 and RTX Ada GPUs",
+    "sm_120": "GeForce RTX 50 and RTX PRO Blackwell GPUs",
     "sm_87": "Jetson Orin's GPU",
     "sm_110": "Jetson Thor's GPU",
 }

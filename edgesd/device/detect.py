@@ -26,6 +26,12 @@ _L4T = re.compile(r"R(\d+) \(release\), REVISION: ([\d.]+)")
 _SOC_GPUS = {"nvidia,tegra234": "sm_87", "nvidia,tegra264": "sm_110"}
 # CPU part on a Jetson -> its GPU, where a container hides the device tree.
 _JETSON_CPU_GPUS = {"0xd42": "sm_87", "0xd83": "sm_110"}
+# Names of PC GPUs, as their driver tells them. Unlisted ones are no capability of a target.
+_PC_GPUS = (
+    (re.compile(r"RTX (30\d\d|A[2-6]\d00)\b"), "sm_86"),
+    (re.compile(r"RTX (40\d\d\b|\d000 Ada)"), "sm_89"),
+    (re.compile(r"RTX (50\d\d\b|PRO \d000 Blackwell)"), "sm_120"),
+)
 
 
 def detect_machine(root: Path = _ROOT, arch: str | None = None) -> Machine:
@@ -47,7 +53,7 @@ def detect_machine(root: Path = _ROOT, arch: str | None = None) -> Machine:
         target=None,
         memory_bytes=min(limits, default=0),
         cpu_count=_cpu_count(root, cpus),
-        capabilities=_capabilities(arch, cpus, compatible, release is not None),
+        capabilities=_capabilities(arch, cpus, compatible, release is not None, _pc_gpus(root)),
         l4t=f"{release[1]}.{release[2]}" if release else None,
     )
     target = _recognise(unnamed, set(_MODULE_ID.findall(" ".join(compatible))))
@@ -200,9 +206,9 @@ def _cpu_count(root: Path, cpus: list[dict[str, str]]) -> int:
 
 
 def _capabilities(
-    arch: str, cpus: list[dict[str, str]], compatible: list[str], jetson: bool
+    arch: str, cpus: list[dict[str, str]], compatible: list[str], jetson: bool, gpus: set[str]
 ) -> tuple[str, ...]:
-    """What every CPU has (big and little cores may differ), and the Jetson's GPU. Sorted."""
+    """What every CPU has (big and little cores may differ), and the GPU. Sorted."""
     key = "Features" if arch == "aarch64" else "flags"
     flags = [set(cpu[key].split()) for cpu in cpus if key in cpu]
     common = set.intersection(*flags) if flags else set()
@@ -211,7 +217,18 @@ def _capabilities(
     if jetson:
         parts = {cpu.get("CPU part", "") for cpu in cpus}
         found |= {gpu for part, gpu in _JETSON_CPU_GPUS.items() if part in parts}
-    return tuple(sorted(found))
+    return tuple(sorted(found | gpus))
+
+
+def _pc_gpus(root: Path) -> set[str]:
+    """What the driver's GPUs are: /proc/driver/nvidia/gpus/BUS/information, without CUDA."""
+    folder = root / "proc/driver/nvidia/gpus"
+    try:
+        buses = sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return set()
+    told = "\n".join(_read(root, f"proc/driver/nvidia/gpus/{bus}/information") for bus in buses)
+    return {sm for name, sm in _PC_GPUS if name.search(told)}
 
 
 def _ram_bytes(root: Path) -> int:

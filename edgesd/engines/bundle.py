@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -17,7 +17,7 @@ from edgesd.runtime.bundle import (
     archive_order,
     checksum_line,
 )
-from edgesd.spec import BundleManifest, FileEntry
+from edgesd.spec import SCHEMA_VERSION, BundleManifest, Engine, FileEntry
 
 
 def file_entries(root: Path, leave_out: Collection[str] = ()) -> dict[str, FileEntry]:
@@ -35,6 +35,23 @@ def write_manifest(root: Path, manifest: BundleManifest) -> None:
     for name, content in ((MANIFEST, raw), (CHECKSUM, checksum_line(raw))):
         with atomic_write(root / name) as file:
             file.write(content)
+
+
+def update_engines(root: Path, manifest: BundleManifest, engines: Mapping[str, Engine]) -> None:
+    """Write `manifest` anew, with `engines` in place of its own; their plans lie in `root`."""
+    plans = [engine.plan for engine in engines.values() if engine.plan]
+    old = {engine.plan for engine in manifest.engines.values()}
+    files = {name: entry for name, entry in manifest.files.items() if name not in old}
+    for name in plans:
+        path = root / name
+        files[name] = FileEntry(path.stat().st_size, sha256_file(path))
+    changed = msgspec.structs.replace(
+        manifest,
+        schema_version=SCHEMA_VERSION,
+        engines=dict(engines),
+        files=dict(sorted(files.items())),
+    )
+    write_manifest(root, changed)
 
 
 def pack_bundle(bundle: Bundle, path: Path, progress: Progress | None = None) -> None:

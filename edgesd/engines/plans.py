@@ -1,13 +1,15 @@
 """Plans of a bundle on the machine that runs it: built once, kept in a folder, found again.
 
-A plan belongs to this GPU, this TensorRT and this JetPack, so it is no part of the bundle: its name
-hashes all of them with the graph. Beside it lies what its build came to, with its checksum.
+A plan belongs to this GPU, this TensorRT and this JetPack: its name hashes all of them with the
+graph. Beside it lies what its build came to, with its checksum. A bundle may bring plans, too; they
+are used where they were built for exactly what is here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -21,7 +23,6 @@ from edgesd.engines.tensorrt import (
     MODULES,
     PLAN_SUFFIX,
     BuildSpec,
-    Environment,
     PlanReport,
     build_plan,
 )
@@ -29,11 +30,13 @@ from edgesd.errors import EdgesdError, MissingDependencyError, TargetError, Usag
 from edgesd.files import atomic_write, private_folder, sha256_file
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.cuda import Gpu, find_gpu
-from edgesd.runtime.runners.tensorrt import PlanFile
-from edgesd.spec import Spec
+from edgesd.runtime.runners.tensorrt import LoadedPlan
+from edgesd.spec import Environment, Machine, Spec
 
 _WORKSPACE_PART = 4
 """A layer's workspace may take this part of the GPU's memory, which a Jetson shares."""
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[str, str, int, int], None]
 """Told of a component, a phase of its build, steps done, and of how many."""
@@ -45,6 +48,21 @@ class Plan(Spec, frozen=True):
     component: str
     sha256: str
     report: PlanReport
+
+
+class Finalized(Spec, frozen=True):
+    """What `edgesd finalize --json` tells of a component. path, plan: None where the bundle brings
+    the plan."""
+
+    path: str | None
+    plan: Plan | None
+
+
+class Here(Spec, frozen=True):
+    """What `edgesd finalize --check --json` tells: this machine, and what plans are built for."""
+
+    machine: Machine
+    environment: Environment
 
 
 def plans_folder() -> Path:
@@ -61,14 +79,15 @@ def _gpu() -> Gpu:
     return gpu
 
 
-def environment_here(gpu: Gpu | None = None) -> Environment:
+def environment_here(gpu: Gpu | None = None, prefer: str | None = None) -> Environment:
     """This machine's TensorRT, GPU (`gpu`, if it is known already) and JetPack.
 
-    Raises TargetError without a driver or a GPU, MissingDependencyError without TensorRT. The
-    driver is asked first: without one TensorRT crashes.
+    prefer: the one of MODULES to take where several are installed. Raises TargetError without a
+    driver or a GPU, MissingDependencyError without TensorRT. The driver is asked first: without one
+    TensorRT crashes.
     """
     gpu = gpu or _gpu()
-    for module in MODULES:
+    for module in sorted(MODULES, key=lambda name: name != prefer):
         if importlib.util.find_spec(module) is None:
             continue
         try:
@@ -89,8 +108,9 @@ def prepare_plans(
     folder: Path,
     progress: Progress | None = None,
     components: Iterable[str] | None = None,
-) -> dict[str, Path]:
-    """The plans of a bundle's components, those that `folder` lacks built first.
+) -> dict[str, Path | None]:
+    """The plans of a bundle's components, those that `folder` lacks built first; None for a plan
+    that the bundle brings and that was built for this environment.
 
     components: None for all. Raises UsageError for a bundle of another backend, TargetError and
     MissingDependencyError as `environment_here`, what `build_plan` raises, BundleError when the
@@ -102,10 +122,23 @@ def prepare_plans(
             f"{bundle.path} is a bundle for {backend}, which needs no plans: they are for bundles "
             f"of {BACKEND}"
         )
+    engines = bundle.manifest.engines
+    brought = next((e.built_for for e in engines.values() if e.built_for), None)
     gpu = _gpu()
-    here, workspace = environment_here(gpu), gpu.memory_bytes // _WORKSPACE_PART
-    names = bundle.manifest.engines if components is None else components
-    return {name: _plan(bundle, name, here, workspace, folder, progress) for name in names}
+    here = environment_here(gpu, brought.module if brought else None)
+    if brought not in (None, here):
+        _log.warning(
+            "the bundle's plans were built for %s, and this machine is %s: others are built here",
+            brought,
+            here,
+        )
+    workspace = gpu.memory_bytes // _WORKSPACE_PART
+    return {
+        name: None
+        if engines[name].built_for == here
+        else _plan(bundle, name, here, workspace, folder, progress)
+        for name in (engines if components is None else components)
+    }
 
 
 class Plans:
@@ -117,10 +150,11 @@ class Plans:
     def __init__(
         self, bundle: Bundle, folder: Path, progress: Progress, components: Iterable[str]
     ) -> None:
+        self._bundle = bundle
         self._prepare = partial(prepare_plans, bundle, folder, progress, components)
-        self._found: dict[str, Path] | EdgesdError | None = None
+        self._found: dict[str, Path | None] | EdgesdError | None = None
 
-    def __call__(self, component: str) -> PlanFile:
+    def __call__(self, component: str) -> LoadedPlan:
         """The plan of a component. Raises what `prepare_plans` raises."""
         if self._found is None:
             try:
@@ -130,7 +164,11 @@ class Plans:
         if isinstance(self._found, EdgesdError):
             raise self._found
         path = self._found[component]
-        return PlanFile(path, read_plan(path).report.environment.module)
+        if path is not None:
+            return LoadedPlan(path.read_bytes(), read_plan(path).report.environment.module)
+        engine = self._bundle.manifest.engines[component]
+        assert engine.plan and engine.built_for
+        return LoadedPlan(self._bundle.read(engine.plan), engine.built_for.module)
 
 
 def _plan(

@@ -16,19 +16,23 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from edgesd.engines import onnxruntime
 from edgesd.errors import EdgesdError, MissingDependencyError, ResourceError, TargetError
 from edgesd.files import private_folder
-from edgesd.spec import Engine, Graph, Spec
+from edgesd.spec import Engine, Environment, Graph, Spec
 
 BACKEND = "tensorrt"
 MODULES = ("tensorrt", "tensorrt_rtx")
 """Python packages that build plans. tensorrt_rtx does so on a machine without a GPU, too."""
 
 PLAN_SUFFIX = ".plan"
+PLANS = "plans"
+"""Folder of a bundle that holds plans which were built beforehand: plans/COMPONENT.plan."""
+
 SCRIPT = "trtexec.sh"
 """File of a bundle: command lines of NVIDIA's tool that build the same plans."""
 
@@ -93,19 +97,6 @@ class BuildSpec(Spec, frozen=True):
         return shlex.join(words)
 
 
-class Environment(Spec, frozen=True):
-    """Where a plan was built, and the only place where it runs. l4t: a Jetson's release."""
-
-    module: str
-    version: str
-    sm: str
-    l4t: str | None = None
-
-    def __str__(self) -> str:
-        release = f", L4T {self.l4t}" if self.l4t else ""
-        return f"{self.module} {self.version}, {self.sm}{release}"
-
-
 class PlanReport(Spec, frozen=True):
     """What a build came to. seconds: of the build alone. peak_bytes: resident memory of its
     process at most. import_bytes: of the same before the graph was read. warnings: TensorRT's."""
@@ -123,26 +114,47 @@ def engine_from_graph(graph: Graph) -> Engine:
     return msgspec.structs.replace(onnxruntime.engine_from_graph(graph), backend=BACKEND)
 
 
-def check_engine(graph: Path, component: str, sm: str | None) -> str:
-    """Lint a graph and, where TensorRT-RTX is installed, build it for a GPU like `sm`; what was
-    found good, for an engine's `checked`.
+class Checked(NamedTuple):
+    """What `check_engine` found. words: for an engine's `checked`. built_for: where the plan that
+    was kept runs; None if none was."""
 
-    Raises EdgesdError, naming the node, when either refuses the graph.
+    words: str
+    built_for: Environment | None = None
+
+
+def plan_path(component: str) -> str:
+    """Where in a bundle the plan of a component lies."""
+    return f"{PLANS}/{component}{PLAN_SUFFIX}"
+
+
+def check_engine(root: Path, engine: Engine, sm: str | None) -> Checked:
+    """Lint a graph and, where TensorRT-RTX is installed, build it for `sm` or a GPU like it.
+
+    root: the bundle's folder. A plan for `sm` itself is kept, as `plan_path`; one for a GPU like it
+    is a check, no more. Raises EdgesdError, naming the node, when either refuses the graph.
     """
     from edgesd.engines.tensorrt_lint import check_graph
 
+    graph, component = root / engine.path, engine.component
     check_graph(graph, component)
-    near = CHECK_SM.get(sm or "")
-    if near is None or importlib.util.find_spec(CHECK_MODULE) is None:
-        return "passed edgesd's lint"
+    only_linted = Checked("passed edgesd's lint")
+    if sm is None or importlib.util.find_spec(CHECK_MODULE) is None:
+        return only_linted
+    near = CHECK_SM.get(sm, sm)
     with private_folder(graph.parent) as temporary:
         spec = BuildSpec(component, CHECK_MODULE, near)
         try:
             report = build_plan(graph, spec, temporary / "plan")
         except ResourceError as exc:  # this machine's fault, not the graph's
             _log.warning("%s", exc)
-            return "passed edgesd's lint"
-    return f"built for {near} by {CHECK_MODULE} {report.environment.version}"
+            return only_linted
+        words = f"built for {near} by {CHECK_MODULE} {report.environment.version}"
+        if near != sm:
+            return Checked(words)
+        kept = root / plan_path(component)
+        kept.parent.mkdir(exist_ok=True)
+        (temporary / "plan").replace(kept)
+    return Checked(words, report.environment)
 
 
 def trtexec_script(engines: Mapping[str, Engine]) -> str:

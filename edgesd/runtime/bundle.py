@@ -204,7 +204,7 @@ class Bundle:
         return sum(self._sizes.values())
 
     def engine_files(self, engine: Engine) -> list[str]:
-        """Names of the files of one engine: its graph or plan, and the weights beside it."""
+        """Names of the files of one engine: its graph, and the weights beside it."""
         folder = f"{PurePosixPath(engine.path).parent}/"
         return [name for name in self.manifest.files if name.startswith(folder)]
 
@@ -324,4 +324,8 @@ def _decode(path: Path, raw: bytes) -> BundleManifest:
     for engine in manifest.engines.values():
         if engine.path not in manifest.files or "/" not in engine.path:
             raise BundleError(f"{path}: {MANIFEST} doesn't list {engine.path}")
+        if (engine.plan is None) != (engine.built_for is None):
+            raise BundleError(f"{path}: {MANIFEST} doesn't say what {engine.plan} was built for")
+        if engine.plan is not None and engine.plan not in manifest.files:
+            raise BundleError(f"{path}: {MANIFEST} doesn't list {engine.plan}")
     return manifest

@@ -31,7 +31,7 @@ from edgesd.spec import ComponentSpec, LayerRecipe, number_format, parse_scheme
 if TYPE_CHECKING:
     from PIL import Image
 
-    from edgesd.runtime.runners.tensorrt import PlanFile
+    from edgesd.runtime.runners.tensorrt import LoadedPlan
 
 Float = npt.NDArray[np.float32]
 
@@ -70,7 +70,7 @@ class Settings:
     threads: int = 0
     low_memory: bool | None = None
     guidance_mode: GuidanceMode | None = None
-    plan_of: Callable[[str], PlanFile] | None = None
+    plan_of: Callable[[str], LoadedPlan] | None = None
     fallback: bool = True
 
 
@@ -358,7 +358,7 @@ class Pipeline(Closing):
         from edgesd.runtime.device_memory import open_device_memory
         from edgesd.runtime.runners.tensorrt import TensorRtRunner
 
-        return TensorRtRunner(spec, plan.path.read_bytes(), open_device_memory(), plan.module)
+        return TensorRtRunner(spec, plan.data, open_device_memory(), plan.module)
 
     def _release(self, component: str) -> None:
         if self.low_memory and component in self._runners:

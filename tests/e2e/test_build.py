@@ -94,7 +94,7 @@ def test_build_for_a_board_in_one_file(tmp_path: Path) -> None:
         "-o", out,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert "plans are built on the board" in outcome.out
+    assert "plans are built where they run" in outcome.out
     bundle = open_bundle(out)
     assert bundle.manifest.backend == "tensorrt"
     for name, engine in bundle.manifest.engines.items():

@@ -5,28 +5,23 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import numpy as np
-import onnx
 import pytest
 from PIL import Image
 
 from edgesd.engines import plans
 from edgesd.engines.bundle import pack_bundle
-from edgesd.engines.tensorrt import BuildSpec, Environment, PlanReport, Progress
+from edgesd.engines.tensorrt import PlanReport
 from edgesd.errors import EdgesdError, ResourceError
-from edgesd.runtime import device_memory
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.cuda import Gpu
-from edgesd.runtime.device_memory import NumpyMemory
 from tests import fake_tensorrt
+from tests.boards import JETSON as HERE
+from tests.boards import Builder
 from tests.support import assert_refused, run_cli, write_bundle
-
-HERE = Environment("tensorrt", "10.3.0", "sm_87", None)
 
 
 @pytest.fixture(scope="module")
@@ -35,46 +30,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     target, arch = ("raspberry-pi-4", "aarch64") if arm else ("x86-64-cpu", "x86_64")
     folder = tmp_path_factory.mktemp("bundles") / "for-tensorrt"
     return write_bundle(folder, target, arch, "tensorrt")
-
-
-class Builder:
-    """Stands in for `build_plan`: the plan is the graph with its weights inside."""
-
-    def __init__(self) -> None:
-        self.built: list[str] = []
-        self.error: Exception | None = None
-
-    def __call__(
-        self,
-        graph: Path,
-        spec: BuildSpec,
-        plan: Path,
-        progress: Progress | None = None,
-        weights: Path | None = None,
-    ) -> PlanReport:
-        if self.error:
-            raise self.error
-        if progress:
-            progress("Building engine", 1, 2)
-        model = onnx.load(graph, load_external_data=False)
-        onnx.external_data_helper.load_external_data_for_model(model, str(weights))
-        plan.write_bytes(model.SerializeToString())
-        self.built.append(spec.component)
-        return PlanReport(HERE, plan.stat().st_size, 1.5, 300 << 20, 200 << 20, ())
-
-
-@pytest.fixture
-def board(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builder:
-    """A machine with a GPU and TensorRT, and an empty folder of plans."""
-    builder = Builder()
-    monkeypatch.setenv("EDGESD_PLANS", str(tmp_path / "plans"))
-    gpu = Gpu("Orin", "sm_87", 8 << 30)
-    monkeypatch.setattr(plans, "find_gpu", lambda: gpu)
-    monkeypatch.setattr(plans, "build_plan", builder)
-    monkeypatch.setattr(device_memory, "open_device_memory", NumpyMemory)
-    monkeypatch.setattr(fake_tensorrt, "__version__", "10.3.0", raising=False)
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt)
-    return builder
 
 
 def pixels(path: Path) -> np.ndarray:

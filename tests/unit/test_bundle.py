@@ -23,6 +23,8 @@ from tests.support import assert_refused, run_cli
 
 MUTATIONS = 200
 
+SM = {"module": "tensorrt", "version": "10.3.0", "sm": "sm_87"}
+
 
 @pytest.fixture
 def folder(miniature: Bundle, tmp_path: Path) -> Path:
@@ -183,9 +185,28 @@ def forge(folder: Path, **changes: object) -> None:
     (folder / CHECKSUM).write_bytes(checksum_line(raw))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"plan": "unet/model.onnx"}, "doesn't say what unet/model.onnx was built for"),
+        ({"built_for": SM}, "doesn't say what None was built for"),
+        ({"plan": "plans/none.plan", "built_for": SM}, "doesn't list plans/none.plan"),
+        ({"plan": 7, "built_for": SM}, "isn't valid"),
+    ],
+)
+def test_a_plan_that_the_manifest_describes_wrongly(
+    changes: dict[str, object], words: str, folder: Path
+) -> None:
+    engines = json.loads((folder / MANIFEST).read_bytes())["engines"]
+    engines["unet"] |= changes
+    forge(folder, engines=engines)
+    with pytest.raises(BundleError, match=words):
+        open_bundle(folder)
+
+
 def test_newer_schema_is_refused_even_with_unknown_fields(folder: Path) -> None:
     forge(folder, schema_version=SCHEMA_VERSION + 1, novelty=True)
-    with pytest.raises(BundleError, match=r"schema version 4.*upgrade edgesd"):
+    with pytest.raises(BundleError, match=rf"schema version {SCHEMA_VERSION + 1}.*upgrade edgesd"):
         open_bundle(folder)
 
 

@@ -42,6 +42,9 @@ BOARDS = {
     "jetson-agx-orin-32gb": 32,
     "jetson-agx-orin-64gb": 64,
     "jetson-thor": 128,
+    "rtx-30": 8,
+    "rtx-40": 8,
+    "rtx-50": 8,
     "x86-64-cpu": 8,
 }
 
@@ -81,9 +84,10 @@ def test_every_board_is_registered_with_its_memory():
 
 def test_order_is_that_of_the_modules():
     modules = sorted(p.stem for p in Path(targets.__file__).parent.glob("[!_]*.py"))
-    assert len(modules) == 8
+    assert len(modules) == 9
     boards = [b.name for b in list_targets()]
-    found = [next(m for m in modules if b.replace("-", "_").startswith(m)) for b in boards]
+    names = [b.replace("rtx", "nvidia-rtx").replace("-", "_") for b in boards]
+    found = [next(m for m in modules if name.startswith(m)) for name in names]
     assert found == sorted(found)
     targets.list_targets.cache_clear()
     assert [b.name for b in list_targets()] == boards
@@ -115,7 +119,9 @@ def test_targets_are_consistent(target):
     assert target.memory_bytes not in target.memory_options
     assert 0 < usable_bytes(target) < target.memory_bytes
     jetson = target.name.startswith("jetson")
-    assert target.backends == (("tensorrt", "onnxruntime") if jetson else ("onnxruntime",))
+    nvidia = jetson or target.name.startswith("rtx")
+    assert target.backends == (("tensorrt", "onnxruntime") if nvidia else ("onnxruntime",))
+    assert any(name.startswith("sm_") for name in target.capabilities) == nvidia
     assert bool(target.module_ids) == jetson
     assert get_target(target.name) is target
     assert msgspec.json.decode(msgspec.json.encode(target), type=Target) == target
@@ -258,6 +264,7 @@ def test_words():
         ("jetson-agx-orin-64gb", "jetson-agx-orin-64gb", 12, "dotprod fp16_arithmetic sm_87"),
         ("jetson-thor", "jetson-thor", 14, "bf16 dotprod fp16_arithmetic i8mm sm_110 sve sve2"),
         ("x86-64-i7-12700-16gb", "x86-64-cpu", 8, "avx2 avx_vnni f16c fma"),
+        ("x86-64-rtx-3060-16gb", "rtx-30", 8, "avx2 avx_vnni f16c fma sm_86"),
         (
             "x86-64-xeon-amx-64gb",
             "x86-64-cpu",

@@ -18,9 +18,11 @@ from edgesd.engines.tensorrt import (
     PlanReport,
     Profile,
     build_plan,
+    check_engine,
 )
 from edgesd.errors import EdgesdError, MissingDependencyError, ResourceError, TargetError
 from edgesd.runtime.cuda import find_gpu
+from edgesd.spec import Engine, Parity
 
 onnx = pytest.importorskip("onnx")
 
@@ -268,3 +270,29 @@ def test_without_a_gpu_its_own_plan_cannot_be_built(plain: Path, rtx: BuildSpec)
     spec = msgspec.structs.replace(rtx, sm=None)
     with pytest.raises(TargetError, match=r"can't build here: .*driver"):
         build_plan(plain, spec, plain.parent / "x.plan")
+
+
+@pytest.mark.parametrize(
+    ("sm", "near", "kept"),
+    [
+        ("sm_86", "sm_86", True),
+        ("sm_89", "sm_89", True),
+        ("sm_87", "sm_86", False),
+        ("sm_110", "sm_120", False),
+    ],
+)
+def test_only_a_plan_for_the_targets_own_gpu_is_kept(
+    sm: str, near: str, kept: bool, tmp_path: Path, rtx: BuildSpec
+) -> None:
+    root = tmp_path / "bundle"
+    (root / "unet").mkdir(parents=True)
+    onnx.save(product([1, 64]), root / "unet/model.onnx")
+    engine = Engine("unet", "unet/model.onnx", "tensorrt", "fp16", Parity(0, 0, 0))
+    found = check_engine(root, engine, sm)
+    assert found.words.startswith(f"built for {near} by tensorrt_rtx ")
+    assert (root / "plans/unet.plan").exists() == kept
+    if kept:
+        assert found.built_for and found.built_for.sm == sm
+    else:
+        assert found.built_for is None
+    assert sorted(path.name for path in (root / "unet").iterdir()) == ["model.onnx"]

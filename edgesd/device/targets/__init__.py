@@ -139,14 +139,14 @@ def _memory_name(board: Target, size_bytes: int) -> str:
 
 
 def _nearest(target: Target, others: Iterable[Target]) -> Target | None:
-    """The most similar: same board, then architecture, RAM and backends."""
+    """The most similar: same board, then architecture, backends and RAM."""
     return min(
         others,
         key=lambda other: (
             other.models != target.models,
             other.arch != target.arch,
-            abs(other.memory_bytes - target.memory_bytes),
             other.backends != target.backends,
+            abs(other.memory_bytes - target.memory_bytes),
         ),
         default=None,
     )

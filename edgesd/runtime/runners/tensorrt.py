@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,17 +15,17 @@ from edgesd.runtime.runners import BoundRunner
 from edgesd.spec import ComponentSpec
 
 
-class PlanFile(NamedTuple):
-    """A plan that was built on this machine, and the Python package that runs it."""
+class LoadedPlan(NamedTuple):
+    """The bytes of a plan that fits this machine, and the Python package that runs it."""
 
-    path: Path
+    data: bytes
     module: str
 
 
 class TensorRtRunner(BoundRunner):
     """A plan whose inputs and outputs live in buffers that are bound once.
 
-    plan: the bytes of a plan that was built on this machine (engines.tensorrt). memory: becomes the
+    plan: the bytes of a plan that was built for this machine (engines.plans). memory: becomes the
     runner's, which closes it. module: TensorRT's Python package, or its name. Raises
     MissingDependencyError without it, TargetError when the plan doesn't fit this machine or the
     GPU fails, BundleError when the plan hasn't the component's inputs and outputs, ResourceError

@@ -1,0 +1,200 @@
+"""TensorRT plans that a board builds: its graphs go there over SSH, its plans come back.
+
+What a board has built it keeps, and what has arrived there isn't sent again: after a lost link the
+same command goes on from that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+import edgesd
+from edgesd.device import board as boards
+from edgesd.device.board import Board, Item, parse_address
+from edgesd.device.detect import check_machine
+from edgesd.device.ssh import connect
+from edgesd.device.targets import get_target
+from edgesd.engines.bundle import pack_bundle, update_engines
+from edgesd.engines.plans import Finalized, Here
+from edgesd.engines.tensorrt import BACKEND, plan_path
+from edgesd.errors import BoardError, TargetError, UsageError
+from edgesd.files import atomic_dir, atomic_write, check_new, private_folder, sha256_file
+from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
+
+_INCOMING = ".cache/edgesd/incoming"
+"""Folder on the board of bundles whose plans aren't all built yet."""
+
+_T = TypeVar("_T")
+
+
+class Progress(NamedTuple):
+    """line: told what the board says. moved: told what is moved ("send", "fetch"), bytes, of how
+    many."""
+
+    line: Callable[[str], None] = lambda text: None
+    moved: Callable[[str, int, int], None] = lambda what, done, total: None
+
+
+def check_board(host: str, target_name: str) -> Here:
+    """What the board `host` is and builds plans for, before long work is done for it.
+
+    host: user@host[:port]. Raises UsageError for a malformed one, BoardError when the board can't
+    be reached or can't build plans, TargetError when it isn't a board of the target.
+    """
+
+    async def check() -> Here:
+        async with connect(parse_address(host)) as board:
+            return await _look(board, target_name)
+
+    return asyncio.run(check())
+
+
+def add_plans(
+    host: str,
+    root: Path,
+    progress: Progress | None = None,
+) -> dict[str, Finalized]:
+    """Build the plans of the bundle folder `root` on the board `host`, and put them into it.
+
+    Not atomic: `root` is a folder that nobody else sees yet. Raises UsageError, TargetError,
+    BoardError, ResourceError when the board's disk is too small.
+    """
+    bundle = open_bundle(root)
+    _require_tensorrt(bundle)
+    asked = progress or Progress()
+
+    async def build() -> tuple[Here, dict[str, Finalized]]:
+        async with connect(parse_address(host)) as board:
+            here = await _look(board, bundle.manifest.target)
+            return here, await _build(board, bundle, root, asked)
+
+    here, found = asyncio.run(build())
+    engines = {}
+    for name, engine in bundle.manifest.engines.items():
+        plan = found[name].plan
+        if plan is not None:
+            built = plan.report.environment
+            words = f"built for {built.sm} on {here.machine.model} by {built.module}"
+            engine = msgspec.structs.replace(
+                engine,
+                checked=f"{words} {built.version}",
+                built_for=built,
+                plan=plan_path(name),
+            )
+        engines[name] = engine
+    update_engines(root, bundle.manifest, engines)
+    return found
+
+
+def finalize_on(
+    host: str,
+    bundle: Bundle,
+    out: Path,
+    progress: Progress | None = None,
+) -> dict[str, Finalized]:
+    """Write `bundle` with plans that the board `host` builds to `out`, a folder or NAME.edgesd.
+
+    Raises what `add_plans` raises, InputError when `out` exists, BundleError when the bundle was
+    altered.
+    """
+    _require_tensorrt(bundle)
+    check_new(out)
+    one_file = out.suffix == SUFFIX
+    with private_folder(out) if one_file else atomic_dir(out) as root:
+        for name in bundle.manifest.files:
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.writelines(bundle.verified_chunks(name))
+        update_engines(root, bundle.manifest, bundle.manifest.engines)
+        found = add_plans(host, root, progress)
+        if one_file:
+            pack_bundle(open_bundle(root), out)
+    return found
+
+
+def _require_tensorrt(bundle: Bundle) -> None:
+    backend = bundle.manifest.backend
+    if backend != BACKEND:
+        raise UsageError(
+            f"{bundle.path} is a bundle for {backend}, which needs no plans: leave --on out"
+        )
+
+
+async def _look(board: Board, target_name: str) -> Here:
+    here = _decode(board, await boards.edgesd(board, "finalize", "--check", "--json"), Here)
+    target = get_target(target_name)
+    try:
+        check_machine(target.name, target.arch, target.capabilities, here.machine)
+    except TargetError as exc:
+        raise TargetError(f"{board.name}: {exc}") from exc
+    return here
+
+
+async def _build(
+    board: Board, bundle: Bundle, root: Path, progress: Progress
+) -> dict[str, Finalized]:
+    items = _items(bundle)
+    raw = b"".join(bundle.chunks(MANIFEST))
+    folder = f"{_INCOMING}/{hashlib.sha256(raw).hexdigest()[:16]}"
+    total, done = sum(item.size for item in items.values()), 0
+
+    def sent(_name: str, count: int) -> None:
+        nonlocal done
+        done += count
+        progress.moved("send", min(done, total), total)
+
+    await boards.send(board, folder, items, sent)
+    await boards.edgesd(board, "finalize", folder, on_line=progress.line)
+    told = await boards.edgesd(board, "finalize", folder, "--json")
+    found = _decode(board, told, dict[str, Finalized])
+    if found.keys() != bundle.manifest.engines.keys():
+        raise BoardError(f"{board.name} built plans of {', '.join(found)}: expected one of each")
+    for name, final in found.items():
+        if final.path is not None and final.plan is not None:
+            await _fetch(board, final, root / plan_path(name), progress)
+    await boards.ask(board, ["rm", "-rf", "--", folder])
+    return found
+
+
+async def _fetch(board: Board, final: Finalized, path: Path, progress: Progress) -> None:
+    assert final.path is not None and final.plan is not None
+    total, done = final.plan.report.plan_bytes, 0
+
+    def fetched(count: int) -> None:
+        nonlocal done
+        done += count
+        progress.moved("fetch", done, total)
+
+    with atomic_write(path) as file:
+        await board.get(final.path, total, file, fetched)
+    if sha256_file(path) != final.plan.sha256:
+        raise BoardError(f"{board.name}: the plan of {final.plan.component} arrived damaged")
+
+
+def _items(bundle: Bundle) -> dict[str, Item]:
+    """Every file of a bundle folder, its manifest last: without it the rest is no bundle yet."""
+    items = {
+        name: Item(entry.bytes, entry.sha256, lambda name=name: bundle.verified_chunks(name))  # type: ignore[misc]
+        for name, entry in bundle.manifest.files.items()
+    }
+    for name in (CHECKSUM, MANIFEST):
+        raw = b"".join(bundle.chunks(name))
+        items[name] = Item(len(raw), hashlib.sha256(raw).hexdigest(), lambda raw=raw: iter([raw]))  # type: ignore[misc]
+    return items
+
+
+def _decode(board: Board, told: str, kind: type[_T]) -> _T:
+    try:
+        return msgspec.json.decode(told, type=kind)
+    except msgspec.MsgspecError as exc:
+        raise BoardError(
+            f"{board.name} answers as edgesd {edgesd.__version__} doesn't expect ({exc}): install "
+            "the same version there"
+        ) from exc

@@ -1,0 +1,282 @@
+"""A board that answers, behind one protocol: over SSH (device/ssh.py), and a fake that is a folder.
+
+Paths on a board are relative to its user's home folder, POSIX.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple, Protocol
+
+from edgesd.errors import BoardError, ResourceError, UsageError
+
+OnLine = Callable[[str], None]
+"""Told each line that a command prints to its standard error, while it runs."""
+
+_ADDRESS = re.compile(
+    r"(?:(?P<user>[^@\s:/]+)@)?(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<host>[\w.-]+))(?::(?P<port>\d+))?"
+)
+
+
+class Address(NamedTuple):
+    """Where a board is. user, port: None for what ~/.ssh/config says, or SSH's own defaults."""
+
+    host: str
+    user: str | None = None
+    port: int | None = None
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        user = f"{self.user}@" if self.user else ""
+        return f"{user}{host}" + (f":{self.port}" if self.port else "")
+
+
+def parse_address(text: str) -> Address:
+    """`[user@]host[:port]`; an IPv6 address stands in brackets. Raises UsageError."""
+    match = _ADDRESS.fullmatch(text)
+    port = int(match["port"]) if match and match["port"] else None
+    if not match or (match["host"] or "").startswith("-") or port == 0 or (port or 0) > 65535:
+        raise UsageError(
+            f"{text!r} isn't a board's address: write user@host or user@host:port, as ssh takes it "
+            "(a password has no place there: keys and the agent are used)"
+        )
+    return Address(match["host"] or match["v6"], match["user"], port)
+
+
+class Finished(NamedTuple):
+    """What a command came to: its exit status, and all that it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Board(Protocol):
+    """One board. Every method raises BoardError when it can't be reached any more."""
+
+    name: str
+
+    async def run(self, command: Sequence[str], on_line: OnLine | None = None) -> Finished:
+        """Run `command` (an argument vector; no shell sees it) in the home folder. A program that
+        isn't there is exit status 127."""
+
+    async def put(self, path: str, chunks: Iterable[bytes], start: int = 0) -> None:
+        """Write `chunks` into the file `path` from its byte `start` on, making it if need be. Its
+        folder exists."""
+
+    async def get(
+        self, path: str, size: int, out: BinaryIO, on_bytes: Callable[[int], None]
+    ) -> None:
+        """Copy the file `path` to `out`. Raises BoardError when it hasn't `size` bytes."""
+
+
+class Item(NamedTuple):
+    """A file to send: its size and hash, and its bytes from an offset on."""
+
+    size: int
+    sha256: str
+    chunks: Callable[[], Iterator[bytes]]
+
+
+async def ask(board: Board, command: Sequence[str], on_line: OnLine | None = None) -> str:
+    """What `command` prints. Raises BoardError with its last words when it fails."""
+    done = await board.run(command, on_line)
+    if done.status == 0:
+        return done.out
+    said = [line for line in done.err.splitlines() if line.strip()]
+    words = said[-1] if said else f"{shlex.join(command)} ended with status {done.status}"
+    raise BoardError(f"{board.name}: {words}")
+
+
+EDGESD_PATHS = (".local/bin", ".local/share/edgesd/bin", "/opt/edgesd/bin")
+"""Folders where a board may have edgesd, beside those of its PATH: a command over SSH gets a short
+one."""
+
+
+async def edgesd(board: Board, *arguments: str, on_line: OnLine | None = None) -> str:
+    """What `edgesd ARGUMENTS` prints on the board. Raises BoardError."""
+    places = ":".join(p if p.startswith("/") else f"$HOME/{p}" for p in EDGESD_PATHS)
+    script = f'PATH="$PATH:{places}" exec edgesd "$@"'
+    done = await board.run(["sh", "-c", script, "edgesd", *arguments], on_line)
+    if done.status == 127:
+        raise BoardError(
+            f"{board.name} has no edgesd: install it there (python scripts/vendor_wheels.py makes "
+            "a folder of wheels that needs no network)"
+        )
+    if done.status:
+        said = [line for line in done.err.splitlines() if line.strip()]
+        words = said[-1].removeprefix("edgesd: ") if said else f"it ended with {done.status}"
+        raise BoardError(f"{board.name}: edgesd {arguments[0]}: {words}")
+    return done.out
+
+
+async def send(
+    board: Board,
+    folder: str,
+    items: Mapping[str, Item],
+    on_bytes: Callable[[str, int], None] | None = None,
+) -> int:
+    """Make `folder` on the board hold exactly `items` (by relative path); the bytes sent.
+
+    What is there already isn't sent: whole files, by their hash, and the beginning of a file whose
+    sending was cut. Every file is hashed on the board before it takes its name. Raises BoardError,
+    ResourceError when the board's disk is too small.
+    """
+    await ask(board, ["mkdir", "-p", "--", folder])
+    there = await _sizes(board, folder)
+    same = [name for name, item in items.items() if there.get(name) == item.size]
+    kept = {
+        name
+        for name, sha256 in (await _hashes(board, folder, same)).items()
+        if sha256 == items[name].sha256
+    }
+    missing = {name: item for name, item in items.items() if name not in kept}
+    begun = {name: there.get(f"{name}{_PART}", 0) for name in missing}
+    stale = there.keys() - kept - {f"{name}{_PART}" for name in missing}
+    if stale:
+        await ask(board, ["rm", "-f", "--", *(f"{folder}/{name}" for name in sorted(stale))])
+    folders = {str(PurePosixPath(f"{folder}/{name}").parent) for name in missing}
+    if folders:
+        await ask(board, ["mkdir", "-p", "--", *sorted(folders)])
+    needed = sum(item.size - min(begun[name], item.size) for name, item in missing.items())
+    await _check_space(board, folder, needed)
+    for name in items.keys() - missing.keys():
+        if on_bytes:
+            on_bytes(name, items[name].size)
+    return sum(
+        [await _send_one(board, folder, n, item, begun[n], on_bytes) for n, item in missing.items()]
+    )
+
+
+_PART = ".part"
+
+
+async def _send_one(
+    board: Board,
+    folder: str,
+    name: str,
+    item: Item,
+    begun: int,
+    on_bytes: Callable[[str, int], None] | None,
+) -> int:
+    part = f"{name}{_PART}"
+    sent = 0
+    for start in dict.fromkeys((begun if begun <= item.size else 0, 0)):
+
+        def rest(start: int = start) -> Iterator[bytes]:
+            nonlocal sent
+            at = 0
+            for chunk in item.chunks():
+                left = chunk[max(0, start - at) :]
+                at += len(chunk)
+                if on_bytes:
+                    on_bytes(name, len(chunk))
+                sent += len(left)
+                if left:
+                    yield left
+
+        if begun > item.size:
+            await ask(board, ["rm", "-f", "--", f"{folder}/{part}"])
+        await board.put(f"{folder}/{part}", rest(), start)
+        if (await _hashes(board, folder, [part]))[part] == item.sha256:
+            await ask(board, ["mv", "-f", "--", f"{folder}/{part}", f"{folder}/{name}"])
+            return sent
+        await ask(board, ["rm", "-f", "--", f"{folder}/{part}"])
+    raise BoardError(
+        f"{board.name}: {name} arrived damaged: check the board's disk (its card may be worn out)"
+    )
+
+
+async def _sizes(board: Board, folder: str) -> dict[str, int]:
+    """Relative path -> bytes of every file below `folder`."""
+    told = await ask(board, ["find", folder, "-type", "f", "-printf", "%s %P\\n"])
+    pairs = (line.split(" ", 1) for line in told.splitlines())
+    return {name: int(size) for size, name in pairs}
+
+
+async def _hashes(board: Board, folder: str, names: Sequence[str]) -> dict[str, str]:
+    if not names:
+        return {}
+    told = await ask(board, ["sha256sum", "--", *(f"{folder}/{name}" for name in names)])
+    found = {}
+    for line in told.splitlines():
+        sha256, path = line.split(maxsplit=1)
+        found[path.removeprefix("*").removeprefix(f"{folder}/")] = sha256
+    return found
+
+
+async def _check_space(board: Board, folder: str, needed: int) -> None:
+    told = (await ask(board, ["df", "-Pk", "--", folder])).splitlines()
+    free = int(told[-1].split()[3]) << 10
+    if needed > free:
+        raise ResourceError(
+            f"{board.name} has {free / 1e6:.0f} MB of disk free, and {needed / 1e6:.0f} MB are to "
+            "be sent: free some space there"
+        )
+
+
+class FolderBoard:
+    """A fake: the board's home is a folder, commands run on this machine, in it.
+
+    fail_after: bytes of transfer until the link drops, if ever.
+    """
+
+    def __init__(self, home: Path, fail_after: int | None = None, name: str = "board") -> None:
+        self.home = home
+        self.name = name
+        self.left = fail_after
+        self.received = 0
+
+    async def run(self, command: Sequence[str], on_line: OnLine | None = None) -> Finished:
+        """See Board."""
+        self._spend(0)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                cwd=self.home,
+                env={**os.environ, "HOME": str(self.home)},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+            )
+        except FileNotFoundError:
+            return Finished(127, "", f"{command[0]}: not found")
+        out, err = await process.communicate()
+        said = err.decode(errors="replace")
+        for line in said.splitlines() if on_line else ():
+            on_line(line)  # type: ignore[misc]
+        return Finished(process.returncode or 0, out.decode(errors="replace"), said)
+
+    async def put(self, path: str, chunks: Iterable[bytes], start: int = 0) -> None:
+        """See Board."""
+        file = self.home / path
+        with file.open("r+b" if file.exists() else "w+b") as out:
+            out.seek(start)
+            for chunk in chunks:
+                now = chunk if self.left is None else chunk[: self.left]
+                out.write(now)
+                self.received += len(now)
+                self._spend(len(chunk))
+
+    async def get(
+        self, path: str, size: int, out: BinaryIO, on_bytes: Callable[[int], None]
+    ) -> None:
+        """See Board."""
+        data = (self.home / path).read_bytes()
+        self._spend(len(data))
+        out.write(data)
+        on_bytes(len(data))
+        if len(data) != size:
+            raise BoardError(f"{self.name}: {path} has {len(data)} bytes, not {size}")
+
+    def _spend(self, count: int) -> None:
+        if self.left is not None:
+            self.left -= count
+            if self.left <= 0:
+                self.left = 0
+                raise BoardError(f"the link to {self.name} was lost: run the command again")

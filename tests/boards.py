@@ -1,0 +1,187 @@
+"""Boards for tests: a Jetson's TensorRT that is a fake, and an SSH server in front of a folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import asyncssh
+import msgspec
+import onnx
+
+from edgesd.engines.tensorrt import BuildSpec, PlanReport, Progress
+from edgesd.spec import Environment, Machine
+
+JETSON = Environment("tensorrt", "10.3.0", "sm_87", None)
+MACHINE = Machine(
+    arch="aarch64",
+    model="NVIDIA Jetson Orin Nano Developer Kit",
+    target="jetson-orin-nano-8gb",
+    memory_bytes=7 << 30,
+    cpu_count=6,
+    capabilities=("dotprod", "fp16_arithmetic", "sm_87"),
+)
+
+
+class Builder:
+    """Stands in for `build_plan`: the plan is the graph with its weights inside."""
+
+    def __init__(self) -> None:
+        self.built: list[str] = []
+        self.error: Exception | None = None
+
+    def __call__(
+        self,
+        graph: Path,
+        spec: BuildSpec,
+        plan: Path,
+        progress: Progress | None = None,
+        weights: Path | None = None,
+    ) -> PlanReport:
+        if self.error:
+            raise self.error
+        if progress:
+            progress("Building engine", 1, 2)
+        model = onnx.load(graph, load_external_data=False)
+        onnx.external_data_helper.load_external_data_for_model(model, str(weights))
+        plan.write_bytes(model.SerializeToString())
+        self.built.append(spec.component)
+        return PlanReport(JETSON, plan.stat().st_size, 1.5, 300 << 20, 200 << 20, ())
+
+
+class Jetson:
+    """A board's home folder: `edgesd` there is this one, on a GPU and TensorRT that are fakes.
+
+    Commands run in processes of their own (tests/fake_jetson.py), which read `change`s.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        program = home / ".local/bin/edgesd"
+        program.parent.mkdir(parents=True)
+        root = Path(__file__).resolve().parent.parent
+        program.write_text(
+            f'#!/bin/sh\nPYTHONPATH={root} exec {sys.executable} -m tests.fake_jetson "$@"\n'
+        )
+        program.chmod(0o755)
+        self.change()
+
+    def change(self, error: str | None = None, gpu: bool = True, **machine: Any) -> None:
+        """What builds fail with, whether there is a GPU, and fields of the machine."""
+        found = msgspec.structs.replace(MACHINE, **machine)
+        state = {"error": error, "gpu": gpu, "machine": found}
+        (self.home / "jetson.json").write_bytes(msgspec.json.encode(state))
+
+    @property
+    def built(self) -> list[str]:
+        """Components whose plans were built, in order."""
+        log = self.home / "built"
+        return log.read_text().split() if log.exists() else []
+
+
+class Server:
+    """A real SSH server, whose home is a folder. cut_after: bytes written until it hangs up."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.cut_after: int | None = None
+        self.written = 0
+        self.port = 0
+        self.connections: list[Any] = []
+
+    async def command(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
+        child = await asyncio.create_subprocess_shell(
+            process.command or "",
+            cwd=self.home,
+            env={"HOME": str(self.home), "PATH": "/usr/bin:/bin"},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await child.communicate()
+        process.stdout.write(out)
+        process.stderr.write(err)
+        process.exit(child.returncode or 0)
+
+
+@contextlib.contextmanager
+def sshd(user_home: Path, board_home: Path) -> Iterator[Server]:
+    """Serve `board_home` on loopback; `user_home` gets the key and the known host of its user."""
+    server = Server(board_home)
+    host_key, user_key = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
+    ssh = user_home / ".ssh"
+    ssh.mkdir(parents=True)
+    user_key.write_private_key(ssh / "id_ed25519")
+    (ssh / "id_ed25519").chmod(0o600)
+
+    class Files(asyncssh.SFTPServer):
+        def map_path(self, path: bytes) -> bytes:
+            return os.path.join(os.fsencode(board_home), path)  # noqa: PTH118
+
+        def write(self, file_obj: object, offset: int, data: bytes) -> Any:
+            server.written += len(data)
+            if server.cut_after is not None and server.written > server.cut_after:
+                for connection in server.connections:
+                    connection.abort()
+                return 0
+            return super().write(file_obj, offset, data)
+
+    class Login(asyncssh.SSHServer):
+        def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+            server.connections.append(conn)
+
+        def public_key_auth_supported(self) -> bool:
+            return True
+
+        def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+            return username == "jetson" and key == user_key.convert_to_public()
+
+    ready, loop = threading.Event(), asyncio.new_event_loop()
+
+    async def serve() -> None:
+        listener = await asyncssh.create_server(
+            Login,
+            "127.0.0.1",
+            0,
+            server_host_keys=[host_key],
+            process_factory=server.command,
+            sftp_factory=Files,
+            encoding=None,
+        )
+        server.port = listener.get_port()
+        ready.set()
+
+    def run() -> None:
+        asyncio.set_event_loop(loop)
+        loop.create_task(serve())
+        loop.run_forever()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert ready.wait(20)
+    public = host_key.export_public_key().decode().split()[:2]
+    (ssh / "known_hosts").write_text(f"[127.0.0.1]:{server.port} {' '.join(public)}\n")
+    try:
+        with mock.patch.dict(os.environ, {"HOME": str(user_home), "SSH_AUTH_SOCK": ""}):
+            yield server
+    finally:
+
+        async def stop() -> None:
+            for connection in server.connections:
+                connection.abort()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(20)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(20)
+        loop.close()
