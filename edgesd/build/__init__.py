@@ -170,7 +170,7 @@ def build(
     check_writable(out)
     writer = _Writer(_name(model), target, backend)
     reference: Bundle | None = None
-    note: str | None = None
+    notes: list[str] = []
     unfinished: EdgesdError | None = None
     with private_folder(out) if one_file else atomic_dir(out) as root:
         if precision in ("fp32", "fp16"):
@@ -188,18 +188,20 @@ def build(
                 source, plan, reference, scheme, options, root, work, writer, progress
             ).run()
         if backend == tensorrt.BACKEND:
-            note = _check_engines(root, target, progress)
+            if precision != "fp32":
+                notes += _keep_in_fp32(root, source, quantization, progress)
+            notes += _check_engines(root, target, progress)
         if finish:
             try:
                 finish(root)
-                note = None
+                notes = [note for note in notes if note != _FIRST_RUN]
             except EdgesdError as exc:
                 unfinished = exc
         if progress:
             progress("write", "bundle")
         if one_file:
             pack_bundle(open_bundle(root), out)
-    return Built(open_bundle(out), out, note, reference, unfinished)
+    return Built(open_bundle(out), out, "; ".join(notes) or None, reference, unfinished)
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,25 @@ class _Writer:
         write_manifest(root, manifest)
 
 
-def _check_engines(root: Path, target: Target, progress: Progress | None) -> str | None:
+def _keep_in_fp32(
+    root: Path, source: ModelSource, options: QuantOptions | None, progress: Progress | None
+) -> list[str]:
+    """Let what exceeds fp16 compute in fp32; a note for each component that has such values."""
+    from edgesd.build import prompts
+    from edgesd.build.fp16_ranges import keep_in_fp32
+
+    if progress:
+        progress("draw, to find what exceeds fp16", "graphs")
+    given = options.calibration_prompts if options else None
+    prompt = (given or source.prompts("calibration") or prompts.CALIBRATION)[0]
+    return [
+        f"{len(values)} values of {component} come near fp16's end or exceed it (up to "
+        f"{max(values.values()):.2g}): they stay in fp32"
+        for component, values in keep_in_fp32(root, prompt).items()
+    ]
+
+
+def _check_engines(root: Path, target: Target, progress: Progress | None) -> list[str]:
     """Lint the graphs in `root`, build them by TensorRT-RTX where it is, and note what was done.
 
     Returns the note for a bundle whose plans have yet to be built.
@@ -257,7 +277,7 @@ def _check_engines(root: Path, target: Target, progress: Progress | None) -> str
             plan=tensorrt.plan_path(name) if found.built_for else None,
         )
     update_engines(root, manifest, engines)
-    return None if all(engine.plan for engine in engines.values()) else _FIRST_RUN
+    return [] if all(engine.plan for engine in engines.values()) else [_FIRST_RUN]
 
 
 def _reference(

@@ -37,12 +37,20 @@ def write_manifest(root: Path, manifest: BundleManifest) -> None:
             file.write(content)
 
 
-def update_engines(root: Path, manifest: BundleManifest, engines: Mapping[str, Engine]) -> None:
-    """Write `manifest` anew, with `engines` in place of its own; their plans lie in `root`."""
+def update_engines(
+    root: Path,
+    manifest: BundleManifest,
+    engines: Mapping[str, Engine],
+    rewritten: Collection[str] = (),
+) -> None:
+    """Write `manifest` anew, with `engines` in place of its own; their plans lie in `root`.
+
+    rewritten: files that have changed there, too.
+    """
     plans = [engine.plan for engine in engines.values() if engine.plan]
     old = {engine.plan for engine in manifest.engines.values()}
     files = {name: entry for name, entry in manifest.files.items() if name not in old}
-    for name in plans:
+    for name in (*plans, *rewritten):
         path = root / name
         files[name] = FileEntry(path.stat().st_size, sha256_file(path))
     changed = msgspec.structs.replace(

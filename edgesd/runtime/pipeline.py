@@ -328,11 +328,12 @@ class Pipeline(Closing):
         if component not in self._runners:
             start = time.perf_counter()
             self._check_memory(component)
-            self._runners[component] = self._open_runner(component)
+            self._runners[component] = self.open_runner(component)
             self.timings.add(self.timings.load, component, time.perf_counter() - start)
         return self._runners[component]
 
-    def _open_runner(self, component: str) -> Runner:
+    def open_runner(self, component: str) -> Runner:
+        """A runner of one component, for `generate`; it is the caller's to close."""
         engine, spec = self.bundle.manifest.engines[component], self.spec.components[component]
         if engine.backend == "tensorrt":
             try:

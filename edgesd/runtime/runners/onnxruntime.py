@@ -44,11 +44,14 @@ def session_options(threads: int = 0) -> onnxruntime.SessionOptions:
 class OnnxRuntimeRunner(BoundRunner):
     """An ONNX session whose inputs and outputs live in numpy arrays, without a copy per run.
 
-    threads: threads per operator; 0 lets ONNX Runtime take all physical cores.
+    threads: threads per operator; 0 lets ONNX Runtime take all physical cores. as_written: nodes
+    run as early as the graph's own order lets them; the default order is ONNX Runtime's.
     Raises BundleError when the graph can't be loaded, ResourceError when memory runs out.
     """
 
-    def __init__(self, spec: ComponentSpec, graph: GraphFile, threads: int = 0) -> None:
+    def __init__(
+        self, spec: ComponentSpec, graph: GraphFile, threads: int = 0, as_written: bool = False
+    ) -> None:
         super().__init__(spec)
         try:
             import onnxruntime
@@ -58,6 +61,8 @@ class OnnxRuntimeRunner(BoundRunner):
             ) from exc
 
         options = session_options(threads)
+        if as_written:
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(graph.folder)
         )
