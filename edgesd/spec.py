@@ -17,7 +17,8 @@ SCHEMA_VERSION = 4
 """Version of `bundle.json`. A reader refuses a newer one; it is raised on any change of meaning.
 
 2: `recipe` and `quality`, both optional; a file of version 1 is read as one without them. 3: the
-same for an engine's `checked`. 4: an engine's `plan`, and `built_for`, which was never set.
+same for an engine's `checked`. 4: an engine's `plan`, and `built_for`, which was never set;
+`prompter`.
 """
 
 Precision = str
@@ -314,6 +315,25 @@ class Machine(Spec, frozen=True):
     l4t: str | None = None
 
 
+class PrompterSpec(Spec, frozen=True):
+    """A small language model that turns a wish into a prompt. base, adapter: GGUF files, relative
+    to the bundle; adapter is None where it is merged. domain: what it was tuned for. form: what
+    code makes of its line, with "{}" in it. licence: the base model's name and licence. grammar:
+    file of the GBNF grammar of its line; None for any words."""
+
+    base: str
+    adapter: str | None
+    domain: str
+    form: str
+    licence: str
+    grammar: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those that are there."""
+        return tuple(name for name in (self.base, self.adapter, self.grammar) if name)
+
+
 class Target(Spec, frozen=True):
     """A board (or computer) that a bundle is built for.
 
@@ -398,3 +418,4 @@ class BundleManifest(Spec, frozen=True):
     required_capabilities: tuple[str, ...] = ()
     recipe: QuantRecipe | None = None
     quality: Quality | None = None
+    prompter: PrompterSpec | None = None

@@ -22,12 +22,14 @@ from edgesd.engines.bundle import file_entries, pack_bundle, update_engines, wri
 from edgesd.errors import BundleError, EdgesdError, InputError, TargetError
 from edgesd.files import atomic_dir, atomic_write, check_new, check_writable, private_folder
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
+from edgesd.runtime.prompter import read_prompter
 from edgesd.spec import (
     SCHEMA_VERSION,
     BundleManifest,
     GraphSet,
     PipelineSpec,
     Precision,
+    PrompterSpec,
     Quality,
     Target,
     number_format,
@@ -67,6 +69,11 @@ _BYTES_ON_GPU = {
 }
 """The same in a TensorRT plan, where codes of 16-bit activations may become fp16 weights."""
 
+
+PROMPTER = "prompter"
+"""Folder of a bundle that holds its prompter."""
+
+_PROMPTER_BYTES = 80 << 20
 
 _FIRST_RUN = "TensorRT's plans are built where they run, on the first run or by `edgesd finalize`"
 
@@ -137,6 +144,7 @@ def build(
     quantization: QuantOptions | None = None,
     backend: str | None = None,
     finish: Callable[[Path], object] | None = None,
+    prompter: Path | None = None,
 ) -> Built:
     """Export `model`, check it against its source, and write the bundle `out`.
 
@@ -145,6 +153,7 @@ def build(
     TensorRT: for one picture of the model's own size). scheduler: the bundle's default sampler, if
     not the model's own. An `out` that ends in `.edgesd` is the one-file form. quantization: for a
     precision that is a scheme. backend: whose graphs to make; None takes the target's best.
+    prompter: folder of an exported prompter that the bundle is to bring.
     finish: adds to the folder of the finished bundle, such as plans from a board; what it raises
     spoils nothing. Nothing is left at `out` on another error: UsageError, InputError, TargetError,
     ParityError, QualityError, ResourceError.
@@ -164,6 +173,10 @@ def build(
     table = _BYTES_ON_GPU if backend == tensorrt.BACKEND else _BYTES_PER_WEIGHT
     needed = RUNTIME_BYTES + int(table[number_format(precision)] * largest)
     check_memory(target, needed, f"{model} in {precision}")
+    tuned = None if prompter is None else read_prompter(prompter)
+    if prompter and tuned:
+        # Its process ends before the image model is loaded: the larger of the two counts.
+        check_memory(target, _prompter_bytes(prompter, tuned), "the prompter")
     plan = plan_pipeline(source, size, scheduler, batch)
     if backend == tensorrt.BACKEND and plan.pipeline.shape.dynamic:
         plan = plan_pipeline(source, *_fixed(plan.pipeline, scheduler))
@@ -191,6 +204,8 @@ def build(
             if precision != "fp32":
                 notes += _keep_in_fp32(root, source, quantization, progress)
             notes += _check_engines(root, target, progress)
+        if prompter and tuned:
+            _add_prompter(root, prompter, tuned)
         if finish:
             try:
                 finish(root)
@@ -238,6 +253,28 @@ class _Writer:
             quality=quality,
         )
         write_manifest(root, manifest)
+
+
+def _prompter_bytes(folder: Path, spec: PrompterSpec) -> int:
+    """Memory that the prompter's process takes, about (measured: 72 MB besides its files)."""
+    return _PROMPTER_BYTES + sum((folder / name).stat().st_size for name in spec.files)
+
+
+def _add_prompter(root: Path, folder: Path, spec: PrompterSpec) -> None:
+    """Copy an exported prompter into the bundle folder `root`, and say so in its manifest."""
+    manifest = open_bundle(root).manifest
+    names = {name: f"{PROMPTER}/{name}" for name in spec.files}
+    (root / PROMPTER).mkdir()
+    for name, there in names.items():
+        shutil.copyfile(folder / name, root / there)
+    inside = msgspec.structs.replace(
+        spec,
+        base=names[spec.base],
+        adapter=names.get(spec.adapter or ""),
+        grammar=names.get(spec.grammar or ""),
+    )
+    changed = msgspec.structs.replace(manifest, prompter=inside)
+    update_engines(root, changed, manifest.engines, tuple(names.values()))
 
 
 def _keep_in_fp32(

@@ -9,7 +9,18 @@ from typing import NoReturn
 import click
 
 from edgesd import __version__
-from edgesd.cli import build, demo, finalize, generate, inspect, pack, report, targets
+from edgesd.cli import (
+    build,
+    demo,
+    evaluate,
+    finalize,
+    generate,
+    inspect,
+    pack,
+    prompter,
+    report,
+    targets,
+)
 from edgesd.cli.common import fail
 
 
@@ -31,8 +42,10 @@ for command in (
     generate.generate_command,
     finalize.finalize_command,
     demo.demo_command,
+    evaluate.eval_group,
     inspect.inspect_command,
     pack.pack_command,
+    prompter.prompter_group,
     report.report_command,
     targets.targets_command,
 ):

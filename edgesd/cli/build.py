@@ -110,6 +110,11 @@ from edgesd.spec import METHODS, Precision
     "[default: bundles/MODEL-TARGET-PRECISION]",
 )
 @click.option(
+    "--prompter",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of an exported prompter (edgesd prompter export): the bundle brings it.",
+)
+@click.option(
     "--on",
     "host",
     metavar="USER@BOARD[:PORT]",
@@ -134,6 +139,7 @@ def build_command(
     batch: int | None,
     scheduler: str | None,
     output: Path | None,
+    prompter: Path | None,
     host: str | None,
     as_json: bool,
 ) -> None:
@@ -186,6 +192,7 @@ def build_command(
         progress=lambda stage, component: reporter.line(f"{component}: {stage}"),
         quantization=options,
         finish=finish,
+        prompter=prompter,
     )
     manifest = built.bundle.manifest
     sizes = {name: built.bundle.weight_bytes(name) for name in manifest.engines}

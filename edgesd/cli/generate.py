@@ -19,8 +19,10 @@ from edgesd.cli.common import (
     print_json,
     printable,
 )
+from edgesd.errors import ResourceError
 
 if TYPE_CHECKING:
+    from edgesd.runtime.bundle import Bundle
     from edgesd.runtime.denoise import GuidanceMode, Step
     from edgesd.runtime.pictures import Picture
     from edgesd.runtime.pipeline import Pipeline, Request
@@ -105,6 +107,12 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Fail where TensorRT can't run the bundle, instead of drawing on the CPU.",
 )
+@click.option(
+    "--enhance",
+    is_flag=True,
+    help="Let the bundle's prompter turn each prompt, a short wish, into a good one first.",
+)
+@click.option("--show-prompt", is_flag=True, help="With --enhance: print what became of each wish.")
 @click.option("--any-machine", is_flag=True, help="Run a bundle that was built for another board.")
 @json_option
 def generate_command(
@@ -125,6 +133,8 @@ def generate_command(
     guidance_mode: GuidanceMode | None,
     threads: int,
     no_fallback: bool,
+    enhance: bool,
+    show_prompt: bool,
     any_machine: bool,
     as_json: bool,
 ) -> None:
@@ -145,6 +155,11 @@ def generate_command(
         check_machine(
             manifest.target, manifest.arch, manifest.required_capabilities, detect_machine()
         )
+    reporter = Reporter(quiet=as_json)
+    if show_prompt and not enhance:
+        raise click.UsageError("--show-prompt goes with --enhance")
+    if enhance:
+        texts = _enhanced(opened, texts, threads, show_prompt, reporter)
     width, height = size or (None, None)
     template = Request(
         prompt="",
@@ -156,7 +171,6 @@ def generate_command(
         width=width,
         scheduler=scheduler,
     )
-    reporter = Reporter(quiet=as_json)
     plans = plans_of(opened, reporter)
     settings = Settings(threads, low_memory, guidance_mode, plans, not no_fallback)
     with Pipeline(opened, settings) as pipeline:
@@ -169,6 +183,27 @@ def generate_command(
             as_json=as_json,
             reporter=reporter,
         )
+
+
+def _enhanced(
+    bundle: Bundle, wishes: list[str], threads: int, show: bool, reporter: Reporter
+) -> list[str]:
+    """A prompt for each wish; a warning where the wish has to do."""
+    from edgesd.runtime.prompter import enhance, prompter_of
+    from edgesd.runtime.tokenizer import tokenizer_of
+
+    try:
+        prompter = prompter_of(bundle)
+    except ResourceError as exc:  # its files can't be copied out of a one-file bundle
+        reporter.warn(f"the prompter can't be used ({exc}): the wish itself is drawn")
+        return wishes
+    found = enhance(prompter, wishes, tokenizer_of(bundle), threads)
+    for problem in dict.fromkeys(result.problem for result in found if result.problem):
+        reporter.warn(f"the prompter failed ({problem}): the wish itself is drawn")
+    if show:
+        for result in found:
+            reporter.line(f"{result.wish!r} -> {result.prompt!r}")
+    return [result.prompt for result in found]
 
 
 def draw(

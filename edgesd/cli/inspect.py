@@ -37,6 +37,9 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
         "licence": f"{manifest.licence.name} ({', '.join(manifest.licence.files) or 'no file'})",
         "tools": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
     }
+    if manifest.prompter:
+        tuned = manifest.prompter
+        rows["prompter"] = f"for {tuned.domain}, {tuned.licence}"
     for name, text in rows.items():
         click.echo(f"{name:10} {text}")
     for name, engine in manifest.engines.items():

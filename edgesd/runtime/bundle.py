@@ -321,6 +321,9 @@ def _decode(path: Path, raw: bytes) -> BundleManifest:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or str(pure) != name:
             raise BundleError(f"{path}: {MANIFEST} lists the unsafe path {name!r}")
+    for file in manifest.prompter.files if manifest.prompter else ():
+        if file not in manifest.files:
+            raise BundleError(f"{path}: {MANIFEST} doesn't list {file}")
     for engine in manifest.engines.values():
         if engine.path not in manifest.files or "/" not in engine.path:
             raise BundleError(f"{path}: {MANIFEST} doesn't list {engine.path}")

@@ -25,7 +25,7 @@ from edgesd.runtime.memory import available_bytes, peak_bytes
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.runners import Runner
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
-from edgesd.runtime.tokenizer import PromptTokenizer, Truncation, check_prompt
+from edgesd.runtime.tokenizer import Truncation, check_prompt, tokenizer_of
 from edgesd.spec import ComponentSpec, LayerRecipe, number_format, parse_scheme
 
 if TYPE_CHECKING:
@@ -119,9 +119,7 @@ class Pipeline(Closing):
         self._runners: dict[str, Runner] = {}
         self._embeddings: dict[str, Float] = {}
         self._schedules: set[tuple[str | None, int | None]] = set()
-        self._tokenizer = PromptTokenizer(
-            bundle.read("tokenizer/tokenizer.json"), bundle.read("tokenizer/tokenizer_spec.json")
-        )
+        self._tokenizer = tokenizer_of(bundle)
         self.low_memory = (
             self._short_of_memory()
             if self.settings.low_memory is None

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgesd.errors import BundleError, InputError
+from edgesd.runtime.bundle import Bundle
 from edgesd.spec import Spec
 
 
@@ -114,3 +115,10 @@ def check_prompt(prompt: str) -> None:
 def _one_line(error: Exception) -> str:
     """The message without line breaks."""
     return " ".join(str(error).split())
+
+
+def tokenizer_of(bundle: Bundle) -> PromptTokenizer:
+    """The tokenizer of a bundle's text encoder. Raises BundleError when it was altered."""
+    return PromptTokenizer(
+        bundle.read("tokenizer/tokenizer.json"), bundle.read("tokenizer/tokenizer_spec.json")
+    )

@@ -1,0 +1,237 @@
+"""edgesd prompter: data, train, export, run"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from edgesd.cli.common import Finite, Reporter, json_option, print_json, printable
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_FORMATS = ("captions", "templates", "coco", "mjhq", "sdci", "emoji")
+_MERGED = ("Q4_0", "Q4_1", "Q4_K_M", "Q8_0", "F16")
+
+
+@click.group("prompter", short_help="Tune a small language model that turns wishes into prompts.")
+def prompter_group() -> None:
+    """Tune a small language model that turns a wish into a prompt, and run it.
+
+    \b
+    edgesd prompter data models/emoji/prompts/domain.json --format emoji -o pairs.jsonl
+    edgesd prompter train pairs.jsonl --base SmolLM2-135M-Instruct.Q4_1.gguf -o run
+    edgesd prompter export run --base ... --pairs pairs.jsonl --licence Apache-2.0 -o prompter
+    edgesd prompter run prompter "sleepy whale"
+    """
+
+
+@prompter_group.command("data")
+@click.argument("source", type=_FILE)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(_FORMATS),
+    required=True,
+    help="captions: one per line; templates: JSON with slots; coco, mjhq, sdci: those data sets' "
+    "files; emoji: the embedded model's domain.json.",
+)
+@click.option(
+    "--closed/--open",
+    default=None,
+    help="Whether these prompts are all that the image model knows: the prompter then answers with "
+    "one of them. [default: closed for emoji]",
+)
+@click.option("--domain", help="Name of the domain. [default: the format's]")
+@click.option(
+    "--held",
+    type=Finite(0, 0.9, min_open=True),
+    default=0.1,
+    show_default=True,
+    help="Part of the subjects that is kept out of training.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("-o", "--output", type=_FILE, required=True, help="File of pairs to write (.jsonl).")
+@json_option
+def data_command(
+    source: Path,
+    kind: str,
+    closed: bool | None,
+    domain: str | None,
+    held: float,
+    seed: int,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Make pairs of a wish and a prompt from SOURCE, split by subject."""
+    from edgesd.export.prompter.pairs import make_pairs, write_pairs
+    from edgesd.export.prompter.sources import SOURCES
+
+    if closed is None:
+        closed = kind == "emoji"
+    made = make_pairs(domain or kind, SOURCES[kind](source, seed), held, seed, closed)
+    write_pairs(output, made)
+    subjects = len({pair.subject for pair in made.pairs})
+    if as_json:
+        print_json(
+            {
+                "pairs": printable(output),
+                "training": len(made.training),
+                "held": len(made.held),
+                "subjects": subjects,
+                "form": made.form,
+            }
+        )
+        return
+    click.echo(
+        f"{len(made.training)} pairs to train on, {len(made.held)} held back, {subjects} subjects; "
+        f"what code adds: {made.form!r}"
+    )
+    click.echo(printable(output))
+
+
+@prompter_group.command("train")
+@click.argument("pairs", type=_FILE)
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The GGUF file that will be deployed (or the folder of a transformers model).",
+)
+@click.option("--steps", type=click.IntRange(1), default=150, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--rank", type=click.IntRange(1, 256), default=8, show_default=True)
+@click.option("--alpha", type=click.IntRange(1), help="[default: twice the rank]")
+@click.option("--learning-rate", type=Finite(0, 1, min_open=True), default=1e-3, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder of the run. One that was interrupted goes on.",
+)
+@json_option
+def train_command(
+    pairs: Path,
+    base: Path,
+    steps: int,
+    batch: int,
+    rank: int,
+    alpha: int | None,
+    learning_rate: float,
+    seed: int,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Train a LoRA adapter on PAIRS, on the weights of the model that will be deployed."""
+    from edgesd.export.prompter.pairs import read_pairs
+    from edgesd.export.prompter.train import Training, train
+    from edgesd.files import sha256_file
+
+    found = read_pairs(pairs)
+    training = Training(steps, batch, rank, alpha or 2 * rank, learning_rate, seed=seed)
+    reporter = Reporter(quiet=as_json)
+
+    def progress(phase: str, done: int, total: int, loss: float) -> None:
+        reporter.update(phase, done, total, f"loss {loss:.3f}")
+
+    with reporter.bar():
+        report = train(base, found, sha256_file(pairs), output, training, progress)
+    if as_json:
+        print_json(report)
+        return
+    click.echo(
+        f"held-out loss {report.loss_before:.4f} -> {report.loss_after:.4f} nats per token, "
+        f"{report.steps} steps in {report.seconds:.0f} s, {report.peak_bytes / 1e9:.2f} GB at most"
+    )
+    click.echo(printable(output))
+
+
+@prompter_group.command("export")
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--base", type=_FILE, required=True, help="The GGUF file that it was trained on.")
+@click.option("--pairs", type=_FILE, required=True, help="Its pairs: the held-out ones are judged.")
+@click.option("--licence", required=True, help="Name and licence of the base model.")
+@click.option(
+    "--merge",
+    type=click.Choice(_MERGED),
+    help="One model of that type, instead of the base as it is with an adapter.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@json_option
+def export_command(
+    run: Path,
+    base: Path,
+    pairs: Path,
+    licence: str,
+    merge: str | None,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Turn the training in the folder RUN into what `edgesd build --prompter` takes.
+
+    The held-out loss is measured in llama.cpp; the export fails when it is more than 3 % worse than
+    after training.
+    """
+    from edgesd.export.prompter.export import export
+    from edgesd.export.prompter.pairs import read_pairs
+
+    reporter = Reporter(quiet=as_json)
+    made = export(run, base, read_pairs(pairs), output, licence, merge, reporter.line)
+    if as_json:
+        print_json(made)
+        return
+    total = sum(made.types.values())
+    types = ", ".join(f"{kind} {100 * n / total:.0f} %" for kind, n in made.types.items())
+    click.echo(
+        f"held-out loss in llama.cpp {made.loss_llama:.4f} nats per token (in training "
+        f"{made.loss_torch:.4f}); {made.bytes / 1e6:.0f} MB; weights of the model: {types}"
+    )
+    click.echo(printable(output))
+
+
+@prompter_group.command("run")
+@click.argument("prompter", type=click.Path(path_type=Path))
+@click.argument("wishes", nargs=-1)
+@click.option("--wishes", "wish_file", type=click.File("rb"), help="File of wishes, one per line.")
+@click.option(
+    "--seconds",
+    type=Finite(0, min_open=True),
+    default=20.0,
+    show_default=True,
+    help="For one wish, at most.",
+)
+@click.option("--threads", type=click.IntRange(0, 256), default=0, show_default=True)
+@json_option
+def run_command(
+    prompter: Path,
+    wishes: tuple[str, ...],
+    wish_file: BinaryIO | None,
+    seconds: float,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Turn WISHES into prompts by PROMPTER: a bundle that brings one, or an exported folder."""
+    from edgesd.runtime.bundle import open_bundle
+    from edgesd.runtime.pictures import read_prompts
+    from edgesd.runtime.prompter import SPEC, enhance, prompter_in, prompter_of
+    from edgesd.runtime.tokenizer import tokenizer_of
+
+    texts = [*wishes, *(read_prompts(wish_file) if wish_file else ())]
+    if not texts:
+        raise click.UsageError("no wish: give one, or --wishes FILE")
+    tokenizer = None
+    if (prompter / SPEC).is_file():
+        found = prompter_in(prompter)
+    else:
+        bundle = open_bundle(prompter)
+        found, tokenizer = prompter_of(bundle), tokenizer_of(bundle)
+    done = enhance(found, texts, tokenizer, threads, seconds)
+    if as_json:
+        print_json({"prompts": [result._asdict() for result in done]})
+        return
+    for result in done:
+        click.echo(result.prompt)
+        if result.problem:
+            click.echo(f"edgesd: warning: {result.problem}: the wish is the prompt", err=True)

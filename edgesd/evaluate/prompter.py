@@ -1,0 +1,163 @@
+"""Does the prompter help? Pictures of held-out wishes beside those of the prompts made of them.
+
+The judge is the image model itself: for each wish the pairs say which prompt was meant, and the
+picture of that prompt, drawn from another seed, is what a picture should be like. Two measures:
+the perceptual distance to it, and whether of all such pictures it is the nearest by features. That
+needs no weights but those at hand; it is no CLIP score, and says nothing of taste.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from edgesd.errors import UsageError
+from edgesd.evaluate.perceptual import Perceptual
+from edgesd.evaluate.quality import draw, requests_for
+from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.pipeline import Pipeline, Request
+from edgesd.runtime.prompter import enhance, prompter_of
+from edgesd.runtime.tokenizer import tokenizer_of
+from edgesd.spec import Spec
+
+_RESAMPLES = 10_000
+_OTHER_SEEDS = 1_000_000
+"""Added to a seed for the picture that others are held against."""
+
+Progress = Callable[[str, int, int], None]
+"""Told of what is drawn, pictures done, and of how many."""
+
+
+class Interval(Spec, frozen=True):
+    """A mean, and the interval that holds it with 95 % (bootstrap over wishes, percentiles: Efron
+    and Tibshirani 1993, ch. 13)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class WishJudged(Spec, frozen=True):
+    """One wish. wanted: the prompt that its pair has; distances: of its picture and of the
+    prompter's to that prompt's; nearest: whether that is the nearest of all. seconds: the model's.
+    """
+
+    wish: str
+    wanted: str
+    prompt: str
+    distance_wish: float
+    distance_prompt: float
+    nearest_wish: bool
+    nearest_prompt: bool
+    seconds: float
+    problem: str | None
+
+
+class PrompterJudged(Spec, frozen=True):
+    """All wishes. exact: share of prompts that are the wanted ones. gain: of a wish, its distance
+    less the prompt's: above 0 where the prompter helps. words: of prompts, mean."""
+
+    metric: str
+    wishes: tuple[WishJudged, ...]
+    distance_wish: Interval
+    distance_prompt: Interval
+    gain: Interval
+    nearest_wish: Interval
+    nearest_prompt: Interval
+    exact: Interval
+    words: float
+    seconds: float
+
+
+def judge(
+    bundle: Bundle,
+    pairs: Sequence[tuple[str, str]],
+    perceptual: Perceptual,
+    progress: Progress | None = None,
+) -> PrompterJudged:
+    """Draw every wish of `pairs` (wish, wanted prompt) as it is and enhanced, and judge.
+
+    Raises UsageError for fewer than two different prompts, BundleError for a bundle without a
+    prompter.
+    """
+    if len({wanted for _, wanted in pairs}) < 2:
+        raise UsageError("fewer than two different prompts: give more pairs")
+    wishes = [wish for wish, _ in pairs]
+    found = enhance(prompter_of(bundle), wishes, tokenizer_of(bundle))
+    prompts = [result.prompt for result in found]
+    drawn = {}
+    with Pipeline(bundle) as pipeline:
+        for what, texts in (
+            ("wanted", [wanted for _, wanted in pairs]),
+            ("wishes", wishes),
+            ("prompts", prompts),
+        ):
+            requests = requests_for(texts)
+            if what == "wanted":
+                requests = [_other(request) for request in requests]
+
+            def told(done: int, total: int, what: str = what) -> None:
+                if progress:
+                    progress(what, done, total)
+
+            drawn[what] = draw(pipeline, requests, told)
+    features = {
+        what: np.stack([perceptual.features(picture) for picture in pictures])
+        for what, pictures in drawn.items()
+    }
+    near = {
+        what: _nearest(features[what], features["wanted"], [wanted for _, wanted in pairs])
+        for what in ("wishes", "prompts")
+    }
+    judged = [
+        WishJudged(
+            wish=wish,
+            wanted=wanted,
+            prompt=result.prompt,
+            distance_wish=perceptual.distance(drawn["wishes"][at], drawn["wanted"][at]),
+            distance_prompt=perceptual.distance(drawn["prompts"][at], drawn["wanted"][at]),
+            nearest_wish=near["wishes"][at],
+            nearest_prompt=near["prompts"][at],
+            seconds=result.seconds,
+            problem=result.problem,
+        )
+        for at, ((wish, wanted), result) in enumerate(zip(pairs, found, strict=True))
+    ]
+    return PrompterJudged(
+        metric=perceptual.name,
+        wishes=tuple(judged),
+        distance_wish=interval([w.distance_wish for w in judged]),
+        distance_prompt=interval([w.distance_prompt for w in judged]),
+        gain=interval([w.distance_wish - w.distance_prompt for w in judged]),
+        nearest_wish=interval([w.nearest_wish for w in judged]),
+        nearest_prompt=interval([w.nearest_prompt for w in judged]),
+        exact=interval([w.prompt.casefold() == w.wanted.casefold() for w in judged]),
+        words=statistics.fmean(len(w.prompt.split()) for w in judged),
+        seconds=statistics.median(w.seconds for w in judged),
+    )
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean of `values` and its 95 % bootstrap interval; the same for the same values."""
+    array = np.asarray(values, np.float64)
+    chosen = np.random.default_rng(0).integers(0, len(array), (_RESAMPLES, len(array)))
+    low, high = np.percentile(array[chosen].mean(axis=1), (2.5, 97.5))
+    return Interval(float(array.mean()), float(low), float(high))
+
+
+def _nearest(
+    found: npt.NDArray[np.floating], wanted: npt.NDArray[np.floating], names: Sequence[str]
+) -> list[bool]:
+    """For each row of `found` [n, D] whether of `wanted` [n, D] one of its own name is nearest, by
+    the cosine of their angle."""
+    first, second = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (found, wanted))
+    best = (first @ second.T).argmax(axis=1)
+    return [names[int(there)] == name for there, name in zip(best, names, strict=True)]
+
+
+def _other(request: Request) -> Request:
+    return replace(request, seed=request.seed + _OTHER_SEEDS)

@@ -1,0 +1,170 @@
+"""A trained adapter becomes what a bundle carries: GGUF files, checked in llama.cpp itself."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from edgesd.errors import InputError, MissingDependencyError, QualityError, UsageError
+from edgesd.export.prompter.gguf_files import tensor_types, write_adapter, write_merged
+from edgesd.export.prompter.grammar import closed_grammar
+from edgesd.export.prompter.pairs import PairSet
+from edgesd.export.prompter.train import REPORT, TrainingReport, held_pairs
+from edgesd.files import atomic_dir, atomic_path, sha256_file
+from edgesd.runtime.llama import LlamaCppPython, silence
+from edgesd.runtime.prompter import FRAME, SPEC
+from edgesd.spec import PrompterSpec, Spec
+
+EXPORT = "export.json"
+BASE, ADAPTER, GRAMMAR_FILE = "base.gguf", "adapter.gguf", "grammar.gbnf"
+
+MERGED = ("Q4_0", "Q4_1", "Q4_K_M", "Q8_0", "F16")
+TOLERANCE = 0.03
+"""The loss in llama.cpp may exceed that of training by this part."""
+
+Progress = Callable[[str], None]
+
+
+class ExportReport(Spec, frozen=True):
+    """export.json. Losses in nats per token over the same held-out pairs. types: type of
+    quantization -> weights of the model file that really have it."""
+
+    merged: str | None
+    loss_torch: float
+    loss_llama: float
+    types: dict[str, int]
+    bytes: int
+
+
+def export(
+    run: Path,
+    base: Path,
+    pairs: PairSet,
+    out: Path,
+    licence: str,
+    merge: str | None = None,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write the prompter that `run` trained to the new folder `out`: the base as it is and an
+    adapter, or one model of the type `merge`.
+
+    base: the file that it was trained on. Raises UsageError for a merge back onto the base's own
+    grid, which would erase what was learned; InputError for another base; QualityError when the
+    loss in llama.cpp is worse than in training; MissingDependencyError without llama-cpp-python.
+    """
+    say = progress or (lambda text: None)
+    report = read_report(run)
+    if not base.is_file() or sha256_file(base) != report.base_sha256:
+        raise InputError(f"{base} isn't the file that {run} was trained on ({report.base})")
+    own = next(iter(tensor_types(base)))
+    if merge is not None and merge.startswith(own):
+        raise UsageError(
+            f"the base is {own} already, and rounding back onto its own grid erases what was "
+            f"learned: leave --merge out (base and adapter), or merge to Q8_0 or Q4_K_M"
+        )
+    with atomic_dir(out) as root:
+        if merge is None:
+            say("adapter")
+            write_adapter(run, base, report.alpha, root / ADAPTER)
+            _link(base, root / BASE)
+        else:
+            say("merge")
+            merged = root / "merged.gguf"
+            write_merged(run, base, report.alpha / report.rank, merged)
+            if merge == "F16":
+                merged.rename(root / BASE)
+            else:
+                say(f"quantize to {merge}")
+                quantize(merged, root / BASE, merge)
+                merged.unlink()
+        say("loss in llama.cpp")
+        adapter = None if merge else ADAPTER
+        loss = llama_loss(root / BASE, root / ADAPTER if adapter else None, pairs)
+        allowed = report.loss_after * (1 + TOLERANCE)
+        if not loss <= allowed:
+            raise QualityError(
+                f"in llama.cpp the held-out loss is {loss:.4f} nats per token, after training it "
+                f"was {report.loss_after:.4f} (allowed {allowed:.4f}): "
+                + ("export without --merge" if merge else "train and export again")
+            )
+        if pairs.closed:
+            answers = {pair.prompt for pair in pairs.pairs}
+            (root / GRAMMAR_FILE).write_text(closed_grammar(answers))
+        grammar = GRAMMAR_FILE if pairs.closed else None
+        spec = PrompterSpec(BASE, adapter, report.domain, report.form, licence, grammar)
+        made = ExportReport(
+            merged=merge,
+            loss_torch=report.loss_after,
+            loss_llama=loss,
+            types=tensor_types(root / BASE),
+            bytes=sum(path.stat().st_size for path in root.iterdir()),
+        )
+        for name, content in ((SPEC, spec), (EXPORT, made)):
+            (root / name).write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
+    return made
+
+
+def read_report(run: Path) -> TrainingReport:
+    """What the training in the folder `run` came to. Raises InputError."""
+    try:
+        return msgspec.json.decode((run / REPORT).read_bytes(), type=TrainingReport)
+    except OSError as exc:
+        raise InputError(f"{run} holds no finished training: {exc.strerror or exc}") from exc
+    except msgspec.MsgspecError as exc:
+        raise InputError(f"{run / REPORT} isn't valid ({exc}): train again") from exc
+
+
+def llama_loss(base: Path, adapter: Path | None, pairs: PairSet) -> float:
+    """Mean loss in nats per token in llama.cpp, of what `train.held_loss` measures in torch.
+
+    Raises MissingDependencyError without llama-cpp-python, InputError for a file it can't load.
+    """
+    try:
+        llama = LlamaCppPython(base, adapter, os.cpu_count() or 1)
+    except ImportError as exc:
+        raise MissingDependencyError(
+            "the loss is measured by llama-cpp-python, which isn't installed: pip install "
+            "'edgesd[prompter]' (it is compiled then: minutes)"
+        ) from exc
+    found = []
+    with llama:
+        for pair in held_pairs(pairs):
+            frame = llama.tokenize(FRAME.format(pair.wish))
+            answer = [*llama.tokenize(f" {pair.prompt}\n"), llama.end()]
+            found.append(llama.log_likelihoods(frame, answer))
+    return float(-np.concatenate(found).mean())
+
+
+def quantize(model: Path, out: Path, kind: str) -> None:
+    """Write `model` in the type `kind`, by llama.cpp's own quantizer. Raises InputError,
+    MissingDependencyError."""
+    try:
+        import llama_cpp
+    except ImportError as exc:
+        raise MissingDependencyError(
+            "models are quantized by llama-cpp-python, which isn't installed: pip install "
+            "'edgesd[prompter]'"
+        ) from exc
+    silence()
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    with atomic_path(out) as temporary:
+        status = llama_cpp.llama_model_quantize(
+            str(model).encode(), str(temporary).encode(), ctypes.byref(options)
+        )
+        if status:
+            raise InputError(f"llama.cpp's quantizer refuses {model} (status {status})")
+
+
+def _link(path: Path, new: Path) -> None:
+    """`new` with the content of `path`: a hard link where that can be, else a copy."""
+    try:
+        new.hardlink_to(path.resolve())
+    except OSError:
+        shutil.copyfile(path, new)

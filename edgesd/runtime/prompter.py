@@ -1,0 +1,253 @@
+"""A wish becomes a prompt: a small language model in a process of its own, which ends before the
+image model is loaded.
+
+Nothing in a wish is an instruction. It is reduced to words and plain punctuation (`clean_wish`), so
+that no control token can be spelled in it, and the model may answer in one line of words alone (a
+grammar). Whatever fails, the wish itself is the prompt, with one line that says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import unicodedata
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from edgesd.errors import BundleError, InputError
+from edgesd.files import atomic_path, sha256_file
+from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.llama import Answer, Line, Refusal, Task
+from edgesd.runtime.tokenizer import PromptTokenizer
+from edgesd.spec import PrompterSpec
+
+WISH_CHARACTERS = 300
+"""More of a wish isn't read: it is a short one."""
+
+PROMPT_CHARACTERS = 240
+"""The model's line, at most; the text encoder's tokens are counted besides."""
+
+SPEC = "prompter.json"
+"""File of an exported prompter that says what it is (PrompterSpec)."""
+
+FRAME = "Wish: {}\nPrompt:"
+"""What the model reads. It goes on with a space, the prompt, and a line break."""
+
+MAX_TOKENS = 64
+"""Tokens of the model's line, at most."""
+
+COMMAND = (sys.executable, "-m", "edgesd.runtime.prompter_worker")
+
+SECONDS = 20.0
+"""A process that isn't done with one wish by then is killed."""
+
+_PUNCTUATION = frozenset(" ,.'\u2019&-!?:;/()%")
+
+GRAMMAR = f"""root ::= " " first rest{{0,{PROMPT_CHARACTERS - 1}}} "\\n"
+first ::= [a-zA-Z0-9]
+rest ::= [a-zA-Z0-9 ,.'&-]
+"""
+"""GBNF: one line of words in Latin letters, digits and light punctuation."""
+
+
+class Enhanced(NamedTuple):
+    """What became of a wish. problem: why `prompt` is the wish itself, or None. seconds: of the
+    model alone, without its start."""
+
+    wish: str
+    prompt: str
+    seconds: float
+    problem: str | None = None
+
+
+def clean_wish(wish: str) -> str:
+    """A wish as the model reads it: letters, digits and plain punctuation of any script, at most
+    WISH_CHARACTERS, single spaces.
+
+    No control token and no chat template has a form that survives: brackets, bars, braces and
+    line breaks become spaces.
+    """
+    text = unicodedata.normalize("NFKC", wish[: 4 * WISH_CHARACTERS])
+    kept = (c if c in _PUNCTUATION or unicodedata.category(c)[0] in "LMN" else " " for c in text)
+    return " ".join("".join(kept).split())[:WISH_CHARACTERS].strip()
+
+
+class Prompter(NamedTuple):
+    """Files of a prompter, and what it is. adapter: None where it is merged into the base. grammar:
+    of its line."""
+
+    base: Path
+    adapter: Path | None
+    spec: PrompterSpec
+    grammar: str = GRAMMAR
+
+
+def enhance(
+    prompter: Prompter,
+    wishes: Sequence[str],
+    tokenizer: PromptTokenizer | None = None,
+    threads: int = 0,
+    seconds: float = SECONDS,
+) -> list[Enhanced]:
+    """A prompt for each wish, in order; the wish itself where anything fails.
+
+    tokenizer: of the text encoder; a prompt that doesn't fit it is cut at a word. seconds: for each
+    wish, and for the start; a process that takes longer is killed. The process has ended when this
+    returns.
+    """
+    cleaned = [clean_wish(wish) for wish in wishes]
+    asked = [wish for wish in cleaned if wish]
+    lines = _answers(prompter, asked, threads or os.cpu_count() or 1, seconds)
+    found = []
+    problem: str | None = None
+    for wish, clean in zip(wishes, cleaned, strict=True):
+        if not clean:
+            found.append(Enhanced(wish, wish, 0.0, "there are no words in it"))
+            continue
+        if problem is None:
+            line = next(lines, Refusal("it ended without an answer"))
+            if isinstance(line, Answer):
+                prompt = _finish(line.text, prompter.spec.form, tokenizer)
+                unusable = line.problem or (None if prompt else "the model's answer was empty")
+                found.append(Enhanced(wish, prompt or wish, line.seconds, unusable))
+                continue
+            problem = line.message
+        found.append(Enhanced(wish, wish, 0.0, problem))
+    lines.close()
+    return found
+
+
+def _finish(text: str, form: str, tokenizer: PromptTokenizer | None) -> str:
+    """The model's line in its form, cut at a word to what the text encoder takes."""
+    words = text.strip().strip(" ,.'&-").split()
+    while words:
+        prompt = form.format(" ".join(words).rstrip(" ,.'&-"))
+        if tokenizer is None or tokenizer.encode(prompt)[1] is None:
+            return prompt
+        words.pop()
+    return ""
+
+
+def _answers(
+    prompter: Prompter, wishes: Sequence[str], threads: int, seconds: float
+) -> Generator[Line, None, None]:
+    """What the worker says; a Refusal is the last line, where it fails or takes too long."""
+    if not wishes:
+        return
+    task = Task(
+        base=str(prompter.base),
+        adapter=str(prompter.adapter or ""),
+        frames=tuple(FRAME.format(wish) for wish in wishes),
+        grammar=prompter.grammar,
+        max_tokens=MAX_TOKENS,
+        threads=threads,
+    )
+    with tempfile.TemporaryFile() as noise:
+        try:
+            pipe = subprocess.PIPE
+            worker = subprocess.Popen(COMMAND, stdin=pipe, stdout=pipe, stderr=noise)
+        except OSError as exc:  # no memory for another process, for one
+            yield Refusal(f"it can't be started: {exc.strerror or exc}")
+            return
+        try:
+            said = _reader(worker)
+            with contextlib.suppress(BrokenPipeError):  # its words are read below
+                assert worker.stdin
+                worker.stdin.write(msgspec.json.encode(task))
+                worker.stdin.close()
+            for number in range(len(wishes)):
+                start = seconds if number == 0 else 0.0
+                try:
+                    raw = said.get(timeout=seconds + start)
+                except queue.Empty:
+                    yield Refusal(f"it took more than {seconds:g} s")
+                    return
+                if raw is None:
+                    worker.wait()
+                    noise.seek(0)
+                    tail = " ".join(noise.read().decode(errors="replace").split())[-200:]
+                    yield Refusal(f"it ended with status {worker.returncode} ({tail or 'silent'})")
+                    return
+                try:
+                    yield msgspec.json.decode(raw, type=Line)
+                except msgspec.MsgspecError:
+                    yield Refusal(f"it answered in another form: {raw[:80]!r}")
+                    return
+        finally:
+            worker.kill()
+            worker.wait()
+
+
+def _reader(worker: subprocess.Popen[bytes]) -> queue.SimpleQueue[bytes | None]:
+    """The worker's lines as they come, then None: a pipe can't be read with a time limit."""
+    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        assert worker.stdout
+        for line in worker.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def read_prompter(folder: Path) -> PrompterSpec:
+    """What an exported prompter is. Raises InputError when the folder holds none."""
+    try:
+        spec = msgspec.json.decode((folder / SPEC).read_bytes(), type=PrompterSpec)
+    except OSError as exc:
+        raise InputError(
+            f"{folder} holds no prompter ({exc.strerror or exc}): edgesd prompter export makes one"
+        ) from exc
+    except msgspec.MsgspecError as exc:
+        raise InputError(f"{folder / SPEC} isn't valid ({exc}): export again") from exc
+    for name in spec.files:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} has no {name}: export again")
+    return spec
+
+
+def prompter_in(folder: Path) -> Prompter:
+    """The exported prompter in `folder`. Raises InputError when it holds none."""
+    spec = read_prompter(folder)
+    adapter = None if spec.adapter is None else folder / spec.adapter
+    grammar = GRAMMAR if spec.grammar is None else (folder / spec.grammar).read_text("utf-8")
+    return Prompter(folder / spec.base, adapter, spec, grammar)
+
+
+def prompter_of(bundle: Bundle) -> Prompter:
+    """The prompter that a bundle brings, its files verified.
+
+    llama.cpp can't read within a one-file bundle: from there its files are copied once, into the
+    user's cache. Raises BundleError when the bundle has none, or was altered.
+    """
+    spec = bundle.manifest.prompter
+    if spec is None:
+        raise BundleError(
+            f"{bundle.path} brings no prompter: build it with --prompter, or leave --enhance out"
+        )
+    adapter = None if spec.adapter is None else _file_of(bundle, spec.adapter)
+    grammar = GRAMMAR if spec.grammar is None else bundle.read(spec.grammar).decode()
+    return Prompter(_file_of(bundle, spec.base), adapter, spec, grammar)
+
+
+def _file_of(bundle: Bundle, name: str) -> Path:
+    where, entry = bundle.location(name), bundle.manifest.files[name]
+    if where.path != bundle.path:  # a folder
+        bundle.verify([name])
+        return where.path
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = base / "edgesd" / "prompter" / f"{entry.sha256[:32]}.gguf"
+    if not path.exists() or sha256_file(path) != entry.sha256:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            file.writelines(bundle.verified_chunks(name))
+    return path
