@@ -151,7 +151,7 @@ class LlamaCppPython(Closing):
             lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
             pending = self.tokenize(text)
             if len(pending) + max_tokens > CONTEXT:
-                raise InputError(f"the wish has {len(pending)} tokens: write a shorter one")
+                raise InputError(_too_long(len(pending)))
             said = b""
             for _ in range(max_tokens):
                 self._decode(pending)
@@ -279,12 +279,19 @@ class XLlamaCpp(Closing):
             }
         )
         if "choices" not in done:
-            raise InputError(f"llama.cpp gives no answer: {done}")
+            error = done.get("error", {})
+            if error.get("type") == "exceed_context_size_error":
+                raise InputError(_too_long(error["n_prompt_tokens"]))
+            raise InputError(f"llama.cpp gives no answer: {error.get('message', done)}")
         return str(done["choices"][0]["text"])
 
     def close(self) -> None:
         """See Llama."""
         self._server = None
+
+
+def _too_long(tokens: int) -> str:
+    return f"the wish has {tokens} tokens: write a shorter one"
 
 
 def _name(path: Path) -> bytes:

@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -268,10 +269,20 @@ def test_an_interval() -> None:
 # The model itself
 
 
-@pytest.fixture(scope="module")
-def real() -> Prompter:
-    a_llama()
-    return Prompter(smollm2(), None, PLAIN)
+@pytest.fixture(scope="module", params=["llama_cpp", "xllamacpp"])
+def real(request: pytest.FixtureRequest) -> Iterator[Prompter]:
+    """A real model, by each of the libraries that are installed."""
+    libraries = ("llama_cpp", "xllamacpp")
+    if find_spec(request.param) is None:
+        pytest.skip(f"{request.param} isn't installed")
+    hidden = {name: None for name in libraries if name != request.param}
+    code = (
+        f"import sys; sys.modules.update({hidden})\n"
+        "from edgesd.runtime.prompter_worker import main\nsys.exit(main())"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompters, "COMMAND", (sys.executable, "-c", code))
+        yield Prompter(smollm2(), None, PLAIN)
 
 
 PATIENCE = 120.0
