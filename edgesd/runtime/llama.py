@@ -73,14 +73,15 @@ class Llama(Protocol):
 def open_llama(base: Path, adapter: Path | None, threads: int) -> Llama:
     """By the first library that is installed. Raises MissingDependencyError, or InputError when a
     file can't be loaded."""
+    reasons = []
     for kind in (LlamaCppPython, XLlamaCpp):
         try:
             return kind(base, adapter, threads)
-        except ImportError:
-            continue
+        except ImportError as exc:
+            reasons.append(str(exc))
     raise MissingDependencyError(
-        "the prompter needs llama.cpp: pip install llama-cpp-python, or xllamacpp, which needs no "
-        "compiler"
+        f"there is no llama.cpp ({'; '.join(reasons)}): pip install llama-cpp-python, or "
+        "xllamacpp, which needs no compiler (both need the system's libgomp1)"
     )
 
 
