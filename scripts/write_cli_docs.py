@@ -15,14 +15,19 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 def render() -> str:
     """The command reference as Markdown."""
     parts = ["# Command reference", "", "Made from `--help` by `make docs`.", ""]
-    root = click.Context(cli, info_name="edgesd", terminal_width=100)
-    parts += ["## edgesd", "", "```text", cli.get_help(root), "```", ""]
-    for name in cli.list_commands(root):
-        command = cli.get_command(root, name)
-        assert command is not None
-        context = click.Context(command, parent=root, info_name=name, terminal_width=100)
-        parts += [f"## edgesd {name}", "", "```text", command.get_help(context), "```", ""]
-    return "\n".join(parts)
+    return "\n".join(parts + _pages(cli, "edgesd", None))
+
+
+def _pages(command: click.Command, name: str, parent: click.Context | None) -> list[str]:
+    """A command's help, and that of all commands below it."""
+    context = click.Context(command, parent=parent, info_name=name, terminal_width=100)
+    parts = [f"## {context.command_path}", "", "```text", command.get_help(context), "```", ""]
+    if isinstance(command, click.Group):
+        for below in command.list_commands(context):
+            found = command.get_command(context, below)
+            assert found is not None
+            parts += _pages(found, below, context)
+    return parts
 
 
 def main() -> int:

@@ -98,7 +98,7 @@ def data_command(
     required=True,
     help="The GGUF file that will be deployed (or the folder of a transformers model).",
 )
-@click.option("--steps", type=click.IntRange(1), default=150, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=400, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--rank", type=click.IntRange(1, 256), default=8, show_default=True)
 @click.option("--alpha", type=click.IntRange(1), help="[default: twice the rank]")

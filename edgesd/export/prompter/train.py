@@ -50,7 +50,7 @@ class Training:
     """How to train. learning_rate: of the first step after warm-up; it falls to 0 as a cosine.
     alpha: of the adapter, whose update is alpha / rank times its product."""
 
-    steps: int = 200
+    steps: int = 400
     batch: int = 16
     rank: int = 8
     alpha: int = 16
