@@ -80,6 +80,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def user_cache() -> Path:
+    """Folder for what can be made anew: edgesd in XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgesd"
+
+
 def check_new(path: Path) -> None:
     """Raise InputError when there is something at `path` already, or where a link there leads."""
     if path.exists() or path.resolve().exists():

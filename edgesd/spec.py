@@ -66,6 +66,12 @@ METHODS = ("rtn", "gptq", "svdquant")
 """Quantization methods. rtn: round to nearest. gptq: GPTQ codes, plain branch. svdquant: smoothing,
 fitted branch."""
 
+PAIR_FORMATS = ("captions", "templates", "coco", "mjhq", "sdci", "emoji")
+"""Files that pairs of a wish and a prompt are made from (export.prompter.sources)."""
+
+MERGED_TYPES = ("Q4_0", "Q4_1", "Q4_K_M", "Q8_0", "F16")
+"""llama.cpp's types that a prompter's model and adapter may be merged into."""
+
 GROUPS = (16, 32, 64, 128, 256)
 MAX_RANK = 512
 _SCHEME = re.compile(r"w(8|4)a(16|8|4)(?:-g([1-9][0-9]{0,3}))?(?:-lr([1-9][0-9]{0,3}))?")

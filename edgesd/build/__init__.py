@@ -18,7 +18,7 @@ from edgesd.build.quantized import QuantizedBuild, QuantOptions, cache_folder
 from edgesd.device.detect import detect_machine, explain_machine, runnable_targets
 from edgesd.device.targets import check_memory, check_request, get_target
 from edgesd.engines import BACKENDS, onnxruntime, tensorrt
-from edgesd.engines.bundle import file_entries, pack_bundle, update_engines, write_manifest
+from edgesd.engines.bundle import file_entries, pack_bundle, update_manifest, write_manifest
 from edgesd.errors import BundleError, EdgesdError, InputError, TargetError
 from edgesd.files import atomic_dir, atomic_write, check_new, check_writable, private_folder
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
@@ -274,7 +274,7 @@ def _add_prompter(root: Path, folder: Path, spec: PrompterSpec) -> None:
         grammar=names.get(spec.grammar or ""),
     )
     changed = msgspec.structs.replace(manifest, prompter=inside)
-    update_engines(root, changed, manifest.engines, tuple(names.values()))
+    update_manifest(root, changed, names.values())
 
 
 def _keep_in_fp32(
@@ -313,7 +313,8 @@ def _check_engines(root: Path, target: Target, progress: Progress | None) -> lis
             built_for=found.built_for,
             plan=tensorrt.plan_path(name) if found.built_for else None,
         )
-    update_engines(root, manifest, engines)
+    plans = [engine.plan for engine in engines.values() if engine.plan]
+    update_manifest(root, msgspec.structs.replace(manifest, engines=engines), plans)
     return [] if all(engine.plan for engine in engines.values()) else [_FIRST_RUN]
 
 

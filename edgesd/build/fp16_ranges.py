@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from edgesd.engines.bundle import update_engines
+from edgesd.engines.bundle import update_manifest
 from edgesd.export.external_data import write_model
 from edgesd.export.passes.fp16_weights import MAX_HALF
 from edgesd.export.passes.fp32_region import Fp32Region
@@ -58,7 +58,7 @@ def keep_in_fp32(root: Path, prompt: str) -> Largest:
     if beyond:
         engines = bundle.manifest.engines
         changed = [name for c in beyond for name in bundle.engine_files(engines[c])]
-        update_engines(root, bundle.manifest, engines, changed)
+        update_manifest(root, bundle.manifest, changed)
     return beyond
 
 
@@ -82,7 +82,7 @@ class _Recording(Pipeline):
     """A pipeline on the CPU that records what its networks compute."""
 
     def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, Settings(low_memory=True, guidance_mode=None))
+        super().__init__(bundle, Settings(low_memory=True))
         self.largest: Largest = {}
 
     def open_runner(self, component: str) -> Runner:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -20,10 +21,10 @@ from edgesd.device.board import Board, Item, parse_address
 from edgesd.device.detect import check_machine
 from edgesd.device.ssh import connect
 from edgesd.device.targets import get_target
-from edgesd.engines.bundle import pack_bundle, update_engines
-from edgesd.engines.plans import Finalized, Here
-from edgesd.engines.tensorrt import BACKEND, plan_path
-from edgesd.errors import BoardError, TargetError, UsageError
+from edgesd.engines.bundle import pack_bundle, update_manifest
+from edgesd.engines.plans import Finalized, Here, require_plans
+from edgesd.engines.tensorrt import plan_path
+from edgesd.errors import BoardError, TargetError
 from edgesd.files import atomic_dir, atomic_write, check_new, private_folder, sha256_file
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
 
@@ -66,7 +67,7 @@ def add_plans(
     BoardError, ResourceError when the board's disk is too small.
     """
     bundle = open_bundle(root)
-    _require_tensorrt(bundle)
+    require_plans(bundle)
     asked = progress or Progress()
 
     async def build() -> tuple[Here, dict[str, Finalized]]:
@@ -88,7 +89,8 @@ def add_plans(
                 plan=plan_path(name),
             )
         engines[name] = engine
-    update_engines(root, bundle.manifest, engines)
+    changed = [plan_path(name) for name, final in found.items() if final.plan is not None]
+    update_manifest(root, msgspec.structs.replace(bundle.manifest, engines=engines), changed)
     return found
 
 
@@ -103,7 +105,7 @@ def finalize_on(
     Raises what `add_plans` raises, InputError when `out` exists, BundleError when the bundle was
     altered.
     """
-    _require_tensorrt(bundle)
+    require_plans(bundle)
     check_new(out)
     one_file = out.suffix == SUFFIX
     with private_folder(out) if one_file else atomic_dir(out) as root:
@@ -112,19 +114,11 @@ def finalize_on(
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
                 file.writelines(bundle.verified_chunks(name))
-        update_engines(root, bundle.manifest, bundle.manifest.engines)
+        update_manifest(root, bundle.manifest)
         found = add_plans(host, root, progress)
         if one_file:
             pack_bundle(open_bundle(root), out)
     return found
-
-
-def _require_tensorrt(bundle: Bundle) -> None:
-    backend = bundle.manifest.backend
-    if backend != BACKEND:
-        raise UsageError(
-            f"{bundle.path} is a bundle for {backend}, which needs no plans: leave --on out"
-        )
 
 
 async def _look(board: Board, target_name: str) -> Here:
@@ -181,12 +175,12 @@ async def _fetch(board: Board, final: Finalized, path: Path, progress: Progress)
 def _items(bundle: Bundle) -> dict[str, Item]:
     """Every file of a bundle folder, its manifest last: without it the rest is no bundle yet."""
     items = {
-        name: Item(entry.bytes, entry.sha256, lambda name=name: bundle.verified_chunks(name))  # type: ignore[misc]
+        name: Item(entry.bytes, entry.sha256, partial(bundle.verified_chunks, name))
         for name, entry in bundle.manifest.files.items()
     }
     for name in (CHECKSUM, MANIFEST):
         raw = b"".join(bundle.chunks(name))
-        items[name] = Item(len(raw), hashlib.sha256(raw).hexdigest(), lambda raw=raw: iter([raw]))  # type: ignore[misc]
+        items[name] = Item(len(raw), hashlib.sha256(raw).hexdigest(), partial(iter, [raw]))
     return items
 
 

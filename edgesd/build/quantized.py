@@ -24,7 +24,7 @@ import msgspec
 from edgesd.errors import QualityError, UsageError
 from edgesd.evaluate import quality as quality_
 from edgesd.evaluate.psnr import mean_squared_error
-from edgesd.files import atomic_write
+from edgesd.files import atomic_write, user_cache
 from edgesd.runtime.bundle import Bundle, GraphFile, open_bundle
 from edgesd.runtime.pipeline import Pipeline, Request
 from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
@@ -101,8 +101,7 @@ class QuantOptions:
 def cache_folder() -> Path:
     """EDGESD_CACHE, or edgesd in the user's cache folder."""
     given = os.environ.get("EDGESD_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(given) if given else Path(base) / "edgesd"
+    return Path(given) if given else user_cache()
 
 
 class ManifestWriter(Protocol):

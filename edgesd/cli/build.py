@@ -13,6 +13,7 @@ from edgesd.cli.common import (
     Size,
     board_progress,
     json_option,
+    lpips_option,
     print_json,
     printable,
 )
@@ -81,11 +82,7 @@ from edgesd.spec import METHODS, Precision
     help="Folder for intermediate results, from which an interrupted build goes on. "
     "[default: EDGESD_CACHE, or ~/.cache/edgesd]",
 )
-@click.option(
-    "--lpips",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Folder with LPIPS's weights: alexnet-owt-7be5be79.pth and alex.pth.",
-)
+@lpips_option
 @click.option(
     "--size",
     type=Size(),

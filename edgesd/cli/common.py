@@ -65,6 +65,15 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def lpips_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--lpips: weights of the perceptual distance."""
+    return click.option(
+        "--lpips",
+        type=click.Path(path_type=Path, file_okay=False, exists=True),
+        help="Folder with LPIPS's weights: alexnet-owt-7be5be79.pth and alex.pth.",
+    )(function)
+
+
 def printable(path: Path) -> str:
     """`path` as valid Unicode text, whatever bytes it has."""
     return os.fsencode(path).decode(errors="replace")

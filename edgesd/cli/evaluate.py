@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import Reporter, json_option, print_json
+from edgesd.cli.common import Reporter, json_option, lpips_option, print_json
 
 
 @click.group("eval", short_help="Measure what a part of a bundle is good for.")
@@ -30,11 +30,7 @@ def eval_group() -> None:
     show_default=True,
     help="Wishes, spread over the held-out pairs.",
 )
-@click.option(
-    "--lpips",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Folder with LPIPS's weights: alexnet-owt-7be5be79.pth and alex.pth.",
-)
+@lpips_option
 @json_option
 def prompter_command(
     bundle: Path, pairs: Path, count: int, lpips: Path | None, as_json: bool
@@ -50,9 +46,7 @@ def prompter_command(
     from edgesd.runtime.bundle import open_bundle
 
     found = read_pairs(pairs)
-    held = found.held
-    stride = max(1, len(held) // count)
-    chosen = [(p.wish, found.form.format(p.prompt)) for p in held[::stride][:count]]
+    chosen = [(pair.wish, found.form.format(pair.prompt)) for pair in found.some_held(count)]
     reporter = Reporter(quiet=as_json)
     with reporter.bar():
         judged = judge(open_bundle(bundle), chosen, open_perceptual(lpips), reporter.update)

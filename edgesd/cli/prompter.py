@@ -8,10 +8,9 @@ from typing import BinaryIO
 import click
 
 from edgesd.cli.common import Finite, Reporter, json_option, print_json, printable
+from edgesd.spec import MERGED_TYPES, PAIR_FORMATS
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_FORMATS = ("captions", "templates", "coco", "mjhq", "sdci", "emoji")
-_MERGED = ("Q4_0", "Q4_1", "Q4_K_M", "Q8_0", "F16")
 
 
 @click.group("prompter", short_help="Tune a small language model that turns wishes into prompts.")
@@ -31,7 +30,7 @@ def prompter_group() -> None:
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(_FORMATS),
+    type=click.Choice(PAIR_FORMATS),
     required=True,
     help="captions: one per line; templates: JSON with slots; coco, mjhq, sdci: those data sets' "
     "files; emoji: the embedded model's domain.json.",
@@ -155,7 +154,7 @@ def train_command(
 @click.option("--licence", required=True, help="Name and licence of the base model.")
 @click.option(
     "--merge",
-    type=click.Choice(_MERGED),
+    type=click.Choice(MERGED_TYPES),
     help="One model of that type, instead of the base as it is with an adapter.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")

@@ -66,8 +66,8 @@ class Board(Protocol):
         isn't there is exit status 127."""
 
     async def put(self, path: str, chunks: Iterable[bytes], start: int = 0) -> None:
-        """Write `chunks` into the file `path` from its byte `start` on, making it if need be. Its
-        folder exists."""
+        """Write `chunks` into the file `path` from its byte `start` on, making it if need be; it
+        ends behind them. Its folder exists."""
 
     async def get(
         self, path: str, size: int, out: BinaryIO, on_bytes: Callable[[int], None]
@@ -88,9 +88,13 @@ async def ask(board: Board, command: Sequence[str], on_line: OnLine | None = Non
     done = await board.run(command, on_line)
     if done.status == 0:
         return done.out
-    said = [line for line in done.err.splitlines() if line.strip()]
-    words = said[-1] if said else f"{shlex.join(command)} ended with status {done.status}"
-    raise BoardError(f"{board.name}: {words}")
+    failed = f"{shlex.join(command)} ended with status {done.status}"
+    raise BoardError(f"{board.name}: {_last_words(done) or failed}")
+
+
+def _last_words(done: Finished) -> str:
+    """The last line that a command printed to its standard error, or ""."""
+    return next((line for line in reversed(done.err.splitlines()) if line.strip()), "")
 
 
 EDGESD_PATHS = (".local/bin", ".local/share/edgesd/bin", "/opt/edgesd/bin")
@@ -109,8 +113,7 @@ async def edgesd(board: Board, *arguments: str, on_line: OnLine | None = None) -
             "a folder of wheels that needs no network)"
         )
     if done.status:
-        said = [line for line in done.err.splitlines() if line.strip()]
-        words = said[-1].removeprefix("edgesd: ") if said else f"it ended with {done.status}"
+        words = _last_words(done).removeprefix("edgesd: ") or f"it ended with {done.status}"
         raise BoardError(f"{board.name}: edgesd {arguments[0]}: {words}")
     return done.out
 
@@ -180,13 +183,11 @@ async def _send_one(
                 if left:
                     yield left
 
-        if begun > item.size:
-            await ask(board, ["rm", "-f", "--", f"{folder}/{part}"])
         await board.put(f"{folder}/{part}", rest(), start)
         if (await _hashes(board, folder, [part]))[part] == item.sha256:
             await ask(board, ["mv", "-f", "--", f"{folder}/{part}", f"{folder}/{name}"])
             return sent
-        await ask(board, ["rm", "-f", "--", f"{folder}/{part}"])
+    await ask(board, ["rm", "-f", "--", f"{folder}/{part}"])
     raise BoardError(
         f"{board.name}: {name} arrived damaged: check the board's disk (its card may be worn out)"
     )
@@ -248,8 +249,9 @@ class FolderBoard:
             return Finished(127, "", f"{command[0]}: not found")
         out, err = await process.communicate()
         said = err.decode(errors="replace")
-        for line in said.splitlines() if on_line else ():
-            on_line(line)  # type: ignore[misc]
+        if on_line:
+            for line in said.splitlines():
+                on_line(line)
         return Finished(process.returncode or 0, out.decode(errors="replace"), said)
 
     async def put(self, path: str, chunks: Iterable[bytes], start: int = 0) -> None:
@@ -262,6 +264,7 @@ class FolderBoard:
                 out.write(now)
                 self.received += len(now)
                 self._spend(len(chunk))
+            out.truncate()
 
     async def get(
         self, path: str, size: int, out: BinaryIO, on_bytes: Callable[[int], None]

@@ -80,7 +80,9 @@ class SshBoard:
     async def run(self, command: Sequence[str], on_line: OnLine | None = None) -> Finished:
         """See Board."""
         with self._link():
-            process = await self._connection.create_process(shlex.join(command), stdin=_nothing())
+            process = await self._connection.create_process(
+                shlex.join(command), stdin=asyncio.subprocess.DEVNULL
+            )
             said: list[str] = []
 
             async def listen() -> None:
@@ -156,9 +158,3 @@ class SshBoard:
 
 def _lost(name: str) -> str:
     return f"the link to {name} was lost: run the command again, it goes on from what is done"
-
-
-def _nothing() -> Any:
-    import asyncssh
-
-    return asyncssh.DEVNULL

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import msgspec
@@ -17,7 +17,7 @@ from edgesd.runtime.bundle import (
     archive_order,
     checksum_line,
 )
-from edgesd.spec import SCHEMA_VERSION, BundleManifest, Engine, FileEntry
+from edgesd.spec import SCHEMA_VERSION, BundleManifest, FileEntry
 
 
 def file_entries(root: Path, leave_out: Collection[str] = ()) -> dict[str, FileEntry]:
@@ -37,29 +37,15 @@ def write_manifest(root: Path, manifest: BundleManifest) -> None:
             file.write(content)
 
 
-def update_engines(
-    root: Path,
-    manifest: BundleManifest,
-    engines: Mapping[str, Engine],
-    rewritten: Collection[str] = (),
-) -> None:
-    """Write `manifest` anew, with `engines` in place of its own; their plans lie in `root`.
-
-    rewritten: files that have changed there, too.
-    """
-    plans = [engine.plan for engine in engines.values() if engine.plan]
-    old = {engine.plan for engine in manifest.engines.values()}
-    files = {name: entry for name, entry in manifest.files.items() if name not in old}
-    for name in (*plans, *rewritten):
+def update_manifest(root: Path, manifest: BundleManifest, changed: Iterable[str] = ()) -> None:
+    """Write `manifest` anew into `root`, where the files `changed` are new or have changed."""
+    entries = {}
+    for name in changed:
         path = root / name
-        files[name] = FileEntry(path.stat().st_size, sha256_file(path))
-    changed = msgspec.structs.replace(
-        manifest,
-        schema_version=SCHEMA_VERSION,
-        engines=dict(engines),
-        files=dict(sorted(files.items())),
-    )
-    write_manifest(root, changed)
+        entries[name] = FileEntry(path.stat().st_size, sha256_file(path))
+    files = dict(sorted({**manifest.files, **entries}.items()))
+    newest = msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION, files=files)
+    write_manifest(root, newest)
 
 
 def pack_bundle(bundle: Bundle, path: Path, progress: Progress | None = None) -> None:

@@ -27,7 +27,7 @@ from edgesd.engines.tensorrt import (
     build_plan,
 )
 from edgesd.errors import EdgesdError, MissingDependencyError, TargetError, UsageError
-from edgesd.files import atomic_write, private_folder, sha256_file
+from edgesd.files import atomic_write, private_folder, sha256_file, user_cache
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.cuda import Gpu, find_gpu
 from edgesd.runtime.runners.tensorrt import LoadedPlan
@@ -68,8 +68,7 @@ class Here(Spec, frozen=True):
 def plans_folder() -> Path:
     """EDGESD_PLANS, or edgesd/plans in the user's cache folder."""
     given = os.environ.get("EDGESD_PLANS")
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(given) if given else Path(base) / "edgesd" / "plans"
+    return Path(given) if given else user_cache() / "plans"
 
 
 def _gpu() -> Gpu:
@@ -103,6 +102,16 @@ def environment_here(gpu: Gpu | None = None, prefer: str | None = None) -> Envir
     )
 
 
+def require_plans(bundle: Bundle) -> None:
+    """Raise UsageError for a bundle of a backend that has no plans."""
+    backend = bundle.manifest.backend
+    if backend != BACKEND:
+        raise UsageError(
+            f"{bundle.path} is a bundle for {backend}, which needs no plans: they are for bundles "
+            f"of {BACKEND}"
+        )
+
+
 def prepare_plans(
     bundle: Bundle,
     folder: Path,
@@ -116,12 +125,7 @@ def prepare_plans(
     MissingDependencyError as `environment_here`, what `build_plan` raises, BundleError when the
     bundle was altered.
     """
-    backend = bundle.manifest.backend
-    if backend != BACKEND:
-        raise UsageError(
-            f"{bundle.path} is a bundle for {backend}, which needs no plans: they are for bundles "
-            f"of {BACKEND}"
-        )
+    require_plans(bundle)
     engines = bundle.manifest.engines
     brought = next((e.built_for for e in engines.values() if e.built_for), None)
     gpu = _gpu()

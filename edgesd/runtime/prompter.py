@@ -23,7 +23,7 @@ from typing import NamedTuple
 import msgspec
 
 from edgesd.errors import BundleError, InputError
-from edgesd.files import atomic_path, sha256_file
+from edgesd.files import atomic_path, sha256_file, user_cache
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.llama import Answer, Line, Refusal, Task
 from edgesd.runtime.tokenizer import PromptTokenizer
@@ -245,8 +245,7 @@ def _file_of(bundle: Bundle, name: str) -> Path:
     if where.path != bundle.path:  # a folder
         bundle.verify([name])
         return where.path
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = base / "edgesd" / "prompter" / f"{entry.sha256[:32]}.gguf"
+    path = user_cache() / "prompter" / f"{entry.sha256[:32]}.gguf"
     if not path.exists() or sha256_file(path) != entry.sha256:
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             file.writelines(bundle.verified_chunks(name))

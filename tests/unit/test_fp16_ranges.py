@@ -21,7 +21,7 @@ from onnx.reference import ReferenceEvaluator  # noqa: E402
 from onnx_ir.passes import common  # noqa: E402
 
 from edgesd.build.fp16_ranges import LIMIT, keep_in_fp32, record  # noqa: E402
-from edgesd.engines.bundle import update_engines  # noqa: E402
+from edgesd.engines.bundle import update_manifest  # noqa: E402
 from edgesd.engines.tensorrt_lint import lint  # noqa: E402
 from edgesd.errors import EdgesdError  # noqa: E402
 from edgesd.export.external_data import write_model  # noqa: E402
@@ -185,7 +185,7 @@ def overflowing(miniature: Bundle, tmp_path: Path) -> Path:
         Fp16Compute()(model)
         write_model(model, path.parent)
         changed += [f"{component}/model.onnx", f"{component}/weights.bin"]
-    update_engines(root, miniature.manifest, miniature.manifest.engines, changed)
+    update_manifest(root, miniature.manifest, changed)
     return root
 
 

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgesd.engines.bundle import pack_bundle, update_engines
+from edgesd.engines.bundle import pack_bundle, update_manifest
 from edgesd.errors import BundleError, InputError, UsageError
 from edgesd.evaluate.prompter import Interval, interval, judge
 from edgesd.runtime import prompter as prompters
@@ -158,7 +158,7 @@ def with_prompter(tmp_path: Path) -> Bundle:
     names = tuple(f"prompter/{name}" for name in ("base.gguf", "adapter.gguf", "grammar.gbnf"))
     spec = PrompterSpec(names[0], names[1], "emoji", "{}", "a licence", names[2])
     manifest = msgspec.structs.replace(bundle.manifest, prompter=spec)
-    update_engines(bundle.path, manifest, manifest.engines, names)
+    update_manifest(bundle.path, manifest, names)
     return open_bundle(bundle.path)
 
 

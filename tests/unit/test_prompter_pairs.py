@@ -24,6 +24,7 @@ from edgesd.export.prompter.pairs import (
 )
 from edgesd.export.prompter.sources import SOURCES, from_emoji
 from edgesd.runtime.prompter import PROMPT_CHARACTERS, WISH_CHARACTERS, clean_wish
+from edgesd.spec import PAIR_FORMATS
 from tests.support import assert_refused, run_cli
 
 DOMAIN = Path(__file__).parents[2] / "models/emoji/prompts/domain.json"
@@ -163,6 +164,10 @@ def test_the_emoji_domain_is_closed() -> None:
 
 
 # Sources
+
+
+def test_every_format_of_the_command_has_its_source() -> None:
+    assert tuple(SOURCES) == PAIR_FORMATS
 
 
 def source(kind: str, path: Path) -> list[Pair]:

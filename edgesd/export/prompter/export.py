@@ -15,7 +15,7 @@ from edgesd.errors import InputError, MissingDependencyError, QualityError, Usag
 from edgesd.export.prompter.gguf_files import tensor_types, write_adapter, write_merged
 from edgesd.export.prompter.grammar import closed_grammar
 from edgesd.export.prompter.pairs import PairSet
-from edgesd.export.prompter.train import REPORT, TrainingReport, held_pairs
+from edgesd.export.prompter.train import HELD_PAIRS, REPORT, TrainingReport
 from edgesd.files import atomic_dir, atomic_path, sha256_file
 from edgesd.runtime.llama import LlamaCppPython, silence
 from edgesd.runtime.prompter import FRAME, SPEC
@@ -24,7 +24,6 @@ from edgesd.spec import PrompterSpec, Spec
 EXPORT = "export.json"
 BASE, ADAPTER, GRAMMAR_FILE = "base.gguf", "adapter.gguf", "grammar.gbnf"
 
-MERGED = ("Q4_0", "Q4_1", "Q4_K_M", "Q8_0", "F16")
 TOLERANCE = 0.03
 """The loss in llama.cpp may exceed that of training by this part."""
 
@@ -134,7 +133,7 @@ def llama_loss(base: Path, adapter: Path | None, pairs: PairSet) -> float:
         ) from exc
     found = []
     with llama:
-        for pair in held_pairs(pairs):
+        for pair in pairs.some_held(HELD_PAIRS):
             frame = llama.tokenize(FRAME.format(pair.wish))
             answer = [*llama.tokenize(f" {pair.prompt}\n"), llama.end()]
             found.append(llama.log_likelihoods(frame, answer))

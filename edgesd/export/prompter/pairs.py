@@ -64,6 +64,10 @@ class PairSet:
         """Those kept out."""
         return tuple(pair for pair in self.pairs if pair.held)
 
+    def some_held(self, count: int) -> tuple[Pair, ...]:
+        """At most `count` of those kept out, spread over all of them."""
+        return self.held[:: max(1, len(self.held) // count)][:count]
+
 
 def make_pairs(
     domain: str, raw: Iterable[Pair], held_part: float = 0.1, seed: int = 0, closed: bool = False

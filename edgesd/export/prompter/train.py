@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -101,9 +102,10 @@ def train(
     model = _with_adapter(loaded, training)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=0.0)
-    rows = [row(loaded, pair, pairs.form) for pair in pairs.training]
-    held = [row(loaded, pair, pairs.form) for pair in held_pairs(pairs)]
-    settings = f"{sha256_file(base) if base.is_file() else base}:{pairs_sha256}:{training}"
+    rows = [row(loaded, pair) for pair in pairs.training]
+    held = [row(loaded, pair) for pair in pairs.some_held(HELD_PAIRS)]
+    base_sha256 = sha256_file(base) if base.is_file() else ""
+    settings = f"{base_sha256 or base}:{pairs_sha256}:{training}"
     out.mkdir(parents=True, exist_ok=True)
     state = _load_state(out / STATE, settings)
     if state is None:
@@ -137,7 +139,7 @@ def train(
     model.save_pretrained(str(out))
     report = TrainingReport(
         base=base.name,
-        base_sha256=sha256_file(base) if base.is_file() else "",
+        base_sha256=base_sha256,
         pairs_sha256=pairs_sha256,
         domain=pairs.domain,
         form=pairs.form,
@@ -161,20 +163,12 @@ def train(
     return report
 
 
-def held_pairs(pairs: PairSet) -> list[Pair]:
-    """The held-out pairs that losses are measured on: spread over all of them."""
-    held = pairs.held
-    stride = max(1, len(held) // HELD_PAIRS)
-    return list(held[::stride][:HELD_PAIRS])
-
-
 Row = tuple[list[int], list[int]]
 """Token ids of the frame with the wish, and of the line to learn with its end."""
 
 
-def row(base: Base, pair: Pair, form: str) -> Row:
-    """What is learned of one pair. The form isn't: code adds it."""
-    del form
+def row(base: Base, pair: Pair) -> Row:
+    """What is learned of one pair. Its set's form isn't: code adds it."""
     answer = [*base.encode(f" {pair.prompt}\n"), base.eos]
     return base.encode(FRAME.format(pair.wish)), answer
 
@@ -204,7 +198,7 @@ def _loss(model: Any, rows: Sequence[Row]) -> Tensor:
         mask[index, : len(both)] = 1
         places += [index * length + at - 1 for at in range(len(frame), len(both))]
         wanted += answer
-    decoder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = model.get_base_model()
     hidden = decoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
     chosen = hidden.reshape(-1, hidden.shape[-1])[torch.tensor(places)]
     return F.cross_entropy(decoder.lm_head(chosen), torch.tensor(wanted))
@@ -246,17 +240,11 @@ def _chosen(step: int, count: int, training: Training) -> list[int]:
     return found
 
 
-_orders: dict[tuple[int, int, int], list[int]] = {}
-
-
+@lru_cache(maxsize=2)  # a step may end one epoch and begin the next
 def _order(epoch: int, count: int, seed: int) -> list[int]:
-    key = (epoch, count, seed)
-    if key not in _orders:
-        _orders.clear()
-        order = list(range(count))
-        random.Random(f"{seed}:{epoch}").shuffle(order)
-        _orders[key] = order
-    return _orders[key]
+    order = list(range(count))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return order
 
 
 def _trained(model: Any) -> dict[str, Tensor]:
