@@ -20,6 +20,7 @@ from edgesd.cli import (
     prompter,
     report,
     targets,
+    watch,
 )
 from edgesd.cli.common import fail
 
@@ -48,6 +49,7 @@ for command in (
     prompter.prompter_group,
     report.report_command,
     targets.targets_command,
+    watch.watch_command,
 ):
     cli.add_command(command)
 

@@ -1,0 +1,62 @@
+"""edgesd watch"""
+
+from __future__ import annotations
+
+import time
+
+import click
+import msgspec
+
+from edgesd.cli.common import Finite, json_option
+
+
+@click.command("watch", short_help="Memory, clocks, heat and power of this board.")
+@click.option(
+    "--interval",
+    type=Finite(0.05, 3600),
+    default=1.0,
+    show_default=True,
+    help="Seconds between samples.",
+)
+@click.option(
+    "--seconds", type=Finite(0, min_open=True), help="End after so long. [default: never]"
+)
+@click.option("--pid", type=click.IntRange(1), help="A process whose memory is shown, too.")
+@json_option
+def watch_command(interval: float, seconds: float | None, pid: int | None, as_json: bool) -> None:
+    """Show what this board does: memory, clocks, temperatures, power, and what holds it back.
+
+    By tegrastats on a Jetson, by vcgencmd on a Raspberry Pi, and by Linux's own files anywhere. A
+    line per sample; with --json an object per line.
+    """
+    from edgesd.device.telemetry import Sample, board_watts, sampled
+
+    def line(sample: Sample) -> str:
+        parts = [f"{sample.seconds:7.1f} s"]
+        if sample.memory_used_bytes is not None and sample.memory_bytes:
+            used, total = sample.memory_used_bytes >> 20, sample.memory_bytes >> 20
+            parts.append(f"memory {used}/{total} MB")
+        if sample.process_bytes is not None:
+            parts.append(f"process {sample.process_bytes / 2**20:.0f} MB")
+        if sample.cpu_mhz:
+            parts.append(f"CPU {min(sample.cpu_mhz)} to {max(sample.cpu_mhz)} MHz")
+        if sample.gpu_percent is not None:
+            parts.append(f"GPU {sample.gpu_percent:.0f} %")
+        if sample.gpu_mhz:
+            parts.append(f"GPU {max(sample.gpu_mhz)} MHz")
+        if sample.celsius:
+            hottest = max(sample.celsius, key=lambda name: sample.celsius[name])
+            parts.append(f"{hottest} {sample.celsius[hottest]:.1f} C")
+        if (watts := board_watts(sample.watts)) is not None:
+            parts.append(f"{watts:.2f} W")
+        parts += [f"! {limit}" for limit in sample.limits]
+        return "  ".join(parts)
+
+    end = None if seconds is None else time.monotonic() + seconds
+    for sample in sampled(interval, pid):
+        if as_json:
+            click.echo(msgspec.json.encode(sample).decode())
+        else:
+            click.echo(line(sample))
+        if end is not None and time.monotonic() + interval > end:
+            return
