@@ -72,6 +72,15 @@ PAIR_FORMATS = ("captions", "templates", "coco", "mjhq", "sdci", "emoji")
 MERGED_TYPES = ("Q4_0", "Q4_1", "Q4_K_M", "Q8_0", "F16")
 """llama.cpp's types that a prompter's model and adapter may be merged into."""
 
+ADAPTER_STARTS = ("default", "loftq", "loftq-gguf", "loftq-gguf-control", "pissa")
+"""What a prompter's adapter is before it is trained (export.prompter.starts)."""
+
+GRIDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+"""llama.cpp's types that the package gguf can round to: loftq-gguf's for the base."""
+
+OPTIMIZERS = ("adamw", "galore", "galore8bit", "apollo")
+"""For a prompter's training of all weights (export.prompter.optimizers)."""
+
 GROUPS = (16, 32, 64, 128, 256)
 MAX_RANK = 512
 _SCHEME = re.compile(r"w(8|4)a(16|8|4)(?:-g([1-9][0-9]{0,3}))?(?:-lr([1-9][0-9]{0,3}))?")

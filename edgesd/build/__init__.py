@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from edgesd.export.pipeline import Progress
     from edgesd.export.source import ModelSource
 
-__all__ = ["DEMO", "Built", "QuantOptions", "build", "default_output", "demo_model"]
+__all__ = ["DEMO", "Built", "QuantOptions", "build", "default_output", "demo_judge", "demo_model"]
 
 DEMO = "demo"
 """Name of the embedded pipeline, where a model is asked for."""
@@ -98,6 +98,12 @@ def default_output(model: str, target: str, precision: str) -> Path:
 
 def _name(model: str) -> str:
     return DEMO if model == DEMO else Path(model).resolve().name or "model"
+
+
+def demo_judge() -> Path | None:
+    """Folder of the judge of the embedded pipeline's pictures, or None outside a checkout."""
+    folder = Path(edgesd.__file__).resolve().parent.parent / "models" / "emoji-judge"
+    return folder if folder.is_dir() else None
 
 
 def demo_model() -> Path:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgesd.cli.common import Reporter, json_option, lpips_option, print_json
+
+if TYPE_CHECKING:
+    from edgesd.evaluate.prompter import Agreed
 
 
 @click.group("eval", short_help="Measure what a part of a bundle is good for.")
@@ -30,16 +34,30 @@ def eval_group() -> None:
     show_default=True,
     help="Wishes, spread over the held-out pairs.",
 )
+@click.option(
+    "--judge",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Judge of pictures and texts: a CLIP model's folder, or one with judge.json. [default: "
+    "for emoji the small one in a checkout of edgesd]",
+)
 @lpips_option
 @json_option
 def prompter_command(
-    bundle: Path, pairs: Path, count: int, lpips: Path | None, as_json: bool
+    bundle: Path,
+    pairs: Path,
+    count: int,
+    folder: Path | None,
+    lpips: Path | None,
+    as_json: bool,
 ) -> None:
     """Does BUNDLE's prompter help? Draws held-out wishes as they are, and the prompts made of them.
 
-    Each picture is held against that of the prompt which its pair has, drawn from another seed by
-    the same bundle: an offline judge, which knows no beauty.
+    Each picture is held against the text of the prompt which its pair has, and against its picture,
+    drawn from another seed by the same bundle. No judge here knows beauty.
     """
+    from edgesd.build import demo_judge
+    from edgesd.evaluate.agreement import open_agreement
     from edgesd.evaluate.perceptual import open_perceptual
     from edgesd.evaluate.prompter import judge
     from edgesd.export.prompter.pairs import read_pairs
@@ -47,9 +65,13 @@ def prompter_command(
 
     found = read_pairs(pairs)
     chosen = [(pair.wish, found.form.format(pair.prompt)) for pair in found.some_held(count)]
+    folder = folder or (demo_judge() if found.domain == "emoji" else None)
+    agreement = open_agreement(folder) if folder else None
     reporter = Reporter(quiet=as_json)
     with reporter.bar():
-        judged = judge(open_bundle(bundle), chosen, open_perceptual(lpips), reporter.update)
+        judged = judge(
+            open_bundle(bundle), chosen, open_perceptual(lpips), agreement, reporter.update
+        )
     if as_json:
         print_json(judged)
         return
@@ -65,5 +87,29 @@ def prompter_command(
     gain, exact = judged.gain, judged.exact
     click.echo(
         f"gain {gain.mean:.3f} ({gain.low:.3f} to {gain.high:.3f}); the wanted prompt itself: "
-        f"{exact.mean:.2f}; {judged.words:.1f} words a prompt, {judged.seconds:.2f} s each"
+        f"{exact.mean:.2f}"
+    )
+    if judged.agreement:
+        _print_agreement(judged.agreement)
+    click.echo(
+        f"{judged.wish_words:.1f} words a wish, {judged.words:.1f} a prompt; "
+        f"{judged.seconds:.2f} s each, {judged.process_bytes / 1e6:.0f} MB"
+    )
+
+
+def _print_agreement(agreed: Agreed) -> None:
+    click.echo(f"agreement of picture and text; {agreed.judge}")
+    for name, wish, prompt, wanted in (
+        ("score", agreed.score_wish, agreed.score_prompt, agreed.score_wanted),
+        ("found", agreed.found_wish, agreed.found_prompt, agreed.found_wanted),
+    ):
+        parts = (("wish", wish), ("prompt", prompt), ("wanted prompt", wanted))
+        click.echo(
+            f"{name:6}"
+            + "   ".join(f"{what} {x.mean:.3f} ({x.low:.3f} to {x.high:.3f})" for what, x in parts)
+        )
+    gain = agreed.gain
+    click.echo(
+        f"gain of the score {gain.mean:.2f} ({gain.low:.2f} to {gain.high:.2f}); other texts "
+        f"score {agreed.chance:.2f}"
     )

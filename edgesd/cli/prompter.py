@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import BinaryIO
 
 import click
 
 from edgesd.cli.common import Finite, Reporter, json_option, print_json, printable
-from edgesd.spec import MERGED_TYPES, PAIR_FORMATS
+from edgesd.spec import ADAPTER_STARTS, GRIDS, MERGED_TYPES, OPTIMIZERS, PAIR_FORMATS
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -97,11 +98,46 @@ def data_command(
     required=True,
     help="The GGUF file that will be deployed (or the folder of a transformers model).",
 )
-@click.option("--steps", type=click.IntRange(1), default=400, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=300, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--rank", type=click.IntRange(1, 256), default=8, show_default=True)
 @click.option("--alpha", type=click.IntRange(1), help="[default: twice the rank]")
-@click.option("--learning-rate", type=Finite(0, 1, min_open=True), default=1e-3, show_default=True)
+@click.option(
+    "--init",
+    "start",
+    type=click.Choice(ADAPTER_STARTS),
+    default="default",
+    show_default=True,
+    help="What the adapter begins as. loftq: what rounding to NF4 takes away (peft, needs CUDA); "
+    "loftq-gguf: what rounding to --grid takes away; -control: its norms in random directions.",
+)
+@click.option(
+    "--grid",
+    type=click.Choice(GRIDS),
+    default="Q4_0",
+    show_default=True,
+    help="Type that loftq-gguf rounds the base to. The run then brings its own base.gguf.",
+)
+@click.option(
+    "--iterations",
+    type=click.IntRange(1, 100),
+    default=5,
+    show_default=True,
+    help="LoftQ's, of rounding and decomposing.",
+)
+@click.option("--full", is_flag=True, help="Train all weights instead of an adapter.")
+@click.option(
+    "--optim",
+    type=click.Choice(OPTIMIZERS),
+    default="adamw",
+    show_default=True,
+    help="For --full; the others keep less state.",
+)
+@click.option(
+    "--learning-rate",
+    type=Finite(0, 1, min_open=True),
+    help="[default: 1e-4 for --full by adamw, else 1e-3]",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "-o",
@@ -118,22 +154,34 @@ def train_command(
     batch: int,
     rank: int,
     alpha: int | None,
-    learning_rate: float,
+    start: str,
+    grid: str,
+    iterations: int,
+    full: bool,
+    optim: str,
+    learning_rate: float | None,
     seed: int,
     output: Path,
     as_json: bool,
 ) -> None:
     """Train a LoRA adapter on PAIRS, on the weights of the model that will be deployed."""
     from edgesd.export.prompter.pairs import read_pairs
-    from edgesd.export.prompter.train import Training, train
+    from edgesd.export.prompter.starts import OWN_BASE, AdapterSettings
+    from edgesd.export.prompter.train import LEARNING_RATES, Training, train
     from edgesd.files import sha256_file
 
+    if full and start != "default":
+        raise click.UsageError("--init is an adapter's, and --full trains none")
     found = read_pairs(pairs)
-    training = Training(steps, batch, rank, alpha or 2 * rank, learning_rate, seed=seed)
+    adapter = None
+    if not full:
+        adapter = AdapterSettings(rank, alpha or 2 * rank, start, grid, iterations, seed)
+    rate = learning_rate or LEARNING_RATES[optim if full else "lora"]
+    training = Training(adapter, optim, steps, batch, rate, seed=seed)
     reporter = Reporter(quiet=as_json)
 
     def progress(phase: str, done: int, total: int, loss: float) -> None:
-        reporter.update(phase, done, total, f"loss {loss:.3f}")
+        reporter.update(phase, done, total, "" if math.isnan(loss) else f"loss {loss:.3f}")
 
     with reporter.bar():
         report = train(base, found, sha256_file(pairs), output, training, progress)
@@ -142,8 +190,13 @@ def train_command(
         return
     click.echo(
         f"held-out loss {report.loss_before:.4f} -> {report.loss_after:.4f} nats per token, "
-        f"{report.steps} steps in {report.seconds:.0f} s, {report.peak_bytes / 1e9:.2f} GB at most"
+        f"{report.steps} steps in {report.seconds:.0f} s, {report.peak_bytes / 1e9:.2f} GB at most "
+        f"({report.state_bytes / 1e6:.0f} MB of it the optimizer's state)"
     )
+    for name, loss in report.starts.items():
+        click.echo(f"before training, begun as {name}: {loss:.4f}")
+    if start.startswith("loftq"):
+        click.echo(f"export it with --base {printable(output / OWN_BASE)}: its adapter is for that")
     click.echo(printable(output))
 
 

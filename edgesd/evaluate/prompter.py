@@ -1,22 +1,24 @@
 """Does the prompter help? Pictures of held-out wishes beside those of the prompts made of them.
 
-The judge is the image model itself: for each wish the pairs say which prompt was meant, and the
-picture of that prompt, drawn from another seed, is what a picture should be like. Two measures:
-the perceptual distance to it, and whether of all such pictures it is the nearest by features. That
-needs no weights but those at hand; it is no CLIP score, and says nothing of taste.
+For each wish the pairs say which prompt was meant. Two judges: one that holds a picture against the
+text of that prompt (CLIP, or the small one of evaluate.agreement), and the image model itself: its
+picture of that prompt, drawn from another seed, is what a picture should be like, by perceptual
+distance, and by whether of all such pictures it is the nearest. Neither says anything of taste.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from edgesd.errors import UsageError
+from edgesd.evaluate.agreement import Agreement
 from edgesd.evaluate.perceptual import Perceptual
+from edgesd.evaluate.psnr import Picture
 from edgesd.evaluate.quality import draw, requests_for
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.pipeline import Pipeline, Request
@@ -57,9 +59,31 @@ class WishJudged(Spec, frozen=True):
     problem: str | None
 
 
+class Agreed(Spec, frozen=True):
+    """What a text-image judge says, of the pictures of wishes, of prompts, and of the wanted
+    prompts themselves (the most there is to be had of this image model).
+
+    score_: 100 times the cosine with the wanted prompt's text, at least 0; found_: share whose
+    wanted text is the nearest of all wanted ones; gain: the prompts' scores less the wishes'.
+    chance: score of the wanted pictures with others' texts.
+    """
+
+    judge: str
+    score_wish: Interval
+    score_prompt: Interval
+    score_wanted: Interval
+    gain: Interval
+    found_wish: Interval
+    found_prompt: Interval
+    found_wanted: Interval
+    chance: float
+
+
 class PrompterJudged(Spec, frozen=True):
     """All wishes. exact: share of prompts that are the wanted ones. gain: of a wish, its distance
-    less the prompt's: above 0 where the prompter helps. words: of prompts, mean."""
+    less the prompt's: above 0 where the prompter helps. words, wish_words: of prompts and of
+    wishes, mean. seconds: the model's for a wish, median; process_bytes: most memory of its
+    process. agreement: by a judge of pictures and texts, if there was one."""
 
     metric: str
     wishes: tuple[WishJudged, ...]
@@ -70,13 +94,17 @@ class PrompterJudged(Spec, frozen=True):
     nearest_prompt: Interval
     exact: Interval
     words: float
+    wish_words: float
     seconds: float
+    process_bytes: int
+    agreement: Agreed | None
 
 
 def judge(
     bundle: Bundle,
     pairs: Sequence[tuple[str, str]],
     perceptual: Perceptual,
+    agreement: Agreement | None = None,
     progress: Progress | None = None,
 ) -> PrompterJudged:
     """Draw every wish of `pairs` (wish, wanted prompt) as it is and enhanced, and judge.
@@ -137,11 +165,43 @@ def judge(
         nearest_prompt=interval([w.nearest_prompt for w in judged]),
         exact=interval([w.prompt.casefold() == w.wanted.casefold() for w in judged]),
         words=statistics.fmean(len(w.prompt.split()) for w in judged),
+        wish_words=statistics.fmean(len(w.wish.split()) for w in judged),
         seconds=statistics.median(w.seconds for w in judged),
+        process_bytes=max(result.bytes for result in found),
+        agreement=agreed(agreement, drawn, [wanted for _, wanted in pairs]) if agreement else None,
     )
 
 
-def interval(values: Sequence[float]) -> Interval:
+def agreed(
+    judge: Agreement, drawn: Mapping[str, Sequence[Picture]], wanted: Sequence[str]
+) -> Agreed:
+    """Hold pictures against texts. drawn: "wishes", "prompts" and "wanted", one picture for each
+    of the texts `wanted`."""
+    names = list(dict.fromkeys(wanted))
+    own = np.array([names.index(name) for name in wanted])
+    texts = judge.texts(names)
+    score, found = {}, {}
+    for what, pictures in drawn.items():
+        cosines = judge.pictures(pictures) @ texts.T
+        score[what] = 100 * np.maximum(cosines[np.arange(len(own)), own], 0)
+        found[what] = cosines.argmax(axis=1) == own
+        if what == "wanted":
+            other = own[:, None] != np.arange(len(names))[None, :]
+            chance = float(100 * np.maximum(cosines, 0)[other].mean())
+    return Agreed(
+        judge=judge.name,
+        score_wish=interval(score["wishes"]),
+        score_prompt=interval(score["prompts"]),
+        score_wanted=interval(score["wanted"]),
+        gain=interval(score["prompts"] - score["wishes"]),
+        found_wish=interval(found["wishes"]),
+        found_prompt=interval(found["prompts"]),
+        found_wanted=interval(found["wanted"]),
+        chance=chance,
+    )
+
+
+def interval(values: npt.ArrayLike) -> Interval:
     """Mean of `values` and its 95 % bootstrap interval; the same for the same values."""
     array = np.asarray(values, np.float64)
     chosen = np.random.default_rng(0).integers(0, len(array), (_RESAMPLES, len(array)))

@@ -4,8 +4,11 @@ compiler on a board. Only the prompter's own process imports this."""
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,8 +21,8 @@ from edgesd.spec import Spec
 CONTEXT = 256
 """Tokens of a frame, its wish and the answer together, at most."""
 
-_ASKED = 64
-"""Candidates that the grammar is asked about at first."""
+_ASKED, _MOST_ASKED = 64, 1024
+"""Candidates that the grammar is asked about at first, and at once: each takes 0.6 kB."""
 
 _AT_A_TIME = 32
 """Tokens that are computed together: each costs a row of the vocabulary's logits in memory."""
@@ -40,11 +43,13 @@ class Task(Spec, frozen=True):
 
 
 class Answer(Spec, frozen=True, tag="answer"):
-    """One wish's line, as the model wrote it. seconds: it took. problem: why there is none."""
+    """One wish's line, as the model wrote it. seconds: it took. problem: why there is none. bytes:
+    most memory of the process so far, its mapped files included."""
 
     text: str
     seconds: float
     problem: str | None = None
+    bytes: int = 0
 
 
 class Refusal(Spec, frozen=True, tag="refusal"):
@@ -86,10 +91,30 @@ def open_llama(base: Path, adapter: Path | None, threads: int) -> Llama:
 
 
 @cache
+def bindings() -> Any:
+    """llama-cpp-python's bindings of llama.h alone. Raises ImportError.
+
+    Its package imports its high-level classes and a template engine besides: 10 MB of memory.
+    """
+    found = importlib.util.find_spec("llama_cpp")
+    if found is None or found.submodule_search_locations is None:
+        raise ImportError("No module named 'llama_cpp'")
+    whole = sys.modules.get("llama_cpp")
+    bare = ModuleType("llama_cpp")
+    bare.__path__ = list(found.submodule_search_locations)
+    sys.modules["llama_cpp"] = bare
+    try:
+        return importlib.import_module("llama_cpp.llama_cpp")
+    finally:  # for whoever wants all of it
+        del sys.modules["llama_cpp"]
+        if whole is not None:
+            sys.modules["llama_cpp"] = whole
+
+
+@cache
 def silence() -> Any:
     """Let llama.cpp print nothing. The callback lives on here: the library keeps its address."""
-    import llama_cpp
-
+    llama_cpp = bindings()
     callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     return callback
@@ -99,8 +124,7 @@ class LlamaCppPython(Closing):
     """By llama-cpp-python's bindings of the C interface (llama.h)."""
 
     def __init__(self, base: Path, adapter: Path | None, threads: int) -> None:
-        import llama_cpp
-
+        llama_cpp = bindings()
         self._lib: Any = llama_cpp
         self._model = self._context = self._adapter = None
         silence()
@@ -171,15 +195,15 @@ class LlamaCppPython(Closing):
     def _likeliest(self, rules: Any) -> int | None:
         """The likeliest next token that the grammar allows, or None.
 
-        The grammar is asked about the likeliest tokens first, then about twice as many: to ask
-        about all takes 30 MB.
+        The grammar is asked about the likeliest tokens first, then about more: to ask about all at
+        once takes 30 MB.
         """
         lib, logits = self._lib, self._logits(-1)
         order = np.argsort(-logits, kind="stable")
         start, asked = 0, _ASKED
         while start < len(order):
             part = order[start : start + asked]
-            start, asked = start + asked, 2 * asked
+            start, asked = start + asked, min(2 * asked, _MOST_ASKED)
             entries = (lib.llama_token_data * len(part))()
             for entry, token in zip(entries, part, strict=True):
                 entry.id, entry.logit = int(token), float(logits[token])

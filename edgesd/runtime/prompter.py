@@ -60,12 +60,14 @@ rest ::= [a-zA-Z0-9 ,.'&-]
 
 class Enhanced(NamedTuple):
     """What became of a wish. problem: why `prompt` is the wish itself, or None. seconds: of the
-    model alone, without its start."""
+    model alone, without its start. bytes: most memory of its process so far, mapped model included;
+    0 where there was none."""
 
     wish: str
     prompt: str
     seconds: float
     problem: str | None = None
+    bytes: int = 0
 
 
 def clean_wish(wish: str) -> str:
@@ -117,7 +119,7 @@ def enhance(
             if isinstance(line, Answer):
                 prompt = _finish(line.text, prompter.spec.form, tokenizer)
                 unusable = line.problem or (None if prompt else "the model's answer was empty")
-                found.append(Enhanced(wish, prompt or wish, line.seconds, unusable))
+                found.append(Enhanced(wish, prompt or wish, line.seconds, unusable, line.bytes))
                 continue
             problem = line.message
         found.append(Enhanced(wish, wish, 0.0, problem))

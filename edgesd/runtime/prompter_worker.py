@@ -14,6 +14,7 @@ import msgspec
 
 from edgesd.errors import EdgesdError, InputError
 from edgesd.runtime.llama import Answer, Refusal, Task, open_llama
+from edgesd.runtime.memory import peak_bytes
 
 
 def main() -> int:
@@ -31,7 +32,7 @@ def main() -> int:
                 text = llama.complete(frame, task.grammar, task.max_tokens)
             except InputError as exc:  # of this wish alone
                 problem = str(exc)
-            answer = Answer(text, time.perf_counter() - start, problem)
+            answer = Answer(text, time.perf_counter() - start, problem, peak_bytes())
             lines.write(msgspec.json.encode(answer) + b"\n")
         llama.close()
     except EdgesdError as exc:

@@ -119,3 +119,36 @@ def test_relative_rms() -> None:
 def test_memory_of_a_process_is_read() -> None:
     assert unet_peers.status_bytes(os.getpid(), "VmHWM") > 10_000_000
     assert unet_peers.status_bytes(0, "VmHWM") == 0
+
+
+@pytest.mark.parametrize("best", [1e-4, 1e-3, 3.2e-3, 1e-1])
+def test_a_learning_rate_is_tuned_to_its_best(best: float) -> None:
+    pytest.importorskip("torch")
+    from benchmarks.prompter_starts import tune
+
+    asked = []
+
+    def run(rate: float) -> dict[str, float]:
+        asked.append(rate)
+        return {"rate": rate, "tuning": math.log10(rate / best) ** 2}
+
+    found = tune(run)
+    assert abs(math.log10(found["rate"] / best)) <= 0.26
+    assert len(set(asked)) == len(asked)
+
+
+def test_the_grid_of_the_starts_is_that_of_q4_0() -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("gguf")
+    from benchmarks.prompter_starts import grid
+    from edgesd.export.prompter.gguf_files import rounded
+
+    weight = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
+    weight[0, :32] = 0
+    ours, theirs = grid(4)(weight), rounded(weight, "Q4_0")
+    error = np.linalg.norm(theirs - weight)
+    assert np.linalg.norm(ours - theirs) < 0.1 * error  # ties
+    assert np.linalg.norm(ours - weight) <= 1.001 * error
+    errors = [np.linalg.norm(grid(bits)(weight) - weight) for bits in (4, 3, 2)]
+    assert errors[0] < errors[1] < errors[2]
+    assert len(np.unique(grid(2)(weight)[1, :32])) <= 4

@@ -15,8 +15,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from edgesd.build import demo_judge
 from edgesd.engines.bundle import pack_bundle, update_manifest
 from edgesd.errors import BundleError, InputError, UsageError
+from edgesd.evaluate.agreement import open_agreement
 from edgesd.evaluate.prompter import Interval, interval, judge
 from edgesd.runtime import prompter as prompters
 from edgesd.runtime.bundle import Bundle, open_bundle
@@ -235,10 +237,15 @@ ORACLE = f"known = dict({PAIRS!r})\nfor f in task['frames']: say(' ' + known[f[6
 
 
 def test_a_prompter_that_knows_is_judged_to_help(with_prompter: Bundle, pretend) -> None:
+    judge_folder = demo_judge()
+    assert judge_folder
     pretend(ORACLE)
     told = []
-    found = judge(with_prompter, PAIRS, Pixels(), lambda *step: told.append(step))
+    by_text = open_agreement(judge_folder)
+    found = judge(with_prompter, PAIRS, Pixels(), by_text, lambda *step: told.append(step))
     assert found.exact.mean == 1.0 and found.seconds == 0.5
+    assert found.agreement and found.agreement.judge == by_text.name
+    assert 0 <= found.agreement.score_wanted.mean <= 100
     assert found.gain.mean > 0 and found.distance_prompt.mean < found.distance_wish.mean
     assert told[-1] == ("prompts", 3, 3)
     assert [w.prompt for w in found.wishes] == [wanted for _, wanted in PAIRS]

@@ -32,8 +32,8 @@ from edgesd.export.prompter.gguf_files import (  # noqa: E402
     write_merged,
 )
 from edgesd.export.prompter.pairs import Pair, PairSet, make_pairs, write_pairs  # noqa: E402
+from edgesd.export.prompter.starts import MODULES, AdapterSettings  # noqa: E402
 from edgesd.export.prompter.train import (  # noqa: E402
-    MODULES,
     REPORT,
     STATE,
     Training,
@@ -44,7 +44,8 @@ from tests.support import assert_refused, run_cli  # noqa: E402
 from tests.unit.test_prompter import smollm2  # noqa: E402
 
 WORDS = ["red", "blue", "whale", "cat", "apple", "star", "tree", "fish"]
-TRAINING = Training(steps=6, batch=4, rank=4, alpha=8, learning_rate=1e-2, warm_up=1)
+LORA = AdapterSettings(rank=4, alpha=8)
+TRAINING = Training(LORA, steps=6, batch=4, learning_rate=1e-2, warm_up=1)
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +179,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{n}" for n in range(32)])
-    names = {"embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm"}
-    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     for name, value in source.state_dict().items():
         array = value.numpy()
-        target = gguf_name(name, names)
+        target = names.get_name(name, (".weight",))
         if target.endswith("attn_q.weight"):
             array = permute(array, 4)
         if target.endswith("attn_k.weight"):
@@ -197,16 +197,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     writer.write_tensors_to_file()
     writer.close()
     return path, read(path)
-
-
-def gguf_name(name: str, names: dict[str, str]) -> str:
-    from edgesd.export.prompter.gguf_files import _GGUF_NAMES
-
-    number = name.split("layers.")[1].split(".")[0] if "layers." in name else None
-    for long, short in {**names, **_GGUF_NAMES}.items():
-        if long in name:
-            return f"blk.{number}.{short}.weight" if number else f"{short}.weight"
-    raise AssertionError(name)
 
 
 def read(path: Path) -> Any:
@@ -301,8 +291,8 @@ def trained(small: tuple[Path, Any], run: tuple[Path, Any]) -> Path:
     from edgesd.files import sha256_file
 
     report = TrainingReport(
-        "small.gguf", sha256_file(small[0]), "x", "words", "a {}", 6, 4, 4, 8, 0.01, 0, 9, 9,
-        5.0, 2.0, 1.0, 1, 1,
+        "small.gguf", sha256_file(small[0]), "x", "words", "a {}", "default", "adamw", 6, 4, 4, 8,
+        0.01, 0, 9, 9, 5.0, 2.0, {}, 1.0, 1, 1, 1,
     )  # fmt: skip
     (run[0] / REPORT).write_bytes(msgspec.json.encode(report))
     return run[0]
@@ -358,7 +348,7 @@ def test_llama_cpp_agrees_with_torch(tmp_path: Path) -> None:
 
     domain = Path(__file__).parents[2] / "models/emoji/prompts/domain.json"
     made, base = make_pairs("emoji", from_emoji(domain, 0)), smollm2()
-    report = train(base, made, "x", tmp_path / "run", Training(steps=10, batch=8, rank=4))
+    report = train(base, made, "x", tmp_path / "run", Training(LORA, steps=10, batch=8))
     assert report.loss_after < 0.6 * report.loss_before
     report = export(tmp_path / "run", base, made, tmp_path / "out", "Apache-2.0")
     assert abs(report.loss_llama / report.loss_torch - 1) < 0.03

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgesd.errors import InputError, MissingDependencyError
-from edgesd.export.quiet import first_line
+from edgesd.export.quiet import first_line, quiet
 
 
 @dataclass
@@ -44,12 +46,14 @@ def load_base(path: Path) -> Base:
     folder = path
     if path.is_file():
         require_gguf()
-        folder, options["gguf_file"] = path.parent, path.name
+        # Its whole path: of a bare name transformers prefers a file in the working directory.
+        folder, options["gguf_file"] = path.parent, str(path.resolve())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, **options
-        )
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # a bar that can't be turned off
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, **options
+            )
     except (OSError, ValueError, KeyError, RuntimeError, struct.error) as exc:
         raise InputError(f"{path} can't be read as a language model: {first_line(exc)}") from exc
     model.config.use_cache = False

@@ -17,7 +17,7 @@ from edgesd.export.prompter.grammar import closed_grammar
 from edgesd.export.prompter.pairs import PairSet
 from edgesd.export.prompter.train import HELD_PAIRS, REPORT, TrainingReport
 from edgesd.files import atomic_dir, atomic_path, sha256_file
-from edgesd.runtime.llama import LlamaCppPython, silence
+from edgesd.runtime.llama import LlamaCppPython, bindings, silence
 from edgesd.runtime.prompter import FRAME, SPEC
 from edgesd.spec import PrompterSpec, Spec
 
@@ -53,16 +53,22 @@ def export(
     """Write the prompter that `run` trained to the new folder `out`: the base as it is and an
     adapter, or one model of the type `merge`.
 
-    base: the file that it was trained on. Raises UsageError for a merge back onto the base's own
-    grid, which would erase what was learned; InputError for another base; QualityError when the
-    loss in llama.cpp is worse than in training; MissingDependencyError without llama-cpp-python.
+    base: the file that it was trained on; after training on a transformers folder, any of the same
+    shapes. Raises UsageError for a merge back onto the base's own grid, which would erase what was
+    learned, or without `merge` after training all weights; InputError for another base;
+    QualityError when the loss in llama.cpp is worse than in training; MissingDependencyError
+    without llama-cpp-python.
     """
     say = progress or (lambda text: None)
     report = read_report(run)
-    if not base.is_file() or sha256_file(base) != report.base_sha256:
+    if not base.is_file() or report.base_sha256 not in ("", sha256_file(base)):
         raise InputError(f"{base} isn't the file that {run} was trained on ({report.base})")
+    if merge is None and report.rank == 0:
+        raise UsageError(
+            f"{run} trained all weights, so that there is no adapter: add --merge TYPE"
+        )
     own = next(iter(tensor_types(base)))
-    if merge is not None and merge.startswith(own):
+    if merge is not None and merge != "F16" and merge.startswith(own):
         raise UsageError(
             f"the base is {own} already, and rounding back onto its own grid erases what was "
             f"learned: leave --merge out (base and adapter), or merge to Q8_0 or Q4_K_M"
@@ -75,7 +81,7 @@ def export(
         else:
             say("merge")
             merged = root / "merged.gguf"
-            write_merged(run, base, report.alpha / report.rank, merged)
+            write_merged(run, base, report.alpha / max(1, report.rank), merged)
             if merge == "F16":
                 merged.rename(root / BASE)
             else:
@@ -144,7 +150,7 @@ def quantize(model: Path, out: Path, kind: str) -> None:
     """Write `model` in the type `kind`, by llama.cpp's own quantizer. Raises InputError,
     MissingDependencyError."""
     try:
-        import llama_cpp
+        llama_cpp = bindings()
     except ImportError as exc:
         raise MissingDependencyError(
             "models are quantized by llama-cpp-python, which isn't installed: pip install "

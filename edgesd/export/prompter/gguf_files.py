@@ -1,13 +1,15 @@
-"""GGUF files: adapters for a base, merged models, and what types a file's tensors really have.
+"""GGUF files: adapters for a base, merged and requantized models, and what types a file's tensors
+really have.
 
 Names and layouts as in llama.cpp's own converters (convert_lora_to_gguf.py): an adapter holds
-NAME.lora_a [rank, in] and NAME.lora_b [out, rank]; the rows of q and k are permuted, since GGUF
-keeps the halves of a rotary pair side by side.
+NAME.lora_a [rank, in] and NAME.lora_b [out, rank]; the rows of q and k are permuted in files of the
+llama architecture, since they keep the halves of a rotary pair side by side.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,22 +24,59 @@ from edgesd.files import atomic_path
 
 Float = npt.NDArray[np.float32]
 
-_GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""What peft calls an adapter's weights."""
+
+WEIGHTS = "weights.safetensors"
+"""Of a run that trained all weights: them, by the names that transformers gives them."""
 
 
 class Update(NamedTuple):
-    """The adapter of one weight, in GGUF's layout: it adds scale * b @ a."""
+    """The adapter of one weight: it adds scale * b @ a. a: [rank, in], b: [out, rank]."""
 
     a: Float
     b: Float
+
+
+class Layout:
+    """How a GGUF file names and orders what transformers calls otherwise. Raises InputError for a
+    file that can't be read."""
+
+    def __init__(self, path: Path) -> None:
+        gguf = require_gguf()
+        self.reader = _reader(path)
+        self.shapes = {t.name: tuple(int(n) for n in t.shape[::-1]) for t in self.reader.tensors}
+        kind = _architecture(self.reader)
+        known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+        if kind not in known:
+            raise InputError(f"{path} is of an architecture that is not known: {kind}")
+        self._names = gguf.get_tensor_name_map(known[kind], _number(self.reader, "block_count"))
+        self._heads = {}
+        if kind == "llama":
+            heads, kv_heads = (
+                _number(self.reader, f"attention.{key}") for key in ("head_count", "head_count_kv")
+            )
+            self._heads = {"attn_q": heads, "attn_k": kv_heads}
+
+    def name(self, weight: str) -> str:
+        """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight."""
+        found = self._names.get_name(weight, (".weight", ".bias"))
+        if found is None:
+            raise InputError(f"{weight} has no name in GGUF files of this architecture")
+        return str(found)
+
+    def to_gguf(self, name: str, rows: Float) -> Float:
+        """Rows [out, n] of the GGUF tensor `name`, from transformers' order."""
+        heads = self._heads_of(name)
+        return permute(rows, heads) if heads else rows
+
+    def to_torch(self, name: str, rows: Float) -> Float:
+        """The inverse of `to_gguf`."""
+        heads = self._heads_of(name)
+        return permute(rows, heads, rows.shape[0] // heads // 2) if heads else rows
+
+    def _heads_of(self, name: str) -> int | None:
+        return self._heads.get(name.split(".")[-2]) if name.endswith(".weight") else None
 
 
 def tensor_types(path: Path) -> dict[str, int]:
@@ -53,37 +92,51 @@ def read_updates(run: Path, base: Path) -> dict[str, Update]:
 
     Raises InputError when it isn't there, or isn't for this base.
     """
-    path = run / "adapter_model.safetensors"
-    try:
-        tensors: dict[str, Float] = load_file(path)
-    except (OSError, ValueError, SafetensorError) as exc:
-        raise InputError(f"{path} can't be read ({exc}): train an adapter first") from exc
-    reader = _reader(base)
-    shapes = {t.name: tuple(int(n) for n in t.shape[::-1]) for t in reader.tensors}
-    heads, kv_heads = (
-        _number(reader, f"attention.{key}") for key in ("head_count", "head_count_kv")
-    )
+    path = run / ADAPTER_WEIGHTS
+    tensors = _load(path)
+    layout = Layout(base)
     found = {}
     for name, a in tensors.items():
         if not name.endswith(".lora_A.weight"):
             continue
         module = name.removesuffix(".lora_A.weight")
         b = tensors[f"{module}.lora_B.weight"]
-        target = _gguf_name(module)
-        if shapes.get(target) != (b.shape[0], a.shape[1]):
+        target = layout.name(f"{module.removeprefix('base_model.model.')}.weight")
+        if layout.shapes.get(target) != (b.shape[0], a.shape[1]):
             raise InputError(f"{run} isn't an adapter for {base}: {target} doesn't fit")
-        if target.endswith(("attn_q.weight", "attn_k.weight")):
-            b = permute(b, heads if "attn_q" in target else kv_heads)
-        found[target] = Update(np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b))
+        found[target] = Update(*map(np.ascontiguousarray, (a, layout.to_gguf(target, b))))
     if not found:
         raise InputError(f"{path} holds no adapter")
     return found
 
 
-def permute(rows: Float, heads: int) -> Float:
+def read_weights(run: Path, base: Path) -> dict[str, Float]:
+    """All weights that the run trained: tensor of `base` -> its new values, in GGUF's layout.
+
+    Raises InputError when they aren't there, or aren't of this base.
+    """
+    layout = Layout(base)
+    found = {}
+    for name, weight in _load(run / WEIGHTS).items():
+        target = layout.name(name)
+        if layout.shapes.get(target) != weight.shape:
+            raise InputError(f"{run} isn't a training of {base}: {target} doesn't fit")
+        found[target] = layout.to_gguf(target, weight)
+    return found
+
+
+def _load(path: Path) -> dict[str, Float]:
+    try:
+        found: dict[str, Float] = load_file(path)
+    except (OSError, ValueError, SafetensorError) as exc:
+        raise InputError(f"{path} can't be read ({exc}): train first") from exc
+    return found
+
+
+def permute(rows: Float, heads: int, parts: int = 2) -> Float:
     """Rows [heads * d, n] of a rotary projection: from halves one after the other (transformers) to
-    pairs side by side (GGUF)."""
-    pairs = rows.reshape(heads, 2, rows.shape[0] // heads // 2, rows.shape[1])
+    pairs side by side (GGUF). In each head, `parts` runs of rows are interleaved."""
+    pairs = rows.reshape(heads, parts, rows.shape[0] // heads // parts, rows.shape[1])
     out: Float = pairs.swapaxes(1, 2).reshape(rows.shape)
     return out
 
@@ -104,12 +157,73 @@ def write_adapter(run: Path, base: Path, alpha: float, out: Path) -> None:
 
 
 def write_merged(run: Path, base: Path, scale: float, out: Path) -> None:
-    """Write `base` in fp16 with the adapter in `run` added to its weights. Raises InputError.
+    """Write `base` in fp16 with what `run` learned: the adapter added, or all weights replaced.
 
-    scale: alpha / rank. Norms stay in fp32.
+    scale: alpha / rank. Norms stay in fp32. Raises InputError.
+    """
+    weights = read_weights(run, base) if (run / WEIGHTS).is_file() else {}
+    updates = {} if weights else read_updates(run, base)
+
+    def encode(name: str, tensor: Any) -> tuple[npt.NDArray[Any], Any]:
+        weight = weights.get(name)
+        if weight is None:
+            weight = dequantize(tensor)
+        if name in updates:
+            weight = weight + np.float32(scale) * (updates[name].b @ updates[name].a)
+        return weight.astype(np.float16 if weight.ndim > 1 else np.float32), None
+
+    _rewrite(base, out, "F16", encode)
+
+
+def write_base(base: Path, weights: Mapping[str, Float], kind: str, out: Path) -> None:
+    """Write `base` with other values for some of its weights, those in the type `kind`.
+
+    Its other weights stay as they are, but matrices of 16 or 32 bits become Q8_0, which is what
+    llama.cpp's quantizer makes of embeddings. Raises InputError.
     """
     gguf = require_gguf()
-    updates = read_updates(run, base)
+    kinds = gguf.GGMLQuantizationType
+
+    def encode(name: str, tensor: Any) -> tuple[npt.NDArray[Any], Any]:
+        if name in weights:
+            return gguf.quants.quantize(weights[name], kinds[kind]), kinds[kind]
+        if tensor.tensor_type in _FLOATS and tensor.data.ndim > 1 and kind != "F16":
+            return gguf.quants.quantize(dequantize(tensor), kinds.Q8_0), kinds.Q8_0
+        return tensor.data, tensor.tensor_type
+
+    _rewrite(base, out, kind, encode)
+
+
+def dequantize(tensor: Any) -> Float:
+    """Values of a reader's tensor."""
+    values: Float = require_gguf().quants.dequantize(tensor.data, tensor.tensor_type)
+    return values
+
+
+def rounded(weight: Float, kind: str) -> Float:
+    """Values of `weight` [out, in] on the grid of a GGUF type. Raises InputError where its blocks
+    don't fit."""
+    gguf = require_gguf()
+    number = gguf.GGMLQuantizationType[kind]
+    try:
+        codes = gguf.quants.quantize(weight, number)
+    except gguf.quants.QuantError as exc:
+        raise InputError(f"a weight of {list(weight.shape)} can't have the type {kind}") from exc
+    values: Float = gguf.quants.dequantize(codes, number)
+    return values
+
+
+Encode = Callable[[str, Any], tuple[npt.NDArray[Any], Any]]
+"""A tensor's name and the reader's tensor -> what to write, and its type, or None for a plain one.
+"""
+
+_OWN_FIELDS = ("general.architecture", "general.file_type", "general.quantization_version")
+_FLOATS = (0, 1, 30)  # GGMLQuantizationType: F32, F16, BF16
+
+
+def _rewrite(base: Path, out: Path, file_type: str, encode: Encode) -> None:
+    """Write `base` with the same fields, each tensor as `encode` says."""
+    gguf = require_gguf()
     reader = _reader(base)
     with atomic_path(out) as temporary:
         writer = gguf.GGUFWriter(str(temporary), _architecture(reader))
@@ -118,18 +232,12 @@ def write_merged(run: Path, base: Path, scale: float, out: Path) -> None:
                 kind = field.types[0]
                 sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
                 writer.add_key_value(field.name, field.contents(), kind, sub)
-        writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{file_type}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for tensor in reader.tensors:
-            weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            update = updates.get(tensor.name)
-            if update is not None:
-                weight = weight + np.float32(scale) * (update.b @ update.a)
-            half = weight.ndim > 1
-            writer.add_tensor(tensor.name, weight.astype(np.float16 if half else np.float32))
+            data, number = encode(tensor.name, tensor)
+            writer.add_tensor(tensor.name, data, raw_dtype=number)
         _finish(writer)
-
-
-_OWN_FIELDS = ("general.architecture", "general.file_type", "general.quantization_version")
 
 
 def _finish(writer: Any) -> None:
@@ -153,12 +261,3 @@ def _architecture(reader: Any) -> str:
 
 def _number(reader: Any, key: str) -> int:
     return int(reader.fields[f"{_architecture(reader)}.{key}"].contents())
-
-
-def _gguf_name(module: str) -> str:
-    """base_model.model.model.layers.3.self_attn.q_proj -> blk.3.attn_q.weight."""
-    _, _, rest = module.partition("layers.")
-    number, _, kind = rest.partition(".")
-    if kind not in _GGUF_NAMES:
-        raise InputError(f"{module} has no name in GGUF files of this architecture")
-    return f"blk.{number}.{_GGUF_NAMES[kind]}.weight"

@@ -1,6 +1,7 @@
-"""LoRA on the dequantized weights of the model that is deployed (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA on the dequantized weights of the model that is deployed (Hu et al. 2021, arXiv 2106.09685),
+or training of all its weights.
 
-Training and deployment see the same weights: what the adapter learns to correct is what it will
+Training and deployment see the same weights: what an adapter learns to correct is what it will
 stand beside. The loss is the mean negative log-likelihood, in nats per token, of the prompt's line
 alone, its end included.
 """
@@ -14,47 +15,59 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgesd.errors import InputError, MissingDependencyError
+from edgesd.errors import InputError, UsageError
 from edgesd.export.prompter.base import Base, load_base
+from edgesd.export.prompter.gguf_files import WEIGHTS, Layout
+from edgesd.export.prompter.optimizers import load_state, optimizer_of, state_bytes, state_classes
 from edgesd.export.prompter.pairs import Pair, PairSet
+from edgesd.export.prompter.starts import (
+    AdapterSettings,
+    Started,
+    begin,
+    save_adapter,
+    set_adapter,
+)
 from edgesd.export.quiet import first_line
 from edgesd.files import atomic_path, atomic_write, sha256_file
 from edgesd.runtime.memory import peak_bytes
 from edgesd.runtime.prompter import FRAME
 from edgesd.spec import Spec
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 REPORT = "training.json"
 STATE = "state.pt"
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 HELD_PAIRS = 256
 """Held-out pairs that the loss is measured on, at most."""
 
 _SAVE_SECONDS = 60.0
 
+Row = tuple[list[int], list[int]]
+"""Token ids of the frame with the wish, and of the line to learn with its end."""
+
 Progress = Callable[[str, int, int, float], None]
-"""Told of a phase, steps done, of how many, and the loss."""
+"""Told of a phase, steps done, of how many, and the loss (NaN where there is none yet)."""
+
+
+LEARNING_RATES = {"lora": 1e-3, "adamw": 1e-4, "galore": 1e-3, "galore8bit": 1e-3, "apollo": 1e-3}
+"""Unless told otherwise: of an adapter, and of all weights by optimizer."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How to train. learning_rate: of the first step after warm-up; it falls to 0 as a cosine.
-    alpha: of the adapter, whose update is alpha / rank times its product."""
+    """How to train. adapter: None to train all weights. optimizer: of spec.OPTIMIZERS; adapters
+    take adamw. learning_rate: of the first step after warm-up; it falls to 0 as a cosine."""
 
-    steps: int = 400
+    adapter: AdapterSettings | None
+    optimizer: str = "adamw"
+    steps: int = 300
     batch: int = 16
-    rank: int = 8
-    alpha: int = 16
     learning_rate: float = 1e-3
     warm_up: int = 10
     seed: int = 0
@@ -62,13 +75,20 @@ class Training:
 
 class TrainingReport(Spec, frozen=True):
     """training.json. Losses in nats per token over the same held-out pairs; seconds: of the steps;
-    peak_bytes: of the process."""
+    peak_bytes: of the process; state_bytes: of the optimizer, weights and gradients aside.
+
+    base: of a run that brings its own (LoftQ), that one. rank, alpha: of the adapter as written;
+    both 0 without one. starts: held-out loss before training, by what the adapter could begin as:
+    LoftQ's beside nothing and the control.
+    """
 
     base: str
     base_sha256: str
     pairs_sha256: str
     domain: str
     form: str
+    start: str
+    optimizer: str
     steps: int
     batch: int
     rank: int
@@ -79,8 +99,10 @@ class TrainingReport(Spec, frozen=True):
     held_pairs: int
     loss_before: float
     loss_after: float
+    starts: dict[str, float]
     seconds: float
     peak_bytes: int
+    state_bytes: int
     trained_parameters: int
 
 
@@ -92,79 +114,136 @@ def train(
     training: Training,
     progress: Progress | None = None,
 ) -> TrainingReport:
-    """Train an adapter for `base` and write it to the folder `out`, as peft does, with REPORT.
+    """Train an adapter for `base`, or all its weights, and write them to the folder `out` with
+    REPORT: an adapter as peft does, all weights as safetensors. By CUDA where there is a GPU.
 
     A run that was interrupted goes on from its last state in `out`, to the same end. Raises
-    InputError for a base that can't be read, or when `out` holds a run of other settings.
+    InputError for a base that can't be read, or when `out` holds a run of other settings;
+    UsageError for an adapter by another optimizer than adamw.
     """
-    loaded = load_base(base)
+    if training.adapter and training.optimizer != "adamw":
+        raise UsageError(f"{training.optimizer} is for the training of all weights: add --full")
     torch.manual_seed(training.seed)
-    model = _with_adapter(loaded, training)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=0.0)
+    settings = f"{sha256_file(base) if base.is_file() else base}:{pairs_sha256}:{training}"
+    state = _load_state(out / STATE, settings, training.optimizer)
+    out.mkdir(parents=True, exist_ok=True)
+    started = _started(base, out, training, progress)
+    loaded, model, file = started.base, started.model, started.file
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = [row(loaded, pair) for pair in pairs.training]
     held = [row(loaded, pair) for pair in pairs.some_held(HELD_PAIRS)]
-    base_sha256 = sha256_file(base) if base.is_file() else ""
-    settings = f"{base_sha256 or base}:{pairs_sha256}:{training}"
-    out.mkdir(parents=True, exist_ok=True)
-    state = _load_state(out / STATE, settings)
+    optimizer = optimizer_of(training.optimizer, model, training.learning_rate)
     if state is None:
+        starts = _losses_of_starts(started, training, held)
         before, start, spent = held_loss(model, held), 0, 0.0
     else:
+        starts = state["starts"]
         before, start, spent = state["before"], state["step"], state["seconds"]
         _restore(model, optimizer, state)
     begun = saved = time.monotonic()
-    for step in range(start, training.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate * _factor(step, training)
-        loss = _loss(model, [rows[i] for i in _chosen(step, len(rows), training)])
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
+
+    def told(step: int, loss: float) -> None:
+        nonlocal saved
         if progress:
-            progress("train", step + 1, training.steps, float(loss.detach()))
+            progress("train", step, training.steps, loss)
         now = time.monotonic()
-        if now - saved >= _SAVE_SECONDS and step + 1 < training.steps:
+        if now - saved >= _SAVE_SECONDS and step < training.steps:
             saved = now
-            _save_state(
-                out / STATE, settings, model, optimizer, step + 1, before, spent + now - begun
-            )
+            kept = {"settings": settings, "step": step, "before": before, "starts": starts}
+            kept["seconds"] = spent + now - begun
+            _save_state(out / STATE, model, optimizer, kept)
+
+    fit(model, optimizer, rows, training, start, told)
     seconds = spent + time.monotonic() - begun
     after = held_loss(model, held)
     if not after < float("inf"):
         raise InputError(
             f"the loss after {training.steps} steps is {after}: use a smaller --learning-rate"
         )
-    model.save_pretrained(str(out))
+    written = AdapterSettings(0, 0, "full")
+    if training.adapter:
+        written = save_adapter(model, out, training.adapter)
+        (out / WEIGHTS).unlink(missing_ok=True)  # of a run of the other kind before
+    else:
+        with atomic_path(out / WEIGHTS) as temporary:
+            save_file({name: p.cpu() for name, p in _trained(model).items()}, temporary)
     report = TrainingReport(
-        base=base.name,
-        base_sha256=base_sha256,
+        base=file.name,
+        base_sha256=sha256_file(file) if file.is_file() else "",
         pairs_sha256=pairs_sha256,
         domain=pairs.domain,
         form=pairs.form,
+        start=written.start,
+        optimizer=training.optimizer,
         steps=training.steps,
         batch=training.batch,
-        rank=training.rank,
-        alpha=training.alpha,
+        rank=written.rank,
+        alpha=written.alpha,
         learning_rate=training.learning_rate,
         seed=training.seed,
         training_pairs=len(rows),
         held_pairs=len(held),
         loss_before=before,
         loss_after=after,
+        starts=starts,
         seconds=seconds,
         peak_bytes=peak_bytes(),
-        trained_parameters=sum(p.numel() for p in weights),
+        state_bytes=state_bytes(optimizer),
+        trained_parameters=sum(p.numel() for p in _trained(model).values()),
     )
-    with atomic_write(out / REPORT) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(report), indent=1))
+    with atomic_write(out / REPORT) as target:
+        target.write(msgspec.json.format(msgspec.json.encode(report), indent=1))
     (out / STATE).unlink(missing_ok=True)
     return report
 
 
-Row = tuple[list[int], list[int]]
-"""Token ids of the frame with the wish, and of the line to learn with its end."""
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[Row],
+    training: Training,
+    start: int = 0,
+    told: Callable[[int, float], None] | None = None,
+) -> None:
+    """The steps from `start` on; `told` of each: steps done, and its loss in nats per token."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for step in range(start, training.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * _factor(step, training)
+        loss = _loss(model, [rows[i] for i in _chosen(step, len(rows), training)])
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        if told:
+            told(step + 1, float(loss.detach()))
+
+
+def _started(base: Path, out: Path, training: Training, progress: Progress | None) -> Started:
+    if training.adapter is None:
+        loaded = load_base(base)
+        return Started(loaded, loaded.model, base, {})
+
+    def told(done: int, total: int) -> None:
+        if progress:
+            progress("start", done, total, float("nan"))
+
+    return begin(base, out, training.adapter, told)
+
+
+def _losses_of_starts(
+    started: Started, training: Training, held: Sequence[Row]
+) -> dict[str, float]:
+    """Held-out loss of each of the starts. Leaves the adapter as its own."""
+    found: dict[str, float] = {}
+    if not started.starts or training.adapter is None:
+        return found
+    layout, adapter = Layout(started.file), training.adapter
+    for name, updates in started.starts.items():
+        set_adapter(started.model, layout, updates, adapter.alpha / adapter.rank)
+        found[name] = held_loss(started.model, held)
+    set_adapter(started.model, layout, started.starts[adapter.start], adapter.alpha / adapter.rank)
+    return found
 
 
 def row(base: Base, pair: Pair) -> Row:
@@ -198,28 +277,13 @@ def _loss(model: Any, rows: Sequence[Row]) -> Tensor:
         mask[index, : len(both)] = 1
         places += [index * length + at - 1 for at in range(len(frame), len(both))]
         wanted += answer
-    decoder = model.get_base_model()
-    hidden = decoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
-    chosen = hidden.reshape(-1, hidden.shape[-1])[torch.tensor(places)]
-    return F.cross_entropy(decoder.lm_head(chosen), torch.tensor(wanted))
-
-
-def _with_adapter(base: Base, training: Training) -> PeftModel:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as exc:
-        raise MissingDependencyError(
-            f"training needs peft ({exc}): pip install 'edgesd[build]'"
-        ) from exc
-    config = LoraConfig(
-        r=training.rank,
-        lora_alpha=training.alpha,
-        target_modules=list(MODULES),
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(base.model, config)
+    decoder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device = decoder.lm_head.weight.device
+    hidden = decoder.model(
+        input_ids=ids.to(device), attention_mask=mask.to(device)
+    ).last_hidden_state
+    chosen = hidden.reshape(-1, hidden.shape[-1])[torch.tensor(places, device=device)]
+    return F.cross_entropy(decoder.lm_head(chosen), torch.tensor(wanted, device=device))
 
 
 def _factor(step: int, training: Training) -> float:
@@ -252,31 +316,19 @@ def _trained(model: Any) -> dict[str, Tensor]:
 
 
 def _save_state(
-    path: Path,
-    settings: str,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    before: float,
-    seconds: float,
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, kept: dict[str, Any]
 ) -> None:
-    state = {
-        "settings": settings,
-        "step": step,
-        "before": before,
-        "seconds": seconds,
-        "weights": _trained(model),
-        "optimizer": optimizer.state_dict(),
-    }
+    state = {**kept, "weights": _trained(model), "optimizer": optimizer.state_dict()}
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
 
 
-def _load_state(path: Path, settings: str) -> dict[str, Any] | None:
+def _load_state(path: Path, settings: str, optimizer: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        with torch.serialization.safe_globals(state_classes(optimizer)):
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         same = state["settings"] == settings
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as exc:
         raise InputError(f"{path} is damaged ({first_line(exc)}): remove it to begin anew") from exc
@@ -292,4 +344,4 @@ def _restore(model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     with torch.no_grad():
         for name, weight in _trained(model).items():
             weight.copy_(state["weights"][name])
-    optimizer.load_state_dict(state["optimizer"])
+    load_state(optimizer, state["optimizer"])
