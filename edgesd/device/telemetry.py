@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from edgesd.errors import ResourceError
+from edgesd.errors import InputError, ResourceError
 from edgesd.spec import Spec
 
 _ROOT = Path("/")
@@ -260,7 +260,12 @@ class Sampler:
 
 
 def sampled(interval: float, pid: int | None = None, root: Path = _ROOT) -> Iterator[Sample]:
-    """A sample every `interval` seconds, without end; late ones are left out, not caught up."""
+    """A sample every `interval` seconds, without end; late ones are left out, not caught up.
+
+    Raises InputError when there is no process `pid`.
+    """
+    if pid is not None and not (root / f"proc/{pid}").is_dir():
+        raise InputError(f"there is no process {pid}: ps shows those that there are")
     with Sources(interval, pid, root) as sources:
         start = due = time.monotonic()
         while True:

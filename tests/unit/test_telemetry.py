@@ -20,7 +20,7 @@ from edgesd.device.telemetry import (
     read_files,
     sampled,
 )
-from tests.support import run_cli
+from tests.support import assert_refused, run_cli
 
 AGX_ORIN_5 = (
     "04-11-2025 10:36:27 RAM 4321/62801MB (lfb 1759x4MB) SWAP 19/31400MB (cached 0MB) CPU [0%@729,"
@@ -263,3 +263,4 @@ def test_the_command() -> None:
     lines = run_cli("watch", "--seconds", "0.2", "--interval", "0.05", "--json").out.splitlines()
     assert len(lines) >= 2 and json.loads(lines[0])["memory_bytes"] > 0
     assert run_cli("watch", "--interval", "0").code == 2
+    assert_refused(run_cli("watch", "--pid", 2**22 + 1), "there is no process")
