@@ -55,7 +55,7 @@ Progress = Callable[[str, int, int, float], None]
 """Told of a phase, steps done, of how many, and the loss (NaN where there is none yet)."""
 
 
-LEARNING_RATES = {"lora": 1e-3, "adamw": 1e-4, "galore": 1e-3, "galore8bit": 1e-3, "apollo": 1e-3}
+LEARNING_RATES = {"lora": 1e-3, "adamw": 1e-4, "galore": 1e-3, "galore8bit": 1e-3, "apollo": 3e-4}
 """Unless told otherwise: of an adapter, and of all weights by optimizer."""
 
 
