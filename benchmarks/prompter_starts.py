@@ -26,7 +26,7 @@ from edgesd.export.prompter.base import load_base
 from edgesd.export.prompter.gguf_files import Float, Layout, Update, dequantize
 from edgesd.export.prompter.loftq import loftq, random_like
 from edgesd.export.prompter.pairs import read_pairs
-from edgesd.export.prompter.starts import AdapterSettings, adapters, set_adapter, with_adapter
+from edgesd.export.prompter.starts import AdapterSettings, adapted_layers, set_adapter, with_adapter
 from edgesd.export.prompter.train import Row, Training, fit, held_loss, row
 
 BITS = (4, 3, 2)
@@ -62,11 +62,9 @@ class Study:
         self.layout = Layout(path)
         base = load_base(path)
         self.model = with_adapter(base, settings)
-        names = {name for name, _, _ in adapters(self.model)}
         self.layers = {
             self.layout.name(f"{name}.weight"): layer
-            for name, layer in self.model.get_base_model().named_modules()
-            if name in names
+            for name, layer in adapted_layers(self.model).items()
         }
         self.weights = {
             tensor.name: dequantize(tensor)

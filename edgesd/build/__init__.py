@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["DEMO", "Built", "QuantOptions", "build", "default_output", "demo_judge", "demo_model"]
 
 DEMO = "demo"
+_MODELS = Path(edgesd.__file__).resolve().parent.parent / "models"
 """Name of the embedded pipeline, where a model is asked for."""
 
 _log = logging.getLogger(__name__)
@@ -102,13 +103,13 @@ def _name(model: str) -> str:
 
 def demo_judge() -> Path | None:
     """Folder of the judge of the embedded pipeline's pictures, or None outside a checkout."""
-    folder = Path(edgesd.__file__).resolve().parent.parent / "models" / "emoji-judge"
+    folder = _MODELS / "emoji-judge"
     return folder if folder.is_dir() else None
 
 
 def demo_model() -> Path:
     """Folder of the embedded pipeline. Raises InputError where it isn't at hand."""
-    folder = Path(edgesd.__file__).resolve().parent.parent / "models" / "emoji"
+    folder = _MODELS / "emoji"
     if not (folder / "model_index.json").is_file():
         raise InputError(
             "the embedded pipeline is part of the source checkout, not of the installed package: "

@@ -118,20 +118,17 @@ def set_adapter(model: PeftModel, layout: Layout, updates: dict[str, Update], sc
 
     scale: alpha / rank, which the model multiplies its product with.
     """
-    for module, a, b in adapters(model):
+    for module, layer in adapted_layers(model).items():
         name = layout.name(f"{module}.weight")
-        update = updates[name]
-        a.copy_(torch.from_numpy(update.a / np.sqrt(scale)))
-        b.copy_(torch.from_numpy(layout.to_torch(name, update.b / np.sqrt(scale))))
+        a, b = (part / np.sqrt(scale) for part in updates[name])
+        layer.lora_A["default"].weight.copy_(torch.from_numpy(a))
+        layer.lora_B["default"].weight.copy_(torch.from_numpy(layout.to_torch(name, b)))
 
 
-def adapters(model: PeftModel) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Each layer's name in the plain model, and its A [rank, in] and B [out, rank]."""
-    return [
-        (name, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-        for name, layer in model.get_base_model().named_modules()
-        if hasattr(layer, "lora_A")
-    ]
+def adapted_layers(model: PeftModel) -> dict[str, Any]:
+    """Layers that have an adapter, by their names in the plain model."""
+    modules = model.get_base_model().named_modules()
+    return {name: layer for name, layer in modules if hasattr(layer, "lora_A")}
 
 
 def save_adapter(model: PeftModel, run: Path, settings: AdapterSettings) -> AdapterSettings:
@@ -191,12 +188,11 @@ def _by_peft_loftq(path: Path, run: Path, settings: AdapterSettings) -> Started:
     )
     layout = Layout(path)
     weights: dict[str, Float] = {}
-    for name, layer in model.get_base_model().named_modules():
-        if hasattr(layer, "lora_A"):
-            target = layout.name(f"{name}.weight")
-            weight = layer.get_base_layer().weight
-            weight.data = weight.data.half().float()  # as the file has it
-            weights[target] = layout.to_gguf(target, weight.data.cpu().numpy())
+    for name, layer in adapted_layers(model).items():
+        target = layout.name(f"{name}.weight")
+        weight = layer.get_base_layer().weight
+        weight.data = weight.data.half().float()  # as the file has it
+        weights[target] = layout.to_gguf(target, weight.data.cpu().numpy())
     write_base(path, weights, "F16", run / OWN_BASE)
     return Started(base, model, run / OWN_BASE, {})
 
