@@ -73,6 +73,10 @@ class BoardError(EdgesdError):
     exit_code = 8
 
 
+class LinkError(BoardError):
+    """The link to a board was lost, or it doesn't answer: trying again may help."""
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
     """One line for a name that isn't in `valid`: what was received, the nearest, all of them."""
     valid = sorted(valid)

@@ -50,11 +50,12 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """Give a temporary name beside `path` to write to; on success fsync it and rename it to `path`.
 
-    Raises ResourceError when the disk is full, InputError when `path` can't be written. On any
-    error, and on Ctrl-C, the temporary file is removed and an older `path` stays as it was.
+    mode: of the file, when it is whole; until then only its owner reads it. Raises ResourceError
+    when the disk is full, InputError when `path` can't be written. On any error, and on Ctrl-C, the
+    temporary file is removed and an older `path` stays as it was.
     """
     path = Path(path)
     with disk_errors(path):
@@ -65,7 +66,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         try:
             yield tmp
             _fsync(tmp)
-            tmp.chmod(0o644)
+            tmp.chmod(mode)
             tmp.replace(path)
             fsync_dir(path.parent)
         except BaseException:
@@ -74,9 +75,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
     """As `atomic_path`, with the temporary file open for writing."""
-    with atomic_path(path) as tmp, tmp.open("wb") as file:
+    with atomic_path(path, mode) as tmp, tmp.open("wb") as file:
         yield file
 
 
@@ -127,13 +128,14 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         raise InputError(f"{path} exists already: remove it, or choose another -o")
     with private_folder(path) as tmp:
         yield tmp
-        _fsync_tree(tmp)
+        fsync_tree(tmp)
         tmp.chmod(0o755)
         tmp.replace(path)
         fsync_dir(path.parent)
 
 
-def _fsync_tree(root: Path) -> None:
+def fsync_tree(root: Path) -> None:
+    """Make everything below `root` durable."""
     for path in [*root.rglob("*"), root]:
         _fsync(path)
 

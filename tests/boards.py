@@ -16,6 +16,7 @@ import asyncssh
 import msgspec
 import onnx
 
+from edgesd.engines.slots import Slots
 from edgesd.engines.tensorrt import BuildSpec, PlanReport, Progress
 from edgesd.spec import Environment, Machine
 
@@ -185,3 +186,30 @@ def sshd(user_home: Path, board_home: Path) -> Iterator[Server]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(20)
         loop.close()
+
+
+class Pi:
+    """A board's home folder where `edgesd` is this one, on this machine."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        program = home / "edgesd/bin/edgesd"
+        program.parent.mkdir(parents=True)
+        root = Path(__file__).resolve().parent.parent
+        program.write_text(f'#!/bin/sh\nPYTHONPATH={root} exec {sys.executable} -m edgesd "$@"\n')
+        program.chmod(0o755)
+
+    @property
+    def slots(self) -> Slots:
+        """What was deployed there."""
+        return Slots(self.home / "edgesd")
+
+    def processes(self) -> list[int]:
+        """Those that run on the board: the ones whose home it is."""
+        mark = f"HOME={self.home}\0".encode()
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+        return found

@@ -11,11 +11,10 @@ import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 
-import edgesd
 from edgesd.device import board as boards
 from edgesd.device.board import Board, Item, parse_address
 from edgesd.device.detect import check_machine
@@ -26,12 +25,10 @@ from edgesd.engines.plans import Finalized, Here, require_plans
 from edgesd.engines.tensorrt import plan_path
 from edgesd.errors import BoardError, TargetError
 from edgesd.files import atomic_dir, atomic_write, check_new, private_folder, sha256_file
-from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
+from edgesd.runtime.bundle import MANIFEST, SUFFIX, Bundle, open_bundle
 
 _INCOMING = ".cache/edgesd/incoming"
 """Folder on the board of bundles whose plans aren't all built yet."""
-
-_T = TypeVar("_T")
 
 
 class Progress(NamedTuple):
@@ -122,7 +119,7 @@ def finalize_on(
 
 
 async def _look(board: Board, target_name: str) -> Here:
-    here = _decode(board, await boards.edgesd(board, "finalize", "--check", "--json"), Here)
+    here = boards.decode(board, await boards.edgesd(board, "finalize", "--check", "--json"), Here)
     target = get_target(target_name)
     try:
         check_machine(target.name, target.arch, target.capabilities, here.machine)
@@ -147,7 +144,7 @@ async def _build(
     await boards.send(board, folder, items, sent)
     await boards.edgesd(board, "finalize", folder, on_line=progress.line)
     told = await boards.edgesd(board, "finalize", folder, "--json")
-    found = _decode(board, told, dict[str, Finalized])
+    found = boards.decode(board, told, dict[str, Finalized])
     if found.keys() != bundle.manifest.engines.keys():
         raise BoardError(f"{board.name} built plans of {', '.join(found)}: expected one of each")
     for name, final in found.items():
@@ -178,17 +175,7 @@ def _items(bundle: Bundle) -> dict[str, Item]:
         name: Item(entry.bytes, entry.sha256, partial(bundle.verified_chunks, name))
         for name, entry in bundle.manifest.files.items()
     }
-    for name in (CHECKSUM, MANIFEST):
+    for name in bundle.frame:
         raw = b"".join(bundle.chunks(name))
         items[name] = Item(len(raw), hashlib.sha256(raw).hexdigest(), partial(iter, [raw]))
     return items
-
-
-def _decode(board: Board, told: str, kind: type[_T]) -> _T:
-    try:
-        return msgspec.json.decode(told, type=kind)
-    except msgspec.MsgspecError as exc:
-        raise BoardError(
-            f"{board.name} answers as edgesd {edgesd.__version__} doesn't expect ({exc}): install "
-            "the same version there"
-        ) from exc

@@ -10,15 +10,19 @@ import click
 
 from edgesd import __version__
 from edgesd.cli import (
+    bench,
     build,
     demo,
+    deploy,
     evaluate,
     finalize,
     generate,
     inspect,
+    keys,
     pack,
     prompter,
     report,
+    slots,
     targets,
     watch,
 )
@@ -34,20 +38,25 @@ def cli(debug: bool) -> None:
     \b
     edgesd demo                                   build the embedded pipeline and draw with it
     edgesd build MODEL --target raspberry-pi-5    make a bundle for a board
+    edgesd deploy BUNDLE pi@board                 bring it there, with edgesd itself
     edgesd generate BUNDLE -p "a red apple"       draw, on the board
     """
 
 
 for command in (
+    bench.bench_group,
     build.build_command,
     generate.generate_command,
     finalize.finalize_command,
     demo.demo_command,
+    deploy.deploy_command,
     evaluate.eval_group,
     inspect.inspect_command,
+    keys.keys_group,
     pack.pack_command,
     prompter.prompter_group,
     report.report_command,
+    slots.slots_group,
     targets.targets_command,
     watch.watch_command,
 ):

@@ -6,15 +6,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import msgspec
 
-from edgesd.errors import EdgesdError
+from edgesd.errors import BoardError, EdgesdError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from edgesd.build.on_board import Progress as BoardProgress
     from edgesd.engines.plans import Plans
     from edgesd.runtime.bundle import Bundle
+
+_T = TypeVar("_T")
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new releases only
@@ -62,6 +64,17 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """--json: one JSON object on standard output."""
     return click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
+    )(function)
+
+
+def hosts_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--host, any number of times."""
+    return click.option(
+        "--host",
+        "hosts",
+        metavar="USER@BOARD[:PORT]",
+        multiple=True,
+        help="Do so on that board, over SSH; may be repeated.",
     )(function)
 
 
@@ -153,6 +166,37 @@ class Reporter:
         elif not self.quiet and time.monotonic() - self._shown_at >= 1:
             self._shown_at = time.monotonic()
             click.echo(f"{name}: {done}/{total} {note}".rstrip(), err=True)
+
+
+def each_host(hosts: Sequence[str], arguments: Sequence[str]) -> None:
+    """Run `edgesd ARGUMENTS` on every host, and print what each prints."""
+    from edgesd.device import board as boards
+    from edgesd.device.hosts import on_each
+
+    def show(host: str, told: str) -> None:
+        for line in told.splitlines():
+            click.echo(f"{host}: {line}" if len(hosts) > 1 else line)
+
+    show_each(on_each(hosts, lambda board: boards.edgesd(board, *arguments)), show)
+
+
+def show_each(results: Mapping[str, _T | EdgesdError], show: Callable[[str, _T], None]) -> None:
+    """Show what came of every board. Every failure is a line, and together they are an error.
+
+    Raises the error itself where one board alone was asked, else BoardError.
+    """
+    failed = []
+    for host, found in results.items():
+        if isinstance(found, EdgesdError):
+            failed.append(found)
+        else:
+            show(host, found)
+    if failed and len(results) == 1:
+        raise failed[0]
+    for error in failed:
+        click.echo(f"edgesd: {' '.join(str(error).split())}", err=True)
+    if failed:
+        raise BoardError(f"{len(failed)} of {len(results)} boards failed: see the lines above")
 
 
 def plans_of(bundle: Bundle, reporter: Reporter) -> Plans:

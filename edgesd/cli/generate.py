@@ -143,6 +143,7 @@ def generate_command(
     from edgesd.runtime.bundle import open_bundle
     from edgesd.runtime.pictures import expand_requests, read_prompts
     from edgesd.runtime.pipeline import Pipeline, Request, Settings
+    from edgesd.runtime.signature import check_trusted
 
     texts = list(prompts)
     if prompt_file:
@@ -150,6 +151,7 @@ def generate_command(
     if not texts:
         raise click.UsageError("no prompt: give -p PROMPT, or --prompts FILE")
     opened = open_bundle(bundle)
+    check_trusted(opened)
     if not any_machine:
         manifest = opened.manifest
         check_machine(

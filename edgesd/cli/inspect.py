@@ -37,6 +37,10 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
         "licence": f"{manifest.licence.name} ({', '.join(manifest.licence.files) or 'no file'})",
         "tools": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
     }
+    if opened.signed:
+        from edgesd.runtime.signature import signer
+
+        rows["signed by"] = str(signer(opened))
     if manifest.prompter:
         tuned = manifest.prompter
         rows["prompter"] = f"for {tuned.domain}, {tuned.licence}"

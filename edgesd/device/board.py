@@ -11,12 +11,17 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol, TypeVar
 
-from edgesd.errors import BoardError, ResourceError, UsageError
+import msgspec
+
+from edgesd import __version__
+from edgesd.errors import BoardError, LinkError, ResourceError, UsageError
+
+_T = TypeVar("_T")
 
 OnLine = Callable[[str], None]
-"""Told each line that a command prints to its standard error, while it runs."""
+"""Told each line that a command prints, while it runs."""
 
 _ADDRESS = re.compile(
     r"(?:(?P<user>[^@\s:/]+)@)?(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<host>[\w.-]+))(?::(?P<port>\d+))?"
@@ -61,9 +66,15 @@ class Board(Protocol):
 
     name: str
 
-    async def run(self, command: Sequence[str], on_line: OnLine | None = None) -> Finished:
+    async def run(
+        self,
+        command: Sequence[str],
+        on_line: OnLine | None = None,
+        on_output: OnLine | None = None,
+    ) -> Finished:
         """Run `command` (an argument vector; no shell sees it) in the home folder. A program that
-        isn't there is exit status 127."""
+        isn't there is exit status 127. on_line: told its standard error, on_output its standard
+        output."""
 
     async def put(self, path: str, chunks: Iterable[bytes], start: int = 0) -> None:
         """Write `chunks` into the file `path` from its byte `start` on, making it if need be; it
@@ -97,25 +108,48 @@ def _last_words(done: Finished) -> str:
     return next((line for line in reversed(done.err.splitlines()) if line.strip()), "")
 
 
-EDGESD_PATHS = (".local/bin", ".local/share/edgesd/bin", "/opt/edgesd/bin")
-"""Folders where a board may have edgesd, beside those of its PATH: a command over SSH gets a short
-one."""
+EDGESD_PATHS = ("edgesd/bin", ".local/bin", "/opt/edgesd/bin")
+"""Folders where a board may have edgesd, before those of its PATH: a command over SSH gets a short
+one. The first is where `edgesd deploy` puts it."""
 
 
-async def edgesd(board: Board, *arguments: str, on_line: OnLine | None = None) -> str:
-    """What `edgesd ARGUMENTS` prints on the board. Raises BoardError."""
+async def edgesd(
+    board: Board,
+    *arguments: str,
+    on_line: OnLine | None = None,
+    on_output: OnLine | None = None,
+) -> str:
+    """What `edgesd ARGUMENTS` prints on the board. Raises BoardError with its last words, which
+    `on_line` isn't told."""
+    listener = None if on_line is None else _without_error(on_line)
     places = ":".join(p if p.startswith("/") else f"$HOME/{p}" for p in EDGESD_PATHS)
-    script = f'PATH="$PATH:{places}" exec edgesd "$@"'
-    done = await board.run(["sh", "-c", script, "edgesd", *arguments], on_line)
+    script = f'PATH="{places}:$PATH" exec edgesd "$@"'
+    done = await board.run(["sh", "-c", script, "edgesd", *arguments], listener, on_output)
     if done.status == 127:
-        raise BoardError(
-            f"{board.name} has no edgesd: install it there (python scripts/vendor_wheels.py makes "
-            "a folder of wheels that needs no network)"
-        )
+        raise BoardError(f"{board.name} has no edgesd: edgesd deploy BUNDLE {board.name} brings it")
     if done.status:
         words = _last_words(done).removeprefix("edgesd: ") or f"it ended with {done.status}"
         raise BoardError(f"{board.name}: edgesd {arguments[0]}: {words}")
     return done.out
+
+
+def _without_error(on_line: OnLine) -> OnLine:
+    def listener(line: str) -> None:
+        if not line.startswith("edgesd: ") or line.startswith("edgesd: warning: "):
+            on_line(line)
+
+    return listener
+
+
+def decode(board: Board, told: str, kind: type[_T]) -> _T:
+    """What an edgesd there printed with --json. Raises BoardError when it isn't a `kind`."""
+    try:
+        return msgspec.json.decode(told, type=kind)
+    except msgspec.MsgspecError as exc:
+        raise BoardError(
+            f"{board.name} answers as edgesd {__version__} doesn't expect ({exc}): install the "
+            "same version there, as edgesd deploy does"
+        ) from exc
 
 
 async def send(
@@ -123,12 +157,15 @@ async def send(
     folder: str,
     items: Mapping[str, Item],
     on_bytes: Callable[[str, int], None] | None = None,
+    spare_bytes: int = 0,
+    others: bool = False,
 ) -> int:
     """Make `folder` on the board hold exactly `items` (by relative path); the bytes sent.
 
     What is there already isn't sent: whole files, by their hash, and the beginning of a file whose
-    sending was cut. Every file is hashed on the board before it takes its name. Raises BoardError,
-    ResourceError when the board's disk is too small.
+    sending was cut. Every file is hashed on the board before it takes its name. spare_bytes: of
+    disk that must be left. others: leave what else is in the folder. Raises
+    BoardError, ResourceError when the board's disk is too small.
     """
     await ask(board, ["mkdir", "-p", "--", folder])
     there = await _sizes(board, folder)
@@ -141,13 +178,13 @@ async def send(
     missing = {name: item for name, item in items.items() if name not in kept}
     begun = {name: there.get(f"{name}{_PART}", 0) for name in missing}
     stale = there.keys() - kept - {f"{name}{_PART}" for name in missing}
-    if stale:
+    if stale and not others:
         await ask(board, ["rm", "-f", "--", *(f"{folder}/{name}" for name in sorted(stale))])
     folders = {str(PurePosixPath(f"{folder}/{name}").parent) for name in missing}
     if folders:
         await ask(board, ["mkdir", "-p", "--", *sorted(folders)])
     needed = sum(item.size - min(begun[name], item.size) for name, item in missing.items())
-    await _check_space(board, folder, needed)
+    await _check_space(board, folder, needed, spare_bytes if missing else 0)
     for name in items.keys() - missing.keys():
         if on_bytes:
             on_bytes(name, items[name].size)
@@ -211,13 +248,14 @@ async def _hashes(board: Board, folder: str, names: Sequence[str]) -> dict[str, 
     return found
 
 
-async def _check_space(board: Board, folder: str, needed: int) -> None:
+async def _check_space(board: Board, folder: str, needed: int, spare: int) -> None:
     told = (await ask(board, ["df", "-Pk", "--", folder])).splitlines()
     free = int(told[-1].split()[3]) << 10
-    if needed > free:
+    if needed + spare > free:
+        also = f" and {spare / 1e6:.0f} MB to be left" if spare else ""
         raise ResourceError(
             f"{board.name} has {free / 1e6:.0f} MB of disk free, and {needed / 1e6:.0f} MB are to "
-            "be sent: free some space there"
+            f"be sent{also}: free some space there"
         )
 
 
@@ -233,7 +271,12 @@ class FolderBoard:
         self.left = fail_after
         self.received = 0
 
-    async def run(self, command: Sequence[str], on_line: OnLine | None = None) -> Finished:
+    async def run(
+        self,
+        command: Sequence[str],
+        on_line: OnLine | None = None,
+        on_output: OnLine | None = None,
+    ) -> Finished:
         """See Board."""
         self._spend(0)
         try:
@@ -248,11 +291,12 @@ class FolderBoard:
         except FileNotFoundError:
             return Finished(127, "", f"{command[0]}: not found")
         out, err = await process.communicate()
-        said = err.decode(errors="replace")
-        if on_line:
-            for line in said.splitlines():
-                on_line(line)
-        return Finished(process.returncode or 0, out.decode(errors="replace"), said)
+        texts = tuple(stream.decode(errors="replace") for stream in (out, err))
+        for text, listener in zip(texts, (on_output, on_line), strict=True):
+            for line in text.splitlines() if listener else ():
+                assert listener
+                listener(line)
+        return Finished(process.returncode or 0, *texts)
 
     async def put(self, path: str, chunks: Iterable[bytes], start: int = 0) -> None:
         """See Board."""
@@ -282,4 +326,4 @@ class FolderBoard:
             self.left -= count
             if self.left <= 0:
                 self.left = 0
-                raise BoardError(f"the link to {self.name} was lost: run the command again")
+                raise LinkError(f"the link to {self.name} was lost: run the command again")

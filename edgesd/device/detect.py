@@ -60,6 +60,15 @@ def detect_machine(root: Path = _ROOT, arch: str | None = None) -> Machine:
     return msgspec.structs.replace(unnamed, target=target.name if target else None)
 
 
+def emulated(root: Path = _ROOT) -> bool:
+    """Whether this process runs on a CPU that software imitates: then its speed says nothing.
+
+    So it is when the kernel is of another architecture than the program (Linux 6.1 and later tell).
+    """
+    kernel, here = normal_arch(_read(root, "proc/sys/kernel/arch")), platform.machine()
+    return bool(kernel) and kernel != normal_arch(here)
+
+
 def explain_machine(machine: Machine) -> str:
     """One line for people: what the machine is, and which bundle to build for it."""
     memory = in_gb(machine.memory_bytes) if machine.memory_bytes else "memory unknown"

@@ -9,12 +9,13 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, BinaryIO
 
 from edgesd.device.board import Address, Finished, OnLine
-from edgesd.errors import BoardError, MissingDependencyError
+from edgesd.errors import BoardError, LinkError, MissingDependencyError
 
 _CONNECT_SECONDS = 15
 _ALIVE_SECONDS, _ALIVE_COUNT = 10, 3
 """A silent board is asked this often; after so many questions in vain the link is lost."""
 _BLOCK_BYTES = 1 << 20
+_READ_BYTES = 1 << 16
 
 
 @asynccontextmanager
@@ -54,11 +55,11 @@ async def connect(address: Address) -> AsyncIterator[SshBoard]:
             "one to the agent with ssh-add"
         ) from exc
     except (TimeoutError, asyncio.TimeoutError) as exc:
-        raise BoardError(
+        raise LinkError(
             f"{address} doesn't answer within {_CONNECT_SECONDS} s: is it on, and on this network?"
         ) from exc
     except (asyncssh.Error, OSError, ValueError) as exc:
-        raise BoardError(
+        raise LinkError(
             f"{address} can't be reached by SSH ({exc}): is it on, and does sshd run there?"
         ) from exc
     board = SshBoard(str(address), connection)
@@ -77,30 +78,41 @@ class SshBoard:
         self._connection = connection
         self._sftp: Any = None
 
-    async def run(self, command: Sequence[str], on_line: OnLine | None = None) -> Finished:
+    async def run(
+        self,
+        command: Sequence[str],
+        on_line: OnLine | None = None,
+        on_output: OnLine | None = None,
+    ) -> Finished:
         """See Board."""
         with self._link():
             process = await self._connection.create_process(
                 shlex.join(command), stdin=asyncio.subprocess.DEVNULL
             )
-            said: list[str] = []
 
-            async def listen() -> None:
-                while raw := await process.stderr.readline():
-                    said.append(raw.decode(errors="replace"))
-                    if on_line:
-                        on_line(said[-1].rstrip("\r\n"))
+            async def listen(stream: Any, listener: OnLine | None) -> str:
+                whole, line = bytearray(), b""
+                while block := await stream.read(_READ_BYTES):
+                    whole += block
+                    *lines, line = (line + block).split(b"\n")
+                    for raw in lines if listener else ():
+                        assert listener
+                        listener(raw.decode(errors="replace").rstrip("\r"))
+                if line and listener:
+                    listener(line.decode(errors="replace"))
+                return whole.decode(errors="replace")
 
             try:
-                out, _ = await asyncio.gather(process.stdout.read(), listen())
+                out, said = await asyncio.gather(
+                    listen(process.stdout, on_output), listen(process.stderr, on_line)
+                )
                 await process.wait_closed()
             except asyncio.CancelledError:
                 process.terminate()  # else it would work on for nobody
                 raise
             if process.returncode is None:  # no exit status came: the connection broke
-                raise BoardError(_lost(self.name))
-            status = process.returncode
-        return Finished(status, out.decode(errors="replace"), "".join(said))
+                raise LinkError(_lost(self.name))
+        return Finished(process.returncode, out, said)
 
     async def put(self, path: str, chunks: Iterable[bytes], start: int = 0) -> None:
         """See Board."""
@@ -149,7 +161,7 @@ class SshBoard:
         except asyncssh.SFTPNoSpaceOnFilesystem as exc:
             raise BoardError(f"{self.name}: its disk is full: free some space there") from exc
         except (*lost, asyncssh.DisconnectError, asyncssh.ChannelOpenError, ConnectionError) as exc:
-            raise BoardError(_lost(self.name)) from exc
+            raise LinkError(_lost(self.name)) from exc
         except asyncssh.SFTPError as exc:
             raise BoardError(
                 f"{self.name}: a file can't be moved ({exc}): is its disk full or read-only?"

@@ -70,6 +70,22 @@ class Sample(Spec, frozen=True):
     past_limits: tuple[str, ...] = ()
 
 
+def power_mode(root: Path = _ROOT) -> str:
+    """A Jetson's power mode, as nvpmodel names it, and the CPU's governor; "" if none is told."""
+    found = []
+    if path := shutil.which("nvpmodel"):
+        done = subprocess.run([path, "-q"], capture_output=True, text=True, errors="replace")
+        if match := re.search(r"NV Power Mode: *(\S+)", done.stdout):
+            found.append(match[1])
+    governors = {
+        _text(core / "cpufreq/scaling_governor")
+        for core in (root / "sys/devices/system/cpu").glob("cpu[0-9]*")
+    } - {""}
+    if governors:
+        found.append(f"governor {', '.join(sorted(governors))}")
+    return ", ".join(found)
+
+
 def board_watts(watts: Mapping[str, float]) -> float | None:
     """What the whole board takes, in watts, or None where its rails don't tell.
 
@@ -220,13 +236,16 @@ class Sources:
 class Sampler:
     """Samples of this machine while its context lasts, taken by a process of its own.
 
-    They are kept in memory: nothing is written to a card. Raises ResourceError when the process
+    They are kept in memory: nothing is written to a card. zero: where their seconds begin, by
+    time.monotonic(). Raises ResourceError when the process
     can't be started.
     """
 
     def __init__(self, interval: float = 0.5, pid: int | None = None) -> None:
         self.samples: list[Sample] = []
+        self.zero = time.monotonic()
         command = [sys.executable, "-m", "edgesd.device.telemetry", "--interval", str(interval)]
+        command += ["--zero", repr(self.zero)]
         if pid is not None:
             command += ["--pid", str(pid)]
         try:
@@ -259,15 +278,22 @@ class Sampler:
                 self.samples.append(msgspec.json.decode(line, type=Sample))
 
 
-def sampled(interval: float, pid: int | None = None, root: Path = _ROOT) -> Iterator[Sample]:
+def sampled(
+    interval: float,
+    pid: int | None = None,
+    root: Path = _ROOT,
+    zero: float | None = None,
+) -> Iterator[Sample]:
     """A sample every `interval` seconds, without end; late ones are left out, not caught up.
 
-    Raises InputError when there is no process `pid`.
+    zero: where their seconds begin, by time.monotonic() [default: now]. Raises InputError
+    when there is no process `pid`.
     """
     if pid is not None and not (root / f"proc/{pid}").is_dir():
         raise InputError(f"there is no process {pid}: ps shows those that there are")
     with Sources(interval, pid, root) as sources:
-        start = due = time.monotonic()
+        due = time.monotonic()
+        start = due if zero is None else zero
         while True:
             yield sources.read(time.monotonic() - start)
             due = max(due + interval, time.monotonic())
@@ -302,15 +328,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--interval", type=float, default=0.5, help="seconds")
     parser.add_argument("--pid", type=int, help="process to watch")
+    parser.add_argument("--zero", type=float, help="time.monotonic() where seconds begin")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever reads decides when it ends
-    threading.Thread(target=_print, args=(arguments.interval, arguments.pid), daemon=True).start()
+    threading.Thread(
+        target=_print, args=(arguments.interval, arguments.pid, arguments.zero), daemon=True
+    ).start()
     sys.stdin.buffer.read()
     return 0
 
 
-def _print(interval: float, pid: int | None) -> None:
-    for sample in sampled(interval, pid):
+def _print(interval: float, pid: int | None, zero: float | None) -> None:
+    for sample in sampled(interval, pid, zero=zero):
         sys.stdout.buffer.write(msgspec.json.encode(sample) + b"\n")
         sys.stdout.buffer.flush()
 

@@ -11,6 +11,7 @@ from edgesd.files import atomic_write, sha256_file
 from edgesd.runtime.bundle import (
     CHECKSUM,
     MANIFEST,
+    SIGNATURE,
     Bundle,
     Progress,
     archive_header,
@@ -48,20 +49,45 @@ def update_manifest(root: Path, manifest: BundleManifest, changed: Iterable[str]
     write_manifest(root, newest)
 
 
-def pack_bundle(bundle: Bundle, path: Path, progress: Progress | None = None) -> None:
+def pack_bundle(
+    bundle: Bundle,
+    path: Path,
+    progress: Progress | None = None,
+    signature: bytes | None = None,
+) -> None:
     """Write `bundle` in its one-file form to `path`: an uncompressed tar that is mapped in place.
 
-    Verifies every byte on the way, in one reading. Raises BundleError when the bundle is damaged,
-    ResourceError when the disk is full; `path` is then left as it was.
+    signature: instead of the one that it has, if any. Verifies every byte on the way, in one
+    reading. Raises BundleError when the bundle is damaged, ResourceError when the disk is full;
+    `path` is then left as it was.
     """
+    frame = bundle.frame if signature is None else (CHECKSUM, SIGNATURE, MANIFEST)
     with atomic_write(path) as out:
-        for name in archive_order(bundle.manifest.files):
-            size = bundle.size(name)
+        for name in archive_order(frame, bundle.manifest.files):
+            if name == SIGNATURE and signature is not None:
+                chunks: Iterable[bytes] = (signature,)
+                size = len(signature)
+            else:
+                listed = name in bundle.manifest.files
+                chunks = bundle.verified_chunks(name) if listed else bundle.chunks(name)
+                size = bundle.size(name)
             out.write(archive_header(name, size))
-            listed = name in bundle.manifest.files  # else the manifest, or its checksum
-            for chunk in bundle.verified_chunks(name) if listed else bundle.chunks(name):
+            for chunk in chunks:
                 out.write(chunk)
                 if progress:
                     progress(name, len(chunk))
             out.write(bytes(-size % 512))
         out.write(bytes(2 * 512))
+
+
+def sign_bundle(bundle: Bundle, signature: bytes, progress: Progress | None = None) -> None:
+    """Put `signature` (runtime.signature.sign) into `bundle`, once every byte of it is verified.
+
+    A one-file bundle is written anew. Raises BundleError when the bundle is damaged.
+    """
+    if bundle.path.is_dir():
+        bundle.verify(progress=progress)
+        with atomic_write(bundle.path / SIGNATURE) as file:
+            file.write(signature)
+    else:
+        pack_bundle(bundle, bundle.path, progress, signature)

@@ -7,8 +7,6 @@ same page, byte for byte.
 from __future__ import annotations
 
 import base64
-import hashlib
-import html
 import io
 import math
 import struct
@@ -16,13 +14,25 @@ import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from edgesd.errors import BundleError, InputError, UsageError
+from edgesd.errors import BundleError, InputError
+from edgesd.evaluate.page import (
+    Cell,
+    Column,
+    check_page_path,
+    counted,
+    escaped,
+    fact_list,
+    html_page,
+    mb,
+    megabytes,
+    section_of,
+    table_of,
+)
 from edgesd.evaluate.quality import rank, worst_first
 from edgesd.files import atomic_write
 from edgesd.runtime.bundle import SUFFIX, Bundle
@@ -38,7 +48,6 @@ MAX_AMPLIFICATION = 64
 
 _PIXELATED_BELOW = 257
 """Pictures smaller than this, in pixels, are scaled up with their pixels kept sharp."""
-_CONTROL = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "\ufffd")
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -57,10 +66,7 @@ def write_report(bundle: Bundle, path: Path) -> None:
     and BundleError as `report_html`.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"-o {path}: the report is an HTML page; give a name ending in .html")
-    if path.is_dir():
-        raise InputError(f"-o {path} is a folder: give a name such as {path / 'report.html'}")
+    check_page_path(path)
     if bundle.path in path.resolve().parents:
         raise InputError(
             f"-o {path} lies in the bundle, which may hold no other files: choose a name outside it"
@@ -78,10 +84,6 @@ def report_html(bundle: Bundle) -> str:
     """
     manifest = bundle.manifest
     title = f"{manifest.name}, {manifest.precision}"
-    policy = (
-        f"default-src 'none'; img-src data:; style-src '{_sha256(_STYLE)}'; "
-        f"script-src '{_sha256(_SCRIPT)}'; base-uri 'none'; form-action 'none'"
-    )
     sections = (
         _head(bundle),
         _quality(manifest),
@@ -89,15 +91,7 @@ def report_html(bundle: Bundle) -> str:
         _layers(manifest),
         _calibration(manifest.recipe),
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}: edgesd report</title>\n"
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + f"\n</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    return html_page(f"{title}: edgesd report", sections, _SCRIPT)
 
 
 # --- sections ---------------------------------------------------------------------------------
@@ -108,12 +102,16 @@ def _head(bundle: Bundle) -> str:
     pipeline, shape = manifest.pipeline, manifest.pipeline.shape
     size = f"{shape.width}x{shape.height}"
     total = bundle.disk_bytes()
-    figures = [("on disk", _megabytes(total), "all files of the bundle")]
+    figures = [("on disk", megabytes(total), "all files of the bundle")]
     if recipe and recipe.layers:
         figures.append(_against_fp32(recipe.layers))
     if quality:
         figures += [
-            ("PSNR, mean", f"{quality.psnr_mean:.1f} dB", _count(len(quality.pictures), "picture")),
+            (
+                "PSNR, mean",
+                f"{quality.psnr_mean:.1f} dB",
+                counted(len(quality.pictures), "picture"),
+            ),
             ("PSNR, worst", f"{quality.psnr_min:.1f} dB", _floor(quality)),
         ]
     size += f", any multiple of {shape.multiple_of}" if shape.dynamic else " only"
@@ -131,18 +129,18 @@ def _head(bundle: Bundle) -> str:
     )
     notice = ""
     if recipe and recipe.simulated:
-        notice = f'<p class="notice" role="note">{_text(SIMULATED)}</p>\n'
+        notice = f'<p class="notice" role="note">{escaped(SIMULATED)}</p>\n'
     tiles = "".join(
-        f"<div><dt>{_text(name)}</dt><dd><strong>{_text(value)}</strong> "
-        f"<span>{_text(note)}</span></dd></div>"
+        f"<div><dt>{escaped(name)}</dt><dd><strong>{escaped(value)}</strong> "
+        f"<span>{escaped(note)}</span></dd></div>"
         for name, value, note in figures
     )
     return (
         f'<header>\n<p class="kicker">edgesd report</p>\n'
-        f'<h1 dir="auto">{_text(manifest.name)}</h1>\n'
-        f'<p class="lead">{_text(manifest.precision)} for {_text(manifest.target)}</p>\n{notice}'
+        f'<h1 dir="auto">{escaped(manifest.name)}</h1>\n'
+        f'<p class="lead">{escaped(f"{manifest.precision} for {manifest.target}")}</p>\n{notice}'
         f'<dl class="figures">{tiles}</dl>\n</header>\n'
-        + _section("The bundle", _facts(facts) + _sizes(bundle, total))
+        + section_of("The bundle", fact_list(facts) + _sizes(bundle, total))
     )
 
 
@@ -151,8 +149,8 @@ def _against_fp32(layers: Sequence[LayerRecipe]) -> tuple[str, str, str]:
     now, full = sum(layer.bytes for layer in layers), _fp32_bytes(layers)
     return (
         "weights of the layers",
-        f"{now / full:.0%} of fp32" if full > 0 else _megabytes(now),
-        f"{_megabytes(now)} instead of {_megabytes(full)} (computed: 4 bytes per weight)",
+        f"{now / full:.0%} of fp32" if full > 0 else megabytes(now),
+        f"{megabytes(now)} instead of {megabytes(full)} (computed: 4 bytes per weight)",
     )
 
 
@@ -160,21 +158,21 @@ def _sizes(bundle: Bundle, total: int) -> str:
     manifest = bundle.manifest
     layers = manifest.recipe.layers if manifest.recipe else ()
     columns = [
-        _Column("component"),
-        _Column("precision"),
-        _Column("on disk, MB", numeric=True),
-        _Column("parity, RMS", numeric=True),
+        Column("component"),
+        Column("precision"),
+        Column("on disk, MB", numeric=True),
+        Column("parity, RMS", numeric=True),
     ]
     if layers:
         columns += [
-            _Column("layers", numeric=True),
-            _Column("layers now, MB", numeric=True),
-            _Column("layers in fp32, MB (computed)", numeric=True),
+            Column("layers", numeric=True),
+            Column("layers now, MB", numeric=True),
+            Column("layers in fp32, MB (computed)", numeric=True),
         ]
 
-    def layer_cells(of: Sequence[LayerRecipe]) -> list[_Cell]:
+    def layer_cells(of: Sequence[LayerRecipe]) -> list[Cell]:
         sizes = (sum(layer.bytes for layer in of), _fp32_bytes(of))
-        cells = [_Cell(str(len(of)), len(of)), *(_Cell(_mb(size), size) for size in sizes)]
+        cells = [Cell(str(len(of)), len(of)), *(Cell(mb(size), size) for size in sizes)]
         return cells if layers else []
 
     rows, left = [], total
@@ -183,36 +181,36 @@ def _sizes(bundle: Bundle, total: int) -> str:
         left -= weight
         rows.append(
             [
-                _Cell(name),
-                _Cell(engine.precision),
-                _Cell(_mb(weight), weight),
-                _Cell(f"{engine.parity.rel_rms:.1e}", engine.parity.rel_rms),
+                Cell(name),
+                Cell(engine.precision),
+                Cell(mb(weight), weight),
+                Cell(f"{engine.parity.rel_rms:.1e}", engine.parity.rel_rms),
                 *layer_cells([layer for layer in layers if layer.component == name]),
             ]
         )
-    blank = _Cell("")
+    blank = Cell("")
     filler = [blank] * (len(columns) - 4)
-    other = [_Cell("other files"), blank, _Cell(_mb(left), left), blank, *filler]
-    sums = [_Cell("total"), blank, _Cell(_mb(total), total), blank, *layer_cells(layers)]
+    other = [Cell("other files"), blank, Cell(mb(left), left), blank, *filler]
+    sums = [Cell("total"), blank, Cell(mb(total), total), blank, *layer_cells(layers)]
     note = ""
     if layers:
         note = (
             '<p class="note">"In fp32" is no file: it is computed from the shapes of the layers, '
             "4 bytes per weight, without biases and norms.</p>\n"
         )
-    return _table("Sizes", columns, [*rows, other, sums]) + note
+    return table_of("Sizes", columns, [*rows, other, sums]) + note
 
 
 def _quality(manifest: BundleManifest) -> str:
     quality = manifest.quality
     if not quality:
-        return _section(
+        return section_of(
             "Quality",
             "<p>Nothing was measured: this bundle says nothing of how far its pictures are from "
             f"those of its source. {_how_to(manifest)}</p>\n",
         )
     decibels = f"mean {quality.psnr_mean:.2f} dB, worst {quality.psnr_min:.2f} dB"
-    steps = _count(quality.num_inference_steps, "step")
+    steps = counted(quality.num_inference_steps, "step")
     facts = (
         ("PSNR", f"{decibels} (equal pictures count as 100 dB)"),
         ("SSIM", f"mean {quality.ssim_mean:.4f} (1 for equal pictures)"),
@@ -223,25 +221,27 @@ def _quality(manifest: BundleManifest) -> str:
         ("Measured on", quality.measured_on),
     )
     columns = (
-        _Column("prompt", prose=True),
-        _Column("seed", numeric=True),
-        _Column("PSNR, dB", numeric=True, sorted="ascending"),
-        _Column("SSIM", numeric=True),
-        _Column(quality.metric, numeric=True),
-        _Column("shown below"),
+        Column("prompt", prose=True),
+        Column("seed", numeric=True),
+        Column("PSNR, dB", numeric=True, sorted="ascending"),
+        Column("SSIM", numeric=True),
+        Column(quality.metric, numeric=True),
+        Column("shown below"),
     )
     rows = [
         [
-            _Cell(_prompt(picture)),
-            _Cell(str(picture.seed), picture.seed),
-            _Cell(_psnr(picture), rank(picture)),
-            _Cell(f"{picture.ssim:.4f}", picture.ssim),
-            _Cell(f"{picture.distance:.4f}", picture.distance),
-            _Cell("yes" if picture.source or picture.ours else "no"),
+            Cell(_prompt(picture)),
+            Cell(str(picture.seed), picture.seed),
+            Cell(_psnr(picture), rank(picture)),
+            Cell(f"{picture.ssim:.4f}", picture.ssim),
+            Cell(f"{picture.distance:.4f}", picture.distance),
+            Cell("yes" if picture.source or picture.ours else "no"),
         ]
         for picture in (quality.pictures[index] for index in worst_first(quality.pictures))
     ]
-    return _section("Quality", _facts(facts) + _table("All pictures, worst first", columns, rows))
+    return section_of(
+        "Quality", fact_list(facts) + table_of("All pictures, worst first", columns, rows)
+    )
 
 
 def _floor(quality: Quality) -> str:
@@ -268,7 +268,7 @@ def _pictures(bundle: Bundle) -> str:
     kept = [picture for picture in ordered if picture.source or picture.ours]
     if not kept:
         text = "<p>The bundle keeps no pictures: there are only their figures above.</p>\n"
-        return _section("Pictures", text)
+        return section_of("Pictures", text)
     differences = [_difference(bundle, picture) for picture in kept]
     factor = _amplification(_difference_counts(differences))
     intro = (
@@ -280,7 +280,7 @@ def _pictures(bundle: Bundle) -> str:
         _card(bundle, picture, difference, quality.metric, factor)
         for picture, difference in zip(kept, differences, strict=True)
     )
-    return _section("Pictures", f'{intro}<div class="cards">\n{cards}\n</div>\n')
+    return section_of("Pictures", f'{intro}<div class="cards">\n{cards}\n</div>\n')
 
 
 def _card(
@@ -311,9 +311,9 @@ def _card(
         f"{metric} {picture.distance:.4f}"
     )
     return (
-        f'<article class="card">\n<h3 dir="auto">{_text(prompt)}</h3>\n'
+        f'<article class="card">\n<h3 dir="auto">{escaped(prompt)}</h3>\n'
         f'<div class="pair">{"".join(figures)}</div>\n'
-        f'<p class="note">{_text(seed_and_scores)}</p>\n</article>'
+        f'<p class="note">{escaped(seed_and_scores)}</p>\n</article>'
     )
 
 
@@ -324,53 +324,53 @@ def _figure(
     uri = f"data:{media_type};base64,{base64.b64encode(data).decode()}"
     return (
         f'<figure class="{kind}{sharp}"><img src="{uri}" width="{size[0]}" height="{size[1]}" '
-        f'alt="{_text(alt)}"><figcaption>{_text(caption)}</figcaption></figure>'
+        f'alt="{escaped(alt)}"><figcaption>{escaped(caption)}</figcaption></figure>'
     )
 
 
 def _layers(manifest: BundleManifest) -> str:
     recipe = manifest.recipe
     if not recipe:
-        return _section(
+        return section_of(
             "Layers",
-            f"<p>Nothing was quantized: the weights are {_text(manifest.precision)}. "
+            f"<p>Nothing was quantized: the weights are {escaped(manifest.precision)}. "
             f"{_how_to(manifest)}</p>\n",
         )
     if not recipe.layers:
-        return _section("Layers", f"<p>The recipe {_text(recipe.name)} lists no layer.</p>\n")
+        return section_of("Layers", f"<p>The recipe {escaped(recipe.name)} lists no layer.</p>\n")
     columns = (
-        _Column("component"),
-        _Column("layer"),
-        _Column("kind"),
-        _Column("shape"),
-        _Column("scheme"),
-        _Column("method"),
-        _Column("rank", numeric=True),
-        _Column("kB", numeric=True),
-        _Column("error", numeric=True, sorted="descending"),
+        Column("component"),
+        Column("layer"),
+        Column("kind"),
+        Column("shape"),
+        Column("scheme"),
+        Column("method"),
+        Column("rank", numeric=True),
+        Column("kB", numeric=True),
+        Column("error", numeric=True, sorted="descending"),
     )
     rows = [
         [
-            _Cell(layer.component),
-            _Cell(layer.name),
-            _Cell(layer.kind),
-            _Cell("x".join(map(str, layer.shape)), math.prod(layer.shape)),
-            _Cell(layer.scheme),
-            _Cell(layer.method),
-            _Cell(str(layer.rank), layer.rank),
-            _Cell(f"{layer.bytes / 1e3:.1f}", layer.bytes),
-            _Cell(f"{layer.error:.3g}" if layer.error > 0 else "not measured", layer.error),
+            Cell(layer.component),
+            Cell(layer.name),
+            Cell(layer.kind),
+            Cell("x".join(map(str, layer.shape)), math.prod(layer.shape)),
+            Cell(layer.scheme),
+            Cell(layer.method),
+            Cell(str(layer.rank), layer.rank),
+            Cell(f"{layer.bytes / 1e3:.1f}", layer.bytes),
+            Cell(f"{layer.error:.3g}" if layer.error > 0 else "not measured", layer.error),
         ]
         for layer in sorted(recipe.layers, key=lambda layer: -layer.error)
     ]
     intro = (
-        f"<p>{_text(_count(len(recipe.layers), 'layer'))}, recipe {_text(recipe.name)}. The error "
-        "of a layer is the RMS of the change of its output over the RMS of that output, on "
-        "calibrated inputs.</p>\n"
+        f"<p>{escaped(counted(len(recipe.layers), 'layer'))}, recipe {escaped(recipe.name)}. "
+        "The error of a layer is the RMS of the change of its output over the RMS of that output, "
+        "on calibrated inputs.</p>\n"
     )
     chart = _histogram([layer.error for layer in recipe.layers])
-    table = _table("All layers, largest error first", columns, rows, row_header=1)
-    return _section("Layers", intro + chart + _raised(recipe.layers) + table)
+    table = table_of("All layers, largest error first", columns, rows, row_header=1)
+    return section_of("Layers", intro + chart + _raised(recipe.layers) + table)
 
 
 def _raised(layers: Iterable[LayerRecipe]) -> str:
@@ -390,10 +390,10 @@ def _raised(layers: Iterable[LayerRecipe]) -> str:
     items = []
     for (before, after, reason), names in groups.items():
         change = f"{before} to {after}" if before != after else f"kept at {after}"
-        listed = "".join(f"<li><code>{_text(name)}</code></li>" for name in names)
+        listed = "".join(f"<li><code>{escaped(name)}</code></li>" for name in names)
         items.append(
-            f"<li><strong>{_text(change)}</strong>: {_text(reason)} "
-            f"<details open><summary>{_text(_count(len(names), 'layer'))}</summary>"
+            f"<li><strong>{escaped(change)}</strong>: {escaped(reason)} "
+            f"<details open><summary>{escaped(counted(len(names), 'layer'))}</summary>"
             f"<ul>{listed}</ul></details></li>"
         )
     return f'{title}<ul class="raised">{"".join(items)}</ul>\n'
@@ -405,22 +405,22 @@ def _calibration(recipe: QuantRecipe | None) -> str:
     calibration = recipe.calibration
     if not calibration:
         text = "<p>None: no activations were recorded for this recipe.</p>\n"
-        return _section("Calibration", text)
+        return section_of("Calibration", text)
     prompts, steps = calibration.prompts, calibration.num_inference_steps
-    loop = f"{_count(steps, 'step')} of {calibration.scheduler}"
+    loop = f"{counted(steps, 'step')} of {calibration.scheduler}"
     facts = (
-        ("Recorded on", f"{_count(prompts, 'prompt')}, drawn by the pipeline's own loop"),
+        ("Recorded on", f"{counted(prompts, 'prompt')}, drawn by the pipeline's own loop"),
         ("Prompts' sha256", calibration.prompts_sha256),
         ("Drawn with", f"{loop}, guidance {calibration.guidance_scale:g}"),
         ("Picture size", f"{calibration.width}x{calibration.height}"),
     )
-    return _section("Calibration", _facts(facts))
+    return section_of("Calibration", fact_list(facts))
 
 
 def _how_to(manifest: BundleManifest) -> str:
     command = f"edgesd build MODEL --target {manifest.target} --precision w8a8"
     return (
-        f"To get figures, build a quantized bundle: <code>{_text(command)}</code> "
+        f"To get figures, build a quantized bundle: <code>{escaped(command)}</code> "
         "(<code>edgesd build --help</code> lists the precisions)."
     )
 
@@ -530,7 +530,7 @@ def _histogram(errors: Sequence[float]) -> str:
             parts.append(
                 f'<rect x="{_PLOT_LEFT + index * bar + 1:.1f}" width="{bar - 2:.1f}" '
                 f'y="{_PLOT_BOTTOM - count * tall:.1f}" height="{count * tall:.1f}">'
-                f"<title>{_count(count, 'layer')}, {low:.2g} to {high:.2g}</title></rect>"
+                f"<title>{counted(count, 'layer')}, {low:.2g} to {high:.2g}</title></rect>"
             )
     for count, y in ((0, _PLOT_BOTTOM), (max(counts), _PLOT_TOP)):
         parts.append(f'<text x="{_PLOT_LEFT - 8}" y="{y + 5}" text-anchor="end">{count}</text>')
@@ -541,7 +541,7 @@ def _histogram(errors: Sequence[float]) -> str:
         "error of the layer (logarithmic)</text>"
     )
     label = (
-        f"Histogram of the errors of {_count(len(measured), 'layer')}, "
+        f"Histogram of the errors of {counted(len(measured), 'layer')}, "
         f"from {min(measured):.3g} to {max(measured):.3g}"
     )
     missing = len(errors) - len(measured)
@@ -556,70 +556,6 @@ def _histogram(errors: Sequence[float]) -> str:
 # --- pieces of HTML ---------------------------------------------------------------------------
 
 
-class _Cell(NamedTuple):
-    """Plain text of a table cell, and the number by which the column sorts, if not the text."""
-
-    text: str
-    order: float | None = None
-
-
-class _Column(NamedTuple):
-    """A column's title; how it is aligned; `sorted`: in which order the rows come."""
-
-    title: str
-    numeric: bool = False
-    prose: bool = False
-    sorted: str = ""
-
-
-def _text(value: str) -> str:
-    """`value` as HTML text or attribute value; control characters become visible."""
-    return html.escape(value.translate(_CONTROL))
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{_text(title)}</h2>\n{content}</section>"
-
-
-def _facts(facts: Iterable[tuple[str, str | None]]) -> str:
-    """A description list of those `facts` that are there."""
-    rows = "".join(
-        f'<div><dt>{_text(name)}</dt><dd dir="auto">{_text(value)}</dd></div>\n'
-        for name, value in facts
-        if value is not None
-    )
-    return f'<dl class="facts">\n{rows}</dl>\n'
-
-
-def _table(
-    caption: str, columns: Sequence[_Column], rows: Iterable[Sequence[_Cell]], row_header: int = 0
-) -> str:
-    """A table that scrolls sideways; the cells of the column `row_header` head their rows."""
-
-    def head(column: _Column) -> str:
-        numeric = ' class="number"' if column.numeric else ""
-        order = f' aria-sort="{column.sorted}"' if column.sorted else ""
-        return f'<th scope="col"{numeric}{order}>{_text(column.title)}</th>'
-
-    def cell(index: int, content: _Cell) -> str:
-        column = columns[index]
-        kind = ' class="number"' if column.numeric else ' class="prose"' if column.prose else ""
-        order = f' data-order="{content.order!r}"' if content.order is not None else ""
-        tag, scope = ("th", ' scope="row"') if index == row_header else ("td", "")
-        return f'<{tag}{scope}{kind}{order} dir="auto">{_text(content.text)}</{tag}>'
-
-    body = "\n".join(
-        f"<tr>{''.join(cell(index, content) for index, content in enumerate(row))}</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll" role="region" aria-label="{_text(caption)}" tabindex="0">\n<table>\n'
-        f"<caption>{_text(caption)}</caption>\n"
-        f"<thead><tr>{''.join(map(head, columns))}</tr></thead>\n"
-        f"<tbody>\n{body}\n</tbody>\n</table>\n</div>\n"
-    )
-
-
 def _psnr(picture: PictureQuality, unit: str = "") -> str:
     return "equal" if picture.psnr is None else f"{picture.psnr:.2f}{unit}"
 
@@ -632,108 +568,7 @@ def _fp32_bytes(layers: Iterable[LayerRecipe]) -> int:
     return sum(4 * math.prod(layer.shape) for layer in layers)
 
 
-def _mb(size_bytes: int) -> str:
-    """`size_bytes` in megabytes (10^6), without the unit."""
-    megabytes = size_bytes / 1e6
-    return f"{megabytes:.1f}" if megabytes >= 10 else f"{megabytes:.3g}"
-
-
-def _megabytes(size_bytes: int) -> str:
-    return f"{_mb(size_bytes)} MB"
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def _sha256(text: str) -> str:
-    """The source expression that allows exactly `text` in a Content-Security-Policy."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
 # --- style and script -------------------------------------------------------------------------
-
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --page: #fbfbfa; --card: #ffffff; --ink: #1d1f21; --soft: #5c6166; --line: #dfe1e3;
-  --accent: #22669c; --notice: #fff4d6; --notice-line: #d9a514;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #151719; --card: #1d2023; --ink: #e6e7e8; --soft: #a2a8ae; --line: #34393e;
-    --accent: #7ab3e0; --notice: #3a3012; --notice-line: #c99a1a;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere; }
-main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0; }
-h2 { font-size: 1.35rem; margin: 2.5rem 0 .75rem; padding-top: 1rem;
-  border-top: 1px solid var(--line); }
-h3 { font-size: 1.05rem; margin: 1.5rem 0 .5rem; }
-p { margin: .5rem 0; max-width: 48rem; }
-code { font: .9em/1.4 ui-monospace, monospace; }
-.kicker, .lead, .note, figcaption, caption { color: var(--soft); }
-.kicker { margin: 0; font-size: .875rem; }
-.lead { font-size: 1.15rem; margin-top: .15rem; }
-.note { font-size: .875rem; }
-.notice { background: var(--notice); border-left: 4px solid var(--notice-line);
-  padding: .6rem .9rem; border-radius: 4px; }
-dl, dd { margin: 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr));
-  gap: .75rem; margin-top: 1rem; }
-.figures div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: .7rem .9rem; }
-.figures dt, .figures span { color: var(--soft); font-size: .875rem; }
-.figures strong { display: block; font-size: 1.5rem; line-height: 1.3; font-weight: 600; }
-.facts div { display: grid; grid-template-columns: 9rem 1fr; gap: 0 1rem; padding: .2rem 0; }
-.facts dt { color: var(--soft); }
-.scroll { overflow: auto; max-height: 36rem; margin: 1rem 0; background: var(--card);
-  border: 1px solid var(--line); border-radius: 8px; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; overflow-wrap: normal;
-  font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .6rem .75rem; }
-th, td { text-align: left; padding: .35rem .75rem; border-top: 1px solid var(--line);
-  white-space: nowrap; vertical-align: top; }
-th[scope=row] { font-weight: 500; }
-thead th { position: sticky; top: 0; background: var(--card); border-top: 0;
-  box-shadow: 0 1px var(--line); white-space: normal; vertical-align: bottom; }
-.number { text-align: right; }
-.prose { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
-th button { font: inherit; color: inherit; background: none; border: 0; padding: 0;
-  cursor: pointer; }
-th[aria-sort=ascending] button::after { content: " \\2191"; }
-th[aria-sort=descending] button::after { content: " \\2193"; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr));
-  gap: 1rem; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: .9rem; }
-.card h3 { margin: 0 0 .6rem; }
-.pair { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .5rem; }
-figure { margin: 0; }
-figcaption, .absent { font-size: .875rem; color: var(--soft); margin: 0; }
-img { display: block; width: 100%; height: auto; border-radius: 4px;
-  outline: 1px solid var(--line); }
-.sharp img { image-rendering: pixelated; }
-.flip { font: inherit; font-size: .875rem; color: var(--accent); background: none; cursor: pointer;
-  border: 1px solid var(--line); border-radius: 4px; padding: .2rem .6rem; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-.chart { max-width: 48rem; }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font-size: 13px; }
-svg rect { fill: var(--accent); }
-.grid { stroke: var(--line); }
-.axis { stroke: var(--soft); }
-.raised ul { columns: 20rem auto; }
-summary { cursor: pointer; color: var(--soft); font-size: .875rem; }
-@media (max-width: 36rem) {
-  .facts div { grid-template-columns: 1fr; padding: .35rem 0; }
-  .pair { gap: .3rem; }
-}
-@media print { .scroll { max-height: none; overflow: visible; } .flip { display: none; } }
-"""
 
 _SCRIPT = """
 "use strict";

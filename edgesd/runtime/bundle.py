@@ -1,7 +1,8 @@
 """Opens and verifies bundles: a folder, or the same files in one uncompressed tar (`.edgesd`).
 
 A bundle is `bundle.json` (the manifest, edgesd.spec.BundleManifest), `bundle.sha256` (the
-manifest's checksum, as `sha256sum -c` reads it) and exactly the files that the manifest lists.
+manifest's checksum, as `sha256sum -c` reads it), perhaps `bundle.sig` (runtime/signature.py) and
+exactly the files that the manifest lists.
 Opening checks the manifest's checksum and schema, and every file's presence and size; the bytes of
 a file are hashed before it is first used, or all at once by `verify`.
 
@@ -26,6 +27,7 @@ from edgesd.spec import SCHEMA_VERSION, BundleManifest, Engine
 
 MANIFEST = "bundle.json"
 CHECKSUM = "bundle.sha256"
+SIGNATURE = "bundle.sig"
 SUFFIX = ".edgesd"
 """File name suffix of the one-file form."""
 
@@ -148,6 +150,21 @@ class Bundle:
         """Where the bytes of the file `name` lie. KeyError if the bundle has no such file."""
         return self._storage.location(name)
 
+    @property
+    def manifest_sha256(self) -> str:
+        """Of bundle.json: it stands for the whole bundle."""
+        return hashlib.sha256(b"".join(self.chunks(MANIFEST))).hexdigest()
+
+    @property
+    def signed(self) -> bool:
+        """Whether there is a signature, right or wrong."""
+        return SIGNATURE in self._sizes
+
+    @property
+    def frame(self) -> tuple[str, ...]:
+        """Names of the files that the manifest doesn't list: what it is found by."""
+        return tuple(name for name in (CHECKSUM, SIGNATURE, MANIFEST) if name in self._sizes)
+
     def size(self, name: str) -> int:
         """Bytes of the file `name`, manifest and checksum included."""
         return self._sizes[name]
@@ -262,8 +279,13 @@ def _open(path: Path) -> Bundle:
     for name in (MANIFEST, CHECKSUM):
         if name not in sizes:
             raise BundleError(f"{path} has no {name}: it isn't a bundle, or it was copied in part")
-    if sizes[MANIFEST] > _MAX_MANIFEST_BYTES or sizes[CHECKSUM] > _BLOCK:
-        raise BundleError(f"{path}: {MANIFEST} or {CHECKSUM} is too large to be genuine")
+    if (
+        sizes[MANIFEST] > _MAX_MANIFEST_BYTES
+        or max(sizes[CHECKSUM], sizes.get(SIGNATURE, 0)) > _BLOCK
+    ):
+        raise BundleError(
+            f"{path}: {MANIFEST}, {CHECKSUM} or {SIGNATURE} is too large to be genuine"
+        )
 
     def content(name: str) -> bytes:
         where = storage.location(name)
@@ -283,12 +305,13 @@ def _open(path: Path) -> Bundle:
                 f"{path}: {name} has {sizes[name]} bytes, not {manifest.files[name].bytes}; "
                 "copy the bundle anew"
             )
-    extra = sorted(sizes.keys() - manifest.files.keys() - {MANIFEST, CHECKSUM})
+    extra = sorted(sizes.keys() - manifest.files.keys() - {MANIFEST, CHECKSUM, SIGNATURE})
     if extra:
         raise BundleError(f"{path}: {extra[0]} isn't in the manifest; remove it")
-    if isinstance(storage, _Archive) and list(sizes) != archive_order(manifest.files):
+    bundle = Bundle(path, storage, sizes, manifest)
+    if isinstance(storage, _Archive) and list(sizes) != archive_order(bundle.frame, manifest.files):
         raise BundleError(f"{path}: its files are not in the manifest's order; it was altered")
-    return Bundle(path, storage, sizes, manifest)
+    return bundle
 
 
 def checksum_line(manifest: bytes) -> bytes:
@@ -296,9 +319,9 @@ def checksum_line(manifest: bytes) -> bytes:
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
-def archive_order(names: Iterable[str]) -> list[str]:
+def archive_order(frame: Iterable[str], names: Iterable[str]) -> list[str]:
     """Order of the members of the one-file form: the manifest can be read before any weights."""
-    return [CHECKSUM, MANIFEST, *sorted(names)]
+    return [*frame, *sorted(names)]
 
 
 def _decode(path: Path, raw: bytes) -> BundleManifest:

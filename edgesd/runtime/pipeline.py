@@ -281,6 +281,10 @@ class Pipeline(Closing):
         self._runners.pop(component).close()
         self._embeddings.clear()
 
+    def forget_prompts(self) -> None:
+        """Encode every prompt anew from now on, as for a picture on its own."""
+        self._embeddings.clear()
+
     def close(self) -> None:
         """Free all components."""
         for runner in self._runners.values():

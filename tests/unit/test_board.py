@@ -147,10 +147,10 @@ def test_a_disk_that_writes_something_else(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
     class Full(FolderBoard):
-        async def run(self, command, on_line=None):  # type: ignore[no-untyped-def]
+        async def run(self, command, *listeners):  # type: ignore[no-untyped-def]
             if command[0] == "df":
                 return boards.Finished(0, "F 1K U A C M\n/dev/x 9 9 100 9% /\n", "")
-            return await super().run(command, on_line)
+            return await super().run(command, *listeners)
 
     with pytest.raises(ResourceError, match="0 MB of disk free"):
         push(Full(tmp_path), FILES)
@@ -159,7 +159,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
 
 def test_a_board_without_edgesd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    with pytest.raises(BoardError, match="board has no edgesd: install it there"):
+    with pytest.raises(BoardError, match="board has no edgesd: edgesd deploy"):
         asyncio.run(boards.edgesd(FolderBoard(tmp_path), "--version"))
 
 

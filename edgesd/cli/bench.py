@@ -1,0 +1,273 @@
+"""edgesd bench ..."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from edgesd.cli.common import (
+    Finite,
+    Reporter,
+    Size,
+    hosts_option,
+    json_option,
+    plans_of,
+    print_json,
+    show_each,
+)
+from edgesd.errors import BoardError
+
+if TYPE_CHECKING:
+    from edgesd.evaluate.bench import Bench
+
+_RETRIES = 60
+_PROMPT = "a red apple"
+
+
+class _RunByDefault(click.Group):
+    """`edgesd bench BUNDLE` is `edgesd bench run BUNDLE`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `run` before what is no subcommand."""
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group("bench", cls=_RunByDefault, short_help="Measure BUNDLE, here or on boards over SSH.")
+def bench_group() -> None:
+    """Measure how fast a bundle draws, and what it costs in memory, heat and energy.
+
+    `edgesd bench BUNDLE` is short for `edgesd bench run BUNDLE`.
+    """
+
+
+@bench_group.command("run", short_help="Measure BUNDLE.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@hosts_option
+@click.option("-n", "--runs", type=click.IntRange(1, 1000), default=5, show_default=True)
+@click.option(
+    "--warm-up",
+    type=click.IntRange(1, 100),
+    default=1,
+    show_default=True,
+    help="Pictures before those that count; the first one loads.",
+)
+@click.option("-p", "--prompt", default=_PROMPT, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
+@click.option("--steps", type=int, help="Denoising steps. [default: the bundle's]")
+@click.option("--guidance", type=float, help="Guidance scale. [default: the bundle's]")
+@click.option("--size", type=Size(), help="Picture size in pixels. [default: the bundle's]")
+@click.option("--scheduler", help="Sampler. [default: the model's own]")
+@click.option("--threads", type=click.IntRange(0, 256), default=0, help="[default: all cores]")
+@click.option(
+    "--low-memory/--no-low-memory",
+    default=None,
+    help="Release each network after its use. [default: when memory is short]",
+)
+@click.option(
+    "--interval",
+    type=Finite(0.05, 60),
+    default=0.5,
+    show_default=True,
+    help="Seconds between samples of memory, clocks, heat and power.",
+)
+@click.option("--html", type=click.Path(path_type=Path), help="Write a report, too.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON to a file.")
+@click.option("--any-machine", is_flag=True, help="Run a bundle that was built for another board.")
+@click.option("--detached", hidden=True, help="Run in the background under this key, or join it.")
+@json_option
+def run_command(
+    bundle: Path,
+    hosts: tuple[str, ...],
+    runs: int,
+    warm_up: int,
+    prompt: str,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    size: tuple[int, int] | None,
+    scheduler: str | None,
+    threads: int,
+    low_memory: bool | None,
+    interval: float,
+    html: Path | None,
+    output: Path | None,
+    any_machine: bool,
+    detached: str | None,
+    as_json: bool,
+) -> None:
+    """Draw with BUNDLE again and again, and measure: per picture, component and step.
+
+    With --host the bundle must be the active one there (edgesd deploy); a board goes on when the
+    link is lost, and the same command joins it again.
+    """
+    from edgesd.evaluate.page import check_page_path
+    from edgesd.files import atomic_write, check_writable
+    from edgesd.runtime.bundle import open_bundle
+
+    if detached:
+        _follow(detached)
+        return
+    if html:
+        check_page_path(html)
+    for path in filter(None, (html, output)):
+        check_writable(path)
+    opened = open_bundle(bundle)
+    reporter = Reporter(quiet=as_json and not hosts)
+    found: list[Bench] = []
+    failure: Exception | None = None
+    if hosts:
+        from edgesd.build.bench_hosts import bench_on
+        from edgesd.device.hosts import on_each
+
+        options = [f"--runs={runs}", f"--warm-up={warm_up}", f"--prompt={prompt}", f"--seed={seed}"]
+        options += [f"--threads={threads}", f"--interval={interval}"]
+        options += [f"--steps={steps}"] if steps is not None else []
+        options += [f"--guidance={guidance}"] if guidance is not None else []
+        options += [f"--size={size[0]}x{size[1]}"] if size else []
+        options += [f"--scheduler={scheduler}"] if scheduler else []
+        if low_memory is not None:
+            options.append("--low-memory" if low_memory else "--no-low-memory")
+        results = on_each(
+            hosts,
+            lambda board: bench_on(
+                board, opened, options, lambda text: reporter.line(f"{board.name}: {text}")
+            ),
+            _RETRIES,
+            lambda host, error: reporter.line(f"{host}: {error} (joining it again)"),
+        )
+        try:
+            show_each(results, lambda host, bench: found.append(bench))
+        except Exception as exc:
+            if not found:
+                raise
+            failure = exc  # once the others' figures are shown
+    else:
+        from edgesd.device.detect import check_machine, detect_machine
+        from edgesd.evaluate.bench import Plan, measure
+        from edgesd.runtime.pipeline import Request, Settings
+        from edgesd.runtime.signature import check_trusted
+
+        check_trusted(opened)
+        if not any_machine:
+            needs = opened.manifest
+            check_machine(needs.target, needs.arch, needs.required_capabilities, detect_machine())
+        width, height = size or (None, None)
+        request = Request(prompt, seed, "", steps, guidance, height, width, scheduler)
+        settings = Settings(threads, low_memory, None, plans_of(opened, reporter))
+        with reporter.bar():
+            progress = reporter.update if not as_json else _plain
+            found = [measure(opened, settings, Plan(request, warm_up, runs, interval), progress)]
+    if output:
+        with atomic_write(output) as file:
+            file.write(msgspec.json.encode(found))
+    if html:
+        from edgesd.evaluate.bench_page import bench_html
+
+        with atomic_write(html) as file:
+            file.write(bench_html(found).encode())
+    if as_json:
+        print_json(found)
+    else:
+        for bench in found:
+            _show(bench)
+    if failure:
+        raise failure
+
+
+@bench_group.command("compare", short_help="Two benchmarks, side by side.")
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@json_option
+def compare_command(before: Path, after: Path, as_json: bool) -> None:
+    """Show BEFORE and AFTER, files of `edgesd bench -o`, side by side, with their ratios.
+
+    Files of several boards are compared board by board, in their order.
+    """
+    from edgesd.errors import InputError
+    from edgesd.evaluate.bench import compare, read_bench
+
+    one, other = read_bench(before), read_bench(after)
+    if len(one) != len(other):
+        raise InputError(f"{before} has {len(one)} benchmarks, {after} {len(other)}")
+    tables = [compare(a, b) for a, b in zip(one, other, strict=True)]
+    if as_json:
+        print_json(
+            [
+                {name: {"before": a, "after": b} for name, (a, b) in table.items()}
+                for table in tables
+            ]
+        )
+        return
+    for a, b, table in zip(one, other, tables, strict=True):
+        click.echo(f"{'':24}{'before':>12}{'after':>12}{'ratio':>9}")
+        click.echo(f"{a.bundle} {a.precision} on {a.title}; {b.bundle} {b.precision} on {b.title}")
+        for name, (x, y) in table.items():
+            ratio = f"{y / x:.3f}" if x else "-"
+            click.echo(f"{name:24}{x:12.4g}{y:12.4g}{ratio:>9}")
+
+
+@bench_group.command("forget", hidden=True)
+@click.argument("key")
+def forget_command(key: str) -> None:
+    """Remove the result that is kept under KEY: it has been fetched."""
+    from edgesd.device.detached import forget
+
+    forget(key)
+
+
+def _plain(name: str, done: int, total: int) -> None:
+    """Progress for whoever listens to a board: a line for each picture."""
+    if done == total:
+        click.echo(f"{name}: done", err=True)
+
+
+def _follow(key: str) -> None:
+    """Run this very command in the background, without --detached, or join it; print its result."""
+    from edgesd.device.detached import follow, forget
+
+    arguments = [a for a in sys.argv[1:] if a not in ("--detached", key)]
+    command = [sys.executable, "-m", "edgesd", *arguments]
+    ended = follow(key, command, lambda line: click.echo(line, err=True))
+    if ended.status:
+        forget(key)
+        lines = [line for line in ended.err.splitlines() if line.strip()]
+        words = lines[-1].removeprefix("edgesd: ") if lines else f"it ended with {ended.status}"
+        raise BoardError(words)
+    click.echo(ended.out, nl=False)
+
+
+def _show(bench: Bench) -> None:
+    found = bench.summary
+    where = f"{bench.bundle} {bench.precision} on {bench.title}, {bench.machine.model}"
+    mode = f", {bench.power_mode}" if bench.power_mode else ""
+    click.echo(where + mode)
+    if bench.emulated:
+        click.echo("emulated: these times are not a board's")
+    size = f"{bench.asked.width}x{bench.asked.height}, {bench.asked.num_inference_steps} steps"
+    click.echo(f"{'':20}{'median':>10}{'p90':>10}{'spread':>10}   {size}, n = {bench.asked.runs}")
+    rows = {"picture": found.picture, "step": found.step, **found.components}
+    for name, one in rows.items():
+        click.echo(f"{name:20}{one.median:10.4f}{one.p90:10.4f}{one.spread:10.4f} s")
+    click.echo(f"{'load':20}{sum(found.load.values()):10.3f} s")
+    click.echo(f"{'memory':20}{found.peak_memory_bytes / 1e6:10.1f} MB")
+    if found.cpu_mhz:
+        click.echo(f"{'CPU clock':20}{found.cpu_mhz.median:10.0f} MHz")
+    if found.hottest_celsius is not None:
+        click.echo(f"{'hottest':20}{found.hottest_celsius:10.1f} C")
+    if found.watts and found.joules is not None:
+        click.echo(f"{'power':20}{found.watts.median:10.2f} W, {found.joules:.1f} J per picture")
+    else:
+        click.echo(f"{'power':20}{'unknown':>10}: this machine doesn't tell")
+    if found.throttled:
+        held = ", ".join(found.throttled)
+        click.echo(f"{'throttled':20}{'yes':>10}: {held}, from {found.throttled_at:.1f} s on")
+    else:
+        click.echo(f"{'throttled':20}{'no':>10}")
+    for component, reason in bench.fallbacks.items():
+        click.echo(f"{component} ran on the CPU: {reason}")

@@ -1,0 +1,115 @@
+"""edgesd keys ..."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgesd.cli.common import Reporter, each_host, hosts_option
+from edgesd.errors import InputError
+
+
+@click.group("keys", short_help="Sign bundles; say whose bundles a machine runs.")
+def keys_group() -> None:
+    """Sign bundles, and say whose bundles a machine runs.
+
+    A machine that trusts a key runs only bundles which that key signed. Which keys those are is in
+    /etc/edgesd/trusted_keys where that exists, else in ~/.config/edgesd/trusted_keys.
+    """
+
+
+@keys_group.command("new", short_help="Make a key: NAME.key and NAME.pub.")
+@click.argument("name", type=click.Path(path_type=Path))
+@click.option("--passphrase", is_flag=True, help="Ask for a passphrase that NAME.key needs.")
+def new_command(name: Path, passphrase: bool) -> None:
+    """Make an Ed25519 key: NAME.key, which signs and stays secret, and NAME.pub, for the boards."""
+    from edgesd.runtime.signature import new_key
+
+    words = _ask("passphrase of the new key", confirm=True) if passphrase else None
+    key = new_key(name, words)
+    click.echo(f"{name}.key signs: keep it secret. {name}.pub is for the boards: {key}")
+
+
+@keys_group.command("sign", short_help="Sign BUNDLE.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="NAME.key, or an Ed25519 key of OpenSSH.",
+)
+def sign_command(bundle: Path, key: Path) -> None:
+    """Sign BUNDLE, once every byte of it is verified. An older signature is replaced."""
+    from edgesd.engines.bundle import sign_bundle
+    from edgesd.runtime.bundle import open_bundle
+    from edgesd.runtime.signature import WrongPassphraseError, sign, signer
+
+    opened = open_bundle(bundle)
+    try:
+        signature = sign(opened, key)
+    except WrongPassphraseError:
+        signature = sign(opened, key, _ask(f"passphrase of {key}"))
+    reporter = Reporter()
+    with reporter.bar():
+        sign_bundle(opened, signature, reporter.count_bytes("verify", opened.total_bytes()))
+    click.echo(f"{bundle} is signed by {signer(open_bundle(bundle))}")
+
+
+@keys_group.command("check", short_help="Say who signed BUNDLE, and whether it may run here.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+def check_command(bundle: Path) -> None:
+    """Say who signed BUNDLE. Fails when this machine wouldn't run it for that."""
+    from edgesd.runtime.bundle import open_bundle
+    from edgesd.runtime.signature import check_trusted, signer
+
+    opened = open_bundle(bundle)
+    found = signer(opened)
+    trusted = check_trusted(opened)
+    opened.verify()
+    click.echo(f"{bundle}: signed by {trusted or found}" if found else f"{bundle}: not signed")
+    click.echo("this machine trusts that key" if trusted else "this machine runs any bundle")
+
+
+@keys_group.command("trust", short_help="Run only bundles that KEY signed.")
+@click.argument("key")
+@hosts_option
+@click.option("--remove", is_flag=True, help="Trust it no longer.")
+def trust_command(key: str, hosts: tuple[str, ...], remove: bool) -> None:
+    """Run only bundles that KEY signed, or another trusted key. KEY: NAME.pub, or its line."""
+    from edgesd.runtime.signature import parse_public_key, trust
+
+    path = Path(key)
+    if key.startswith("ssh-"):
+        text = key
+    elif not path.is_file():
+        raise InputError(f"there is no {key}: give NAME.pub, as `edgesd keys new` writes it")
+    else:
+        text = path.read_text(errors="replace")
+    found = parse_public_key(text)
+    if hosts:
+        each_host(hosts, ["keys", "trust", found.line, *(["--remove"] if remove else [])])
+        return
+    file = trust(found, not remove)
+    click.echo(f"{found} is {'no longer ' if remove else ''}trusted: {file}")
+
+
+@keys_group.command("list", short_help="The keys that are trusted.")
+@hosts_option
+def list_command(hosts: tuple[str, ...]) -> None:
+    """Show the keys that this machine trusts."""
+    from edgesd.runtime.signature import trusted_keys
+
+    if hosts:
+        each_host(hosts, ["keys", "list"])
+        return
+    keys = trusted_keys()
+    for key in keys.values():
+        click.echo(str(key))
+    if not keys:
+        click.echo("none: any bundle runs here")
+
+
+def _ask(words: str, confirm: bool = False) -> bytes:
+    given = click.prompt(words, hide_input=True, confirmation_prompt=confirm, err=True)
+    return str(given).encode()

@@ -1,0 +1,115 @@
+"""edgesd slots ..."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from edgesd.cli.common import Reporter, json_option, print_json
+
+if TYPE_CHECKING:
+    from edgesd.engines.slots import Installed, Slot
+
+_test_option = click.option(
+    "--self-test/--no-self-test", default=True, help="Draw a picture in 2 steps before switching."
+)
+
+
+@click.group("slots", short_help="The bundles that were deployed to this machine.")
+def slots_group() -> None:
+    """The bundles that were deployed to this machine: one is active, one is there to go back to.
+
+    They lie in ~/edgesd (EDGESD_HOME); ~/edgesd/current is the active one.
+    """
+
+
+@slots_group.command("show")
+@click.option("--wait", is_flag=True, help="Wait until no deploy is at work.")
+@json_option
+def show_command(wait: bool, as_json: bool) -> None:
+    """Show both."""
+    from edgesd.engines.slots import Slots
+
+    found = Slots().show(wait)
+    if as_json:
+        print_json(found)
+        return
+    for slot in found:
+        click.echo(slot_line(slot))
+    if not found:
+        click.echo("none: edgesd deploy brings one")
+
+
+@slots_group.command("install")
+@click.argument("manifest")
+@click.argument("checksum")
+@click.option("--signature", help="SHA-256 of bundle.sig.")
+@_test_option
+@json_option
+def install_command(
+    manifest: str, checksum: str, signature: str | None, self_test: bool, as_json: bool
+) -> None:
+    """Make a bundle active that was sent to ~/edgesd/objects: what `edgesd deploy` runs here.
+
+    MANIFEST, CHECKSUM: SHA-256 of its bundle.json and bundle.sha256.
+    """
+    from edgesd.engines.slots import Slots
+
+    progress = _progress(Reporter())
+    _tell(Slots().install(manifest, checksum, signature, self_test, progress), as_json)
+
+
+@slots_group.command("rollback")
+@_test_option
+@json_option
+def rollback_command(self_test: bool, as_json: bool) -> None:
+    """Make the other bundle active, once it is verified and has drawn a picture."""
+    from edgesd.engines.slots import Slots
+
+    _tell(Slots().rollback(self_test, _progress(Reporter())), as_json)
+
+
+@slots_group.command("check")
+@json_option
+def check_command(as_json: bool) -> None:
+    """Verify every byte of the active bundle."""
+    from edgesd.engines.slots import Slots
+
+    slot = Slots().check(_progress(Reporter()))
+    if as_json:
+        print_json(slot)
+    else:
+        click.echo(f"verified: {slot_line(slot)}")
+
+
+def slot_line(slot: Slot) -> str:
+    """One slot for people."""
+    state = "active" if slot.active else "before"
+    if slot.problem:
+        return f"{slot.slot}  {state}  damaged: {slot.problem}"
+    return (
+        f"{slot.slot}  {state}  {slot.name}, {slot.precision}, for {slot.target}, "
+        f"{slot.bytes / 1e6:.1f} MB, {slot.manifest_sha256[:16]}"
+    )
+
+
+def _progress(reporter: Reporter) -> Callable[[str, int, int], None]:
+    said: set[str] = set()
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in said:
+            said.add(what)
+            reporter.line("drawing a test picture" if what == "self-test" else "verifying")
+        if what == "verify":
+            reporter.update(what, done >> 20, total >> 20, "MB")
+
+    return progress
+
+
+def _tell(installed: Installed, as_json: bool) -> None:
+    if as_json:
+        print_json(installed)
+        return
+    click.echo(slot_line(installed.slot))

@@ -1,0 +1,198 @@
+"""Work that goes on when whoever began it is gone: python -m edgesd.device.detached KEY -- ARGV...
+
+`follow` starts a command under a key, or finds it running, or finished, and tells what it says. So
+the same call, made again after a lost link, goes on with the same work. Lines are kept in memory
+and handed out over a socket in Linux's abstract namespace, which is no file: nothing is written
+before the end. What a finished command printed lies in the cache until somebody has fetched it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from edgesd.errors import BoardError, InputError
+from edgesd.files import atomic_write, user_cache
+from edgesd.spec import Spec
+
+_KEY = re.compile(r"[0-9a-zA-Z_-]{1,64}")
+_START_SECONDS = 60
+_POLL_SECONDS = 0.05
+
+
+class Ended(Spec, frozen=True):
+    """What a command came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+def follow(key: str, command: Sequence[str], on_line: Callable[[str], None]) -> Ended:
+    """Run `command` under `key`, detached, or join it; what it came to. Its result is kept no more.
+
+    on_line: told each line of its standard error, from the first on. Raises InputError for a
+    malformed key, BoardError when it ended without a result (a reboot, or it was killed).
+    """
+    if not _KEY.fullmatch(key):
+        raise InputError(f"{key!r} isn't a key: letters, digits, - and _, at most 64")
+    result = _result(key)
+    link = _connect(key)
+    if link is None and not result.exists():
+        _start(key, command)
+        end = time.monotonic() + _START_SECONDS
+        while (link := _connect(key)) is None and not result.exists():
+            if time.monotonic() > end:
+                raise BoardError("the work could not be started in the background: see the log")
+            time.sleep(_POLL_SECONDS)
+    if link is not None:
+        with link, link.makefile("r", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                on_line(line.rstrip("\n"))
+    try:
+        ended = msgspec.json.decode(result.read_bytes(), type=Ended)
+    except FileNotFoundError as exc:
+        raise BoardError(
+            "the work ended without a result (killed, or out of memory?): run the command again"
+        ) from exc
+    return ended
+
+
+def forget(key: str) -> None:
+    """Remove the result of `key`: it has been fetched."""
+    _result(key).unlink(missing_ok=True)
+
+
+def _result(key: str) -> Path:
+    return user_cache() / "runs" / f"{key}.json"
+
+
+def _name(key: str) -> str:
+    """Of the socket: one for each user and cache."""
+    who = hashlib.sha256(f"{os.getuid()} {user_cache()} {key}".encode()).hexdigest()[:32]
+    return f"\0edgesd-{who}"
+
+
+def _connect(key: str) -> socket.socket | None:
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        link.connect(_name(key))
+    except OSError:
+        link.close()
+        return None
+    return link
+
+
+def _start(key: str, command: Sequence[str]) -> None:
+    subprocess.Popen(
+        [sys.executable, "-m", "edgesd.device.detached", key, "--", *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # so that the end of a login doesn't reach it
+    )
+
+
+class _Lines:
+    """Lines that any number of readers follow from the first on."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._ended = False
+        self._changed = threading.Condition()
+
+    def add(self, line: str) -> None:
+        with self._changed:
+            self._lines.append(line)
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[str]:
+        at = 0
+        while True:
+            with self._changed:
+                while len(self._lines) == at and not self._ended:
+                    self._changed.wait()
+                fresh = self._lines[at:]
+                if not fresh:
+                    return
+            at += len(fresh)
+            yield from fresh
+
+    def text(self) -> str:
+        return "".join(self._lines)
+
+
+def main() -> int:
+    """Run a command and serve its lines; the exit status."""
+    key, _, *command = sys.argv[1:]
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        server.bind(_name(key))
+    except OSError:
+        return 0  # somebody began the same at the same moment
+    server.listen()
+    said = _Lines()
+    threading.Thread(target=_serve, args=(server, said), daemon=True).start()
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    ) as process:
+        stdout, stderr = process.stdout, process.stderr
+        assert stdout and stderr
+        out: list[str] = []
+        reader = threading.Thread(target=lambda: out.append(stdout.read()))
+        reader.start()
+        for line in stderr:
+            said.add(line)
+        reader.join()
+    ended = Ended(process.returncode, "".join(out), said.text())
+    with atomic_write(_result(key)) as file:
+        file.write(msgspec.json.encode(ended))
+    server.close()
+    said.end()
+    time.sleep(0.2)  # the last lines go out
+    return 0
+
+
+def _serve(server: socket.socket, said: _Lines) -> None:
+    while True:
+        try:
+            link, _ = server.accept()
+        except OSError:
+            return
+        credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        if struct.unpack("3i", credentials)[1] != os.getuid():
+            link.close()
+            continue
+        threading.Thread(target=_tell, args=(link, said), daemon=True).start()
+
+
+def _tell(link: socket.socket, said: _Lines) -> None:
+    with link, contextlib.suppress(OSError):
+        for line in said:
+            link.sendall(line.encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""The same work on several boards at once, over SSH."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from edgesd.device.board import Address, Board, parse_address
+from edgesd.device.ssh import connect
+from edgesd.errors import BoardError, EdgesdError, LinkError, UsageError
+
+T = TypeVar("T")
+
+
+def on_each(
+    hosts: Sequence[str],
+    work: Callable[[Board], Awaitable[T]],
+    retries: int = 0,
+    on_retry: Callable[[str, BoardError], None] | None = None,
+) -> dict[str, T | EdgesdError]:
+    """Host -> what `work` comes to there, or why it failed. Connected to all of them at once.
+
+    hosts: user@host[:port]. retries: how often `work` is begun again, after a pause that grows from
+    1 s to 30 s, when the link to a board that was reached is lost; on_retry is told. Raises
+    UsageError for a malformed or a repeated host, before any is asked.
+    """
+    addresses = [parse_address(host) for host in hosts]
+    if len(set(addresses)) < len(addresses):
+        raise UsageError("a board is named twice: name each once")
+
+    async def one(address: Address) -> T | EdgesdError:
+        reached = False
+        for attempt in range(retries + 1):
+            try:
+                async with connect(address) as board:
+                    reached = True
+                    return await work(board)
+            except LinkError as exc:
+                if attempt == retries or not reached:
+                    return exc
+                if on_retry:
+                    on_retry(str(address), exc)
+                await asyncio.sleep(min(30, 2**attempt))
+            except EdgesdError as exc:
+                return exc
+        raise AssertionError("unreachable")
+
+    async def all_of_them() -> list[T | EdgesdError]:
+        return await asyncio.gather(*map(one, addresses))
+
+    return dict(zip(map(str, addresses), asyncio.run(all_of_them()), strict=True))

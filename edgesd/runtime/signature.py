@@ -1,0 +1,250 @@
+"""Signatures of bundles (Ed25519, RFC 8032), and the keys that this machine trusts.
+
+`bundle.sig` is one line: a version, the signer's public key and the signature, the latter two in
+base64. Signed are a fixed prefix and the bytes of bundle.json, which holds the hash of every other
+file. Public keys are lines as OpenSSH writes them ("ssh-ed25519 AAAA... name"); a file of such
+lines says whom a machine trusts. One that trusts somebody runs nothing that others signed, or
+nobody.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edgesd.errors import BundleError, InputError, MissingDependencyError
+from edgesd.files import atomic_write
+from edgesd.runtime.bundle import MANIFEST, SIGNATURE, Bundle
+
+_VERSION = "edgesd-ed25519-v1"
+_PREFIX = b"edgesd bundle manifest, version 1\n"
+SYSTEM_KEYS = Path("/etc/edgesd/trusted_keys")
+"""Where it is there, it alone decides."""
+_TYPE = "ssh-ed25519"
+
+
+class PublicKey(NamedTuple):
+    """One signer: the line it was read from, its 32 bytes, and its name ("" if none)."""
+
+    line: str
+    raw: bytes
+    name: str
+
+    @property
+    def fingerprint(self) -> str:
+        """As `ssh-keygen -l` prints it: SHA256:..."""
+        return _fingerprint(self.raw)
+
+    def __str__(self) -> str:
+        return f"{self.fingerprint} ({self.name})" if self.name else self.fingerprint
+
+
+def parse_public_key(line: str) -> PublicKey:
+    """One line "ssh-ed25519 BASE64 [name]" (RFC 8709, section 4). Raises InputError."""
+    kind, _, rest = line.strip().partition(" ")
+    encoded, _, name = rest.strip().partition(" ")
+    try:
+        blob = base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        blob = b""
+    if kind != _TYPE or len(blob) != 51 or blob[:19] != _wire(_TYPE.encode()) + _length(32):
+        raise InputError(
+            f"{line.strip()[:60]!r} isn't a public key of type {_TYPE}: give NAME.pub, as "
+            "`edgesd keys new` writes it"
+        )
+    return PublicKey(line.strip(), blob[19:], name.strip())
+
+
+def user_keys() -> Path:
+    """The user's own file of trusted keys: edgesd/trusted_keys in XDG_CONFIG_HOME or ~/.config."""
+    folder = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(folder) / "edgesd" / "trusted_keys"
+
+
+def trusted_keys(path: Path | None = None) -> dict[str, PublicKey]:
+    """Fingerprint -> key of those that this machine trusts; empty: it runs any bundle.
+
+    path: the file; None for SYSTEM_KEYS where it exists, else the user's. Raises InputError for a
+    file that can't be read or has a line that is no key: a machine whose keys are unknown trusts
+    nobody.
+    """
+    path = path or (SYSTEM_KEYS if SYSTEM_KEYS.exists() else user_keys())
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InputError(f"{path} can't be read ({exc}): mend it, or remove it") from exc
+    keys = [parse_public_key(line) for line in lines if line.strip() and line[0] != "#"]
+    return {key.fingerprint: key for key in keys}
+
+
+def trust(key: PublicKey, trusted: bool = True) -> Path:
+    """Add `key` to the user's trusted keys, or take it out; the file. Raises InputError."""
+    path = user_keys()
+    keys = trusted_keys(path)
+    if not trusted and key.fingerprint not in keys:
+        raise InputError(f"{key} isn't among the trusted keys in {path}")
+    keys.pop(key.fingerprint, None)
+    if trusted:
+        keys[key.fingerprint] = key
+    if keys:
+        with atomic_write(path) as file:
+            file.write("".join(f"{one.line}\n" for one in keys.values()).encode())
+    else:
+        path.unlink()
+    return path
+
+
+def signer(bundle: Bundle) -> PublicKey | None:
+    """Who signed `bundle`: the key, once its signature was found right. None for an unsigned one.
+
+    Raises BundleError for a signature that isn't of this manifest, MissingDependencyError without
+    the package cryptography. The files are not hashed here: `Bundle.verify` does that.
+    """
+    if not bundle.signed:
+        return None
+    line = b"".join(bundle.chunks(SIGNATURE)).decode("ascii", "replace")
+    try:
+        version, encoded_key, encoded = line.split()
+        raw, signature = (base64.b64decode(part, validate=True) for part in (encoded_key, encoded))
+    except (ValueError, binascii.Error):
+        version, raw, signature = "", b"", b""
+    if version != _VERSION or len(raw) != 32 or len(signature) != 64:
+        raise BundleError(f"{bundle.path}: {SIGNATURE} isn't a signature of {_VERSION}: sign anew")
+    try:
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    except ImportError as exc:
+        raise MissingDependencyError(
+            "signatures are checked by cryptography, which isn't installed: pip install "
+            "'edgesd[signed]'"
+        ) from exc
+    try:
+        Ed25519PublicKey.from_public_bytes(raw).verify(signature, _message(bundle))
+    except InvalidSignature as exc:
+        raise BundleError(
+            f"{bundle.path}: its signature isn't right: {MANIFEST} or {SIGNATURE} was altered"
+        ) from exc
+    encoded_key = base64.b64encode(_wire(_TYPE.encode()) + _wire(raw)).decode()
+    return PublicKey(f"{_TYPE} {encoded_key}", raw, "")
+
+
+def check_trusted(bundle: Bundle) -> PublicKey | None:
+    """Refuse a bundle that this machine's trusted keys didn't sign; the key that did.
+
+    None where this machine trusts nobody: then any bundle may run. Raises BundleError,
+    InputError as `trusted_keys`, MissingDependencyError as `signer`.
+    """
+    trusted = trusted_keys()
+    if not trusted:
+        return None
+    names = ", ".join(map(str, trusted.values()))
+    found = signer(bundle)
+    if found is None:
+        raise BundleError(
+            f"{bundle.path} isn't signed, and this machine runs only what is signed by {names}: "
+            "edgesd keys sign"
+        )
+    if found.fingerprint not in trusted:
+        raise BundleError(
+            f"{bundle.path} is signed by {found}, and this machine trusts only {names}: sign it "
+            "by that key, or edgesd keys trust"
+        )
+    return trusted[found.fingerprint]
+
+
+def new_key(path: Path, passphrase: bytes | None = None) -> PublicKey:
+    """Make a key: `path` with the suffix .key (PKCS 8 in PEM, mode 600), and .pub beside it.
+
+    Raises InputError when one of them exists.
+    """
+    serialization, ed25519 = _library()
+    private, public = (path.with_name(path.name + suffix) for suffix in (".key", ".pub"))
+    for file in (private, public):
+        if file.exists():
+            raise InputError(f"{file} exists already: keys aren't written over; take another name")
+    key = ed25519.Ed25519PrivateKey.generate()
+    encryption = (
+        serialization.BestAvailableEncryption(passphrase)
+        if passphrase
+        else serialization.NoEncryption()
+    )
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
+    )
+    line = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    found = parse_public_key(f"{line.decode()} {path.name}")
+    with atomic_write(private, mode=0o600) as out:
+        out.write(pem)
+    with atomic_write(public) as out:
+        out.write(f"{found.line}\n".encode())
+    return found
+
+
+class WrongPassphraseError(InputError):
+    """The private key is encrypted, and the passphrase is missing or wrong."""
+
+
+def sign(bundle: Bundle, key: Path, passphrase: bytes | None = None) -> bytes:
+    """The content of `bundle.sig`: `bundle`'s manifest, signed by the private key in a file.
+
+    key: PEM, or OpenSSH's own format. Raises InputError for anything but an Ed25519 key,
+    WrongPassphraseError.
+    """
+    serialization, ed25519 = _library()
+    try:
+        data = key.read_bytes()
+    except OSError as exc:
+        raise InputError(f"the key {key} can't be read: {exc.strerror}") from exc
+    openssh = data.startswith(b"-----BEGIN OPENSSH PRIVATE KEY-----")
+    load = serialization.load_ssh_private_key if openssh else serialization.load_pem_private_key
+    try:
+        private = load(data, passphrase)
+    except TypeError as exc:  # its words for a missing passphrase, and for one that isn't needed
+        raise WrongPassphraseError(f"{key}: {exc}") from exc
+    except Exception as exc:
+        if passphrase is not None:
+            raise WrongPassphraseError(f"{key}: the passphrase isn't right") from exc
+        raise InputError(f"{key} isn't a private key: make one by `edgesd keys new`") from exc
+    if not isinstance(private, ed25519.Ed25519PrivateKey):
+        raise InputError(f"{key} isn't an Ed25519 key: make one by `edgesd keys new`")
+    raw = private.public_key().public_bytes_raw()
+    parts = (base64.b64encode(part).decode() for part in (raw, private.sign(_message(bundle))))
+    return f"{' '.join((_VERSION, *parts))}\n".encode()
+
+
+def _library() -> Any:
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError as exc:
+        raise MissingDependencyError(
+            "keys are made and used by cryptography, which isn't installed: pip install "
+            "'edgesd[signed]'"
+        ) from exc
+    return serialization, ed25519
+
+
+def _message(bundle: Bundle) -> bytes:
+    return _PREFIX + b"".join(bundle.chunks(MANIFEST))
+
+
+def _fingerprint(raw: bytes) -> str:
+    blob = _wire(_TYPE.encode()) + _wire(raw)
+    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+
+
+def _length(count: int) -> bytes:
+    return count.to_bytes(4, "big")
+
+
+def _wire(data: bytes) -> bytes:
+    """A string as SSH writes it (RFC 4251, section 5)."""
+    return _length(len(data)) + data

@@ -1,0 +1,314 @@
+"""`edgesd deploy` over a real SSH connection to a home folder on this machine, where a real edgesd
+takes the bundles in. Installing the runtime is left to the tests of the fake board."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgesd.build import deploy as deploying
+from edgesd.engines.bundle import update_manifest
+from edgesd.runtime.bundle import Bundle, open_bundle
+from edgesd.runtime.signature import new_key
+from tests.boards import Pi, Server, sshd
+from tests.support import Outcome, assert_refused, run_cli
+
+
+@pytest.fixture
+def pi(tmp_path: Path) -> Pi:
+    return Pi(tmp_path / "board")
+
+
+@pytest.fixture
+def server(pi: Pi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    async def kept(*_: object) -> tuple[int, int]:
+        return 0, 0
+
+    monkeypatch.setattr(deploying, "_runtime", kept)
+    with sshd(tmp_path / "user", pi.home) as found:
+        yield found
+
+
+@pytest.fixture
+def other(miniature: Bundle, tmp_path: Path) -> Bundle:
+    """The same bundle, but for its decoder's weights."""
+    return with_other_decoder(miniature, tmp_path / "other")
+
+
+def with_other_decoder(bundle: Bundle, path: Path) -> Bundle:
+    shutil.copytree(bundle.path, path)
+    name = "vae_decoder/weights.bin"
+    weights = np.fromfile(path / name, np.float32)
+    (weights * np.float32(0.97)).tofile(path / name)
+    update_manifest(path, bundle.manifest, [name])
+    return open_bundle(path)
+
+
+def host(server: Server) -> str:
+    return f"jetson@127.0.0.1:{server.port}"
+
+
+def deploy(server: Server, bundle: Bundle, *more: object) -> Outcome:
+    return run_cli("deploy", bundle.path, host(server), *more)
+
+
+def active(pi: Pi) -> str:
+    """The manifest of the active bundle, once every byte of it is verified."""
+    bundle = open_bundle(pi.home / "edgesd/current")
+    bundle.verify()
+    return bundle.manifest_sha256
+
+
+def test_deploy_and_draw(server: Server, pi: Pi, miniature: Bundle, tmp_path: Path) -> None:
+    outcome = deploy(server, miniature)
+    assert outcome.code == 0, outcome.err
+    assert "active in slot a" in outcome.err and "drawing a test picture" in outcome.err
+    assert active(pi) == miniature.manifest_sha256
+    draw = ("-p", "a", "--seed", "1", "--steps", "2")
+    ours, theirs = tmp_path / "ours.png", tmp_path / "theirs.png"
+    assert run_cli("generate", miniature.path, *draw, "-o", ours).code == 0
+    assert run_cli("generate", pi.home / "edgesd/current", *draw, "-o", theirs).code == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(ours)), np.asarray(Image.open(theirs)))
+
+
+def test_the_same_again_sends_nothing(server: Server, pi: Pi, miniature: Bundle) -> None:
+    assert deploy(server, miniature).code == 0
+    before = server.written
+    outcome = deploy(server, miniature)
+    assert "is active already, and every byte of it is right" in outcome.err
+    assert server.written == before
+
+
+def test_only_what_changed_is_sent(
+    server: Server, pi: Pi, miniature: Bundle, other: Bundle
+) -> None:
+    assert deploy(server, miniature).code == 0
+    outcome = deploy(server, other, "--json")
+    told = json.loads(outcome.out)[host(server)]
+    changed = other.manifest.files["vae_decoder/weights.bin"].bytes
+    frame = sum(other.size(name) for name in other.frame)
+    assert told["sent_bytes"] == changed + frame == told["written_bytes"]
+    assert active(pi) == other.manifest_sha256
+    slots = {slot.slot: slot for slot in pi.slots.show()}
+    assert slots["b"].active and slots["a"].manifest_sha256 == miniature.manifest_sha256
+    shared = pi.home / "edgesd/slots/a/unet/weights.bin"
+    assert shared.samefile(pi.home / "edgesd/slots/b/unet/weights.bin")
+
+
+def test_back_and_forth(server: Server, pi: Pi, miniature: Bundle, other: Bundle) -> None:
+    assert_refused(run_cli("deploy", "--rollback", host(server)), "no bundle to go back to")
+    assert deploy(server, miniature).code == 0
+    assert deploy(server, other).code == 0
+    for wanted in (miniature, other):
+        outcome = run_cli("deploy", "--rollback", host(server))
+        assert outcome.code == 0, outcome.err
+        assert active(pi) == wanted.manifest_sha256
+
+
+def test_a_failed_self_test_changes_nothing(
+    server: Server, pi: Pi, miniature: Bundle, other: Bundle, tmp_path: Path
+) -> None:
+    assert deploy(server, miniature).code == 0
+    assert deploy(server, other).code == 0
+    broken = tmp_path / "broken"
+    shutil.copytree(miniature.path, broken)
+    (broken / "unet/model.onnx").write_bytes(b"this is no graph")
+    update_manifest(broken, miniature.manifest, ["unet/model.onnx"])
+    outcome = deploy(server, open_bundle(broken))
+    assert outcome.code == 8
+    assert "the self-test failed, nothing was switched" in outcome.err.splitlines()[-1]
+    assert active(pi) == other.manifest_sha256
+    assert [slot.manifest_sha256 for slot in pi.slots.show()] == [
+        other.manifest_sha256,
+        miniature.manifest_sha256,
+    ]
+
+
+def test_damage_on_the_board_is_mended(server: Server, pi: Pi, miniature: Bundle) -> None:
+    assert deploy(server, miniature).code == 0
+    weights = pi.home / "edgesd/current/unet/weights.bin"
+    data = bytearray(weights.read_bytes())
+    data[100] ^= 4
+    weights.write_bytes(data)
+    outcome = deploy(server, miniature)
+    assert outcome.code == 0, outcome.err
+    assert "damaged there" in outcome.err
+    assert active(pi) == miniature.manifest_sha256
+
+
+def test_signed_bundles_alone(
+    server: Server, pi: Pi, miniature: Bundle, other: Bundle, tmp_path: Path
+) -> None:
+    assert deploy(server, miniature).code == 0
+    new_key(tmp_path / "release")
+    assert run_cli("keys", "trust", tmp_path / "release.pub", "--host", host(server)).code == 0
+    assert "release" in run_cli("keys", "list", "--host", host(server)).out
+    outcome = deploy(server, other)
+    assert outcome.code == 8
+    assert "isn't signed, and this machine runs only" in outcome.err.splitlines()[-1]
+    assert open_bundle(pi.home / "edgesd/current").manifest_sha256 == miniature.manifest_sha256
+    assert run_cli("keys", "sign", other.path, "--key", tmp_path / "release.key").code == 0
+    outcome = deploy(server, open_bundle(other.path))
+    assert outcome.code == 0 and "(release)" in outcome.err, outcome.err
+
+
+def test_several_boards_at_once(server: Server, pi: Pi, miniature: Bundle) -> None:
+    outcome = run_cli("deploy", miniature.path, host(server), "jetson@127.0.0.1:1")
+    assert outcome.code == 8
+    assert active(pi) == miniature.manifest_sha256
+    assert "127.0.0.1:1 can't be reached" in outcome.err
+    assert outcome.err.splitlines()[-1] == "edgesd: 1 of 2 boards failed: see the lines above"
+    outcome = run_cli("deploy", miniature.path, host(server), host(server))
+    assert outcome.code == 2 and "named twice" in outcome.err
+
+
+def test_a_board_of_another_architecture(server: Server, miniature: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "arm"
+    shutil.copytree(miniature.path, path)
+    other = "x86_64" if miniature.manifest.arch == "aarch64" else "aarch64"
+    update_manifest(path, msgspec.structs.replace(miniature.manifest, arch=other))
+    outcome = deploy(server, open_bundle(path))
+    assert outcome.code == 5
+    assert_refused(outcome, "build it for a board of that architecture")
+    assert server.written == 0
+
+
+def test_a_tampered_bundle_is_not_sent_whole(
+    server: Server, pi: Pi, miniature: Bundle, other: Bundle
+) -> None:
+    assert deploy(server, miniature).code == 0
+    path = other.path / "vae_decoder/weights.bin"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    outcome = deploy(server, open_bundle(other.path))
+    assert outcome.code == 4
+    assert "was altered or damaged" in outcome.err.splitlines()[-1]
+    assert active(pi) == miniature.manifest_sha256
+
+
+@pytest.mark.parametrize("arguments", [(), ("bundle",), ("--rollback",)])
+def test_no_board_is_named(arguments: tuple[str, ...]) -> None:
+    assert run_cli("deploy", *arguments).code == 2
+
+
+def chaos(
+    server: Server, pi: Pi, bundles: tuple[Bundle, Bundle], count: int, kill: bool
+) -> tuple[int, int]:
+    """Disturb `count` deploys at random points; those that failed, and those that still switched.
+
+    After each, the active bundle is one of the two and whole, and a deploy without disturbance
+    brings the other one.
+    """
+    chance = random.Random(7)
+    assert deploy(server, bundles[0]).code == 0
+    start = time.monotonic()
+    assert deploy(server, bundles[1]).code == 0
+    usual = time.monotonic() - start
+    failed = switched = 0
+    for index in range(count):
+        wanted = bundles[index % 2]
+        shutil.rmtree(pi.home / "edgesd/objects")  # so that there is much to send
+        stop = threading.Event()
+        delay = chance.uniform(0, usual * 1.1)
+
+        def disturb(delay: float = delay, stop: threading.Event = stop) -> None:
+            if stop.wait(delay):
+                return
+            if kill:
+                for process in pi.processes():
+                    if process != os.getpid():
+                        os.kill(process, signal.SIGKILL)
+            for connection in server.connections:
+                connection.abort()
+
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        outcome = deploy(server, wanted)
+        stop.set()
+        thread.join()
+        found = active(pi)
+        assert found in {bundle.manifest_sha256 for bundle in bundles}
+        if outcome.code:
+            failed += 1
+            switched += found == wanted.manifest_sha256
+        again = deploy(server, wanted)
+        assert again.code == 0, again.err
+        assert active(pi) == wanted.manifest_sha256
+    return failed, switched
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_cut_and_killed(
+    kill: bool, server: Server, pi: Pi, miniature: Bundle, other: Bundle
+) -> None:
+    failed, _ = chaos(server, pi, (miniature, other), 3, kill)
+    assert failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [False, True])
+def test_cut_and_killed_at_50_points(
+    kill: bool, server: Server, pi: Pi, miniature: Bundle, other: Bundle
+) -> None:
+    failed, switched = chaos(server, pi, (miniature, other), 50, kill)
+    print(f"kill={kill}: {failed} of 50 failed, {switched} of these had switched; none lost")
+    assert failed >= 25
+
+
+def test_bench_over_ssh(
+    server: Server, pi: Pi, miniature: Bundle, other: Bundle, tmp_path: Path
+) -> None:
+    """The link is cut in the middle; the board goes on, and the figures arrive."""
+    asked = ("bench", miniature.path, "--host", host(server), "-n", "3", "--steps", "300")
+    assert deploy(server, other).code == 0
+    assert_refused(run_cli(*asked), "has another bundle active", "edgesd deploy")
+    assert deploy(server, miniature).code == 0
+
+    def cut() -> None:
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            if sum(b"detached" in cmdline(process) for process in pi.processes()) > 1:
+                break
+            time.sleep(0.05)
+        time.sleep(0.5)
+        for connection in server.connections:
+            connection.abort()
+
+    thread = threading.Thread(target=cut)
+    thread.start()
+    page = tmp_path / "page.html"
+    outcome = run_cli(*asked, "--json", "--html", page)
+    thread.join()
+    assert outcome.code == 0, outcome.err
+    assert "was lost" in outcome.err and "joining it again" in outcome.err
+    (told,) = json.loads(outcome.out)
+    assert told["host"] == host(server) and len(told["runs"]) == 3
+    assert page.exists()
+    assert not list((pi.home / ".cache/edgesd/runs").iterdir())
+
+
+def cmdline(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_slots_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGESD_HOME", str(tmp_path / "edgesd"))
+    assert "none: edgesd deploy brings one" in run_cli("slots", "show").out
+    assert_refused(run_cli("slots", "check"), "no bundle is active")
+    assert_refused(run_cli("slots", "install", "0" * 64, "1" * 64), "hasn't arrived")

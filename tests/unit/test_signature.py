@@ -1,0 +1,196 @@
+"""Signatures of bundles, and the keys that a machine trusts."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edgesd.engines.bundle import pack_bundle, sign_bundle, update_manifest
+from edgesd.errors import BundleError, InputError
+from edgesd.runtime import signature
+from edgesd.runtime.bundle import SIGNATURE, Bundle, open_bundle
+from edgesd.runtime.signature import (
+    check_trusted,
+    new_key,
+    parse_public_key,
+    sign,
+    signer,
+    trust,
+    trusted_keys,
+)
+from tests.support import assert_refused, run_cli
+
+
+@pytest.fixture(autouse=True)
+def _own_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(signature, "SYSTEM_KEYS", tmp_path / "no system keys")
+
+
+@pytest.fixture
+def bundle(miniature: Bundle, tmp_path: Path) -> Bundle:
+    shutil.copytree(miniature.path, tmp_path / "bundle")
+    return open_bundle(tmp_path / "bundle")
+
+
+def signed(bundle: Bundle, key: Path) -> Bundle:
+    sign_bundle(bundle, sign(bundle, key))
+    return open_bundle(bundle.path)
+
+
+def test_signed_and_checked(bundle: Bundle, tmp_path: Path) -> None:
+    key = new_key(tmp_path / "release")
+    assert stat.S_IMODE((tmp_path / "release.key").stat().st_mode) == 0o600
+    assert signer(bundle) is None
+    made = signed(bundle, tmp_path / "release.key")
+    found = signer(made)
+    assert found and found.fingerprint == key.fingerprint
+    made.verify()
+
+
+def test_the_fingerprint_is_the_one_of_openssh(tmp_path: Path) -> None:
+    if not shutil.which("ssh-keygen"):
+        pytest.skip("needs ssh-keygen")
+    key = new_key(tmp_path / "release")
+    told = subprocess.run(
+        ["ssh-keygen", "-l", "-f", tmp_path / "release.pub"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.split()[1] == key.fingerprint
+
+
+def test_a_key_of_openssh_signs(bundle: Bundle, tmp_path: Path) -> None:
+    if not shutil.which("ssh-keygen"):
+        pytest.skip("needs ssh-keygen")
+    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "id")]
+    subprocess.run(command, check=True)
+    made = signed(bundle, tmp_path / "id")
+    found = signer(made)
+    assert found == parse_public_key((tmp_path / "id.pub").read_text())._replace(
+        line=found.line if found else "", name=""
+    )
+
+
+def test_the_one_file_form(bundle: Bundle, tmp_path: Path) -> None:
+    new_key(tmp_path / "release")
+    path = tmp_path / "one.edgesd"
+    pack_bundle(bundle, path)
+    made = signed(open_bundle(path), tmp_path / "release.key")
+    assert signer(made)
+    made.verify()
+    again = tmp_path / "again.edgesd"
+    pack_bundle(made, again)
+    assert again.read_bytes() == path.read_bytes()
+    folder = tmp_path / "folder"
+    subprocess.run(["tar", "-xf", path, f"--one-top-level={folder}"], check=True)
+    assert signer(open_bundle(folder))
+
+
+def test_who_trusts_nobody_runs_anything(bundle: Bundle) -> None:
+    assert check_trusted(bundle) is None
+
+
+def test_who_trusts_somebody_refuses_the_rest(bundle: Bundle, tmp_path: Path) -> None:
+    ours = new_key(tmp_path / "ours")
+    new_key(tmp_path / "theirs")
+    trust(ours)
+    with pytest.raises(BundleError, match="isn't signed, and this machine runs only"):
+        check_trusted(bundle)
+    with pytest.raises(BundleError, match="this machine trusts only"):
+        check_trusted(signed(bundle, tmp_path / "theirs.key"))
+    found = check_trusted(signed(bundle, tmp_path / "ours.key"))
+    assert found and found.name == "ours"
+    trust(ours, trusted=False)
+    assert trusted_keys() == {}
+
+
+def test_every_altered_byte_of_the_signature_is_seen(bundle: Bundle, tmp_path: Path) -> None:
+    key = new_key(tmp_path / "ours")
+    trust(key)
+    made = signed(bundle, tmp_path / "ours.key")
+    path = made.path / SIGNATURE
+    right = path.read_bytes()
+    for place in range(0, len(right) - 1, 7):
+        altered = bytearray(right)
+        altered[place] ^= 1
+        path.write_bytes(altered)
+        with pytest.raises(BundleError):
+            check_trusted(open_bundle(made.path))
+    path.write_bytes(right)
+    assert check_trusted(open_bundle(made.path))
+
+
+def test_a_changed_manifest_is_no_longer_signed(bundle: Bundle, tmp_path: Path) -> None:
+    new_key(tmp_path / "ours")
+    made = signed(bundle, tmp_path / "ours.key")
+    update_manifest(made.path, msgspec.structs.replace(made.manifest, name="another"))
+    with pytest.raises(BundleError, match="signature isn't right"):
+        signer(open_bundle(made.path))
+
+
+def test_the_system_s_keys_come_first(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system, user = new_key(tmp_path / "system"), new_key(tmp_path / "user")
+    trust(user)
+    (tmp_path / "trusted").write_text(f"# ours\n\n{system.line}\n")
+    monkeypatch.setattr(signature, "SYSTEM_KEYS", tmp_path / "trusted")
+    assert list(trusted_keys()) == [system.fingerprint]
+
+
+def test_unreadable_keys_trust_nobody(bundle: Bundle, tmp_path: Path) -> None:
+    path = signature.user_keys()
+    path.parent.mkdir(parents=True)
+    path.write_text("ssh-rsa AAAA\n")
+    with pytest.raises(InputError, match="isn't a public key"):
+        check_trusted(bundle)
+
+
+class TestCommands:
+    def test_from_a_new_key_to_a_refusal(self, bundle: Bundle, tmp_path: Path) -> None:
+        name = tmp_path / "release"
+        assert run_cli("keys", "new", name).code == 0
+        assert_refused(run_cli("keys", "new", name), "aren't written over")
+        assert "any bundle runs here" in run_cli("keys", "list").out
+        assert run_cli("keys", "trust", f"{name}.pub").code == 0
+        draw = ("generate", bundle.path, "-p", "a", "--steps", "1", "-o", tmp_path / "a.png")
+        assert_refused(run_cli(*draw), "isn't signed", "edgesd keys sign")
+        assert_refused(run_cli("keys", "check", bundle.path), "isn't signed")
+        outcome = run_cli("keys", "sign", bundle.path, "--key", f"{name}.key")
+        assert outcome.code == 0 and "is signed by SHA256:" in outcome.out
+        assert "this machine trusts that key" in run_cli("keys", "check", bundle.path).out
+        assert "signed by  SHA256:" in run_cli("inspect", bundle.path).out
+        outcome = run_cli(*draw)
+        assert outcome.code == 0, outcome.err
+        line = Path(f"{name}.pub").read_text().strip()
+        assert run_cli("keys", "trust", line, "--remove").code == 0
+        assert_refused(run_cli("keys", "trust", line, "--remove"), "isn't among")
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [(b"", "isn't a private key"), (None, "can't be read")],
+    )
+    def test_what_is_no_key(
+        self, content: bytes | None, words: str, bundle: Bundle, tmp_path: Path
+    ) -> None:
+        if content is not None:
+            (tmp_path / "x.key").write_bytes(content)
+        assert_refused(run_cli("keys", "sign", bundle.path, "--key", tmp_path / "x.key"), words)
+        assert_refused(run_cli("keys", "trust", tmp_path / "none.pub"), "give NAME.pub")
+
+    def test_a_damaged_bundle_is_not_signed(self, bundle: Bundle, tmp_path: Path) -> None:
+        new_key(tmp_path / "ours")
+        name = next(name for name in bundle.manifest.files if name.endswith(".bin"))
+        data = bytearray((bundle.path / name).read_bytes())
+        data[0] ^= 1
+        (bundle.path / name).write_bytes(data)
+        outcome = run_cli("keys", "sign", bundle.path, "--key", tmp_path / "ours.key")
+        assert outcome.code == 4
+        assert not (bundle.path / SIGNATURE).exists()
