@@ -257,6 +257,11 @@ class Sampler:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
+    @property
+    def pid(self) -> int:
+        """Of the process that samples."""
+        return self._process.pid
+
     def __enter__(self) -> Sampler:
         return self
 

@@ -63,9 +63,12 @@ def _head(benches: Sequence[Bench], title: str) -> str:
     for bench in benches:
         found = bench.summary
         n = counted(bench.asked.runs, "picture")
-        figures = [
+        times = [
             ("a picture", _seconds(found.picture.median), f"median of {n}"),
             ("a step", _seconds(found.step.median), f"p90 {_seconds(found.step.p90)}"),
+        ]
+        figures = [
+            *([] if bench.emulated else times),
             ("memory at most", megabytes(found.peak_memory_bytes), "of the process"),
             ("throttled", "yes" if found.throttled else "no", ", ".join(found.throttled)),
         ]
@@ -123,7 +126,7 @@ def _steps(bench: Bench) -> str:
         'fill-opacity=".5"/>'
         for at, value in points
     )
-    return "<h3>Each step</h3>\n" + dots.draw(body, "step", "s", [])
+    return "<h3>Each step, s</h3>\n" + dots.draw(body, "step", "s", [])
 
 
 def _telemetry(bench: Bench) -> str:
@@ -141,7 +144,7 @@ def _telemetry(bench: Bench) -> str:
         plot = _Plot(0, bench.samples[-1].seconds, [value for _, value in points])
         path = " ".join(f"{plot.x(at):.1f},{plot.y(value):.1f}" for at, value in points)
         body = f'<polyline points="{path}" fill="none" stroke="var(--accent)" stroke-width="2"/>'
-        plots += f"<h3>{escaped(line.title)}</h3>\n"
+        plots += f"<h3>{escaped(f'{line.title}, {line.unit}')}</h3>\n"
         plots += plot.draw(body, "seconds", line.unit, bench.runs)
     found = bench.summary
     if found.throttled:
@@ -153,7 +156,7 @@ def _telemetry(bench: Bench) -> str:
 
 
 def _pictures(bench: Bench) -> str:
-    small = ' class="cards sharp"' if bench.asked.width < 257 else ' class="cards"'
+    small = ' class="gallery sharp"' if bench.asked.width < 257 else ' class="gallery"'
     cards = "".join(
         '<figure class="card"><img alt="" src="data:image/png;base64,'
         f'{base64.b64encode(picture).decode()}"><figcaption>seed {run.seed}, '
@@ -242,7 +245,7 @@ class _Plot:
         return (
             f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="100%" role="img" font-size="12" '
             f'fill="var(--soft)" aria-label="{escaped(unit)} by {escaped(across)}">'
-            f'{shade}{marks}{ends}<text x="4" y="10">{escaped(unit)}</text>{body}</svg>\n'
+            f"{shade}{marks}{ends}{body}</svg>\n"
         )
 
 

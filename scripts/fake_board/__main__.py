@@ -91,7 +91,7 @@ def start(key: Path) -> str:
     _prepare(root, key.read_text())
     _network()
     inside = ["ip", "netns", "exec", NAMESPACE, "chroot", str(root)]
-    subprocess.Popen(
+    sshd = subprocess.Popen(
         [*inside, "/usr/sbin/sshd", "-D", "-e"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -99,10 +99,16 @@ def start(key: Path) -> str:
         env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "QEMU_CPU": CPU},
         start_new_session=True,
     )
+    (folder() / "pid").write_text(str(sshd.pid))
     _wait_for_sshd()
     public = (root / "etc/ssh/ssh_host_ed25519_key.pub").read_text().split()[:2]
     (folder() / "known_hosts").write_text(f"{ADDRESS} {' '.join(public)}\n")
     return f"{USER}@{ADDRESS}"
+
+
+def mount_namespace() -> list[str]:
+    """What to put before a command so that it sees, and changes, the board's mounts."""
+    return ["nsenter", "--mount", "--target", (folder() / "pid").read_text()]
 
 
 def stop() -> None:
