@@ -32,9 +32,9 @@ class Pair(NamedTuple):
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far: fields 14 and 15 of /proc/PID/stat, proc(5)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """CPU time of a process's threads so far, to the nanosecond: schedstat, proc(5)."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
 
 def measure(bundle: Bundle, steps: int, repeats: int, interval: float, threads: int) -> list[Pair]:

@@ -7,7 +7,7 @@ import time
 import click
 import msgspec
 
-from edgesd.cli.common import Finite, json_option
+from edgesd.cli.common import Finite, hosts_option, json_option, show_each
 
 
 @click.command("watch", short_help="Memory, clocks, heat and power of this board.")
@@ -22,13 +22,26 @@ from edgesd.cli.common import Finite, json_option
     "--seconds", type=Finite(0, min_open=True), help="End after so long. [default: never]"
 )
 @click.option("--pid", type=click.IntRange(1), help="A process whose memory is shown, too.")
+@hosts_option
 @json_option
-def watch_command(interval: float, seconds: float | None, pid: int | None, as_json: bool) -> None:
+def watch_command(
+    interval: float,
+    seconds: float | None,
+    pid: int | None,
+    hosts: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Show what this board does: memory, clocks, temperatures, power, and what holds it back.
 
     By tegrastats on a Jetson, by vcgencmd on a Raspberry Pi, and by Linux's own files anywhere. A
     line per sample; with --json an object per line.
     """
+    if hosts:
+        options = [f"--interval={interval}", *(["--json"] if as_json else [])]
+        options += [f"--seconds={seconds}"] if seconds is not None else []
+        options += [f"--pid={pid}"] if pid is not None else []
+        _watch_hosts(hosts, options)
+        return
     from edgesd.device.telemetry import Sample, board_watts, sampled
 
     def line(sample: Sample) -> str:
@@ -60,3 +73,18 @@ def watch_command(interval: float, seconds: float | None, pid: int | None, as_js
             click.echo(line(sample))
         if end is not None and time.monotonic() + interval > end:
             return
+
+
+def _watch_hosts(hosts: tuple[str, ...], options: list[str]) -> None:
+    """Print what `edgesd watch` prints on each host, as it comes."""
+    from edgesd.device import board as boards
+    from edgesd.device.board import Board
+    from edgesd.device.hosts import on_each
+
+    def show(board: Board, line: str) -> None:
+        click.echo(f"{board.name}: {line}" if len(hosts) > 1 else line)
+
+    async def watch(board: Board) -> None:
+        await boards.edgesd(board, "watch", *options, on_output=lambda line: show(board, line))
+
+    show_each(on_each(hosts, watch), lambda host, nothing: None)

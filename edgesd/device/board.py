@@ -73,8 +73,8 @@ class Board(Protocol):
         on_output: OnLine | None = None,
     ) -> Finished:
         """Run `command` (an argument vector; no shell sees it) in the home folder. A program that
-        isn't there is exit status 127. on_line: told its standard error, on_output its standard
-        output."""
+        isn't there is exit status 127. on_line: told its standard error; on_output: its standard
+        output, which is then not kept."""
 
     async def put(self, path: str, chunks: Iterable[bytes], start: int = 0) -> None:
         """Write `chunks` into the file `path` from its byte `start` on, making it if need be; it
@@ -296,7 +296,7 @@ class FolderBoard:
             for line in text.splitlines() if listener else ():
                 assert listener
                 listener(line)
-        return Finished(process.returncode or 0, *texts)
+        return Finished(process.returncode or 0, "" if on_output else texts[0], texts[1])
 
     async def put(self, path: str, chunks: Iterable[bytes], start: int = 0) -> None:
         """See Board."""

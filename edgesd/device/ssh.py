@@ -90,10 +90,10 @@ class SshBoard:
                 shlex.join(command), stdin=asyncio.subprocess.DEVNULL
             )
 
-            async def listen(stream: Any, listener: OnLine | None) -> str:
+            async def listen(stream: Any, listener: OnLine | None, keep: bool) -> str:
                 whole, line = bytearray(), b""
                 while block := await stream.read(_READ_BYTES):
-                    whole += block
+                    whole += block if keep else b""
                     *lines, line = (line + block).split(b"\n")
                     for raw in lines if listener else ():
                         assert listener
@@ -104,7 +104,8 @@ class SshBoard:
 
             try:
                 out, said = await asyncio.gather(
-                    listen(process.stdout, on_output), listen(process.stderr, on_line)
+                    listen(process.stdout, on_output, on_output is None),
+                    listen(process.stderr, on_line, True),
                 )
                 await process.wait_closed()
             except asyncio.CancelledError:

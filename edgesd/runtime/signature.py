@@ -143,17 +143,17 @@ def check_trusted(bundle: Bundle) -> PublicKey | None:
     trusted = trusted_keys()
     if not trusted:
         return None
-    names = ", ".join(map(str, trusted.values()))
+    names, name = ", ".join(map(str, trusted.values())), bundle.manifest.name
     found = signer(bundle)
     if found is None:
         raise BundleError(
-            f"{bundle.path} isn't signed, and this machine runs only what is signed by {names}: "
-            "edgesd keys sign"
+            f"the bundle {name} isn't signed, and this machine runs only what is signed by "
+            f"{names}: edgesd keys sign"
         )
     if found.fingerprint not in trusted:
         raise BundleError(
-            f"{bundle.path} is signed by {found}, and this machine trusts only {names}: sign it "
-            "by that key, or edgesd keys trust"
+            f"the bundle {name} is signed by {found}, and this machine trusts only {names}: sign "
+            "it by that key, or edgesd keys trust"
         )
     return trusted[found.fingerprint]
 

@@ -300,6 +300,13 @@ def test_bench_over_ssh(
     assert not list((pi.home / ".cache/edgesd/runs").iterdir())
 
 
+def test_watch_over_ssh(server: Server, pi: Pi) -> None:
+    outcome = run_cli("watch", "--seconds", "0.2", "--interval", "0.1", "--host", host(server))
+    assert outcome.code == 0, outcome.err
+    assert len(outcome.out.splitlines()) >= 2 and "memory" in outcome.out
+    assert_refused(run_cli("watch", "--host", host(server), "--pid", 2**22 + 1), "no process")
+
+
 def cmdline(process: int) -> bytes:
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes()

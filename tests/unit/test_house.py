@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -43,6 +44,13 @@ def test_the_device_side_imports_nothing_heavy(code: str) -> None:
 
 def test_help_loads_no_numpy() -> None:
     assert "numpy" not in modules_after("import edgesd.cli")
+
+
+def test_onnxruntime_keeps_nothing_in_the_user_s_cache(tmp_path: Path) -> None:
+    code = "import edgesd, onnxruntime; onnxruntime.SessionOptions()"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_names_every_scheduler() -> None:
