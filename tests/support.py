@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgesd.cli import main
-from edgesd.engines.bundle import file_entries, write_manifest
+from edgesd.engines.bundle import file_entries, update_manifest, write_manifest
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.spec import (
     SCHEMA_VERSION,
@@ -254,3 +255,13 @@ def write_bundle(
     )
     write_manifest(root, manifest)
     return open_bundle(root)
+
+
+def with_other_decoder(bundle: Bundle, path: Path, factor: float = 0.97) -> Bundle:
+    """A copy of a bundle folder at `path`, with its decoder's weights multiplied by `factor`."""
+    shutil.copytree(bundle.path, path)
+    name = "vae_decoder/weights.bin"
+    weights = np.fromfile(path / name, np.float32)
+    (weights * np.float32(factor)).tofile(path / name)
+    update_manifest(path, bundle.manifest, [name])
+    return open_bundle(path)

@@ -73,6 +73,9 @@ print(json.dumps([list(sys.version_info[:2]), platform.machine(), 8 * struct.cal
 _INSTALL = """
 set -e
 cd "$1"; id="$2"; site="$3"; pip="$4"; shift 4
+exec 9>lock  # what a lost link left at work here still holds it
+flock -w 600 9 || { echo "another deploy is at work: wait until it has ended" >&2; exit 1; }
+if [ -f "runtime/$id/whole" ]; then exit 0; fi
 rm -rf "runtime/$id"; mkdir -p runtime
 python3 -m venv --without-pip $site "runtime/$id"
 PYTHONPATH="wheels/$pip" "runtime/$id/bin/python" -m pip install --quiet --no-index \

@@ -64,6 +64,7 @@ def finalize_command(
         raise click.UsageError("-o goes with --on: plans of this machine are kept in --plans")
     from edgesd.engines.plans import Finalized, plans_folder, prepare_plans, read_plan
     from edgesd.runtime.bundle import open_bundle
+    from edgesd.runtime.signature import check_trusted
 
     opened = open_bundle(bundle)
     reporter = Reporter(quiet=as_json)
@@ -73,6 +74,7 @@ def finalize_command(
 
             found = finalize_on(host, opened, output, board_progress(reporter))
         else:
+            check_trusted(opened)
             paths = prepare_plans(opened, plans or plans_folder(), plan_progress(reporter))
             found = {
                 name: Finalized(printable(path), read_plan(path)) if path else Finalized(None, None)

@@ -184,6 +184,7 @@ class Sources:
         self._latest = ""
         self._tegrastats: subprocess.Popen[str] | None = None
         self._vcgencmd = shutil.which("vcgencmd")
+        self._unanswered: set[str] = set()
         if path := shutil.which("tegrastats"):
             self._tegrastats = subprocess.Popen(
                 [path, "--interval", str(max(1, round(1000 * interval)))],
@@ -219,11 +220,14 @@ class Sources:
     def _ask(self, what: str) -> str:
         """vcgencmd's answer; "" where it has none (a Raspberry Pi 4 has no rails to tell of)."""
         assert self._vcgencmd
+        if what in self._unanswered:
+            return ""
         try:
             done = subprocess.run(
                 [self._vcgencmd, what], capture_output=True, timeout=5, check=True
             )
         except (OSError, subprocess.SubprocessError):
+            self._unanswered.add(what)  # it won't have one later: spare the process
             return ""
         return done.stdout.decode(errors="replace")
 

@@ -19,9 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgesd.engines.bundle import update_manifest
-from edgesd.runtime.bundle import Bundle, open_bundle
-from tests.support import assert_refused, run_cli, write_bundle
+from edgesd.runtime.bundle import Bundle
+from tests.support import assert_refused, run_cli, with_other_decoder, write_bundle
 
 pytestmark = pytest.mark.fake_board
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,17 +99,11 @@ def test_deploy_generate_and_bench(host: str, bundle: Bundle, tmp_path: Path) ->
 
 
 def test_only_what_changed_goes_there(host: str, bundle: Bundle, tmp_path: Path) -> None:
-    path = tmp_path / "other"
-    shutil.copytree(bundle.path, path)
-    name = "vae_decoder/weights.bin"
-    weights = np.fromfile(path / name, np.float32)
-    (weights * np.float32(0.97)).tofile(path / name)
-    update_manifest(path, bundle.manifest, [name])
-    other = open_bundle(path)
+    other = with_other_decoder(bundle, tmp_path / "other")
     assert run_cli("deploy", bundle.path, host).code == 0
-    outcome = run_cli("deploy", path, host, "--json")
+    outcome = run_cli("deploy", other.path, host, "--json")
     sent = json.loads(outcome.out)[host]["sent_bytes"]
-    assert sent == other.size(name) + sum(map(other.size, other.frame))
+    assert sent == other.size("vae_decoder/weights.bin") + sum(map(other.size, other.frame))
     assert run_cli("deploy", "--rollback", host).code == 0
 
 

@@ -23,7 +23,7 @@ from edgesd.engines.bundle import update_manifest
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.signature import new_key
 from tests.boards import Pi, Server, sshd
-from tests.support import Outcome, assert_refused, run_cli
+from tests.support import Outcome, assert_refused, run_cli, with_other_decoder
 
 
 @pytest.fixture
@@ -45,15 +45,6 @@ def server(pi: Pi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def other(miniature: Bundle, tmp_path: Path) -> Bundle:
     """The same bundle, but for its decoder's weights."""
     return with_other_decoder(miniature, tmp_path / "other")
-
-
-def with_other_decoder(bundle: Bundle, path: Path) -> Bundle:
-    shutil.copytree(bundle.path, path)
-    name = "vae_decoder/weights.bin"
-    weights = np.fromfile(path / name, np.float32)
-    (weights * np.float32(0.97)).tofile(path / name)
-    update_manifest(path, bundle.manifest, [name])
-    return open_bundle(path)
 
 
 def host(server: Server) -> str:

@@ -135,6 +135,13 @@ def test_installed_once_and_switched_as_a_whole(miniature: Bundle, tmp_path: Pat
     assert (home / ".local/bin/edgesd").resolve() == (home / "edgesd/bin/edgesd").resolve()
     assert runtime(home, miniature, wheels) == (0, 0)
 
+    (whole,) = (home / "edgesd/runtime").glob("*/whole")
+    whole.unlink()  # as when it was killed at the end
+    (whole.parent / "bin/edgesd").unlink()
+    sent, written = runtime(home, miniature, wheels)
+    assert sent == 0 < written
+    assert version(home) == "edgesd 1.0\n"
+
     (wheels / "edgesd-1.0-py3-none-any.whl").unlink()
     newer = wheel(wheels, "edgesd", "2.0")
     (home / "edgesd/runtime/half").mkdir()  # of a deploy that was killed

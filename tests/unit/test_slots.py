@@ -9,15 +9,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from edgesd.engines import slots as slots_module
-from edgesd.engines.bundle import update_manifest
 from edgesd.engines.slots import Slots
 from edgesd.errors import BoardError, BundleError, InputError
 from edgesd.files import sha256_file
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, open_bundle
+from tests.support import with_other_decoder
 
 CHANGES = ("os.rename", "os.link", "os.symlink", "os.remove", "os.rmdir", "os.mkdir")
 
@@ -27,16 +26,11 @@ def bundles(
     miniature: Bundle, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Bundle, Bundle, Bundle]:
     """Three that differ in their decoder's weights."""
-    found = [miniature]
-    for factor in (0.97, 0.95):
-        path = tmp_path_factory.mktemp("bundles") / "other"
-        shutil.copytree(miniature.path, path)
-        name = "vae_decoder/weights.bin"
-        weights = np.fromfile(path / name, np.float32)
-        (weights * np.float32(factor)).tofile(path / name)
-        update_manifest(path, miniature.manifest, [name])
-        found.append(open_bundle(path))
-    return found[0], found[1], found[2]
+    folder = tmp_path_factory.mktemp("bundles")
+    second, third = (
+        with_other_decoder(miniature, folder / str(factor), factor) for factor in (0.97, 0.95)
+    )
+    return miniature, second, third
 
 
 def arrive(slots: Slots, bundle: Bundle) -> tuple[str, str]:
