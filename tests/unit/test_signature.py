@@ -15,6 +15,7 @@ from edgesd.errors import BundleError, InputError
 from edgesd.runtime import signature
 from edgesd.runtime.bundle import SIGNATURE, Bundle, open_bundle
 from edgesd.runtime.signature import (
+    WrongPassphraseError,
     check_trusted,
     new_key,
     parse_public_key,
@@ -76,6 +77,22 @@ def test_a_key_of_openssh_signs(bundle: Bundle, tmp_path: Path) -> None:
     assert found == parse_public_key((tmp_path / "id.pub").read_text())._replace(
         line=found.line if found else "", name=""
     )
+
+
+def test_a_key_with_a_passphrase(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_key(tmp_path / "release", b"open sesame")
+    key = tmp_path / "release.key"
+    assert b"ENCRYPTED" in key.read_bytes()
+    with pytest.raises(WrongPassphraseError):
+        sign(bundle, key)
+    with pytest.raises(WrongPassphraseError, match="isn't right"):
+        sign(bundle, key, b"open barley")
+    monkeypatch.setattr("click.prompt", lambda *_, **__: "open sesame")
+    outcome = run_cli("keys", "sign", bundle.path, "--key", key)
+    assert outcome.code == 0, outcome.err
+    assert signer(open_bundle(bundle.path))
 
 
 def test_the_one_file_form(bundle: Bundle, tmp_path: Path) -> None:
