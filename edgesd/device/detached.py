@@ -28,7 +28,6 @@ from edgesd.files import atomic_write, user_cache
 from edgesd.spec import Spec
 
 _KEY = re.compile(r"[0-9a-zA-Z_-]{1,64}")
-_START_SECONDS = 60
 _POLL_SECONDS = 0.05
 
 
@@ -51,11 +50,10 @@ def follow(key: str, command: Sequence[str], on_line: Callable[[str], None]) -> 
     result = _result(key)
     link = _connect(key)
     if link is None and not result.exists():
-        _start(key, command)
-        end = time.monotonic() + _START_SECONDS
+        started = _start(key, command)
         while (link := _connect(key)) is None and not result.exists():
-            if time.monotonic() > end:
-                raise BoardError("the work could not be started in the background: see the log")
+            if started.poll() is not None and _connect(key) is None and not result.exists():
+                break  # it is gone, and nobody else began the same
             time.sleep(_POLL_SECONDS)
     if link is not None:
         with link, link.makefile("r", encoding="utf-8", errors="replace") as lines:
@@ -95,8 +93,8 @@ def _connect(key: str) -> socket.socket | None:
     return link
 
 
-def _start(key: str, command: Sequence[str]) -> None:
-    subprocess.Popen(
+def _start(key: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
         [sys.executable, "-m", "edgesd.device.detached", key, "--", *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

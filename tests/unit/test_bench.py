@@ -219,7 +219,7 @@ class TestDetached:
 
     def test_an_end_without_a_result(self, tmp_path: Path) -> None:
         code = f"import os, signal; os.kill(os.getppid(), {int(signal.SIGKILL)})"
-        with pytest.raises(BoardError, match=r"without a result|could not be started"):
+        with pytest.raises(BoardError, match="without a result"):
             detached.follow("e", [sys.executable, "-c", code], lambda line: None)
 
     def test_a_bad_key(self) -> None:
