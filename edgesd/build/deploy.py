@@ -117,9 +117,8 @@ async def deploy(
     here = await _look(board, bundle)
     sent, written = await _runtime(board, bundle, here, wheels, say, moved)
     state = "installed" if written else "kept"
-    slots = await _slots(board)
-    ours = bundle.manifest_sha256
-    if any(slot.active and slot.manifest_sha256 == ours and not slot.problem for slot in slots):
+    active = await active_slot(board)
+    if active and active.manifest_sha256 == bundle.manifest_sha256:  # "" where it can't be opened
         say("it is active already: verifying it there")
         try:
             slot = boards.decode(
@@ -129,13 +128,7 @@ async def deploy(
         except BoardError as exc:
             say(f"it is damaged there: {exc}")
     items, frame = _items(bundle)
-    total, done = sum(item.size for item in items.values()), 0
-
-    def count(_name: str, size: int) -> None:
-        nonlocal done
-        done += size
-        moved("bundle", min(done, total), total)
-
+    count = boards.adding_up(moved, "bundle", sum(item.size for item in items.values()))
     objects = f"{_HOME}/objects"
     sent_now = await boards.send(board, objects, items, count, _SPARE_BYTES, others=True)
     arguments = ["slots", "install", frame[MANIFEST], frame[CHECKSUM], "--json"]
@@ -163,13 +156,8 @@ async def rollback(board: Board, self_test: bool = True, say: Say = lambda text:
 
 async def active_slot(board: Board) -> Slot | None:
     """The bundle that is active on the board, or None."""
-    return next((slot for slot in await _slots(board) if slot.active), None)
-
-
-async def _slots(board: Board) -> list[Slot]:
-    return boards.decode(
-        board, await boards.edgesd(board, "slots", "show", "--wait", "--json"), list[Slot]
-    )
+    told = await boards.edgesd(board, "slots", "show", "--wait", "--json")
+    return next((slot for slot in boards.decode(board, told, list[Slot]) if slot.active), None)
 
 
 async def _look(board: Board, bundle: Bundle) -> _Here:
@@ -222,13 +210,8 @@ async def _runtime(
     if (await board.run(["test", "-f", f"{_HOME}/runtime/{name}/whole"])).status == 0:
         await boards.ask(board, ["sh", "-c", _SWITCH, "switch", _HOME, name])
         return 0, 0
-    total, done = sum(item.size for item in items.values()), 0
-
-    def count(_name: str, size: int) -> None:
-        nonlocal done
-        done += size
-        moved("runtime", min(done, total), total)
-
+    total = sum(item.size for item in items.values())
+    count = boards.adding_up(moved, "runtime", total)
     spare = _SPARE_BYTES + _UNPACKED * total
     sent = await boards.send(board, f"{_HOME}/wheels", items, count, spare)
     say(f"installing edgesd {edgesd.__version__} for Python {here.python} on {here.arch}")

@@ -134,14 +134,8 @@ async def _build(
     items = _items(bundle)
     raw = b"".join(bundle.chunks(MANIFEST))
     folder = f"{_INCOMING}/{hashlib.sha256(raw).hexdigest()[:16]}"
-    total, done = sum(item.size for item in items.values()), 0
-
-    def sent(_name: str, count: int) -> None:
-        nonlocal done
-        done += count
-        progress.moved("send", min(done, total), total)
-
-    await boards.send(board, folder, items, sent)
+    total = sum(item.size for item in items.values())
+    await boards.send(board, folder, items, boards.adding_up(progress.moved, "send", total))
     await boards.edgesd(board, "finalize", folder, on_line=progress.line)
     told = await boards.edgesd(board, "finalize", folder, "--json")
     found = boards.decode(board, told, dict[str, Finalized])

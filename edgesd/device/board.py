@@ -152,6 +152,23 @@ def decode(board: Board, told: str, kind: type[_T]) -> _T:
         ) from exc
 
 
+def adding_up(
+    moved: Callable[[str, int, int], None], what: str, total: int
+) -> Callable[[str, int], None]:
+    """What `send` tells of each file, added up: `moved` is told `what`, bytes so far, of `total`.
+
+    What arrived damaged and is sent again isn't counted beyond it.
+    """
+    done = 0
+
+    def count(_name: str, size: int) -> None:
+        nonlocal done
+        done += size
+        moved(what, min(done, total), total)
+
+    return count
+
+
 async def send(
     board: Board,
     folder: str,

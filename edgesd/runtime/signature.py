@@ -25,6 +25,7 @@ _PREFIX = b"edgesd bundle manifest, version 1\n"
 SYSTEM_KEYS = Path("/etc/edgesd/trusted_keys")
 """Where it is there, it alone decides."""
 _TYPE = "ssh-ed25519"
+_KEY_BYTES = 32
 
 
 class PublicKey(NamedTuple):
@@ -51,12 +52,13 @@ def parse_public_key(line: str) -> PublicKey:
         blob = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
         blob = b""
-    if kind != _TYPE or len(blob) != 51 or blob[:19] != _wire(_TYPE.encode()) + _length(32):
+    raw = blob[-_KEY_BYTES:]
+    if kind != _TYPE or len(raw) != _KEY_BYTES or blob != _blob(raw):
         raise InputError(
             f"{line.strip()[:60]!r} isn't a public key of type {_TYPE}: give NAME.pub, as "
             "`edgesd keys new` writes it"
         )
-    return PublicKey(line.strip(), blob[19:], name.strip())
+    return PublicKey(line.strip(), raw, name.strip())
 
 
 def user_keys() -> Path:
@@ -114,7 +116,7 @@ def signer(bundle: Bundle) -> PublicKey | None:
         raw, signature = (base64.b64decode(part, validate=True) for part in (encoded_key, encoded))
     except (ValueError, binascii.Error):
         version, raw, signature = "", b"", b""
-    if version != _VERSION or len(raw) != 32 or len(signature) != 64:
+    if version != _VERSION or len(raw) != _KEY_BYTES or len(signature) != 64:
         raise BundleError(f"{bundle.path}: {SIGNATURE} isn't a signature of {_VERSION}: sign anew")
     try:
         from cryptography.exceptions import InvalidSignature
@@ -130,7 +132,7 @@ def signer(bundle: Bundle) -> PublicKey | None:
         raise BundleError(
             f"{bundle.path}: its signature isn't right: {MANIFEST} or {SIGNATURE} was altered"
         ) from exc
-    encoded_key = base64.b64encode(_wire(_TYPE.encode()) + _wire(raw)).decode()
+    encoded_key = base64.b64encode(_blob(raw)).decode()
     return PublicKey(f"{_TYPE} {encoded_key}", raw, "")
 
 
@@ -237,14 +239,10 @@ def _message(bundle: Bundle) -> bytes:
 
 
 def _fingerprint(raw: bytes) -> str:
-    blob = _wire(_TYPE.encode()) + _wire(raw)
-    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+    digest = hashlib.sha256(_blob(raw)).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
-def _length(count: int) -> bytes:
-    return count.to_bytes(4, "big")
-
-
-def _wire(data: bytes) -> bytes:
-    """A string as SSH writes it (RFC 4251, section 5)."""
-    return _length(len(data)) + data
+def _blob(raw: bytes) -> bytes:
+    """A public key as SSH writes it: two strings (RFC 4251, section 5; RFC 8709, section 4)."""
+    return b"".join(len(part).to_bytes(4, "big") + part for part in (_TYPE.encode(), raw))
