@@ -13,12 +13,12 @@ import msgspec
 
 from edgesd.errors import UsageError, unknown_name
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Version of `bundle.json`. A reader refuses a newer one; it is raised on any change of meaning.
 
 2: `recipe` and `quality`, both optional; a file of version 1 is read as one without them. 3: the
 same for an engine's `checked`. 4: an engine's `plan`, and `built_for`, which was never set;
-`prompter`.
+`prompter`. 5: an engine's `kernels`.
 """
 
 Precision = str
@@ -283,12 +283,16 @@ class Quality(Spec, frozen=True):
 
 
 class Graph(Spec, frozen=True):
-    """A component as an ONNX file. Paths are relative to the folder that holds it."""
+    """A component as an ONNX file. Paths are relative to the folder that holds it.
+
+    kernels: the same for edgesd's own kernels, with the same weights.
+    """
 
     component: str
     path: str
     precision: Precision
     parity: Parity
+    kernels: str | None = None
 
 
 class GraphSet(Spec, frozen=True):
@@ -396,7 +400,8 @@ class Engine(Spec, frozen=True):
 
     plan: the bundle's file of a plan that was built beforehand, for the one environment `built_for`
     (both or neither). checked: what a compiler made of the graph where it was built, which says
-    nothing of the board: "built for sm_86 by ...".
+    nothing of the board: "built for sm_86 by ...". kernels: the same graph for edgesd's own kernels
+    (runtime/kernels.py), taken where they can be used; it refers to the same weights.
     """
 
     component: str
@@ -407,6 +412,7 @@ class Engine(Spec, frozen=True):
     built_for: Environment | None = None
     plan: str | None = None
     checked: str | None = None
+    kernels: str | None = None
 
 
 class FileEntry(Spec, frozen=True):

@@ -21,12 +21,15 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from edgesd.engines import onnxruntime
+from edgesd.engines.kernels import ensure_library
 from edgesd.errors import QualityError, UsageError
 from edgesd.evaluate import quality as quality_
-from edgesd.evaluate.psnr import mean_squared_error
+from edgesd.evaluate.psnr import mean_squared_error, psnr
 from edgesd.files import atomic_write, user_cache
+from edgesd.runtime import kernels
 from edgesd.runtime.bundle import Bundle, GraphFile, open_bundle
-from edgesd.runtime.pipeline import Pipeline, Request
+from edgesd.runtime.pipeline import Pipeline, Request, Settings
 from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 from edgesd.spec import METHODS, Graph, GraphSet, LayerRecipe, Quality, QuantRecipe, Scheme
 
@@ -64,6 +67,9 @@ _ROUNDS = 8
 """Times that layers are raised and everything is drawn anew, at most."""
 _MARGIN = 1.15
 """Raised layers must take this much more error away than is missing."""
+
+_KERNELS_LOSS = 1.0
+"""What the worst pictures may lose by edgesd's own kernels, in dB of their mean PSNR."""
 
 _PICTURE_BYTES = 0.7
 """Bytes per pixel of a kept picture, about: what --max-size sets aside."""
@@ -171,6 +177,9 @@ class QuantizedBuild:
         self._written: dict[str, dict[Layer, Choice]] = {}
         self._cases: dict[str, list[Case]] = {}
         self._worst: Probes = ()
+        self._kernels = self.backend == onnxruntime.BACKEND and ensure_library() is not None
+        # Attention in 8 bits is kept where pictures show that it may be.
+        self._attention = self._kernels and self.perceptual is not None
 
     def run(self) -> None:
         """Fill `root`. Raises QualityError, naming the worst layers, when the floor can't be held,
@@ -192,6 +201,7 @@ class QuantizedBuild:
             if round_ + 1 == _ROUNDS or not self._raise(floor, measured):
                 raise QualityError(self._failure(measured, floor))
             self._write()
+        self._gate_kernels(source, measured)
         if self.options.max_size is not None:  # what room is left for pictures the manifest decides
             self._write_manifest(self.root, self.graph_set(), measured)
         quality = self._keep_pictures(source, ours, measured)
@@ -272,7 +282,7 @@ class QuantizedBuild:
     def _write(self) -> None:
         """All components' graphs as chosen, into `root`, each run once beside its source; and the
         manifest of a bundle whose pictures weren't measured."""
-        from edgesd.export.external_data import GRAPH_FILE
+        from edgesd.export.external_data import GRAPH_FILE, KERNELS_FILE
         from edgesd.export.parity import check_parity, graph_cases
 
         changed = False
@@ -284,14 +294,24 @@ class QuantizedBuild:
             self.report("quantize", name)
             folder = self.root / name
             shutil.rmtree(folder, ignore_errors=True)
-            self.store.write(name, mine, folder)
+            eight = any(c is not None and c.weight_bits == 8 for c in mine.values())
+            own = self._kernels and kernels.usable(eight_bits=eight)
+            self.store.write(name, mine, folder, own, self._attention)
             self.report("check", name)
             if name not in self._cases:
                 self._cases[name] = graph_cases(self.store.graphs / name / GRAPH_FILE, component)
-            parity = check_parity(
-                folder / GRAPH_FILE, component, self._cases[name], str(self.scheme)
+            cases, precision = self._cases[name], str(self.scheme)
+            parity = check_parity(folder / GRAPH_FILE, component, cases, precision)
+            second = folder / KERNELS_FILE
+            if second.exists():
+                check_parity(second, component, cases, precision, kernels.library())
+            self.graphs[name] = Graph(
+                component=name,
+                path=f"{name}/{GRAPH_FILE}",
+                precision=precision,
+                parity=parity,
+                kernels=f"{name}/{KERNELS_FILE}" if second.exists() else None,
             )
-            self.graphs[name] = Graph(name, f"{name}/{GRAPH_FILE}", str(self.scheme), parity)
             self._written[name], changed = mine, True
         if changed:
             self._write_manifest(self.root, self.graph_set(), None)
@@ -334,13 +354,39 @@ class QuantizedBuild:
     def _measure(
         self, source: Sequence[Image.Image], perceptual: Perceptual
     ) -> tuple[list[Image.Image], Quality]:
-        with Pipeline(open_bundle(self.root)) as pipeline:
+        with Pipeline(open_bundle(self.root), Settings(kernels=False)) as pipeline:
             ours = quality_.draw(pipeline, self.requests, self._drawn("quantized pictures"))
             pairs = quality_.compare(self.requests, source, ours, perceptual)
             measured = quality_.summarise(
                 pairs, pipeline, self.requests[0], perceptual, self.options.min_psnr
             )
         return ours, measured
+
+    def _gate_kernels(self, source: Sequence[Image.Image], measured: Quality) -> None:
+        """Keep the graphs for edgesd's own kernels if the worst pictures are as near the source's
+        with them; else without attention in 8 bits, or else not at all."""
+        worst = quality_.worst_first(measured.pictures)[:_PROBES]
+        without = [quality_.decibels(measured.pictures[index]) for index in worst]
+        least = statistics.mean(without) - _KERNELS_LOSS
+        while any(graph.kernels for graph in self.graphs.values()):
+            with Pipeline(open_bundle(self.root)) as pipeline:
+                drawn = quality_.draw(
+                    pipeline, [self.requests[i] for i in worst], self._drawn("pictures by kernels")
+                )
+            found = [
+                min(psnr(source[index], picture), quality_.EQUAL_DB)
+                for index, picture in zip(worst, drawn, strict=True)
+            ]
+            self.report(
+                "kernels",
+                f"PSNR {statistics.mean(found):.1f} dB, {statistics.mean(without):.1f} without",
+            )
+            floor = self.options.min_psnr
+            if statistics.mean(found) >= least and (floor is None or min(found) >= floor):
+                return
+            self._kernels, self._attention = self._attention, False
+            self._written.clear()
+            self._write()
 
     def _keep_pictures(
         self, source: Sequence[Image.Image], ours: Sequence[Image.Image], measured: Quality

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import edgesd
-from edgesd.errors import InputError, MissingDependencyError
+from edgesd.engines.kernels import build_library
+from edgesd.errors import EdgesdError, InputError, MissingDependencyError
 from edgesd.files import atomic_dir, sha256_file, user_cache
+from edgesd.runtime.kernels import library_folders, library_name
+
+_log = logging.getLogger(__name__)
 
 _GLIBC = (17, 24, 26, 27, 28, 31, 34, 35, 39)
 """Minor versions of glibc 2 that wheels are made for."""
@@ -65,6 +70,7 @@ def cached_wheels(
     python: str, arch: str, packages: Sequence[str] = (), glibc: int = _OLDEST_GLIBC
 ) -> list[Path]:
     """As `download_wheels`, in the user's cache: asked of the index once for each edgesd."""
+    _bring_kernels(arch)
     said = "\n".join([_fingerprint(), python, arch, str(glibc), *packages])
     key = hashlib.sha256(said.encode()).hexdigest()[:16]
     folder = user_cache() / "wheels" / f"{arch}-{python}-{key}"
@@ -113,6 +119,21 @@ def _source() -> Path | None:
     """The checkout that this edgesd runs from, or None for an installed one."""
     root = Path(edgesd.__file__).resolve().parent.parent
     return root if (root / "pyproject.toml").is_file() else None
+
+
+def _bring_kernels(arch: str) -> None:
+    """Compile edgesd's own kernels for `arch` into the checkout, whose wheel then has them; without
+    a compiler it is logged what is missing. An installed edgesd has what its wheel brought."""
+    if _source() is None:
+        return
+    folder, name = library_folders()[0], library_name(arch)
+    try:
+        build_library(arch, folder)
+    except EdgesdError as exc:
+        _log.warning("the board will do without edgesd's own kernels: %s", exc)
+    for old in folder.glob(f"edgesd-kernels-{arch}-*.so"):
+        if old.name != name:
+            old.unlink()
 
 
 def _fingerprint() -> str:

@@ -15,4 +15,5 @@ def engine_from_graph(graph: Graph) -> Engine:
         backend=BACKEND,
         precision=graph.precision,
         parity=graph.parity,
+        kernels=graph.kernels,
     )

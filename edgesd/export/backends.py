@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from edgesd.export.passes.fp16_compute import Fp16Compute
 from edgesd.export.passes.fp16_weights import Fp16Weights
+from edgesd.export.passes.own_kernels import OwnKernels, has_kernels
 from edgesd.export.passes.quantized_ort import QuantizedOrt
 from edgesd.export.passes.quantized_qdq import QuantizedQdq
 from edgesd.export.passes.standard_attention import StandardAttention
@@ -59,6 +60,22 @@ def lower_quantized(
     else:
         Fp16Weights(only=half)(model)
         QuantizedOrt(layers, timesteps)(model)
+
+
+def lower_to_kernels(
+    model: ir.Model,
+    layers: Mapping[str, QuantizedLayer],
+    half: Collection[str],
+    timesteps: npt.NDArray[np.float32] | None,
+    attention: bool,
+) -> bool:
+    """The same for edgesd's own kernels on CPUs; False where none of them has anything to do.
+
+    attention: in 8 bits, too.
+    """
+    Fp16Weights(only=half)(model)
+    OwnKernels(layers, timesteps, attention)(model)
+    return has_kernels(model)
 
 
 def needs_static_ranges(backend: str) -> bool:

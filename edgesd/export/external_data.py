@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,6 +11,8 @@ import onnx_ir as ir
 from edgesd.files import atomic_write
 
 GRAPH_FILE = "model.onnx"
+KERNELS_FILE = "kernels.onnx"
+"""The same component's graph for edgesd's own kernels."""
 WEIGHTS_FILE = "weights.bin"
 
 EXTERNAL_BYTES = 1024
@@ -18,32 +21,45 @@ EXTERNAL_BYTES = 1024
 _PAGE, _PAGE_FROM, _LINE = 4096, 65536, 64
 
 
-def write_model(model: ir.Model, folder: Path) -> None:
+def write_model(model: ir.Model, folder: Path, kernels: ir.Model | None = None) -> None:
     """Write folder/model.onnx and folder/weights.bin, each whole or not at all.
+
+    kernels: also folder/kernels.onnx; weights that both have are in the file once.
 
     Tensors of 64 KiB and more begin at multiples of 4096 bytes, others at multiples of 64. They
     are written one by one, and afterwards `model` refers to the file: memory that only it held is
     free. Only initializers of the main graph are external, by plain entries: location, offset,
     length. Raises ResourceError when the disk is full, InputError when `folder` can't be written.
     """
+    models = {GRAPH_FILE: model} if kernels is None else {GRAPH_FILE: model, KERNELS_FILE: kernels}
+    places: dict[bytes, int] = {}
     with atomic_write(folder / WEIGHTS_FILE) as file:
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if tensor is not None and tensor.nbytes >= EXTERNAL_BYTES:
-                value.const_value = _append(file, tensor, value.name or "", folder)
-    with atomic_write(folder / GRAPH_FILE) as file:
-        file.write(ir.serde.serialize_model(model).SerializeToString())
+        for each in models.values():
+            for value in each.graph.initializers.values():
+                tensor = value.const_value
+                if tensor is not None and tensor.nbytes >= EXTERNAL_BYTES:
+                    value.const_value = _append(file, tensor, value.name or "", folder, places)
+    for name, each in models.items():
+        with atomic_write(folder / name) as file:
+            file.write(ir.serde.serialize_model(each).SerializeToString())
 
 
-def _append(file: BinaryIO, tensor: Any, name: str, folder: Path) -> ir.ExternalTensor:
+def _append(
+    file: BinaryIO, tensor: Any, name: str, folder: Path, places: dict[bytes, int]
+) -> ir.ExternalTensor:
+    """places: sha256 -> offset of what is in the file already."""
     align = _PAGE if tensor.nbytes >= _PAGE_FROM else _LINE
-    file.write(b"\0" * (-file.tell() % align))
-    offset = file.tell()
-    file.write(tensor.tobytes())
+    data = tensor.tobytes()
+    digest = hashlib.sha256(data).digest()
+    if digest not in places:
+        file.write(b"\0" * (-file.tell() % align))
+        places[digest] = file.tell()
+        file.write(data)
+    offset = places[digest]
     return ir.ExternalTensor(
         WEIGHTS_FILE,
         offset,
-        file.tell() - offset,
+        len(data),
         tensor.dtype,
         shape=ir.Shape(tensor.shape.numpy()),
         name=name,

@@ -60,9 +60,15 @@ def graph_cases(graph: Path, component: Component) -> list[Case]:
 
 
 def check_parity(
-    graph: Path, component: Component, cases: Sequence[Case], precision: Precision
+    graph: Path,
+    component: Component,
+    cases: Sequence[Case],
+    precision: Precision,
+    library: Path | None = None,
 ) -> Parity:
     """Run the graph file in ONNX Runtime on the CPU and compare. The worst output and case count.
+
+    library: of edgesd's own kernels, for a graph that needs it.
 
     Raises ParityError, naming component, figure and tolerance, when the graph doesn't load or run,
     when an output isn't finite, or when it is further away than the tolerance.
@@ -71,7 +77,7 @@ def check_parity(
     names = [tensor.name for tensor in component.spec.outputs]
     max_abs, rel_rms = 0.0, 0.0
     try:
-        session = _session(graph)
+        session = _session(graph, library)
         for inputs, wanted in cases:
             found = session.run(names, inputs)
             for name, ours, source in zip(names, found, wanted, strict=True):
@@ -109,11 +115,11 @@ def relative_rms(ours: Array, source: Array) -> float:
     return difference / scale
 
 
-def _session(graph: Path) -> Any:
+def _session(graph: Path, library: Path | None = None) -> Any:
     import onnxruntime
 
     return onnxruntime.InferenceSession(
-        str(graph), session_options(), providers=["CPUExecutionProvider"]
+        str(graph), session_options(library=library), providers=["CPUExecutionProvider"]
     )
 
 

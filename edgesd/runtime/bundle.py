@@ -230,17 +230,20 @@ class Bundle:
         files = self.engine_files(self.manifest.engines[component])
         return sum(self.manifest.files[name].bytes for name in files)
 
-    def graph_file(self, component: str) -> GraphFile:
+    def graph_file(self, component: str, kernels: bool = False) -> GraphFile:
         """Verify one component's files and return what an ONNX session loads.
+
+        kernels: its graph for edgesd's own kernels, which the engine must have.
 
         In the one-file form the references to the weights are moved into that file, so that they
         are memory-mapped there. Raises BundleError if a file was altered.
         """
         engine = self.manifest.engines[component]
-        model = self.read(engine.path)
+        path = engine.kernels if kernels and engine.kernels else engine.path
+        model = self.read(path)
         self.verify(self.engine_files(engine))
-        folder = PurePosixPath(engine.path).parent
-        graph_path = self.location(engine.path).path
+        folder = PurePosixPath(path).parent
+        graph_path = self.location(path).path
         if isinstance(self._storage, _Folder):
             return GraphFile(model, graph_path.parent)
 
@@ -252,7 +255,7 @@ class Bundle:
         def into_archive(location: str, offset: int) -> tuple[str, int]:
             name = str(folder / location)
             if name not in self.manifest.files:
-                raise BundleError(f"{self.path}: {engine.path} refers to {name}, which is missing")
+                raise BundleError(f"{self.path}: {path} refers to {name}, which is missing")
             return graph_path.name, self.location(name).offset + offset
 
         return GraphFile(relocate_external_data(model, into_archive), graph_path.parent)
@@ -350,6 +353,11 @@ def _decode(path: Path, raw: bytes) -> BundleManifest:
     for engine in manifest.engines.values():
         if engine.path not in manifest.files or "/" not in engine.path:
             raise BundleError(f"{path}: {MANIFEST} doesn't list {engine.path}")
+        if engine.kernels is not None and (
+            engine.kernels not in manifest.files
+            or PurePosixPath(engine.kernels).parent != PurePosixPath(engine.path).parent
+        ):
+            raise BundleError(f"{path}: {MANIFEST} doesn't list {engine.kernels}")
         if (engine.plan is None) != (engine.built_for is None):
             raise BundleError(f"{path}: {MANIFEST} doesn't say what {engine.plan} was built for")
         if engine.plan is not None and engine.plan not in manifest.files:

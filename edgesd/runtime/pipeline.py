@@ -14,10 +14,12 @@ import numpy.typing as npt
 from edgesd.errors import (
     BundleError,
     EdgesdError,
+    MissingDependencyError,
     ResourceError,
     TargetError,
     UsageError,
 )
+from edgesd.runtime import kernels
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.closing import Closing
 from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
@@ -64,7 +66,8 @@ class Settings:
 
     threads: per operator, 0 for all cores. plan_of: component -> its plan for TensorRT on this
     machine, built if need be (engines.plans). fallback: a bundle for TensorRT is drawn on the CPU
-    where there is no plan, or it fails.
+    where there is no plan, or it fails. kernels: edgesd's own, where the bundle and this machine
+    have them.
     """
 
     threads: int = 0
@@ -72,6 +75,7 @@ class Settings:
     guidance_mode: GuidanceMode | None = None
     plan_of: Callable[[str], LoadedPlan] | None = None
     fallback: bool = True
+    kernels: bool = True
 
 
 @dataclass
@@ -352,7 +356,22 @@ class Pipeline(Closing):
         # Graphs for TensorRT are of standard operators, which ONNX Runtime has, too.
         from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(spec, self.bundle.graph_file(component), self.settings.threads)
+        threads = self.settings.threads
+        if self._own_kernels(component):
+            graph = self.bundle.graph_file(component, kernels=True)
+            try:
+                return OnnxRuntimeRunner(spec, graph, threads, library=kernels.library())
+            except (BundleError, MissingDependencyError) as exc:
+                self.fallbacks[component] = f"{exc}: drawing without edgesd's own kernels"
+        return OnnxRuntimeRunner(spec, self.bundle.graph_file(component), threads)
+
+    def _own_kernels(self, component: str) -> bool:
+        """Whether the component's graph for edgesd's own kernels is there and can run here."""
+        engine, recipe = self.bundle.manifest.engines[component], self.bundle.manifest.recipe
+        if not self.settings.kernels or engine.kernels is None or recipe is None:
+            return False
+        schemes = {layer.scheme for layer in recipe.layers if layer.component == component}
+        return kernels.usable(eight_bits=any(name.startswith("w8a8") for name in schemes))
 
     def _tensorrt_runner(self, component: str, spec: ComponentSpec) -> Runner:
         if self.settings.plan_of is None:
@@ -370,6 +389,8 @@ class Pipeline(Closing):
     def _loaded_bytes(self, component: str) -> int:
         """Memory that a component's weights take once loaded: they are computed with in fp32."""
         recipe = self.bundle.manifest.recipe
+        if self._own_kernels(component):
+            return self.bundle.weight_bytes(component)  # mapped, and used where they lie
         if recipe is not None:
             # Codes of convolutions become int8 or fp32 when they are loaded: the weights' number
             # bounds it from above.

@@ -76,20 +76,39 @@ def test_the_bundle_says_how_it_was_quantized_and_how_good_it_is(
 
 def test_the_figures_are_those_of_the_pictures(four_bits: Bundle, work: Path) -> None:
     from edgesd.evaluate.psnr import psnr
-    from edgesd.runtime.pipeline import Pipeline, Request
+    from edgesd.runtime.pipeline import Pipeline, Request, Settings
 
     assert four_bits.manifest.quality is not None
     picture = four_bits.manifest.quality.pictures[1]
     request = Request(picture.prompt, picture.seed, num_inference_steps=4)
     both = []
     for bundle in (open_bundle(next(work.glob("source-*"))), four_bits):
-        with Pipeline(bundle) as pipeline:
+        with Pipeline(bundle, Settings(kernels=False)) as pipeline:
             both.append(pipeline.generate([request])[0])
     assert psnr(*both) == pytest.approx(picture.psnr, abs=0.05)
     for name, image in zip((picture.source, picture.ours), both, strict=True):
         assert name is not None
         with Image.open(four_bits.path / name) as kept:
             assert psnr(kept.convert("RGB"), image) > 45
+
+
+def test_pictures_by_our_own_kernels_are_as_near_the_source_s(
+    four_bits: Bundle, work: Path
+) -> None:
+    from edgesd.evaluate.psnr import psnr
+    from edgesd.runtime.pipeline import Pipeline, Request
+
+    if not four_bits.manifest.engines["unet"].kernels:
+        pytest.skip("there was no compiler when it was built")
+    assert four_bits.manifest.quality is not None
+    found = []
+    for picture in four_bits.manifest.quality.pictures:
+        assert picture.source is not None and picture.psnr is not None
+        with Pipeline(four_bits) as pipeline, Image.open(four_bits.path / picture.source) as kept:
+            request = Request(picture.prompt, picture.seed, num_inference_steps=4)
+            found.append(psnr(kept.convert("RGB"), pipeline.generate([request])[0]))
+            assert not pipeline.fallbacks
+    assert np.mean(found) > four_bits.manifest.quality.psnr_mean - 1
 
 
 def test_generate_inspect_and_report_take_it(four_bits: Bundle, tmp_path: Path) -> None:
@@ -112,7 +131,7 @@ def test_two_builds_give_the_same_graphs(four_bits: Bundle, work: Path, tmp_path
     shutil.copytree(next(work.glob("source-*")), other / next(work.glob("source-*")).name)
     again = built(tmp_path / "again", other, "w4a8-g64-lr8")
     graphs = [name for name in again.manifest.files if name.endswith((".onnx", ".bin"))]
-    assert len(graphs) == 8
+    assert len(graphs) == (12 if again.manifest.engines["unet"].kernels else 8)
     for name in graphs:
         assert again.manifest.files[name] == four_bits.manifest.files[name], name
 

@@ -74,7 +74,7 @@ class QuantizedOrt(QuantizedPass):
         self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
     ) -> LayerLowering:
         """See QuantizedPass."""
-        return _Lowering(model, node, quantized, prefix, self._step)
+        return OrtLowering(model, node, quantized, prefix, self._step)
 
 
 def _table(act: Activations) -> bool:
@@ -97,7 +97,9 @@ def _step_index(model: ir.Model, timesteps: npt.NDArray[np.float32] | None) -> i
     return nearest.outputs[0]
 
 
-class _Lowering(LayerLowering):
+class OrtLowering(LayerLowering):
+    """Writes one layer. step: index of the recorded timestep, where ranges depend on it."""
+
     def __init__(
         self,
         model: ir.Model,
@@ -114,11 +116,11 @@ class _Lowering(LayerLowering):
             return self._embedding()
         source = self.node.inputs[0]
         assert source is not None
-        x = self._smoothed(source)
+        x = self.smoothed(source)
         low = self._simulated(x) if self.q.activations.bits == 4 else x
         out = self._linear(low) if self.q.layer.kind == "linear" else self._conv(low)
         if self.q.rank:
-            out = self.op("Add", [out, self._branch(x)])
+            out = self.op("Add", [out, self.branch(x)])
         return self._biased(out)
 
     # What is common to all kinds.
@@ -126,7 +128,8 @@ class _Lowering(LayerLowering):
     def _shared(self, name: str, values: list[int]) -> ir.Value:
         return shared_constant(self.model, name, np.array(values, np.int64))
 
-    def _smoothed(self, x: ir.Value) -> ir.Value:
+    def smoothed(self, x: ir.Value) -> ir.Value:
+        """The input divided by the smoothing, if there is one."""
         if self.q.smooth is None:
             return x
         factor = (1 / self.q.smooth).astype(np.float32)
@@ -142,7 +145,7 @@ class _Lowering(LayerLowering):
             bias = self.const("bias", self.per_channel(bias.const_value.numpy()))
         return self.op("Add", [out, bias])
 
-    def _branch(self, x: ir.Value) -> ir.Value:
+    def branch(self, x: ir.Value) -> ir.Value:
         """up (down x)."""
         assert self.q.down is not None and self.q.up is not None
         layer = self.q.layer
@@ -197,11 +200,12 @@ class _Lowering(LayerLowering):
         taps = self.const("shape", np.array([-1, *layer.kernel, layer.channels]))
         return self.op("Transpose", [self.op("Reshape", [rows, taps])], perm=[0, 3, 1, 2])
 
-    def _int8(self) -> tuple[ir.Value, Array]:
-        """The weight as int8 [K, N], and its scales [N]: for 4 bits, each code times its group's
-        scale is rounded once more, to a 127th of its output's largest."""
+    def codes_of_8_bits(self) -> tuple[ir.Value, ir.Value | None, Array]:
+        """What makes a weight of int8 [K, N]: codes [K, N], and the scales [N] of its outputs. For
+        4 bits each code times its group's scale is rounded once more, to a 127th of its output's
+        largest: codes of 4 bits over steps [groups, N] are those of 8."""
         if self.q.scheme.weight_bits == 8:
-            return self.const("codes", self.q.codes.T), self.q.scales[:, 0].astype(np.float32)
+            return self.const("codes", self.q.codes.T), None, self.q.scales[:, 0].astype(np.float32)
         largest = np.abs(self.q.residual()).max(1)
         scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
         with np.errstate(divide="ignore"):
@@ -209,9 +213,16 @@ class _Lowering(LayerLowering):
         # A code that isn't 0 makes at most 127 steps: what is out of range belongs to zeros.
         steps = steps.clip(1 / 256, MAX_HALF).astype(np.float16)
         codes = self.const("codes", self.q.codes.T, ir.DataType.INT4)
+        return codes, self.const("steps", steps.T), scale
+
+    def _int8(self) -> tuple[ir.Value, Array]:
+        """The weight as int8 [K, N], and its scales [N]."""
+        codes, steps, scale = self.codes_of_8_bits()
+        if steps is None:
+            return codes, scale
         eight = self.op(
             "QuantizeLinear",
-            [self.op("Cast", [codes], to=ir.DataType.FLOAT16), self.const("steps", steps.T)],
+            [self.op("Cast", [codes], to=ir.DataType.FLOAT16), steps],
             axis=0,
             block_size=self.q.group,
             output_dtype=ir.DataType.INT8,
@@ -235,16 +246,21 @@ class _Lowering(LayerLowering):
             return self._nbits(x, _LEVEL_INT8 if act.bits == 8 else _LEVEL_FP32)
         return self.op("MatMul", [x, self._matrix()])
 
-    def _nbits(self, x: ir.Value, level: int) -> ir.Value:
+    def blocks(self) -> tuple[ir.Value, ir.Value]:
+        """A linear's 4-bit weight: bytes [N, groups, group / 2], and scales [N, groups]."""
         rows, columns = self.q.codes.shape
         count = self.q.scales.shape[1]
         # The kernel takes codes from 0 to 15: the sign bit turned over.
         codes = np.pad(self.q.codes, ((0, 0), (0, count * self.q.group - columns)))
         packed = (pack_int4(codes) ^ np.uint8(0x88)).reshape(rows, count, -1)
-        scales = self._half("scales", self.q.scales)
+        return self.const("codes", packed), self.const("scales", self.q.scales)
+
+    def _nbits(self, x: ir.Value, level: int) -> ir.Value:
+        rows, columns = self.q.codes.shape
+        codes, scales = self.blocks()
         return self.op(
             "MatMulNBits",
-            [x, self.const("codes", packed), scales],
+            [x, codes, self.op("Cast", [scales], to=ir.DataType.FLOAT)],
             _MICROSOFT,
             K=columns,
             N=rows,

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 
 from edgesd.errors import EdgesdError
-from edgesd.export.backends import ONNXRUNTIME, lower_quantized
+from edgesd.export.backends import ONNXRUNTIME, lower_quantized, lower_to_kernels
 from edgesd.export.calibrate import Calibration
 from edgesd.export.external_data import GRAPH_FILE, write_model
 from edgesd.export.passes.no_shapes import NoShapes
@@ -96,6 +96,27 @@ class LayerStore:
     def quantized_model(self, component: str, choices: Mapping[Layer, Choice]) -> ir.Model:
         """A component's graph with its layers as chosen; one that isn't named stays fp32."""
         model = _load(self.graphs, component)
+        layers, half = self._chosen(component, choices)
+        lower_quantized(model, layers, half, self.timesteps(component), self.backend)
+        NoShapes()(model)
+        return model
+
+    def kernels_model(
+        self, component: str, choices: Mapping[Layer, Choice], attention: bool
+    ) -> ir.Model | None:
+        """The same for edgesd's own kernels; None where they have nothing to do. attention: in 8
+        bits, too."""
+        model = _load(self.graphs, component)
+        layers, half = self._chosen(component, choices)
+        if not lower_to_kernels(model, layers, half, self.timesteps(component), attention):
+            return None
+        NoShapes()(model)
+        return model
+
+    def _chosen(
+        self, component: str, choices: Mapping[Layer, Choice]
+    ) -> tuple[dict[str, QuantizedLayer], set[str]]:
+        """Quantized layers by node, and names of the weights that stay in 16 bits."""
         mine = {layer: choice for layer, choice in choices.items() if layer.component == component}
         layers = {
             layer.node: self.get(layer, choice)
@@ -105,14 +126,20 @@ class LayerStore:
         weights = [
             weight_of(self._nodes[layer]) for layer, choice in mine.items() if choice is None
         ]
-        half = {weight.name for weight in weights if weight and weight.name}
-        lower_quantized(model, layers, half, self.timesteps(component), self.backend)
-        NoShapes()(model)
-        return model
+        return layers, {weight.name for weight in weights if weight and weight.name}
 
-    def write(self, component: str, choices: Mapping[Layer, Choice], folder: Path) -> None:
-        """Write a component's graph as folder/model.onnx and weights.bin."""
-        write_model(self.quantized_model(component, choices), folder)
+    def write(
+        self,
+        component: str,
+        choices: Mapping[Layer, Choice],
+        folder: Path,
+        kernels: bool = False,
+        attention: bool = False,
+    ) -> None:
+        """Write a component's graph as folder/model.onnx and weights.bin; with `kernels` also its
+        kernels.onnx, if it has one."""
+        own = self.kernels_model(component, choices, attention) if kernels else None
+        write_model(self.quantized_model(component, choices), folder, own)
 
     def variant(self, component: str, choices: Mapping[Layer, Choice]) -> bytes:
         """A component's graph as bytes; what isn't quantized refers to the fp32 graph's weights."""

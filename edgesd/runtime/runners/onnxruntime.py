@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,10 +21,26 @@ if TYPE_CHECKING:
 _OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate", "out of memory")
 
 
-def session_options(threads: int = 0) -> onnxruntime.SessionOptions:
+_VNNI = ("avx512_vnni", "avx_vnni")
+"""Linux's names of the x86 instructions that add products of bytes in 32 bits."""
+
+
+@cache
+def _sums_saturate() -> bool:
+    """Whether sums of u8 x s8 products saturate in 16 bits: on x86 without VNNI."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return True
+    flags = next((line.split() for line in lines if line.startswith("flags")), None)
+    return flags is not None and not set(flags) & set(_VNNI)
+
+
+def session_options(threads: int = 0, library: Path | None = None) -> onnxruntime.SessionOptions:
     """How every session of edgesd runs, on boards and where graphs are checked.
 
-    threads: per operator; 0 lets ONNX Runtime take all physical cores.
+    threads: per operator; 0 lets ONNX Runtime take all physical cores. library: of edgesd's own
+    kernels, for graphs that need it.
     """
     import onnxruntime
 
@@ -33,11 +51,13 @@ def session_options(threads: int = 0) -> onnxruntime.SessionOptions:
     # it the arena reuses them at run time, at equal speed and a quarter less peak memory.
     options.enable_mem_pattern = False
     options.enable_mem_reuse = False
-    # Without VNNI, sums of u8 x s8 products saturate in 16 bits: take the exact way there.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if _sums_saturate():  # take the exact way there, at less than half the speed
+        options.add_session_config_entry("session.x64quantprecision", "1")
     # Weights behind a DequantizeLinear are folded once; else they would be computed in every run.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 4  # failures are raised, too
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     return options
 
 
@@ -46,11 +66,17 @@ class OnnxRuntimeRunner(BoundRunner):
 
     threads: threads per operator; 0 lets ONNX Runtime take all physical cores. as_written: nodes
     run as early as the graph's own order lets them; the default order is ONNX Runtime's.
+    library: of edgesd's own kernels, for a graph that needs it.
     Raises BundleError when the graph can't be loaded, ResourceError when memory runs out.
     """
 
     def __init__(
-        self, spec: ComponentSpec, graph: GraphFile, threads: int = 0, as_written: bool = False
+        self,
+        spec: ComponentSpec,
+        graph: GraphFile,
+        threads: int = 0,
+        as_written: bool = False,
+        library: Path | None = None,
     ) -> None:
         super().__init__(spec)
         try:
@@ -60,7 +86,13 @@ class OnnxRuntimeRunner(BoundRunner):
                 f"onnxruntime can't be imported ({exc}): pip install onnxruntime"
             ) from exc
 
-        options = session_options(threads)
+        try:
+            options = session_options(threads, library)
+        except Exception as exc:
+            raise MissingDependencyError(
+                f"{library} can't be used ({' '.join(str(exc).split())}): edgesd kernels build, or "
+                "EDGESD_KERNELS=none"
+            ) from exc
         if as_written:
             options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.add_session_config_entry(

@@ -1,0 +1,105 @@
+"""Compiles edgesd's own kernels (edgesd/kernels) with the C++ compiler that is at hand."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from edgesd.errors import EdgesdError, MissingDependencyError, TargetError
+from edgesd.files import atomic_path
+from edgesd.runtime import kernels as runtime_kernels
+from edgesd.runtime.kernels import SOURCES, library_folders, library_name
+
+_log = logging.getLogger(__name__)
+
+# GCC's own AVX-512 headers set off its warning of uninitialized values.
+_FLAGS = (
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
+    *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+)
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", *_AVX2)
+_VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {"avx512_vnni": _AVX512, "avx_vnni": ("-mavxvnni", *_AVX2), "avx2": _AVX2},
+    "aarch64": {"neon_dotprod": ("-march=armv8.2-a+dotprod",)},
+}
+"""Architecture -> instruction set -> what the compiler is told."""
+
+
+def find_compiler(arch: str) -> str | None:
+    """A C++ compiler for `arch`, a cross compiler where this machine isn't one; None without."""
+    names = [f"{arch}-linux-gnu-g++"]
+    if platform.machine() == arch:
+        names += ["g++", "clang++", "c++"]
+    return next((name for name in names if shutil.which(name)), None)
+
+
+def ensure_library() -> Path | None:
+    """The library for this machine, compiled if need be; None where it can't be, or shall not be.
+
+    What stands in the way is logged: builds go on without it.
+    """
+    if runtime_kernels.library() is None and os.environ.get("EDGESD_KERNELS") is None:
+        try:
+            build_library(platform.machine())
+        except EdgesdError as exc:
+            _log.warning("no kernels of edgesd's own: %s", exc)
+        runtime_kernels.library.cache_clear()
+        runtime_kernels.instruction_set.cache_clear()
+    return runtime_kernels.library() if runtime_kernels.instruction_set() else None
+
+
+def build_library(
+    arch: str, folder: Path | None = None, progress: Callable[[str], None] | None = None
+) -> Path:
+    """Compile the library for `arch` (x86_64, aarch64) into `folder`, by default the user's cache;
+    what is there already, of the same sources, is taken. Takes about a minute.
+
+    Raises TargetError for another architecture, MissingDependencyError without a compiler, and
+    EdgesdError with the compiler's own words.
+    """
+    if arch not in _VARIANTS:
+        raise TargetError(f"there are no kernels for {arch}: there are for {', '.join(_VARIANTS)}")
+    out = (folder or library_folders()[1]) / library_name(arch)
+    if out.is_file():
+        return out
+    compiler = find_compiler(arch)
+    if compiler is None:
+        package = "g++" if platform.machine() == arch else f"g++-{arch.replace('_', '-')}-linux-gnu"
+        raise MissingDependencyError(
+            f"there is no C++ compiler for {arch} here: apt install {package}, or leave the "
+            "kernels out, and ONNX Runtime's own operators do the work"
+        )
+    with tempfile.TemporaryDirectory() as work:
+        objects = []
+        for name, flags in _VARIANTS[arch].items():
+            if progress:
+                progress(name)
+            objects.append(Path(work) / f"{name}.o")
+            _run(compiler, [*_FLAGS, *flags, "-c", "compute.cpp", "-o", str(objects[-1])])
+        objects.append(Path(work) / "ops.o")
+        _run(compiler, [*_FLAGS, "-c", "ops.cpp", "-o", str(objects[-1])])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        linked = [*map(str, objects), "-shared", "-static-libstdc++", "-static-libgcc", "-s"]
+        with atomic_path(out) as path:
+            _run(compiler, [*linked, "-o", str(path)])
+    return out
+
+
+def _run(compiler: str, arguments: list[str]) -> None:
+    done = subprocess.run(
+        [compiler, *arguments],
+        cwd=SOURCES,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or [""]
+        raise EdgesdError(f"{compiler} can't compile the kernels: {lines[0].strip()[:300]}")

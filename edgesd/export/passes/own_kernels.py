@@ -1,0 +1,244 @@
+"""Quantized layers and attention as edgesd's own kernels (edgesd/kernels) run them.
+
+| layer                                  | becomes                                             |
+|----------------------------------------|-----------------------------------------------------|
+| linear with 8-bit inputs               | QuantLinear: each row of the input has a format     |
+| convolution with 8-bit inputs          | QuantConv: each picture of the input has a format   |
+| attention that isn't causal            | QuantAttention, in 8 bits                           |
+| anything else                          | what QuantizedOrt makes of it                       |
+
+Weights lie in the file as QuantizedOrt writes them, so that both graphs of a component share one
+file. What follows a layer (bias, the sum with a residual, the offset of a timestep, GEGLU) becomes
+part of it: it is added while the output is still in the registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from edgesd.export.passes import Pass
+from edgesd.export.passes.lowering import LayerLowering, replace_node
+from edgesd.export.passes.quantized_ort import OrtLowering, QuantizedOrt
+from edgesd.export.quantize.layers import QuantizedLayer
+
+DOMAIN = "edgesd"
+LINEAR, CONV, ATTENTION = "QuantLinear", "QuantConv", "QuantAttention"
+
+MAX_HEAD = 160
+"""Widest head that the kernel of attention takes."""
+
+_ROWS_K_BY_N, _BLOCKS_OF_N = 0, 1
+_BIAS, _RESIDUAL, _OFFSET = 4, 5, 6
+_INPUTS = {LINEAR: 6, CONV: 7}
+
+
+def has_kernels(model: ir.Model) -> bool:
+    """Whether a graph has operators of our own."""
+    return any(node.domain == DOMAIN for node in model.graph)
+
+
+class OwnKernels(QuantizedOrt):
+    """As QuantizedOrt, with kernels of our own where there is one.
+
+    attention: heads too, for which 8 bits are a further loss.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, QuantizedLayer],
+        timesteps: npt.NDArray[np.float32] | None,
+        attention: bool,
+    ) -> None:
+        super().__init__(layers, timesteps)
+        self.attention = attention
+
+    def call(self, model: ir.Model) -> bool:
+        """See the class."""
+        model.graph.opset_imports[DOMAIN] = 1
+        super().call(model)
+        _FuseAround()(model)
+        if self.attention:
+            _AttentionIn8Bits()(model)
+        common.RemoveUnusedNodesPass()(model)
+        if not has_kernels(model):
+            del model.graph.opset_imports[DOMAIN]
+        return True
+
+    def lowering(
+        self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
+    ) -> LayerLowering:
+        """See QuantizedPass."""
+        if quantized.layer.kind == "embedding" or quantized.activations.bits != 8:
+            return super().lowering(model, node, quantized, prefix)
+        return _Kernel(model, node, quantized, prefix, None)
+
+
+class _Kernel(OrtLowering):
+    """One layer; its branch is what the kernel adds to its output."""
+
+    def output(self) -> ir.Value:
+        q, layer = self.q, self.q.layer
+        source = self.node.inputs[0]
+        assert source is not None
+        x = self.smoothed(source)
+        inputs: list[ir.Value | None] = [x, *self._weight(), self._bias()]
+        if q.rank:
+            inputs.append(self.branch(x))
+        blocks = layer.kind == "linear" and q.activations.mode == "group"
+        attributes = {
+            "bits": q.scheme.weight_bits,
+            "group": q.group if q.scheme.weight_bits == 4 else layer.columns,
+            "layout": _BLOCKS_OF_N if blocks else _ROWS_K_BY_N,
+            "N": layer.rows,
+            "K": layer.columns,
+        }
+        if layer.kind == "linear":
+            return self.op(LINEAR, inputs, DOMAIN, gated=0, **attributes)
+        return self.op(
+            CONV,
+            inputs,
+            DOMAIN,
+            kernel_shape=list(layer.kernel),
+            strides=list(layer.strides),
+            pads=list(layer.pads),
+            **attributes,
+        )
+
+    def _weight(self) -> list[ir.Value | None]:
+        """Codes, scale and steps, as QuantizedOrt has them."""
+        if self.q.layer.kind == "linear" and self.q.activations.mode == "group":
+            codes, steps = self.blocks()
+            largest = np.abs(self.q.residual()).max(1)
+            scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+            return [codes, self.const("scale", scale), steps]
+        codes, steps_or_none, scale = self.codes_of_8_bits()
+        return [codes, self.const("scale", scale), steps_or_none]
+
+    def _bias(self) -> ir.Value | None:
+        index = {"Conv": 2, "Gemm": 2}.get(self.node.op_type)
+        return self.node.inputs[index] if index and len(self.node.inputs) > index else None
+
+
+class _FuseAround(Pass):
+    """Sums behind our layers, and GEGLU, become inputs and attributes of the layers."""
+
+    def call(self, model: ir.Model) -> bool:
+        """See the class."""
+        changed = False
+        for node in list(model.graph):
+            if node.domain == DOMAIN and node.op_type in _INPUTS:
+                while (after := self._sum(model, node)) is not None:
+                    node, changed = after, True
+                changed |= self._gate(model, node)
+        return changed
+
+    def _sum(self, model: ir.Model, node: ir.Node) -> ir.Node | None:
+        """The layer with the sum behind it as an input of its own; None where there is none."""
+        out = node.outputs[0]
+        uses = list(out.uses())
+        if len(uses) != 1 or uses[0].node.op_type != "Add" or out in model.graph.outputs:
+            return None
+        add = uses[0].node
+        other = next((v for v in add.inputs if v is not out), None)
+        if other is None:
+            return None
+        place = _place(node, out, other)
+        inputs = list(node.inputs) + [None] * (_INPUTS[node.op_type] - len(node.inputs))
+        if place is None or inputs[place] is not None:
+            return None
+        inputs[place] = other
+        return _replace(model, add, node, inputs, {})
+
+    def _gate(self, model: ir.Model, node: ir.Node) -> bool:
+        """GEGLU: the halves of a linear's outputs, left * gelu(right)."""
+        out = node.outputs[0]
+        uses = list(out.uses())
+        if node.op_type != LINEAR or len(uses) != 1 or uses[0].node.op_type != "Split":
+            return False
+        split = uses[0].node
+        if len(split.outputs) != 2 or (len(node.inputs) > _RESIDUAL and node.inputs[_RESIDUAL]):
+            return False
+        left, right = split.outputs
+        gelus, products = list(right.uses()), list(left.uses())
+        if len(gelus) != 1 or len(products) != 1:
+            return False
+        gelu, product = gelus[0].node, products[0].node
+        if gelu.op_type != "Gelu" or product.op_type != "Mul":
+            return False
+        exact = gelu.attributes.get("approximate")
+        if exact is not None and exact.as_string() != "none":
+            return False
+        if gelu.outputs[0] not in product.inputs or len(gelu.outputs[0].uses()) != 1:
+            return False
+        _replace(model, product, node, list(node.inputs), {"gated": 1})
+        return True
+
+
+def _place(node: ir.Node, out: ir.Value, other: ir.Value) -> int | None:
+    """Which input of a layer `other` becomes when it is added to the layer's output."""
+    shape, n = other.shape, node.attributes["N"].as_int()
+    if shape is None:
+        return None
+    dims = list(shape)
+    if node.op_type == LINEAR and other.is_initializer() and dims == [n]:
+        return _BIAS
+    if node.op_type == CONV and len(dims) == 4 and dims[1:] == [n, 1, 1]:
+        return _OFFSET
+    if len(dims) == (3 if node.op_type == LINEAR else 4) and not other.is_initializer():
+        channels = dims[-1] if node.op_type == LINEAR else dims[1]
+        if channels == n and out.shape is not None and not _broadcasts(dims):
+            return _RESIDUAL
+    return None
+
+
+def _broadcasts(dims: list[int | ir.SymbolicDim]) -> bool:
+    return any(dim == 1 for dim in dims[1:])
+
+
+def _replace(
+    model: ir.Model,
+    last: ir.Node,
+    node: ir.Node,
+    inputs: list[ir.Value | None],
+    attributes: dict[str, int],
+) -> ir.Node:
+    """The layer `node` with other inputs and attributes, in the place of `last`."""
+    changed = {name: value for name, value in node.attributes.items() if name not in attributes}
+    made = ir.node(
+        node.op_type, inputs, {**changed, **attributes}, domain=DOMAIN, name=node.name or ""
+    )
+    made.outputs[0].name = f"{node.outputs[0].name}+"
+    replace_node(model.graph, last, [made], made.outputs[0])
+    return made
+
+
+class _AttentionIn8Bits(Pass):
+    """MultiHeadAttention that isn't causal becomes QuantAttention."""
+
+    def call(self, model: ir.Model) -> bool:
+        """See the class."""
+        changed = False
+        for node in list(model.graph):
+            if node.op_type != "MultiHeadAttention" or node.attributes["unidirectional"].as_int():
+                continue
+            heads = node.attributes["num_heads"].as_int()
+            query = node.inputs[0]
+            width = query.shape[-1] if query is not None and query.shape is not None else None
+            if not isinstance(width, int) or width > heads * MAX_HEAD:
+                continue
+            made = ir.node(
+                ATTENTION,
+                node.inputs[:3],
+                {"num_heads": heads, "scale": node.attributes["scale"].as_float()},
+                domain=DOMAIN,
+                name=node.name or "",
+            )
+            made.outputs[0].name = f"{node.outputs[0].name}:8"
+            replace_node(model.graph, node, [made], made.outputs[0])
+            changed = True
+        return changed

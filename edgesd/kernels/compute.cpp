@@ -1,0 +1,722 @@
+// Quantized linears, convolutions and attention for one instruction set (isa.h).
+//
+// A product of K inputs and N outputs is taken in panels of P outputs: a panel's codes are laid
+// out once as [K / 4][P][4] bytes, 4-bit ones brought to 8 bits on the way, and then meet all rows,
+// MR at a time. Rows of a convolution are its input's patches, which are never written out: the
+// input lies once as bytes [height, width, channels], and a row is one pointer for each tap.
+
+#include "compute.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <vector>
+
+#include "isa.h"
+
+namespace edgesd {
+namespace EDGESD_ISA {
+namespace {
+
+constexpr int P = NR * W;
+constexpr int KEYS = 64;  // of attention, taken at a time
+constexpr int AHEAD = 64;  // rows of a weight that are asked for before they are needed
+
+// Memory that grows and stays with its thread.
+template <typename T>
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  T* get(size_t count) {
+    if (count > count_) {
+      std::free(data_);
+      data_ = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64));
+      if (!data_) throw std::bad_alloc();
+      count_ = count;
+    }
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t count_ = 0;
+};
+
+template <typename F>
+void parallel(Threads threads, size_t count, F& body) {
+  threads.run(
+      threads.context, [](void* data, size_t i) { (*static_cast<F*>(data))(i); }, count, &body);
+}
+
+inline float from_half(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, part = h & 0x3ff;
+  float value;
+  if (exponent == 0) {
+    value = std::ldexp(float(part), -24);
+    return sign ? -value : value;
+  }
+  const uint32_t bits = sign | ((exponent + 112) << 23) | (part << 13);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Codes of x: round(x / scale) + zero, 0 to 255, so that 0 has a code of its own.
+struct Format {
+  float scale, inverse;
+  int zero;
+};
+
+Format format(float low, float high) {
+  if (!std::isfinite(high - low)) return {NAN, 0, 0};  // and so is all that comes of it
+  low = std::min(low, 0.0f);
+  high = std::max(high, 0.0f);
+  const float scale = high > low ? (high - low) / 255.0f : 1.0f;
+  const int zero = int(std::min(255.0f, std::max(0.0f, std::nearbyint(-low / scale))));
+  return {scale, 1 / scale, zero};
+}
+
+inline vi codes_of(vf x, Format f) {
+  const vf y = x * f.inverse + float(f.zero);
+  return nearest(minimum(maximum(y, vf_set(0)), vf_set(255)));
+}
+inline int code_of(float x, Format f) {
+  return int(std::nearbyint(std::min(255.0f, std::max(0.0f, x * f.inverse + float(f.zero)))));
+}
+
+// Widens [low, high] to what x holds; `high` is NaN where x holds NaN or infinity.
+void range(const float* x, int64_t count, float& low, float& high) {
+  int64_t i = 0;
+  float none = high * 0;
+  if (count >= W) {
+    vf least = load<vf>(x), most = least, zeros = vf{};
+    for (; i + W <= count; i += W) {
+      const vf v = load<vf>(x + i);
+      least = minimum(least, v);
+      most = maximum(most, v);
+      zeros += v * 0.0f;
+    }
+    for (int j = 0; j < W; j++) none += zeros[j];
+    high = std::max(high, lanes_max(most));
+    low = std::min(low, -lanes_max(-least));
+  }
+  for (; i < count; i++) {
+    low = std::min(low, x[i]);
+    high = std::max(high, x[i]);
+    none += x[i] * 0.0f;
+  }
+  high += none;
+}
+
+// A panel: bytes for dot4, and for each output its scale and the sum of its codes.
+struct Panel {
+  int8_t* codes;
+  float scale[P];
+  int32_t sum[P];
+};
+
+// A row of a panel's codes, and as they are multiplied.
+typedef uint8_t Row __attribute__((vector_size(P)));
+typedef uint8_t HalfRow __attribute__((vector_size(P / 2)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * P)));
+typedef int16_t SignedShorts __attribute__((vector_size(2 * P)));
+
+// The nibbles of bytes, low ones first. Called for P outputs.
+template <int N>
+inline Row nibbles(HalfRow packed) {
+  const HalfRow low = packed & 15, high = packed >> 4;
+  if constexpr (N == 32)
+    return __builtin_shufflevector(low, high, 0, N / 2, 1, N / 2 + 1, 2, N / 2 + 2, 3, N / 2 + 3, 4,
+                                   N / 2 + 4, 5, N / 2 + 5, 6, N / 2 + 6, 7, N / 2 + 7, 8, N / 2 + 8,
+                                   9, N / 2 + 9, 10, N / 2 + 10, 11, N / 2 + 11, 12, N / 2 + 12, 13,
+                                   N / 2 + 13, 14, N / 2 + 14, 15, N / 2 + 15);
+  else
+    return __builtin_shufflevector(low, high, 0, N / 2, 1, N / 2 + 1, 2, N / 2 + 2, 3, N / 2 + 3, 4,
+                                   N / 2 + 4, 5, N / 2 + 5, 6, N / 2 + 6, 7, N / 2 + 7);
+}
+
+// Four rows -> four bytes of each output, as dot4 takes them.
+inline void interleave(const Row (&row)[4], int8_t* to) {
+  typedef uint8_t Sixteen __attribute__((vector_size(16)));
+  typedef uint16_t Eight __attribute__((vector_size(16)));
+  for (int n = 0; n < P; n += 16) {
+    Sixteen part[4];
+    for (int i = 0; i < 4; i++) std::memcpy(&part[i], reinterpret_cast<const char*>(&row[i]) + n, 16);
+    const auto low = [](Sixteen x, Sixteen y) {
+      return (Eight)__builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
+                                            23);
+    };
+    const auto high = [](Sixteen x, Sixteen y) {
+      return (Eight)__builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
+                                            30, 15, 31);
+    };
+    const auto both = [](Eight x, Eight y, int8_t* out) {
+      store(out, __builtin_shufflevector(x, y, 0, 8, 1, 9, 2, 10, 3, 11));
+      store(out + 16, __builtin_shufflevector(x, y, 4, 12, 5, 13, 6, 14, 7, 15));
+    };
+    both(low(part[0], part[1]), low(part[2], part[3]), to + 4 * n);
+    both(high(part[0], part[1]), high(part[2], part[3]), to + 4 * n + 32);
+  }
+}
+
+// Codes of row k of an 8-bit weight [K, N], from output n on; zeros where outputs end.
+inline Row eight_bits(const Weight& w, int64_t k, int64_t n) {
+  const uint8_t* from = w.codes + k * w.n + n;
+  if (n + P <= w.n) return load<Row>(from);
+  Row out{};
+  std::memcpy(&out, from, size_t(w.n - n));
+  return out;
+}
+
+// Codes 0 to 15 that stand for -8 to 7, as 8 bits. steps: in 128ths.
+inline Row grown(Row codes, const int16_t* steps) {
+  const Shorts step = load<Shorts>(steps);
+  const Shorts wide = __builtin_convertvector(codes, Shorts) * step + (64 - 8 * step);
+  return __builtin_convertvector((SignedShorts)wide >> 7, Row);
+}
+
+// The same of a 4-bit weight [K, N].
+inline Row four_bits(const Weight& w, int64_t k, int64_t n, const int16_t* steps) {
+  const int64_t at = k * w.n + n;
+  if (n + P <= w.n && at % 2 == 0)
+    return grown(nibbles<P>(load<HalfRow>(w.codes + at / 2) ^ 0x88), steps);
+  Row codes = Row{} + 8;
+  for (int i = 0; i < P && n + i < w.n; i++) {
+    const uint8_t byte = w.codes[(at + i) / 2];
+    codes[i] = uint8_t(((at + i) % 2 ? byte >> 4 : byte & 15) ^ 8);
+  }
+  return grown(codes, steps);
+}
+
+// Lay out outputs first .. first + P of `w`; taps of `channels` inputs, each filled up to `padded`.
+void lay_out(const Weight& w, int64_t first, int64_t channels, int64_t padded, Panel& panel) {
+  const int count = int(std::min<int64_t>(P, w.n - first));
+  const int64_t taps = w.k / channels, groups = w.bits == 4 ? (w.k + w.group - 1) / w.group : 0;
+  // What each code is multiplied with to become one of 8 bits, in 128ths.
+  static thread_local std::vector<int16_t> steps;
+  steps.assign(size_t(groups * P), 0);
+  const float grow = w.bits == 4 ? WEIGHT_MAX / 127.0f : 1.0f;
+  for (int n = 0; n < P; n++) panel.scale[n] = n < count ? w.scale[first + n] / grow : 0;
+  for (int64_t g = 0; g < groups; g++)
+    for (int n = 0; n < count; n++) {
+      const float step = w.layout == Weight::ROWS_K_BY_N
+                             ? grow / from_half(w.steps[g * w.n + first + n])
+                             : from_half(w.steps[(first + n) * groups + g]) / panel.scale[n];
+      steps[size_t(g * P + n)] = int16_t(std::min(32767.0f / 8, step * 128 + 0.5f));
+    }
+  if (w.layout == Weight::ROWS_K_BY_N) {
+    for (int64_t tap = 0; tap < taps; tap++)
+      for (int64_t c = 0; c < padded; c += 4) {
+        int8_t* to = panel.codes + (tap * padded + c) * P;
+        // Rows lie far apart: the processor doesn't see by itself what comes next.
+        for (int64_t i = AHEAD; i < AHEAD + 4; i++)
+          __builtin_prefetch(w.codes + ((tap * channels + c + i) * w.n + first) * w.bits / 8);
+        Row row[4] = {};
+        for (int i = 0; i < 4 && c + i < channels; i++) {
+          const int64_t k = tap * channels + c + i;
+          row[i] = w.bits == 8 ? eight_bits(w, k, first)
+                               : four_bits(w, k, first, &steps[size_t(k / w.group * P)]);
+        }
+        interleave(row, to);
+      }
+  } else {  // only linears: one tap
+    const int64_t bytes = groups * w.group / 2;
+    if (count < P || padded != channels) std::memset(panel.codes, 0, size_t(padded * P));
+    for (int n = 0; n < count; n++) {
+      const uint8_t* from = w.codes + (first + n) * bytes;
+      for (int64_t g = 0; g < groups; g++) {
+        int16_t step[P];
+        for (int i = 0; i < P; i++) step[i] = steps[size_t(g * P + n)];
+        const int64_t end = std::min<int64_t>(channels, (g + 1) * w.group);
+        int8_t* to = panel.codes + 4 * n;
+        int64_t k = g * w.group;
+        for (; k + P <= end; k += P) {
+          uint8_t eight[P];
+          store(eight, grown(nibbles<P>(load<HalfRow>(from + k / 2)), step));
+#pragma GCC unroll 8
+          for (int i = 0; i < P; i += 4) std::memcpy(to + (k + i) * P, eight + i, 4);
+        }
+        for (; k < end; k += 2) {
+          const int pair[2] = {from[k / 2] & 15, from[k / 2] >> 4};
+          for (int i = 0; i < 2 && k + i < end; i++)
+            to[(k + i) / 4 * 4 * P + (k + i) % 4] =
+                int8_t(((pair[i] - 8) * int(step[0]) + 64) >> 7);
+        }
+      }
+    }
+  }
+  vi sum[NR] = {};
+  for (int64_t k = 0; k < taps * padded; k += 4)
+#pragma GCC unroll 8
+    for (int n = 0; n < NR; n++)
+      sum[n] = dot4(sum[n], vi_set(0x01010101), load<vi>(panel.codes + k * P + n * W * 4));
+  for (int n = 0; n < NR; n++) store(panel.sum + n * W, sum[n]);
+}
+
+// out [MR][P] = MR rows times a panel. left: for each tap MR pointers to `width` bytes.
+void product(const uint8_t* const* left, int64_t taps, int64_t width, const int8_t* panel,
+             int32_t* out) {
+  vi sum[MR][NR];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; m++)
+#pragma GCC unroll 8
+    for (int n = 0; n < NR; n++) sum[m][n] = vi{};
+  for (int64_t tap = 0; tap < taps; tap++, left += MR) {
+    const uint8_t* row[MR];
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) row[m] = left[m];
+    for (int64_t k = 0; k < width; k += 4, panel += 4 * P) {
+      vi right[NR];
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; n++) right[n] = load<vi>(panel + n * W * 4);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; m++) {
+        int32_t four;
+        std::memcpy(&four, row[m] + k, 4);
+        const vi a = vi_set(four);
+#pragma GCC unroll 8
+        for (int n = 0; n < NR; n++) sum[m][n] = dot4(sum[m][n], a, right[n]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; m++)
+#pragma GCC unroll 8
+    for (int n = 0; n < NR; n++) store(out + m * P + n * W, sum[m][n]);
+}
+
+// gelu(x) = x Phi(x), by the error function as Abramowitz and Stegun, 7.1.26, to 1.5e-7.
+inline vf gelu(vf x) {
+  const vf z = x * 0.70710678f, size = maximum(z, -z);
+  const vf t = 1.0f / (1.0f + 0.3275911f * size);
+  vf p = t * 1.061405429f - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  vf erf = 1.0f - p * t * exp2_below<1>(z * z * -1.44269504f);
+  erf = (vf)(((vi)erf & 0x7fffffff) | ((vi)z & int32_t(0x80000000)));
+  return 0.5f * x * (1.0f + erf);
+}
+
+int64_t panels_of(int64_t n) { return (n + P - 1) / P; }
+
+// Parts that rows are cut into, so that every thread gets panels, at little laying out in vain.
+int64_t parts_of(int64_t panels, int64_t rows) {
+  int64_t parts = 1;
+  while (panels * parts < 16 && rows / (parts * 2) >= 256) parts *= 2;
+  return parts;
+}
+
+void linear(const Linear& job, Threads threads) {
+  const Weight& w = job.weight;
+  const int64_t padded = (w.k + 3) / 4 * 4;
+  static thread_local Scratch<uint8_t> left_memory;
+  static thread_local std::vector<Format> formats;
+  uint8_t* left = left_memory.get(size_t(job.m * padded) + 64);
+  formats.resize(size_t(job.m));
+  Format* formats_of = formats.data();
+  auto quantize = [&](size_t block) {
+    const int64_t end = std::min<int64_t>(job.m, int64_t(block + 1) * 16);
+    for (int64_t m = int64_t(block) * 16; m < end; m++) {
+      const float* x = job.x + m * w.k;
+      float low = 0, high = 0;
+      range(x, w.k, low, high);
+      const Format f = formats_of[m] = format(low, high);
+      uint8_t* to = left + m * padded;
+      int64_t k = 0;
+      for (; k + W <= w.k; k += W)
+        store(to + k, __builtin_convertvector(codes_of(load<vf>(x + k), f) - SHIFT, vb));
+      for (; k < w.k; k++) to[k] = uint8_t(code_of(x[k], f) - SHIFT);
+      for (; k < padded; k++) to[k] = 0;
+    }
+  };
+  parallel(threads, size_t(job.m + 15) / 16, quantize);
+
+  const int64_t outputs = job.gated ? w.n / 2 : w.n;
+  const int64_t panels = panels_of(outputs), parts = parts_of(panels, job.m);
+  const int64_t part = (job.m + parts - 1) / parts;
+  auto multiply = [&](size_t task) {
+    const int64_t first = int64_t(task) % panels * P;
+    const int64_t begin = int64_t(task) / panels * part, end = std::min(job.m, begin + part);
+    const int count = int(std::min<int64_t>(P, outputs - first));
+    const int sides = job.gated ? 2 : 1;
+    static thread_local Scratch<int8_t> memory;
+    int8_t* codes = memory.get(size_t(padded * P) * 2);
+    Panel panel[2];
+    for (int side = 0; side < sides; side++) {
+      panel[side].codes = codes + side * padded * P;
+      lay_out(w, first + side * outputs, w.k, padded, panel[side]);
+    }
+    alignas(64) int32_t sums[MR * P];
+    alignas(64) float found[2][MR * P];
+    for (int64_t m = begin; m < end; m += MR) {
+      const uint8_t* rows[MR];
+      const int valid = int(std::min<int64_t>(MR, end - m));
+      for (int i = 0; i < MR; i++) rows[i] = left + std::min(m + i, end - 1) * padded;
+      for (int side = 0; side < sides; side++) {
+        product(rows, 1, padded, panel[side].codes, sums);
+        const float* bias = job.bias ? job.bias + first + side * outputs : nullptr;
+        for (int i = 0; i < valid; i++) {
+          const Format f = formats_of[m + i];
+          for (int n = 0; n < P; n += W) {
+            const vi sum = load<vi>(sums + i * P + n) -
+                           (f.zero - SHIFT) * load<vi>(panel[side].sum + n);
+            store(found[side] + i * P + n, to_float(sum) * f.scale * load<vf>(panel[side].scale + n));
+          }
+          if (bias)
+            for (int n = 0; n < count; n++) found[side][i * P + n] += bias[n];
+        }
+      }
+      for (int i = 0; i < valid; i++) {
+        float* y = job.y + (m + i) * outputs + first;
+        float* from = found[0] + i * P;
+        if (job.gated)
+          for (int n = 0; n < P; n += W)
+            store(from + n, load<vf>(from + n) * gelu(load<vf>(found[1] + i * P + n)));
+        if (job.residual) {
+          const float* add = job.residual + (m + i) * outputs + first;
+          for (int n = 0; n < count; n++) y[n] = from[n] + add[n];
+        } else {
+          std::memcpy(y, from, size_t(count) * 4);
+        }
+      }
+    }
+  };
+  parallel(threads, size_t(panels * parts), multiply);
+}
+
+// x [channels, height, width] as codes [height + top + bottom, width + left + right, padded].
+void image_codes(const Conv& job, const float* x, Format f, int64_t padded, uint8_t* to,
+                 Threads threads) {
+  const int64_t wide = job.width + job.left + job.right, tall = job.height + job.top + job.bottom;
+  const int none = uint8_t(f.zero - SHIFT);
+  auto row = [&](size_t y) {
+    uint8_t* line = to + int64_t(y) * wide * padded;
+    const int64_t source = int64_t(y) - job.top;
+    if (source < 0 || source >= job.height) {
+      std::memset(line, none, size_t(wide * padded));
+      return;
+    }
+    std::memset(line, none, size_t(job.left * padded));
+    std::memset(line + (job.left + job.width) * padded, none, size_t(job.right * padded));
+    line += job.left * padded;
+    const int64_t plane = job.height * job.width;
+    for (int64_t c = 0; c < padded; c += 4) {
+      const float* from[4];
+      for (int i = 0; i < 4; i++)
+        from[i] = x + std::min(c + i, job.channels - 1) * plane + source * job.width;
+      int64_t column = 0;
+      for (; column + W <= job.width; column += W) {
+        vi four = vi{};
+        for (int i = 0; i < 4; i++)
+          four |= ((codes_of(load<vf>(from[i] + column), f) - SHIFT) & 255) << (8 * i);
+        for (int i = 0; i < W; i++) {
+          const int32_t bytes = four[i];
+          std::memcpy(line + (column + i) * padded + c, &bytes, 4);
+        }
+      }
+      for (; column < job.width; column++)
+        for (int i = 0; i < 4; i++)
+          line[column * padded + c + i] = uint8_t(code_of(from[i][column], f) - SHIFT);
+    }
+  };
+  parallel(threads, size_t(tall), row);
+}
+
+void conv(const Conv& job, Threads threads) {
+  const Weight& w = job.weight;
+  const int64_t padded = (job.channels + 3) / 4 * 4, taps = job.kernel_h * job.kernel_w;
+  const int64_t wide = job.width + job.left + job.right, tall = job.height + job.top + job.bottom;
+  const int64_t pixels = job.out_height * job.out_width;
+  static thread_local Scratch<uint8_t> image_memory;
+  uint8_t* image = image_memory.get(size_t(wide * tall * padded) + 64);
+  for (int64_t b = 0; b < job.batch; b++) {
+    const float* x = job.x + b * job.channels * job.height * job.width;
+    static thread_local std::vector<float> ends;
+    ends.assign(size_t(2 * job.channels), 0);
+    float* ends_of = ends.data();
+    auto measure = [&](size_t c) {
+      range(x + int64_t(c) * job.height * job.width, job.height * job.width, ends_of[2 * c],
+            ends_of[2 * c + 1]);
+    };
+    parallel(threads, size_t(job.channels), measure);
+    float low = 0, high = 0;
+    range(ends_of, 2 * job.channels, low, high);
+    const Format f = format(low, high);
+    image_codes(job, x, f, padded, image, threads);
+
+    const int64_t panels = panels_of(w.n), parts = parts_of(panels, pixels);
+    const int64_t part = ((pixels + parts - 1) / parts + MR - 1) / MR * MR;
+    auto multiply = [&](size_t task) {
+      const int64_t first = int64_t(task) % panels * P;
+      const int64_t begin = int64_t(task) / panels * part, end = std::min(pixels, begin + part);
+      const int count = int(std::min<int64_t>(P, w.n - first));
+      static thread_local Scratch<int8_t> memory;
+      Panel panel;
+      panel.codes = memory.get(size_t(taps * padded * P));
+      lay_out(w, first, job.channels, padded, panel);
+      float shift[P];
+      for (int n = 0; n < count; n++) {
+        const float offset = job.offset ? job.offset[b * w.n + first + n] : 0;
+        shift[n] = offset + (job.bias ? job.bias[first + n] : 0) -
+                   float((f.zero - SHIFT)) * float(panel.sum[n]) * f.scale * panel.scale[n];
+        panel.scale[n] *= f.scale;
+      }
+      std::vector<const uint8_t*> rows(size_t(taps * MR));
+      alignas(64) int32_t sums[MR * P];
+      float* y = job.y + (b * w.n + first) * pixels;
+      const float* add = job.residual ? job.residual + (b * w.n + first) * pixels : nullptr;
+      for (int64_t m = begin; m < end; m += MR) {
+        for (int i = 0; i < MR; i++) {
+          const int64_t pixel = std::min(m + i, end - 1);
+          const uint8_t* corner =
+              image + (pixel / job.out_width * job.stride_h * wide +
+                       pixel % job.out_width * job.stride_w) * padded;
+          for (int64_t tap = 0; tap < taps; tap++)
+            rows[size_t(tap * MR + i)] =
+                corner + (tap / job.kernel_w * wide + tap % job.kernel_w) * padded;
+        }
+        product(rows.data(), taps, padded, panel.codes, sums);
+        const int valid = int(std::min<int64_t>(MR, end - m));
+        for (int n = 0; n < count; n++) {
+          float* to = y + n * pixels + m;
+          const float scale = panel.scale[n], offset = shift[n];
+          if (valid == MR) {
+            float line[MR];
+#pragma GCC unroll 16
+            for (int i = 0; i < MR; i++) line[i] = float(sums[i * P + n]) * scale + offset;
+            if (add) {
+              const float* from = add + n * pixels + m;
+#pragma GCC unroll 16
+              for (int i = 0; i < MR; i++) line[i] += from[i];
+            }
+            std::memcpy(to, line, sizeof line);
+          } else {
+            for (int i = 0; i < valid; i++)
+              to[i] = float(sums[i * P + n]) * scale + offset + (add ? add[n * pixels + m + i] : 0);
+          }
+        }
+      }
+    };
+    parallel(threads, size_t(panels * parts), multiply);
+  }
+}
+
+// Attention in 8 bits: SageAttention's smoothed keys and a scale for each query and key
+// (arXiv 2410.02367, sections 4.2 and 4.3), FlashAttention's running maximum (arXiv 2205.14135,
+// algorithm 1), and probabilities in 8 bits relative to the largest of their block of keys, so that
+// one large one doesn't round the rest of the row away.
+constexpr int QUERY_MAX = LEFT_MAX == 255 ? 127 : 63, QUERY_ZERO = LEFT_MAX == 255 ? 128 : 64;
+
+struct Head {
+  const int8_t* keys;    // [blocks][d4][KEYS][4]
+  const int8_t* values;  // [blocks][KEYS / 4][wide][4]
+  const float* key_scale;
+  const int32_t* key_zero;  // what the queries' zero adds to each key's product, negative
+  const float* value_scale;  // [d]; the value beside them is 1: it counts the probabilities
+};
+
+template <int D>  // vectors of the value's width
+void attend(const Attention& job, int64_t b, int h, int64_t first, const Head& head) {
+  constexpr int R = ATTENTION_ROWS, V = KEYS / W;
+  const int64_t stride = int64_t(job.heads) * job.d, d4 = (job.d + 3) / 4, blocks = (job.n + KEYS - 1) / KEYS;
+  alignas(64) uint8_t query[R][512];
+  float scale[R], most[R];
+  vf out[R][D];
+  const int valid = int(std::min<int64_t>(R, job.m - first));
+  for (int r = 0; r < R; r++) {
+    const float* q = job.q + (b * job.m + std::min(first + r, job.m - 1)) * stride + h * job.d;
+    float low = 0, high = 0;
+    range(q, job.d, low, high);
+    const float largest = -low > high ? -low : high;  // NaN if high is
+    const float inverse = largest > 0 ? QUERY_MAX / largest : 0;
+    std::memset(query[r], uint8_t(QUERY_ZERO - SHIFT), size_t(4 * d4));
+    for (int i = 0; i < job.d; i++)
+      query[r][i] = uint8_t(int(std::nearbyint(q[i] * inverse)) + QUERY_ZERO - SHIFT);
+    scale[r] = largest / QUERY_MAX * job.scale * 1.44269504f;  // for 2^x
+    most[r] = -3e38f;
+    for (int i = 0; i < D; i++) out[r][i] = vf{};
+  }
+  for (int64_t block = 0; block < blocks; block++) {
+    const int8_t* keys = head.keys + block * d4 * KEYS * 4;
+    const int8_t* values = head.values + block * KEYS * D * W;
+    const int64_t at = block * KEYS;
+    vi sum[R][V];
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) {
+      const vi none = load<vi>(head.key_zero + at + i * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sum[r][i] = none;
+    }
+    for (int64_t k = 0; k < d4; k++, keys += KEYS * 4)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        int32_t four;
+        std::memcpy(&four, query[r] + 4 * k, 4);
+        const vi a = vi_set(four);
+#pragma GCC unroll 16
+        for (int i = 0; i < V; i++) sum[r][i] = dot4(sum[r][i], a, load<vi>(keys + i * W * 4));
+      }
+    alignas(64) uint8_t chances[R][KEYS];
+    float weight[R];
+    const int64_t left = job.n - at;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      vf score[V];
+      vf top = vf_set(-3e38f);
+#pragma GCC unroll 16
+      for (int i = 0; i < V; i++) {
+        score[i] = to_float(sum[r][i]) * load<vf>(head.key_scale + at + i * W);
+        if (left < KEYS)
+          for (int j = 0; j < W; j++)
+            if (i * W + j >= left) score[i][j] = -3e38f;
+        top = maximum(top, score[i]);
+      }
+      const float largest = lanes_max(top) * scale[r];
+#pragma GCC unroll 16
+      for (int i = 0; i < V; i++) {
+        const vf p = exp2_below<PROBABILITY_MAX>(score[i] * scale[r] - largest);
+        store(chances[r] + i * W, __builtin_convertvector(nearest(p), vb));
+      }
+      if (largest > most[r]) {
+        const float fade = std::exp2(most[r] - largest);
+        for (int i = 0; i < D; i++) out[r][i] *= fade;
+        most[r] = largest;
+        weight[r] = 1;
+      } else {
+        weight[r] = std::exp2(largest - most[r]);
+      }
+    }
+    vi part[R][D];
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+      for (int i = 0; i < D; i++) part[r][i] = vi{};
+    for (int k = 0; k < KEYS; k += 4, values += D * W * 4)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        int32_t four;
+        std::memcpy(&four, chances[r] + k, 4);
+        const vi a = vi_set(four);
+#pragma GCC unroll 16
+        for (int i = 0; i < D; i++) part[r][i] = dot4(part[r][i], a, load<vi>(values + i * W * 4));
+      }
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+      for (int i = 0; i < D; i++) out[r][i] += to_float(part[r][i]) * weight[r];
+  }
+  for (int r = 0; r < valid; r++) {
+    alignas(64) float line[D * W];
+    for (int i = 0; i < D; i++) store(line + i * W, out[r][i]);
+    const float total = line[job.d];
+    for (int i = 0; i < job.d; i++) line[i] *= head.value_scale[i] / total;
+    float* y = job.y + (b * job.m + first + r) * stride + h * job.d;
+    std::memcpy(y, line, size_t(job.d) * 4);
+  }
+}
+
+template <int D>
+struct Attend {
+  static void call(int d, const Attention& job, int64_t b, int h, int64_t first, const Head& head) {
+    if (d == D)
+      attend<D>(job, b, h, first, head);
+    else
+      Attend<D - 1>::call(d, job, b, h, first, head);
+  }
+};
+template <>
+struct Attend<0> {
+  static void call(int, const Attention&, int64_t, int, int64_t, const Head&) {}
+};
+
+constexpr int MAX_HEAD = 160;
+
+void attention(const Attention& job, Threads threads) {
+  const int64_t heads = job.batch * job.heads, blocks = (job.n + KEYS - 1) / KEYS;
+  const int64_t d4 = (job.d + 3) / 4, wide = (job.d + W) / W * W;
+  const int64_t stride = int64_t(job.heads) * job.d;
+  static thread_local Scratch<int8_t> key_memory, value_memory;
+  static thread_local Scratch<float> scale_memory, value_scale_memory;
+  static thread_local Scratch<int32_t> sum_memory;
+  const int64_t key_bytes = blocks * d4 * KEYS * 4, value_bytes = blocks * KEYS * wide;
+  int8_t* keys = key_memory.get(size_t(heads * key_bytes));
+  int8_t* values = value_memory.get(size_t(heads * value_bytes));
+  float* key_scale = scale_memory.get(size_t(heads * blocks * KEYS));
+  int32_t* key_zero = sum_memory.get(size_t(heads * blocks * KEYS));
+  float* value_scale = value_scale_memory.get(size_t(heads * wide));
+
+  auto pack = [&](size_t which) {
+    const int64_t head = int64_t(which), b = head / job.heads, h = head % job.heads;
+    const float* k = job.k + b * job.n * stride + h * job.d;
+    const float* v = job.v + b * job.n * stride + h * job.d;
+    float mean[MAX_HEAD] = {}, largest[MAX_HEAD] = {}, none = 0;
+    for (int64_t n = 0; n < job.n; n++)
+      for (int i = 0; i < job.d; i++) {
+        mean[i] += k[n * stride + i];
+        largest[i] = std::max(largest[i], std::fabs(v[n * stride + i]));
+        none += v[n * stride + i] * 0.0f;
+      }
+    for (int i = 0; i < job.d; i++) {
+      mean[i] /= float(job.n);
+      none += mean[i] * 0.0f;
+    }
+    float inverse[MAX_HEAD];
+    for (int i = 0; i < job.d; i++) {
+      value_scale[head * wide + i] = largest[i] / 127 + none;
+      inverse[i] = largest[i] > 0 ? 127 / largest[i] : 0;
+    }
+    std::memset(keys + head * key_bytes, 0, size_t(key_bytes));
+    std::memset(values + head * value_bytes, 0, size_t(value_bytes));
+    for (int64_t n = 0; n < blocks * KEYS; n++) {
+      const int64_t at = head * blocks * KEYS + n;
+      key_scale[at] = 0;
+      key_zero[at] = 0;
+      if (n >= job.n) continue;
+      float line[MAX_HEAD], most = 0;
+      for (int i = 0; i < job.d; i++) {
+        line[i] = k[n * stride + i] - mean[i];
+        most = std::max(most, std::fabs(line[i]));
+      }
+      const float up = most > 0 ? 127 / most : 0;
+      int8_t* key = keys + head * key_bytes + n / KEYS * d4 * KEYS * 4 + n % KEYS * 4;
+      int8_t* value = values + head * value_bytes + n / 4 * wide * 4 + n % 4;
+      int32_t sum = 0;
+      for (int i = 0; i < job.d; i++) {
+        const int8_t code = int8_t(std::nearbyint(line[i] * up));
+        key[i / 4 * KEYS * 4 + i % 4] = code;
+        sum += code;
+        value[i * 4] = int8_t(std::nearbyint(v[n * stride + i] * inverse[i]));
+      }
+      value[job.d * 4] = 1;
+      key_scale[at] = most / 127;
+      key_zero[at] = (SHIFT - QUERY_ZERO) * sum;
+    }
+  };
+  parallel(threads, size_t(heads), pack);
+
+  constexpr int64_t ROWS = 64;
+  const int64_t parts = (job.m + ROWS - 1) / ROWS;
+  auto rows = [&](size_t task) {
+    const int64_t head = int64_t(task) / parts, part = int64_t(task) % parts;
+    const Head packed{keys + head * key_bytes, values + head * value_bytes,
+                      key_scale + head * blocks * KEYS, key_zero + head * blocks * KEYS,
+                      value_scale + head * wide};
+    const int64_t end = std::min(job.m, (part + 1) * ROWS);
+    for (int64_t m = part * ROWS; m < end; m += ATTENTION_ROWS)
+      Attend<MAX_HEAD / W + 1>::call(int(wide / W), job, head / job.heads, int(head % job.heads), m,
+                                 packed);
+  };
+  parallel(threads, size_t(heads * parts), rows);
+}
+
+}  // namespace
+
+#define EDGESD_TEXT(name) #name
+#define EDGESD_NAME(name) EDGESD_TEXT(name)
+const Compute found{EDGESD_NAME(EDGESD_ISA), WEIGHT_MAX, linear, conv, attention};
+
+}  // namespace EDGESD_ISA
+
+#define EDGESD_JOIN(a, b) a##b
+#define EDGESD_FUNCTION(isa) EDGESD_JOIN(isa, _compute)
+const Compute* EDGESD_FUNCTION(EDGESD_ISA)() { return &EDGESD_ISA::found; }
+
+}  // namespace edgesd

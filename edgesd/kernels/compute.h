@@ -1,0 +1,72 @@
+// What ops.cpp asks of the code for one instruction set. All is plain memory: no ONNX Runtime here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace edgesd {
+
+// Runs fn(data, i) for each i below `count`, on whatever threads there are.
+using Parallel = void (*)(void* context, void (*fn)(void*, size_t), size_t count, void* data);
+
+struct Threads {
+  Parallel run;
+  void* context;
+};
+
+// A quantized weight as it lies in the file. With 8 bits it is codes times `scale`. With 4 bits a
+// code first becomes one of 8 bits, by its group's step; that one times `scale` is the weight.
+struct Weight {
+  enum Layout { ROWS_K_BY_N = 0, BLOCKS_OF_N = 1 };
+  const uint8_t* codes;  // int8 [K, N]; int4 [K, N]; or (BLOCKS_OF_N) [N, K / 2], 8 more than int4
+  const float* scale;    // [N]
+  const uint16_t* steps;  // fp16: [K / group, N], 8-bit codes are codes / steps; or (BLOCKS_OF_N)
+                          // [N, K / group], codes * steps / scale
+  int bits, group, layout;
+  int64_t n, k;
+};
+
+struct Linear {
+  const float* x;  // [m, k]
+  Weight weight;
+  const float* bias;      // [n] or null
+  const float* residual;  // [m, n] or null: added
+  float* y;               // [m, n], or [m, n / 2] if gated
+  int64_t m;
+  bool gated;  // y = left * gelu(right), the halves of the outputs (GEGLU, arXiv 2002.05202)
+};
+
+struct Conv {
+  const float* x;  // [batch, channels, height, width]
+  Weight weight;   // k = (row * kernel_w + column) * channels + channel
+  const float* bias;
+  const float* residual;  // [batch, n, out_height, out_width] or null: added
+  const float* offset;    // [batch, n] or null: added to all pixels
+  float* y;
+  int64_t batch, channels, height, width, out_height, out_width;
+  int kernel_h, kernel_w, stride_h, stride_w, top, left, bottom, right;
+};
+
+struct Attention {
+  const float *q, *k, *v;  // [batch, m, heads * d], [batch, n, heads * d], the same
+  float* y;                // [batch, m, heads * d]
+  int64_t batch, m, n;
+  int heads, d;
+  float scale;
+};
+
+// The functions of one instruction set. weight_max: the largest code that weights may have.
+struct Compute {
+  const char* name;
+  int weight_max;
+  void (*linear)(const Linear&, Threads);
+  void (*conv)(const Conv&, Threads);
+  void (*attention)(const Attention&, Threads);
+};
+
+const Compute* avx512_vnni_compute();
+const Compute* avx_vnni_compute();
+const Compute* avx2_compute();
+const Compute* neon_dotprod_compute();
+
+}  // namespace edgesd

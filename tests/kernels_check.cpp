@@ -1,0 +1,216 @@
+// Runs one instruction set's kernels beside the same sums in double precision, and prints by how
+// much each is off (relative RMS). Compiled together with compute.cpp: also for processors that
+// only an emulator has. ISA: name of the function that gives the kernels.
+
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../edgesd/kernels/compute.h"
+
+namespace {
+
+using namespace edgesd;
+
+std::mt19937 random_engine(1);
+
+std::vector<float> normal(size_t count, float mean = 0) {
+  std::normal_distribution<float> of(mean, 1);
+  std::vector<float> out(count);
+  for (float& x : out) x = of(random_engine);
+  return out;
+}
+
+uint16_t half(float x) {  // of a positive number that is normal in fp16
+  int exponent;
+  const float part = std::frexp(x, &exponent);
+  return uint16_t(((exponent + 14) << 10) + int(std::lround((part * 2 - 1) * 1024)));
+}
+float single(uint16_t h) { return std::ldexp(1 + (h & 1023) / 1024.0f, (h >> 10) - 15); }
+
+const Threads two{[](void*, void (*fn)(void*, size_t), size_t count, void* data) {
+                    std::thread other([&] {
+                      for (size_t i = 1; i < count; i += 2) fn(data, i);
+                    });
+                    for (size_t i = 0; i < count; i += 2) fn(data, i);
+                    other.join();
+                  },
+                  nullptr};
+
+void report(const char* what, int bits, const std::vector<float>& found,
+            const std::vector<double>& wanted) {
+  double error = 0, size = 0;
+  for (size_t i = 0; i < found.size(); i++) {
+    error += (found[i] - wanted[i]) * (found[i] - wanted[i]);
+    size += wanted[i] * wanted[i];
+  }
+  std::printf("%s %d %.6f\n", what, bits, std::sqrt(error / size));
+}
+
+// A weight, and what it stands for as [N][K].
+struct Made {
+  std::vector<uint8_t> codes;
+  std::vector<float> scale;
+  std::vector<uint16_t> steps;
+  std::vector<double> values;
+  Weight weight{};
+};
+
+Made make(int bits, int layout, int64_t n, int64_t k, int group) {
+  Made out;
+  const int64_t groups = (k + group - 1) / group;
+  std::uniform_int_distribution<int> eight(-127, 127), four(-8, 7);
+  std::uniform_real_distribution<float> size(0.5f, 2);
+  std::vector<int> codes(size_t(n * k));
+  for (int& code : codes) code = bits == 8 ? eight(random_engine) : four(random_engine);
+  out.scale.resize(size_t(n));
+  out.values.resize(size_t(n * k));
+  out.steps.resize(size_t(n * groups));
+  for (int64_t i = 0; i < n; i++) {
+    out.scale[i] = 0.01f * size(random_engine);
+    for (int64_t g = 0; g < groups; g++) {
+      // 4-bit codes become at most 127: codes / steps, or codes * steps / scale.
+      const float grow = 8 + 7 * size(random_engine) / 2;
+      const bool rows = layout == Weight::ROWS_K_BY_N;
+      uint16_t& step = out.steps[rows ? g * n + i : i * groups + g];
+      step = half(rows ? 1 / grow : grow * out.scale[i]);
+      for (int64_t j = g * group; j < std::min(k, (g + 1) * group); j++) {
+        const double value = rows ? codes[i * k + j] / double(single(step)) * out.scale[i]
+                                  : codes[i * k + j] * double(single(step));
+        out.values[i * k + j] = bits == 8 ? codes[i * k + j] * double(out.scale[i]) : value;
+      }
+    }
+  }
+  if (bits == 8) {
+    out.codes.resize(size_t(n * k));
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < k; j++) out.codes[j * n + i] = uint8_t(codes[i * k + j]);
+  } else if (layout == Weight::ROWS_K_BY_N) {
+    out.codes.resize(size_t(n * k + 1) / 2);
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < k; j++)
+        out.codes[(j * n + i) / 2] |= uint8_t((codes[i * k + j] & 15) << ((j * n + i) % 2 * 4));
+  } else {
+    out.codes.assign(size_t(n * groups * group / 2), 0x88);
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < k; j++) {
+        uint8_t& byte = out.codes[(i * groups * group + j) / 2];
+        const int shift = j % 2 * 4;
+        byte = uint8_t((byte & ~(15 << shift)) | ((codes[i * k + j] + 8) << shift));
+      }
+  }
+  out.weight = {out.codes.data(), out.scale.data(), out.steps.data(), bits, group, layout, n, k};
+  return out;
+}
+
+void check_linear(const Compute& compute, int bits, int layout, int64_t m, int64_t n, int64_t k,
+                  int group, bool gated) {
+  const Made made = make(bits, layout, n, k, group);
+  const auto x = normal(size_t(m * k), 0.3f), bias = normal(size_t(n));
+  const int64_t outputs = gated ? n / 2 : n;
+  const auto residual = normal(size_t(m * outputs));
+  std::vector<float> y(size_t(m * outputs));
+  compute.linear({x.data(), made.weight, bias.data(), residual.data(), y.data(), m, gated}, two);
+  std::vector<double> wanted(y.size());
+  for (int64_t row = 0; row < m; row++) {
+    auto sum = [&](int64_t i) {
+      double total = bias[i];
+      for (int64_t j = 0; j < k; j++) total += x[row * k + j] * made.values[i * k + j];
+      return total;
+    };
+    for (int64_t i = 0; i < outputs; i++) {
+      double value = sum(i);
+      if (gated) {
+        const double gate = sum(i + outputs);
+        value *= gate * 0.5 * std::erfc(-gate / std::sqrt(2));
+      }
+      wanted[row * outputs + i] = value + residual[row * outputs + i];
+    }
+  }
+  report(gated ? "gated" : "linear", bits, y, wanted);
+}
+
+void check_conv(const Compute& compute, int bits, int64_t channels, int64_t n, int64_t height,
+                int64_t width, int kernel, int stride) {
+  const int64_t k = channels * kernel * kernel, pad = kernel / 2;
+  const Made made = make(bits, Weight::ROWS_K_BY_N, n, k, 32);
+  const int64_t tall = (height + 2 * pad - kernel) / stride + 1;
+  const int64_t wide = (width + 2 * pad - kernel) / stride + 1;
+  const auto x = normal(size_t(2 * channels * height * width), 0.3f), bias = normal(size_t(n));
+  const auto residual = normal(size_t(2 * n * tall * wide)), offset = normal(size_t(2 * n));
+  std::vector<float> y(residual.size());
+  compute.conv({x.data(), made.weight, bias.data(), residual.data(), offset.data(), y.data(), 2,
+                channels, height, width, tall, wide, kernel, kernel, stride, stride, int(pad),
+                int(pad), int(pad), int(pad)},
+               two);
+  std::vector<double> wanted(y.size());
+  for (int64_t b = 0; b < 2; b++)
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t r = 0; r < tall; r++)
+        for (int64_t c = 0; c < wide; c++) {
+          double total = bias[i] + offset[b * n + i];
+          for (int64_t j = 0; j < k; j++) {
+            const int64_t tap = j / channels, channel = j % channels;
+            const int64_t up = r * stride - pad + tap / kernel, left = c * stride - pad + tap % kernel;
+            if (up >= 0 && up < height && left >= 0 && left < width)
+              total += x[((b * channels + channel) * height + up) * width + left] *
+                       made.values[i * k + j];
+          }
+          const int64_t at = ((b * n + i) * tall + r) * wide + c;
+          wanted[at] = total + residual[at];
+        }
+  report("conv", bits, y, wanted);
+}
+
+void check_attention(const Compute& compute, int64_t m, int64_t n, int heads, int d) {
+  const int64_t width = int64_t(heads) * d;
+  const auto q = normal(size_t(2 * m * width)), v = normal(size_t(2 * n * width), 0.2f);
+  auto k = normal(size_t(2 * n * width), 0.5f);
+  const float scale = 1 / std::sqrt(float(d));
+  std::vector<float> y(q.size());
+  compute.attention({q.data(), k.data(), v.data(), y.data(), 2, m, n, heads, d, scale}, two);
+  std::vector<double> wanted(y.size());
+  for (int64_t b = 0; b < 2; b++)
+    for (int h = 0; h < heads; h++)
+      for (int64_t r = 0; r < m; r++) {
+        std::vector<double> weights(static_cast<size_t>(n));
+        double total = 0;
+        for (int64_t c = 0; c < n; c++) {
+          double dot = 0;
+          for (int i = 0; i < d; i++)
+            dot += double(q[(b * m + r) * width + h * d + i]) * k[(b * n + c) * width + h * d + i];
+          total += weights[c] = std::exp(dot * scale);
+        }
+        for (int i = 0; i < d; i++) {
+          double value = 0;
+          for (int64_t c = 0; c < n; c++) value += weights[c] * v[(b * n + c) * width + h * d + i];
+          wanted[(b * m + r) * width + h * d + i] = value / total;
+        }
+      }
+  report("attention", 8, y, wanted);
+}
+
+}  // namespace
+
+int main() {
+  const edgesd::Compute& compute = *edgesd::ISA();
+  std::printf("%s\n", compute.name);
+  for (const int bits : {8, 4}) {
+    if (bits == 8 && compute.weight_max < 127) continue;
+    check_linear(compute, bits, Weight::ROWS_K_BY_N, 13, 70, 50, 32, false);
+    check_linear(compute, bits, Weight::ROWS_K_BY_N, 600, 96, 64, 32, true);
+    check_linear(compute, bits, Weight::ROWS_K_BY_N, 1, 33, 31, 16, false);
+    check_conv(compute, bits, 40, 50, 9, 7, 3, 1);
+    check_conv(compute, bits, 5, 17, 9, 8, 3, 2);
+    check_conv(compute, bits, 64, 32, 24, 24, 1, 1);
+  }
+  check_linear(compute, 4, Weight::BLOCKS_OF_N, 13, 70, 100, 64, false);
+  check_linear(compute, 4, Weight::BLOCKS_OF_N, 20, 64, 128, 16, true);
+  check_linear(compute, 4, Weight::BLOCKS_OF_N, 3, 40, 31, 256, false);
+  check_attention(compute, 70, 100, 3, 40);
+  check_attention(compute, 5, 64, 2, 80);
+  check_attention(compute, 9, 77, 1, 160);
+  check_attention(compute, 3, 1, 2, 6);
+}

@@ -1,0 +1,363 @@
+"""edgesd's own kernels: each instruction set, the graphs that use them, and being without them."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ir = pytest.importorskip("onnx_ir")
+torch = pytest.importorskip("torch")
+
+import onnx  # noqa: E402
+import onnxruntime  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from edgesd.engines import kernels as engine_kernels  # noqa: E402
+from edgesd.engines.kernels import build_library, ensure_library  # noqa: E402
+from edgesd.errors import MissingDependencyError, TargetError  # noqa: E402
+from edgesd.export.external_data import write_model  # noqa: E402
+from edgesd.export.passes.own_kernels import OwnKernels  # noqa: E402
+from edgesd.export.quantize.layers import QuantizedLayer, find_layers, matrix_of  # noqa: E402
+from edgesd.export.quantize.quantize import Method, quantize_layer  # noqa: E402
+from edgesd.runtime import kernels  # noqa: E402
+from edgesd.runtime.runners.onnxruntime import session_options  # noqa: E402
+from edgesd.spec import parse_scheme  # noqa: E402
+from tests.quantizing import normal  # noqa: E402
+from tests.unit.test_quantized_ort import (  # noqa: E402
+    KINDS,
+    Array,
+    Kind,
+    example,
+    graph,
+    lowered,
+    quantize,
+    record,
+    run,
+    session,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILED = {
+    "avx512_vnni": ("g++", "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma"),
+    "avx2": ("g++", "-mavx2 -mfma"),
+    "neon_dotprod": ("aarch64-linux-gnu-g++", "-march=armv8.2-a+dotprod -static"),
+}
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    found = ensure_library()
+    if found is None:
+        pytest.skip("no compiler, or a processor without the instruction sets")
+    return found
+
+
+def runs(isa: str) -> list[str] | None:
+    """The command that runs a program of an instruction set here; None where nothing does."""
+    if isa == "neon_dotprod":
+        emulator = shutil.which("qemu-aarch64-static")
+        if platform.machine() == "aarch64":
+            return []
+        return [emulator] if emulator else None
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return [] if platform.machine() == "x86_64" and isa in flags else None
+
+
+# The code itself.
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+def test_each_instruction_set_computes_what_plain_sums_give(isa: str, tmp_path: Path) -> None:
+    compiler, flags = COMPILED[isa]
+    command = runs(isa)
+    if command is None or not shutil.which(compiler):
+        pytest.skip(f"neither this machine nor an emulator runs {isa}")
+    program = tmp_path / "check"
+    sources = [str(kernels.SOURCES / "compute.cpp"), str(ROOT / "tests/kernels_check.cpp")]
+    subprocess.run(
+        [
+            *(compiler, "-O2", "-std=c++17", "-w", *flags.split(), f"-DISA={isa}_compute"),
+            *(*sources, "-o", str(program), "-pthread"),
+        ],
+        check=True,
+    )
+    out = subprocess.run([*command, str(program)], check=True, capture_output=True, text=True)
+    name, *lines = out.stdout.splitlines()
+    assert name == isa and len(lines) == (13 if isa == "avx2" else 19)
+    for line in lines:
+        what, bits, error = line.split()
+        # 8 bits of an input are off by 0.3 % of a normal distribution's, its product by as much;
+        # codes of 64 steps and probabilities of 127 add to that.
+        assert float(error) < (0.02 if isa == "avx2" or what == "gated" else 0.01), (what, bits)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32"])
+@pytest.mark.parametrize("name", [name for name in KINDS if "gemm" not in name])
+def test_a_layer_is_what_its_description_says(name: str, scheme: str, library: Path) -> None:
+    kind = KINDS[name]
+    proto = graph(kind)
+    quantized = quantize(kind, proto, scheme, False, 1, smooth=kind.op == "Conv")
+    fast = session_of(own(proto, [quantized]), library)
+    slow = session(lowered(proto, {quantized.layer.node: quantized}))
+    for seed in (1, 2):
+        x = example(kind, seed)
+        assert off(run(fast, x), run(slow, x)) < 0.015
+    again = run(fast, x)
+    assert np.array_equal(again, run(fast, x))
+
+
+def test_inputs_are_taken_row_by_row(library: Path) -> None:
+    """One large token doesn't make the others coarse, as it does where a tensor has one scale."""
+    kind = Kind("MatMul", (64, 48), (1, 8, 64), {})
+    proto = graph(kind)
+    quantized = quantize(kind, proto, "w8a8", False, 1)
+    x = normal(1, 8, 64)
+    x[0, 0] *= 1000
+    plain = x @ quantized.effective_weight().T
+    fast = run(session_of(own(proto, [quantized]), library), x)
+    slow = run(session(lowered(proto, {quantized.layer.node: quantized})), x)
+    assert off(fast[0, 1:], plain[0, 1:]) < 0.01 < off(slow[0, 1:], plain[0, 1:])
+
+
+def test_nan_comes_out_as_it_went_in(library: Path) -> None:
+    kind = KINDS["linear"]
+    proto = graph(kind)
+    fast = session_of(own(proto, [quantize(kind, proto, "w8a8", False, 1)]), library)
+    x = example(kind, 1)
+    x[0, 3, 5] = np.nan
+    assert np.isnan(run(fast, x)[0, 3]).all()
+
+
+# Graphs.
+
+
+def block(wide: int = 32) -> onnx.ModelProto:
+    """conv + timestep + residual; linear + bias + residual; GEGLU; attention, causal and not."""
+    float_, n = TensorProto.FLOAT, 2 * wide
+    weights: dict[str, Array] = {
+        "conv.w": normal(wide, wide, 3, 3, seed=1) * np.float32(0.1),
+        "conv.b": normal(wide, seed=2),
+        "linear.w": normal(wide, wide, seed=3) * np.float32(0.2),
+        "linear.b": normal(wide, seed=4),
+        "gate.w": normal(wide, n, seed=5) * np.float32(0.2),
+        "gate.b": normal(n, seed=6),
+    }
+    ints = {"flat": [1, wide, -1], "halves": [wide, wide]}
+    make = helper.make_node
+    attention: dict[str, Any] = {"num_heads": 2, "scale": 0.25, "domain": "com.microsoft"}
+    nodes = [
+        make("Conv", ["x", "conv.w", "conv.b"], ["c"], name="a.conv/Conv", pads=[1, 1, 1, 1]),
+        make("Add", ["c", "time"], ["ct"], name="a/Add"),
+        make("Add", ["x", "ct"], ["cx"], name="a/Add_2"),
+        make("Reshape", ["cx", "flat"], ["rows"], name="a/Reshape"),
+        make("Transpose", ["rows"], ["t"], name="a/Transpose", perm=[0, 2, 1]),
+        make(
+            "MultiHeadAttention", ["t", "t", "t"], ["m"], name="a/m", unidirectional=0, **attention
+        ),
+        make(
+            "MultiHeadAttention", ["m", "m", "m"], ["o"], name="a/o", unidirectional=1, **attention
+        ),
+        make("MatMul", ["o", "linear.w"], ["l"], name="a.linear/MatMul"),
+        make("Add", ["l", "linear.b"], ["lb"], name="a.linear/Add"),
+        make("Add", ["lb", "t"], ["lt"], name="a/Add_3"),
+        make("MatMul", ["lt", "gate.w"], ["g"], name="a.gate/MatMul"),
+        make("Add", ["g", "gate.b"], ["gb"], name="a.gate/Add"),
+        make("Split", ["gb", "halves"], ["left", "right"], name="a/Split", axis=-1),
+        make("Gelu", ["right"], ["gelu"], name="a/Gelu"),
+        make("Mul", ["left", "gelu"], ["y"], name="a/Mul"),
+    ]
+    image, rows = ["batch", wide, "height", "width"], ["batch", "pixels", wide]
+    gates = ["batch", "pixels", n]
+    shapes: dict[str, list[Any]] = {
+        **dict.fromkeys(("c", "ct", "cx"), image),
+        **dict.fromkeys(("t", "m", "o", "l", "lb", "lt"), rows),
+        **dict.fromkeys(("g", "gb"), gates),
+    }
+    info = helper.make_tensor_value_info
+    proto = helper.make_graph(
+        nodes,
+        "unet",
+        [
+            info("x", float_, image),
+            info("time", float_, ["batch", wide, 1, 1]),
+            info("timestep", float_, [1]),
+        ],
+        [info("y", float_, rows)],
+        [
+            *(numpy_helper.from_array(array, name) for name, array in weights.items()),
+            *(numpy_helper.from_array(np.array(v, np.int64), name) for name, v in ints.items()),
+        ],
+        value_info=[info(name, float_, shape) for name, shape in shapes.items()],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(proto, opset_imports=opsets, ir_version=10)
+
+
+def quantized_block(proto: onnx.ModelProto, scheme: str) -> list[QuantizedLayer]:
+    model = ir.serde.deserialize_model(proto)
+    nodes = {node.name: node for node in model.graph}
+    found = []
+    for layer in find_layers("unet", model):
+        shape = (1, layer.channels, 8, 8) if layer.kind == "conv" else (1, 64, layer.columns)
+        stats = record(layer, [normal(*shape)])
+        weight = matrix_of(nodes[layer.node], layer)
+        found.append(quantize_layer(layer, weight, stats, parse_scheme(scheme), Method("rtn")))
+    return found
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32", "w4a8-g32-lr8"])
+def test_what_surrounds_a_layer_becomes_part_of_it(
+    scheme: str, attention: bool, library: Path
+) -> None:
+    proto = block()
+    layers = quantized_block(proto, scheme)
+    fused = own(proto, layers, attention)
+    counts = Counter(node.op_type for node in fused.graph.node)
+    branches = scheme.endswith("lr8")
+    # A branch takes the place of a residual, which stays an Add: of the convolution and the linear.
+    assert counts["Add"] == (2 if branches else 0)
+    assert counts["Gelu"] == (1 if branches else 0)
+    assert counts["QuantLinear"] == 2 and counts["QuantConv"] == 1
+    assert (counts["QuantAttention"], counts["MultiHeadAttention"]) == (
+        (1, 1) if attention else (0, 2)
+    )
+    feed = {"x": normal(2, 32, 6, 5), "time": normal(2, 32, 1, 1, seed=7)}
+    reshaped = {name: array[:1] for name, array in feed.items()}
+    fast = answer(session_of(fused, library), reshaped)
+    slow = answer(session(lowered(proto, {q.layer.node: q for q in layers})), reshaped)
+    assert fast.shape == slow.shape and off(fast, slow) < 0.03
+
+
+def test_a_sum_that_somebody_else_reads_stays() -> None:
+    proto = block()
+    proto.graph.output.append(helper.make_tensor_value_info("l", TensorProto.FLOAT, None))
+    fused = own(proto, quantized_block(proto, "w8a8"))
+    assert "l" in {o.name for o in fused.graph.output}
+    assert sum(node.op_type == "Add" for node in fused.graph.node) == 2
+
+
+def test_both_graphs_share_one_file_of_weights(tmp_path: Path, library: Path) -> None:
+    proto = block(64)
+    layers = {q.layer.node: q for q in quantized_block(proto, "w4a8-g32")}
+    plain, fused = ir.serde.deserialize_model(lowered(proto, layers)), own_model(proto, layers)
+    write_model(plain, tmp_path / "alone")
+    write_model(ir.serde.deserialize_model(lowered(proto, layers)), tmp_path / "both", fused)
+    alone, both = (tmp_path / name / "weights.bin" for name in ("alone", "both"))
+    assert both.stat().st_size < alone.stat().st_size * 1.05
+    feed = {"x": normal(1, 64, 8, 8), "time": normal(1, 64, 1, 1, seed=7)}
+    found = [
+        answer(
+            onnxruntime.InferenceSession(
+                str(tmp_path / "both" / name), session_options(1, library), ["CPUExecutionProvider"]
+            ),
+            feed,
+        )
+        for name in ("model.onnx", "kernels.onnx")
+    ]
+    assert off(found[1], found[0]) < 0.03
+
+
+@pytest.mark.parametrize("kept", [0, 10_000, None])
+def test_weights_that_are_let_go_come_back(kept: int | None, tmp_path: Path, library: Path) -> None:
+    proto = block(128)
+    layers = {q.layer.node: q for q in quantized_block(proto, "w4a8-g32")}
+    write_model(own_model(proto, layers), tmp_path)
+    feed = {"x": normal(1, 128, 8, 8), "time": normal(1, 128, 1, 1, seed=7)}
+
+    def drawn() -> list[Array]:
+        loaded = onnxruntime.InferenceSession(
+            str(tmp_path / "model.onnx"), session_options(1, library), ["CPUExecutionProvider"]
+        )
+        return [answer(loaded, feed) for _ in range(3)]
+
+    wanted = drawn()
+    kernels.keep_weights(kept)
+    try:
+        assert all(np.array_equal(a, b) for a, b in zip(wanted, drawn(), strict=True))
+    finally:
+        kernels.keep_weights(None)
+
+
+# Being without them.
+
+
+def test_the_library_can_be_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for value, expected in (("none", None), (str(tmp_path / "no.so"), tmp_path / "no.so")):
+        monkeypatch.setenv("EDGESD_KERNELS", value)
+        forget()
+        assert kernels.library() == expected and not kernels.usable(eight_bits=False)
+        assert ensure_library() is None
+    forget()
+
+
+def test_8_bit_weights_need_exact_sums(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
+    if runs("avx2") is None:
+        pytest.skip("no x86 processor with AVX2")
+    monkeypatch.setenv("EDGESD_INSTRUCTION_SET", "avx2")
+    forget()
+    assert kernels.instruction_set() == "avx2"
+    assert kernels.usable(eight_bits=False) and not kernels.usable(eight_bits=True)
+    proto = graph(KINDS["linear"])
+    model = own(proto, [quantize(KINDS["linear"], proto, "w8a8", False, 1)])
+    with pytest.raises(Exception, match="8-bit weights aren't exact with avx2"):
+        session_of(model, library)
+    model = own(proto, [quantize(KINDS["linear"], proto, "w4a8-g32", False, 1)])
+    assert session_of(model, library)
+    forget()
+
+
+def test_without_a_compiler_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engine_kernels.shutil, "which", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"apt install g\+\+"):
+        build_library(platform.machine(), tmp_path)
+    with pytest.raises(TargetError, match="there are for x86_64, aarch64"):
+        build_library("riscv64", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def forget() -> None:
+    kernels.library.cache_clear()
+    kernels.instruction_set.cache_clear()
+
+
+def own_model(proto: onnx.ModelProto, layers: dict[str, QuantizedLayer]) -> Any:
+    model = ir.serde.deserialize_model(proto)
+    OwnKernels(layers, None, True)(model)
+    return model
+
+
+def own(
+    proto: onnx.ModelProto, layers: list[QuantizedLayer], attention: bool = True
+) -> onnx.ModelProto:
+    model = ir.serde.deserialize_model(proto)
+    OwnKernels({q.layer.node: q for q in layers}, None, attention)(model)
+    return ir.serde.serialize_model(model)
+
+
+def session_of(proto: onnx.ModelProto, library: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(
+        proto.SerializeToString(), session_options(1, library), ["CPUExecutionProvider"]
+    )
+
+
+def answer(loaded: onnxruntime.InferenceSession, feed: dict[str, Array]) -> Array:
+    """y; the timestep is an input of some graphs only."""
+    names = {i.name for i in loaded.get_inputs()}
+    every = {**feed, "timestep": np.array([500], np.float32)}
+    out: Array = loaded.run(["y"], {n: a for n, a in every.items() if n in names})[0]
+    return out
+
+
+def off(found: Array, wanted: Array) -> float:
+    """Relative RMS."""
+    return float(np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2)))
