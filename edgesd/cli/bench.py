@@ -15,6 +15,7 @@ from edgesd.cli.common import (
     Size,
     hosts_option,
     json_option,
+    memory_options,
     plans_of,
     print_json,
     show_each,
@@ -23,6 +24,7 @@ from edgesd.errors import BoardError
 
 if TYPE_CHECKING:
     from edgesd.evaluate.bench import Bench
+    from edgesd.runtime.memory import MemoryMode
 
 _RETRIES = 60
 _PROMPT = "a red apple"
@@ -64,11 +66,7 @@ def bench_group() -> None:
 @click.option("--size", type=Size(), help="Picture size in pixels. [default: the bundle's]")
 @click.option("--scheduler", help="Sampler. [default: the model's own]")
 @click.option("--threads", type=click.IntRange(0, 256), default=0, help="[default: all cores]")
-@click.option(
-    "--low-memory/--no-low-memory",
-    default=None,
-    help="Release each network after its use. [default: when memory is short]",
-)
+@memory_options
 @click.option(
     "--interval",
     type=Finite(0.05, 60),
@@ -93,7 +91,8 @@ def run_command(
     size: tuple[int, int] | None,
     scheduler: str | None,
     threads: int,
-    low_memory: bool | None,
+    memory: MemoryMode | None,
+    max_memory: int | None,
     interval: float,
     html: Path | None,
     output: Path | None,
@@ -131,8 +130,8 @@ def run_command(
         options += [f"--guidance={guidance}"] if guidance is not None else []
         options += [f"--size={size[0]}x{size[1]}"] if size else []
         options += [f"--scheduler={scheduler}"] if scheduler else []
-        if low_memory is not None:
-            options.append("--low-memory" if low_memory else "--no-low-memory")
+        options += [f"--memory={memory}"] if memory else []
+        options += [f"--max-memory={max_memory}"] if max_memory is not None else []
         results = on_each(
             hosts,
             lambda board: bench_on(
@@ -159,7 +158,8 @@ def run_command(
             check_machine(needs.target, needs.arch, needs.required_capabilities, detect_machine())
         width, height = size or (None, None)
         request = Request(prompt, seed, "", steps, guidance, height, width, scheduler)
-        settings = Settings(threads, low_memory, None, plans_of(opened, reporter))
+        plans = plans_of(opened, reporter)
+        settings = Settings(threads, memory, None, plans, max_memory=max_memory)
         with reporter.bar():
             progress = reporter.update if not as_json else _plain
             found = [measure(opened, settings, Plan(request, warm_up, runs, interval), progress)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 import msgspec
@@ -45,6 +46,39 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new release
         raise click.BadParameter(
             f"{value!r} isn't a size: write WIDTHxHEIGHT in pixels, such as 512x512", ctx, param
         )
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in new releases only
+    """A size in memory: 400MB, 1.5GB, 512MiB, or bytes -> bytes."""
+
+    name = "SIZE"
+    _UNITS: ClassVar = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    _BINARY: ClassVar = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse `value`; fails with a usage message."""
+        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMG]i?B)?", str(value), re.I)
+        units = {**self._UNITS, **self._BINARY}
+        size = float(match[1]) * units[(match[2] or "").upper()] if match else 0.0
+        if size >= 1:
+            return int(size)
+        raise click.BadParameter(f"{value!r} isn't a size in memory: 400MB or 1.5GB", ctx, param)
+
+
+def memory_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--memory and --max-memory."""
+    mode = click.option(
+        "--memory",
+        type=click.Choice(["fast", "balanced", "stream"]),
+        help="fast keeps all networks loaded, balanced releases each after its use, stream leaves "
+        "weights in their file. [default: by the memory that is free]",
+    )
+    limit = click.option(
+        "--max-memory",
+        type=Bytes(),
+        help="Take the fastest --memory that fits into this: 400MB, 1.5GB.",
+    )
+    return mode(limit(function))
 
 
 class Finite(click.FloatRange):
@@ -240,7 +274,7 @@ def fail(error: BaseException, debug: bool) -> int:
     if isinstance(error, EdgesdError):
         message, code = str(error), error.exit_code
     elif isinstance(error, MemoryError):
-        message, code = "out of memory: use --low-memory, a smaller --size or --batch 1", 6
+        message, code = "out of memory: use --memory stream, a smaller --size or --batch 1", 6
     elif isinstance(error, KeyboardInterrupt):
         message, code = "interrupted; no unfinished file was left", 130
     elif isinstance(error, OSError):

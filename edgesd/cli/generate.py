@@ -15,6 +15,7 @@ from edgesd.cli.common import (
     Reporter,
     Size,
     json_option,
+    memory_options,
     plans_of,
     print_json,
     printable,
@@ -24,6 +25,7 @@ from edgesd.errors import ResourceError
 if TYPE_CHECKING:
     from edgesd.runtime.bundle import Bundle
     from edgesd.runtime.denoise import GuidanceMode, Step
+    from edgesd.runtime.memory import MemoryMode
     from edgesd.runtime.pictures import Picture
     from edgesd.runtime.pipeline import Pipeline, Request
 
@@ -85,11 +87,7 @@ if TYPE_CHECKING:
     metavar="K",
     help="Write NAME.preview.png every K steps. [default: never]",
 )
-@click.option(
-    "--low-memory/--no-low-memory",
-    default=None,
-    help="Release each network after its use. [default: when memory is short]",
-)
+@memory_options
 @click.option(
     "--guidance-mode",
     type=click.Choice(["batched", "sequential"]),
@@ -129,7 +127,8 @@ def generate_command(
     batch: int,
     output: Path,
     preview: int,
-    low_memory: bool | None,
+    memory: MemoryMode | None,
+    max_memory: int | None,
     guidance_mode: GuidanceMode | None,
     threads: int,
     no_fallback: bool,
@@ -174,7 +173,9 @@ def generate_command(
         scheduler=scheduler,
     )
     plans = plans_of(opened, reporter)
-    settings = Settings(threads, low_memory, guidance_mode, plans, not no_fallback)
+    settings = Settings(
+        threads, memory, guidance_mode, plans, not no_fallback, max_memory=max_memory
+    )
     with Pipeline(opened, settings) as pipeline:
         draw(
             pipeline,
@@ -263,7 +264,7 @@ def draw(
                 "step_seconds": timings.steps,
                 "total_seconds": timings.total,
                 "peak_memory_bytes": timings.peak_memory_bytes,
-                "low_memory": pipeline.low_memory,
+                "memory": pipeline.memory,
                 "fallbacks": pipeline.fallbacks,
                 "truncated": {prompt: cut.text for prompt, cut in pipeline.truncations.items()},
             }

@@ -25,10 +25,11 @@ from edgesd.device.detect import detect_machine, emulated
 from edgesd.device.telemetry import Sample, Sampler, board_watts, power_mode
 from edgesd.errors import InputError, UsageError
 from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.pipeline import Pipeline, Request, Settings, Timings
 from edgesd.spec import Machine, Spec
 
-BENCH_VERSION = 1
+BENCH_VERSION = 2
 """Version of the JSON. A reader refuses a newer one; it is raised on any change of meaning."""
 _LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "pillow")
 _FIRST_SAMPLE_SECONDS = 15
@@ -76,7 +77,7 @@ class Asked(Spec, frozen=True):
     height: int
     scheduler: str
     threads: int
-    low_memory: bool
+    memory: MemoryMode
     warm_up: int
     runs: int
     interval: float
@@ -214,7 +215,7 @@ def measure(
         seeds = [(request.seed + index) % 2**64 for index in range(plan.runs)]
         runs = [draw(f"run {index + 1} of {plan.runs}", s) for index, s in enumerate(seeds)]
         peak = pipeline.timings.peak_memory_bytes
-        low_memory, fallbacks = pipeline.low_memory, dict(pipeline.fallbacks)
+        memory, fallbacks = pipeline.memory, dict(pipeline.fallbacks)
         time.sleep(plan.interval)  # a last sample, behind the last run
     manifest = bundle.manifest
     assert request.num_inference_steps is not None and request.guidance_scale is not None
@@ -244,7 +245,7 @@ def measure(
             request.height,
             request.scheduler,
             settings.threads,
-            low_memory,
+            memory,
             plan.warm_up,
             plan.runs,
             plan.interval,

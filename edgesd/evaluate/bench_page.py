@@ -23,6 +23,12 @@ from edgesd.evaluate.page import (
 _WIDTH, _HEIGHT = 640, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 8, 12, 28
 
+_MEMORY = {
+    "fast": "all networks resident",
+    "balanced": "networks released after use",
+    "stream": "weights left in their file",
+}
+
 
 class _Line(NamedTuple):
     """A plot over time: its title, its unit, and its value in a sample (None: not told)."""
@@ -188,7 +194,7 @@ def _facts(bench: Bench) -> str:
                 f"{asked.warm_up} to warm up",
             ),
             ("threads", str(asked.threads or "all cores")),
-            ("memory", "components released after use" if asked.low_memory else "all resident"),
+            ("memory", _MEMORY[asked.memory]),
             ("began", bench.began),
             (
                 "software",

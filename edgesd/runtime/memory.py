@@ -5,8 +5,26 @@ from __future__ import annotations
 import re
 import resource
 from pathlib import Path
+from typing import Literal
 
 from edgesd.cgroup import memory_groups
+
+MemoryMode = Literal["fast", "balanced", "stream"]
+"""fast: all networks stay loaded. balanced: each is released after its use. stream: besides,
+weights stay in their file; those of edgesd's own kernels are mapped while their layer runs."""
+
+MEMORY_MODES: tuple[MemoryMode, ...] = ("fast", "balanced", "stream")
+
+
+def resident_bytes() -> int:
+    """Resident set of this process now, without mapped files (RssAnon of proc(5)); 0 where that
+    can't be read."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        text = ""
+    match = re.search(r"^RssAnon:\s*(\d+) kB", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
 
 
 def peak_bytes(root: Path = Path("/")) -> int:

@@ -23,7 +23,7 @@ from edgesd.runtime import kernels
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.closing import Closing
 from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
-from edgesd.runtime.memory import available_bytes, peak_bytes
+from edgesd.runtime.memory import MemoryMode, available_bytes, peak_bytes, resident_bytes
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.runners import Runner
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
@@ -41,6 +41,8 @@ _FAMILIES = ("sd",)
 DRAWING = ("text_encoder", "unet", "vae_decoder")
 _MAX_GUIDANCE = 1000
 _HEADROOM_BYTES = 64 << 20
+_ONNXRUNTIME_BYTES = 40 << 20
+_LIVE_TENSORS = 18
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run. low_memory, guidance_mode: None decides by the memory that is free.
+    """How to run. memory, guidance_mode: None decides by the memory that is free.
 
+    max_memory: bytes that drawing may take, at the bundle's own size; None for what is free.
     threads: per operator, 0 for all cores. plan_of: component -> its plan for TensorRT on this
     machine, built if need be (engines.plans). fallback: a bundle for TensorRT is drawn on the CPU
     where there is no plan, or it fails. kernels: edgesd's own, where the bundle and this machine
@@ -71,11 +74,12 @@ class Settings:
     """
 
     threads: int = 0
-    low_memory: bool | None = None
+    memory: MemoryMode | None = None
     guidance_mode: GuidanceMode | None = None
     plan_of: Callable[[str], LoadedPlan] | None = None
     fallback: bool = True
     kernels: bool = True
+    max_memory: int | None = None
 
 
 @dataclass
@@ -124,11 +128,8 @@ class Pipeline(Closing):
         self._embeddings: dict[str, Float] = {}
         self._schedules: set[tuple[str | None, int | None]] = set()
         self._tokenizer = tokenizer_of(bundle)
-        self.low_memory = (
-            self._short_of_memory()
-            if self.settings.low_memory is None
-            else self.settings.low_memory
-        )
+        self._weights_kept = 0  # bytes that stay mapped while weights are streamed
+        self.memory: MemoryMode = self.settings.memory or self._fitting_mode()
 
     def complete(self, request: Request) -> Request:
         """Fill in the bundle's defaults and check every value.
@@ -192,7 +193,7 @@ class Pipeline(Closing):
                 f"this bundle's UNet takes {most} {shape.batch} rows; {count} at a time need {need}"
                 ": change --batch or --guidance-mode"
             )
-        return fits[-1] if self.low_memory else fits[0]
+        return fits[0] if self.memory == "fast" else fits[-1]
 
     def pictures_per_run(self, request: Request) -> int:
         """Pictures like `request` that a bundle with a fixed number of rows draws at a time."""
@@ -356,14 +357,16 @@ class Pipeline(Closing):
         # Graphs for TensorRT are of standard operators, which ONNX Runtime has, too.
         from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 
-        threads = self.settings.threads
+        threads, stream = self.settings.threads, self.memory == "stream"
         if self._own_kernels(component):
+            kernels.keep_weights(self._weights_kept if stream else None)
             graph = self.bundle.graph_file(component, kernels=True)
             try:
                 return OnnxRuntimeRunner(spec, graph, threads, library=kernels.library())
             except (BundleError, MissingDependencyError) as exc:
                 self.fallbacks[component] = f"{exc}: drawing without edgesd's own kernels"
-        return OnnxRuntimeRunner(spec, self.bundle.graph_file(component), threads)
+        graph = self.bundle.graph_file(component)
+        return OnnxRuntimeRunner(spec, graph, threads, weights_in_file=stream)
 
     def _own_kernels(self, component: str) -> bool:
         """Whether the component's graph for edgesd's own kernels is there and can run here."""
@@ -383,7 +386,7 @@ class Pipeline(Closing):
         return TensorRtRunner(spec, plan.data, open_device_memory(), plan.module)
 
     def _release(self, component: str) -> None:
-        if self.low_memory and component in self._runners:
+        if self.memory != "fast" and component in self._runners:
             self._runners.pop(component).close()
 
     def _loaded_bytes(self, component: str) -> int:
@@ -401,17 +404,50 @@ class Pipeline(Closing):
 
     def _check_memory(self, component: str) -> None:
         available = available_bytes()
-        needed = self._loaded_bytes(component) + _HEADROOM_BYTES
+        loaded = 0 if self.memory == "stream" else self._loaded_bytes(component)
+        needed = loaded + _HEADROOM_BYTES
         if available is not None and needed > available:
             raise ResourceError(
                 f"{component} needs about {needed >> 20} MB of memory and {available >> 20} MB are "
-                "free: end other programs, use --low-memory, or build for a smaller model"
+                "free: end other programs, use --memory stream, or build for a smaller model"
             )
 
-    def _short_of_memory(self) -> bool:
-        available = available_bytes()
-        needed = sum(map(self._loaded_bytes, DRAWING))
-        return available is not None and 2 * needed > available
+    def _fitting_mode(self) -> MemoryMode:
+        """The mode that leaves most in memory, within max_memory or what is free.
+
+        Raises ResourceError when max_memory is too little for any.
+        """
+        loaded = [self._loaded_bytes(component) for component in DRAWING]
+        limit = self.settings.max_memory
+        if limit is None:
+            free = available_bytes()
+            if free is None or 2 * sum(loaded) <= free:
+                return "fast"
+            return "balanced" if max(loaded) + _HEADROOM_BYTES <= free else "stream"
+        room = limit - self._drawing_bytes()
+        if room < 0:
+            shape = self.spec.shape
+            raise ResourceError(
+                f"{shape.width}x{shape.height} pixels need about {(limit - room) / 1e6:.0f} MB "
+                f"besides the weights, and --max-memory is {limit / 1e6:.0f} MB: allow more, or "
+                "build for a smaller --size"
+            )
+        self._weights_kept = room
+        if sum(loaded) <= room:
+            return "fast"
+        return "balanced" if max(loaded) <= room else "stream"
+
+    def _drawing_bytes(self) -> int:
+        """Memory that a picture of the bundle's size takes besides weights, about.
+
+        The process and ONNX Runtime, and the UNet's activations: `_LIVE_TENSORS` of its first
+        block's at a time (docs/cpu.md).
+        """
+        recipe, shape = self.bundle.manifest.recipe, self.spec.shape
+        convs = [] if recipe is None else [la for la in recipe.layers if la.name == "conv_in"]
+        channels = max((la.shape[0] for la in convs if la.component == "unet"), default=320)
+        latents = shape.height * shape.width // self.spec.latent.scale_factor**2
+        return resident_bytes() + _ONNXRUNTIME_BYTES + _LIVE_TENSORS * 4 * channels * latents
 
     def _guided(self, request: Request) -> bool:
         assert request.guidance_scale is not None

@@ -75,7 +75,7 @@ def test_a_picture_does_not_depend_on_its_batch(miniature: Bundle, tmp_path: Pat
     base = ("generate", miniature.path, "-p", "a cat", "-n", 3, "--seed", 5)
     base += ("--scheduler", "euler-a")
     assert run_cli(*base, "--batch", 3, "-o", tmp_path / "together").code == 0
-    assert run_cli(*base, "--low-memory", "-o", tmp_path / "alone").code == 0
+    assert run_cli(*base, "--memory", "balanced", "-o", tmp_path / "alone").code == 0
     for path in (tmp_path / "together").iterdir():
         difference = pixels(path).astype(int) - pixels(tmp_path / "alone" / path.name)
         assert abs(difference).max() <= 1
@@ -190,12 +190,12 @@ def test_components_are_released_when_memory_is_short(
         base = ("generate", miniature.path, "-p", "a cat", "-o", tmp_path / "a.png", "--json")
         return dict(json.loads(run_cli(*base, *options).out))
 
-    assert report()["low_memory"] is False
-    assert report("--low-memory")["low_memory"] is True
+    assert report()["memory"] == "fast"
+    assert report("--memory", "balanced")["memory"] == "balanced"
     weights = sum(miniature.weight_bytes(name) for name in miniature.manifest.engines)
     monkeypatch.setattr("edgesd.runtime.pipeline._HEADROOM_BYTES", 0)
     monkeypatch.setattr("edgesd.runtime.pipeline.available_bytes", lambda: 2 * weights - 1)
-    assert report()["low_memory"] is True
+    assert report()["memory"] == "balanced"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

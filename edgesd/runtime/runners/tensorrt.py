@@ -62,7 +62,8 @@ class TensorRtRunner(BoundRunner):
         self._context = self._engine.create_execution_context()
         if self._context is None:
             raise ResourceError(
-                f"not enough GPU memory for {spec.name}: end other programs, or use --low-memory"
+                f"not enough GPU memory for {spec.name}: end other programs, or use --memory "
+                "balanced"
             )
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
