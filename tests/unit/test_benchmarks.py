@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import common, loop_overhead, parity, startup, unet_files, unet_peers
+from benchmarks import common, loop_overhead, parity, peer_files, peers, startup
 from edgesd.errors import EdgesdError
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.schedulers import SCHEDULERS
@@ -100,7 +100,7 @@ def test_parity_is_summed_up_per_case() -> None:
 
 
 def test_the_true_size_is_that_of_stable_diffusion() -> None:
-    model = unet_files.MODELS["sd15"]
+    model = peer_files.MODELS["sd15"]
     shapes = {name: array.shape for name, array in model.inputs().items()}
     assert shapes == {
         "sample": (1, 4, 64, 64),
@@ -113,12 +113,12 @@ def test_the_true_size_is_that_of_stable_diffusion() -> None:
 def test_relative_rms() -> None:
     # difference 1 and 1, wanted 3 and 4: sqrt(1) / sqrt(12.5)
     found, wanted = np.array([4, 5], np.float32), np.array([3, 4], np.float32)
-    assert unet_peers.relative_rms(found, wanted) == pytest.approx(1 / math.sqrt(12.5))
+    assert peers.relative_rms(found, wanted) == pytest.approx(1 / math.sqrt(12.5))
 
 
 def test_memory_of_a_process_is_read() -> None:
-    assert unet_peers.status_bytes(os.getpid(), "VmHWM") > 10_000_000
-    assert unet_peers.status_bytes(0, "VmHWM") == 0
+    assert peers.status_bytes(os.getpid(), "VmHWM") > 10_000_000
+    assert peers.status_bytes(0, "VmHWM") == 0
 
 
 @pytest.mark.parametrize("best", [1e-4, 1e-3, 3.2e-3, 1e-1])

@@ -146,6 +146,39 @@ def quantize_layer(
     return replace(result, error=_error(result, source, recorded))
 
 
+def rounded_layer(layer: Layer, weight: Float, scheme: Scheme) -> QuantizedLayer:
+    """Quantize weight [N, K] by rounding alone, without calibration: inputs of 8 bits get their
+    ranges as they come, and the branch is the weight's own. For measuring speed and memory."""
+    matrix = torch.from_numpy(np.array(weight, np.float32))
+    if layer.kind == "embedding":
+        scheme = Scheme(8, 16)
+    group = scheme.group or layer.columns
+    mode = activation_mode(layer, scheme, False)
+    rank = min(scheme.rank, *matrix.shape)
+    up, down = _plain_branch(matrix, 0)
+    if rank:  # the whole SVD of a large matrix takes a minute, and would be as fast to compute with
+        left, values, right = torch.svd_lowrank(matrix, rank)
+        up, down = (left * values).half().float(), right.T.half().float()
+    codes, scales, _ = _codes(matrix - up @ down, group, scheme.weight_bits, None, None)
+    bits = scheme.activation_bits
+    acts = {
+        "none": Activations(),
+        "dynamic": Activations("dynamic", 8),
+        "group": Activations("group", bits, channel_group(layer, scheme)),
+    }[mode]
+    return QuantizedLayer(
+        layer=layer,
+        scheme=scheme,
+        method="rtn",
+        codes=codes.numpy(),
+        scales=scales.half().numpy(),
+        group=group,
+        down=down.half().numpy() if rank else None,
+        up=up.half().numpy() if rank else None,
+        activations=acts,
+    )
+
+
 def layer_error(quantized: QuantizedLayer, weight: Float, stats: LayerStats | None) -> float:
     """RMS of the change of the layer's output over RMS of the output, on the sampled rows.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -36,16 +37,40 @@ def _sums_saturate() -> bool:
     return flags is not None and not set(flags) & set(_VNNI)
 
 
+def fast_cores(root: Path = Path("/")) -> list[int]:
+    """Of the processor's cores that this process may use, those that clock as high as the highest,
+    within a fifth: all of them, but on boards of large and small cores. By cpufreq of sysfs."""
+    clocks = {}
+    for core in sorted(os.sched_getaffinity(0)):
+        path = root / f"sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq"
+        try:
+            clocks[core] = int(path.read_text())
+        except (OSError, ValueError):
+            clocks[core] = 0  # not told: they count as equal
+    highest = max(clocks.values())
+    return [core for core, clock in clocks.items() if clock >= 0.8 * highest]
+
+
 def session_options(threads: int = 0, library: Path | None = None) -> onnxruntime.SessionOptions:
     """How every session of edgesd runs, on boards and where graphs are checked.
 
-    threads: per operator; 0 lets ONNX Runtime take all physical cores. library: of edgesd's own
-    kernels, for graphs that need it.
+    threads: per operator; 0 takes the fast cores. library: of edgesd's own kernels, for graphs that
+    need it.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    cores = fast_cores()
+    if threads == 0 and len(cores) < len(os.sched_getaffinity(0)):
+        # All threads wait for the slowest: a small core would hold up the large ones. The caller's
+        # own thread is one of them, and isn't pinned.
+        threads = len(cores)
+        pinned = ";".join(str(core + 1) for core in cores[1:])
+        if pinned:
+            options.add_session_config_entry("session.intra_op_thread_affinities", pinned)
+    # 0: ONNX Runtime takes all physical cores; two threads of one core share its multipliers.
     options.intra_op_num_threads = threads
+    # Operators run one after another: each has work for all threads.
     options.inter_op_num_threads = 1
     # The static reuse plan keeps the down path's large buffers alive until the up path: without
     # it the arena reuses them at run time, at equal speed and a quarter less peak memory.
@@ -64,7 +89,7 @@ def session_options(threads: int = 0, library: Path | None = None) -> onnxruntim
 class OnnxRuntimeRunner(BoundRunner):
     """An ONNX session whose inputs and outputs live in numpy arrays, without a copy per run.
 
-    threads: threads per operator; 0 lets ONNX Runtime take all physical cores. as_written: nodes
+    threads: threads per operator; 0 takes the fast cores. as_written: nodes
     run as early as the graph's own order lets them; the default order is ONNX Runtime's.
     library: of edgesd's own kernels, for a graph that needs it. weights_in_file: weights aren't
     copied into the layout that is fastest: they stay mapped, which takes a third more time.

@@ -1,9 +1,12 @@
-"""The contenders of `unet_peers`: each loads its own files, and lives in a process of its own."""
+"""The contenders of `peers`: each loads its own files, and lives in a process of its own."""
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections.abc import Callable
+from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.unet_files import Inputs, Model, load_torch
+from benchmarks.peer_files import QUANTIZED, SDCPP_TYPES, Inputs, Model, load_torch
+from edgesd.errors import EdgesdError
 from edgesd.spec import ComponentSpec
 
 Array = npt.NDArray[np.float32]
@@ -62,15 +66,25 @@ def serve(
         connection.send(Failed(f"{type(exc).__name__}: {' '.join(str(exc).split())[:500]}"))
 
 
-def _edgesd(graph: Path, spec: ComponentSpec, inputs: Inputs, threads: int) -> tuple[Step, str]:
-    """edgesd's own runner, as the device side uses it."""
+def _edgesd(
+    graph: Path, spec: ComponentSpec, inputs: Inputs, threads: int, how: str = ""
+) -> tuple[Step, str]:
+    """edgesd's own runner, as the device side uses it. how: "stock" without our own kernels,
+    "stream" with weights let go after each layer."""
     import onnxruntime
 
+    from edgesd.runtime import kernels
     from edgesd.runtime.bundle import GraphFile
     from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 
-    file = GraphFile((graph / "model.onnx").read_bytes(), graph)
-    runner = OnnxRuntimeRunner(spec, file, threads)
+    own = (graph / "kernels.onnx").exists() and how != "stock"
+    library = kernels.library() if own else None
+    if own and library is None:
+        raise EdgesdError("edgesd's own kernels aren't there: edgesd kernels build")
+    if own:
+        kernels.keep_weights(0 if how == "stream" else None)
+    file = GraphFile((graph / ("kernels.onnx" if own else "model.onnx")).read_bytes(), graph)
+    runner = OnnxRuntimeRunner(spec, file, threads, library=library)
     runner.bind({name: array.shape for name, array in inputs.items()})
 
     def step(inputs: Inputs) -> Array:
@@ -79,7 +93,8 @@ def _edgesd(graph: Path, spec: ComponentSpec, inputs: Inputs, threads: int) -> t
         runner.run()
         return runner.outputs["noise_pred"].astype(np.float32, copy=False)
 
-    return step, f"onnxruntime {onnxruntime.__version__}, fp32"
+    isa = kernels.instruction_set() if own else "its own operators"
+    return step, f"onnxruntime {onnxruntime.__version__}, {isa} {how}".strip()
 
 
 def _openvino(folder: Path, threads: int) -> tuple[Step, str]:
@@ -127,6 +142,49 @@ def _torch(folder: Path, model: Model, threads: int) -> tuple[Step, str]:
     return step, f"torch {torch.__version__} eager, fp32, {torch.get_num_threads()} threads"
 
 
+def _sdcpp(folder: Path, threads: int) -> tuple[Step, str]:
+    """stable-diffusion.cpp draws one endless picture on a thread, and waits before each step."""
+    import stable_diffusion_cpp
+
+    model = stable_diffusion_cpp.StableDiffusion(
+        model_path=str(folder / "model.gguf"),
+        n_threads=threads,
+        diffusion_flash_attn=True,
+        verbose=False,
+    )
+    go, done = queue.Queue[None](), queue.Queue[None]()
+
+    def between(step: int, steps: int, seconds: float) -> None:
+        done.put(None)
+        go.get()
+
+    def draw() -> None:
+        model.generate_image(
+            "a red apple", sample_steps=1000, cfg_scale=1.0, progress_callback=between
+        )
+
+    threading.Thread(target=draw, daemon=True).start()
+    done.get()  # before the first step
+
+    def step(inputs: Inputs) -> Array:
+        go.put(None)
+        done.get()
+        return np.zeros(0, np.float32)  # it doesn't show what its UNet gives
+
+    version = metadata.version("stable-diffusion-cpp-python")
+    return step, f"stable-diffusion-cpp-python {version}"
+
+
+def _quantized(name: str, how: str) -> Callable[[Path, Model, int], tuple[Step, str]]:
+    return lambda folder, model, threads: _edgesd(
+        folder / name, model.spec(), model.inputs(), threads, how
+    )
+
+
+def _gguf(name: str) -> Callable[[Path, Model, int], tuple[Step, str]]:
+    return lambda folder, _, threads: _sdcpp(folder / name, threads)
+
+
 CONTENDERS: dict[str, Callable[[Path, Model, int], tuple[Step, str]]] = {
     "edgesd": lambda folder, model, threads: _edgesd(
         folder / "edgesd", model.spec(), model.inputs(), threads
@@ -136,6 +194,13 @@ CONTENDERS: dict[str, Callable[[Path, Model, int], tuple[Step, str]]] = {
     ),
     "openvino": lambda folder, _, threads: _openvino(folder / "openvino", threads),
     "openvino-onnx": lambda folder, _, threads: _openvino(folder / "openvino-onnx", threads),
+    "openvino-int8": lambda folder, _, threads: _openvino(folder / "openvino-int8", threads),
     "torch": _torch,
+    **{
+        f"edgesd-{precision}{'+' if how else ''}{how}": _quantized(f"edgesd-{precision}", how)
+        for precision in QUANTIZED
+        for how in ("", "stock", "stream")
+    },
+    **{f"sdcpp-{kind}": _gguf(f"sdcpp-{kind}") for kind in SDCPP_TYPES},
 }
 """Name -> loads from the folder of all formats; returns what runs a step, and a note."""

@@ -1,17 +1,21 @@
-"""Makes what `unet_peers` compares: one UNet with random weights, in each contender's own format.
+"""Makes what `peers` compares: one UNet with random weights, in each contender's own format.
 
 Everything is made from nothing, with fixed seeds, and kept: FOLDER/MODEL/torch (safetensors),
-edgesd and edgesd-static (ONNX with fused attention), openvino (IR converted from the torch module),
-openvino-onnx (IR converted from an ONNX graph of standard operators). Nothing heavy is imported
-before it is needed, because contenders that run without torch import this file.
+edgesd and edgesd-static (ONNX with fused attention), edgesd-PRECISION (quantized by rounding, with
+the graph for edgesd's own kernels), openvino (IR converted from the torch module), openvino-onnx
+(IR converted from an ONNX graph of standard operators), openvino-int8 (Q/DQ, by nncf), sdcpp-TYPE
+(one GGUF file, whose other networks are random, too). Nothing heavy is imported before it is
+needed, because contenders that run without torch import this file.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,8 @@ from edgesd.spec import ComponentSpec, Dim, TensorSpec
 
 Inputs = dict[str, npt.NDArray[np.float32]]
 TOKENS = 77
+QUANTIZED = ("w8a8", "w4a8-g64", "w4a8-g64-lr32")
+SDCPP_TYPES = ("q8_0", "q4_0", "f16")
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,9 @@ MODELS = {
 def prepare(root: Path, model: Model, formats: list[str]) -> Path:
     """Make the formats that `root`/NAME lacks, each in a process of its own, and return it."""
     folder = root / model.name
-    for name in ("torch", *(name for name in formats if name != "torch")):
+    formats = [name.removesuffix("+stock").removesuffix("+stream") for name in formats]
+    needed = ["torch"] if all(name.startswith("sdcpp") for name in formats) else ["torch", "edgesd"]
+    for name in dict.fromkeys([*needed, *formats]):
         if not (folder / name).exists():
             print(f"making {name} of {model.name} (once)", flush=True)
             process = multiprocessing.get_context("spawn").Process(
@@ -194,10 +202,85 @@ def _make_openvino_onnx(folder: Path, model: Model, out: Path) -> None:
     (out / "graph").rmdir()
 
 
+def _make_quantized(folder: Path, model: Model, out: Path, precision: str, attention: bool) -> None:
+    """Round to nearest, and inputs of 8 bits as they come: speed and memory need no better."""
+    import onnx_ir as ir
+
+    from edgesd.export.backends import lower_quantized, lower_to_kernels
+    from edgesd.export.external_data import write_model
+    from edgesd.export.passes.no_shapes import NoShapes
+    from edgesd.export.quantize.layers import Layer, QuantizedLayer, find_layers, matrix_of
+    from edgesd.export.quantize.quantize import rounded_layer
+    from edgesd.spec import parse_scheme
+
+    scheme = parse_scheme(precision)
+    plain, own = (ir.load(folder / "edgesd" / "model.onnx") for _ in range(2))
+    nodes = {node.name: node for node in plain.graph}
+
+    def quantized(layer: Layer) -> QuantizedLayer:
+        return rounded_layer(layer, matrix_of(nodes[layer.node], layer), scheme)
+
+    layers = {layer.node: quantized(layer) for layer in find_layers("unet", plain)}
+    lower_quantized(plain, layers, set(), None, "onnxruntime")
+    lower_to_kernels(own, layers, set(), None, attention)
+    for graph in (plain, own):
+        NoShapes()(graph)
+    write_model(plain, out, own)
+
+
+def _make_openvino_int8(folder: Path, model: Model, out: Path) -> None:
+    import nncf
+    import openvino
+
+    if not (folder / "openvino").exists():
+        _make("openvino", folder, model)
+    advanced = nncf.AdvancedQuantizationParameters(disable_bias_correction=True)
+    quantized = nncf.quantize(
+        openvino.Core().read_model(folder / "openvino" / "unet.xml"),
+        nncf.Dataset([model.inputs()]),
+        subset_size=1,
+        preset=nncf.QuantizationPreset.MIXED,
+        advanced_parameters=advanced,
+    )
+    openvino.save_model(quantized, out / "unet.xml", compress_to_fp16=False)
+
+
+def _make_sdcpp(folder: Path, model: Model, out: Path, kind: str) -> None:
+    import stable_diffusion_cpp
+    from safetensors.torch import load_file, save_file
+    from stable_diffusion_cpp.stable_diffusion import GGML_TYPE_MAP
+
+    from benchmarks.random_pipeline import write_pipeline
+
+    if model.name != "sd15":
+        raise EdgesdError("stable-diffusion.cpp is measured with --model sd15 only")
+    write_pipeline(out / "pipeline")
+    text = out / "pipeline" / "text_encoder" / "model.safetensors"
+    # Its names are those that transformers wrote before version 5.
+    save_file({f"text_model.{name}": part for name, part in load_file(text).items()}, text)
+    done = stable_diffusion_cpp.convert(
+        str(out / "pipeline").encode(),
+        b"",
+        str(out / "model.gguf").encode(),
+        GGML_TYPE_MAP[kind],
+        b"",
+        True,
+    )
+    shutil.rmtree(out / "pipeline")
+    if not done:
+        raise EdgesdError("stable-diffusion.cpp can't convert the model: see above")
+
+
 _MAKERS: dict[str, Callable[[Path, Model, Path], None]] = {
     "torch": _make_torch,
     "edgesd": _make_onnx,
     "edgesd-static": _make_edgesd_static,
     "openvino": _make_openvino,
     "openvino-onnx": _make_openvino_onnx,
+    "openvino-int8": _make_openvino_int8,
+    **{
+        f"edgesd-{precision}": partial(_make_quantized, precision=precision, attention=True)
+        for precision in QUANTIZED
+    },
+    **{f"sdcpp-{kind}": partial(_make_sdcpp, kind=kind) for kind in SDCPP_TYPES},
 }
