@@ -133,18 +133,38 @@ void check_linear(const Compute& compute, int bits, int layout, int64_t m, int64
 }
 
 void check_conv(const Compute& compute, int bits, int64_t channels, int64_t n, int64_t height,
-                int64_t width, int kernel, int stride) {
+                int64_t width, int kernel, int stride, int groups = 0, int up = 1) {
   const int64_t k = channels * kernel * kernel, pad = kernel / 2;
   const Made made = make(bits, Weight::ROWS_K_BY_N, n, k, 32);
-  const int64_t tall = (height + 2 * pad - kernel) / stride + 1;
-  const int64_t wide = (width + 2 * pad - kernel) / stride + 1;
+  const int64_t tall = (height * up + 2 * pad - kernel) / stride + 1;
+  const int64_t wide = (width * up + 2 * pad - kernel) / stride + 1;
   const auto x = normal(size_t(2 * channels * height * width), 0.3f), bias = normal(size_t(n));
   const auto residual = normal(size_t(2 * n * tall * wide)), offset = normal(size_t(2 * n));
+  const auto gamma = normal(size_t(channels), 1), beta = normal(size_t(channels));
   std::vector<float> y(residual.size());
-  compute.conv({x.data(), made.weight, bias.data(), residual.data(), offset.data(), y.data(), 2,
-                channels, height, width, tall, wide, kernel, kernel, stride, stride, int(pad),
-                int(pad), int(pad), int(pad)},
-               two);
+  Conv job{};
+  job.x = x.data(), job.weight = made.weight, job.bias = bias.data(), job.y = y.data();
+  job.residual = residual.data(), job.offset = offset.data();
+  if (groups) job.gamma = gamma.data(), job.beta = beta.data();
+  job.groups = groups, job.epsilon = 1e-5f, job.silu = groups > 0, job.upsample = up;
+  job.batch = 2, job.channels = channels, job.height = height, job.width = width;
+  job.out_height = tall, job.out_width = wide, job.kernel_h = job.kernel_w = kernel;
+  job.stride_h = job.stride_w = stride;
+  job.top = job.left = job.bottom = job.right = int(pad);
+  compute.conv(job, two);
+  std::vector<double> seen(x.begin(), x.end());
+  const int64_t plane = height * width, each = groups ? channels / groups * plane : 0;
+  for (int64_t g = 0; groups && g < 2 * groups; g++) {
+    double mean = 0, variance = 0;
+    for (int64_t i = g * each; i < (g + 1) * each; i++) mean += seen[i] / each;
+    for (int64_t i = g * each; i < (g + 1) * each; i++)
+      variance += (seen[i] - mean) * (seen[i] - mean) / each;
+    for (int64_t i = g * each; i < (g + 1) * each; i++) {
+      const int64_t c = i / plane % channels;
+      const double v = (seen[i] - mean) / std::sqrt(variance + 1e-5) * gamma[c] + beta[c];
+      seen[i] = v / (1 + std::exp(-v));
+    }
+  }
   std::vector<double> wanted(y.size());
   for (int64_t b = 0; b < 2; b++)
     for (int64_t i = 0; i < n; i++)
@@ -153,15 +173,16 @@ void check_conv(const Compute& compute, int bits, int64_t channels, int64_t n, i
           double total = bias[i] + offset[b * n + i];
           for (int64_t j = 0; j < k; j++) {
             const int64_t tap = j / channels, channel = j % channels;
-            const int64_t up = r * stride - pad + tap / kernel, left = c * stride - pad + tap % kernel;
-            if (up >= 0 && up < height && left >= 0 && left < width)
-              total += x[((b * channels + channel) * height + up) * width + left] *
+            const int64_t down = r * stride - pad + tap / kernel;
+            const int64_t across = c * stride - pad + tap % kernel;
+            if (down >= 0 && down < height * up && across >= 0 && across < width * up)
+              total += seen[(b * channels + channel) * plane + down / up * width + across / up] *
                        made.values[i * k + j];
           }
           const int64_t at = ((b * n + i) * tall + r) * wide + c;
           wanted[at] = total + residual[at];
         }
-  report("conv", bits, y, wanted);
+  report(groups ? "normed" : "conv", bits, y, wanted);
 }
 
 void check_attention(const Compute& compute, int64_t m, int64_t n, int heads, int d) {
@@ -205,6 +226,9 @@ int main() {
     check_conv(compute, bits, 40, 50, 9, 7, 3, 1);
     check_conv(compute, bits, 5, 17, 9, 8, 3, 2);
     check_conv(compute, bits, 64, 32, 24, 24, 1, 1);
+    check_conv(compute, bits, 24, 20, 9, 7, 3, 1, 4);
+    check_conv(compute, bits, 24, 20, 18, 17, 3, 1, 24, 2);
+    check_conv(compute, bits, 8, 20, 5, 20, 3, 1, 0, 2);
   }
   check_linear(compute, 4, Weight::BLOCKS_OF_N, 13, 70, 100, 64, false);
   check_linear(compute, 4, Weight::BLOCKS_OF_N, 20, 64, 128, 16, true);

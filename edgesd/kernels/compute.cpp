@@ -83,14 +83,16 @@ inline int code_of(float x, Format f) {
   return int(std::nearbyint(std::min(255.0f, std::max(0.0f, x * f.inverse + float(f.zero)))));
 }
 
-// Widens [low, high] to what x holds; `high` is NaN where x holds NaN or infinity.
-void range(const float* x, int64_t count, float& low, float& high) {
+// Widens [low, high] to what x holds, each value as `of` makes it; `high` is NaN where that is NaN or
+// infinite.
+template <typename F>
+void range(const float* x, int64_t count, float& low, float& high, F of) {
   int64_t i = 0;
   float none = high * 0;
   if (count >= W) {
-    vf least = load<vf>(x), most = least, zeros = vf{};
+    vf least = of(load<vf>(x)), most = least, zeros = vf{};
     for (; i + W <= count; i += W) {
-      const vf v = load<vf>(x + i);
+      const vf v = of(load<vf>(x + i));
       least = minimum(least, v);
       most = maximum(most, v);
       zeros += v * 0.0f;
@@ -100,11 +102,16 @@ void range(const float* x, int64_t count, float& low, float& high) {
     low = std::min(low, -lanes_max(-least));
   }
   for (; i < count; i++) {
-    low = std::min(low, x[i]);
-    high = std::max(high, x[i]);
-    none += x[i] * 0.0f;
+    const float v = of(vf_set(x[i]))[0];
+    low = std::min(low, v);
+    high = std::max(high, v);
+    none += v * 0.0f;
   }
   high += none;
+}
+
+void range(const float* x, int64_t count, float& low, float& high) {
+  range(x, count, low, high, [](vf v) { return v; });
 }
 
 // A panel: bytes for dot4, and for each output its scale and the sum of its codes.
@@ -384,39 +391,95 @@ void linear(const Linear& job, Threads threads) {
   parallel(threads, size_t(panels * parts), multiply);
 }
 
-// x [channels, height, width] as codes [height + top + bottom, width + left + right, padded].
-void image_codes(const Conv& job, const float* x, Format f, int64_t padded, uint8_t* to,
-                 Threads threads) {
-  const int64_t wide = job.width + job.left + job.right, tall = job.height + job.top + job.bottom;
+// What happens to a channel's values before they are convolved: silu(x * factor + term).
+struct Before {
+  float factor, term;
+  bool silu;
+};
+
+inline vf prepared(vf x, Before before) {
+  const vf v = x * before.factor + before.term;
+  if (!before.silu) return v;
+  const vf fading = exp2_below<1>(minimum(v, -v) * 1.44269504f);
+  return v * (v < 0.0f ? fading : vf_set(1)) / (1.0f + fading);
+}
+inline float prepared(float x, Before before) { return prepared(vf_set(x), before)[0]; }
+
+// The factors and terms of group normalization, for each channel; 1 and 0 without it.
+void normalization(const Conv& job, const float* x, Before* out, Threads threads) {
+  if (!job.gamma) {
+    for (int64_t c = 0; c < job.channels; c++) out[c] = {1, 0, job.silu};
+    return;
+  }
+  const int64_t each = job.channels / job.groups, pixels = job.height * job.width;
+  auto group = [&](size_t which) {
+    const int64_t first = int64_t(which) * each, count = each * pixels;
+    const float* from = x + first * pixels;
+    const auto mean_of = [&](auto value) {
+      double total = 0;
+      int64_t i = 0;
+      while (i + W <= count) {  // parts whose sums single precision holds
+        vf sum = vf{};
+        for (const int64_t end = std::min(i + 4096, count); i + W <= end; i += W)
+          sum += value(load<vf>(from + i));
+        for (int j = 0; j < W; j++) total += sum[j];
+      }
+      for (; i < count; i++) total += value(vf_set(from[i]))[0];
+      return float(total / double(count));
+    };
+    const float mean = mean_of([](vf v) { return v; });
+    const float variance = mean_of([mean](vf v) { return (v - mean) * (v - mean); });
+    const float inverse = 1 / std::sqrt(variance + job.epsilon);
+    for (int64_t c = first; c < first + each; c++)
+      out[c] = {job.gamma[c] * inverse, job.beta[c] - mean * job.gamma[c] * inverse, job.silu};
+  };
+  parallel(threads, size_t(job.groups), group);
+}
+
+// x [channels, height, width], prepared, as codes [height + top + bottom, width + left + right,
+// padded], height and width being those after upsampling.
+void image_codes(const Conv& job, const float* x, const Before* before, Format f, int64_t padded,
+                 uint8_t* to, Threads threads) {
+  const int64_t up = job.upsample, wide = job.width * up + job.left + job.right;
+  const int64_t tall = job.height * up + job.top + job.bottom;
   const int none = uint8_t(f.zero - SHIFT);
   auto row = [&](size_t y) {
     uint8_t* line = to + int64_t(y) * wide * padded;
-    const int64_t source = int64_t(y) - job.top;
+    const int64_t source = (int64_t(y) - job.top + up) / up - 1;  // the floor, below 0 too
     if (source < 0 || source >= job.height) {
       std::memset(line, none, size_t(wide * padded));
       return;
     }
     std::memset(line, none, size_t(job.left * padded));
-    std::memset(line + (job.left + job.width) * padded, none, size_t(job.right * padded));
+    std::memset(line + (job.left + job.width * up) * padded, none, size_t(job.right * padded));
     line += job.left * padded;
     const int64_t plane = job.height * job.width;
     for (int64_t c = 0; c < padded; c += 4) {
       const float* from[4];
-      for (int i = 0; i < 4; i++)
-        from[i] = x + std::min(c + i, job.channels - 1) * plane + source * job.width;
+      Before each[4];
+      for (int i = 0; i < 4; i++) {
+        const int64_t channel = std::min(c + i, job.channels - 1);
+        from[i] = x + channel * plane + source * job.width;
+        each[i] = before[channel];
+      }
       int64_t column = 0;
       for (; column + W <= job.width; column += W) {
         vi four = vi{};
-        for (int i = 0; i < 4; i++)
-          four |= ((codes_of(load<vf>(from[i] + column), f) - SHIFT) & 255) << (8 * i);
+        for (int i = 0; i < 4; i++) {
+          const vf v = prepared(load<vf>(from[i] + column), each[i]);
+          four |= ((codes_of(v, f) - SHIFT) & 255) << (8 * i);
+        }
         for (int i = 0; i < W; i++) {
           const int32_t bytes = four[i];
-          std::memcpy(line + (column + i) * padded + c, &bytes, 4);
+          for (int64_t j = 0; j < up; j++)
+            std::memcpy(line + ((column + i) * up + j) * padded + c, &bytes, 4);
         }
       }
       for (; column < job.width; column++)
         for (int i = 0; i < 4; i++)
-          line[column * padded + c + i] = uint8_t(code_of(from[i][column], f) - SHIFT);
+          for (int64_t j = 0; j < up; j++)
+            line[(column * up + j) * padded + c + i] =
+                uint8_t(code_of(prepared(from[i][column], each[i]), f) - SHIFT);
     }
   };
   parallel(threads, size_t(tall), row);
@@ -425,7 +488,8 @@ void image_codes(const Conv& job, const float* x, Format f, int64_t padded, uint
 void conv(const Conv& job, Threads threads) {
   const Weight& w = job.weight;
   const int64_t padded = (job.channels + 3) / 4 * 4, taps = job.kernel_h * job.kernel_w;
-  const int64_t wide = job.width + job.left + job.right, tall = job.height + job.top + job.bottom;
+  const int64_t wide = job.width * job.upsample + job.left + job.right;
+  const int64_t tall = job.height * job.upsample + job.top + job.bottom;
   const int64_t pixels = job.out_height * job.out_width;
   static thread_local Scratch<uint8_t> image_memory;
   uint8_t* image = image_memory.get(size_t(wide * tall * padded) + 64);
@@ -434,15 +498,20 @@ void conv(const Conv& job, Threads threads) {
     static thread_local std::vector<float> ends;
     ends.assign(size_t(2 * job.channels), 0);
     float* ends_of = ends.data();
+    static thread_local std::vector<Before> before;
+    before.resize(size_t(job.channels));
+    Before* before_of = before.data();
+    normalization(job, x, before_of, threads);
     auto measure = [&](size_t c) {
+      const Before& each = before_of[c];
       range(x + int64_t(c) * job.height * job.width, job.height * job.width, ends_of[2 * c],
-            ends_of[2 * c + 1]);
+            ends_of[2 * c + 1], [&each](vf v) { return prepared(v, each); });
     };
     parallel(threads, size_t(job.channels), measure);
     float low = 0, high = 0;
     range(ends_of, 2 * job.channels, low, high);
     const Format f = format(low, high);
-    image_codes(job, x, f, padded, image, threads);
+    image_codes(job, x, before_of, f, padded, image, threads);
 
     const int64_t panels = panels_of(w.n), parts = parts_of(panels, pixels);
     const int64_t part = ((pixels + parts - 1) / parts + MR - 1) / MR * MR;

@@ -37,7 +37,13 @@ struct Linear {
 };
 
 struct Conv {
-  const float* x;  // [batch, channels, height, width]
+  const float* x;       // [batch, channels, height, width], of which the convolution sees, in turn:
+  const float* gamma;   // [channels] or null: group normalization (arXiv 1803.08494), in `groups`
+  const float* beta;    // [channels]
+  int groups;
+  float epsilon;
+  bool silu;     // x * sigmoid(x)
+  int upsample;  // each pixel that many times in both directions
   Weight weight;   // k = (row * kernel_w + column) * channels + channel
   const float* bias;
   const float* residual;  // [batch, n, out_height, out_width] or null: added

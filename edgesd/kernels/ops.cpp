@@ -271,14 +271,17 @@ struct QuantLinear {
   }
 };
 
-// QuantConv(x [B, C, H, W], codes, scale, steps?, bias?, residual?, offset [B, N, 1, 1]?) ->
-// [B, N, H', W'].
+// QuantConv(x [B, C, H, W], codes, scale, steps?, bias?, residual?, offset [B, N, 1, 1]?, gamma [C]?,
+// beta [C]?) -> [B, N, H', W'].
 struct QuantConv {
   static constexpr const char* NAME = "QuantConv";
-  static constexpr size_t INPUTS = 7, REQUIRED_INPUTS = 3;
+  static constexpr size_t INPUTS = 9, REQUIRED_INPUTS = 3;
   const Compute* compute;
   WeightFormat weight;
   std::vector<int64_t> kernel_shape, strides, pads;
+  int64_t groups, upsample;
+  float epsilon;
+  bool silu;
   Residence residence;
   QuantConv(const Compute* compute, const Kernel& kernel)
       : compute(compute),
@@ -286,6 +289,10 @@ struct QuantConv {
         kernel_shape(kernel.integers("kernel_shape", 2)),
         strides(kernel.integers("strides", 2)),
         pads(kernel.integers("pads", 4)),
+        groups(kernel.integer("groups")),
+        upsample(kernel.integer("upsample")),
+        epsilon(kernel.real("epsilon")),
+        silu(kernel.integer("silu") != 0),
         residence(weight.bytes()) {
     check_bits(compute, weight);
   }
@@ -293,15 +300,32 @@ struct QuantConv {
     const auto shape = run.shape(0);
     if (shape.size() != 4 || shape[1] * kernel_shape[0] * kernel_shape[1] != weight.k)
       throw Failure("QuantConv: x isn't [B, C, H, W] of the weight's C");
-    const int64_t tall = shape[2] + pads[0] + pads[2] - kernel_shape[0];
-    const int64_t wide = shape[3] + pads[1] + pads[3] - kernel_shape[1];
+    const int64_t tall = shape[2] * upsample + pads[0] + pads[2] - kernel_shape[0];
+    const int64_t wide = shape[3] * upsample + pads[1] + pads[3] - kernel_shape[1];
     if (tall < 0 || wide < 0) throw Failure("QuantConv: the image is smaller than the kernel");
     const std::vector<int64_t> out{shape[0], weight.n, tall / strides[0] + 1, wide / strides[1] + 1};
-    Conv job{run.data<float>(0), weight.at(run),    run.data<float>(4),   run.data<float>(5),
-             run.data<float>(6), nullptr,           shape[0],             shape[1],
-             shape[2],           shape[3],          out[2],               out[3],
-             int(kernel_shape[0]), int(kernel_shape[1]), int(strides[0]), int(strides[1]),
-             int(pads[0]),       int(pads[1]),      int(pads[2]),         int(pads[3])};
+    Conv job{};
+    job.x = run.data<float>(0);
+    job.weight = weight.at(run);
+    job.bias = run.data<float>(4);
+    job.residual = run.data<float>(5);
+    job.offset = run.data<float>(6);
+    job.gamma = run.data<float>(7);
+    job.beta = run.data<float>(8);
+    job.groups = int(groups);
+    job.epsilon = epsilon;
+    job.silu = silu;
+    job.upsample = int(upsample);
+    job.batch = shape[0], job.channels = shape[1], job.height = shape[2], job.width = shape[3];
+    job.out_height = out[2], job.out_width = out[3];
+    job.kernel_h = int(kernel_shape[0]), job.kernel_w = int(kernel_shape[1]);
+    job.stride_h = int(strides[0]), job.stride_w = int(strides[1]);
+    job.top = int(pads[0]), job.left = int(pads[1]);
+    job.bottom = int(pads[2]), job.right = int(pads[3]);
+    if (job.gamma && (groups < 1 || shape[1] % groups ||
+                      count_of(run.shape(7), 0, run.shape(7).size()) != shape[1] || !job.beta ||
+                      count_of(run.shape(8), 0, run.shape(8).size()) != shape[1]))
+      throw Failure("QuantConv: gamma and beta aren't [C], or C isn't a multiple of the groups");
     if (job.residual && run.shape(5) != out) throw Failure("QuantConv: residual isn't like y");
     if (job.offset && count_of(run.shape(6), 0, run.shape(6).size()) != shape[0] * weight.n)
       throw Failure("QuantConv: offset isn't [B, N, 1, 1]");

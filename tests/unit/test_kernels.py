@@ -92,12 +92,13 @@ def test_each_instruction_set_computes_what_plain_sums_give(isa: str, tmp_path: 
     )
     out = subprocess.run([*command, str(program)], check=True, capture_output=True, text=True)
     name, *lines = out.stdout.splitlines()
-    assert name == isa and len(lines) == (13 if isa == "avx2" else 19)
+    assert name == isa and len(lines) == (16 if isa == "avx2" else 25)
     for line in lines:
         what, bits, error = line.split()
         # 8 bits of an input are off by 0.3 % of a normal distribution's, its product by as much;
         # codes of 64 steps and probabilities of 127 add to that.
-        assert float(error) < (0.02 if isa == "avx2" or what == "gated" else 0.01), (what, bits)
+        coarse = isa == "avx2" or what == "gated" or (isa, what) == ("neon_dotprod", "attention")
+        assert float(error) < (0.02 if coarse else 0.01), (what, bits)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32"])
@@ -236,6 +237,67 @@ def test_what_surrounds_a_layer_becomes_part_of_it(
     fast = answer(session_of(fused, library), reshaped)
     slow = answer(session(lowered(proto, {q.layer.node: q for q in layers})), reshaped)
     assert fast.shape == slow.shape and off(fast, slow) < 0.03
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_comes_before_a_convolution_becomes_part_of_it(
+    shared: bool, silu: bool, upsample: bool, library: Path
+) -> None:
+    """shared: the normalized values are read by somebody else, too, and must stay."""
+    float_, make, info = TensorProto.FLOAT, helper.make_node, helper.make_tensor_value_info
+    weights: dict[str, Any] = {
+        "conv.w": normal(40, 32, 3, 3, seed=1) * np.float32(0.1),
+        "gamma": normal(32, 1, 1, seed=2) + np.float32(1),
+        "beta": normal(32, 1, 1, seed=3),
+        "ones": np.ones(8, np.float32),
+        "zeros": np.zeros(8, np.float32),
+        "flat": np.array([0, 8, -1]),
+        "twice": np.array([1, 1, 2, 2], np.float32),
+    }
+    nodes = [
+        make("Reshape", ["x", "flat"], ["r"], name="n/r"),
+        make("InstanceNormalization", ["r", "ones", "zeros"], ["i"], name="n/i", epsilon=1e-5),
+        make("Shape", ["x"], ["s"], name="n/s"),
+        make("Reshape", ["i", "s"], ["b"], name="n/b"),
+        make("Mul", ["b", "gamma"], ["m"], name="n/m"),
+        make("Add", ["m", "beta"], ["a"], name="n/a"),
+    ]
+    last = "a"
+    if silu:
+        nodes.append(make("Sigmoid", ["a"], ["sigmoid"], name="n/sigmoid"))
+        nodes.append(make("Mul", ["a", "sigmoid"], ["silu"], name="n/silu"))
+        last = "silu"
+    if upsample:
+        how = {"mode": "nearest", "nearest_mode": "floor"}
+        how["coordinate_transformation_mode"] = "asymmetric"
+        nodes.append(make("Resize", [last, "", "twice"], ["up"], name="n/up", **how))
+        last = "up"
+    nodes.append(make("Conv", [last, "conv.w"], ["y"], name="c.conv/Conv", pads=[1] * 4))
+    outputs = [info("y", float_, ["b", 40, "h2", "w2"])]
+    if shared:
+        outputs.append(info("a", float_, ["b", 32, "h", "w"]))
+    proto = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "unet",
+            [info("x", float_, ["b", 32, "h", "w"]), info("timestep", float_, [1])],
+            outputs,
+            [numpy_helper.from_array(array, name) for name, array in weights.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    layers = quantized_block(proto, "w8a8")
+    fused = own(proto, layers)
+    counts = Counter(node.op_type for node in fused.graph.node)
+    assert counts["Resize"] == 0
+    assert counts["InstanceNormalization"] == (1 if shared else 0)
+    assert counts["Sigmoid"] == 0
+    feed = {"x": normal(2, 32, 6, 5) * np.float32(3) + np.float32(2)}
+    slow = session(lowered(proto, {q.layer.node: q for q in layers}))
+    assert off(answer(session_of(fused, library), feed), answer(slow, feed)) < 0.02
 
 
 def test_a_sum_that_somebody_else_reads_stays() -> None:

@@ -9,7 +9,8 @@
 
 Weights lie in the file as QuantizedOrt writes them, so that both graphs of a component share one
 file. What follows a layer (bias, the sum with a residual, the offset of a timestep, GEGLU) becomes
-part of it: it is added while the output is still in the registers.
+part of it: it is added while the output is still in the registers. What comes before a convolution
+(group normalization, SiLU, upsampling) is computed while the input is brought to 8 bits.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ MAX_HEAD = 160
 """Widest head that the kernel of attention takes."""
 
 _ROWS_K_BY_N, _BLOCKS_OF_N = 0, 1
-_BIAS, _RESIDUAL, _OFFSET = 4, 5, 6
-_INPUTS = {LINEAR: 6, CONV: 7}
+_BIAS, _RESIDUAL, _OFFSET, _GAMMA, _BETA = 4, 5, 6, 7, 8
+_INPUTS = {LINEAR: 6, CONV: 9}
 
 
 def has_kernels(model: ir.Model) -> bool:
@@ -106,6 +107,10 @@ class _Kernel(OrtLowering):
             kernel_shape=list(layer.kernel),
             strides=list(layer.strides),
             pads=list(layer.pads),
+            groups=1,
+            epsilon=0.0,
+            silu=0,
+            upsample=1,
             **attributes,
         )
 
@@ -135,6 +140,7 @@ class _FuseAround(Pass):
                 while (after := self._sum(model, node)) is not None:
                     node, changed = after, True
                 changed |= self._gate(model, node)
+                changed |= node.op_type == CONV and _fuse_before(node)
         return changed
 
     def _sum(self, model: ir.Model, node: ir.Node) -> ir.Node | None:
@@ -179,6 +185,117 @@ class _FuseAround(Pass):
         return True
 
 
+def _fuse_before(conv: ir.Node) -> bool:
+    """Let a convolution do what its input alone goes through: upsampling by 2, SiLU and group
+    normalization, as far as they are there in this order."""
+    before = conv.inputs[0]
+    resize = _only(before, "Resize")
+    if resize is not None and _doubles(resize):
+        conv.attributes["upsample"] = ir.AttrInt64("upsample", 2)
+        _take(conv, resize.inputs[0], [resize])
+    gated = _only(conv.inputs[0], "Mul")
+    value, sigmoid = (None, None) if gated is None else _gate_of(gated)
+    if gated is not None and value is not None and sigmoid is not None:
+        conv.attributes["silu"] = ir.AttrInt64("silu", 1)
+        _take(conv, value, [gated, sigmoid])
+    _normalize(conv)
+    return conv.inputs[0] is not before
+
+
+def _take(conv: ir.Node, value: ir.Value | None, gone: list[ir.Node]) -> None:
+    """Let a convolution read `value`, and remove what lay between: it would count as a reader."""
+    conv.replace_input_with(0, value)
+    for node in gone:
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
+
+
+def _normalize(conv: ir.Node) -> None:
+    """Let a convolution normalize, if its input, which nobody else reads, is a group normalization
+    as torch exports it: Reshape, InstanceNormalization, Reshape, Mul, Add."""
+    value = conv.inputs[0]
+    if value is None or len(list(value.uses())) != 1 or value.is_graph_output():
+        return
+    add = value.producer()
+    scaled, beta = _with_constant(add, "Add")
+    if scaled is None or beta is None:
+        return
+    back, gamma = _with_constant(scaled.producer(), "Mul")
+    reshape = None if back is None else back.producer()
+    once = scaled is not None and len(list(scaled.uses())) == 1
+    if gamma is None or not once or reshape is None or reshape.op_type != "Reshape":
+        return
+    inner = reshape.inputs[0]
+    norm = None if inner is None else inner.producer()
+    if norm is None or norm.op_type != "InstanceNormalization":
+        return
+    ones, zeros = (v.const_value if v is not None else None for v in norm.inputs[1:3])
+    flat = norm.inputs[0].producer() if norm.inputs[0] is not None else None
+    if ones is None or zeros is None or flat is None or flat.op_type != "Reshape":
+        return
+    if (ones.numpy() != 1).any() or zeros.numpy().any():
+        return
+    inputs = list(conv.inputs) + [None] * (_INPUTS[CONV] - len(conv.inputs))
+    conv.resize_inputs(len(inputs))
+    conv.replace_input_with(0, flat.inputs[0])
+    conv.replace_input_with(_GAMMA, gamma)
+    conv.replace_input_with(_BETA, beta)
+    conv.attributes["groups"] = ir.AttrInt64("groups", int(ones.size))
+    epsilon = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else 1e-5
+    conv.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
+
+
+def _only(value: ir.Value | None, op: str) -> ir.Node | None:
+    """The node of type `op` that makes `value`, if it has no other reader than one."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != op or value is None or value.is_graph_output():
+        return None
+    if len(list(value.uses())) != 1:
+        return None
+    return node
+
+
+def _doubles(resize: ir.Node) -> bool:
+    """Whether a Resize makes four equal pixels of each."""
+    scales = resize.inputs[2] if len(resize.inputs) > 2 else None
+    wanted = {
+        "mode": "nearest",
+        "coordinate_transformation_mode": "asymmetric",
+        "nearest_mode": "floor",
+    }
+    return (
+        scales is not None
+        and scales.const_value is not None
+        and scales.const_value.numpy().tolist() == [1, 1, 2, 2]
+        and all(
+            key in resize.attributes and resize.attributes[key].as_string() == text
+            for key, text in wanted.items()
+        )
+    )
+
+
+def _gate_of(product: ir.Node) -> tuple[ir.Value | None, ir.Node | None]:
+    """x, and the Sigmoid, of x * sigmoid(x)."""
+    for value, other in (product.inputs[:2], product.inputs[1::-1]):
+        sigmoid = _only(other, "Sigmoid")
+        if sigmoid is not None and sigmoid.inputs[0] is value:
+            return value, sigmoid
+    return None, None
+
+
+def _with_constant(node: ir.Node | None, op: str) -> tuple[ir.Value | None, ir.Value | None]:
+    """What a node of type `op` takes, and the constant of a value per channel beside it."""
+    if node is None or node.op_type != op:
+        return None, None
+    constants = [v for v in node.inputs if v is not None and v.const_value is not None]
+    others = [v for v in node.inputs if v is not None and v.const_value is None]
+    if len(constants) != 1 or len(others) != 1 or constants[0].const_value is None:
+        return None, None
+    dims = list(constants[0].const_value.shape.numpy())
+    fits = len(dims) == 3 and dims[1:] == [1, 1]
+    return (others[0], constants[0]) if fits else (None, None)
+
+
 def _place(node: ir.Node, out: ir.Value, other: ir.Value) -> int | None:
     """Which input of a layer `other` becomes when it is added to the layer's output."""
     shape, n = other.shape, node.attributes["N"].as_int()
@@ -214,6 +331,8 @@ def _replace(
     )
     made.outputs[0].name = f"{node.outputs[0].name}+"
     replace_node(model.graph, last, [made], made.outputs[0])
+    if not list(node.outputs[0].uses()):
+        model.graph.remove(node, safe=True)  # it would count as a reader of its inputs
     return made
 
 
