@@ -576,6 +576,42 @@ void conv(const Conv& job, Threads threads) {
 // one large one doesn't round the rest of the row away.
 constexpr int QUERY_MAX = LEFT_MAX == 255 ? 127 : 63, QUERY_ZERO = LEFT_MAX == 255 ? 128 : 64;
 
+// 2^(eighths / 8); 0 where that is less than single precision holds.
+inline float power(int eighths) {
+  static const float part[8] = {1,           1.09050773f, 1.18920712f, 1.29683955f,
+                                1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f};
+  if (eighths <= -8 * 126) return 0;
+  int32_t bits;
+  std::memcpy(&bits, &part[eighths & 7], 4);
+  bits += (eighths >> 3) << 23;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+constexpr int MAX_HEAD = 160;
+
+// A row of one head, filled up with zeros to whole vectors.
+struct Line {
+  alignas(64) float x[MAX_HEAD + W] = {};
+  int count;
+  Line(const float* from, int count) : count(count) {
+    std::memcpy(x, from, size_t(count) * sizeof(float));
+  }
+  // The largest magnitude; NaN where there is NaN or infinity.
+  float largest() const {
+    vf most = vf{}, zeros = vf{};
+    for (int i = 0; i < count; i += W) {
+      const vf v = load<vf>(x + i);
+      most = maximum(most, maximum(v, -v));
+      zeros += v * 0.0f;
+    }
+    float none = 0;
+    for (int j = 0; j < W; j++) none += zeros[j];
+    return lanes_max(most) + none;
+  }
+};
+
 struct Head {
   const int8_t* keys;    // [blocks][d4][KEYS][4]
   const int8_t* values;  // [blocks][KEYS / 4][wide][4]
@@ -589,20 +625,19 @@ void attend(const Attention& job, int64_t b, int h, int64_t first, const Head& h
   constexpr int R = ATTENTION_ROWS, V = KEYS / W;
   const int64_t stride = int64_t(job.heads) * job.d, d4 = (job.d + 3) / 4, blocks = (job.n + KEYS - 1) / KEYS;
   alignas(64) uint8_t query[R][512];
-  float scale[R], most[R];
+  float scale[R];
+  int most[R];  // in eighths
   vf out[R][D];
   const int valid = int(std::min<int64_t>(R, job.m - first));
   for (int r = 0; r < R; r++) {
     const float* q = job.q + (b * job.m + std::min(first + r, job.m - 1)) * stride + h * job.d;
-    float low = 0, high = 0;
-    range(q, job.d, low, high);
-    const float largest = -low > high ? -low : high;  // NaN if high is
-    const float inverse = largest > 0 ? QUERY_MAX / largest : 0;
-    std::memset(query[r], uint8_t(QUERY_ZERO - SHIFT), size_t(4 * d4));
-    for (int i = 0; i < job.d; i++)
-      query[r][i] = uint8_t(int(std::nearbyint(q[i] * inverse)) + QUERY_ZERO - SHIFT);
+    const Line line(q, job.d);
+    const float largest = line.largest(), inverse = largest > 0 ? QUERY_MAX / largest : 0;
+    for (int i = 0; i < job.d; i += W)
+      store(query[r] + i, __builtin_convertvector(
+                              nearest(load<vf>(line.x + i) * inverse) + (QUERY_ZERO - SHIFT), vb));
     scale[r] = largest / QUERY_MAX * job.scale * 1.44269504f;  // for 2^x
-    most[r] = -3e38f;
+    most[r] = -1000000;
     for (int i = 0; i < D; i++) out[r][i] = vf{};
   }
   for (int64_t block = 0; block < blocks; block++) {
@@ -640,19 +675,22 @@ void attend(const Attention& job, int64_t b, int h, int64_t first, const Head& h
             if (i * W + j >= left) score[i][j] = -3e38f;
         top = maximum(top, score[i]);
       }
-      const float largest = lanes_max(top) * scale[r];
+      // The largest of the block, rounded up to an eighth: what blocks differ by is exact then.
+      const float eighths = std::ceil(lanes_max(top) * scale[r] * 8);
+      const float largest = eighths * 0.125f;
+      const int steps = eighths > -1e6f ? int(std::min(eighths, 1e6f)) : -1000000;
 #pragma GCC unroll 16
       for (int i = 0; i < V; i++) {
         const vf p = exp2_below<PROBABILITY_MAX>(score[i] * scale[r] - largest);
         store(chances[r] + i * W, __builtin_convertvector(nearest(p), vb));
       }
-      if (largest > most[r]) {
-        const float fade = std::exp2(most[r] - largest);
+      if (steps > most[r]) {
+        const float fade = power(most[r] - steps);
         for (int i = 0; i < D; i++) out[r][i] *= fade;
-        most[r] = largest;
+        most[r] = steps;
         weight[r] = 1;
       } else {
-        weight[r] = std::exp2(largest - most[r]);
+        weight[r] = power(steps - most[r]);
       }
     }
     vi part[R][D];
@@ -696,8 +734,6 @@ struct Attend<0> {
   static void call(int, const Attention&, int64_t, int, int64_t, const Head&) {}
 };
 
-constexpr int MAX_HEAD = 160;
-
 void attention(const Attention& job, Threads threads) {
   const int64_t heads = job.batch * job.heads, blocks = (job.n + KEYS - 1) / KEYS;
   const int64_t d4 = (job.d + 3) / 4, wide = (job.d + W) / W * W;
@@ -716,18 +752,23 @@ void attention(const Attention& job, Threads threads) {
     const int64_t head = int64_t(which), b = head / job.heads, h = head % job.heads;
     const float* k = job.k + b * job.n * stride + h * job.d;
     const float* v = job.v + b * job.n * stride + h * job.d;
-    float mean[MAX_HEAD] = {}, largest[MAX_HEAD] = {}, none = 0;
-    for (int64_t n = 0; n < job.n; n++)
-      for (int i = 0; i < job.d; i++) {
-        mean[i] += k[n * stride + i];
-        largest[i] = std::max(largest[i], std::fabs(v[n * stride + i]));
-        none += v[n * stride + i] * 0.0f;
+    alignas(64) float mean[MAX_HEAD + W] = {}, largest[MAX_HEAD + W] = {}, none = 0;
+    vf zeros = vf{};
+    for (int64_t n = 0; n < job.n; n++) {
+      const Line line(k + n * stride, job.d), other(v + n * stride, job.d);
+      for (int i = 0; i < job.d; i += W) {
+        const vf value = load<vf>(other.x + i);
+        store(mean + i, load<vf>(mean + i) + load<vf>(line.x + i));
+        store(largest + i, maximum(load<vf>(largest + i), maximum(value, -value)));
+        zeros += value * 0.0f;
       }
+    }
+    for (int j = 0; j < W; j++) none += zeros[j];
     for (int i = 0; i < job.d; i++) {
       mean[i] /= float(job.n);
       none += mean[i] * 0.0f;
     }
-    float inverse[MAX_HEAD];
+    alignas(64) float inverse[MAX_HEAD + W] = {};
     for (int i = 0; i < job.d; i++) {
       value_scale[head * wide + i] = largest[i] / 127 + none;
       inverse[i] = largest[i] > 0 ? 127 / largest[i] : 0;
@@ -739,20 +780,22 @@ void attention(const Attention& job, Threads threads) {
       key_scale[at] = 0;
       key_zero[at] = 0;
       if (n >= job.n) continue;
-      float line[MAX_HEAD], most = 0;
-      for (int i = 0; i < job.d; i++) {
-        line[i] = k[n * stride + i] - mean[i];
-        most = std::max(most, std::fabs(line[i]));
+      Line line(k + n * stride, job.d), other(v + n * stride, job.d);
+      for (int i = 0; i < job.d; i += W)
+        store(line.x + i, load<vf>(line.x + i) - load<vf>(mean + i));
+      const float most = line.largest(), up = most > 0 ? 127 / most : 0;
+      alignas(64) int32_t key_codes[MAX_HEAD + W], value_codes[MAX_HEAD + W];
+      for (int i = 0; i < job.d; i += W) {
+        store(key_codes + i, nearest(load<vf>(line.x + i) * up));
+        store(value_codes + i, nearest(load<vf>(other.x + i) * load<vf>(inverse + i)));
       }
-      const float up = most > 0 ? 127 / most : 0;
       int8_t* key = keys + head * key_bytes + n / KEYS * d4 * KEYS * 4 + n % KEYS * 4;
       int8_t* value = values + head * value_bytes + n / 4 * wide * 4 + n % 4;
       int32_t sum = 0;
       for (int i = 0; i < job.d; i++) {
-        const int8_t code = int8_t(std::nearbyint(line[i] * up));
-        key[i / 4 * KEYS * 4 + i % 4] = code;
-        sum += code;
-        value[i * 4] = int8_t(std::nearbyint(v[n * stride + i] * inverse[i]));
+        key[i / 4 * KEYS * 4 + i % 4] = int8_t(key_codes[i]);
+        sum += key_codes[i];
+        value[i * 4] = int8_t(value_codes[i]);
       }
       value[job.d * 4] = 1;
       key_scale[at] = most / 127;
