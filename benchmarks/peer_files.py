@@ -202,30 +202,37 @@ def _make_openvino_onnx(folder: Path, model: Model, out: Path) -> None:
     (out / "graph").rmdir()
 
 
-def _make_quantized(folder: Path, model: Model, out: Path, precision: str, attention: bool) -> None:
-    """Round to nearest, and inputs of 8 bits as they come: speed and memory need no better."""
-    import onnx_ir as ir
-
+def _make_quantized(folder: Path, model: Model, out: Path, precision: str) -> None:
     from edgesd.export.backends import lower_quantized, lower_to_kernels
     from edgesd.export.external_data import write_model
     from edgesd.export.passes.no_shapes import NoShapes
-    from edgesd.export.quantize.layers import Layer, QuantizedLayer, find_layers, matrix_of
-    from edgesd.export.quantize.quantize import rounded_layer
-    from edgesd.spec import parse_scheme
 
-    scheme = parse_scheme(precision)
-    plain, own = (ir.load(folder / "edgesd" / "model.onnx") for _ in range(2))
-    nodes = {node.name: node for node in plain.graph}
-
-    def quantized(layer: Layer) -> QuantizedLayer:
-        return rounded_layer(layer, matrix_of(nodes[layer.node], layer), scheme)
-
-    layers = {layer.node: quantized(layer) for layer in find_layers("unet", plain)}
+    plain, layers = rounded(folder, precision)
+    own, _ = rounded(folder, precision, layers)
     lower_quantized(plain, layers, set(), None, "onnxruntime")
-    lower_to_kernels(own, layers, set(), None, attention)
+    lower_to_kernels(own, layers, set(), None)
     for graph in (plain, own):
         NoShapes()(graph)
     write_model(plain, out, own)
+
+
+def rounded(folder: Path, precision: str, layers: Any = None) -> tuple[Any, Any]:
+    """The fp32 graph below `folder`, and all its layers, by node, under a scheme: rounded, with
+    inputs of 8 bits as they come. Speed and memory need no better. layers: those from before."""
+    import onnx_ir as ir
+
+    from edgesd.export.quantize.layers import find_layers, matrix_of
+    from edgesd.export.quantize.quantize import rounded_layer
+    from edgesd.spec import parse_scheme
+
+    graph, scheme = ir.load(folder / "edgesd" / "model.onnx"), parse_scheme(precision)
+    if layers is None:
+        nodes = {node.name: node for node in graph.graph}
+        layers = {
+            layer.node: rounded_layer(layer, matrix_of(nodes[layer.node], layer), scheme)
+            for layer in find_layers("unet", graph)
+        }
+    return graph, layers
 
 
 def _make_openvino_int8(folder: Path, model: Model, out: Path) -> None:
@@ -279,7 +286,7 @@ _MAKERS: dict[str, Callable[[Path, Model, Path], None]] = {
     "openvino-onnx": _make_openvino_onnx,
     "openvino-int8": _make_openvino_int8,
     **{
-        f"edgesd-{precision}": partial(_make_quantized, precision=precision, attention=True)
+        f"edgesd-{precision}": partial(_make_quantized, precision=precision)
         for precision in QUANTIZED
     },
     **{f"sdcpp-{kind}": partial(_make_sdcpp, kind=kind) for kind in SDCPP_TYPES},

@@ -1,6 +1,6 @@
 """Writes a Stable Diffusion 1.5 pipeline of true size with random weights: for speed and memory.
 
-python -m benchmarks.random_pipeline FOLDER
+python -m benchmarks.random_pipeline FOLDER [--tiny-vae]
 
 The networks' configurations are those of the published model; the tokenizer is the embedded
 model's, whose ids are a part of CLIP's. Weights are fp16, 2.1 GB. What it draws is noise.
@@ -13,14 +13,15 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from edgesd.build import demo_model
 
 
-def write_pipeline(folder: Path) -> None:
-    """Write the pipeline to the new folder `folder`; the same weights each time."""
+def write_pipeline(folder: Path, tiny_vae: bool = False) -> None:
+    """Write the pipeline to the new folder `folder`; the same weights each time. tiny_vae: with an
+    autoencoder of TAESD's size."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     vae = AutoencoderKL(
@@ -51,6 +52,8 @@ def write_pipeline(folder: Path) -> None:
         set_alpha_to_one=False,
         steps_offset=1,
     )
+    if tiny_vae:
+        vae = AutoencoderTiny()
     for name, part in (("unet", unet), ("vae", vae), ("text_encoder", text)):
         part.half().save_pretrained(folder / name)
     scheduler.save_pretrained(folder / "scheduler")
@@ -61,7 +64,8 @@ def write_pipeline(folder: Path) -> None:
         '"scheduler": ["diffusers", "DDIMScheduler"], '
         '"text_encoder": ["transformers", "CLIPTextModel"], '
         '"tokenizer": ["transformers", "CLIPTokenizer"], '
-        '"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}'
+        '"unet": ["diffusers", "UNet2DConditionModel"], '
+        f'"vae": ["diffusers", "{type(vae).__name__}"]}}'
     )
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nRandom weights.\n")
 
@@ -69,7 +73,9 @@ def write_pipeline(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
-    write_pipeline(parser.parse_args().folder)
+    parser.add_argument("--tiny-vae", action="store_true", help="an autoencoder of TAESD's size")
+    given = parser.parse_args()
+    write_pipeline(given.folder, given.tiny_vae)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from edgesd.export.passes.fp16_compute import Fp16Compute
 from edgesd.export.passes.fp16_weights import Fp16Weights
-from edgesd.export.passes.own_kernels import OwnKernels, has_kernels
+from edgesd.export.passes.own_kernels import PARTS, OwnKernels, has_kernels
 from edgesd.export.passes.quantized_ort import QuantizedOrt
 from edgesd.export.passes.quantized_qdq import QuantizedQdq
 from edgesd.export.passes.standard_attention import StandardAttention
@@ -67,14 +67,14 @@ def lower_to_kernels(
     layers: Mapping[str, QuantizedLayer],
     half: Collection[str],
     timesteps: npt.NDArray[np.float32] | None,
-    attention: bool,
+    parts: Collection[str] = PARTS,
 ) -> bool:
     """The same for edgesd's own kernels on CPUs; False where none of them has anything to do.
 
-    attention: in 8 bits, too.
+    parts: see OwnKernels.
     """
     Fp16Weights(only=half)(model)
-    OwnKernels(layers, timesteps, attention)(model)
+    OwnKernels(layers, timesteps, parts)(model)
     return has_kernels(model)
 
 

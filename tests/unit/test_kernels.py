@@ -23,7 +23,7 @@ from edgesd.engines import kernels as engine_kernels  # noqa: E402
 from edgesd.engines.kernels import build_library, ensure_library  # noqa: E402
 from edgesd.errors import MissingDependencyError, TargetError  # noqa: E402
 from edgesd.export.external_data import write_model  # noqa: E402
-from edgesd.export.passes.own_kernels import OwnKernels  # noqa: E402
+from edgesd.export.passes.own_kernels import PARTS, OwnKernels  # noqa: E402
 from edgesd.export.quantize.layers import QuantizedLayer, find_layers, matrix_of  # noqa: E402
 from edgesd.export.quantize.quantize import Method, quantize_layer  # noqa: E402
 from edgesd.runtime import kernels  # noqa: E402
@@ -394,7 +394,7 @@ def forget() -> None:
 
 def own_model(proto: onnx.ModelProto, layers: dict[str, QuantizedLayer]) -> Any:
     model = ir.serde.deserialize_model(proto)
-    OwnKernels(layers, None, True)(model)
+    OwnKernels(layers, None)(model)
     return model
 
 
@@ -402,7 +402,8 @@ def own(
     proto: onnx.ModelProto, layers: list[QuantizedLayer], attention: bool = True
 ) -> onnx.ModelProto:
     model = ir.serde.deserialize_model(proto)
-    OwnKernels({q.layer.node: q for q in layers}, None, attention)(model)
+    parts = [part for part in PARTS if part != "attention" or attention]
+    OwnKernels({q.layer.node: q for q in layers}, None, parts)(model)
     return ir.serde.serialize_model(model)
 
 

@@ -15,7 +15,7 @@ part of it: it is added while the output is still in the registers. What comes b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,9 @@ _BIAS, _RESIDUAL, _OFFSET, _GAMMA, _BETA = 4, 5, 6, 7, 8
 _INPUTS = {LINEAR: 6, CONV: 9}
 
 
+PARTS = ("behind", "before", "attention")
+
+
 def has_kernels(model: ir.Model) -> bool:
     """Whether a graph has operators of our own."""
     return any(node.domain == DOMAIN for node in model.graph)
@@ -46,25 +49,26 @@ def has_kernels(model: ir.Model) -> bool:
 class OwnKernels(QuantizedOrt):
     """As QuantizedOrt, with kernels of our own where there is one.
 
-    attention: heads too, for which 8 bits are a further loss.
+    parts: what else becomes part of the kernels, of PARTS. "behind": sums and GEGLU behind layers.
+    "before": what a convolution's input goes through. "attention": heads in 8 bits, a further loss.
     """
 
     def __init__(
         self,
         layers: Mapping[str, QuantizedLayer],
         timesteps: npt.NDArray[np.float32] | None,
-        attention: bool,
+        parts: Collection[str] = PARTS,
     ) -> None:
         super().__init__(layers, timesteps)
-        self.attention = attention
+        self.parts = parts
 
     def call(self, model: ir.Model) -> bool:
         """See the class."""
         model.graph.opset_imports[DOMAIN] = 1
         super().call(model)
-        _FuseAround()(model)
-        if self.attention:
-            _AttentionIn8Bits()(model)
+        for part, rewrite in _REWRITES.items():
+            if part in self.parts:
+                rewrite()(model)
         common.RemoveUnusedNodesPass()(model)
         if not has_kernels(model):
             del model.graph.opset_imports[DOMAIN]
@@ -129,7 +133,7 @@ class _Kernel(OrtLowering):
         return self.node.inputs[index] if index and len(self.node.inputs) > index else None
 
 
-class _FuseAround(Pass):
+class _Behind(Pass):
     """Sums behind our layers, and GEGLU, become inputs and attributes of the layers."""
 
     def call(self, model: ir.Model) -> bool:
@@ -140,7 +144,6 @@ class _FuseAround(Pass):
                 while (after := self._sum(model, node)) is not None:
                     node, changed = after, True
                 changed |= self._gate(model, node)
-                changed |= node.op_type == CONV and _fuse_before(node)
         return changed
 
     def _sum(self, model: ir.Model, node: ir.Node) -> ir.Node | None:
@@ -183,6 +186,16 @@ class _FuseAround(Pass):
             return False
         _replace(model, product, node, list(node.inputs), {"gated": 1})
         return True
+
+
+class _Before(Pass):
+    """What only a convolution of ours reads, it computes."""
+
+    def call(self, model: ir.Model) -> bool:
+        """See the class."""
+        convs = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, CONV)]
+        changed = [_fuse_before(node) for node in convs]
+        return any(changed)
 
 
 def _fuse_before(conv: ir.Node) -> bool:
@@ -361,3 +374,10 @@ class _AttentionIn8Bits(Pass):
             replace_node(model.graph, node, [made], made.outputs[0])
             changed = True
         return changed
+
+
+_REWRITES: dict[str, type[Pass]] = {
+    "behind": _Behind,
+    "before": _Before,
+    "attention": _AttentionIn8Bits,
+}

@@ -18,6 +18,7 @@ from edgesd.export.backends import ONNXRUNTIME, lower_quantized, lower_to_kernel
 from edgesd.export.calibrate import Calibration
 from edgesd.export.external_data import GRAPH_FILE, write_model
 from edgesd.export.passes.no_shapes import NoShapes
+from edgesd.export.passes.own_kernels import PARTS
 from edgesd.export.quantize import quantize
 from edgesd.export.quantize.assign import Choice
 from edgesd.export.quantize.layers import (
@@ -108,7 +109,8 @@ class LayerStore:
         bits, too."""
         model = _load(self.graphs, component)
         layers, half = self._chosen(component, choices)
-        if not lower_to_kernels(model, layers, half, self.timesteps(component), attention):
+        parts = [part for part in PARTS if part != "attention" or attention]
+        if not lower_to_kernels(model, layers, half, self.timesteps(component), parts):
             return None
         NoShapes()(model)
         return model
