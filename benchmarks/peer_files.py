@@ -87,6 +87,20 @@ MODELS = {
             },
         ),
         Model(
+            "sdxl",
+            128,
+            2048,
+            {
+                "block_out_channels": (320, 640, 1280),
+                "layers_per_block": 2,
+                "attention_head_dim": (5, 10, 20),
+                "transformer_layers_per_block": (1, 2, 10),
+                "use_linear_projection": True,
+                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            },
+        ),
+        Model(
             "tiny",
             16,
             32,
@@ -101,7 +115,8 @@ MODELS = {
         ),
     )
 }
-"""sd15: the true size, 860 million parameters, 512x512 pixels. tiny: to try the script."""
+"""sd15: the true size, 860 million parameters, 512x512 pixels. sdxl: that of Stable Diffusion XL but
+for the embedding of sizes, 2.6 billion, 1024x1024. tiny: to try the script."""
 
 
 def prepare(root: Path, model: Model, formats: list[str]) -> Path:
