@@ -115,8 +115,8 @@ MODELS = {
         ),
     )
 }
-"""sd15: the true size, 860 million parameters, 512x512 pixels. sdxl: that of Stable Diffusion XL but
-for the embedding of sizes, 2.6 billion, 1024x1024. tiny: to try the script."""
+"""sd15: the true size, 860 million parameters, 512x512 pixels. sdxl: that of Stable Diffusion XL
+but for the embedding of sizes, 2.6 billion, 1024x1024. tiny: to try the script."""
 
 
 def prepare(root: Path, model: Model, formats: list[str]) -> Path:

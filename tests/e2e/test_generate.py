@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.pipeline import DRAWING, Pipeline, Settings
 from tests.support import assert_refused, run_cli
 
 
@@ -181,6 +183,40 @@ def test_too_little_memory_is_refused_before_loading(
     assert outcome.code == 6
     assert_refused(outcome, "text_encoder needs about 64 MB of memory and 1 MB are free")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("memory", ["balanced", "stream"])
+def test_less_memory_draws_the_same_picture(memory: str, miniature: Bundle, tmp_path: Path) -> None:
+    pictures = []
+    for mode in ("fast", memory):
+        out = tmp_path / f"{mode}.png"
+        base = ("generate", miniature.path, "-p", "a cat", "--seed", "1", "--memory", mode)
+        assert run_cli(*base, "-o", out).code == 0
+        pictures.append(pixels(out).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_the_fastest_mode_that_fits_is_taken(
+    miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = ("generate", miniature.path, "-p", "a cat", "-o", tmp_path / "a.png", "--json")
+    assert json.loads(run_cli(*base, "--max-memory", "10 GB").out)["memory"] == "fast"
+    refused = run_cli(*base, "--max-memory", "30MB")
+    assert refused.code == 6
+    assert re.search(r"need about \d+ MB besides the weights, and", refused.err)
+    monkeypatch.setattr("edgesd.runtime.pipeline.resident_bytes", lambda: 50 << 20)
+    with Pipeline(miniature) as pipeline:
+        least = pipeline._drawing_bytes()
+        loaded = [pipeline._loaded_bytes(name) for name in DRAWING]
+    for room, mode in ((sum(loaded), "fast"), (max(loaded), "balanced"), (0, "stream")):
+        with Pipeline(miniature, Settings(max_memory=least + room)) as pipeline:
+            assert pipeline.memory == mode
+
+
+@pytest.mark.parametrize("size", ["400", "-1MB", "0MB", "4TB", "1e9", "nan", "", "4 0MB"])
+def test_sizes_in_memory(size: str, miniature: Bundle) -> None:
+    refused = run_cli("generate", miniature.path, "-p", "a cat", "--max-memory", size)
+    assert refused.code == (6 if size == "400" else 2) and refused.err.count("\n") == 1
 
 
 def test_components_are_released_when_memory_is_short(

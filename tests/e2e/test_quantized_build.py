@@ -111,6 +111,17 @@ def test_pictures_by_our_own_kernels_are_as_near_the_source_s(
     assert np.mean(found) > four_bits.manifest.quality.psnr_mean - 1
 
 
+def test_streamed_weights_are_the_same(four_bits: Bundle) -> None:
+    from edgesd.runtime.pipeline import Pipeline, Request, Settings
+
+    drawn = []
+    for mode in ("fast", "stream", "fast"):
+        with Pipeline(four_bits, Settings(memory=mode, guidance_mode="sequential")) as pipeline:
+            request = Request("a rocket", 1, num_inference_steps=2)
+            drawn.append(np.asarray(pipeline.generate([request])[0]))
+    assert np.array_equal(drawn[0], drawn[1]) and np.array_equal(drawn[0], drawn[2])
+
+
 def test_generate_inspect_and_report_take_it(four_bits: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "picture.png"
     drawn = run_cli("generate", four_bits.path, "-p", "a rocket", "--steps", "2", "-o", out)
