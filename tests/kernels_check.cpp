@@ -150,6 +150,7 @@ void check_conv(const Compute& compute, int bits, int64_t channels, int64_t n, i
   job.batch = 2, job.channels = channels, job.height = height, job.width = width;
   job.out_height = tall, job.out_width = wide, job.kernel_h = job.kernel_w = kernel;
   job.stride_h = job.stride_w = stride;
+  job.relu = up > 1;
   job.top = job.left = job.bottom = job.right = int(pad);
   compute.conv(job, two);
   std::vector<double> seen(x.begin(), x.end());
@@ -181,6 +182,7 @@ void check_conv(const Compute& compute, int bits, int64_t channels, int64_t n, i
           }
           const int64_t at = ((b * n + i) * tall + r) * wide + c;
           wanted[at] = total + residual[at];
+          if (up > 1) wanted[at] = std::max(wanted[at], 0.0);
         }
   report(groups ? "normed" : "conv", bits, y, wanted);
 }

@@ -558,10 +558,15 @@ void conv(const Conv& job, Threads threads) {
 #pragma GCC unroll 16
               for (int i = 0; i < MR; i++) line[i] += from[i];
             }
+            if (job.relu)
+#pragma GCC unroll 16
+              for (int i = 0; i < MR; i++) line[i] = line[i] < 0 ? 0 : line[i];  // NaN stays
             std::memcpy(to, line, sizeof line);
           } else {
-            for (int i = 0; i < valid; i++)
+            for (int i = 0; i < valid; i++) {
               to[i] = float(sums[i * P + n]) * scale + offset + (add ? add[n * pixels + m + i] : 0);
+              if (job.relu && to[i] < 0) to[i] = 0;
+            }
           }
         }
       }

@@ -44,6 +44,7 @@ struct Conv {
   float epsilon;
   bool silu;     // x * sigmoid(x)
   int upsample;  // each pixel that many times in both directions
+  bool relu;     // of what comes out, the residual included
   Weight weight;   // k = (row * kernel_w + column) * channels + channel
   const float* bias;
   const float* residual;  // [batch, n, out_height, out_width] or null: added

@@ -281,7 +281,7 @@ struct QuantConv {
   std::vector<int64_t> kernel_shape, strides, pads;
   int64_t groups, upsample;
   float epsilon;
-  bool silu;
+  bool silu, relu;
   Residence residence;
   QuantConv(const Compute* compute, const Kernel& kernel)
       : compute(compute),
@@ -293,6 +293,7 @@ struct QuantConv {
         upsample(kernel.integer("upsample")),
         epsilon(kernel.real("epsilon")),
         silu(kernel.integer("silu") != 0),
+        relu(kernel.integer("relu") != 0),
         residence(weight.bytes()) {
     check_bits(compute, weight);
   }
@@ -315,6 +316,7 @@ struct QuantConv {
     job.groups = int(groups);
     job.epsilon = epsilon;
     job.silu = silu;
+    job.relu = relu;
     job.upsample = int(upsample);
     job.batch = shape[0], job.channels = shape[1], job.height = shape[2], job.width = shape[3];
     job.out_height = out[2], job.out_width = out[3];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
 from pathlib import Path
@@ -17,14 +18,22 @@ MEMORY_MODES: tuple[MemoryMode, ...] = ("fast", "balanced", "stream")
 
 
 def resident_bytes() -> int:
-    """Resident set of this process now, without mapped files (RssAnon of proc(5)); 0 where that
+    """Resident set of this process now, mapped files included (VmRSS of proc(5)); 0 where that
     can't be read."""
     try:
         text = Path("/proc/self/status").read_text()
     except OSError:
         text = ""
-    match = re.search(r"^RssAnon:\s*(\d+) kB", text, re.MULTILINE)
+    match = re.search(r"^VmRSS:\s*(\d+) kB", text, re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
+
+
+def give_back() -> None:
+    """Let the C library return what was freed to the system, where it is one that keeps it (glibc:
+    malloc_trim(3))."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def peak_bytes(root: Path = Path("/")) -> int:

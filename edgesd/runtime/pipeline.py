@@ -23,7 +23,7 @@ from edgesd.runtime import kernels
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.closing import Closing
 from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
-from edgesd.runtime.memory import MemoryMode, available_bytes, peak_bytes, resident_bytes
+from edgesd.runtime.memory import MemoryMode, available_bytes, give_back, peak_bytes, resident_bytes
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.runners import Runner
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
@@ -41,7 +41,7 @@ _FAMILIES = ("sd",)
 DRAWING = ("text_encoder", "unet", "vae_decoder")
 _MAX_GUIDANCE = 1000
 _HEADROOM_BYTES = 64 << 20
-_ONNXRUNTIME_BYTES = 40 << 20
+_ONNXRUNTIME_BYTES = 56 << 20
 _LIVE_TENSORS = 18
 
 
@@ -388,6 +388,7 @@ class Pipeline(Closing):
     def _release(self, component: str) -> None:
         if self.memory != "fast" and component in self._runners:
             self._runners.pop(component).close()
+            give_back()
 
     def _loaded_bytes(self, component: str) -> int:
         """Memory that a component's weights take once loaded: they are computed with in fp32."""
@@ -440,14 +441,16 @@ class Pipeline(Closing):
     def _drawing_bytes(self) -> int:
         """Memory that a picture of the bundle's size takes besides weights, about.
 
-        The process and ONNX Runtime, and the UNet's activations: `_LIVE_TENSORS` of its first
-        block's at a time (docs/cpu.md).
+        The process and ONNX Runtime, the UNet's activations: `_LIVE_TENSORS` of its first block's at
+        a time, and two of the largest layer, which passes through (docs/cpu.md).
         """
         recipe, shape = self.bundle.manifest.recipe, self.spec.shape
         convs = [] if recipe is None else [la for la in recipe.layers if la.name == "conv_in"]
         channels = max((la.shape[0] for la in convs if la.component == "unet"), default=320)
         latents = shape.height * shape.width // self.spec.latent.scale_factor**2
-        return resident_bytes() + _ONNXRUNTIME_BYTES + _LIVE_TENSORS * 4 * channels * latents
+        passing = max((layer.bytes for layer in recipe.layers), default=0) if recipe else 0
+        live = _LIVE_TENSORS * 4 * channels * latents
+        return resident_bytes() + _ONNXRUNTIME_BYTES + live + 2 * passing
 
     def _guided(self, request: Request) -> bool:
         assert request.guidance_scale is not None

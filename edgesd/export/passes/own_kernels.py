@@ -8,7 +8,7 @@
 | anything else                          | what QuantizedOrt makes of it                       |
 
 Weights lie in the file as QuantizedOrt writes them, so that both graphs of a component share one
-file. What follows a layer (bias, the sum with a residual, the offset of a timestep, GEGLU) becomes
+file. What follows a layer (bias, residual, the offset of a timestep, GEGLU, ReLU) becomes
 part of it: it is added while the output is still in the registers. What comes before a convolution
 (group normalization, SiLU, upsampling) is computed while the input is brought to 8 bits.
 """
@@ -114,6 +114,7 @@ class _Kernel(OrtLowering):
             groups=1,
             epsilon=0.0,
             silu=0,
+            relu=0,
             upsample=1,
             **attributes,
         )
@@ -134,7 +135,7 @@ class _Kernel(OrtLowering):
 
 
 class _Behind(Pass):
-    """Sums behind our layers, and GEGLU, become inputs and attributes of the layers."""
+    """Sums behind our layers, GEGLU and ReLU become inputs and attributes of the layers."""
 
     def call(self, model: ir.Model) -> bool:
         """See the class."""
@@ -144,7 +145,17 @@ class _Behind(Pass):
                 while (after := self._sum(model, node)) is not None:
                     node, changed = after, True
                 changed |= self._gate(model, node)
+                changed |= node.op_type == CONV and self._relu(model, node)
         return changed
+
+    def _relu(self, model: ir.Model, node: ir.Node) -> bool:
+        """A Relu that alone reads a convolution."""
+        out = node.outputs[0]
+        uses = list(out.uses())
+        if len(uses) != 1 or uses[0].node.op_type != "Relu" or out.is_graph_output():
+            return False
+        _replace(model, uses[0].node, node, list(node.inputs), {"relu": 1})
+        return True
 
     def _sum(self, model: ir.Model, node: ir.Node) -> ir.Node | None:
         """The layer with the sum behind it as an input of its own; None where there is none."""
