@@ -18,7 +18,8 @@ SCHEMA_VERSION = 5
 
 2: `recipe` and `quality`, both optional; a file of version 1 is read as one without them. 3: the
 same for an engine's `checked`. 4: an engine's `plan`, and `built_for`, which was never set;
-`prompter`. 5: an engine's `kernels`.
+`prompter`. 5: an engine's `kernels`, the latents'
+`halo`.
 """
 
 Precision = str
@@ -148,13 +149,15 @@ class SchedulerSpec(Spec, frozen=True):
 class LatentSpec(Spec, frozen=True):
     """How latents relate to pictures: [B, channels, H / scale_factor, W / scale_factor].
 
-    latents = (encoded - shift_factor) * scaling_factor, as in diffusers' AutoencoderKL.
+    latents = (encoded - shift_factor) * scaling_factor, as in diffusers' AutoencoderKL. halo: how
+    far off, in latent pixels, a latent still changes a pixel; None where every one changes all.
     """
 
     channels: int
     scale_factor: int
     scaling_factor: float
     shift_factor: float = 0.0
+    halo: int | None = None
 
 
 class ShapeSpec(Spec, frozen=True):

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -43,6 +44,8 @@ _MAX_GUIDANCE = 1000
 _HEADROOM_BYTES = 64 << 20
 _ONNXRUNTIME_BYTES = 56 << 20
 _LIVE_TENSORS = 18
+_TILE = 32
+"""Side in latents of the tiles that a picture is decoded in."""
 
 
 @dataclass(frozen=True)
@@ -267,11 +270,32 @@ class Pipeline(Closing):
         runner = self._load("vae_decoder")
         pictures = []
         for row in latents:  # one at a time: the decoder is what sets the memory peak
-            image = self._run(runner, {"latents": row[None]})[0]
+            image = self._decoded(runner, row)
             pixels = np.clip(image.transpose(1, 2, 0) * 127.5 + 127.5, 0, 255)
             pictures.append(Image.fromarray(pixels.round().astype(np.uint8)))
         self._release("vae_decoder")
         return pictures
+
+    def _decoded(self, runner: Runner, latents: Float) -> Float:
+        """Latents [C, h, w] -> values [3, H, W] from -1 to 1; in tiles where weights are streamed,
+        if the decoder sees no further than a tile's margin: the picture is the same then."""
+        halo, scale = self.spec.latent.halo, self.spec.latent.scale_factor
+        _, height, width = latents.shape
+        if self.memory != "stream" or halo is None or not self.spec.shape.dynamic:
+            whole: Float = self._run(runner, {"latents": latents[None]})[0]
+            return whole
+        picture = np.empty((3, height * scale, width * scale), np.float32)
+        for top, bottom, above, below in _tiles(height, halo):
+            for left, right, before, behind in _tiles(width, halo):
+                part = self._run(runner, {"latents": latents[None, :, above:below, before:behind]})[
+                    0
+                ]
+                y, x = (top - above) * scale, (left - before) * scale
+                rows, columns = (bottom - top) * scale, (right - left) * scale
+                picture[:, top * scale : bottom * scale, left * scale : right * scale] = part[
+                    :, y : y + rows, x : x + columns
+                ]
+        return picture
 
     def replace(self, component: str, runner: Runner) -> None:
         """Draw with another runner for one component from now on; the one before is freed."""
@@ -441,14 +465,15 @@ class Pipeline(Closing):
     def _drawing_bytes(self) -> int:
         """Memory that a picture of the bundle's size takes besides weights, about.
 
-        The process and ONNX Runtime, the UNet's activations: `_LIVE_TENSORS` of its first block's at
-        a time, and two of the largest layer, which passes through (docs/cpu.md).
+        The process and ONNX Runtime, the UNet's activations: `_LIVE_TENSORS` of its first block's
+        at a time, and twice the largest layer, which passes through (docs/cpu.md).
         """
         recipe, shape = self.bundle.manifest.recipe, self.spec.shape
         convs = [] if recipe is None else [la for la in recipe.layers if la.name == "conv_in"]
         channels = max((la.shape[0] for la in convs if la.component == "unet"), default=320)
         latents = shape.height * shape.width // self.spec.latent.scale_factor**2
-        passing = max((layer.bytes for layer in recipe.layers), default=0) if recipe else 0
+        layers = () if recipe is None else recipe.layers
+        passing = max((layer.bytes for layer in layers if layer.kind != "embedding"), default=0)
         live = _LIVE_TENSORS * 4 * channels * latents
         return resident_bytes() + _ONNXRUNTIME_BYTES + live + 2 * passing
 
@@ -492,6 +517,13 @@ def _loaded_layer_bytes(layer: LayerRecipe) -> int:
     else:
         per_weight = 1 if scheme.activation_bits == 8 else 4
     return per_weight * math.prod(layer.shape) + 2 * layer.bytes
+
+
+def _tiles(size: int, halo: int) -> list[tuple[int, int, int, int]]:
+    """Tiles of `size` latents: begin and end, and the same with the margin decoded along."""
+    count = max(1, -(-size // _TILE))
+    edges = [size * index // count for index in range(count + 1)]
+    return [(a, b, max(0, a - halo), min(size, b + halo)) for a, b in pairwise(edges)]
 
 
 _T = TypeVar("_T")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from edgesd.evaluate.psnr import psnr
 from edgesd.runtime.bundle import open_bundle
+from edgesd.runtime.pipeline import Pipeline, Settings
 from tests.support import assert_refused, run_cli
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "emoji"
@@ -177,3 +179,21 @@ def test_bad_requests_are_refused_before_any_work(
     monkeypatch.chdir(tmp_path)
     assert_refused(run_cli("build", *arguments), words)
     assert not list(tmp_path.iterdir())
+
+
+def test_tiles_make_the_same_picture(demo: Path) -> None:
+    """The tiny autoencoder sees no further than its halo; a smaller margin shows."""
+    bundle = open_bundle(bundle_of(demo))
+    halo, scale = bundle.manifest.pipeline.latent.halo, bundle.manifest.pipeline.latent.scale_factor
+    assert halo is not None
+    latents = np.random.default_rng(0).standard_normal((1, 4, 70, 44), dtype=np.float32)
+    with Pipeline(bundle) as pipeline:
+        whole = np.asarray(pipeline.decode(latents)[0]).astype(int)
+    assert whole.shape == (70 * scale, 44 * scale, 3)
+    with Pipeline(bundle, Settings(memory="stream")) as pipeline:
+        tiled = np.asarray(pipeline.decode(latents)[0]).astype(int)
+        assert np.abs(tiled - whole).max() <= 1
+        pipeline.spec = msgspec.structs.replace(
+            pipeline.spec, latent=msgspec.structs.replace(pipeline.spec.latent, halo=halo // 4)
+        )
+        assert np.abs(np.asarray(pipeline.decode(latents)[0]).astype(int) - whole).max() > 1

@@ -14,7 +14,7 @@ All latents are in the space that the UNet works in: scaling is part of the VAE 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import InputError, UsageError
@@ -175,7 +175,19 @@ def _latent_spec(
         scale_factor=2 ** (len(levels or ((64,) * 4 if tiny else (64,))) - 1),
         scaling_factor=float((1.0 if tiny else 0.18215) if scaling is None else scaling),
         shift_factor=float(vae.get("shift_factor") or 0.0),
+        halo=_tiny_halo(vae.get("num_decoder_blocks") or (3, 3, 3, 1)) if tiny else None,
     )
+
+
+def _tiny_halo(blocks: Sequence[int]) -> int:
+    """Latent pixels that a pixel of AutoencoderTiny's decoder sees to each side: each level has a
+    convolution, and blocks of three; a pixel before upsampling is two behind it."""
+    reach = 1  # the last convolution
+    for level in reversed(range(len(blocks))):
+        reach += 3 * blocks[level] + 1
+        if level:
+            reach = -(-reach // 2)
+    return reach
 
 
 def _shape_spec(
