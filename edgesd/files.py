@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -60,10 +61,10 @@ def atomic_path(path: Path, mode: int = 0o644) -> Iterator[Path]:
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(fd)
-        tmp = Path(name)
+        # Named before it is made: a signal that comes while it is made finds it, too.
+        tmp = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
         try:
+            os.close(os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             yield tmp
             _fsync(tmp)
             tmp.chmod(mode)
