@@ -62,7 +62,7 @@ def atomic_path(path: Path, mode: int = 0o644) -> Iterator[Path]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Named before it is made: a signal that comes while it is made finds it, too.
-        tmp = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
+        tmp = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
         try:
             os.close(os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             yield tmp
