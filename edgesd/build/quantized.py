@@ -294,8 +294,7 @@ class QuantizedBuild:
             self.report("quantize", name)
             folder = self.root / name
             shutil.rmtree(folder, ignore_errors=True)
-            eight = any(c is not None and c.weight_bits == 8 for c in mine.values())
-            own = self._kernels and kernels.usable(eight_bits=eight)
+            own = self._kernels and kernels.usable(str(choice) for choice in mine.values())
             self.store.write(name, mine, folder, own, self._attention)
             self.report("check", name)
             if name not in self._cases:

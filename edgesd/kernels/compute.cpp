@@ -594,8 +594,6 @@ inline float power(int eighths) {
   return out;
 }
 
-constexpr int MAX_HEAD = 160;
-
 // A row of one head, filled up with zeros to whole vectors.
 struct Line {
   alignas(64) float x[MAX_HEAD + W] = {};

@@ -54,6 +54,8 @@ struct Conv {
   int kernel_h, kernel_w, stride_h, stride_w, top, left, bottom, right;
 };
 
+constexpr int MAX_HEAD = 160;  // the widest head, in values
+
 struct Attention {
   const float *q, *k, *v;  // [batch, m, heads * d], [batch, n, heads * d], the same
   float* y;                // [batch, m, heads * d]

@@ -81,6 +81,13 @@ class Kernel {
   const KernelInfo* info_;
 };
 
+// The product of the first `dimensions` sizes.
+int64_t count_of(const std::vector<int64_t>& shape, size_t dimensions) {
+  int64_t count = 1;
+  for (size_t i = 0; i < dimensions; i++) count *= shape[i];
+  return count;
+}
+
 // The inputs and outputs of one run.
 class Run {
  public:
@@ -114,6 +121,10 @@ class Run {
     check(status);
     return out;
   }
+  int64_t elements(size_t index) const {
+    const auto found = shape(index);
+    return count_of(found, found.size());
+  }
   float* output(const std::vector<int64_t>& shape) const {
     Value* value = nullptr;
     void* data = nullptr;
@@ -137,12 +148,6 @@ class Run {
   KernelContext* context_;
 };
 
-int64_t count_of(const std::vector<int64_t>& shape, size_t from, size_t to) {
-  int64_t count = 1;
-  for (size_t i = from; i < to; i++) count *= shape[i];
-  return count;
-}
-
 // Weights are mapped from their file and read where they lie. Those of layers beyond a budget are
 // let go after each use, and the next such layer's are asked for meanwhile: memory holds the budget
 // and one or two layers, the rest is the page cache's to keep or drop.
@@ -159,12 +164,13 @@ class Residence {
       return;
     }
     place_ = places().size();
-    places().push_back({nullptr, 0});
+    places().push_back({nullptr, 0, true});
   }
   ~Residence() {
     if (stays_) return;
     const std::lock_guard<std::mutex> guard(mutex());
-    places()[place_] = {nullptr, 0};
+    places()[place_] = {nullptr, 0, false};
+    while (!places().empty() && !places().back().taken) places().pop_back();
   }
   Residence(const Residence&) = delete;
   Residence& operator=(const Residence&) = delete;
@@ -172,7 +178,7 @@ class Residence {
   void before(const void* codes) const {
     if (stays_) return;
     const std::lock_guard<std::mutex> guard(mutex());
-    places()[place_] = {codes, bytes_};
+    places()[place_] = {codes, bytes_, true};
     for (size_t i = 1; i < places().size(); i++) {
       const Place& next = places()[(place_ + i) % places().size()];
       if (!next.codes) continue;
@@ -186,8 +192,9 @@ class Residence {
 
  private:
   struct Place {
-    const void* codes;
+    const void* codes;  // null before the layer's first run
     int64_t bytes;
+    bool taken;  // by a layer that is still there
   };
   static std::mutex& mutex() {
     static std::mutex one;
@@ -261,7 +268,7 @@ struct QuantLinear {
     auto shape = run.shape(0);
     if (shape.empty() || shape.back() != weight.k) throw Failure("QuantLinear: x isn't [..., K]");
     Linear job{run.data<float>(0), weight.at(run), run.data<float>(4), run.data<float>(5), nullptr,
-               count_of(shape, 0, shape.size() - 1), gated};
+               count_of(shape, shape.size() - 1), gated};
     shape.back() = gated ? weight.n / 2 : weight.n;
     if (job.residual && run.shape(5) != shape) throw Failure("QuantLinear: residual isn't like y");
     job.y = run.output(shape);
@@ -324,12 +331,11 @@ struct QuantConv {
     job.stride_h = int(strides[0]), job.stride_w = int(strides[1]);
     job.top = int(pads[0]), job.left = int(pads[1]);
     job.bottom = int(pads[2]), job.right = int(pads[3]);
-    if (job.gamma && (groups < 1 || shape[1] % groups ||
-                      count_of(run.shape(7), 0, run.shape(7).size()) != shape[1] || !job.beta ||
-                      count_of(run.shape(8), 0, run.shape(8).size()) != shape[1]))
+    if (job.gamma && (groups < 1 || shape[1] % groups || run.elements(7) != shape[1] ||
+                      !job.beta || run.elements(8) != shape[1]))
       throw Failure("QuantConv: gamma and beta aren't [C], or C isn't a multiple of the groups");
     if (job.residual && run.shape(5) != out) throw Failure("QuantConv: residual isn't like y");
-    if (job.offset && count_of(run.shape(6), 0, run.shape(6).size()) != shape[0] * weight.n)
+    if (job.offset && run.elements(6) != shape[0] * weight.n)
       throw Failure("QuantConv: offset isn't [B, N, 1, 1]");
     job.y = run.output(out);
     residence.before(job.weight.codes);
@@ -350,8 +356,8 @@ struct QuantAttention {
   void operator()(Run& run) const {
     const auto q = run.shape(0), k = run.shape(1);
     if (q.size() != 3 || k.size() != 3 || run.shape(2) != k || q[2] != k[2] || q[0] != k[0] ||
-        heads <= 0 || q[2] % heads || q[2] / heads > 160)
-      throw Failure("QuantAttention: q, k and v don't fit each other, or a head is wider than 160");
+        heads <= 0 || q[2] % heads || q[2] / heads > MAX_HEAD)
+      throw Failure("QuantAttention: q, k and v don't fit each other, or a head is too wide");
     Attention job{run.data<float>(0), run.data<float>(1), run.data<float>(2), run.output(q),
                   q[0], q[1], k[1], int(heads), int(q[2] / heads), scale};
     if (job.m > 0 && job.n > 0) compute->attention(job, run.threads());

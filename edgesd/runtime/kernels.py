@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -70,9 +71,10 @@ def instruction_set() -> str:
     return name.decode()
 
 
-def usable(eight_bits: bool) -> bool:
-    """Whether graphs that need the library can run here. eight_bits: they have 8-bit weights."""
+def usable(schemes: Iterable[str]) -> bool:
+    """Whether a graph of layers of these schemes (w8a8 ...), which needs the library, runs here."""
     isa = instruction_set()
+    eight_bits = any(name.startswith("w8a8") for name in schemes)
     return bool(isa) and not (eight_bits and isa in ONLY_4_BITS)
 
 

@@ -289,9 +289,8 @@ class Pipeline(Closing):
         picture = np.empty((3, height * scale, width * scale), np.float32)
         for top, bottom, above, below in _tiles(height, halo):
             for left, right, before, behind in _tiles(width, halo):
-                part = self._run(runner, {"latents": latents[None, :, above:below, before:behind]})[
-                    0
-                ]
+                seen = latents[None, :, above:below, before:behind]
+                part = self._run(runner, {"latents": seen})[0]
                 y, x = (top - above) * scale, (left - before) * scale
                 rows, columns = (bottom - top) * scale, (right - left) * scale
                 picture[:, top * scale : bottom * scale, left * scale : right * scale] = part[
@@ -399,8 +398,7 @@ class Pipeline(Closing):
         engine, recipe = self.bundle.manifest.engines[component], self.bundle.manifest.recipe
         if not self.settings.kernels or engine.kernels is None or recipe is None:
             return False
-        schemes = {layer.scheme for layer in recipe.layers if layer.component == component}
-        return kernels.usable(eight_bits=any(name.startswith("w8a8") for name in schemes))
+        return kernels.usable(la.scheme for la in recipe.layers if la.component == component)
 
     def _tensorrt_runner(self, component: str, spec: ComponentSpec) -> Runner:
         if self.settings.plan_of is None:

@@ -361,7 +361,7 @@ def test_the_library_can_be_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     for value, expected in (("none", None), (str(tmp_path / "no.so"), tmp_path / "no.so")):
         monkeypatch.setenv("EDGESD_KERNELS", value)
         forget()
-        assert kernels.library() == expected and not kernels.usable(eight_bits=False)
+        assert kernels.library() == expected and not kernels.usable(["w4a8-g64"])
         assert ensure_library() is None
     forget()
 
@@ -372,7 +372,7 @@ def test_8_bit_weights_need_exact_sums(monkeypatch: pytest.MonkeyPatch, library:
     monkeypatch.setenv("EDGESD_INSTRUCTION_SET", "avx2")
     forget()
     assert kernels.instruction_set() == "avx2"
-    assert kernels.usable(eight_bits=False) and not kernels.usable(eight_bits=True)
+    assert kernels.usable(["w4a8-g64"]) and not kernels.usable(["fp16", "w8a8"])
     proto = graph(KINDS["linear"])
     model = own(proto, [quantize(KINDS["linear"], proto, "w8a8", False, 1)])
     with pytest.raises(Exception, match="8-bit weights aren't exact with avx2"):

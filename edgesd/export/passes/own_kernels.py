@@ -37,8 +37,8 @@ _ROWS_K_BY_N, _BLOCKS_OF_N = 0, 1
 _BIAS, _RESIDUAL, _OFFSET, _GAMMA, _BETA = 4, 5, 6, 7, 8
 _INPUTS = {LINEAR: 6, CONV: 9}
 
-
 PARTS = ("behind", "before", "attention")
+"""What else becomes part of the kernels: see OwnKernels."""
 
 
 def has_kernels(model: ir.Model) -> bool:
@@ -91,7 +91,7 @@ class _Kernel(OrtLowering):
         source = self.node.inputs[0]
         assert source is not None
         x = self.smoothed(source)
-        inputs: list[ir.Value | None] = [x, *self._weight(), self._bias()]
+        inputs: list[ir.Value | None] = [x, *self._weight(), self.bias()]
         if q.rank:
             inputs.append(self.branch(x))
         blocks = layer.kind == "linear" and q.activations.mode == "group"
@@ -123,15 +123,9 @@ class _Kernel(OrtLowering):
         """Codes, scale and steps, as QuantizedOrt has them."""
         if self.q.layer.kind == "linear" and self.q.activations.mode == "group":
             codes, steps = self.blocks()
-            largest = np.abs(self.q.residual()).max(1)
-            scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-            return [codes, self.const("scale", scale), steps]
+            return [codes, self.const("scale", self.scale_of_127()), steps]
         codes, steps_or_none, scale = self.codes_of_8_bits()
         return [codes, self.const("scale", scale), steps_or_none]
-
-    def _bias(self) -> ir.Value | None:
-        index = {"Conv": 2, "Gemm": 2}.get(self.node.op_type)
-        return self.node.inputs[index] if index and len(self.node.inputs) > index else None
 
 
 class _Behind(Pass):
@@ -246,8 +240,12 @@ def _normalize(conv: ir.Node) -> None:
         return
     back, gamma = _with_constant(scaled.producer(), "Mul")
     reshape = None if back is None else back.producer()
-    once = scaled is not None and len(list(scaled.uses())) == 1
-    if gamma is None or not once or reshape is None or reshape.op_type != "Reshape":
+    if (
+        gamma is None
+        or len(list(scaled.uses())) != 1
+        or reshape is None
+        or reshape.op_type != "Reshape"
+    ):
         return
     inner = reshape.inputs[0]
     norm = None if inner is None else inner.producer()

@@ -135,9 +135,13 @@ class OrtLowering(LayerLowering):
         factor = (1 / self.q.smooth).astype(np.float32)
         return self.op("Mul", [x, self.const("smooth", self.per_channel(factor))])
 
+    def bias(self) -> ir.Value | None:
+        """The node's own bias [N], if it has one: a MatMul's is an Add behind it."""
+        has = self.node.op_type in ("Conv", "Gemm") and len(self.node.inputs) > 2
+        return self.node.inputs[2] if has else None
+
     def _biased(self, out: ir.Value) -> ir.Value:
-        index = {"Conv": 2, "Gemm": 2}.get(self.node.op_type)
-        bias = self.node.inputs[index] if index and len(self.node.inputs) > index else None
+        bias = self.bias()
         if bias is None:
             return out
         if self.q.layer.kind == "conv":
@@ -200,14 +204,19 @@ class OrtLowering(LayerLowering):
         taps = self.const("shape", np.array([-1, *layer.kernel, layer.channels]))
         return self.op("Transpose", [self.op("Reshape", [rows, taps])], perm=[0, 3, 1, 2])
 
+    def scale_of_127(self) -> Array:
+        """Scales [N] of a weight of int8: a 127th of each output's largest."""
+        largest = np.abs(self.q.residual()).max(1)
+        scale: Array = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+        return scale
+
     def codes_of_8_bits(self) -> tuple[ir.Value, ir.Value | None, Array]:
         """What makes a weight of int8 [K, N]: codes [K, N], and the scales [N] of its outputs. For
         4 bits each code times its group's scale is rounded once more, to a 127th of its output's
         largest: codes of 4 bits over steps [groups, N] are those of 8."""
         if self.q.scheme.weight_bits == 8:
             return self.const("codes", self.q.codes.T), None, self.q.scales[:, 0].astype(np.float32)
-        largest = np.abs(self.q.residual()).max(1)
-        scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+        scale = self.scale_of_127()
         with np.errstate(divide="ignore"):
             steps = scale[:, None] / self.q.scales.astype(np.float32)
         # A code that isn't 0 makes at most 127 steps: what is out of range belongs to zeros.

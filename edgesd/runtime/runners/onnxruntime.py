@@ -60,8 +60,7 @@ def session_options(threads: int = 0, library: Path | None = None) -> onnxruntim
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    cores = fast_cores()
-    if threads == 0 and len(cores) < len(os.sched_getaffinity(0)):
+    if threads == 0 and len(cores := fast_cores()) < len(os.sched_getaffinity(0)):
         # All threads wait for the slowest: a small core would hold up the large ones. The caller's
         # own thread is one of them, and isn't pinned.
         threads = len(cores)
@@ -89,10 +88,10 @@ def session_options(threads: int = 0, library: Path | None = None) -> onnxruntim
 class OnnxRuntimeRunner(BoundRunner):
     """An ONNX session whose inputs and outputs live in numpy arrays, without a copy per run.
 
-    threads: threads per operator; 0 takes the fast cores. as_written: nodes
-    run as early as the graph's own order lets them; the default order is ONNX Runtime's.
-    library: of edgesd's own kernels, for a graph that needs it. weights_in_file: weights aren't
-    copied into the layout that is fastest: they stay mapped, which takes a third more time.
+    threads: per operator; 0 takes the fast cores. as_written: nodes run as early as the graph's own
+    order lets them; the default order is ONNX Runtime's. library: of edgesd's own kernels, for a
+    graph that needs it. weights_in_file: weights aren't copied into the layout that is fastest:
+    they stay mapped, which takes a third more time.
     Raises BundleError when the graph can't be loaded, ResourceError when memory runs out.
     """
 
