@@ -1,6 +1,6 @@
 """Writes a Stable Diffusion 1.5 pipeline of true size with random weights: for speed and memory.
 
-python -m benchmarks.random_pipeline FOLDER [--tiny-vae]
+python -m benchmarks.random_pipeline FOLDER [--tiny-vae] [--channels N]
 
 The networks' configurations are those of the published model; the tokenizer is the embedded
 model's, whose ids are a part of CLIP's. Weights are fp16, 2.1 GB. What it draws is noise.
@@ -19,11 +19,17 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from edgesd.build import demo_model
 
 
-def write_pipeline(folder: Path, tiny_vae: bool = False) -> None:
+def write_pipeline(folder: Path, tiny_vae: bool = False, channels: int = 320) -> None:
     """Write the pipeline to the new folder `folder`; the same weights each time. tiny_vae: with an
-    autoencoder of TAESD's size."""
+    autoencoder of TAESD's size. channels: of the UNet's first level; the others have 2 and 4 times
+    as many."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        block_out_channels=(channels, 2 * channels, 4 * channels, 4 * channels),
+    )
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -74,8 +80,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tiny-vae", action="store_true", help="an autoencoder of TAESD's size")
+    parser.add_argument(
+        "--channels", type=int, default=320, help="of the UNet's first level (default: 320)"
+    )
     given = parser.parse_args()
-    write_pipeline(given.folder, given.tiny_vae)
+    write_pipeline(given.folder, given.tiny_vae, given.channels)
 
 
 if __name__ == "__main__":

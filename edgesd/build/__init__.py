@@ -63,7 +63,7 @@ _BYTES_PER_WEIGHT = {
 """In memory, on CPUs: all but 8-bit activations compute in fp32, in convolutions at least."""
 
 
-_BYTES_ON_GPU = {
+BYTES_ON_GPU = {
     "fp32": 4.0,
     **dict.fromkeys(("fp16", "w8a16", "w4a16"), 2.0),
     **dict.fromkeys(("w8a8", "w4a8"), 1.1),
@@ -177,7 +177,7 @@ def build(
     check_new(out)
     source = resolve_source(str(demo_model()) if model == DEMO else model)
     largest = max(source.parameters(component) for component in source.family.weights)
-    table = _BYTES_ON_GPU if backend == tensorrt.BACKEND else _BYTES_PER_WEIGHT
+    table = BYTES_ON_GPU if backend == tensorrt.BACKEND else _BYTES_PER_WEIGHT
     needed = RUNTIME_BYTES + int(table[number_format(precision)] * largest)
     check_memory(target, needed, f"{model} in {precision}")
     tuned = None if prompter is None else read_prompter(prompter)

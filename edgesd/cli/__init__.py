@@ -12,6 +12,7 @@ from edgesd import __version__
 from edgesd.cli import (
     bench,
     build,
+    calibrate,
     demo,
     deploy,
     evaluate,
@@ -21,6 +22,7 @@ from edgesd.cli import (
     kernels,
     keys,
     pack,
+    plan,
     prompter,
     report,
     slots,
@@ -47,6 +49,7 @@ def cli(debug: bool) -> None:
 for command in (
     bench.bench_group,
     build.build_command,
+    calibrate.calibrate_command,
     generate.generate_command,
     finalize.finalize_command,
     demo.demo_command,
@@ -56,6 +59,7 @@ for command in (
     kernels.kernels_group,
     keys.keys_group,
     pack.pack_command,
+    plan.plan_command,
     prompter.prompter_group,
     report.report_command,
     slots.slots_group,

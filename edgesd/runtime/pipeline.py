@@ -287,8 +287,8 @@ class Pipeline(Closing):
             return whole
         halo = -(-halo // 2)
         picture = np.empty((3, height * scale, width * scale), np.float32)
-        for top, bottom, above, below in _tiles(height, halo):
-            for left, right, before, behind in _tiles(width, halo):
+        for top, bottom, above, below in tiles(height, halo):
+            for left, right, before, behind in tiles(width, halo):
                 seen = latents[None, :, above:below, before:behind]
                 part = self._run(runner, {"latents": seen})[0]
                 y, x = (top - above) * scale, (left - before) * scale
@@ -519,7 +519,7 @@ def _loaded_layer_bytes(layer: LayerRecipe) -> int:
     return per_weight * math.prod(layer.shape) + 2 * layer.bytes
 
 
-def _tiles(size: int, halo: int) -> list[tuple[int, int, int, int]]:
+def tiles(size: int, halo: int) -> list[tuple[int, int, int, int]]:
     """Tiles of `size` latents: begin and end, and the same with the margin decoded along."""
     count = max(1, -(-size // _TILE))
     edges = [size * index // count for index in range(count + 1)]

@@ -31,14 +31,15 @@ class Component:
     """One network to export.
 
     load: reads the weights and returns a torch module in fp32 whose forward takes the inputs of
-        `spec` in order, and returns its output, or a tuple of them. Raises InputError.
+        `spec` in order, and returns its output, or a tuple of them; load(weights=False) makes it
+        of the config alone, for torch's meta device. Raises InputError.
     multiples: what a symbolic dimension must be a multiple of (1 if absent).
     sizes: where parity is checked; all equal when the graph is static.
     vocab_size: ids in int64 inputs stay below it.
     """
 
     spec: ComponentSpec
-    load: Callable[[], nn.Module]
+    load: Callable[..., nn.Module]
     multiples: Mapping[str, int]
     sizes: tuple[Sizes, ...]
     vocab_size: int = 0

@@ -105,40 +105,42 @@ class VaeEncoder(nn.Module):
         return latents * self.scale if self.scale != 1 else latents
 
 
-def load_text_encoder(source: ModelSource) -> nn.Module:
+def load_text_encoder(source: ModelSource, weights: bool = True) -> nn.Module:
     """The text encoder in fp32. Raises InputError for missing, broken or non-finite weights."""
-    return TextEncoder(_load(source, "text_encoder", transformers.CLIPTextModel))
+    return TextEncoder(_load(source, "text_encoder", transformers.CLIPTextModel, weights))
 
 
-def load_unet(source: ModelSource) -> nn.Module:
+def load_unet(source: ModelSource, weights: bool = True) -> nn.Module:
     """The UNet in fp32. Raises InputError for missing, broken or non-finite weights."""
-    return Unet(_load(source, "unet", diffusers.UNet2DConditionModel))
+    return Unet(_load(source, "unet", diffusers.UNet2DConditionModel, weights))
 
 
-def load_vae_decoder(source: ModelSource, latent: LatentSpec) -> nn.Module:
+def load_vae_decoder(source: ModelSource, latent: LatentSpec, weights: bool = True) -> nn.Module:
     """The VAE's decoder in fp32. Raises InputError for missing, broken or non-finite weights."""
-    net = _load(source, "vae", getattr(diffusers, source.class_of("vae")))
+    net = _load(source, "vae", getattr(diffusers, source.class_of("vae")), weights)
     net.encoder = net.quant_conv = None
     return VaeDecoder(net, latent)
 
 
-def load_vae_encoder(source: ModelSource, latent: LatentSpec) -> nn.Module:
+def load_vae_encoder(source: ModelSource, latent: LatentSpec, weights: bool = True) -> nn.Module:
     """The VAE's encoder in fp32. Raises InputError for missing, broken or non-finite weights."""
-    net = _load(source, "vae", getattr(diffusers, source.class_of("vae")))
+    net = _load(source, "vae", getattr(diffusers, source.class_of("vae")), weights)
     net.decoder = net.post_quant_conv = None
     return VaeEncoder(net, latent)
 
 
-def _load(source: ModelSource, component: str, cls: Any) -> Any:
-    weights = source.weights(component)
+def _load(source: ModelSource, component: str, cls: Any, weights: bool) -> Any:
+    if not weights:
+        return _shell(source, component, cls)
+    files = source.weights(component)
     folder = source.root / component
     load: Callable[..., tuple[Any, dict[str, Any]]] = cls.from_pretrained
     try:
         with quiet():
             net, info = load(
                 str(folder),
-                use_safetensors=weights.safetensors,
-                variant=weights.variant,
+                use_safetensors=files.safetensors,
+                variant=files.variant,
                 local_files_only=True,
                 output_loading_info=True,
             )
@@ -153,3 +155,19 @@ def _load(source: ModelSource, component: str, cls: Any) -> Any:
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{folder}: {name} holds NaN or infinite weights: download it again")
     return net
+
+
+def _shell(source: ModelSource, component: str, cls: Any) -> Any:
+    """The network by its config, for torch's meta device, where it takes no memory."""
+    config = source.config(f"{component}/config.json")
+    try:
+        with torch.device("meta"), quiet():
+            if issubclass(cls, transformers.PreTrainedModel):
+                net = cls(cls.config_class(**config))
+            else:
+                net = cls.from_config(config)
+    except Exception as exc:  # as above
+        raise InputError(
+            f"{source.root / component}/config.json makes no {cls.__name__}: {first_line(exc)}"
+        ) from exc
+    return net.eval().requires_grad_(False).float()

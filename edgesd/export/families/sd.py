@@ -210,10 +210,10 @@ def _shape_spec(
 
 
 def _text_encoder(source: ModelSource, text: Mapping[str, Any], shape: ShapeSpec) -> Component:
-    def load() -> Any:
+    def load(weights: bool = True) -> Any:
         from edgesd.export.families import modules
 
-        return modules.load_text_encoder(source)
+        return modules.load_text_encoder(source, weights)
 
     batch = _dims(shape, 1)[0]
     vocab_size = text.get("vocab_size", 49408)
@@ -237,10 +237,10 @@ def _unet(
     shape: ShapeSpec,
     latent: LatentSpec,
 ) -> Component:
-    def load() -> Any:
+    def load(weights: bool = True) -> Any:
         from edgesd.export.families import modules
 
-        return modules.load_unet(source)
+        return modules.load_unet(source, weights)
 
     batch, height, width = _dims(shape, latent.scale_factor)
     if not shape.dynamic:
@@ -263,10 +263,10 @@ def _unet(
 
 
 def _vae_decoder(source: ModelSource, latent: LatentSpec, shape: ShapeSpec) -> Component:
-    def load() -> Any:
+    def load(weights: bool = True) -> Any:
         from edgesd.export.families import modules
 
-        return modules.load_vae_decoder(source, latent)
+        return modules.load_vae_decoder(source, latent, weights)
 
     batch, height, width = _dims(shape, latent.scale_factor)
     _, rows, columns = _dims(shape, 1)
@@ -283,10 +283,10 @@ def _vae_decoder(source: ModelSource, latent: LatentSpec, shape: ShapeSpec) -> C
 
 
 def _vae_encoder(source: ModelSource, latent: LatentSpec, shape: ShapeSpec) -> Component:
-    def load() -> Any:
+    def load(weights: bool = True) -> Any:
         from edgesd.export.families import modules
 
-        return modules.load_vae_encoder(source, latent)
+        return modules.load_vae_encoder(source, latent, weights)
 
     batch, height, width = _dims(shape, latent.scale_factor)
     _, rows, columns = _dims(shape, 1)

@@ -1,0 +1,188 @@
+"""What a network costs on a CPU: bytes on disk, memory, seconds. docs/planner.md derives each.
+
+All take a workload as ONNX Runtime runs it (export/work_on_cpu.py) and the layers' schemes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgesd.build.arena import arena_bytes
+from edgesd.export.quantize.assign import Choice
+from edgesd.export.quantize.layers import Layer
+from edgesd.export.work_on_cpu import PART
+from edgesd.export.workload import Operation, Workload
+from edgesd.runtime.rates import Speed
+
+NODE_BYTES = 25_000
+"""Memory of a session for each operation: ONNX Runtime's graph, kernels and their names."""
+
+NODE_FILE_BYTES = 700
+"""The same in the graph's file."""
+
+_PACKED_BLOCKS = 1.1
+"""MatMulNBits' packed weights, as a part of those on disk (scales become fp32)."""
+
+_UNPACKED, _UNPACKING = 2.1, 0.65
+"""Bytes for each 4-bit weight of a convolution in ONNX Runtime's own operators: those in 8 bits,
+unpacked and packed; what unpacking takes besides (measured)."""
+
+_BLOCK = 64
+"""Keys of a block in our attention; its heads are padded to 16 values."""
+
+_TIMED = {
+    **dict.fromkeys(("mul", "sub", "div", "sigmoid", "quantize", "expand", "argmax"), "add"),
+    **dict.fromkeys(("tanh", "exp", "sin", "cos", "pow", "sqrt"), "gelu"),
+    **dict.fromkeys(("split", "embedding", "slice"), "copy"),
+}
+"""Kinds that take as long as another, which is measured."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one component takes. weights: what stays of them once loaded; loading: what there
+    is besides while they are loaded; streamed: of them at a time in `stream`. activations: what a
+    run touches; workspace: of our kernels, which they keep; graph: of the session itself."""
+
+    weights: int
+    loading: int
+    streamed: int
+    activations: int
+    workspace: int
+    graph: int
+
+
+def layer_bytes(layer: Layer, choice: Choice, smoothed: bool = False) -> int:
+    """Bytes of a layer's weight on disk: QuantizedLayer.bytes() without its tensors.
+
+    smoothed: with a factor for each input channel (svdquant).
+    """
+    rows, columns = layer.rows, layer.columns
+    if choice is None:
+        return 2 * rows * columns
+    groups, width = 1, columns
+    if choice.weight_bits == 4:
+        groups = -(-columns // choice.group)
+        # MatMulNBits has whole groups: the last one is filled up.
+        width = groups * choice.group if layer.kind == "linear" else columns
+    rank = min(choice.rank, rows, columns)
+    smooth = 4 * layer.channels if smoothed and layer.kind != "embedding" else 0
+    branch = 2 * rank * (rows + columns)
+    return rows * width * choice.weight_bits // 8 + 2 * rows * groups + branch + smooth
+
+
+def file_bytes(
+    workload: Workload, choices: Mapping[Layer, Choice], per_weight: int, smoothed: bool
+) -> int:
+    """Bytes of a component's weights on disk. per_weight: of what isn't a quantized layer's."""
+    layers = sum(layer_bytes(layer, choice, smoothed) for layer, choice in choices.items())
+    rest = workload.parameters - sum(layer.rows * layer.columns for layer in choices)
+    return layers + per_weight * rest
+
+
+def memory(
+    workloads: Sequence[Workload], choices: Mapping[Layer, Choice], on_disk: int, behind: int = 0
+) -> Memory:
+    """Memory of a component. workloads: as lowered, one for each run in a row; they may differ in
+    size. on_disk: bytes of its weights' file. behind: bytes of what is made of the outputs while
+    the component is still loaded.
+
+    Our kernels use weights where they are mapped. ONNX Runtime's leave the file after loading:
+    what stays are packed copies, and of what it unpacks (Cast, DequantizeLinear) the results.
+    """
+    workload = workloads[0]
+    mapped = kept = loading = largest = 0
+    rest = on_disk
+    for op in workload.operations:
+        if op.layer is None or op.form == PART:
+            continue
+        count, choice = op.layer.rows * op.layer.columns, choices.get(op.layer)
+        stored = layer_bytes(op.layer, choice) if op.layer in choices else 4 * count
+        rest -= stored
+        if op.layer.kind == "embedding":
+            continue  # rows of it alone are read
+        if op.form.startswith("own"):
+            mapped += stored
+            largest = max(largest, stored)
+        elif op.form == "nbits":
+            kept += int(_PACKED_BLOCKS * stored)
+        elif op.form == "int8" and choice and choice.weight_bits == 4:
+            kept += int(_UNPACKED * count)
+            loading += int(_UNPACKING * count)
+        elif op.form == "int8":
+            kept += count
+        else:
+            kept += 4 * count
+    kept += max(0, rest)
+    return Memory(
+        weights=kept + mapped,
+        loading=loading,
+        # The layer that runs, the next one, which is asked for, and the one before.
+        streamed=kept + min(mapped, 3 * largest),
+        # Inputs and outputs are bound to arrays, and what comes out is copied.
+        activations=arena_bytes(workloads) + 2 * max(map(_outside, workloads)) + behind,
+        workspace=max(_workspace(op) for each in workloads for op in each.operations),
+        graph=NODE_BYTES * sum(op.form != PART for op in workload.operations),
+    )
+
+
+def _outside(workload: Workload) -> int:
+    return sum(workload.sizes[value] for value in (*workload.inputs, *workload.outputs))
+
+
+def _workspace(op: Operation) -> int:
+    """Bytes that our kernels take for one operation: its input in 8 bits; keys and values."""
+    if not op.form.startswith("own"):
+        return 0
+    if op.kind == "attention":
+        batch, heads, _, keys, width = op.heads
+        blocks = -(-keys // _BLOCK) * _BLOCK
+        return batch * heads * blocks * (-(-width // 4) * 4 + -(-(width + 1) // 16) * 16 + 8)
+    assert op.layer is not None
+    if op.kind == "linear":
+        return op.rows * op.layer.columns
+    # Each output pixel has a pixel of the input, but for strides, and padding at the edges.
+    pixels = op.rows * op.layer.strides[0] * op.layer.strides[1]
+    return pixels * op.layer.channels
+
+
+def seconds(workload: Workload, speed: Speed) -> float:
+    """Of one run of a lowered workload: the sum over its operations. Raises InputError."""
+    return sum(_seconds(workload, op, speed) for op in workload.operations)
+
+
+def _seconds(workload: Workload, op: Operation, speed: Speed) -> float:
+    if op.form == PART:
+        return 0.0
+    if op.kind == "attention":
+        batch, heads, queries, keys, width = op.heads
+        return speed.seconds("attention", op.form, (batch * heads, queries, keys, width))
+    if op.kind in ("conv", "linear"):
+        layer = op.layer
+        columns = layer.columns if layer else op.macs // max(1, op.rows)
+        outputs = layer.rows if layer else 1
+        return speed.seconds(op.kind, op.form, (op.rows, columns, outputs))
+    kind = _TIMED.get(op.kind, op.kind)
+    elements = max(1, sum(workload.sizes[value] for value in op.writes) // 4)
+    if not speed.knows(kind):
+        kind = "add"
+    return speed.seconds(kind, "", (elements,))
+
+
+def by_kind(workload: Workload, speed: Speed) -> dict[str, float]:
+    """Seconds of one run by kind and form of operation."""
+    found: dict[str, float] = {}
+    for op in workload.operations:
+        name = f"{op.kind} {op.form}".strip()
+        found[name] = found.get(name, 0.0) + _seconds(workload, op, speed)
+    return {name: value for name, value in found.items() if value > 0}
+
+
+def multiplications(workload: Workload) -> dict[str, int]:
+    """Multiplications of one run by kind of operation."""
+    found: dict[str, int] = {}
+    for op in workload.operations:
+        if op.macs:
+            found[op.kind] = found.get(op.kind, 0) + op.macs
+    return found

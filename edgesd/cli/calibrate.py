@@ -1,0 +1,87 @@
+"""edgesd calibrate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from edgesd.cli.common import Reporter, json_option, print_json
+
+if TYPE_CHECKING:
+    from edgesd.spec import Rates
+
+
+@click.command("calibrate", short_help="Measure how fast this machine, or a board, is.")
+@click.option("--host", metavar="USER@BOARD[:PORT]", help="Measure that board, over SSH.")
+@click.option(
+    "--target",
+    help="Name to keep the rates under for `edgesd plan --target`. [default: what the machine is]",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to write. [default: the cache's for the target]",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(0, 256),
+    default=0,
+    show_default=True,
+    help="CPU threads; 0 takes all fast cores.",
+)
+@json_option
+def calibrate_command(
+    host: str | None, target: str | None, output: Path | None, threads: int, as_json: bool
+) -> None:
+    """Time each kind of operation alone, at sizes of real networks, so that `edgesd plan` can tell
+    how long a picture takes there. A minute or two on a PC, some minutes on a board; nothing else
+    should run meanwhile."""
+    from edgesd.device.detect import detect_machine
+    from edgesd.device.targets import get_target
+    from edgesd.files import atomic_write
+    from edgesd.runtime.rates import measure, rates_path, summary
+
+    if target is not None:
+        target = get_target(target).name
+    reporter = Reporter(quiet=as_json)
+    if host:
+        found, own = _on_board(host, threads)
+    else:
+        machine = detect_machine()
+        own = machine.target
+        with reporter.bar():
+            found = measure(machine.model, threads, reporter.update)
+    name = target or own
+    if output is None and name is None:
+        raise click.UsageError("this machine is no target that edgesd knows: give --target or -o")
+    path = output or rates_path(name or "")
+    with atomic_write(path) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(found), indent=1))
+    if as_json:
+        print_json(found)
+        return
+    for kind, form, speed in summary(found):
+        click.echo(f"{kind:11} {form:6} {speed}")
+    click.echo(f"rates of {found.machine}: {path}")
+
+
+def _on_board(host: str, threads: int) -> tuple[Rates, str | None]:
+    """Rates of a board, and which target it is."""
+    from edgesd.device import board as boards
+    from edgesd.device.hosts import on_each
+    from edgesd.errors import EdgesdError
+    from edgesd.spec import Machine, Rates
+
+    async def ask(board: boards.Board) -> tuple[Rates, str | None]:
+        told = await boards.edgesd(board, "calibrate", "--json", "--threads", str(threads))
+        here = await boards.edgesd(board, "targets", "--detect", "--json")
+        return boards.decode(board, told, Rates), boards.decode(board, here, Machine).target
+
+    found = on_each([host], ask)[host]
+    if isinstance(found, EdgesdError):
+        raise found
+    return found

@@ -1,0 +1,128 @@
+"""edgesd plan"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgesd.cli.common import Bytes, Finite, Size, json_option, print_json
+
+if TYPE_CHECKING:
+    from edgesd.build.planner import BuildPlan
+
+
+@click.command("plan", short_help="Predict what a bundle of MODEL would take.")
+@click.argument("model")
+@click.option("--target", required=True, help="Board to plan for; `edgesd targets` lists them.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="fp32, fp16, or a scheme: w8a8, w4a8-g64.",
+)
+@click.option("--size", type=Size(), help="Picture size in pixels. [default: the model's]")
+@click.option(
+    "--steps", type=click.IntRange(1, 1000), help="Denoising steps. [default: the model's]"
+)
+@click.option(
+    "--guidance",
+    type=Finite(0, 1000),
+    help="Guidance scale; 1 is none. [default: the model's]",
+)
+@click.option("--backend", help="tensorrt or onnxruntime. [default: the target's best]")
+@click.option(
+    "--method",
+    type=click.Choice(["rtn", "gptq", "svdquant"]),
+    default="svdquant",
+    show_default=True,
+    help="Quantization method.",
+)
+@click.option(
+    "--max-memory", type=Bytes(), help="What drawing may take, instead of the target's RAM."
+)
+@click.option(
+    "--rates",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="What `edgesd calibrate` measured on the board. [default: the cache's for the target]",
+)
+@json_option
+def plan_command(
+    model: str,
+    target: str,
+    precision: str,
+    size: tuple[int, int] | None,
+    steps: int | None,
+    guidance: float | None,
+    backend: str | None,
+    method: str,
+    max_memory: int | None,
+    rates: Path | None,
+    as_json: bool,
+) -> None:
+    """Predict what a bundle of MODEL would take on a board, before anything is built.
+
+    Size on disk, peak memory of each network and each --memory mode, memory of the build, and time
+    of a picture, where the board was calibrated. MODEL as in `edgesd build`.
+    """
+    from edgesd.build.planner import Wish, make_plan
+    from edgesd.device.targets import get_target
+    from edgesd.runtime.rates import find_rates
+
+    wish = Wish(
+        precision=precision,
+        size=size,
+        steps=steps,
+        guidance=guidance,
+        max_memory=max_memory,
+        method=method,
+        rates=find_rates(get_target(target).name, rates),
+    )
+    plan = make_plan(model, target, wish, backend)
+    if as_json:
+        print_json(plan)
+    else:
+        _show(plan)
+
+
+def _show(plan: BuildPlan) -> None:
+    guided = "without guidance" if plan.guidance <= 1 else f"guidance {plan.guidance:g}"
+    how = f"{plan.backend}, own kernels" if plan.kernels else plan.backend
+    click.echo(
+        f"{plan.model} for {plan.target} ({how}), "
+        f"{plan.precision}, {plan.width}x{plan.height}, {plan.steps} steps, {guided}"
+    )
+    modes = list(plan.memory)
+    timed = plan.seconds is not None
+    rows = [["", "MB on disk", "GMAC a run", *[f"{mode}: MB" for mode in modes]]]
+    if timed:
+        rows[0] += [f"{mode}: s" for mode in modes]
+    for name, cost in plan.components.items():
+        row = [name, f"{cost.bytes / 1e6:.1f}", f"{sum(cost.macs.values()) / 1e9:.1f}"]
+        row += [f"{cost.memory[mode] / 1e6:.0f}" if mode in cost.memory else "" for mode in modes]
+        if timed:
+            row += [f"{cost.seconds.get(mode) or 0:.2f}" if cost.runs else "" for mode in modes]
+        rows.append(row)
+    total = ["together", f"{plan.bundle_bytes / 1e6:.1f}", ""]
+    total += [f"{plan.memory[mode] / 1e6:.0f}" for mode in modes]
+    if plan.seconds is not None:
+        total += [f"{plan.seconds[mode]:.2f}" for mode in modes]
+    rows.append(total)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
+        click.echo("  ".join(cells).rstrip())
+    usable = f"{plan.usable_bytes / 1e6:.0f} MB"
+    if plan.mode is None:
+        click.echo(f"no --memory mode fits into {usable}")
+    else:
+        click.echo(f"--memory {plan.mode} is the fastest mode that fits into {usable}")
+    if plan.rates is None:
+        click.echo("time isn't known: edgesd calibrate --host USER@BOARD measures such a board")
+    else:
+        click.echo(f"seconds are of one picture, without loading, by rates of {plan.rates}")
+    click.echo(f"building takes about {plan.build_bytes / 1e9:.1f} GB of memory")
+    for line in plan.advice:
+        click.echo(f"instead: {line}")

@@ -1,0 +1,252 @@
+"""What a network has to do, read off its torch module on shapes alone: no weight is loaded.
+
+The module is made on torch's meta device and run once; every operation that reaches torch's
+dispatcher is recorded with the sizes of what it reads and writes. That takes under a second for
+any model, and needs its configs only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from edgesd.errors import EdgesdError
+from edgesd.export.attention import replace_attention
+from edgesd.export.families import Component, Sizes
+from edgesd.export.quantize.layers import MIN_WEIGHTS, Layer
+from edgesd.export.quiet import first_line
+
+_ALIASES = frozenset(
+    (
+        *("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "t"),
+        *("detach", "alias", "clone", "contiguous", "lift_fresh", "_to_copy"),
+    )
+)
+"""Operations whose output is their input: in a graph they move nothing. A clone follows a
+permutation, which is where the graph copies."""
+
+_IN_PLACE = frozenset(("add", "mul", "sub", "div", "relu", "sigmoid", "silu", "tanh", "exp"))
+"""Operations whose output may lie where their input lay."""
+
+_KINDS = {
+    "native_group_norm": "group_norm",
+    "native_layer_norm": "layer_norm",
+    "cat": "concat",
+    "upsample_nearest2d": "resize",
+    "permute": "copy",
+    "transpose": "copy",
+    "split": "split",
+    "slice": "copy",
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation. Values are numbers of a Workload's `sizes`.
+
+    kind: conv, linear, attention, embedding, group_norm, layer_norm, silu, gelu, relu, add, mul,
+    concat, split, resize, copy, or torch's own name. layer: whose weight it multiplies with, or
+    None. macs: multiplications. rows: of the matrix product, whose K and N the layer has; of
+    attention, its queries times heads. scratch: bytes that it takes besides while it runs.
+    """
+
+    kind: str
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    layer: Layer | None = None
+    macs: int = 0
+    rows: int = 0
+    heads: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
+    causal: bool = False
+    in_place: bool = False
+    form: str = ""
+    spare: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Workload:
+    """All operations of a component in one run, in order. sizes: bytes of each value in fp32 (ids
+    in int64); inputs, outputs: values that outlive the run. parameters: number of all weights."""
+
+    component: str
+    operations: tuple[Operation, ...]
+    sizes: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    parameters: int
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Layers that can be quantized, in order, each once: those of a graph's find_layers."""
+        found = (op.layer for op in self.operations if op.layer is not None)
+        return [la for la in dict.fromkeys(found) if la.rows * la.columns >= MIN_WEIGHTS]
+
+    @property
+    def macs(self) -> int:
+        """Multiplications of products and attention in one run."""
+        return sum(op.macs for op in self.operations)
+
+    def readers(self) -> dict[int, list[int]]:
+        """Value -> places of the operations that read it."""
+        found: dict[int, list[int]] = {}
+        for place, op in enumerate(self.operations):
+            for value in dict.fromkeys(op.reads):
+                found.setdefault(value, []).append(place)
+        return found
+
+
+def trace(component: Component, sizes: Sizes) -> Workload:
+    """What `component` does at `sizes` (a value for each symbolic dimension of its inputs).
+
+    Raises EdgesdError when the network can't be run on shapes alone.
+    """
+    module = component.load(weights=False)
+    replace_attention(module, "ort-mha")
+    inputs = [
+        torch.empty(
+            [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape],
+            dtype=getattr(torch, tensor.dtype),
+            device="meta",
+        )
+        for tensor in component.spec.inputs
+    ]
+    recorder = _Recorder(component.name, module, inputs)
+    try:
+        with recorder, torch.no_grad():
+            out = module(*inputs)
+    except Exception as exc:  # torch's own errors, of any kind
+        raise EdgesdError(f"{component.name} can't be planned: {first_line(exc)}") from exc
+    return recorder.workload(inputs, out if isinstance(out, tuple) else (out,))
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Numbers every value, and keeps the tensors: an id is of one object only while it lives."""
+
+    def __init__(self, component: str, module: nn.Module, inputs: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._component = component
+        self._parameters = {
+            id(value): name.removeprefix("net.").rpartition(".")[0]
+            for name, value in module.named_parameters()
+        }
+        self._count = sum(value.numel() for value in module.parameters())
+        self._values: dict[int, int] = {}
+        self._kept: list[Tensor] = []
+        self._sizes: list[int] = []
+        self._operations: list[Operation] = []
+        for tensor in inputs:
+            self._new(tensor)
+
+    def workload(self, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> Workload:
+        """What was recorded, without what leads to no output."""
+        results = tuple(self._values[id(t)] for t in outputs)
+        wanted, kept = set(results), []
+        for op in reversed(self._operations):
+            if wanted & set(op.writes):
+                wanted |= set(op.reads)
+                kept.append(op)
+        return Workload(
+            self._component,
+            tuple(reversed(kept)),
+            tuple(self._sizes),
+            tuple(self._values[id(t)] for t in inputs),
+            results,
+            self._count,
+        )
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name().split("::")[1].split(".")[0]
+        taken = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else (arg,))]
+        tensors = [a for a in taken if isinstance(a, Tensor)]
+        if isinstance(out, Tensor) and (name in _ALIASES or _by_one(name, args)):
+            self._alias(out, tensors[0])
+            return out
+        made = [t for t in (out if isinstance(out, list | tuple) else (out,)) if t is not None]
+        if name.startswith("native_"):
+            made = made[:1]  # mean and deviation are of no use here
+        self._record(name, args, tensors, made)
+        return out
+
+    def _record(
+        self, name: str, args: tuple[Any, ...], tensors: list[Tensor], made: list[Tensor]
+    ) -> None:
+        reads = tuple(self._values[id(t)] for t in tensors if id(t) in self._values)
+        writes = tuple(self._new(tensor) for tensor in made)
+        op = Operation(_KINDS.get(name, name), reads, writes, in_place=name in _IN_PLACE)
+        if name == "convolution":
+            op = self._conv(op, args, made[0])
+        elif name in ("mm", "addmm"):
+            op = self._linear(op, args[-2], args[-1])
+        elif name == "multi_head_attention":
+            op = _attention(op, args)
+        elif name == "embedding":
+            table = self._parameters[id(args[0])]
+            layer = Layer(self._component, table, "", "embedding", tuple(args[0].shape))
+            op = replace(op, layer=layer)
+        self._operations.append(op)
+
+    def _conv(self, op: Operation, args: tuple[Any, ...], out: Tensor) -> Operation:
+        weight, stride, padding, groups = args[1], args[3], args[4], args[8]
+        layer = Layer(
+            self._component,
+            self._parameters[id(weight)],
+            "",
+            "conv",
+            tuple(weight.shape),
+            (stride[0], stride[-1]),
+            (padding[0], padding[-1], padding[0], padding[-1]),
+        )
+        rows = out.shape[0] * math.prod(out.shape[2:])
+        # A grouped convolution has no place among the layers that are quantized.
+        macs = rows * layer.rows * layer.columns
+        return replace(op, kind="conv", layer=layer if groups == 1 else None, macs=macs, rows=rows)
+
+    def _linear(self, op: Operation, left: Tensor, right: Tensor) -> Operation:
+        name = self._parameters.get(id(right))
+        rows, columns = left.shape
+        macs = rows * columns * right.shape[1]
+        if name is None:  # a product of two values
+            return replace(op, kind="matmul", macs=macs, rows=rows)
+        shape = (right.shape[1], columns)
+        layer = Layer(self._component, name, "", "linear", shape, one_row=rows == 1)
+        return replace(op, kind="linear", layer=layer, macs=macs, rows=rows)
+
+    def _new(self, tensor: Tensor) -> int:
+        number = len(self._sizes)
+        self._values[id(tensor)] = number
+        self._kept.append(tensor)
+        self._sizes.append(tensor.numel() * tensor.element_size())
+        return number
+
+    def _alias(self, out: Tensor, source: Tensor) -> None:
+        self._kept.append(out)
+        if id(source) in self._parameters:
+            self._parameters[id(out)] = self._parameters[id(source)]
+        elif id(source) in self._values:
+            self._values[id(out)] = self._values[id(source)]
+
+
+def _by_one(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a factor is 1, which exporting leaves out."""
+    return name in ("div", "mul") and not isinstance(args[1], Tensor) and args[1] == 1
+
+
+def _attention(op: Operation, args: tuple[Any, ...]) -> Operation:
+    query, key, value, heads, _, causal = args
+    batch, tokens, width = query.shape
+    macs = batch * tokens * key.shape[1] * (width + value.shape[2])
+    shape = (batch, heads, tokens, key.shape[1], width // heads)
+    return replace(op, kind="attention", macs=macs, heads=shape, causal=causal)

@@ -1,0 +1,190 @@
+"""How fast this machine computes: each kind of operation, timed alone at sizes of real networks.
+
+The graphs lie in probes.zip beside this file (scripts/make_probes.py makes them, by the passes that
+bundles go through), so that a board needs nothing but ONNX Runtime. Their weights are one file of
+one repeated number, written for the time of the run: speed doesn't depend on values.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from edgesd.errors import InputError
+from edgesd.files import disk_errors, user_cache
+from edgesd.runtime import kernels
+from edgesd.runtime.bundle import GraphFile
+from edgesd.runtime.memory import resident_bytes
+from edgesd.spec import ComponentSpec, Probe, Rate, Rates
+
+if TYPE_CHECKING:
+    from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
+
+PROBES = Path(__file__).with_name("probes.zip")
+INDEX = "probes.json"
+WEIGHTS = "weights.bin"
+"""The file that all probes' weights refer to."""
+
+VALUE = np.float32(0.0123)
+"""What it is full of: a number, whichever type of 1 to 4 bytes reads it."""
+
+_RUNS, _SECONDS = 5, 0.4
+"""Of a probe, at least, and for how long at least."""
+
+
+def rates_path(target: str) -> Path:
+    """Where what was measured on a target is kept."""
+    return user_cache() / "rates" / f"{target}.json"
+
+
+def read_rates(path: Path) -> Rates:
+    """What `edgesd calibrate` wrote to `path`. Raises InputError."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Rates)
+    except FileNotFoundError as exc:
+        raise InputError(f"{path} isn't there: edgesd calibrate -o {path} makes it") from exc
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise InputError(f"{path} isn't a file of edgesd calibrate: {exc}") from exc
+
+
+def find_rates(target: str, path: Path | None = None) -> Rates | None:
+    """The rates in `path`, or those that were kept for a target; None where there are none.
+
+    Raises InputError for a file that can't be read.
+    """
+    kept = rates_path(target)
+    if path is None and not kept.is_file():
+        return None
+    return read_rates(path or kept)
+
+
+def summary(rates: Rates) -> list[tuple[str, str, str]]:
+    """Kind, form, and the least and the most of what such operations reach, for people: products
+    in billions of multiplications per second, others in billions of elements."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for rate in rates.rates:
+        speed = math.prod(rate.size) / rate.seconds / 1e9
+        found.setdefault((rate.kind, rate.form), []).append(speed)
+    return [
+        (kind, form, f"{min(speeds):.2f} to {max(speeds):.2f} G/s")
+        for (kind, form), speeds in found.items()
+    ]
+
+
+def read_probes() -> tuple[list[Probe], dict[str, bytes]]:
+    """All probes, and their graphs by file name."""
+    with zipfile.ZipFile(PROBES) as file:
+        probes = msgspec.json.decode(file.read(INDEX), type=list[Probe])
+        return probes, {probe.graph: file.read(probe.graph) for probe in probes}
+
+
+def measure(
+    machine: str, threads: int = 0, progress: Callable[[str, int, int], None] | None = None
+) -> Rates:
+    """Time every probe that this machine can run: about a minute on a PC.
+
+    threads: per operator; 0 takes the fast cores. progress: told of each probe's name as it
+    begins, its number, and how many there are. Raises ResourceError when memory or disk run out,
+    MissingDependencyError without ONNX Runtime.
+    """
+    import onnxruntime
+
+    probes, graphs = read_probes()
+    probes = [probe for probe in probes if probe.scheme is None or kernels.usable([probe.scheme])]
+    found: list[Rate] = []
+    process = 0
+    with tempfile.TemporaryDirectory(prefix="edgesd-") as name:
+        folder = Path(name)
+        _write_weights(folder / WEIGHTS, max(probe.weight_bytes for probe in probes))
+        for number, probe in enumerate(probes):
+            if progress:
+                progress(probe.name, number, len(probes))
+            runner = _runner(probe, GraphFile(graphs[probe.graph], folder), threads)
+            seconds = _time(runner)
+            runner.close()
+            process = process or resident_bytes()  # the first is a small one
+            found.append(Rate(probe.kind, probe.form, probe.size, seconds))
+    return Rates(
+        machine=machine,
+        onnxruntime=onnxruntime.__version__,
+        instruction_set=kernels.instruction_set() or None,
+        threads=threads,
+        process_bytes=process,
+        rates=tuple(found),
+    )
+
+
+def _write_weights(path: Path, size: int) -> None:
+    with disk_errors(path.parent):
+        np.full(-(-size // 4), VALUE).tofile(path)
+
+
+def _runner(probe: Probe, graph: GraphFile, threads: int) -> OnnxRuntimeRunner:
+    from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
+
+    spec = ComponentSpec(probe.name, probe.inputs, probe.outputs)
+    library = kernels.library() if probe.scheme else None
+    runner = OnnxRuntimeRunner(spec, graph, threads, library=library)
+    runner.bind({t.name: tuple(int(d) for d in t.shape) for t in probe.inputs})
+    rng = np.random.default_rng(0)
+    for array in runner.inputs.values():
+        array[:] = rng.standard_normal(array.shape, np.float32)
+    return runner
+
+
+def _time(runner: OnnxRuntimeRunner) -> float:
+    """Median seconds of a run; the first one, in which memory is taken, isn't counted."""
+    runner.run()
+    seconds: list[float] = []
+    begin = time.perf_counter()
+    while len(seconds) < _RUNS or time.perf_counter() - begin < _SECONDS:
+        before = runner.seconds
+        runner.run()
+        seconds.append(runner.seconds - before)
+    return statistics.median(seconds)
+
+
+class Speed:
+    """Seconds of operations of any size, from those that were measured.
+
+    An operation of work w (products, or elements) takes w times the seconds per unit of work of
+    those of the same kind and form that are nearest in size, by the distance of the logarithms
+    of their dimensions, each weighted by its inverse square (Shepard 1968).
+    """
+
+    def __init__(self, rates: Rates) -> None:
+        self._known: dict[tuple[str, str], list[Rate]] = {}
+        for rate in rates.rates:
+            self._known.setdefault((rate.kind, rate.form), []).append(rate)
+
+    def knows(self, kind: str) -> bool:
+        """Whether operations of `kind` were measured in fp32, or without weights."""
+        return (kind, "") in self._known or (kind, "fp32") in self._known
+
+    def seconds(self, kind: str, form: str, size: Sequence[int]) -> float:
+        """Of one operation. Raises InputError where its kind was never measured."""
+        rates = self._known.get((kind, form))
+        if not rates:
+            raise InputError(
+                f"the rates have no {kind} in {form or 'fp32'}: measure them again, with edgesd "
+                "calibrate"
+            )
+        weights = [1 / (_distance(rate.size, size) ** 2 + 1e-6) for rate in rates]
+        per_unit = sum(
+            w * math.log(rate.seconds / math.prod(rate.size))
+            for w, rate in zip(weights, rates, strict=True)
+        ) / sum(weights)
+        return math.exp(per_unit) * math.prod(size)
+
+
+def _distance(one: Sequence[int], other: Sequence[int]) -> float:
+    return math.dist([math.log(n) for n in one], [math.log(n) for n in other])
