@@ -158,7 +158,8 @@ class Speed:
 
     An operation of work w (products, or elements) takes w times the seconds per unit of work of
     those of the same kind and form that are nearest in size, by the distance of the logarithms
-    of their dimensions, each weighted by its inverse square (Shepard 1968).
+    of their dimensions, each weighted by its inverse fourth power (Shepard 1968,
+    A two-dimensional interpolation function for irregularly-spaced data).
     """
 
     def __init__(self, rates: Rates) -> None:
@@ -178,7 +179,7 @@ class Speed:
                 f"the rates have no {kind} in {form or 'fp32'}: measure them again, with edgesd "
                 "calibrate"
             )
-        weights = [1 / (_distance(rate.size, size) ** 2 + 1e-6) for rate in rates]
+        weights = [1 / (_distance(rate.size, size) ** 4 + 1e-6) for rate in rates]
         per_unit = sum(
             w * math.log(rate.seconds / math.prod(rate.size))
             for w, rate in zip(weights, rates, strict=True)

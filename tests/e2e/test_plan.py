@@ -1,0 +1,182 @@
+"""edgesd plan beside what is built: layers, kernels, bytes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import onnx_ir as ir
+import pytest
+
+pytest.importorskip("torch")
+
+from edgesd.build import DEMO, QuantOptions, build, demo_model
+from edgesd.build.planner import BuildPlan, Wish, make_plan
+from edgesd.export.pipeline import plan_pipeline
+from edgesd.export.quantize.assign import planned
+from edgesd.export.source import resolve_source
+from edgesd.export.work_on_cpu import PART, lowered
+from edgesd.export.workload import Workload, trace
+from edgesd.runtime import kernels
+from edgesd.runtime.bundle import Bundle
+from edgesd.spec import Rate, Rates, parse_scheme
+from tests.support import assert_refused, run_cli
+
+SCHEME = "w8a8"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("plan")
+    options = QuantOptions(
+        "rtn", calibration_prompts=("red apple",), quality_prompts=(), steps=1, work=folder / "work"
+    )
+    out = folder / "demo"
+    return build(DEMO, "x86-64-cpu", SCHEME, out, quantization=options).bundle
+
+
+@pytest.fixture(scope="module")
+def workloads() -> dict[str, Workload]:
+    plan = plan_pipeline(resolve_source(demo_model()))
+    return {c.name: trace(c, c.sizes[0]) for c in plan.components}
+
+
+def test_layers_are_those_of_the_graphs(workloads: dict[str, Workload], bundle: Bundle) -> None:
+    recipe = bundle.manifest.recipe
+    assert recipe is not None
+    for name, workload in workloads.items():
+        built = {(la.name, la.kind, la.shape) for la in recipe.layers if la.component == name}
+        assert {(la.name, la.kind, la.shape) for la in workload.layers} == built
+
+
+def test_a_layer_that_sees_one_row_is_told_from_others(workloads: dict[str, Workload]) -> None:
+    rows = {layer.name: layer.one_row for layer in workloads["unet"].layers}
+    assert rows["time_embedding.linear_1"] and not any(
+        one for name, one in rows.items() if "attn" in name
+    )
+
+
+def test_kernels_are_those_of_the_graphs(workloads: dict[str, Workload], bundle: Bundle) -> None:
+    if not kernels.usable([SCHEME]):
+        pytest.skip("edgesd's own kernels can't be used here: edgesd kernels build")
+    kinds = {"conv": "QuantConv", "linear": "QuantLinear"}
+    for name, workload in workloads.items():
+        made = lowered(workload, planned(workload.layers, parse_scheme(SCHEME)), True, False)
+        counted = Counter(kinds[op.kind] for op in made.operations if op.form.startswith("own"))
+        graph = ir.load(bundle.path / name / "kernels.onnx").graph
+        assert counted == Counter(node.op_type for node in graph if node.domain == "edgesd")
+        # What became part of a layer isn't there any more.
+        for kind, operator in {"group_norm": "InstanceNormalization", "gelu": "Gelu"}.items():
+            left = sum(op.kind == kind and op.form != PART for op in made.operations)
+            assert left == sum(node.op_type == operator for node in graph), (name, kind)
+
+
+def test_multiplications_are_counted(workloads: dict[str, Workload]) -> None:
+    unet = workloads["unet"]
+    first = next(op for op in unet.operations if op.kind == "conv")
+    assert first.layer is not None and first.layer.name == "conv_in"
+    pixels = unet.sizes[unet.inputs[0]] // 4 // first.layer.channels
+    assert first.macs == pixels * first.layer.rows * first.layer.columns
+    attention = [op for op in unet.operations if op.kind == "attention"]
+    assert all(op.macs == 2 * b * h * n * m * d for op in attention for b, h, n, m, d in [op.heads])
+
+
+def test_bytes_on_disk_are_those_of_the_bundle(bundle: Bundle) -> None:
+    plan = make_plan(DEMO, "x86-64-cpu", Wish(SCHEME, method="rtn"))
+    for name, cost in plan.components.items():
+        assert cost.bytes == pytest.approx(bundle.weight_bytes(name), rel=0.2), name
+    assert plan.bundle_bytes == pytest.approx(bundle.disk_bytes(), rel=0.1)
+
+
+def test_modes_and_sizes_order_memory() -> None:
+    def peaks(size: int, precision: str = "w4a8-g32") -> dict[str, int]:
+        return make_plan(DEMO, "x86-64-cpu", Wish(precision, (size, size))).memory
+
+    small, large = peaks(64), peaks(512)
+    assert all(large[mode] > small[mode] for mode in small)
+    assert large["fast"] > large["balanced"] > large["stream"]
+    assert peaks(64, "fp32")["fast"] > small["fast"]
+
+
+def board(instruction_set: str | None) -> Rates:
+    kinds = ("add", "relu", "gelu", "silu", "layer_norm", "group_norm", "copy", "concat", "resize")
+    rates = [Rate(kind, "", (1000,), 1e-6) for kind in kinds]
+    for form in ("fp32", "int8", "nbits", "own8", "own4"):
+        rates += [Rate(kind, form, (100, 100, 100), 1e-4) for kind in ("conv", "linear")]
+        rates.append(Rate("attention", form, (1, 100, 100, 100), 1e-4))
+    return Rates("a board", "1.0", instruction_set, 0, 50 << 20, tuple(rates))
+
+
+def test_time_is_of_all_runs_and_in_proportion_to_steps() -> None:
+    def seconds(steps: int, guidance: float) -> BuildPlan:
+        wish = Wish(SCHEME, None, steps, guidance, rates=board("avx512_vnni"))
+        return make_plan(DEMO, "x86-64-cpu", wish)
+
+    one, two, guided = seconds(1, 1), seconds(2, 1), seconds(1, 3)
+    assert one.seconds and two.seconds and guided.seconds and one.kernels
+    step = two.seconds["balanced"] - one.seconds["balanced"]
+    unet = one.components["unet"].seconds["balanced"]
+    assert unet is not None and step == pytest.approx(unet)
+    assert guided.components["unet"].runs == {"fast": 1, "balanced": 2, "stream": 2}
+    # Of rates of 1e10 a second, which all products have.
+    macs = sum(one.components["unet"].macs.values())
+    assert unet == pytest.approx(macs / 1e10, rel=0.2)
+
+
+def test_kernels_are_planned_where_the_board_has_them() -> None:
+    def own(target: str, precision: str, rates: Rates | None = None) -> bool:
+        return make_plan(DEMO, target, Wish(precision, rates=rates)).kernels
+
+    assert own("raspberry-pi-5", "w8a8") and not own("raspberry-pi-4", "w8a8")
+    assert own("x86-64-cpu", "w4a8-g32") and not own("x86-64-cpu", "w8a8")
+    assert own("x86-64-cpu", "w8a8", board("avx_vnni"))
+    assert not own("raspberry-pi-5", "w8a8", board(None)) and not own("raspberry-pi-5", "fp32")
+
+
+def test_what_doesnt_fit_says_what_would() -> None:
+    plan = make_plan(DEMO, "x86-64-cpu", Wish("w8a8", (1024, 1024), max_memory=260 << 20))
+    assert plan.mode is None and any("--size" in line for line in plan.advice)
+    tiny = make_plan(DEMO, "x86-64-cpu", Wish("w8a8", max_memory=1 << 20))
+    assert tiny.mode is None and "no precision or size" in tiny.advice[0]
+
+
+def test_a_gpu_has_no_stream_and_no_time() -> None:
+    plan = make_plan(DEMO, "jetson-orin", Wish("fp16"))
+    assert plan.backend == "tensorrt" and set(plan.memory) == {"fast", "balanced"}
+    assert plan.seconds is None
+
+
+def test_the_command_tells_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    told = run_cli("plan", DEMO, "--target", "raspberry-pi-5", "--precision", "w8a8", "--json")
+    assert told.code == 0
+    plan = msgspec.json.decode(told.out, type=BuildPlan)
+    assert plan.target == "raspberry-pi-5" and plan.seconds is None
+    shown = run_cli("plan", DEMO, "--target", "raspberry-pi-5", "--precision", "w8a8")
+    assert "calibrate" in shown.out and f"{plan.memory['stream'] / 1e6:.0f}" in shown.out
+    path = tmp_path / "rates.json"
+    path.write_bytes(msgspec.json.encode(board("neon_dotprod")))
+    timed = run_cli("plan", DEMO, "--target", "raspberry-pi-5", "--rates", path, "--json")
+    assert json.loads(timed.out)["rates"] == "a board"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--target", "raspberry-pi-55"], ["raspberry-pi-5"]),
+        (["--target", "raspberry-pi-5", "--precision", "w3a3"], ["w3a3"]),
+        (["--target", "raspberry-pi-5", "--size", "65x64"], ["multiple"]),
+        (["--target", "raspberry-pi-5", "--backend", "tensorrt"], ["tensorrt"]),
+        (["--target", "raspberry-pi-5", "--steps", "0"], ["steps"]),
+        (["--target", "raspberry-pi-5", "--guidance", "nan"], ["guidance"]),
+        (["--target", "raspberry-pi-5", "--rates", "none.json"], ["none.json", "calibrate"]),
+    ],
+)
+def test_wrong_input_is_one_line(arguments: list[str], words: list[str]) -> None:
+    assert_refused(run_cli("plan", DEMO, *arguments), *words)
+
+
+def test_a_model_that_isnt_there_is_refused(tmp_path: Path) -> None:
+    assert_refused(run_cli("plan", tmp_path / "none", "--target", "raspberry-pi-5"), "none")
