@@ -41,6 +41,8 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
         from edgesd.runtime.signature import signer
 
         rows["signed by"] = str(signer(opened))
+    if manifest.recipe and manifest.recipe.pooled_attention:
+        rows["attention"] = "the largest has a quarter of its keys and values (pooled)"
     if manifest.prompter:
         tuned = manifest.prompter
         rows["prompter"] = f"for {tuned.domain}, {tuned.licence}"
