@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -66,7 +67,17 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in new releas
 
 
 def memory_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--memory and --max-memory."""
+    """--memory and --max-memory, of which one at most may be given."""
+
+    @wraps(function)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        if options["memory"] is not None and options["max_memory"] is not None:
+            raise click.UsageError(
+                f"--memory {options['memory']} is taken whatever it needs, and --max-memory "
+                "chooses one that fits: give one of the two"
+            )
+        return function(*arguments, **options)
+
     mode = click.option(
         "--memory",
         type=click.Choice(["fast", "balanced", "stream"]),
@@ -78,7 +89,7 @@ def memory_options(function: Callable[..., Any]) -> Callable[..., Any]:
         type=Bytes(),
         help="Take the fastest --memory that fits into this: 400MB, 1.5GB.",
     )
-    return mode(limit(function))
+    return mode(limit(checked))
 
 
 class Finite(click.FloatRange):

@@ -137,6 +137,10 @@ def test_a_long_prompt_is_cut_with_a_warning(miniature: Bundle, tmp_path: Path) 
         ),
         (["-p", "a\0b"], "NUL"),
         (["--prompts", "missing.txt"], "missing.txt"),
+        (
+            ["-p", "x", "--memory", "fast", "--max-memory", "1GB"],
+            "--memory fast is taken whatever it needs, and --max-memory chooses one that fits",
+        ),
     ],
 )
 def test_bad_values_are_refused_in_one_line(
