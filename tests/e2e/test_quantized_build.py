@@ -129,7 +129,12 @@ def test_generate_inspect_and_report_take_it(four_bits: Bundle, tmp_path: Path) 
     drawn = run_cli("generate", four_bits.path, "-p", "a rocket", "--steps", "2", "-o", out)
     assert drawn.code == 0, drawn.err
     assert np.asarray(Image.open(out)).std() > 5
-    assert run_cli("inspect", four_bits.path).code == 0
+    said = run_cli("inspect", four_bits.path)
+    assert said.code == 0
+    (line,) = (line for line in said.out.splitlines() if line.startswith("unet "))
+    second = four_bits.manifest.engines["unet"].kernels
+    assert ("edgesd's own kernels" in line) == (second is not None)
+    assert second is None or line.endswith(f"for edgesd's own kernels: {second}")
     page = tmp_path / "page.html"
     assert run_cli("report", four_bits.path, "-o", page).code == 0
     text = page.read_text()
