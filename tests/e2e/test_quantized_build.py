@@ -210,7 +210,7 @@ def test_attention_is_pooled_where_pictures_allow(
         "x86-64-cpu",
         "w8a8",
         tmp_path / "bundle",
-        quantization=options(work, pool_attention=True),
+        quantization=options(work, method="rtn", pool_attention=True),
     )
     manifest = made.bundle.manifest
     assert manifest.recipe is not None and manifest.quality is not None and made.note is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+import onnx  # noqa: E402
 import onnx_ir as ir  # noqa: E402
 import onnxruntime  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -43,16 +45,20 @@ LOWER = ["down_blocks.1.attentions.0", "up_blocks.0.attentions.0", "up_blocks.0.
 Feed = dict[str, Any]
 
 
-def unet(top: bool = True, lower: bool = True) -> Any:
-    """Two levels, with attention at the latents' own size, or at half of it, or at both."""
+BOTH: tuple[str, ...] = ("CrossAttn", "CrossAttn")
+"""Which levels of a UNet have attention, the latents' own size first."""
+THREE = ("", "CrossAttn", "CrossAttn")
+
+
+def unet(levels: tuple[str, ...] = BOTH) -> Any:
+    """Random weights, the same each time."""
     torch.manual_seed(0)
-    cross = {level: "CrossAttn" if there else "" for level, there in ((0, top), (1, lower))}
     net = diffusers.UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=(f"{cross[0]}DownBlock2D", f"{cross[1]}DownBlock2D"),
+        block_out_channels=(32, 64, 64)[: len(levels)],
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in levels),
         mid_block_type=None,
-        up_block_types=(f"{cross[1]}UpBlock2D", f"{cross[0]}UpBlock2D"),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(levels)),
         layers_per_block=1,
         norm_num_groups=8,
         attention_head_dim=2,
@@ -61,8 +67,8 @@ def unet(top: bool = True, lower: bool = True) -> Any:
     return net.eval().requires_grad_(False)
 
 
-def graph(net: Any, size: tuple[int, int] | None) -> ir.Model:
-    """Its graph, for pictures of any size or of height and width in latents."""
+@cache
+def exported(levels: tuple[str, ...], size: tuple[int, int] | None) -> onnx.ModelProto:
     batch: Dim = "batch" if size is None else 2
     height, width = size or ("height", "width")
     sample: tuple[Dim, ...] = (batch, 4, height, width)
@@ -75,9 +81,16 @@ def graph(net: Any, size: tuple[int, int] | None) -> ir.Model:
         ),
         (TensorSpec("noise_pred", "float32", sample),),
     )
-    example = {} if size else {"batch": 2, "height": 6, "width": 8}
-    component = Component(spec, lambda: net, {"height": 2, "width": 2}, (example,))
-    return graph_from_module(Unet(net), component, "ort-mha")
+    example = {} if size else {"batch": 2, "height": 12, "width": 16}
+    multiple = 2 ** (len(levels) - 1)
+    net = unet(levels)
+    component = Component(spec, lambda: net, {"height": multiple, "width": multiple}, (example,))
+    return ir.serde.serialize_model(graph_from_module(Unet(net), component, "ort-mha"))
+
+
+def graph(size: tuple[int, int] | None, levels: tuple[str, ...] = BOTH) -> ir.Model:
+    """Its graph, for pictures of any size or of a height and width in latents."""
+    return ir.serde.deserialize_model(exported(levels, size))
 
 
 def feed(height: int, width: int) -> Feed:
@@ -138,7 +151,7 @@ def test_the_graph_computes_what_torch_does_with_means(
     net, given = unet(), feed(8, 12)
     wanted = by_hand(net, TOP, given)
     plain = by_hand(net, [], given)
-    model = graph(net, size)
+    model = graph(size)
     rewrite = PooledAttention()
     assert rewrite(model)
     assert rewrite.pooled == attentions(TOP)  # neither the lower level's, nor cross-attention
@@ -152,7 +165,7 @@ def test_the_graph_computes_what_torch_does_with_means(
 
 def test_shapes_in_between_are_right(tmp_path: Path) -> None:
     """ONNX Runtime would refuse a graph that says otherwise than it finds."""
-    model = graph(unet(), (8, 12))
+    model = graph((8, 12))
     PooledAttention()(model)
     for node in model.graph:
         if node.name in attentions(TOP + LOWER):
@@ -163,40 +176,31 @@ def test_shapes_in_between_are_right(tmp_path: Path) -> None:
             assert (query[1], key[1]) == (tokens, few)
 
 
-def test_the_largest_level_may_be_below_the_latents_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [None, (4, 12)])
+def test_the_largest_level_may_be_below_the_latents_size(
+    size: tuple[int, int] | None, tmp_path: Path
+) -> None:
     """With a third level below, whose rows may be odd, the second one's are even."""
-    torch.manual_seed(0)
-    net = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=2,
-        cross_attention_dim=CONTEXT,
-    ).eval()
-    net.requires_grad_(False)
     names = ["down_blocks.1.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1"]
     given = feed(4, 12)
-    wanted = by_hand(net, names, given)
-    model = graph(net, (4, 12))
+    wanted = by_hand(unet(THREE), names, given)
+    model = graph(size, THREE)
     rewrite = PooledAttention()
     assert rewrite(model) and rewrite.pooled == attentions(names)
     assert off(answer(model, tmp_path, given), wanted) < 1e-5
 
 
 def test_what_may_have_an_odd_number_of_rows_is_left_alone() -> None:
-    model = graph(unet(top=False), None)
+    model = graph(None, ("", "CrossAttn"))
     before = ir.serde.serialize_model(model)
     rewrite = PooledAttention()
     assert not rewrite(model) and rewrite.pooled == ()
     assert ir.serde.serialize_model(model) == before
-    assert not PooledAttention()(graph(unet(top=False, lower=False), None))
+    assert not PooledAttention()(graph(None, ("", "")))
 
 
 def test_other_networks_are_left_alone() -> None:
-    model = graph(unet(), None)
+    model = graph(None)
     model.graph.inputs[0].name = "latents"
     assert not PooledAttention()(model)
 
@@ -227,7 +231,7 @@ def test_quantized_layers_are_found_behind_the_means(
         pytest.skip("no compiler, or a processor without the instruction sets")
     given, net = feed(8, 12), unet()
     wanted = by_hand(net, TOP, given)
-    model = graph(net, size)
+    model = graph(size)
     layers = rounded(model, scheme, tmp_path)
     assert PooledAttention()(model)
     if own:
