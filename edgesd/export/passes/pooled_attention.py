@@ -1,7 +1,7 @@
 """Averages what the largest self-attention takes its keys and values from, over 2x2 latents.
 
-ToDo: Token Downsampling for Efficient Generation of High-Resolution Images (arXiv 2402.13573) takes
-every second token of each row and column; the mean is off by less, and costs about nothing.
+After "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images" (arXiv
+2402.13573), which takes every second token of each row and column and not the mean.
 """
 
 from __future__ import annotations
