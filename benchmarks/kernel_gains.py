@@ -22,6 +22,9 @@ from benchmarks.peers import relative_rms
 from edgesd.errors import MissingDependencyError
 from edgesd.files import atomic_dir
 
+POOLED = "pooled"
+"""Fewer keys and values in the largest self-attention: `edgesd build --pool-attention`."""
+
 LINES: dict[str, tuple[str, ...] | None] = {
     "stock, exact sums on any x86": None,
     "stock": None,
@@ -29,20 +32,24 @@ LINES: dict[str, tuple[str, ...] | None] = {
     "+ sums and GEGLU behind them": ("behind",),
     "+ norm, SiLU, upsampling before": ("behind", "before"),
     "+ attention in 8 bits": ("behind", "before", "attention"),
+    "+ pooled keys and values": ("behind", "before", "attention", POOLED),
 }
-"""Name -> parts of OwnKernels; None for ONNX Runtime's own operators."""
+"""Name -> parts of OwnKernels, and POOLED; None for ONNX Runtime's own operators."""
 
 
 def _graph(folder: Path, precision: str, parts: tuple[str, ...] | None) -> Path:
     """The folder of one line's graph; made where it isn't there."""
     from edgesd.export.backends import lower_quantized, lower_to_kernels
     from edgesd.export.external_data import write_model
+    from edgesd.export.passes.pooled_attention import PooledAttention
 
     name = "stock" if parts is None else "-".join(("own", *parts))
     out = folder / f"gains-{precision}" / name
     if not out.exists():
         print(f"making {name} (once)", flush=True)
         graph, layers = rounded(folder, precision)
+        if parts is not None and POOLED in parts:
+            PooledAttention()(graph)
         if parts is None:
             lower_quantized(graph, layers, set(), None, "onnxruntime")
         else:

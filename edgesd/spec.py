@@ -13,13 +13,13 @@ import msgspec
 
 from edgesd.errors import UsageError, unknown_name
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Version of `bundle.json`. A reader refuses a newer one; it is raised on any change of meaning.
 
 2: `recipe` and `quality`, both optional; a file of version 1 is read as one without them. 3: the
 same for an engine's `checked`. 4: an engine's `plan`, and `built_for`, which was never set;
 `prompter`. 5: an engine's `kernels`, the latents'
-`halo`.
+`halo`. 6: a recipe's `pooled_attention`.
 """
 
 Precision = str
@@ -240,12 +240,15 @@ class QuantRecipe(Spec, frozen=True):
     """How a pipeline was quantized. name: the scheme asked for, in canonical form.
 
     simulated: some layer's number format is computed by no engine, but imitated in fp32.
+    pooled_attention: the largest self-attention has fewer keys and values
+    (export/passes/pooled_attention.py).
     """
 
     name: str
     simulated: bool
     layers: tuple[LayerRecipe, ...]
     calibration: CalibrationSpec | None = None
+    pooled_attention: bool = False
 
 
 class PictureQuality(Spec, frozen=True, omit_defaults=True):

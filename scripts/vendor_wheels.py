@@ -1,4 +1,4 @@
-"""Puts the wheels that a board needs into a folder: edgesd's own, and those of its dependencies.
+"""Puts the wheels that a board needs into a folder: edgesd's, with its kernels, and what it needs.
 
 python scripts/vendor_wheels.py FOLDER [--python 3.10] [--arch aarch64] [--extra NAME ...]
 
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from edgesd.build.wheels import download_wheels
+from edgesd.build.wheels import bring_kernels, download_wheels
 from edgesd.errors import EdgesdError
 
 EXTRAS = ("cuda-bindings<13",)
@@ -28,6 +28,7 @@ def main() -> int:
     made.add_argument("--extra", action="append", default=[], help="a further package")
     given = made.parse_args()
     try:
+        bring_kernels(given.arch)
         wheels = download_wheels(given.folder, given.python, given.arch, [*EXTRAS, *given.extra])
     except EdgesdError as exc:
         print(f"vendor_wheels: {exc}", file=sys.stderr)

@@ -19,7 +19,7 @@ from edgesd.device.detect import detect_machine, explain_machine, runnable_targe
 from edgesd.device.targets import check_memory, check_request, get_target
 from edgesd.engines import BACKENDS, onnxruntime, tensorrt
 from edgesd.engines.bundle import file_entries, pack_bundle, update_manifest, write_manifest
-from edgesd.errors import BundleError, EdgesdError, InputError, TargetError
+from edgesd.errors import BundleError, EdgesdError, InputError, TargetError, UsageError
 from edgesd.files import atomic_dir, atomic_write, check_new, check_writable, private_folder
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
 from edgesd.runtime.prompter import read_prompter
@@ -175,6 +175,8 @@ def build(
     check_request(target, precision, backend)
     one_file = out.suffix == SUFFIX
     check_new(out)
+    if quantization and quantization.pool_attention:
+        _check_pooling(quantization, precision, backend)
     source = resolve_source(str(demo_model()) if model == DEMO else model)
     largest = max(source.parameters(component) for component in source.family.weights)
     table = BYTES_ON_GPU if backend == tensorrt.BACKEND else _BYTES_PER_WEIGHT
@@ -204,9 +206,11 @@ def build(
             drawing = replace(writer, backend=onnxruntime.BACKEND)
             reference = _reference(drawing, source, plan, work, progress)
             scheme = parse_scheme(precision)
-            QuantizedBuild(
+            quantized = QuantizedBuild(
                 source, plan, reference, scheme, options, root, work, writer, progress
-            ).run()
+            )
+            quantized.run()
+            notes += quantized.notes
         if backend == tensorrt.BACKEND:
             if precision != "fp32":
                 notes += _keep_in_fp32(root, source, quantization, progress)
@@ -224,6 +228,19 @@ def build(
         if one_file:
             pack_bundle(open_bundle(root), out)
     return Built(open_bundle(out), out, "; ".join(notes) or None, reference, unfinished)
+
+
+def _check_pooling(options: QuantOptions, precision: Precision, backend: str) -> None:
+    """Raise UsageError where pooled attention can't be had, or nobody would see what it loses."""
+    reason = None
+    if backend != onnxruntime.BACKEND:
+        reason = f"is for bundles of {onnxruntime.BACKEND}, and this one is for {backend}"
+    elif precision in ("fp32", "fp16"):
+        reason = f"is for quantized bundles, and {precision} isn't one: choose w8a8 or another"
+    elif options.quality_prompts == ():
+        reason = "is kept where pictures allow it, and none are drawn: leave --no-quality out"
+    if reason:
+        raise UsageError(f"--pool-attention {reason}")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import msgspec
 
 from edgesd.engines import onnxruntime
 from edgesd.engines.kernels import ensure_library
-from edgesd.errors import QualityError, UsageError
+from edgesd.errors import ParityError, QualityError, UsageError
 from edgesd.evaluate import quality as quality_
 from edgesd.evaluate.psnr import mean_squared_error, psnr
 from edgesd.files import atomic_write, user_cache
@@ -71,6 +71,11 @@ _MARGIN = 1.15
 _KERNELS_LOSS = 1.0
 """What the worst pictures may lose by edgesd's own kernels, in dB of their mean PSNR."""
 
+_POOLING_LOSS = 1.0
+"""What the worst pictures may lose by pooled attention, in dB of their mean PSNR."""
+_POOLED = "unet"
+"""The component whose attention can be pooled."""
+
 _PICTURE_BYTES = 0.7
 """Bytes per pixel of a kept picture, about: what --max-size sets aside."""
 _ENTRY_BYTES = 200
@@ -88,7 +93,8 @@ class QuantOptions:
     steps: of the loop in calibration and comparison; None is the model's default. guidance: same.
     min_psnr: floor in dB for the worst picture. max_size: of the bundle, as a part of the fp32 one.
     max_time: the same for the estimated time of a picture. work: folder for intermediate results.
-    lpips: folder with the weights of LPIPS.
+    lpips: folder with the weights of LPIPS. pool_attention: fewer keys and values in the largest
+    self-attention, where pictures allow.
     """
 
     method: str = "svdquant"
@@ -102,6 +108,7 @@ class QuantOptions:
     max_time: float | None = None
     work: Path | None = None
     lpips: Path | None = None
+    pool_attention: bool = False
 
 
 def cache_folder() -> Path:
@@ -124,7 +131,8 @@ class QuantizedBuild:
     """One quantized bundle in the making. `root` gets the bundle's files.
 
     reference: the fp32 bundle (a folder) of the same source and plan. work: folder for what is kept
-    between runs. writer: makes manifests, and knows whose graphs are wanted.
+    between runs. writer: makes manifests, and knows whose graphs are wanted. notes: lines that the
+    user should know of, filled by `run`.
     """
 
     def __init__(
@@ -144,9 +152,15 @@ class QuantizedBuild:
         from edgesd.export.backends import needs_static_ranges
         from edgesd.export.quantize.assign import planned
         from edgesd.export.quantize.quantize import Method
+        from edgesd.export.quantize.store import can_pool
 
         if options.method not in METHODS:
             raise UsageError(f"unknown method {options.method!r}: valid: {', '.join(METHODS)}")
+        if options.pool_attention and not can_pool(reference.path, _POOLED):
+            raise UsageError(
+                f"--pool-attention: {source.name} has no self-attention whose rows and columns are "
+                "always even: leave it out"
+            )
         self.source, self.plan, self.reference = source, plan, reference
         self.scheme, self.options, self.root, self.work = scheme, options, root, work
         self._write_manifest, self.backend = writer.write, writer.backend
@@ -171,6 +185,7 @@ class QuantizedBuild:
         self.raised: dict[Layer, tuple[Choice, str]] = {}
         self.graphs: dict[str, Graph] = {}
         self.assets = self._copy_assets()
+        self.notes: list[str] = []
         self.store: LayerStore = self._store()
         self.planned: dict[Layer, Choice] = planned(self.store.layers, scheme)
         self.choices = dict(self.planned)
@@ -201,6 +216,8 @@ class QuantizedBuild:
             if round_ + 1 == _ROUNDS or not self._raise(floor, measured):
                 raise QualityError(self._failure(measured, floor))
             self._write()
+        if self.options.pool_attention:
+            ours, measured = self._gate_pooling(source, ours, measured, self.perceptual)
         self._gate_kernels(source, measured)
         if self.options.max_size is not None:  # what room is left for pictures the manifest decides
             self._write_manifest(self.root, self.graph_set(), measured)
@@ -220,6 +237,7 @@ class QuantizedBuild:
             simulated=any(c is not None and c.simulated for c in self.choices.values()),
             layers=tuple(layers),
             calibration=self.store.calibration.spec,
+            pooled_attention=self.store.pooled,
         )
 
     def graph_set(self) -> GraphSet:
@@ -360,6 +378,44 @@ class QuantizedBuild:
                 pairs, pipeline, self.requests[0], perceptual, self.options.min_psnr
             )
         return ours, measured
+
+    def _gate_pooling(
+        self,
+        source: Sequence[Image.Image],
+        ours: list[Image.Image],
+        measured: Quality,
+        perceptual: Perceptual,
+    ) -> tuple[list[Image.Image], Quality]:
+        """Pool the largest self-attention if the worst pictures, whichever they are then, lose
+        little by it and the floor holds. Pictures and figures of the graphs that are kept."""
+        floor, without = self.options.min_psnr, _worst_mean(measured)
+        try:
+            self._pool(True)
+        except ParityError as exc:
+            self.notes.append(f"attention isn't pooled: {exc}")
+        else:
+            pooled, found = self._measure(source, perceptual)
+            figures = (
+                f"the worst pictures have a mean PSNR of {_worst_mean(found):.1f} dB (least "
+                f"{found.psnr_min:.1f}) with it, {without:.1f} ({measured.psnr_min:.1f}) without"
+            )
+            self.report("pooled attention", figures)
+            kept = _worst_mean(found) >= without - _POOLING_LOSS
+            if kept and (floor is None or found.psnr_min >= floor):
+                self.notes.append(f"attention is pooled: {figures}")
+                return pooled, found
+            held = "" if floor is None else f", and --min-psnr {floor:g} must hold"
+            self.notes.append(
+                f"attention isn't pooled: {figures}; {_POOLING_LOSS:g} dB may be lost{held}"
+            )
+        self._pool(False)
+        return ours, measured
+
+    def _pool(self, pooled: bool) -> None:
+        """Write the graph whose attention can be pooled anew, pooled or not."""
+        self.store.pooled = pooled
+        self._written.pop(_POOLED, None)
+        self._write()
 
     def _gate_kernels(self, source: Sequence[Image.Image], measured: Quality) -> None:
         """Keep the graphs for edgesd's own kernels if the worst pictures are as near the source's
@@ -607,6 +663,12 @@ class QuantizedBuild:
 
 def _name(layer: Layer) -> str:
     return f"{layer.component}/{layer.name}"
+
+
+def _worst_mean(measured: Quality) -> float:
+    """Mean PSNR in dB of the worst pictures."""
+    values = sorted(map(quality_.decibels, measured.pictures))
+    return statistics.mean(values[:_PROBES])
 
 
 def _same_activations(choice: Choice, planned: Choice) -> bool:

@@ -70,7 +70,7 @@ def cached_wheels(
     python: str, arch: str, packages: Sequence[str] = (), glibc: int = _OLDEST_GLIBC
 ) -> list[Path]:
     """As `download_wheels`, in the user's cache: asked of the index once for each edgesd."""
-    _bring_kernels(arch)
+    bring_kernels(arch)
     said = "\n".join([_fingerprint(), python, arch, str(glibc), *packages])
     key = hashlib.sha256(said.encode()).hexdigest()[:16]
     folder = user_cache() / "wheels" / f"{arch}-{python}-{key}"
@@ -121,7 +121,7 @@ def _source() -> Path | None:
     return root if (root / "pyproject.toml").is_file() else None
 
 
-def _bring_kernels(arch: str) -> None:
+def bring_kernels(arch: str) -> None:
     """Compile edgesd's own kernels for `arch` into the checkout, whose wheel then has them; without
     a compiler it is logged what is missing. An installed edgesd has what its wheel brought."""
     if _source() is None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -49,7 +50,8 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new release
 
 
 class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in new releases only
-    """A size in memory: 400MB, 1.5GB, 512MiB, or bytes -> bytes."""
+    """A size in memory: 400MB, 1.5GB, 512MiB, or bytes -> bytes. 1 MB is the least: a number
+    without a unit was meant otherwise."""
 
     name = "SIZE"
     _UNITS: ClassVar = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -60,13 +62,24 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in new releas
         match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMG]i?B)?", str(value), re.I)
         units = {**self._UNITS, **self._BINARY}
         size = float(match[1]) * units[(match[2] or "").upper()] if match else 0.0
-        if size >= 1:
+        if size >= self._UNITS["MB"]:
             return int(size)
-        raise click.BadParameter(f"{value!r} isn't a size in memory: 400MB or 1.5GB", ctx, param)
+        reason = "less than 1 MB" if match else "no size in memory"
+        raise click.BadParameter(f"{value!r} is {reason}: write 400MB or 1.5GB", ctx, param)
 
 
 def memory_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--memory and --max-memory."""
+    """--memory and --max-memory, of which one at most may be given."""
+
+    @wraps(function)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        if options["memory"] is not None and options["max_memory"] is not None:
+            raise click.UsageError(
+                f"--memory {options['memory']} is taken whatever it needs, and --max-memory "
+                "chooses one that fits: give one of the two"
+            )
+        return function(*arguments, **options)
+
     mode = click.option(
         "--memory",
         type=click.Choice(["fast", "balanced", "stream"]),
@@ -78,7 +91,7 @@ def memory_options(function: Callable[..., Any]) -> Callable[..., Any]:
         type=Bytes(),
         help="Take the fastest --memory that fits into this: 400MB, 1.5GB.",
     )
-    return mode(limit(function))
+    return mode(limit(checked))
 
 
 class Finite(click.FloatRange):

@@ -41,6 +41,8 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
         from edgesd.runtime.signature import signer
 
         rows["signed by"] = str(signer(opened))
+    if manifest.recipe and manifest.recipe.pooled_attention:
+        rows["attention"] = "the largest has a quarter of its keys and values (pooled)"
     if manifest.prompter:
         tuned = manifest.prompter
         rows["prompter"] = f"for {tuned.domain}, {tuned.licence}"
@@ -52,5 +54,6 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
             f"parity {engine.parity.rel_rms:.1e} RMS, {engine.parity.max_abs:.1e} max"
             + (f"; {engine.checked}" if engine.checked else "")
             + (f"; its plan is for {engine.built_for}" if engine.plan else "")
+            + (f"; for edgesd's own kernels: {engine.kernels}" if engine.kernels else "")
         )
     click.echo(f"verified: {len(manifest.files)} files, {total / 1e6:.1f} MB, every byte")

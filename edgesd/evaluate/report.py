@@ -41,6 +41,7 @@ from edgesd.spec import BundleManifest, LayerRecipe, PictureQuality, Quality, Qu
 SIMULATED = (
     "simulated: no engine computes in this format; the pictures are right, speed and memory are not"
 )
+POOLED = "the largest has a quarter of its keys and values, means of 2x2 latents"
 FORMATS = {"PNG": "image/png", "WEBP": "image/webp"}
 """Formats that kept pictures may have, and their media types."""
 MAX_AMPLIFICATION = 64
@@ -123,6 +124,7 @@ def _head(bundle: Bundle) -> str:
         ("Backend", manifest.backend),
         ("Precision", manifest.precision),
         ("Simulated", (SIMULATED if recipe.simulated else "no") if recipe else None),
+        ("Attention", POOLED if recipe and recipe.pooled_attention else None),
         ("Picture size", size),
         ("Licence", f"{licence.name} ({', '.join(licence.files) or 'no file'})"),
         ("Tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),

@@ -8,8 +8,11 @@
 #include "compute.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <exception>
+#include <new>
 #include <vector>
 
 #include "isa.h"
@@ -30,6 +33,7 @@ class Scratch {
   T* get(size_t count) {
     if (count > count_) {
       std::free(data_);
+      count_ = 0;  // also when there is no more
       data_ = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64));
       if (!data_) throw std::bad_alloc();
       count_ = count;
@@ -42,10 +46,28 @@ class Scratch {
   size_t count_ = 0;
 };
 
+// Runs body(i) for each i below `count`. What one of them throws would end the process where a
+// thread of ONNX Runtime ran it: the first is thrown here, when all are done.
 template <typename F>
 void parallel(Threads threads, size_t count, F& body) {
+  struct Job {
+    F& body;
+    std::atomic<bool> failed{false};
+    std::exception_ptr first{};
+  } job{body};
   threads.run(
-      threads.context, [](void* data, size_t i) { (*static_cast<F*>(data))(i); }, count, &body);
+      threads.context,
+      [](void* data, size_t i) {
+        Job& job = *static_cast<Job*>(data);
+        if (job.failed.load(std::memory_order_relaxed)) return;
+        try {
+          job.body(i);
+        } catch (...) {
+          if (!job.failed.exchange(true)) job.first = std::current_exception();
+        }
+      },
+      count, &job);
+  if (job.first) std::rethrow_exception(job.first);
 }
 
 inline float from_half(uint16_t h) {

@@ -6,7 +6,7 @@
 
 namespace edgesd {
 
-// Runs fn(data, i) for each i below `count`, on whatever threads there are.
+// Runs fn(data, i), which throws nothing, for each i below `count`, on whatever threads there are.
 using Parallel = void (*)(void* context, void (*fn)(void*, size_t), size_t count, void* data);
 
 struct Threads {
@@ -64,7 +64,8 @@ struct Attention {
   float scale;
 };
 
-// The functions of one instruction set. weight_max: the largest code that weights may have.
+// The functions of one instruction set. weight_max: the largest code that weights may have. They
+// throw std::bad_alloc where memory runs out, in whichever thread, and can be called again then.
 struct Compute {
   const char* name;
   int weight_max;

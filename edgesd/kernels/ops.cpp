@@ -414,7 +414,7 @@ const Operator& operator_of() {
         self->op(run);
         return nullptr;
       } catch (const std::bad_alloc&) {
-        return status_of(self->api, "bad_alloc");
+        return status_of(self->api, "out of memory (bad_alloc)");
       } catch (const std::exception& error) {
         return status_of(self->api, error.what());
       }

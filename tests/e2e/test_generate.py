@@ -137,6 +137,10 @@ def test_a_long_prompt_is_cut_with_a_warning(miniature: Bundle, tmp_path: Path) 
         ),
         (["-p", "a\0b"], "NUL"),
         (["--prompts", "missing.txt"], "missing.txt"),
+        (
+            ["-p", "x", "--memory", "fast", "--max-memory", "1GB"],
+            "--memory fast is taken whatever it needs, and --max-memory chooses one that fits",
+        ),
     ],
 )
 def test_bad_values_are_refused_in_one_line(
@@ -213,10 +217,24 @@ def test_the_fastest_mode_that_fits_is_taken(
             assert pipeline.memory == mode
 
 
-@pytest.mark.parametrize("size", ["400", "-1MB", "0MB", "4TB", "1e9", "nan", "", "4 0MB"])
-def test_sizes_in_memory(size: str, miniature: Bundle) -> None:
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        *((size, "is no size in memory") for size in ("-1MB", "4TB", "1e9", "nan", "", "4 0MB")),
+        *((size, "is less than 1 MB") for size in ("5", "400", "0MB", "999999", "0.9 MB", "900KB")),
+    ],
+)
+def test_what_is_no_size_in_memory(size: str, words: str, miniature: Bundle) -> None:
     refused = run_cli("generate", miniature.path, "-p", "a cat", "--max-memory", size)
-    assert refused.code == (6 if size == "400" else 2) and refused.err.count("\n") == 1
+    assert refused.code == 2
+    assert_refused(refused, f"{size!r} {words}: write 400MB or 1.5GB")
+
+
+@pytest.mark.parametrize("size", ["1MB", "1000000", "0.001GB", "1MiB"])
+def test_a_megabyte_is_a_size_in_memory(size: str, miniature: Bundle) -> None:
+    refused = run_cli("generate", miniature.path, "-p", "a cat", "--max-memory", size)
+    assert refused.code == 6
+    assert_refused(refused, "--max-memory is 1 MB")
 
 
 def test_components_are_released_when_memory_is_short(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -127,7 +129,12 @@ def test_generate_inspect_and_report_take_it(four_bits: Bundle, tmp_path: Path) 
     drawn = run_cli("generate", four_bits.path, "-p", "a rocket", "--steps", "2", "-o", out)
     assert drawn.code == 0, drawn.err
     assert np.asarray(Image.open(out)).std() > 5
-    assert run_cli("inspect", four_bits.path).code == 0
+    said = run_cli("inspect", four_bits.path)
+    assert said.code == 0
+    (line,) = (line for line in said.out.splitlines() if line.startswith("unet "))
+    second = four_bits.manifest.engines["unet"].kernels
+    assert ("edgesd's own kernels" in line) == (second is not None)
+    assert second is None or line.endswith(f"for edgesd's own kernels: {second}")
     page = tmp_path / "page.html"
     assert run_cli("report", four_bits.path, "-o", page).code == 0
     text = page.read_text()
@@ -193,6 +200,49 @@ def errors_as_sensitivities(self: QuantizedBuild, probes: object) -> dict[object
     }
 
 
+@pytest.mark.parametrize("allowed", [0.0, 99.0])
+def test_attention_is_pooled_where_pictures_allow(
+    allowed: float, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgesd.build.quantized._POOLING_LOSS", allowed)
+    made = build(
+        DEMO,
+        "x86-64-cpu",
+        "w8a8",
+        tmp_path / "bundle",
+        quantization=options(work, method="rtn", pool_attention=True),
+    )
+    manifest = made.bundle.manifest
+    assert manifest.recipe is not None and manifest.quality is not None and made.note is not None
+    found = re.search(r"mean PSNR of ([\d.]+) dB \(least .*\) with it, ([\d.]+) \(", made.note)
+    assert found is not None
+    pooled, plain = map(float, found.groups())
+    assert 10 < pooled < plain
+    kept = allowed > 0
+    assert ("attention is pooled" in made.note) == kept == manifest.recipe.pooled_attention
+    assert manifest.quality.psnr_mean == pytest.approx(pooled if kept else plain, abs=0.05)
+    unet = manifest.engines["unet"]
+    for path in filter(None, (unet.path, unet.kernels)):
+        graph = onnx.load(made.bundle.path / path, load_external_data=False).graph
+        means = [node for node in graph.node if node.op_type == "ReduceMean"]
+        assert len(means) == (2 * 3 if kept else 0)
+    said = run_cli("inspect", made.bundle.path).out
+    assert ("pooled" in said) == kept
+
+
+def test_attention_that_cannot_be_pooled_is_said_before_calibration(
+    four_bits: Bundle, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgesd.export.quantize.store.can_pool", lambda graphs, component: False)
+    source = next(work.glob("source-*"))
+    other = tmp_path / "work"
+    shutil.copytree(source, other / source.name)
+    with pytest.raises(UsageError, match="has no self-attention whose rows"):
+        built(tmp_path / "out", other, "w8a8", pool_attention=True)
+    assert [path.name for path in other.iterdir()] == [source.name]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_floor_raises_layers(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QuantizedBuild, "sensitivities", errors_as_sensitivities)
@@ -244,6 +294,13 @@ def test_a_size_spends_ranks_where_they_pay(
         (["--precision", "w8a8", "--method", "magic"], "svdquant"),
         (["--precision", "w8a8", "--min-psnr", "nan"], "isn't a finite number"),
         (["--precision", "w8a8", "--max-time", "inf"], "isn't a finite number"),
+        (["--pool-attention"], "--pool-attention is for quantized bundles, and fp32"),
+        (["--pool-attention", "--precision", "fp16"], "and fp16 isn't one"),
+        (["--pool-attention", "--precision", "w8a8", "--no-quality"], "leave --no-quality out"),
+        (
+            ["--pool-attention", "--precision", "w8a8", "--target", "jetson-orin-nano-8gb"],
+            "is for bundles of onnxruntime, and this one is for tensorrt",
+        ),
     ],
 )
 def test_bad_requests_are_refused(tmp_path: Path, arguments: list[str], words: str) -> None:

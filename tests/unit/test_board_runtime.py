@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from edgesd.build import deploy as deploying
+from edgesd.build import wheels as making
 from edgesd.build.wheels import fitting_wheels, platform_tags
 from edgesd.device import board as boards
 from edgesd.device.board import Finished, FolderBoard
 from edgesd.device.capabilities import normal_arch
 from edgesd.errors import InputError, ResourceError, TargetError
 from edgesd.runtime.bundle import Bundle
+from scripts import vendor_wheels
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
@@ -72,6 +74,35 @@ def test_wheels_that_fit(tmp_path: Path) -> None:
     (tmp_path / "edgesd-1.0-py3-none-any.whl").unlink()
     with pytest.raises(InputError, match=r"has no wheel of edgesd for Python 3\.11 on aarch64"):
         fitting_wheels(tmp_path, "3.11", "aarch64", 36)
+
+
+def test_vendored_wheels_bring_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are compiled for the board before edgesd's wheel is made; older ones are removed."""
+    lib, folder = tmp_path / "lib", tmp_path / "wheels"
+    lib.mkdir()
+    (lib / "edgesd-kernels-aarch64-0123456789ab.so").touch()
+    (lib / "edgesd-kernels-x86_64-0123456789ab.so").touch()
+
+    def compiled(arch: str, out: Path) -> Path:
+        (out / making.library_name(arch)).touch()
+        return out / making.library_name(arch)
+
+    def pip(arguments: list[str]) -> None:
+        if arguments[0] == "wheel":
+            assert sorted(path.name for path in lib.iterdir()) == [
+                making.library_name("aarch64"),
+                "edgesd-kernels-x86_64-0123456789ab.so",
+            ]
+            wheel(folder, "edgesd")
+
+    monkeypatch.setattr(making, "library_folders", lambda: (lib, tmp_path / "cache"))
+    monkeypatch.setattr(making, "build_library", compiled)
+    monkeypatch.setattr(making, "_pip", pip)
+    monkeypatch.setattr(sys, "argv", ["vendor_wheels", str(folder)])
+    assert vendor_wheels.main() == 0
+    assert "1 wheels" in capsys.readouterr().out
 
 
 class Answering(FolderBoard):

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgesd.engines.bundle import pack_bundle, write_manifest
+from edgesd.engines.bundle import pack_bundle, update_manifest, write_manifest
 from edgesd.errors import BundleError
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, checksum_line, open_bundle
 from edgesd.runtime.pipeline import Pipeline
@@ -138,9 +138,21 @@ def test_inspect_verifies_an_intact_bundle(
 ) -> None:
     outcome = run_cli("inspect", miniature_file if one_file else miniature.path)
     assert outcome.code == 0
-    assert "every byte" in outcome.out
+    assert "every byte" in outcome.out and "own kernels" not in outcome.out
     outcome = run_cli("inspect", miniature.path, "--json")
     assert json.loads(outcome.out)["manifest"]["name"] == "miniature"
+
+
+def test_inspect_names_the_graph_for_our_kernels(folder: Path) -> None:
+    manifest = open_bundle(folder).manifest
+    unet = manifest.engines["unet"]
+    second = "unet/kernels.onnx"
+    shutil.copyfile(folder / unet.path, folder / second)
+    engines = {**manifest.engines, "unet": msgspec.structs.replace(unet, kernels=second)}
+    update_manifest(folder, msgspec.structs.replace(manifest, engines=engines), [second])
+    named = [line for line in run_cli("inspect", folder).out.splitlines() if second in line]
+    assert len(named) == 1
+    assert named[0].startswith("unet ") and named[0].endswith(f"for edgesd's own kernels: {second}")
 
 
 def test_pack_is_canonical_and_unpacks_with_tar(

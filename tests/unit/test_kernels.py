@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,15 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from edgesd.engines import kernels as engine_kernels  # noqa: E402
 from edgesd.engines.kernels import build_library, ensure_library  # noqa: E402
-from edgesd.errors import MissingDependencyError, TargetError  # noqa: E402
+from edgesd.errors import MissingDependencyError, ResourceError, TargetError  # noqa: E402
 from edgesd.export.external_data import write_model  # noqa: E402
 from edgesd.export.passes.own_kernels import PARTS, OwnKernels  # noqa: E402
 from edgesd.export.quantize.layers import QuantizedLayer, find_layers, matrix_of  # noqa: E402
 from edgesd.export.quantize.quantize import Method, quantize_layer  # noqa: E402
 from edgesd.runtime import kernels  # noqa: E402
-from edgesd.runtime.runners.onnxruntime import session_options  # noqa: E402
-from edgesd.spec import parse_scheme  # noqa: E402
+from edgesd.runtime.bundle import GraphFile  # noqa: E402
+from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner, session_options  # noqa: E402
+from edgesd.spec import ComponentSpec, TensorSpec, parse_scheme  # noqa: E402
 from tests.quantizing import normal  # noqa: E402
 from tests.unit.test_quantized_ort import (  # noqa: E402
     KINDS,
@@ -92,7 +95,7 @@ def test_each_instruction_set_computes_what_plain_sums_give(isa: str, tmp_path: 
     )
     out = subprocess.run([*command, str(program)], check=True, capture_output=True, text=True)
     name, *lines = out.stdout.splitlines()
-    assert name == isa and len(lines) == (16 if isa == "avx2" else 25)
+    assert name == isa and len(lines) == (17 if isa == "avx2" else 26)
     for line in lines:
         what, bits, error = line.split()
         # 8 bits of an input are off by 0.3 % of a normal distribution's, its product by as much;
@@ -352,6 +355,85 @@ def test_weights_that_are_let_go_come_back(kept: int | None, tmp_path: Path, lib
         assert all(np.array_equal(a, b) for a, b in zip(wanted, drawn(), strict=True))
     finally:
         kernels.keep_weights(None)
+
+
+# Being without memory.
+
+NO_MEMORY = """
+#include <cstdlib>
+#include <sys/syscall.h>
+#include <unistd.h>
+static volatile bool refused;
+extern "C" void refuse_memory(bool on) { refused = on; }
+extern "C" void* aligned_alloc(size_t alignment, size_t size) noexcept {
+  void* found = nullptr;
+  if (refused && syscall(SYS_gettid) != getpid()) return nullptr;
+  return posix_memalign(&found, alignment, size) ? nullptr : found;
+}
+"""
+"""The C library's function, which gives threads beside the first one nothing when it is told so."""
+
+
+def drawn_without_memory(folder: Path, library: Path) -> None:
+    """Runs in a process with NO_MEMORY. Prints ResourceError's words when a worker got no memory,
+    and whether the next run gives what a run before gave."""
+    import ctypes
+
+    feed = {"x": normal(1, 64, 48, 48), "time": normal(1, 64, 1, 1, seed=7)}
+    inputs = [TensorSpec(name, "float32", array.shape) for name, array in feed.items()]
+    spec = ComponentSpec(
+        "unet",
+        (*inputs, TensorSpec("timestep", "float32", (1,))),
+        (TensorSpec("y", "float32", (1, 48 * 48, 64)),),
+    )
+    refuse = ctypes.CDLL(None).refuse_memory
+    found = []
+    for refused in (False, True):
+        graph = GraphFile((folder / "model.onnx").read_bytes(), folder)
+        with OnnxRuntimeRunner(spec, graph, 2, library=library) as runner:
+            runner.bind({name: array.shape for name, array in feed.items()} | {"timestep": (1,)})
+            for name, array in feed.items():
+                runner.inputs[name][...] = array
+            refuse(refused)
+            for _ in range(300 if refused else 0):  # until a worker has taken a part
+                try:
+                    runner.run()
+                except ResourceError as exc:
+                    print(exc)
+                    break
+            refuse(False)
+            runner.run()
+            found.append(runner.outputs["y"].copy())
+    print(np.array_equal(*found))
+
+
+def test_without_memory_in_a_worker_a_run_fails_and_the_process_goes_on(
+    tmp_path: Path, library: Path
+) -> None:
+    (tmp_path / "refuse.cpp").write_text(NO_MEMORY)
+    refuse = tmp_path / "refuse.so"
+    command = ["g++", "-shared", "-fPIC", str(tmp_path / "refuse.cpp"), "-o", str(refuse)]
+    subprocess.run(command, check=True)
+    proto = block(64)
+    layers = {q.layer.node: q for q in quantized_block(proto, "w4a8-g32")}
+    write_model(own_model(proto, layers), tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from tests.unit import test_kernels\n"
+        "test_kernels.drawn_without_memory(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(library)],
+        env={**os.environ, "LD_PRELOAD": str(refuse)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,  # a worker that is lost may be waited for without end
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "not enough memory for unet: use --memory stream, a smaller --size or --batch 1",
+        "True",
+    ]
 
 
 # Being without them.

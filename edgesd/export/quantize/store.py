@@ -19,6 +19,7 @@ from edgesd.export.calibrate import Calibration
 from edgesd.export.external_data import GRAPH_FILE, write_model
 from edgesd.export.passes.no_shapes import NoShapes
 from edgesd.export.passes.own_kernels import PARTS
+from edgesd.export.passes.pooled_attention import PooledAttention
 from edgesd.export.quantize import quantize
 from edgesd.export.quantize.assign import Choice
 from edgesd.export.quantize.layers import (
@@ -51,7 +52,8 @@ class LayerStore:
     """Quantizes layers of the fp32 graphs below `graphs`, each once; `folder` keeps them.
 
     nodes: see `find_nodes`. backend: whose graphs `quantized_model` makes. What is in `folder` from
-    an interrupted run is taken as it is: its name says what it depends on.
+    an interrupted run is taken as it is: its name says what it depends on. pooled: whether graphs
+    made from now on have pooled attention, where it can be.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class LayerStore:
         backend: str = ONNXRUNTIME,
     ) -> None:
         self.graphs, self.calibration, self.method = graphs, calibration, method
-        self.backend = backend
+        self.backend, self.pooled = backend, False
         self.layers = list(nodes)
         self._nodes = nodes
         self._summaries: dict[tuple[Layer, Scheme], Summary] = {}
@@ -96,7 +98,7 @@ class LayerStore:
 
     def quantized_model(self, component: str, choices: Mapping[Layer, Choice]) -> ir.Model:
         """A component's graph with its layers as chosen; one that isn't named stays fp32."""
-        model = _load(self.graphs, component)
+        model = self._model(component)
         layers, half = self._chosen(component, choices)
         lower_quantized(model, layers, half, self.timesteps(component), self.backend)
         NoShapes()(model)
@@ -107,12 +109,19 @@ class LayerStore:
     ) -> ir.Model | None:
         """The same for edgesd's own kernels; None where they have nothing to do. attention: in 8
         bits, too."""
-        model = _load(self.graphs, component)
+        model = self._model(component)
         layers, half = self._chosen(component, choices)
         parts = [part for part in PARTS if part != "attention" or attention]
         if not lower_to_kernels(model, layers, half, self.timesteps(component), parts):
             return None
         NoShapes()(model)
+        return model
+
+    def _model(self, component: str) -> ir.Model:
+        """The fp32 graph that layers are put into."""
+        model = _load(self.graphs, component)
+        if self.pooled:
+            PooledAttention()(model)
         return model
 
     def _chosen(
@@ -163,6 +172,11 @@ def find_nodes(graphs: Path, components: Iterable[str]) -> dict[Layer, ir.Node]:
         nodes = {node.name: node for node in model.graph}
         found.update({layer: nodes[layer.node] for layer in find_layers(component, model)})
     return found
+
+
+def can_pool(graphs: Path, component: str) -> bool:
+    """Whether a component's fp32 graph has self-attention that can be pooled."""
+    return PooledAttention()(_load(graphs, component))
 
 
 def _load(graphs: Path, component: str) -> ir.Model:
