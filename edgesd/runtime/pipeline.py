@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -26,10 +25,11 @@ from edgesd.runtime.closing import Closing
 from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
 from edgesd.runtime.memory import MemoryMode, available_bytes, give_back, peak_bytes, resident_bytes
 from edgesd.runtime.noise import BatchNoise
-from edgesd.runtime.runners import Runner
+from edgesd.runtime.runners import Runner, run_once
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
+from edgesd.runtime.tiles import TILE, Tile, draw_tail, draw_tiles
 from edgesd.runtime.tokenizer import Truncation, check_prompt, tokenizer_of
-from edgesd.spec import ComponentSpec, LayerRecipe, number_format, parse_scheme
+from edgesd.spec import ComponentSpec, Half, Halves, LayerRecipe, number_format, parse_scheme
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,8 +44,6 @@ _MAX_GUIDANCE = 1000
 _HEADROOM_BYTES = 64 << 20
 _ONNXRUNTIME_BYTES = 72 << 20
 _LIVE_TENSORS = 18
-_TILE = 32
-"""Side in latents of the tiles that a picture is decoded in."""
 
 
 @dataclass(frozen=True)
@@ -267,36 +265,58 @@ class Pipeline(Closing):
         """
         from PIL import Image
 
-        runner = self._load("vae_decoder")
         pictures = []
         for row in latents:  # one at a time: the decoder is what sets the memory peak
-            image = self._decoded(runner, row)
+            image = self._decoded(row)
             pixels = np.clip(image.transpose(1, 2, 0) * 127.5 + 127.5, 0, 255)
             pictures.append(Image.fromarray(pixels.round().astype(np.uint8)))
         self._release("vae_decoder")
         return pictures
 
-    def _decoded(self, runner: Runner, latents: Float) -> Float:
+    def _decoded(self, latents: Float) -> Float:
         """Latents [C, h, w] -> values [3, H, W] from -1 to 1; in tiles where weights are streamed,
-        if the decoder sees only so far. Margins are half of that: what lies beyond changes a value
-        by less than 1/255, and a margin of all would double the work and the memory."""
-        halo, scale = self.spec.latent.halo, self.spec.latent.scale_factor
-        _, height, width = latents.shape
-        if self.memory != "stream" or halo is None or not self.spec.shape.dynamic:
-            whole: Float = self._run(runner, {"latents": latents[None]})[0]
-            return whole
-        halo = -(-halo // 2)
-        picture = np.empty((3, height * scale, width * scale), np.float32)
-        for top, bottom, above, below in _tiles(height, halo):
-            for left, right, before, behind in _tiles(width, halo):
-                seen = latents[None, :, above:below, before:behind]
-                part = self._run(runner, {"latents": seen})[0]
-                y, x = (top - above) * scale, (left - before) * scale
-                rows, columns = (bottom - top) * scale, (right - left) * scale
-                picture[:, top * scale : bottom * scale, left * scale : right * scale] = part[
-                    :, y : y + rows, x : x + columns
-                ]
+        if the bundle's decoder can be run so."""
+        spec = self.spec.latent
+        halves = self._halves()
+        if halves is not None:
+            return self._decoded_in_halves(halves, latents)
+        runner = self._load("vae_decoder")
+
+        def decode(seen: Float, rows: Tile, columns: Tile) -> Float:
+            part: Float = self._run(runner, {"latents": seen})[0]
+            return part
+
+        if self.memory == "stream" and spec.halo is not None and self.spec.shape.dynamic:
+            # What lies beyond half of what the decoder sees changes a value by less than 1/255: a
+            # margin of all would double the work and the memory.
+            return draw_tiles(decode, latents, spec.scale_factor, TILE, -(-spec.halo // 2))
+        whole: Float = self._run(runner, {"latents": latents[None]})[0]
+        return whole
+
+    def _halves(self) -> Halves | None:
+        """Those that the decoder is run in; None where it is run as a whole."""
+        replaced = "vae_decoder" in self._runners
+        if self.memory != "stream" or replaced:
+            return None
+        return self.bundle.manifest.engines["vae_decoder"].halves
+
+    def _decoded_in_halves(self, halves: Halves, latents: Float) -> Float:
+        """See runtime.tiles. Only one half is in memory at a time."""
+        with self._open_half(halves.head) as head:
+            features = self._run(head, {"latents": latents[None]})[0]
+        give_back()
+        with self._open_half(halves.tail) as tail:
+            picture = draw_tail(tail, features, self.spec.latent.scale_factor)
+            self.timings.add(self.timings.run, "vae_decoder", tail.seconds)
+        give_back()
         return picture
+
+    def _open_half(self, half: Half) -> Runner:
+        start = time.perf_counter()
+        self._check_memory("vae_decoder")
+        runner = self._onnxruntime_runner("vae_decoder", half.spec, half)
+        self.timings.add(self.timings.load, "vae_decoder", time.perf_counter() - start)
+        return runner
 
     def replace(self, component: str, runner: Runner) -> None:
         """Draw with another runner for one component from now on; the one before is freed."""
@@ -348,12 +368,9 @@ class Pipeline(Closing):
     def _run(self, runner: Runner, inputs: dict[str, npt.NDArray[np.generic]]) -> Float:
         """Run one row through a component of one output; a copy of what comes out."""
         before = runner.seconds
-        runner.bind({name: array.shape for name, array in inputs.items()})
-        for name, array in inputs.items():
-            runner.inputs[name][:] = array
-        runner.run()
-        self.timings.add(self.timings.run, runner.spec.name, runner.seconds - before)
-        (output,) = runner.outputs.values()
+        (output,) = run_once(runner, inputs).values()
+        component = runner.spec.name.partition(".")[0]  # of a half: vae_decoder.head
+        self.timings.add(self.timings.run, component, runner.seconds - before)
         return np.array(output, np.float32)
 
     def _load(self, component: str) -> Runner:
@@ -380,18 +397,27 @@ class Pipeline(Closing):
                 "onnxruntime, tensorrt"
             )
         # Graphs for TensorRT are of standard operators, which ONNX Runtime has, too.
+        return self._onnxruntime_runner(component, spec, None)
+
+    def _onnxruntime_runner(self, component: str, spec: ComponentSpec, half: Half | None) -> Runner:
+        """A runner of one component, or of one of its halves, with edgesd's own kernels where they
+        can be used."""
         from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 
         threads, stream = self.settings.threads, self.memory == "stream"
         if self._own_kernels(component):
             kernels.keep_weights(self._weights_kept if stream else None)
-            graph = self.bundle.graph_file(component, kernels=True)
+            graph = self.bundle.graph_file(component, kernels=True, half=half)
             try:
-                return OnnxRuntimeRunner(spec, graph, threads, library=kernels.library())
+                return OnnxRuntimeRunner(
+                    spec, graph, threads, library=kernels.library(), small=half is not None
+                )
             except (BundleError, MissingDependencyError) as exc:
                 self.fallbacks[component] = f"{exc}: drawing without edgesd's own kernels"
-        graph = self.bundle.graph_file(component)
-        return OnnxRuntimeRunner(spec, graph, threads, weights_in_file=stream)
+        graph = self.bundle.graph_file(component, half=half)
+        return OnnxRuntimeRunner(
+            spec, graph, threads, weights_in_file=stream, small=half is not None
+        )
 
     def _own_kernels(self, component: str) -> bool:
         """Whether the component's graph for edgesd's own kernels is there and can run here."""
@@ -517,13 +543,6 @@ def _loaded_layer_bytes(layer: LayerRecipe) -> int:
     else:
         per_weight = 1 if scheme.activation_bits == 8 else 4
     return per_weight * math.prod(layer.shape) + 2 * layer.bytes
-
-
-def _tiles(size: int, halo: int) -> list[tuple[int, int, int, int]]:
-    """Tiles of `size` latents: begin and end, and the same with the margin decoded along."""
-    count = max(1, -(-size // _TILE))
-    edges = [size * index // count for index in range(count + 1)]
-    return [(a, b, max(0, a - halo), min(size, b + halo)) for a, b in pairwise(edges)]
 
 
 _T = TypeVar("_T")
