@@ -27,7 +27,14 @@ from edgesd.runtime.memory import MemoryMode, available_bytes, give_back, peak_b
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.runners import Runner, run_once
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
-from edgesd.runtime.tiles import TILE, Tile, draw_tail, draw_tiles
+from edgesd.runtime.tiles import (
+    TILE,
+    Tile,
+    decoder_bytes,
+    draw_tail,
+    draw_tiles,
+    tiled_decoder_bytes,
+)
 from edgesd.runtime.tokenizer import Truncation, check_prompt, tokenizer_of
 from edgesd.spec import ComponentSpec, Half, Halves, LayerRecipe, number_format, parse_scheme
 
@@ -129,7 +136,8 @@ class Pipeline(Closing):
         self._embeddings: dict[str, Float] = {}
         self._schedules: set[tuple[str | None, int | None]] = set()
         self._tokenizer = tokenizer_of(bundle)
-        self._weights_kept = 0  # bytes that stay mapped while weights are streamed
+        # Bytes of a component's weights that stay mapped while weights are streamed.
+        self._weights_kept: dict[str, int] = {}
         self.memory: MemoryMode = self.settings.memory or self._fitting_mode()
 
     def complete(self, request: Request) -> Request:
@@ -406,7 +414,8 @@ class Pipeline(Closing):
 
         threads, stream = self.settings.threads, self.memory == "stream"
         if self._own_kernels(component):
-            kernels.keep_weights(self._weights_kept if stream else None)
+            kept = self._weights_kept.get(component, self._weights_kept.get("unet", 0))
+            kernels.keep_weights(kept if stream else None)
             graph = self.bundle.graph_file(component, kernels=True, half=half)
             try:
                 return OnnxRuntimeRunner(
@@ -468,25 +477,57 @@ class Pipeline(Closing):
 
         Raises ResourceError when max_memory is too little for any.
         """
-        loaded = [self._loaded_bytes(component) for component in DRAWING]
+        loaded = {component: self._loaded_bytes(component) for component in DRAWING}
+        most, decoder = max(loaded.values()), loaded["vae_decoder"] + self._decoder_bytes()
         limit = self.settings.max_memory
         if limit is None:
             free = available_bytes()
-            if free is None or 2 * sum(loaded) <= free:
+            if free is None:
                 return "fast"
-            return "balanced" if max(loaded) + _HEADROOM_BYTES <= free else "stream"
-        room = limit - self._drawing_bytes()
-        if room < 0:
+            together = sum(loaded.values()) + max(sum(loaded.values()), self._decoder_bytes())
+            if together <= free:
+                return "fast"
+            return "balanced" if max(most, decoder) + _HEADROOM_BYTES <= free else "stream"
+        process = resident_bytes() + _ONNXRUNTIME_BYTES
+        drawing = self._drawing_bytes()
+        tiled = process + self._streamed_decoder_bytes()
+        if (least := max(drawing, tiled)) > limit:
             shape = self.spec.shape
             raise ResourceError(
-                f"{shape.width}x{shape.height} pixels need about {(limit - room) / 1e6:.0f} MB "
+                f"{shape.width}x{shape.height} pixels need about {least / 1e6:.0f} MB "
                 f"besides the weights, and --max-memory is {limit / 1e6:.0f} MB: allow more, or "
                 "build for a smaller --size"
             )
-        self._weights_kept = room
-        if sum(loaded) <= room:
+        self._weights_kept = {"vae_decoder": limit - tiled, "unet": limit - drawing}
+        together = sum(loaded.values()) + max(drawing, process + self._decoder_bytes())
+        if together <= limit:
             return "fast"
-        return "balanced" if max(loaded) <= room else "stream"
+        return "balanced" if max(most + drawing, process + decoder) <= limit else "stream"
+
+    def _decoder_bytes(self) -> int:
+        """Memory of the activations of a full autoencoder's decoder at the bundle's size, if it is
+        run as a whole; those of other decoders are less than the UNet's."""
+        levels, engine = self.spec.latent.levels, self.bundle.manifest.engines["vae_decoder"]
+        if levels is None or engine.backend != "onnxruntime":
+            return 0
+        return decoder_bytes(levels, *self._latent_size())
+
+    def _streamed_decoder_bytes(self) -> int:
+        """The same in halves, with their weights, where the bundle has them."""
+        levels, engine = self.spec.latent.levels, self.bundle.manifest.engines["vae_decoder"]
+        if levels is None or engine.halves is None:
+            return self._decoder_bytes()
+        # Mapped; those of 16 bits besides as they are computed with, and codes that become fp32.
+        copies = 1
+        if not self._own_kernels("vae_decoder") and engine.precision != "fp32":
+            copies = 3 if engine.precision == "fp16" else 5
+        weights = [copies * half.weight_bytes for half in (engine.halves.head, engine.halves.tail)]
+        return tiled_decoder_bytes(levels, *self._latent_size(), *weights)
+
+    def _latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents of the bundle's own size."""
+        shape, scale = self.spec.shape, self.spec.latent.scale_factor
+        return shape.height // scale, shape.width // scale
 
     def _drawing_bytes(self) -> int:
         """Memory that a picture of the bundle's size takes besides weights, about.
@@ -494,10 +535,10 @@ class Pipeline(Closing):
         The process and ONNX Runtime, the UNet's activations: `_LIVE_TENSORS` of its first block's
         at a time, and twice the largest layer, which passes through (docs/cpu.md).
         """
-        recipe, shape = self.bundle.manifest.recipe, self.spec.shape
+        recipe = self.bundle.manifest.recipe
         convs = [] if recipe is None else [la for la in recipe.layers if la.name == "conv_in"]
         channels = max((la.shape[0] for la in convs if la.component == "unet"), default=320)
-        latents = shape.height * shape.width // self.spec.latent.scale_factor**2
+        latents = math.prod(self._latent_size())
         layers = () if recipe is None else recipe.layers
         passing = max((layer.bytes for layer in layers if layer.kind != "embedding"), default=0)
         live = _LIVE_TENSORS * 4 * channels * latents

@@ -18,7 +18,7 @@ picture's mean and mean square from outside. They are found like this:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -34,20 +34,57 @@ Figures = npt.NDArray[np.float64]
 TILE = 32
 """Side in latents of AutoencoderTiny's tiles, without margins."""
 
-WINDOW, MARGIN = 24, 3
+WINDOW, MARGIN = 28, 3
 """Side in latents of a full autoencoder's tiles with their margins, and the margins: about half of
 what the tail sees, 7."""
 
-TOLERANCE = 0.02
+TOLERANCE = 0.01
 """How far, in standard deviations, figures may be from the picture's: RMS over all groups."""
 MAX_PASSES = 4
 """Times that a picture is drawn at most."""
+
+_LIVE_TENSORS = 5
+_LIVE_IN_HEAD = 8
+"""Tensors that are in memory at once, about: see `decoder_bytes`."""
 
 _PATCHES = 3
 """A mosaic has as many rows and columns of patches. Of 2 they miss too much of the picture, and of
 4 they consist of borders."""
 
 _EPSILON = 1e-6
+
+
+def decoder_bytes(levels: Sequence[int], height: int, width: int) -> int:
+    """Memory of the activations of a full autoencoder's decoder that is run as a whole, about.
+
+    levels: its channels, coarsest first (512, 512, 256, 128); each level but the first is twice as
+    large as the one before, and begins with the channels of that one. height, width: in latents.
+
+    The largest tensor is that behind an upsampling. At once there are a residual block's input, its
+    norm, what SiLU makes of that and the convolution's output, and as much as one more in buffers
+    that are kept for later: 5 x 4 bytes x channels x pixels (measured: docs/cpu.md).
+    """
+    sizes = [levels[max(0, level - 1)] << (2 * level) for level in range(len(levels))]
+    return _LIVE_TENSORS * 4 * max(sizes) * height * width
+
+
+def tiled_decoder_bytes(
+    levels: Sequence[int], height: int, width: int, head_weights: int, tail_weights: int
+) -> int:
+    """The same where it is run in halves, the second in tiles, with their weights.
+
+    levels, height, width: as in `decoder_bytes`. head_weights, tail_weights: bytes of each half's
+    weights in memory; only one half is there at a time.
+
+    Head: 8 tensors of the first level, of which attention has 5. Tail: activations of a tile of
+    WINDOW x WINDOW latents, however large the picture is; with it the head's features and the
+    picture, 4 bytes a value.
+    """
+    features = 4 * levels[0] * height * width
+    picture = 4 * 3 * (height * width << 2 * (len(levels) - 1))
+    tile = decoder_bytes(levels, min(height, WINDOW), min(width, WINDOW))
+    head = _LIVE_IN_HEAD * features + head_weights
+    return max(head, tile + features + picture + tail_weights)
 
 
 class Tile(NamedTuple):
@@ -72,14 +109,16 @@ def draw_tiles(
     scale: int,
     most: int,
     margin: int,
+    picture: Float | None = None,
 ) -> Float:
     """Latents (or features) [C, h, w] -> [3, h * scale, w * scale].
 
     decode: makes what a tile with its margins [1, C, ...] becomes [3, ...], margins included; it is
-    told which rows and columns those are.
+    told which rows and columns those are. picture: to draw over.
     """
     _, height, width = latents.shape
-    picture = np.empty((3, height * scale, width * scale), np.float32)
+    if picture is None:
+        picture = np.empty((3, height * scale, width * scale), np.float32)
     for rows in tiles_of(height, most, margin):
         for columns in tiles_of(width, most, margin):
             seen = latents[None, :, rows.first : rows.last, columns.first : columns.last]
@@ -101,11 +140,12 @@ def draw_tail(tail: Runner, features: Float, scale: int) -> Float:
         image, _ = _tail(tail, features[None], None, 1)
         return np.array(image, np.float32)
     mosaic = _mosaic(features)
+    picture = np.empty((3, height * scale, width * scale), np.float32)
     correction: Figures | None = None
     for _ in range(MAX_PASSES):
         _, own = _tail(tail, mosaic, correction, 1)
         taken = own if correction is None else own + correction
-        picture, found = _drawn(tail, features, taken, scale)
+        found = _draw(tail, features, taken, picture)
         if difference(taken, found) <= TOLERANCE:
             break
         correction = found - own
@@ -125,9 +165,10 @@ def _deviation(figures: Figures) -> Figures:
     return np.sqrt(variance)
 
 
-def _drawn(tail: Runner, features: Float, taken: Figures, scale: int) -> tuple[Float, Figures]:
-    """The picture drawn with the figures `taken`, and the figures of its inputs."""
+def _draw(tail: Runner, features: Float, taken: Figures, picture: Float) -> Figures:
+    """Draw `picture` with the figures `taken`; what they should have been."""
     _, height, width = features.shape
+    scale = picture.shape[1] // height
     found = np.zeros_like(taken)
 
     def decode(seen: Float, rows: Tile, columns: Tile) -> Float:
@@ -136,7 +177,8 @@ def _drawn(tail: Runner, features: Float, taken: Figures, scale: int) -> tuple[F
         found[:] += part * moments
         return image
 
-    return draw_tiles(decode, features, scale, WINDOW - 2 * MARGIN, MARGIN), found
+    draw_tiles(decode, features, scale, WINDOW - 2 * MARGIN, MARGIN, picture)
+    return found
 
 
 def _tail(
