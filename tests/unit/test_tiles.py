@@ -31,7 +31,7 @@ def test_tiles_cover_all_and_margins_stay_inside() -> None:
         Tile(48, 64, 45, 64),
     ]
     for size in range(1, 130):
-        found = tiles_of(size, 18, 3)
+        found = tiles_of(size, tiles.WINDOW - 2 * tiles.MARGIN, tiles.MARGIN)
         assert found[0].begin == 0 and found[-1].end == size
         assert all(a.end == b.begin for a, b in pairwise(found))
         assert all(tile.last - tile.first <= tiles.WINDOW for tile in found)
@@ -62,13 +62,25 @@ def test_figures_differ_by_means_and_deviations() -> None:
 def test_a_mosaic_is_of_patches_from_all_over() -> None:
     features = np.arange(100 * 20, dtype=np.float32).reshape(1, 100, 20)
     mosaic = tiles._mosaic(features)
-    assert mosaic.shape == (1, 1, 24, 20)
+    assert mosaic.shape == (1, 1, 27, 20)
     rows = (mosaic[0, 0, :, 0] / 20).astype(int).tolist()
-    assert rows == [*range(8), *range(46, 54), *range(92, 100)]
+    assert rows == [*range(9), *range(46, 55), *range(91, 100)]
 
 
-def component(**fields: Any) -> Any:
-    """An AutoencoderKL's decoder with random weights, to be exported."""
+def test_memory_of_a_decoder() -> None:
+    levels = (512, 512, 256, 128)
+    # 256 channels of 512x512 pixels, five times.
+    assert tiles.decoder_bytes(levels, 64, 64) == 5 * 4 * 256 * 512 * 512
+    tiled = tiles.tiled_decoder_bytes(levels, 64, 64, 100_000_000, 90_000_000)
+    of_a_tile = 5 * 4 * 256 * (8 * 28) ** 2
+    assert tiled == of_a_tile + 4 * 512 * 64 * 64 + 4 * 3 * 512 * 512 + 90_000_000
+    large = tiles.tiled_decoder_bytes(levels, 256, 256, 100_000_000, 90_000_000)
+    assert large == 8 * 4 * 512 * 256 * 256 + 100_000_000  # the head counts
+    assert tiles.decoder_bytes((64,), 10, 20) == 5 * 4 * 64 * 200
+
+
+def component(fixed: bool = False, **fields: Any) -> Any:
+    """An AutoencoderKL's decoder with random weights, to be exported. fixed: of one size."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     from edgesd.export.families import Component
@@ -85,8 +97,11 @@ def component(**fields: Any) -> Any:
     net = diffusers.AutoencoderKL(**{**options, **fields}).eval().requires_grad_(False)
     net.encoder = net.quant_conv = None
     module = VaeDecoder(net, LatentSpec(4, 8, 0.18215))
-    latents = TensorSpec("latents", "float32", ("batch", 4, "height", "width"))
-    image = TensorSpec("image", "float32", ("batch", 3, "height", "width"))
+    dims: Any = ("batch", "height", "width", "height", "width")
+    if fixed:
+        dims = (1, 8, 12, 64, 96)
+    latents = TensorSpec("latents", "float32", (dims[0], 4, *dims[1:3]))
+    image = TensorSpec("image", "float32", (dims[0], 3, *dims[3:]))
     spec = ComponentSpec("vae_decoder", (latents,), (image,))
     size = {"batch": 1, "height": 8, "width": 12}
     return Component(spec, lambda: module, {}, (size, {**size, "batch": 2}))
@@ -178,7 +193,7 @@ def test_halves_share_the_weights(decoder: Decoder) -> None:
     assert 0.8 * size < halves < 1.2 * size
 
 
-@pytest.mark.parametrize(("height", "width"), [(20, 24), (40, 25), (52, 70)])
+@pytest.mark.parametrize(("height", "width"), [(20, 28), (40, 25), (52, 70)])
 def test_tiles_are_the_whole(decoder: Decoder, height: int, width: int) -> None:
     given = latents(height, width, seed=1)
     whole = decoder.run(None, latents=given)["image"][0]
@@ -189,7 +204,7 @@ def test_tiles_are_the_whole(decoder: Decoder, height: int, width: int) -> None:
         picture = tiles.draw_tail(tail, features, 8)
     assert picture.shape == whole.shape == (3, 8 * height, 8 * width)
     decibels = -10 * np.log10(np.mean((picture - whole) ** 2) / 4)
-    assert decibels > 50
+    assert decibels > 45
 
 
 @pytest.mark.parametrize(
@@ -216,3 +231,11 @@ def test_what_can_not_be_split_is_left_alone(fields: dict[str, Any]) -> None:
     assert [node.name for node in model.graph] == before
     with pytest.raises(EdgesdError, match=r"sees the whole picture|no upsampling"):
         DecoderTail()(model)
+
+
+def test_graphs_of_one_size_are_left_alone() -> None:
+    from edgesd.export.passes.tiled_decoder import decoder_halves
+    from edgesd.export.to_onnx import graph_from_module
+
+    made = component(fixed=True)
+    assert decoder_halves(graph_from_module(made.load(), made, "ort-mha")) is None
