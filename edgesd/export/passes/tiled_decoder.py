@@ -13,7 +13,7 @@ is left sees a few features around.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,8 @@ from edgesd.spec import ComponentSpec, Half, Halves, TensorSpec
 FEATURES, STATISTICS, OWN, CORE, MOMENTS = "features", "statistics", "own", "core", "moments"
 COMPONENT = "vae_decoder"
 
-_LOCAL = {"BatchNormalization", "Resize", "Sigmoid", "Mul", "Add"}
-"""What, besides convolutions of step 1, sees no further than itself and its neighbours."""
+_LOCAL = {"Sigmoid", "Mul", "Add"}
+"""What sees no further than its own place."""
 
 
 class DecoderHead(Pass):
@@ -49,7 +49,7 @@ class DecoderHead(Pass):
         for value in model.graph.inputs:
             _one_row(value)
         model.graph.outputs[:] = [cut]
-        _remove_unused(model)
+        common.RemoveUnusedNodesPass()(model)
         model.graph.name = f"{model.graph.name}.head"
         return True
 
@@ -86,10 +86,11 @@ class DecoderTail(Pass):
         norms = [(node, norm) for node in behind if (norm := group_norm(node)) is not None]
         groups = norms[0][1].groups
         channels = (cut.shape or [None, None])[1]
-        features = _input(FEATURES, ir.DataType.FLOAT, [1, channels, "height", "width"])
-        statistics = _input(STATISTICS, ir.DataType.FLOAT, [len(norms), 2, groups])
-        own = _input(OWN, ir.DataType.FLOAT, [1])
-        core = _input(CORE, ir.DataType.INT64, [4])
+        features = _value(FEATURES, ir.DataType.FLOAT, [1, channels, "height", "width"])
+        shape = [len(norms), 2, groups]
+        statistics = _value(STATISTICS, ir.DataType.FLOAT, shape)
+        own = _value(OWN, ir.DataType.FLOAT, [1])
+        core = _value(CORE, ir.DataType.INT64, [4])
         ir.convenience.replace_all_uses_with(cut, features)
         model.graph.inputs[:] = [features, statistics, own, core]
         writer = _Statistics(model, statistics, own, core)
@@ -97,15 +98,12 @@ class DecoderTail(Pass):
         for index, (node, norm) in enumerate(norms):
             source = features if norm.source is cut else norm.source
             moments.append(writer.write(index, node, norm._replace(source=source), scales))
-        model.graph.append(
-            ir.node("Concat", moments, {"axis": 0}, outputs=[_input(MOMENTS, None, None)])
-        )
-        out = model.graph[-1].outputs[0]
-        out.type, out.shape = ir.TensorType(ir.DataType.FLOAT), statistics.shape
         for value in model.graph.outputs:
             _one_row(value)
+        out = _value(MOMENTS, ir.DataType.FLOAT, shape)
+        model.graph.append(ir.node("Concat", moments, {"axis": 0}, outputs=[out], name=MOMENTS))
         model.graph.outputs.append(out)
-        _remove_unused(model)
+        common.RemoveUnusedNodesPass()(model)
         model.graph.name = f"{model.graph.name}.tail"
         return True
 
@@ -274,15 +272,13 @@ def _cut(model: ir.Model) -> ir.Value:
 def _behind(cut: ir.Value) -> list[ir.Node]:
     """All nodes that depend on `cut`, in the graph's order."""
     found = {id(cut)}
-    producer = cut.producer()
     graph = next(iter(cut.uses())).node.graph
     assert graph is not None
-    nodes, begun = [], producer is None
+    nodes = []
     for node in graph:
-        if begun and any(id(value) in found for value in node.inputs):
+        if any(id(value) in found for value in node.inputs):
             found.update(id(out) for out in node.outputs)
             nodes.append(node)
-        begun = begun or node is producer
     return nodes
 
 
@@ -330,16 +326,8 @@ def _one_row(value: ir.Value) -> None:
         value.shape = ir.Shape([1, *value.shape.dims[1:]])
 
 
-def _input(name: str, dtype: ir.DataType | None, shape: list[Any] | None) -> ir.Value:
-    return ir.Value(
-        name=name,
-        type=None if dtype is None else ir.TensorType(dtype),
-        shape=None if shape is None else ir.Shape(shape),
-    )
-
-
-def _remove_unused(model: ir.Model) -> None:
-    common.RemoveUnusedNodesPass()(model)
+def _value(name: str, dtype: ir.DataType, shape: Iterable[Any]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
 def _spec(model: ir.Model) -> ComponentSpec:
