@@ -29,6 +29,7 @@ from edgesd.runtime.runners import Runner, run_once
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
 from edgesd.runtime.tiles import (
     TILE,
+    WINDOWS,
     Tile,
     decoder_bytes,
     draw_tail,
@@ -136,6 +137,7 @@ class Pipeline(Closing):
         self._embeddings: dict[str, Float] = {}
         self._schedules: set[tuple[str | None, int | None]] = set()
         self._tokenizer = tokenizer_of(bundle)
+        self._window = WINDOWS[0]
         # Bytes of a component's weights that stay mapped while weights are streamed.
         self._weights_kept: dict[str, int] = {}
         self.memory: MemoryMode = self.settings.memory or self._fitting_mode()
@@ -314,7 +316,8 @@ class Pipeline(Closing):
             features = self._run(head, {"latents": latents[None]})[0]
         give_back()
         with self._open_half(halves.tail) as tail:
-            picture = draw_tail(tail, features, self.spec.latent.scale_factor)
+            scale = self.spec.latent.scale_factor
+            picture = draw_tail(tail, features, scale, self._window)
             self.timings.add(self.timings.run, "vae_decoder", tail.seconds)
         give_back()
         return picture
@@ -490,7 +493,10 @@ class Pipeline(Closing):
             return "balanced" if max(most, decoder) + _HEADROOM_BYTES <= free else "stream"
         process = resident_bytes() + _ONNXRUNTIME_BYTES
         drawing = self._drawing_bytes()
-        tiled = process + self._streamed_decoder_bytes()
+        for self._window in WINDOWS:
+            tiled = process + self._streamed_decoder_bytes()
+            if tiled <= limit:
+                break
         if (least := max(drawing, tiled)) > limit:
             shape = self.spec.shape
             raise ResourceError(
@@ -513,7 +519,7 @@ class Pipeline(Closing):
         return decoder_bytes(levels, *self._latent_size())
 
     def _streamed_decoder_bytes(self) -> int:
-        """The same in halves, with their weights, where the bundle has them."""
+        """The same in halves, with their weights, where the bundle has them; tiles of _window."""
         levels, engine = self.spec.latent.levels, self.bundle.manifest.engines["vae_decoder"]
         if levels is None or engine.halves is None:
             return self._decoder_bytes()
@@ -521,8 +527,11 @@ class Pipeline(Closing):
         copies = 1
         if not self._own_kernels("vae_decoder") and engine.precision != "fp32":
             copies = 3 if engine.precision == "fp16" else 5
-        weights = [copies * half.weight_bytes for half in (engine.halves.head, engine.halves.tail)]
-        return tiled_decoder_bytes(levels, *self._latent_size(), *weights)
+        head, tail = (
+            copies * half.weight_bytes for half in (engine.halves.head, engine.halves.tail)
+        )
+        height, width = self._latent_size()
+        return tiled_decoder_bytes(levels, height, width, head, tail, self._window)
 
     def _latent_size(self) -> tuple[int, int]:
         """Height and width of the latents of the bundle's own size."""

@@ -34,16 +34,16 @@ Figures = npt.NDArray[np.float64]
 TILE = 32
 """Side in latents of AutoencoderTiny's tiles, without margins."""
 
-WINDOW, MARGIN = 28, 3
-"""Side in latents of a full autoencoder's tiles with their margins, and the margins: about half of
-what the tail sees, 7."""
+WINDOWS, MARGIN = (28, 22), 3
+"""Sides in latents of a full autoencoder's tiles with their margins, the smaller where memory is
+short; and the margins: about half of what the tail sees, 7."""
 
 TOLERANCE = 0.01
 """How far, in standard deviations, figures may be from the picture's: RMS over all groups."""
 MAX_PASSES = 4
 """Times that a picture is drawn at most."""
 
-_LIVE_TENSORS = 5
+_LIVE_TENSORS = 4
 _LIVE_IN_HEAD = 8
 """Tensors that are in memory at once, about: see `decoder_bytes`."""
 
@@ -60,29 +60,35 @@ def decoder_bytes(levels: Sequence[int], height: int, width: int) -> int:
     levels: its channels, coarsest first (512, 512, 256, 128); each level but the first is twice as
     large as the one before, and begins with the channels of that one. height, width: in latents.
 
-    The largest tensor is that behind an upsampling. At once there are a residual block's input, its
-    norm, what SiLU makes of that and the convolution's output, and as much as one more in buffers
-    that are kept for later: 5 x 4 bytes x channels x pixels (measured: docs/cpu.md).
+    The largest tensor is that behind the last upsampling, with the channels of the level before. At
+    once there are a residual block's input, its norm, what SiLU makes of that, and a fourth: the
+    convolution's output, or buffers that are kept for later. 4 x 4 bytes x channels x pixels:
+    measured are 3.4 to 3.8 (docs/cpu.md).
     """
     sizes = [levels[max(0, level - 1)] << (2 * level) for level in range(len(levels))]
     return _LIVE_TENSORS * 4 * max(sizes) * height * width
 
 
 def tiled_decoder_bytes(
-    levels: Sequence[int], height: int, width: int, head_weights: int, tail_weights: int
+    levels: Sequence[int],
+    height: int,
+    width: int,
+    head_weights: int,
+    tail_weights: int,
+    window: int = WINDOWS[0],
 ) -> int:
     """The same where it is run in halves, the second in tiles, with their weights.
 
     levels, height, width: as in `decoder_bytes`. head_weights, tail_weights: bytes of each half's
-    weights in memory; only one half is there at a time.
+    weights in memory; only one half is there at a time. window: side of a tile in latents.
 
     Head: 8 tensors of the first level, of which attention has 5. Tail: activations of a tile of
-    WINDOW x WINDOW latents, however large the picture is; with it the head's features and the
+    window x window latents, however large the picture is; with it the head's features and the
     picture, 4 bytes a value.
     """
     features = 4 * levels[0] * height * width
     picture = 4 * 3 * (height * width << 2 * (len(levels) - 1))
-    tile = decoder_bytes(levels, min(height, WINDOW), min(width, WINDOW))
+    tile = decoder_bytes(levels, min(height, window), min(width, window))
     head = _LIVE_IN_HEAD * features + head_weights
     return max(head, tile + features + picture + tail_weights)
 
@@ -133,19 +139,20 @@ def draw_tiles(
     return picture
 
 
-def draw_tail(tail: Runner, features: Float, scale: int) -> Float:
-    """Features [C, h, w] of a decoder's head -> values [3, H, W], by its tail. See the module."""
+def draw_tail(tail: Runner, features: Float, scale: int, window: int = WINDOWS[0]) -> Float:
+    """Features [C, h, w] of a decoder's head -> values [3, H, W], by its tail, of which no tile is
+    larger than window x window. See the module."""
     _, height, width = features.shape
-    if height <= WINDOW and width <= WINDOW:
+    if height <= window and width <= window:
         image, _ = _tail(tail, features[None], None, 1)
         return np.array(image, np.float32)
-    mosaic = _mosaic(features)
+    mosaic = _mosaic(features, window)
     picture = np.empty((3, height * scale, width * scale), np.float32)
     correction: Figures | None = None
     for _ in range(MAX_PASSES):
         _, own = _tail(tail, mosaic, correction, 1)
         taken = own if correction is None else own + correction
-        found = _draw(tail, features, taken, picture)
+        found = _draw(tail, features, taken, picture, window)
         if difference(taken, found) <= TOLERANCE:
             break
         correction = found - own
@@ -165,7 +172,7 @@ def _deviation(figures: Figures) -> Figures:
     return np.sqrt(variance)
 
 
-def _draw(tail: Runner, features: Float, taken: Figures, picture: Float) -> Figures:
+def _draw(tail: Runner, features: Float, taken: Figures, picture: Float, window: int) -> Figures:
     """Draw `picture` with the figures `taken`; what they should have been."""
     _, height, width = features.shape
     scale = picture.shape[1] // height
@@ -177,7 +184,7 @@ def _draw(tail: Runner, features: Float, taken: Figures, picture: Float) -> Figu
         found[:] += part * moments
         return image
 
-    draw_tiles(decode, features, scale, WINDOW - 2 * MARGIN, MARGIN, picture)
+    draw_tiles(decode, features, scale, window - 2 * MARGIN, MARGIN, picture)
     return found
 
 
@@ -216,18 +223,18 @@ def _tail(
     return image, out["moments"].astype(np.float64)
 
 
-def _mosaic(features: Float) -> Float:
+def _mosaic(features: Float, window: int) -> Float:
     """Patches from all over the features [C, h, w], side by side [1, C, h', w']."""
     _, height, width = features.shape
-    rows, columns = (_places(size) for size in (height, width))
+    rows, columns = (_places(size, window) for size in (height, width))
     return features[None, :, rows[:, None], columns]
 
 
-def _places(size: int) -> npt.NDArray[np.int64]:
+def _places(size: int, window: int) -> npt.NDArray[np.int64]:
     """Which of `size` rows are in the mosaic: all, or patches at equal distances."""
-    if size <= WINDOW:
+    if size <= window:
         return np.arange(size)
-    patch = WINDOW // _PATCHES
+    patch = window // _PATCHES
     begins = np.linspace(0, size - patch, _PATCHES).round().astype(np.int64)
     places: npt.NDArray[np.int64] = (begins[:, None] + np.arange(patch)).reshape(-1)
     return places

@@ -31,10 +31,10 @@ def test_tiles_cover_all_and_margins_stay_inside() -> None:
         Tile(48, 64, 45, 64),
     ]
     for size in range(1, 130):
-        found = tiles_of(size, tiles.WINDOW - 2 * tiles.MARGIN, tiles.MARGIN)
+        found = tiles_of(size, tiles.WINDOWS[1] - 2 * tiles.MARGIN, tiles.MARGIN)
         assert found[0].begin == 0 and found[-1].end == size
         assert all(a.end == b.begin for a, b in pairwise(found))
-        assert all(tile.last - tile.first <= tiles.WINDOW for tile in found)
+        assert all(tile.last - tile.first <= tiles.WINDOWS[1] for tile in found)
 
 
 def test_tiles_of_what_sees_no_further_are_the_whole() -> None:
@@ -61,7 +61,7 @@ def test_figures_differ_by_means_and_deviations() -> None:
 
 def test_a_mosaic_is_of_patches_from_all_over() -> None:
     features = np.arange(100 * 20, dtype=np.float32).reshape(1, 100, 20)
-    mosaic = tiles._mosaic(features)
+    mosaic = tiles._mosaic(features, 28)
     assert mosaic.shape == (1, 1, 27, 20)
     rows = (mosaic[0, 0, :, 0] / 20).astype(int).tolist()
     assert rows == [*range(9), *range(46, 55), *range(91, 100)]
@@ -69,14 +69,15 @@ def test_a_mosaic_is_of_patches_from_all_over() -> None:
 
 def test_memory_of_a_decoder() -> None:
     levels = (512, 512, 256, 128)
-    # 256 channels of 512x512 pixels, five times.
-    assert tiles.decoder_bytes(levels, 64, 64) == 5 * 4 * 256 * 512 * 512
+    # 256 channels of 512x512 pixels, four times.
+    assert tiles.decoder_bytes(levels, 64, 64) == 4 * 4 * 256 * 512 * 512
     tiled = tiles.tiled_decoder_bytes(levels, 64, 64, 100_000_000, 90_000_000)
-    of_a_tile = 5 * 4 * 256 * (8 * 28) ** 2
+    of_a_tile = 4 * 4 * 256 * (8 * 28) ** 2
     assert tiled == of_a_tile + 4 * 512 * 64 * 64 + 4 * 3 * 512 * 512 + 90_000_000
+    assert tiles.tiled_decoder_bytes(levels, 64, 64, 0, 0, 22) < tiled - 4 * 4 * 256 * 64 * 290
     large = tiles.tiled_decoder_bytes(levels, 256, 256, 100_000_000, 90_000_000)
     assert large == 8 * 4 * 512 * 256 * 256 + 100_000_000  # the head counts
-    assert tiles.decoder_bytes((64,), 10, 20) == 5 * 4 * 64 * 200
+    assert tiles.decoder_bytes((64,), 10, 20) == 4 * 4 * 64 * 200
 
 
 def component(fixed: bool = False, **fields: Any) -> Any:
@@ -193,15 +194,17 @@ def test_halves_share_the_weights(decoder: Decoder) -> None:
     assert 0.8 * size < halves < 1.2 * size
 
 
-@pytest.mark.parametrize(("height", "width"), [(20, 28), (40, 25), (52, 70)])
-def test_tiles_are_the_whole(decoder: Decoder, height: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("height", "width", "window"), [(20, 28, 28), (40, 25, 28), (52, 70, 28), (52, 30, 22)]
+)
+def test_tiles_are_the_whole(decoder: Decoder, height: int, width: int, window: int) -> None:
     given = latents(height, width, seed=1)
     whole = decoder.run(None, latents=given)["image"][0]
     features = decoder.features(given)[0]
     path = decoder.root / decoder.halves.tail.path
     graph = GraphFile(path.read_bytes(), decoder.folder)
     with OnnxRuntimeRunner(decoder.halves.tail.spec, graph, 1, small=True) as tail:
-        picture = tiles.draw_tail(tail, features, 8)
+        picture = tiles.draw_tail(tail, features, 8, window)
     assert picture.shape == whole.shape == (3, 8 * height, 8 * width)
     decibels = -10 * np.log10(np.mean((picture - whole) ** 2) / 4)
     assert decibels > 45
