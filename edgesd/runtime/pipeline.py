@@ -511,12 +511,14 @@ class Pipeline(Closing):
         return "balanced" if max(most + drawing, process + decoder) <= limit else "stream"
 
     def _decoder_bytes(self) -> int:
-        """Memory of the activations of a full autoencoder's decoder at the bundle's size, if it is
-        run as a whole; those of other decoders are less than the UNet's."""
+        """Memory that a full autoencoder's decoder takes besides its weights at the bundle's size,
+        if it is run as a whole; other decoders take less than the UNet."""
         levels, engine = self.spec.latent.levels, self.bundle.manifest.engines["vae_decoder"]
         if levels is None or engine.backend != "onnxruntime":
             return 0
-        return decoder_bytes(levels, *self._latent_size())
+        # ONNX Runtime copies weights of convolutions into the layout that is fastest.
+        copied = 0 if self._own_kernels("vae_decoder") else self._loaded_bytes("vae_decoder")
+        return decoder_bytes(levels, *self._latent_size()) + copied
 
     def _streamed_decoder_bytes(self) -> int:
         """The same in halves, with their weights, where the bundle has them; tiles of _window."""

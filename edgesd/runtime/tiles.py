@@ -63,7 +63,7 @@ def decoder_bytes(levels: Sequence[int], height: int, width: int) -> int:
     The largest tensor is that behind the last upsampling, with the channels of the level before. At
     once there are a residual block's input, its norm, what SiLU makes of that, and a fourth: the
     convolution's output, or buffers that are kept for later. 4 x 4 bytes x channels x pixels:
-    measured are 3.4 to 3.8 (docs/cpu.md).
+    measured are 3.4 to 4.0 (docs/cpu.md).
     """
     sizes = [levels[max(0, level - 1)] << (2 * level) for level in range(len(levels))]
     return _LIVE_TENSORS * 4 * max(sizes) * height * width
