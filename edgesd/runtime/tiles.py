@@ -44,7 +44,7 @@ MAX_PASSES = 4
 """Times that a picture is drawn at most."""
 
 _LIVE_TENSORS = 4
-_LIVE_IN_HEAD = 8
+_LIVE_IN_HEAD = 10
 """Tensors that are in memory at once, about: see `decoder_bytes`."""
 
 _PATCHES = 3
@@ -82,7 +82,8 @@ def tiled_decoder_bytes(
     levels, height, width: as in `decoder_bytes`. head_weights, tail_weights: bytes of each half's
     weights in memory; only one half is there at a time. window: side of a tile in latents.
 
-    Head: 8 tensors of the first level, of which attention has 5. Tail: activations of a tile of
+    Head: 10 tensors of the first level: attention has 5 at once, and features are copied on their
+    way out. Tail: activations of a tile of
     window x window latents, however large the picture is; with it the head's features and the
     picture, 4 bytes a value.
     """
