@@ -83,9 +83,8 @@ def tiled_decoder_bytes(
     weights in memory; only one half is there at a time. window: side of a tile in latents.
 
     Head: 10 tensors of the first level: attention has 5 at once, and features are copied on their
-    way out. Tail: activations of a tile of
-    window x window latents, however large the picture is; with it the head's features and the
-    picture, 4 bytes a value.
+    way out. Tail: activations of a tile of window x window latents, however large the picture is;
+    with it the head's features and the picture, 4 bytes a value.
     """
     features = 4 * levels[0] * height * width
     picture = 4 * 3 * (height * width << 2 * (len(levels) - 1))
