@@ -219,7 +219,7 @@ def _make_openvino_onnx(folder: Path, model: Model, out: Path) -> None:
 
 def _make_quantized(folder: Path, model: Model, out: Path, precision: str) -> None:
     from edgesd.export.backends import lower_quantized, lower_to_kernels
-    from edgesd.export.external_data import write_model
+    from edgesd.export.external_data import KERNELS_FILE, write_model
     from edgesd.export.passes.no_shapes import NoShapes
 
     plain, layers = rounded(folder, precision)
@@ -228,7 +228,7 @@ def _make_quantized(folder: Path, model: Model, out: Path, precision: str) -> No
     lower_to_kernels(own, layers, set(), None)
     for graph in (plain, own):
         NoShapes()(graph)
-    write_model(plain, out, own)
+    write_model(plain, out, {KERNELS_FILE: own})
 
 
 def rounded(folder: Path, precision: str, layers: Any = None) -> tuple[Any, Any]:

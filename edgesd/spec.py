@@ -19,7 +19,7 @@ SCHEMA_VERSION = 6
 2: `recipe` and `quality`, both optional; a file of version 1 is read as one without them. 3: the
 same for an engine's `checked`. 4: an engine's `plan`, and `built_for`, which was never set;
 `prompter`. 5: an engine's `kernels`, the latents'
-`halo`. 6: a recipe's `pooled_attention`.
+`halo`. 6: an engine's `halves`, the latents' `levels`, a recipe's `pooled_attention`.
 """
 
 Precision = str
@@ -151,6 +151,8 @@ class LatentSpec(Spec, frozen=True):
 
     latents = (encoded - shift_factor) * scaling_factor, as in diffusers' AutoencoderKL. halo: how
     far off, in latent pixels, a latent still changes a pixel; None where every one changes all.
+    levels: channels of a full autoencoder's decoder, coarsest level first; None for others, and in
+    bundles of a schema before 6.
     """
 
     channels: int
@@ -158,6 +160,7 @@ class LatentSpec(Spec, frozen=True):
     scaling_factor: float
     shift_factor: float = 0.0
     halo: int | None = None
+    levels: tuple[int, ...] | None = None
 
 
 class ShapeSpec(Spec, frozen=True):
@@ -288,10 +291,34 @@ class Quality(Spec, frozen=True):
     min_psnr: float | None = None
 
 
+class Half(Spec, frozen=True):
+    """A graph of a part of a component, beside the whole one and with the same weights.
+
+    kernels: the same for edgesd's own kernels. weight_bytes: of its weights in their file. spec:
+    its inputs and outputs.
+    """
+
+    path: str
+    spec: ComponentSpec
+    weight_bytes: int
+    kernels: str | None = None
+
+
+class Halves(Spec, frozen=True):
+    """A full autoencoder's decoder in two graphs, of which the second can be run in tiles.
+
+    head: latents -> features. tail: features, and statistics of its group normalizations, to the
+    image (export/passes/tiled_decoder.py, runtime/tiles.py).
+    """
+
+    head: Half
+    tail: Half
+
+
 class Graph(Spec, frozen=True):
     """A component as an ONNX file. Paths are relative to the folder that holds it.
 
-    kernels: the same for edgesd's own kernels, with the same weights.
+    kernels: the same for edgesd's own kernels, with the same weights. halves: see Halves.
     """
 
     component: str
@@ -299,6 +326,7 @@ class Graph(Spec, frozen=True):
     precision: Precision
     parity: Parity
     kernels: str | None = None
+    halves: Halves | None = None
 
 
 class GraphSet(Spec, frozen=True):
@@ -454,7 +482,8 @@ class Engine(Spec, frozen=True):
     plan: the bundle's file of a plan that was built beforehand, for the one environment `built_for`
     (both or neither). checked: what a compiler made of the graph where it was built, which says
     nothing of the board: "built for sm_86 by ...". kernels: the same graph for edgesd's own kernels
-    (runtime/kernels.py), taken where they can be used; it refers to the same weights.
+    (runtime/kernels.py), taken where they can be used; it refers to the same weights. halves: see
+    Halves.
     """
 
     component: str
@@ -466,6 +495,7 @@ class Engine(Spec, frozen=True):
     plan: str | None = None
     checked: str | None = None
     kernels: str | None = None
+    halves: Halves | None = None
 
 
 class FileEntry(Spec, frozen=True):

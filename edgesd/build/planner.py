@@ -27,8 +27,9 @@ from edgesd.export.work_on_cpu import lowered
 from edgesd.export.workload import Workload, trace
 from edgesd.runtime.kernels import ONLY_4_BITS
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
-from edgesd.runtime.pipeline import DRAWING, tiles
+from edgesd.runtime.pipeline import DRAWING
 from edgesd.runtime.rates import Speed
+from edgesd.runtime.tiles import TILE, tiles_of
 from edgesd.spec import Precision, Rates, Spec, Target, number_format, parse_scheme
 
 PROCESS_BYTES = 76 << 20
@@ -282,8 +283,10 @@ class _Planner:
         halo = self.whole.pipeline.latent.halo
         if component.name == "vae_decoder" and mode == "stream" and halo is not None:
             margin = -(-halo // 2)
-            tall = [below - above for _, _, above, below in tiles(height, margin)]
-            wide = [behind - before for _, _, before, behind in tiles(width, margin)]
+            tall, wide = (
+                [tile.last - tile.first for tile in tiles_of(size, TILE, margin)]
+                for size in (height, width)
+            )
             return [(h, w, 1) for h in tall for w in wide], 1
         return [(height, width, 1)], rows if component.name == "text_encoder" else 1
 

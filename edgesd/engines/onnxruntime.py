@@ -16,4 +16,5 @@ def engine_from_graph(graph: Graph) -> Engine:
         precision=graph.precision,
         parity=graph.parity,
         kernels=graph.kernels,
+        halves=graph.halves,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +14,9 @@ from edgesd.files import atomic_write
 GRAPH_FILE = "model.onnx"
 KERNELS_FILE = "kernels.onnx"
 """The same component's graph for edgesd's own kernels."""
+HALF_FILES = ("head.onnx", "tail.onnx")
+"""Its halves (passes/tiled_decoder.py)."""
+KERNELS_HALF_FILES = ("head-kernels.onnx", "tail-kernels.onnx")
 WEIGHTS_FILE = "weights.bin"
 
 EXTERNAL_BYTES = 1024
@@ -21,17 +25,19 @@ EXTERNAL_BYTES = 1024
 _PAGE, _PAGE_FROM, _LINE = 4096, 65536, 64
 
 
-def write_model(model: ir.Model, folder: Path, kernels: ir.Model | None = None) -> None:
+def write_model(
+    model: ir.Model, folder: Path, others: Mapping[str, ir.Model] | None = None
+) -> None:
     """Write folder/model.onnx and folder/weights.bin, each whole or not at all.
 
-    kernels: also folder/kernels.onnx; weights that both have are in the file once.
+    others: file name -> further graphs; weights that several have are in the file once.
 
     Tensors of 64 KiB and more begin at multiples of 4096 bytes, others at multiples of 64. They
     are written one by one, and afterwards `model` refers to the file: memory that only it held is
     free. Only initializers of the main graph are external, by plain entries: location, offset,
     length. Raises ResourceError when the disk is full, InputError when `folder` can't be written.
     """
-    models = {GRAPH_FILE: model} if kernels is None else {GRAPH_FILE: model, KERNELS_FILE: kernels}
+    models = {GRAPH_FILE: model, **(others or {})}
     places: dict[bytes, int] = {}
     with atomic_write(folder / WEIGHTS_FILE) as file:
         for each in models.values():
@@ -42,6 +48,12 @@ def write_model(model: ir.Model, folder: Path, kernels: ir.Model | None = None) 
     for name, each in models.items():
         with atomic_write(folder / name) as file:
             file.write(ir.serde.serialize_model(each).SerializeToString())
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of a graph's weights, as `write_model` writes them."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _append(

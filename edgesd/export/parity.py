@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from edgesd.errors import ParityError
 from edgesd.export.families import Component, Sizes
 from edgesd.export.quiet import first_line
 from edgesd.runtime.runners.onnxruntime import session_options
-from edgesd.spec import Parity, Precision, TensorSpec
+from edgesd.spec import Halves, Parity, Precision, TensorSpec
 
 Array = npt.NDArray[Any]
 Case = tuple[dict[str, Array], tuple[Array, ...]]
@@ -73,13 +73,63 @@ def check_parity(
     Raises ParityError, naming component, figure and tolerance, when the graph doesn't load or run,
     when an output isn't finite, or when it is further away than the tolerance.
     """
+    names = [tensor.name for tensor in component.spec.outputs]
+
+    def load() -> Callable[[dict[str, Array]], Sequence[Array]]:
+        session = _session(graph, library)
+        return lambda inputs: session.run(names, inputs)
+
+    return _check(load, component, cases, precision)
+
+
+def check_halves(
+    root: Path,
+    halves: Halves,
+    component: Component,
+    cases: Sequence[Case],
+    precision: Precision,
+    library: Path | None = None,
+) -> Parity:
+    """The same for the halves of a decoder below the folder `root`, one after the other, each
+    picture in one tile. library: takes their graphs for edgesd's own kernels."""
+    files = [
+        root / (half.kernels if library and half.kernels else half.path)
+        for half in (halves.head, halves.tail)
+    ]
+    statistics = next(t for t in halves.tail.spec.inputs if t.name == "statistics")
+    none = np.zeros([int(dim) for dim in statistics.shape], statistics.dtype)
+
+    def load() -> Callable[[dict[str, Array]], Sequence[Array]]:
+        head, tail = (_session(file, library) for file in files)
+
+        def run(inputs: dict[str, Array]) -> Sequence[Array]:
+            pictures = []
+            for row in inputs["latents"]:
+                features = head.run(None, {"latents": row[None]})[0]
+                core = np.array([0, 0, *features.shape[2:]])
+                fed = {"features": features, "statistics": none, "core": core}
+                pictures.append(tail.run(None, {**fed, "own": np.ones(1, np.float32)})[0])
+            return [np.concatenate(pictures)]
+
+        return run
+
+    return _check(load, component, cases, precision)
+
+
+def _check(
+    load: Callable[[], Callable[[dict[str, Array]], Sequence[Array]]],
+    component: Component,
+    cases: Sequence[Case],
+    precision: Precision,
+) -> Parity:
+    """load: gives what makes outputs of inputs."""
     tolerance = TOLERANCE.get(precision, QUANTIZED_TOLERANCE)
     names = [tensor.name for tensor in component.spec.outputs]
     max_abs, rel_rms = 0.0, 0.0
     try:
-        session = _session(graph, library)
+        run = load()
         for inputs, wanted in cases:
-            found = session.run(names, inputs)
+            found = run(inputs)
             for name, ours, source in zip(names, found, wanted, strict=True):
                 if ours.shape != source.shape:
                     raise ParityError(

@@ -16,7 +16,7 @@ from edgesd.errors import InputError, MissingDependencyError
 from edgesd.export.families import Component, Plan
 from edgesd.export.source import ModelSource
 from edgesd.files import atomic_dir, disk_errors
-from edgesd.spec import Graph, GraphSet, Precision
+from edgesd.spec import Graph, GraphSet, Halves, Precision
 
 if TYPE_CHECKING:
     from edgesd.export.parity import Case
@@ -113,14 +113,16 @@ def _export(
     report: Progress,
 ) -> Graph:
     from edgesd.export.external_data import GRAPH_FILE
-    from edgesd.export.parity import check_parity
+    from edgesd.export.parity import check_halves, check_parity
 
     start = time.perf_counter()
-    cases = _write_graph(component, root / component.name, precision, backend, report)
+    cases, halves = _write_graph(component, root / component.name, precision, backend, report)
     gc.collect()  # the module is in reference cycles: free it before the graph is loaded
     report("check", component.name)
     path = f"{component.name}/{GRAPH_FILE}"
     parity = check_parity(root / path, component, cases, precision)
+    if halves is not None:
+        check_halves(root, halves, component, cases, precision)
     _log.info(
         "%s: %.1f s, relative RMS %.1e, peak memory of the process %d MB",
         component.name,
@@ -128,7 +130,7 @@ def _export(
         parity.rel_rms,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
     )
-    return Graph(component.name, path, precision, parity)
+    return Graph(component.name, path, precision, parity, halves=halves)
 
 
 def _write_graph(
@@ -137,11 +139,13 @@ def _write_graph(
     precision: Precision,
     backend: str,
     report: Progress,
-) -> list[Case]:
-    """Write one component; returns what its source computes, taken before it was changed."""
-    from edgesd.export.backends import lower
-    from edgesd.export.external_data import write_model
+) -> tuple[list[Case], Halves | None]:
+    """Write one component; returns what its source computes, taken before it was changed, and the
+    halves of a decoder that has them."""
+    from edgesd.export.backends import ONNXRUNTIME, lower
+    from edgesd.export.external_data import HALF_FILES, write_model
     from edgesd.export.parity import reference_cases
+    from edgesd.export.passes.tiled_decoder import COMPONENT, decoder_halves, describe_halves
     from edgesd.export.to_onnx import graph_from_module
 
     report("load", component.name)
@@ -149,9 +153,13 @@ def _write_graph(
     cases = reference_cases(module, component)
     report("export", component.name)
     model = graph_from_module(module, component, "ort-mha")
-    lower(model, precision, backend)
-    write_model(model, folder)
-    return cases
+    splits = component.name == COMPONENT and backend == ONNXRUNTIME
+    parts = (decoder_halves(model) if splits else None) or ()
+    for each in (model, *parts):
+        lower(each, precision, backend)
+    halves = describe_halves(component.name, parts, HALF_FILES) if parts else None
+    write_model(model, folder, dict(zip(HALF_FILES, parts, strict=False)))
+    return cases, halves
 
 
 def _copy_licence(source: ModelSource, root: Path) -> list[str]:

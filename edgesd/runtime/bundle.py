@@ -23,7 +23,7 @@ import msgspec
 
 from edgesd.errors import BundleError
 from edgesd.runtime.onnx_wire import relocate_external_data
-from edgesd.spec import SCHEMA_VERSION, BundleManifest, Engine
+from edgesd.spec import SCHEMA_VERSION, BundleManifest, Engine, Half
 
 MANIFEST = "bundle.json"
 CHECKSUM = "bundle.sha256"
@@ -230,16 +230,20 @@ class Bundle:
         files = self.engine_files(self.manifest.engines[component])
         return sum(self.manifest.files[name].bytes for name in files)
 
-    def graph_file(self, component: str, kernels: bool = False) -> GraphFile:
+    def graph_file(
+        self, component: str, kernels: bool = False, half: Half | None = None
+    ) -> GraphFile:
         """Verify one component's files and return what an ONNX session loads.
 
-        kernels: its graph for edgesd's own kernels, which the engine must have.
+        kernels: its graph for edgesd's own kernels, where the engine has one. half: of its halves,
+        the graph of this one.
 
         In the one-file form the references to the weights are moved into that file, so that they
         are memory-mapped there. Raises BundleError if a file was altered.
         """
         engine = self.manifest.engines[component]
-        path = engine.kernels if kernels and engine.kernels else engine.path
+        graphs = half or engine
+        path = graphs.kernels if kernels and graphs.kernels else graphs.path
         model = self.read(path)
         self.verify(self.engine_files(engine))
         folder = PurePosixPath(path).parent
@@ -353,11 +357,16 @@ def _decode(path: Path, raw: bytes) -> BundleManifest:
     for engine in manifest.engines.values():
         if engine.path not in manifest.files or "/" not in engine.path:
             raise BundleError(f"{path}: {MANIFEST} doesn't list {engine.path}")
-        if engine.kernels is not None and (
-            engine.kernels not in manifest.files
-            or PurePosixPath(engine.kernels).parent != PurePosixPath(engine.path).parent
+        halves = (engine.halves.head, engine.halves.tail) if engine.halves else ()
+        for beside in (
+            engine.kernels,
+            *(name for half in halves for name in (half.path, half.kernels)),
         ):
-            raise BundleError(f"{path}: {MANIFEST} doesn't list {engine.kernels}")
+            if beside is not None and (
+                beside not in manifest.files
+                or PurePosixPath(beside).parent != PurePosixPath(engine.path).parent
+            ):
+                raise BundleError(f"{path}: {MANIFEST} doesn't list {beside}")
         if (engine.plan is None) != (engine.built_for is None):
             raise BundleError(f"{path}: {MANIFEST} doesn't say what {engine.plan} was built for")
         if engine.plan is not None and engine.plan not in manifest.files:

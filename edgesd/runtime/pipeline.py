@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -26,10 +25,19 @@ from edgesd.runtime.closing import Closing
 from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
 from edgesd.runtime.memory import MemoryMode, available_bytes, give_back, peak_bytes, resident_bytes
 from edgesd.runtime.noise import BatchNoise
-from edgesd.runtime.runners import Runner
+from edgesd.runtime.runners import Runner, run_once
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
+from edgesd.runtime.tiles import (
+    TILE,
+    WINDOWS,
+    Tile,
+    decoder_bytes,
+    draw_tail,
+    draw_tiles,
+    tiled_decoder_bytes,
+)
 from edgesd.runtime.tokenizer import Truncation, check_prompt, tokenizer_of
-from edgesd.spec import ComponentSpec, LayerRecipe, number_format, parse_scheme
+from edgesd.spec import ComponentSpec, Half, Halves, LayerRecipe, number_format, parse_scheme
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,8 +52,6 @@ _MAX_GUIDANCE = 1000
 _HEADROOM_BYTES = 64 << 20
 _ONNXRUNTIME_BYTES = 72 << 20
 _LIVE_TENSORS = 18
-_TILE = 32
-"""Side in latents of the tiles that a picture is decoded in."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,9 @@ class Pipeline(Closing):
         self._embeddings: dict[str, Float] = {}
         self._schedules: set[tuple[str | None, int | None]] = set()
         self._tokenizer = tokenizer_of(bundle)
-        self._weights_kept = 0  # bytes that stay mapped while weights are streamed
+        self._window = WINDOWS[0]
+        # Bytes of a component's weights that stay mapped while weights are streamed.
+        self._weights_kept: dict[str, int] = {}
         self.memory: MemoryMode = self.settings.memory or self._fitting_mode()
 
     def complete(self, request: Request) -> Request:
@@ -267,36 +275,59 @@ class Pipeline(Closing):
         """
         from PIL import Image
 
-        runner = self._load("vae_decoder")
         pictures = []
         for row in latents:  # one at a time: the decoder is what sets the memory peak
-            image = self._decoded(runner, row)
+            image = self._decoded(row)
             pixels = np.clip(image.transpose(1, 2, 0) * 127.5 + 127.5, 0, 255)
             pictures.append(Image.fromarray(pixels.round().astype(np.uint8)))
         self._release("vae_decoder")
         return pictures
 
-    def _decoded(self, runner: Runner, latents: Float) -> Float:
+    def _decoded(self, latents: Float) -> Float:
         """Latents [C, h, w] -> values [3, H, W] from -1 to 1; in tiles where weights are streamed,
-        if the decoder sees only so far. Margins are half of that: what lies beyond changes a value
-        by less than 1/255, and a margin of all would double the work and the memory."""
-        halo, scale = self.spec.latent.halo, self.spec.latent.scale_factor
-        _, height, width = latents.shape
-        if self.memory != "stream" or halo is None or not self.spec.shape.dynamic:
-            whole: Float = self._run(runner, {"latents": latents[None]})[0]
-            return whole
-        halo = -(-halo // 2)
-        picture = np.empty((3, height * scale, width * scale), np.float32)
-        for top, bottom, above, below in tiles(height, halo):
-            for left, right, before, behind in tiles(width, halo):
-                seen = latents[None, :, above:below, before:behind]
-                part = self._run(runner, {"latents": seen})[0]
-                y, x = (top - above) * scale, (left - before) * scale
-                rows, columns = (bottom - top) * scale, (right - left) * scale
-                picture[:, top * scale : bottom * scale, left * scale : right * scale] = part[
-                    :, y : y + rows, x : x + columns
-                ]
+        if the bundle's decoder can be run so."""
+        spec = self.spec.latent
+        halves = self._halves()
+        if halves is not None:
+            return self._decoded_in_halves(halves, latents)
+        runner = self._load("vae_decoder")
+
+        def decode(seen: Float, rows: Tile, columns: Tile) -> Float:
+            part: Float = self._run(runner, {"latents": seen})[0]
+            return part
+
+        if self.memory == "stream" and spec.halo is not None and self.spec.shape.dynamic:
+            # What lies beyond half of what the decoder sees changes a value by less than 1/255: a
+            # margin of all would double the work and the memory.
+            return draw_tiles(decode, latents, spec.scale_factor, TILE, -(-spec.halo // 2))
+        whole: Float = self._run(runner, {"latents": latents[None]})[0]
+        return whole
+
+    def _halves(self) -> Halves | None:
+        """Those that the decoder is run in; None where it is run as a whole."""
+        replaced = "vae_decoder" in self._runners
+        if self.memory != "stream" or replaced:
+            return None
+        return self.bundle.manifest.engines["vae_decoder"].halves
+
+    def _decoded_in_halves(self, halves: Halves, latents: Float) -> Float:
+        """See runtime.tiles. Only one half is in memory at a time."""
+        with self._open_half(halves.head) as head:
+            features = self._run(head, {"latents": latents[None]})[0]
+        give_back()
+        with self._open_half(halves.tail) as tail:
+            scale = self.spec.latent.scale_factor
+            picture = draw_tail(tail, features, scale, self._window)
+            self.timings.add(self.timings.run, "vae_decoder", tail.seconds)
+        give_back()
         return picture
+
+    def _open_half(self, half: Half) -> Runner:
+        start = time.perf_counter()
+        self._check_memory("vae_decoder")
+        runner = self._onnxruntime_runner("vae_decoder", half.spec, half)
+        self.timings.add(self.timings.load, "vae_decoder", time.perf_counter() - start)
+        return runner
 
     def replace(self, component: str, runner: Runner) -> None:
         """Draw with another runner for one component from now on; the one before is freed."""
@@ -348,12 +379,9 @@ class Pipeline(Closing):
     def _run(self, runner: Runner, inputs: dict[str, npt.NDArray[np.generic]]) -> Float:
         """Run one row through a component of one output; a copy of what comes out."""
         before = runner.seconds
-        runner.bind({name: array.shape for name, array in inputs.items()})
-        for name, array in inputs.items():
-            runner.inputs[name][:] = array
-        runner.run()
-        self.timings.add(self.timings.run, runner.spec.name, runner.seconds - before)
-        (output,) = runner.outputs.values()
+        (output,) = run_once(runner, inputs).values()
+        component = runner.spec.name.partition(".")[0]  # of a half: vae_decoder.head
+        self.timings.add(self.timings.run, component, runner.seconds - before)
         return np.array(output, np.float32)
 
     def _load(self, component: str) -> Runner:
@@ -380,18 +408,28 @@ class Pipeline(Closing):
                 "onnxruntime, tensorrt"
             )
         # Graphs for TensorRT are of standard operators, which ONNX Runtime has, too.
+        return self._onnxruntime_runner(component, spec, None)
+
+    def _onnxruntime_runner(self, component: str, spec: ComponentSpec, half: Half | None) -> Runner:
+        """A runner of one component, or of one of its halves, with edgesd's own kernels where they
+        can be used."""
         from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 
         threads, stream = self.settings.threads, self.memory == "stream"
         if self._own_kernels(component):
-            kernels.keep_weights(self._weights_kept if stream else None)
-            graph = self.bundle.graph_file(component, kernels=True)
+            kept = self._weights_kept.get(component, self._weights_kept.get("unet", 0))
+            kernels.keep_weights(kept if stream else None)
+            graph = self.bundle.graph_file(component, kernels=True, half=half)
             try:
-                return OnnxRuntimeRunner(spec, graph, threads, library=kernels.library())
+                return OnnxRuntimeRunner(
+                    spec, graph, threads, library=kernels.library(), small=half is not None
+                )
             except (BundleError, MissingDependencyError) as exc:
                 self.fallbacks[component] = f"{exc}: drawing without edgesd's own kernels"
-        graph = self.bundle.graph_file(component)
-        return OnnxRuntimeRunner(spec, graph, threads, weights_in_file=stream)
+        graph = self.bundle.graph_file(component, half=half)
+        return OnnxRuntimeRunner(
+            spec, graph, threads, weights_in_file=stream, small=half is not None
+        )
 
     def _own_kernels(self, component: str) -> bool:
         """Whether the component's graph for edgesd's own kernels is there and can run here."""
@@ -442,25 +480,65 @@ class Pipeline(Closing):
 
         Raises ResourceError when max_memory is too little for any.
         """
-        loaded = [self._loaded_bytes(component) for component in DRAWING]
+        loaded = {component: self._loaded_bytes(component) for component in DRAWING}
+        most, decoder = max(loaded.values()), loaded["vae_decoder"] + self._decoder_bytes()
         limit = self.settings.max_memory
         if limit is None:
             free = available_bytes()
-            if free is None or 2 * sum(loaded) <= free:
+            if free is None:
                 return "fast"
-            return "balanced" if max(loaded) + _HEADROOM_BYTES <= free else "stream"
-        room = limit - self._drawing_bytes()
-        if room < 0:
+            together = sum(loaded.values()) + max(sum(loaded.values()), self._decoder_bytes())
+            if together <= free:
+                return "fast"
+            return "balanced" if max(most, decoder) + _HEADROOM_BYTES <= free else "stream"
+        process = resident_bytes() + _ONNXRUNTIME_BYTES
+        drawing = self._drawing_bytes()
+        for self._window in WINDOWS:
+            tiled = process + self._streamed_decoder_bytes()
+            if tiled <= limit:
+                break
+        if (least := max(drawing, tiled)) > limit:
             shape = self.spec.shape
             raise ResourceError(
-                f"{shape.width}x{shape.height} pixels need about {(limit - room) / 1e6:.0f} MB "
+                f"{shape.width}x{shape.height} pixels need about {least / 1e6:.0f} MB "
                 f"besides the weights, and --max-memory is {limit / 1e6:.0f} MB: allow more, or "
                 "build for a smaller --size"
             )
-        self._weights_kept = room
-        if sum(loaded) <= room:
+        self._weights_kept = {"vae_decoder": limit - tiled, "unet": limit - drawing}
+        together = sum(loaded.values()) + max(drawing, process + self._decoder_bytes())
+        if together <= limit:
             return "fast"
-        return "balanced" if max(loaded) <= room else "stream"
+        return "balanced" if max(most + drawing, process + decoder) <= limit else "stream"
+
+    def _decoder_bytes(self) -> int:
+        """Memory that a full autoencoder's decoder takes besides its weights at the bundle's size,
+        if it is run as a whole; other decoders take less than the UNet."""
+        levels, engine = self.spec.latent.levels, self.bundle.manifest.engines["vae_decoder"]
+        if levels is None or engine.backend != "onnxruntime":
+            return 0
+        # ONNX Runtime copies weights of convolutions into the layout that is fastest.
+        copied = 0 if self._own_kernels("vae_decoder") else self._loaded_bytes("vae_decoder")
+        return decoder_bytes(levels, *self._latent_size()) + copied
+
+    def _streamed_decoder_bytes(self) -> int:
+        """The same in halves, with their weights, where the bundle has them; tiles of _window."""
+        levels, engine = self.spec.latent.levels, self.bundle.manifest.engines["vae_decoder"]
+        if levels is None or engine.halves is None:
+            return self._decoder_bytes()
+        # Mapped; those of 16 bits besides as they are computed with, and codes that become fp32.
+        copies = 1
+        if not self._own_kernels("vae_decoder") and engine.precision != "fp32":
+            copies = 3 if engine.precision == "fp16" else 5
+        head, tail = (
+            copies * half.weight_bytes for half in (engine.halves.head, engine.halves.tail)
+        )
+        height, width = self._latent_size()
+        return tiled_decoder_bytes(levels, height, width, head, tail, self._window)
+
+    def _latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents of the bundle's own size."""
+        shape, scale = self.spec.shape, self.spec.latent.scale_factor
+        return shape.height // scale, shape.width // scale
 
     def _drawing_bytes(self) -> int:
         """Memory that a picture of the bundle's size takes besides weights, about.
@@ -468,10 +546,10 @@ class Pipeline(Closing):
         The process and ONNX Runtime, the UNet's activations: `_LIVE_TENSORS` of its first block's
         at a time, and twice the largest layer, which passes through (docs/cpu.md).
         """
-        recipe, shape = self.bundle.manifest.recipe, self.spec.shape
+        recipe = self.bundle.manifest.recipe
         convs = [] if recipe is None else [la for la in recipe.layers if la.name == "conv_in"]
         channels = max((la.shape[0] for la in convs if la.component == "unet"), default=320)
-        latents = shape.height * shape.width // self.spec.latent.scale_factor**2
+        latents = math.prod(self._latent_size())
         layers = () if recipe is None else recipe.layers
         passing = max((layer.bytes for layer in layers if layer.kind != "embedding"), default=0)
         live = _LIVE_TENSORS * 4 * channels * latents
@@ -517,13 +595,6 @@ def _loaded_layer_bytes(layer: LayerRecipe) -> int:
     else:
         per_weight = 1 if scheme.activation_bits == 8 else 4
     return per_weight * math.prod(layer.shape) + 2 * layer.bytes
-
-
-def tiles(size: int, halo: int) -> list[tuple[int, int, int, int]]:
-    """Tiles of `size` latents: begin and end, and the same with the margin decoded along."""
-    count = max(1, -(-size // _TILE))
-    edges = [size * index // count for index in range(count + 1)]
-    return [(a, b, max(0, a - halo), min(size, b + halo)) for a, b in pairwise(edges)]
 
 
 _T = TypeVar("_T")

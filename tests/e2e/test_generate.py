@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgesd.errors import ResourceError
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.pipeline import DRAWING, Pipeline, Settings
 from tests.support import assert_refused, run_cli
@@ -214,6 +215,37 @@ def test_the_fastest_mode_that_fits_is_taken(
         loaded = [pipeline._loaded_bytes(name) for name in DRAWING]
     for room, mode in ((sum(loaded), "fast"), (max(loaded), "balanced"), (0, "stream")):
         with Pipeline(miniature, Settings(max_memory=least + room)) as pipeline:
+            assert pipeline.memory == mode
+
+
+def test_a_full_autoencoder_counts_where_it_decodes(
+    miniature: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, whole, tiled = 50 << 20, 1000 << 20, 200 << 20
+    monkeypatch.setattr("edgesd.runtime.pipeline.resident_bytes", lambda: process)
+    monkeypatch.setattr("edgesd.runtime.pipeline._ONNXRUNTIME_BYTES", 0)
+    monkeypatch.setattr("edgesd.runtime.pipeline._HEADROOM_BYTES", 0)
+    monkeypatch.setattr(Pipeline, "_decoder_bytes", lambda _: whole)
+    monkeypatch.setattr(Pipeline, "_streamed_decoder_bytes", lambda _: tiled)
+    with Pipeline(miniature) as pipeline:
+        loaded = {name: pipeline._loaded_bytes(name) for name in DRAWING}
+    for besides, limit, mode in (
+        (whole, sum(loaded.values()), "fast"),
+        (whole, loaded["vae_decoder"], "balanced"),
+        (whole, loaded["vae_decoder"] - 1, "stream"),
+        (tiled, 0, "stream"),
+    ):
+        with Pipeline(miniature, Settings(max_memory=process + besides + limit)) as pipeline:
+            assert pipeline.memory == mode
+    with pytest.raises(ResourceError, match="need about 262 MB"):
+        Pipeline(miniature, Settings(max_memory=process + tiled - 1))
+    for free, mode in (
+        (whole + sum(loaded.values()), "fast"),
+        (whole + loaded["vae_decoder"], "balanced"),
+        (whole + loaded["vae_decoder"] - 1, "stream"),
+    ):
+        monkeypatch.setattr("edgesd.runtime.pipeline.available_bytes", lambda free=free: free)
+        with Pipeline(miniature) as pipeline:
             assert pipeline.memory == mode
 
 

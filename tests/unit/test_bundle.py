@@ -16,7 +16,7 @@ import pytest
 from edgesd.engines.bundle import pack_bundle, update_manifest, write_manifest
 from edgesd.errors import BundleError
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, checksum_line, open_bundle
-from edgesd.runtime.pipeline import Pipeline
+from edgesd.runtime.pipeline import Pipeline, Settings
 from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 from edgesd.spec import SCHEMA_VERSION
 from tests.support import assert_refused, run_cli
@@ -231,6 +231,31 @@ def test_a_bundle_of_version_1_is_read(folder: Path) -> None:
     (folder / CHECKSUM).write_bytes(checksum_line(raw))
     found = open_bundle(folder).manifest
     assert found.schema_version == 1 and found.recipe is None and found.quality is None
+
+
+def test_a_bundle_of_version_5_has_no_halves(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    for engine in manifest["engines"].values():
+        del engine["halves"]
+    del manifest["pipeline"]["latent"]["levels"]
+    raw = json.dumps(manifest | {"schema_version": 5}).encode()
+    (folder / MANIFEST).write_bytes(raw)
+    (folder / CHECKSUM).write_bytes(checksum_line(raw))
+    bundle = open_bundle(folder)
+    assert bundle.manifest.engines["vae_decoder"].halves is None
+    with Pipeline(bundle, Settings(memory="stream")) as pipeline:
+        assert pipeline.decode(np.zeros((1, 4, 40, 40), np.float32))[0].size == (80, 80)
+
+
+@pytest.mark.parametrize("beside", ["vae_decoder/tail.onnx", "unet/model.onnx"])
+def test_halves_lie_beside_the_whole(beside: str, folder: Path) -> None:
+    engines = json.loads((folder / MANIFEST).read_bytes())["engines"]
+    spec = {"name": "half", "inputs": [], "outputs": []}
+    half = {"path": "vae_decoder/model.onnx", "spec": spec, "weight_bytes": 1, "kernels": None}
+    engines["vae_decoder"]["halves"] = {"head": half, "tail": half | {"path": beside}}
+    forge(folder, engines=engines)
+    with pytest.raises(BundleError, match=f"doesn't list {beside}"):
+        open_bundle(folder)
 
 
 def test_an_unknown_precision_is_refused(folder: Path) -> None:

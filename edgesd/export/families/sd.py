@@ -176,6 +176,7 @@ def _latent_spec(
         scaling_factor=float((1.0 if tiny else 0.18215) if scaling is None else scaling),
         shift_factor=float(vae.get("shift_factor") or 0.0),
         halo=_tiny_halo(vae.get("num_decoder_blocks") or (3, 3, 3, 1)) if tiny else None,
+        levels=None if tiny else tuple(reversed(levels or (64,))),
     )
 
 

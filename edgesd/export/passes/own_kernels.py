@@ -23,6 +23,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgesd.export.passes import Pass
+from edgesd.export.passes.group_norm import group_norm
 from edgesd.export.passes.lowering import LayerLowering, replace_node
 from edgesd.export.passes.quantized_ort import OrtLowering, QuantizedOrt
 from edgesd.export.quantize.layers import QuantizedLayer
@@ -229,42 +230,20 @@ def _take(conv: ir.Node, value: ir.Value | None, gone: list[ir.Node]) -> None:
 
 
 def _normalize(conv: ir.Node) -> None:
-    """Let a convolution normalize, if its input, which nobody else reads, is a group normalization
-    as torch exports it: Reshape, InstanceNormalization, Reshape, Mul, Add."""
+    """Let a convolution normalize, if it alone reads a group normalization."""
     value = conv.inputs[0]
     if value is None or len(list(value.uses())) != 1 or value.is_graph_output():
         return
-    add = value.producer()
-    scaled, beta = _with_constant(add, "Add")
-    if scaled is None or beta is None:
-        return
-    back, gamma = _with_constant(scaled.producer(), "Mul")
-    reshape = None if back is None else back.producer()
-    if (
-        gamma is None
-        or len(list(scaled.uses())) != 1
-        or reshape is None
-        or reshape.op_type != "Reshape"
-    ):
-        return
-    inner = reshape.inputs[0]
-    norm = None if inner is None else inner.producer()
-    if norm is None or norm.op_type != "InstanceNormalization":
-        return
-    ones, zeros = (v.const_value if v is not None else None for v in norm.inputs[1:3])
-    flat = norm.inputs[0].producer() if norm.inputs[0] is not None else None
-    if ones is None or zeros is None or flat is None or flat.op_type != "Reshape":
-        return
-    if (ones.numpy() != 1).any() or zeros.numpy().any():
+    norm = group_norm(value.producer())
+    if norm is None:
         return
     inputs = list(conv.inputs) + [None] * (_INPUTS[CONV] - len(conv.inputs))
     conv.resize_inputs(len(inputs))
-    conv.replace_input_with(0, flat.inputs[0])
-    conv.replace_input_with(_GAMMA, gamma)
-    conv.replace_input_with(_BETA, beta)
-    conv.attributes["groups"] = ir.AttrInt64("groups", int(ones.size))
-    epsilon = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else 1e-5
-    conv.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
+    conv.replace_input_with(0, norm.source)
+    conv.replace_input_with(_GAMMA, norm.gamma)
+    conv.replace_input_with(_BETA, norm.beta)
+    conv.attributes["groups"] = ir.AttrInt64("groups", norm.groups)
+    conv.attributes["epsilon"] = ir.AttrFloat32("epsilon", norm.epsilon)
 
 
 def _only(value: ir.Value | None, op: str) -> ir.Node | None:
@@ -303,19 +282,6 @@ def _gate_of(product: ir.Node) -> tuple[ir.Value | None, ir.Node | None]:
         if sigmoid is not None and sigmoid.inputs[0] is value:
             return value, sigmoid
     return None, None
-
-
-def _with_constant(node: ir.Node | None, op: str) -> tuple[ir.Value | None, ir.Value | None]:
-    """What a node of type `op` takes, and the constant of a value per channel beside it."""
-    if node is None or node.op_type != op:
-        return None, None
-    constants = [v for v in node.inputs if v is not None and v.const_value is not None]
-    others = [v for v in node.inputs if v is not None and v.const_value is None]
-    if len(constants) != 1 or len(others) != 1 or constants[0].const_value is None:
-        return None, None
-    dims = list(constants[0].const_value.shape.numpy())
-    fits = len(dims) == 3 and dims[1:] == [1, 1]
-    return (others[0], constants[0]) if fits else (None, None)
 
 
 def _place(node: ir.Node, out: ir.Value, other: ir.Value) -> int | None:

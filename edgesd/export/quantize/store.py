@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +16,17 @@ import torch
 from edgesd.errors import EdgesdError
 from edgesd.export.backends import ONNXRUNTIME, lower_quantized, lower_to_kernels
 from edgesd.export.calibrate import Calibration
-from edgesd.export.external_data import GRAPH_FILE, write_model
+from edgesd.export.external_data import (
+    GRAPH_FILE,
+    HALF_FILES,
+    KERNELS_FILE,
+    KERNELS_HALF_FILES,
+    write_model,
+)
 from edgesd.export.passes.no_shapes import NoShapes
 from edgesd.export.passes.own_kernels import PARTS
 from edgesd.export.passes.pooled_attention import PooledAttention
+from edgesd.export.passes.tiled_decoder import COMPONENT, decoder_halves, describe_halves
 from edgesd.export.quantize import quantize
 from edgesd.export.quantize.assign import Choice
 from edgesd.export.quantize.layers import (
@@ -32,7 +39,7 @@ from edgesd.export.quantize.layers import (
     weight_of,
 )
 from edgesd.export.quantize.quantize import Method, quantize_layer
-from edgesd.spec import Scheme
+from edgesd.spec import Halves, Scheme
 
 _log = logging.getLogger(__name__)
 
@@ -111,8 +118,8 @@ class LayerStore:
         bits, too."""
         model = self._model(component)
         layers, half = self._chosen(component, choices)
-        parts = [part for part in PARTS if part != "attention" or attention]
-        if not lower_to_kernels(model, layers, half, self.timesteps(component), parts):
+        timesteps = self.timesteps(component)
+        if not lower_to_kernels(model, layers, half, timesteps, _parts(attention)):
             return None
         NoShapes()(model)
         return model
@@ -146,11 +153,40 @@ class LayerStore:
         folder: Path,
         kernels: bool = False,
         attention: bool = False,
-    ) -> None:
+    ) -> Halves | None:
         """Write a component's graph as folder/model.onnx and weights.bin; with `kernels` also its
-        kernels.onnx, if it has one."""
+        kernels.onnx, if it has one. For ONNX Runtime also a decoder's halves, which it returns."""
         own = self.kernels_model(component, choices, attention) if kernels else None
-        write_model(self.quantized_model(component, choices), folder, own)
+        others = {} if own is None else {KERNELS_FILE: own}
+        splits = component == COMPONENT and self.backend == ONNXRUNTIME
+        stock = self._halves(component, choices, None) if splits else ()
+        halves: Halves | None = None
+        if stock:
+            others |= zip(HALF_FILES, stock, strict=True)
+            if own is not None:
+                ours = self._halves(component, choices, _parts(attention))
+                others |= zip(KERNELS_HALF_FILES, ours, strict=True)
+            names = () if own is None else KERNELS_HALF_FILES
+            halves = describe_halves(component, stock, HALF_FILES, names)
+        write_model(self.quantized_model(component, choices), folder, others)
+        return halves
+
+    def _halves(
+        self, component: str, choices: Mapping[Layer, Choice], parts: Collection[str] | None
+    ) -> tuple[ir.Model, ...]:
+        """Head and tail of a decoder, with layers as chosen; nothing where it can't be split.
+        parts: of edgesd's own kernels (OwnKernels); None for ONNX Runtime's operators."""
+        found = decoder_halves(_load(self.graphs, component)) or ()
+        layers, half = self._chosen(component, choices)
+        for model in found:
+            nodes = {node.name for node in model.graph}
+            mine = {name: layer for name, layer in layers.items() if name in nodes}
+            if parts is None:
+                lower_quantized(model, mine, half, None, self.backend)
+            else:
+                lower_to_kernels(model, mine, half, None, parts)
+            NoShapes()(model)
+        return found
 
     def variant(self, component: str, choices: Mapping[Layer, Choice]) -> bytes:
         """A component's graph as bytes; what isn't quantized refers to the fp32 graph's weights."""
@@ -161,6 +197,11 @@ class LayerStore:
     def timesteps(self, component: str) -> npt.NDArray[np.float32] | None:
         """Timesteps that ranges were recorded at, for the denoiser; None for other components."""
         return self.calibration.timesteps() if component == "unet" else None
+
+
+def _parts(attention: bool) -> list[str]:
+    """Parts of edgesd's own kernels, with attention in 8 bits or without."""
+    return [part for part in PARTS if part != "attention" or attention]
 
 
 def find_nodes(graphs: Path, components: Iterable[str]) -> dict[Layer, ir.Node]:

@@ -55,6 +55,15 @@ class Runner(Protocol):
     ) -> None: ...
 
 
+def run_once(runner: Runner, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run on copies of `inputs`; what comes out is the runner's own, until its next run."""
+    runner.bind({name: array.shape for name, array in inputs.items()})
+    for name, array in inputs.items():
+        runner.inputs[name][:] = array
+    runner.run()
+    return runner.outputs
+
+
 class BoundRunner(Closing):
     """What all runners share: checking shapes once, at the boundary, and the context manager."""
 

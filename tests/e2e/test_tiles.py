@@ -1,0 +1,64 @@
+"""A pipeline with a full autoencoder: its decoder whole and in tiles, from a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from edgesd.build import QuantOptions, build  # noqa: E402
+from edgesd.evaluate.psnr import psnr  # noqa: E402
+from edgesd.runtime.bundle import Bundle  # noqa: E402
+from edgesd.runtime.pipeline import Pipeline, Settings  # noqa: E402
+from tests.e2e.test_export import variant  # noqa: E402
+
+LATENTS = np.random.default_rng(0).standard_normal((1, 4, 40, 28), dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(16, 16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=8,
+    )
+    scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+    return variant(tmp_path_factory.mktemp("source"), {}, vae, scheduler)
+
+
+@pytest.fixture(scope="module", params=["fp16", "w8a8"])
+def bundle(
+    request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    work = tmp_path_factory.mktemp("work")
+    options = QuantOptions(
+        calibration_prompts=("red apple",), quality_prompts=(), steps=2, work=work
+    )
+    out = work / "bundle.edgesd"
+    return build(str(source), "x86-64-cpu", request.param, out, quantization=options).bundle
+
+
+def decoded(bundle: Bundle, settings: Settings) -> np.ndarray:
+    with Pipeline(bundle, settings) as pipeline:
+        return np.asarray(pipeline.decode(LATENTS)[0])
+
+
+def test_a_streamed_picture_is_the_whole_one(bundle: Bundle) -> None:
+    latent, engine = bundle.manifest.pipeline.latent, bundle.manifest.engines["vae_decoder"]
+    assert latent.levels == (32, 32, 16, 16) and latent.halo is None
+    assert engine.halves is not None
+    assert (engine.halves.tail.kernels is None) == (engine.kernels is None)
+    for kernels in (False, True):
+        whole = decoded(bundle, Settings(memory="fast", kernels=kernels))
+        tiled = decoded(bundle, Settings(memory="stream", kernels=kernels))
+        assert whole.shape == tiled.shape == (320, 224, 3)
+        assert not (whole == tiled).all()
+        # Of 8 bits each tile has formats of its own.
+        least = 30 if bundle.manifest.precision == "w8a8" else 45
+        assert psnr(whole, tiled) > least
