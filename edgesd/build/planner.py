@@ -13,7 +13,15 @@ import msgspec
 
 from edgesd.build import BYTES_ON_GPU, DEMO, demo_model
 from edgesd.build.arena import arena_bytes
-from edgesd.build.costs import NODE_FILE_BYTES, Memory, file_bytes, memory, multiplications, seconds
+from edgesd.build.costs import (
+    NODE_FILE_BYTES,
+    Memory,
+    file_bytes,
+    half_bytes,
+    memory,
+    multiplications,
+    seconds,
+)
 from edgesd.device.capabilities import in_gb
 from edgesd.device.targets import OS_BYTES, check_request, get_target, usable_bytes
 from edgesd.engines import onnxruntime, tensorrt
@@ -24,12 +32,12 @@ from edgesd.export.quantize.assign import Choice, planned
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.source import ModelSource, resolve_source
 from edgesd.export.work_on_cpu import lowered
-from edgesd.export.workload import Workload, trace
+from edgesd.export.workload import Workload, halves, trace
 from edgesd.runtime.kernels import ONLY_4_BITS
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
 from edgesd.runtime.pipeline import DRAWING
 from edgesd.runtime.rates import Speed
-from edgesd.runtime.tiles import TILE, tiles_of
+from edgesd.runtime.tiles import TILE, tail_shapes, tiles_of
 from edgesd.spec import Precision, Rates, Spec, Target, number_format, parse_scheme
 
 PROCESS_BYTES = 76 << 20
@@ -137,7 +145,7 @@ def make_plan(model: str, target_name: str, wish: Wish, backend: str | None = No
 
 @dataclass(frozen=True)
 class _Part:
-    """A component in one mode: its memory, how often it runs in a picture, and seconds of a run."""
+    """A component in one mode: its memory, how often it runs in a picture, and seconds of that."""
 
     memory: Memory
     runs: int
@@ -175,26 +183,25 @@ class _Planner:
             graphs = NODE_FILE_BYTES * len(one.operations) * (2 if own else 1)
             found: dict[str, _Part] = {}
             for mode in self.modes if component.name in DRAWING else ():
+                if self._in_halves(component, mode):
+                    found[mode] = self._decoder_in_halves(component, (width, height), choices, own)
+                    continue
                 shapes, runs = self._runs(component, mode, (width, height), steps, guided)
                 made = [lowered(self._trace(component, *s), choices, own, own) for s in shapes]
                 picture = 0 if component.name != "vae_decoder" else _COPIES * 12 * width * height
-                found[mode] = _Part(
+                takes = (
                     self._on_gpu(one, precision)
                     if self.gpu
-                    else memory(made, choices, on_disk, picture),
-                    runs,
-                    None if self.speed is None else sum(seconds(w, self.speed) for w in made),
+                    else memory(made, choices, on_disk, picture)
                 )
+                found[mode] = _Part(takes, runs, self._seconds(made, takes, runs))
             parts[component.name] = found
             costs[component.name] = ComponentCost(
                 bytes=on_disk + graphs,
                 macs=multiplications(one),
                 memory={mode: self._alone(part, mode) for mode, part in found.items()},
                 runs={mode: part.runs for mode, part in found.items()},
-                seconds={
-                    mode: None if part.seconds is None else part.seconds * part.runs
-                    for mode, part in found.items()
-                },
+                seconds={mode: part.seconds for mode, part in found.items()},
             )
         drawing = [costs[name] for name in DRAWING]
         peaks: dict[str, int] = {
@@ -289,6 +296,43 @@ class _Planner:
             )
             return [(h, w, 1) for h in tall for w in wide], 1
         return [(height, width, 1)], rows if component.name == "text_encoder" else 1
+
+    def _seconds(self, made: Sequence[Workload], takes: Memory, runs: int) -> float | None:
+        """Of all runs in a picture, and of the memory that they touch for the first time."""
+        if self.speed is None:
+            return None
+        each = {id(workload): seconds(workload, self.speed) for workload in made}
+        fresh = self.speed.seconds("fresh", "", (max(1, takes.activations + takes.workspace),))
+        return runs * sum(each[id(workload)] for workload in made) + fresh
+
+    def _in_halves(self, component: Component, mode: MemoryMode) -> bool:
+        """Whether a full autoencoder's decoder is run by runtime/tiles.py."""
+        full = component.name == "vae_decoder" and self.whole.pipeline.latent.levels is not None
+        return full and mode == "stream"
+
+    def _decoder_in_halves(
+        self,
+        component: Component,
+        size: tuple[int, int],
+        choices: Mapping[Layer, Choice],
+        own: bool,
+    ) -> _Part:
+        """The decoder's head on all latents, its tail on tiles; one half is there at a time."""
+        height, width = self._latents(component, *size)
+        head = lowered(halves(self._trace(component, height, width, 1))[0], choices, own, own)
+        shapes, drawings = tail_shapes(height, width)
+        tails = [
+            lowered(halves(self._trace(component, h, w, 1))[1], choices, own, own)
+            for h, w in shapes
+        ]
+        features = head.sizes[head.outputs[0]]
+        behind = _COPIES * 12 * size[0] * size[1] + features
+        found = [
+            memory(made, choices, half_bytes(made[0], choices), besides)
+            for made, besides in (([head], 0), (tails, behind))
+        ]
+        largest = max(found, key=lambda m: m.graph + m.streamed + m.activations + m.workspace)
+        return _Part(largest, 1, self._seconds([head, *tails * drawings], largest, 1))
 
     def _latents(self, component: Component, width: int, height: int) -> tuple[int, int]:
         """Height and width of a component's input, in its own unit."""

@@ -101,6 +101,17 @@ class Workload:
         return found
 
 
+def halves(workload: Workload) -> tuple[Workload, Workload]:
+    """A decoder's, before and behind the first upsampling: as passes/tiled_decoder.py cuts it."""
+    cut = next(i for i, op in enumerate(workload.operations) if op.kind == "resize")
+    features = workload.operations[cut].reads[:1]
+    before, behind = workload.operations[:cut], workload.operations[cut:]
+    return (
+        replace(workload, operations=before, outputs=features),
+        replace(workload, operations=behind, inputs=features),
+    )
+
+
 def trace(component: Component, sizes: Sizes) -> Workload:
     """What `component` does at `sizes` (a value for each symbolic dimension of its inputs).
 

@@ -8,6 +8,7 @@ one repeated number, written for the time of the run: speed doesn't depend on va
 from __future__ import annotations
 
 import math
+import mmap
 import statistics
 import tempfile
 import time
@@ -37,6 +38,7 @@ WEIGHTS = "weights.bin"
 VALUE = np.float32(0.0123)
 """What it is full of: a number, whichever type of 1 to 4 bytes reads it."""
 
+_FRESH = 32 << 20
 _RUNS, _SECONDS = 5, 0.4
 """Of a probe, at least, and for how long at least."""
 
@@ -113,6 +115,7 @@ def measure(
             runner.close()
             process = process or resident_bytes()  # the first is a small one
             found.append(Rate(probe.kind, probe.form, probe.size, seconds))
+    found.append(_fresh())
     return Rates(
         machine=machine,
         onnxruntime=onnxruntime.__version__,
@@ -121,6 +124,17 @@ def measure(
         process_bytes=process,
         rates=tuple(found),
     )
+
+
+def _fresh() -> Rate:
+    """How long it takes to touch memory for the first time."""
+    seconds: list[float] = []
+    for _ in range(_RUNS):
+        with mmap.mmap(-1, _FRESH, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            begin = time.perf_counter()
+            memory[:: mmap.PAGESIZE] = bytes(_FRESH // mmap.PAGESIZE)
+            seconds.append(time.perf_counter() - begin)
+    return Rate("fresh", "", (_FRESH,), statistics.median(seconds))
 
 
 def _write_weights(path: Path, size: int) -> None:

@@ -40,8 +40,8 @@ short; and the margins: about half of what the tail sees, 7."""
 
 TOLERANCE = 0.01
 """How far, in standard deviations, figures may be from the picture's: RMS over all groups."""
-MAX_PASSES = 4
-"""Times that a picture is drawn at most."""
+MAX_PASSES, _USUAL_PASSES = 4, 2
+"""Times that a picture is drawn at most, and mostly."""
 
 _LIVE_TENSORS = 4
 _LIVE_IN_HEAD = 10
@@ -157,6 +157,21 @@ def draw_tail(tail: Runner, features: Float, scale: int, window: int = WINDOWS[0
             break
         correction = found - own
     return picture
+
+
+def tail_shapes(
+    height: int, width: int, window: int = WINDOWS[0]
+) -> tuple[list[tuple[int, int]], int]:
+    """Heights and widths that `draw_tail` runs the tail at in one drawing, and how many drawings
+    there are as a rule."""
+    if height <= window and width <= window:
+        return [(height, width)], 1
+    rows, columns = (
+        [tile.last - tile.first for tile in tiles_of(size, window - 2 * MARGIN, MARGIN)]
+        for size in (height, width)
+    )
+    mosaic = (len(_places(height, window)), len(_places(width, window)))
+    return [mosaic, *((h, w) for h in rows for w in columns)], _USUAL_PASSES
 
 
 def difference(taken: Figures, found: Figures) -> float:

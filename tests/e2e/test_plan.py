@@ -101,8 +101,19 @@ def test_modes_and_sizes_order_memory() -> None:
 
 
 def board(instruction_set: str | None) -> Rates:
-    kinds = ("add", "relu", "gelu", "silu", "layer_norm", "group_norm", "copy", "concat", "resize")
-    rates = [Rate(kind, "", (1000,), 1e-6) for kind in kinds]
+    kinds = (
+        "add",
+        "relu",
+        "gelu",
+        "silu",
+        "layer_norm",
+        "group_norm",
+        "copy",
+        "concat",
+        "resize",
+        "map",
+    )
+    rates = [Rate(kind, "", (1000,), 1e-6) for kind in [*kinds, "fresh"]]
     for form in ("fp32", "int8", "nbits", "own8", "own4"):
         rates += [Rate(kind, form, (100, 100, 100), 1e-4) for kind in ("conv", "linear")]
         rates.append(Rate("attention", form, (1, 100, 100, 100), 1e-4))
@@ -118,7 +129,7 @@ def test_time_is_of_all_runs_and_in_proportion_to_steps() -> None:
     assert one.seconds and two.seconds and guided.seconds and one.kernels
     step = two.seconds["balanced"] - one.seconds["balanced"]
     unet = one.components["unet"].seconds["balanced"]
-    assert unet is not None and step == pytest.approx(unet)
+    assert unet is not None and step == pytest.approx(unet, rel=0.05)
     assert guided.components["unet"].runs == {"fast": 1, "balanced": 2, "stream": 2}
     # Of rates of 1e10 a second, which all products have.
     macs = sum(one.components["unet"].macs.values())
@@ -180,3 +191,35 @@ def test_wrong_input_is_one_line(arguments: list[str], words: list[str]) -> None
 
 def test_a_model_that_isnt_there_is_refused(tmp_path: Path) -> None:
     assert_refused(run_cli("plan", tmp_path / "none", "--target", "raspberry-pi-5"), "none")
+
+
+def test_a_full_autoencoder_is_planned_in_halves_where_it_is_streamed(tmp_path: Path) -> None:
+    import diffusers
+
+    from tests.e2e.test_export import variant
+
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (16, 16, 32, 32),
+        "norm_num_groups": 8,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+    }
+    folder = variant(tmp_path, {}, diffusers.AutoencoderKL(**blocks), diffusers.DDIMScheduler())
+    plans = {
+        size: make_plan(
+            str(folder),
+            "x86-64-cpu",
+            Wish("w8a8", (size, size), 1, 1, rates=board("avx512_vnni")),
+        )
+        for size in (512, 1024)
+    }
+    for plan in plans.values():
+        decoder = plan.components["vae_decoder"]
+        assert decoder.memory["stream"] < decoder.memory["balanced"]
+        whole, tiled = decoder.seconds["balanced"], decoder.seconds["stream"]
+        assert whole is not None and tiled is not None and 2 * whole < tiled < 8 * whole
+    # The whole grows with the picture; of the tiles only the picture and its features do.
+    small, large = (plan.components["vae_decoder"].memory for plan in plans.values())
+    assert large["balanced"] - small["balanced"] > 4 * (large["stream"] - small["stream"])
