@@ -32,6 +32,10 @@ _PASSING = 1.5
 """Bytes that are mapped in `stream` for each weight of the largest layer: what runs, and what of
 those before isn't given back yet (measured, the same in 4 and 8 bits)."""
 
+_PASSING_SECONDS, _NOT_PACKED = 1e-4, 1.4
+"""What `stream` costs: seconds for a layer of our kernels, whose pages come and go; and how much
+longer ONNX Runtime's operators take with weights that aren't packed (both measured on x86-64)."""
+
 _BLOCK = 64
 """Keys of a block in our attention; its heads are padded to 16 values."""
 
@@ -159,9 +163,18 @@ def _workspace(op: Operation) -> int:
     return pixels * op.layer.channels
 
 
-def seconds(workload: Workload, speed: Speed) -> float:
-    """Of one run of a lowered workload: the sum over its operations. Raises InputError."""
-    return sum(_seconds(workload, op, speed) for op in workload.operations)
+def seconds(workload: Workload, speed: Speed, streamed: bool = False) -> float:
+    """Of one run of a lowered workload: the sum over its operations. streamed: weights stay in
+    their file. Raises InputError."""
+    total = 0.0
+    for op in workload.operations:
+        took = _seconds(workload, op, speed)
+        if streamed and op.layer is not None and op.form.startswith("own"):
+            took += _PASSING_SECONDS
+        elif streamed and op.layer is not None and op.form in ("fp32", "int8", "nbits"):
+            took *= _NOT_PACKED
+        total += took
+    return total
 
 
 def _seconds(workload: Workload, op: Operation, speed: Speed) -> float:

@@ -194,7 +194,7 @@ class _Planner:
                     if self.gpu
                     else memory(made, choices, on_disk, picture)
                 )
-                found[mode] = _Part(takes, runs, self._seconds(made, takes, runs))
+                found[mode] = _Part(takes, runs, self._seconds(made, takes, mode, runs))
             parts[component.name] = found
             costs[component.name] = ComponentCost(
                 bytes=on_disk + graphs,
@@ -297,11 +297,14 @@ class _Planner:
             return [(h, w, 1) for h in tall for w in wide], 1
         return [(height, width, 1)], rows if component.name == "text_encoder" else 1
 
-    def _seconds(self, made: Sequence[Workload], takes: Memory, runs: int) -> float | None:
+    def _seconds(
+        self, made: Sequence[Workload], takes: Memory, mode: MemoryMode, runs: int
+    ) -> float | None:
         """Of all runs in a picture, and of the memory that they touch for the first time."""
         if self.speed is None:
             return None
-        each = {id(workload): seconds(workload, self.speed) for workload in made}
+        streamed = mode == "stream"
+        each = {id(workload): seconds(workload, self.speed, streamed) for workload in made}
         fresh = self.speed.seconds("fresh", "", (max(1, takes.activations + takes.workspace),))
         return runs * sum(each[id(workload)] for workload in made) + fresh
 
@@ -322,7 +325,7 @@ class _Planner:
         head = lowered(halves(self._trace(component, height, width, 1))[0], choices, own, own)
         shapes, drawings = tail_shapes(height, width)
         tails = [
-            lowered(halves(self._trace(component, h, w, 1))[1], choices, own, own)
+            lowered(halves(self._trace(component, h, w, 1))[1], choices, own, own, tail=True)
             for h, w in shapes
         ]
         features = head.sizes[head.outputs[0]]
@@ -332,7 +335,7 @@ class _Planner:
             for made, besides in (([head], 0), (tails, behind))
         ]
         largest = max(found, key=lambda m: m.graph + m.streamed + m.activations + m.workspace)
-        return _Part(largest, 1, self._seconds([head, *tails * drawings], largest, 1))
+        return _Part(largest, 1, self._seconds([head, *tails * drawings], largest, "stream", 1))
 
     def _latents(self, component: Component, width: int, height: int) -> tuple[int, int]:
         """Height and width of a component's input, in its own unit."""

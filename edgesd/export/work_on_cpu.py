@@ -21,23 +21,28 @@ PART = "part"
 
 
 def lowered(
-    workload: Workload, choices: Mapping[Layer, Choice], kernels: bool, attention: bool
+    workload: Workload,
+    choices: Mapping[Layer, Choice],
+    kernels: bool,
+    attention: bool,
+    tail: bool = False,
 ) -> Workload:
     """The same workload as a CPU runs it, each operation with its `form`.
 
     choices: of quantized layers; others stay in fp32. kernels: edgesd's own, where there are any;
-    attention: in 8 bits with them.
+    attention: in 8 bits with them. tail: of a decoder's tail, whose group normalizations take their
+    statistics from outside (passes/tiled_decoder.py).
     """
     if not kernels:
-        return _Stock(workload, choices).run()
-    return _Own(workload, choices, attention).run()
+        return _Stock(workload, choices, tail).run()
+    return _Own(workload, choices, attention, tail).run()
 
 
 class _Stock:
     """ONNX Runtime's own operators: passes/quantized_ort.py."""
 
-    def __init__(self, workload: Workload, choices: Mapping[Layer, Choice]) -> None:
-        self.source, self.choices = workload, choices
+    def __init__(self, workload: Workload, choices: Mapping[Layer, Choice], tail: bool) -> None:
+        self.source, self.choices, self.tail = workload, choices, tail
         self.sizes = list(workload.sizes)
         self.made: list[Operation] = []
 
@@ -54,7 +59,9 @@ class _Stock:
             copies = tuple(self.sizes[value] for value in op.reads)
             self.made.append(replace(op, form="fp32", spare=copies))
             return
-        if op.kind == "group_norm":  # InstanceNormalization, and Mul and Add in its output
+        if op.kind == "group_norm" and self.tail:  # what it sees of its own, BatchNormalization
+            self.made.append(replace(op, spare=(self.sizes[op.reads[0]],)))
+        elif op.kind == "group_norm":  # InstanceNormalization, and Mul and Add in its output
             scaled = Operation("mul", op.writes, op.writes, in_place=True, form=PART)
             self.made += [op, scaled, scaled]
         elif op.kind == "silu":  # Sigmoid, Mul
@@ -122,9 +129,9 @@ class _Own(_Stock):
     """edgesd's own kernels: passes/own_kernels.py. What a layer takes in is left out."""
 
     def __init__(
-        self, workload: Workload, choices: Mapping[Layer, Choice], attention: bool
+        self, workload: Workload, choices: Mapping[Layer, Choice], attention: bool, tail: bool
     ) -> None:
-        super().__init__(workload, choices)
+        super().__init__(workload, choices, tail)
         self.attention = attention
         self.readers = workload.readers()
         self.writer = {v: op for op in workload.operations for v in op.writes}
@@ -164,6 +171,8 @@ class _Own(_Stock):
             for kind in ("resize", "silu", "group_norm"):
                 before = self.writer.get(source)
                 if before is None or before.kind != kind or not self._sole(source):
+                    continue
+                if kind == "group_norm" and self.tail:
                     continue
                 self.inside.add(id(before))
                 source = before.reads[0]
