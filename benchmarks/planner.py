@@ -3,14 +3,16 @@
     python -m benchmarks.planner --rates FILE --pair MODEL BUNDLE [--pair ...] [--sizes 256 512]
 
 Each BUNDLE was built from the folder MODEL (benchmarks/random_pipeline.py makes some). Every
-configuration of bundle, size and memory mode draws one picture in a process of its own; with
---stock once more without edgesd's own kernels. FILE is edgesd calibrate's, of this machine.
+configuration of bundle, size and memory mode draws pictures, each in a process of its own, and its
+median counts; with --stock once more without edgesd's own kernels. FILE is edgesd calibrate's, of
+this machine.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,7 +46,12 @@ def draw(bundle: Path, mode: str, size: int, steps: int, kernels: bool) -> tuple
 
 
 def rows(
-    pairs: Sequence[tuple[str, Bundle]], sizes: Sequence[int], steps: int, rates: Rates, stock: bool
+    pairs: Sequence[tuple[str, Bundle]],
+    sizes: Sequence[int],
+    steps: int,
+    rates: Rates,
+    stock: bool,
+    repeats: int,
 ) -> list[dict[str, Any]]:
     """Predicted and measured figures of every configuration."""
     found = []
@@ -60,7 +67,10 @@ def rows(
                 plan = make_plan(model, manifest.target, wish, "onnxruntime")
                 assert plan.seconds is not None
                 for mode in MEMORY_MODES:
-                    peak, seconds = draw(bundle.path, mode, size, steps, kernels)
+                    drawn = [draw(bundle.path, mode, size, steps, kernels) for _ in range(repeats)]
+                    peak, seconds = (
+                        statistics.median(values) for values in zip(*drawn, strict=True)
+                    )
                     found.append(
                         {
                             "model": Path(model).name,
@@ -87,10 +97,11 @@ def main() -> None:
     arguments.add_argument("--sizes", type=int, nargs="+", default=[256, 512], help="in pixels")
     arguments.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
     arguments.add_argument("--stock", action="store_true", help="also without our own kernels")
+    arguments.add_argument("--repeats", type=int, default=3, help="pictures of each (default: 3)")
     given = arguments.parse_args()
     pairs = [(model, open_bundle(Path(bundle))) for model, bundle in given.pair]
     rates = read_rates(given.rates)
-    lines = rows(pairs, given.sizes, given.steps, rates, given.stock)
+    lines = rows(pairs, given.sizes, given.steps, rates, given.stock, given.repeats)
     head = ["model", "precision", "kernels", "size", "mode"]
     print(
         table(

@@ -200,6 +200,7 @@ def errors_as_sensitivities(self: QuantizedBuild, probes: object) -> dict[object
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allowed", [0.0, 99.0])
 def test_attention_is_pooled_where_pictures_allow(
     allowed: float, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return variant(tmp_path_factory.mktemp("source"), {}, vae, scheduler)
 
 
-@pytest.fixture(scope="module", params=["fp16", "w8a8"])
+@pytest.fixture(scope="module", params=[pytest.param("fp16", marks=pytest.mark.slow), "w8a8"])
 def bundle(
     request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:

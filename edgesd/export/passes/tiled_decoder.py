@@ -206,11 +206,13 @@ class _Statistics:
         begin = self.op("Slice", [corners, self.ints(0), self.ints(2)])
         end = self.op("Slice", [corners, self.ints(2), self.ints(4)])
         seen = self.op("Slice", [x, begin, end, self.ints(2, 3)])
-        rows = self.op("Reshape", [seen, self.ints(1, groups, -1)])
-        mean = self.op("ReduceMean", [rows, self.ints(2)], keepdims=0)
-        count = self.op("Cast", [self.op("Shape", [rows], start=2)], to=ir.DataType.FLOAT)
-        squares = self.op("ReduceSumSquare", [rows, self.ints(2)], keepdims=0)
-        square = self.op("Div", [squares, count])
+        # One axis after the other: the fp32 sum of a million values would be off by 1e-4.
+        width = self.op("Cast", [self.op("Shape", [seen], start=3)], to=ir.DataType.FLOAT)
+        mean, squares = (
+            self.mean_of_groups(self.op(kind, [seen, self.ints(3)], keepdims=0), groups)
+            for kind in ("ReduceMean", "ReduceSumSquare")
+        )
+        square = self.op("Div", [squares, width])
         both = self.op("Concat", [mean, square], axis=0)
         moments = self.op("Unsqueeze", [both, self.ints(0)])
         # The reductions come before the normalization whatever `own` is: `x` isn't kept for them.
@@ -245,6 +247,12 @@ class _Statistics:
         out.name = node.name
         self.nodes.append(node)
         return out
+
+    def mean_of_groups(self, rows: ir.Value, groups: int) -> ir.Value:
+        """Of values [1, C, h], for each group of channels [1, groups]."""
+        channels = self.op("ReduceMean", [rows, self.ints(2)], keepdims=0)
+        grouped = self.op("Reshape", [channels, self.ints(1, groups, -1)])
+        return self.op("ReduceMean", [grouped, self.ints(2)], keepdims=0)
 
     def const(self, name: str, array: Any) -> ir.Value:
         """An initializer, which all share."""
