@@ -171,6 +171,14 @@ def test_halves_one_after_the_other_are_the_whole(decoder: Decoder) -> None:
     assert off(half["image"], whole) < 1e-4
 
 
+def test_statistics_of_a_large_picture_are_exact(decoder: Decoder) -> None:
+    """The fp32 sum of a million values, one after the other, would be off by 1e-4."""
+    given = latents(64, 56)
+    whole = decoder.run(None, latents=given)["image"]
+    own = decoder.tail(decoder.features(given), decoder.nothing, 1)
+    assert off(own["image"], whole) < 1e-4
+
+
 def test_moments_are_those_of_the_core(decoder: Decoder) -> None:
     features = decoder.features(latents(8, 8))
     core = np.array([1, 2, 5, 8])
