@@ -300,13 +300,16 @@ class _Planner:
     def _seconds(
         self, made: Sequence[Workload], takes: Memory, mode: MemoryMode, runs: int
     ) -> float | None:
-        """Of all runs in a picture, and of the memory that they touch for the first time."""
+        """Of all runs in a picture, of reading weights in each, and of the memory that they touch
+        for the first time."""
         if self.speed is None:
             return None
         streamed = mode == "stream"
         each = {id(workload): seconds(workload, self.speed, streamed) for workload in made}
         fresh = self.speed.seconds("fresh", "", (max(1, takes.activations + takes.workspace),))
-        return runs * sum(each[id(workload)] for workload in made) + fresh
+        # A network's weights are larger than caches, which hold those of a single operation.
+        reading = self.speed.seconds("read", "", (max(1, takes.weights),))
+        return runs * (sum(each[id(workload)] for workload in made) + reading) + fresh
 
     def _in_halves(self, component: Component, mode: MemoryMode) -> bool:
         """Whether a full autoencoder's decoder is run by runtime/tiles.py."""

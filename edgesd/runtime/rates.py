@@ -38,7 +38,7 @@ WEIGHTS = "weights.bin"
 VALUE = np.float32(0.0123)
 """What it is full of: a number, whichever type of 1 to 4 bytes reads it."""
 
-_FRESH = 32 << 20
+_FRESH, _COLD = 32 << 20, 96 << 20
 _RUNS, _SECONDS = 5, 0.4
 """Of a probe, at least, and for how long at least."""
 
@@ -115,7 +115,7 @@ def measure(
             runner.close()
             process = process or resident_bytes()  # the first is a small one
             found.append(Rate(probe.kind, probe.form, probe.size, seconds))
-    found.append(_fresh())
+    found += [_fresh(), _read()]
     return Rates(
         machine=machine,
         onnxruntime=onnxruntime.__version__,
@@ -135,6 +135,17 @@ def _fresh() -> Rate:
             memory[:: mmap.PAGESIZE] = bytes(_FRESH // mmap.PAGESIZE)
             seconds.append(time.perf_counter() - begin)
     return Rate("fresh", "", (_FRESH,), statistics.median(seconds))
+
+
+def _read() -> Rate:
+    """How long it takes to read what no cache holds any more."""
+    values = np.ones(_COLD // 8)
+    seconds: list[float] = []
+    for _ in range(_RUNS):
+        begin = time.perf_counter()
+        values.sum()
+        seconds.append(time.perf_counter() - begin)
+    return Rate("read", "", (_COLD,), statistics.median(seconds))
 
 
 def _write_weights(path: Path, size: int) -> None:

@@ -113,7 +113,7 @@ def board(instruction_set: str | None) -> Rates:
         "resize",
         "map",
     )
-    rates = [Rate(kind, "", (1000,), 1e-6) for kind in [*kinds, "fresh"]]
+    rates = [Rate(kind, "", (1000,), 1e-6) for kind in [*kinds, "fresh", "read"]]
     for form in ("fp32", "int8", "nbits", "own8", "own4"):
         rates += [Rate(kind, form, (100, 100, 100), 1e-4) for kind in ("conv", "linear")]
         rates.append(Rate("attention", form, (1, 100, 100, 100), 1e-4))
@@ -133,7 +133,7 @@ def test_time_is_of_all_runs_and_in_proportion_to_steps() -> None:
     assert guided.components["unet"].runs == {"fast": 1, "balanced": 2, "stream": 2}
     # Of rates of 1e10 a second, which all products have.
     macs = sum(one.components["unet"].macs.values())
-    assert unet == pytest.approx(macs / 1e10, rel=0.2)
+    assert unet == pytest.approx(macs / 1e10, rel=0.3)
 
 
 def test_kernels_are_planned_where_the_board_has_them() -> None:

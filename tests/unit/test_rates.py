@@ -72,10 +72,10 @@ def test_probes_run(kind: str, form: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(rates, "_SECONDS", 0.0)
     told: list[tuple[str, int, int]] = []
     found = measure("here", 1, lambda *args: told.append(args))
-    assert [(r.kind, r.form, r.size) for r in found.rates[:-1]] == [
+    assert [(r.kind, r.form, r.size) for r in found.rates[:-2]] == [
         (p.kind, p.form, p.size) for p in chosen[0]
     ]
-    assert found.rates[-1].kind == "fresh"
+    assert [rate.kind for rate in found.rates[-2:]] == ["fresh", "read"]
     assert all(rate.seconds > 0 for rate in found.rates) and found.process_bytes > 1 << 20
     assert told[0] == (chosen[0][0].name, 0, len(chosen[0]))
 
@@ -92,7 +92,7 @@ def test_probes_of_our_kernels_run_where_these_do(
         monkeypatch.setattr(rates, "_SECONDS", 0.0)
         found = measure("here", 1)
         runs = [p for p in chosen[0] if p.scheme and kernels.usable([p.scheme])]
-        assert len(found.rates) == len(runs) + 1
+        assert len(found.rates) == len(runs) + 2
 
 
 def test_rates_are_kept_by_target_and_read_again(
@@ -123,7 +123,7 @@ def test_calibrate_writes_what_plan_reads(tmp_path: Path, monkeypatch: pytest.Mo
     done = run_cli("calibrate", "--target", "raspberry-pi-5")
     assert done.code == 0 and "add" in done.out
     found = find_rates("raspberry-pi-5")
-    assert found is not None and {rate.kind for rate in found.rates} == {"add", "fresh"}
+    assert found is not None and {rate.kind for rate in found.rates} == {"add", "fresh", "read"}
 
 
 def test_calibrate_refuses_a_target_that_isnt_there() -> None:
