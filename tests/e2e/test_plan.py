@@ -113,7 +113,8 @@ def board(instruction_set: str | None) -> Rates:
         "resize",
         "map",
     )
-    rates = [Rate(kind, "", (1000,), 1e-6) for kind in [*kinds, "fresh", "read"]]
+    rates = [Rate(kind, "", (1000,), 1e-6) for kind in [*kinds, "fresh"]]
+    rates.append(Rate("read", "", (1000,), 1e-9))
     for form in ("fp32", "int8", "nbits", "own8", "own4"):
         rates += [Rate(kind, form, (100, 100, 100), 1e-4) for kind in ("conv", "linear")]
         rates.append(Rate("attention", form, (1, 100, 100, 100), 1e-4))
