@@ -81,10 +81,9 @@ def _edgesd(
     library = kernels.library() if own else None
     if own and library is None:
         raise EdgesdError("edgesd's own kernels aren't there: edgesd kernels build")
-    if own:
-        kernels.keep_weights(0 if how == "stream" else None)
     file = GraphFile((graph / ("kernels.onnx" if own else "model.onnx")).read_bytes(), graph)
-    runner = OnnxRuntimeRunner(spec, file, threads, library=library)
+    with kernels.keeping_weights(0 if own and how == "stream" else None):
+        runner = OnnxRuntimeRunner(spec, file, threads, library=library)
     runner.bind({name: array.shape for name, array in inputs.items()})
 
     def step(inputs: Inputs) -> Array:

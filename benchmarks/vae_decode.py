@@ -138,13 +138,12 @@ def decode(folder: Path, mode: str, latents: Array, kernels: bool, answer: Conne
 
     halves = msgspec.json.decode((folder / "halves.json").read_bytes(), type=Halves)
     library = own.library() if kernels else None
-    if kernels:
-        own.keep_weights(0 if mode == "tiles" else None)
 
     def opened(spec: ComponentSpec, name: str, small: bool) -> Runner:
         graph = GraphFile((folder / name).read_bytes(), folder)
         in_file = small and not kernels
-        return OnnxRuntimeRunner(spec, graph, 0, False, library, in_file, small)
+        with own.keeping_weights(0 if kernels and mode == "tiles" else None):
+            return OnnxRuntimeRunner(spec, graph, 0, False, library, in_file, small)
 
     began = time.perf_counter()
     passes = 0

@@ -10,7 +10,8 @@ import ctypes
 import hashlib
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -78,14 +79,21 @@ def usable(schemes: Iterable[str]) -> bool:
     return bool(isa) and not (eight_bits and isa in ONLY_4_BITS)
 
 
-def keep_weights(count: int | None) -> None:
-    """Let sessions that are made from now on keep `count` bytes of weights mapped; None: all.
+@contextmanager
+def keeping_weights(count: int | None) -> Iterator[None]:
+    """Let sessions that are made meanwhile keep `count` bytes of weights mapped; None: all.
 
     What is beyond is let go after each use, and read again from the file. Only for graphs whose
-    weights are mapped from files, as those of bundles are.
+    weights are mapped from files, as those of bundles are: others would lose them.
     """
     path = library()
-    if path is not None:
-        keep = ctypes.CDLL(str(path)).edgesd_keep_weights
-        keep.argtypes = [ctypes.c_int64]
-        keep(-1 if count is None else count)
+    if path is None or count is None:
+        yield
+        return
+    keep = ctypes.CDLL(str(path)).edgesd_keep_weights
+    keep.argtypes = [ctypes.c_int64]
+    keep(count)
+    try:
+        yield
+    finally:
+        keep(-1)

@@ -418,12 +418,12 @@ class Pipeline(Closing):
         threads, stream = self.settings.threads, self.memory == "stream"
         if self._own_kernels(component):
             kept = self._weights_kept.get(component, self._weights_kept.get("unet", 0))
-            kernels.keep_weights(kept if stream else None)
             graph = self.bundle.graph_file(component, kernels=True, half=half)
             try:
-                return OnnxRuntimeRunner(
-                    spec, graph, threads, library=kernels.library(), small=half is not None
-                )
+                with kernels.keeping_weights(kept if stream else None):
+                    return OnnxRuntimeRunner(
+                        spec, graph, threads, library=kernels.library(), small=half is not None
+                    )
             except (BundleError, MissingDependencyError) as exc:
                 self.fallbacks[component] = f"{exc}: drawing without edgesd's own kernels"
         graph = self.bundle.graph_file(component, half=half)

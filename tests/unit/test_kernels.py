@@ -351,11 +351,8 @@ def test_weights_that_are_let_go_come_back(kept: int | None, tmp_path: Path, lib
         return [answer(loaded, feed) for _ in range(3)]
 
     wanted = drawn()
-    kernels.keep_weights(kept)
-    try:
+    with kernels.keeping_weights(kept):
         assert all(np.array_equal(a, b) for a, b in zip(wanted, drawn(), strict=True))
-    finally:
-        kernels.keep_weights(None)
 
 
 # Being without memory.
@@ -511,3 +508,27 @@ def answer(loaded: onnxruntime.InferenceSession, feed: dict[str, Array]) -> Arra
 def off(found: Array, wanted: Array) -> float:
     """Relative RMS."""
     return float(np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2)))
+
+
+def test_what_is_kept_is_asked_for_while_a_session_is_made_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Later sessions may have weights in memory, which would be lost if they were let go."""
+    asked: list[int] = []
+
+    class Keep:
+        argtypes: tuple[object, ...] = ()
+
+        def __call__(self, count: int) -> None:
+            asked.append(count)
+
+    class Library:
+        edgesd_keep_weights = Keep()
+
+    monkeypatch.setattr(kernels, "library", lambda: Path("library"))
+    monkeypatch.setattr(kernels.ctypes, "CDLL", lambda _: Library())
+    with pytest.raises(ValueError, match="fails"), kernels.keeping_weights(5):
+        raise ValueError("a session fails")
+    with kernels.keeping_weights(None):
+        pass
+    assert asked == [5, -1]
