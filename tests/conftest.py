@@ -46,6 +46,12 @@ def miniature_file(miniature: Bundle, tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where builds of the embedded model keep what they have in common."""
+    return tmp_path_factory.mktemp("work")
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """On matrices as small as a unit test's, threads wait for each other more than they work."""

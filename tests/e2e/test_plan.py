@@ -28,12 +28,11 @@ SCHEME = "w8a8"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("plan")
+def bundle(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     options = QuantOptions(
-        "rtn", calibration_prompts=("red apple",), quality_prompts=(), steps=1, work=folder / "work"
+        "rtn", calibration_prompts=("red apple",), quality_prompts=(), steps=1, work=work
     )
-    out = folder / "demo"
+    out = tmp_path_factory.mktemp("plan") / "demo"
     return build(DEMO, "x86-64-cpu", SCHEME, out, quantization=options).bundle
 
 

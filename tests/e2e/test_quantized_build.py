@@ -28,11 +28,6 @@ CALIBRATION = ("red apple", "grinning cat")
 PROMPTS = ("blue heart", "pizza", "green dinosaur")
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("work")
-
-
 def options(work: Path, **more: object) -> QuantOptions:
     return QuantOptions(
         calibration_prompts=CALIBRATION,

@@ -176,7 +176,7 @@ def test_shapes_in_between_are_right(tmp_path: Path) -> None:
             assert (query[1], key[1]) == (tokens, few)
 
 
-@pytest.mark.parametrize("size", [None, (4, 12)])
+@pytest.mark.parametrize("size", [pytest.param(None, marks=pytest.mark.slow), (4, 12)])
 def test_the_largest_level_may_be_below_the_latents_size(
     size: tuple[int, int] | None, tmp_path: Path
 ) -> None:
