@@ -42,31 +42,36 @@ def calibrate_command(
     should run meanwhile."""
     from edgesd.device.detect import detect_machine
     from edgesd.device.targets import get_target
-    from edgesd.files import atomic_write
+    from edgesd.files import atomic_write, check_writable
     from edgesd.runtime.rates import measure, rates_path, summary
 
     if target is not None:
         target = get_target(target).name
+    machine = None if host else detect_machine()
+    name = target or (machine.target if machine else None)
+    path = output or (rates_path(name) if name else None)
+    if machine and path is None and not as_json:
+        raise click.UsageError("this machine is no target that edgesd knows: give --target or -o")
+    if path is not None:
+        check_writable(path)
     reporter = Reporter(quiet=as_json)
-    if host:
+    if machine is None:
+        assert host is not None
         found, own = _on_board(host, threads)
+        path = path or (rates_path(own) if own else None)
     else:
-        machine = detect_machine()
-        own = machine.target
         with reporter.bar():
             found = measure(machine.model, threads, reporter.update)
-    name = target or own
-    if output is None and name is None:
-        raise click.UsageError("this machine is no target that edgesd knows: give --target or -o")
-    path = output or rates_path(name or "")
-    with atomic_write(path) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(found), indent=1))
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write(msgspec.json.format(msgspec.json.encode(found), indent=1))
     if as_json:
         print_json(found)
         return
     for kind, form, speed in summary(found):
         click.echo(f"{kind:11} {form:6} {speed}")
-    click.echo(f"rates of {found.machine}: {path}")
+    kept = path or "not kept: the board is no target that edgesd knows (--target or -o keeps them)"
+    click.echo(f"rates of {found.machine}: {kept}")
 
 
 def _on_board(host: str, threads: int) -> tuple[Rates, str | None]:

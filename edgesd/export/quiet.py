@@ -13,13 +13,13 @@ from collections.abc import Iterator
 def quiet() -> Iterator[None]:
     """Hide warnings, progress bars, log lines below ERROR and what is printed to stdout."""
     before = logging.root.manager.disable
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _no_bars():
-        warnings.simplefilter("ignore")
-        logging.disable(max(before, logging.WARNING))
-        try:
+    logging.disable(max(before, logging.WARNING))  # importing the libraries logs, too
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _no_bars():
+            warnings.simplefilter("ignore")
             yield
-        finally:
-            logging.disable(before)
+    finally:
+        logging.disable(before)
 
 
 def first_line(exc: BaseException) -> str:

@@ -128,3 +128,13 @@ def test_calibrate_writes_what_plan_reads(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_calibrate_refuses_a_target_that_isnt_there() -> None:
     assert_refused(run_cli("calibrate", "--target", "raspberry-pi-55"), "raspberry-pi-5")
+
+
+def test_calibrate_says_that_a_place_cannot_be_written_before_it_measures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measured(*_: object) -> Rates:
+        raise AssertionError("it measured")
+
+    monkeypatch.setattr(rates, "measure", measured)
+    assert_refused(run_cli("calibrate", "-o", "/proc/none/rates.json"), "/proc/none")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import InputError, UsageError
 from edgesd.export.families import MAX_BATCH, Component, Family, Plan, Sizes
+from edgesd.export.quiet import quiet
 from edgesd.runtime.schedulers import create_scheduler, name_from_class
 from edgesd.spec import (
     ComponentSpec,
@@ -212,9 +213,7 @@ def _shape_spec(
 
 def _text_encoder(source: ModelSource, text: Mapping[str, Any], shape: ShapeSpec) -> Component:
     def load(weights: bool = True) -> Any:
-        from edgesd.export.families import modules
-
-        return modules.load_text_encoder(source, weights)
+        return _modules().load_text_encoder(source, weights)
 
     batch = _dims(shape, 1)[0]
     vocab_size = text.get("vocab_size", 49408)
@@ -239,9 +238,7 @@ def _unet(
     latent: LatentSpec,
 ) -> Component:
     def load(weights: bool = True) -> Any:
-        from edgesd.export.families import modules
-
-        return modules.load_unet(source, weights)
+        return _modules().load_unet(source, weights)
 
     batch, height, width = _dims(shape, latent.scale_factor)
     if not shape.dynamic:
@@ -265,9 +262,7 @@ def _unet(
 
 def _vae_decoder(source: ModelSource, latent: LatentSpec, shape: ShapeSpec) -> Component:
     def load(weights: bool = True) -> Any:
-        from edgesd.export.families import modules
-
-        return modules.load_vae_decoder(source, latent, weights)
+        return _modules().load_vae_decoder(source, latent, weights)
 
     batch, height, width = _dims(shape, latent.scale_factor)
     _, rows, columns = _dims(shape, 1)
@@ -285,9 +280,7 @@ def _vae_decoder(source: ModelSource, latent: LatentSpec, shape: ShapeSpec) -> C
 
 def _vae_encoder(source: ModelSource, latent: LatentSpec, shape: ShapeSpec) -> Component:
     def load(weights: bool = True) -> Any:
-        from edgesd.export.families import modules
-
-        return modules.load_vae_encoder(source, latent, weights)
+        return _modules().load_vae_encoder(source, latent, weights)
 
     batch, height, width = _dims(shape, latent.scale_factor)
     _, rows, columns = _dims(shape, 1)
@@ -303,6 +296,13 @@ def _vae_encoder(source: ModelSource, latent: LatentSpec, shape: ShapeSpec) -> C
         {"height": latent.scale_factor, "width": latent.scale_factor},
         _sizes(shape, 1),
     )
+
+
+def _modules() -> Any:
+    """The torch side. Its libraries log while they are imported."""
+    with quiet():
+        from edgesd.export.families import modules
+    return modules
 
 
 def _float(name: str, *shape: Dim) -> TensorSpec:
