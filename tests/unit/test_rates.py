@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -11,7 +15,7 @@ import pytest
 from edgesd.errors import InputError
 from edgesd.runtime import kernels, rates
 from edgesd.runtime.rates import Speed, find_rates, measure, rates_path, read_probes, read_rates
-from edgesd.spec import Probe, Rate, Rates
+from edgesd.spec import Machine, Probe, Rate, Rates
 from tests.support import assert_refused, run_cli
 
 
@@ -138,3 +142,26 @@ def test_calibrate_says_that_a_place_cannot_be_written_before_it_measures(
 
     monkeypatch.setattr(rates, "measure", measured)
     assert_refused(run_cli("calibrate", "-o", "/proc/none/rates.json"), "/proc/none")
+
+
+def test_a_boards_rates_are_kept_under_its_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    here = Machine("aarch64", "Raspberry Pi 5", "raspberry-pi-5", 4 << 30, 4, ())
+
+    async def edgesd(board: object, *arguments: str) -> str:
+        asked.append(arguments)
+        found = some(Rate("add", "", (100,), 1e-6)) if arguments[0] == "calibrate" else here
+        return msgspec.json.encode(found).decode()
+
+    def on_each(hosts: list[str], work: Callable[..., Any]) -> dict[str, object]:
+        return {host: asyncio.run(work(SimpleNamespace(name=host))) for host in hosts}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("edgesd.device.board.edgesd", edgesd)
+    monkeypatch.setattr("edgesd.device.hosts.on_each", on_each)
+    done = run_cli("calibrate", "--host", "pi@board", "--threads", "3")
+    assert done.code == 0, done.err
+    assert asked[0] == ("calibrate", "--json", "--threads", "3")
+    assert find_rates("raspberry-pi-5") is not None and "raspberry-pi-5" in done.out
