@@ -177,6 +177,18 @@ class ShapeSpec(Spec, frozen=True):
     multiple_of: int
 
 
+def nearest_multiple(value: int, step: int) -> int:
+    """The multiple of `step` that is nearest to `value`, at least `step`."""
+    return max(step, round(value / step) * step)
+
+
+def check_multiple(what: str, value: int, step: int) -> None:
+    """Raise UsageError, with the nearest valid one, for a size that is no multiple of `step`."""
+    if value <= 0 or value % step:
+        near = nearest_multiple(value, step)
+        raise UsageError(f"{what} {value} isn't a multiple of {step}: the nearest is {near}")
+
+
 class PipelineSpec(Spec, frozen=True):
     """What a pipeline is, whatever the precision or backend of its graphs."""
 

@@ -50,8 +50,8 @@ _TIMED = {
 @dataclass(frozen=True)
 class Memory:
     """Bytes that one component takes. weights: what stays of them once loaded; loading: what there
-    is besides while they are loaded; streamed: of them at a time in `stream`. activations: what a
-    run touches; workspace: of our kernels, which they keep; graph: of the session itself."""
+    is besides while they are loaded; streamed: what stays of them in `stream`. activations: what
+    runs touch; workspace: of our kernels, which they keep; graph: of the session itself."""
 
     weights: int
     loading: int
@@ -92,10 +92,13 @@ def file_bytes(
 def half_bytes(workload: Workload, choices: Mapping[Layer, Choice]) -> int:
     """Bytes on disk of the layers of a part of a network."""
     layers = {op.layer for op in workload.operations if op.layer is not None}
-    return sum(
-        layer_bytes(layer, choices[layer]) if layer in choices else 4 * layer.rows * layer.columns
-        for layer in layers
-    )
+    return sum(_stored(layer, choices) for layer in layers)
+
+
+def _stored(layer: Layer, choices: Mapping[Layer, Choice]) -> int:
+    if layer in choices:
+        return layer_bytes(layer, choices[layer])
+    return 4 * layer.rows * layer.columns
 
 
 def memory(
@@ -115,7 +118,7 @@ def memory(
         if op.layer is None or op.form == PART:
             continue
         count, choice = op.layer.rows * op.layer.columns, choices.get(op.layer)
-        stored = layer_bytes(op.layer, choice) if op.layer in choices else 4 * count
+        stored = _stored(op.layer, choices)
         rest -= stored
         if op.layer.kind == "embedding":
             continue  # rows of it alone are read
@@ -193,15 +196,6 @@ def _seconds(workload: Workload, op: Operation, speed: Speed) -> float:
     if not speed.knows(kind):
         kind = "add"
     return speed.seconds(kind, "", (elements,))
-
-
-def by_kind(workload: Workload, speed: Speed) -> dict[str, float]:
-    """Seconds of one run by kind and form of operation."""
-    found: dict[str, float] = {}
-    for op in workload.operations:
-        name = f"{op.kind} {op.form}".strip()
-        found[name] = found.get(name, 0.0) + _seconds(workload, op, speed)
-    return {name: value for name, value in found.items() if value > 0}
 
 
 def multiplications(workload: Workload) -> dict[str, int]:

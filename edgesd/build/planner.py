@@ -25,7 +25,6 @@ from edgesd.build.costs import (
 from edgesd.device.capabilities import in_gb
 from edgesd.device.targets import OS_BYTES, check_request, get_target, usable_bytes
 from edgesd.engines import onnxruntime, tensorrt
-from edgesd.errors import UsageError
 from edgesd.export.families import Component, Plan
 from edgesd.export.pipeline import plan_pipeline, require_build_tools
 from edgesd.export.quantize.assign import Choice, planned
@@ -33,12 +32,20 @@ from edgesd.export.quantize.layers import Layer
 from edgesd.export.source import ModelSource, resolve_source
 from edgesd.export.work_on_cpu import lowered
 from edgesd.export.workload import Workload, halves, trace
-from edgesd.runtime.kernels import ONLY_4_BITS
+from edgesd.runtime.kernels import computes
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
 from edgesd.runtime.pipeline import DRAWING
 from edgesd.runtime.rates import Speed
-from edgesd.runtime.tiles import TILE, tail_shapes, tiles_of
-from edgesd.spec import Precision, Rates, Spec, Target, number_format, parse_scheme
+from edgesd.runtime.tiles import TILE, margin_of, tail_shapes, tiles_of
+from edgesd.spec import (
+    Precision,
+    Rates,
+    Spec,
+    Target,
+    check_multiple,
+    number_format,
+    parse_scheme,
+)
 
 PROCESS_BYTES = 76 << 20
 """Python with ONNX Runtime and one small session (measured on x86-64; calibrate measures it)."""
@@ -169,7 +176,8 @@ class _Planner:
         """The plan of one precision and size. Raises UsageError for what can't be drawn."""
         spec, wish = self.whole.pipeline, self.wish
         width, height = size or (spec.shape.width, spec.shape.height)
-        self._check_size(width, height)
+        check_multiple("width", width, spec.shape.multiple_of)
+        check_multiple("height", height, spec.shape.multiple_of)
         steps = spec.num_inference_steps if wish.steps is None else wish.steps
         guidance = spec.guidance_scale if wish.guidance is None else wish.guidance
         guided = guidance > 1 and spec.components["unet"].input("timestep_cond") is None
@@ -181,19 +189,23 @@ class _Planner:
             choices = self._choices(one, precision)
             on_disk = self._file_bytes(one, choices, precision)
             graphs = NODE_FILE_BYTES * len(one.operations) * (2 if own else 1)
+            picture = 0 if component.name != "vae_decoder" else _COPIES * 12 * width * height
+            done: dict[tuple[tuple[int, int, int], ...], tuple[list[Workload], Memory]] = {}
             found: dict[str, _Part] = {}
             for mode in self.modes if component.name in DRAWING else ():
                 if self._in_halves(component, mode):
                     found[mode] = self._decoder_in_halves(component, (width, height), choices, own)
                     continue
                 shapes, runs = self._runs(component, mode, (width, height), steps, guided)
-                made = [lowered(self._trace(component, *s), choices, own, own) for s in shapes]
-                picture = 0 if component.name != "vae_decoder" else _COPIES * 12 * width * height
-                takes = (
-                    self._on_gpu(one, precision)
-                    if self.gpu
-                    else memory(made, choices, on_disk, picture)
-                )
+                if tuple(shapes) not in done:  # modes differ in few components
+                    made = [lowered(self._trace(component, *s), choices, own, own) for s in shapes]
+                    takes = (
+                        self._on_gpu(one, precision)
+                        if self.gpu
+                        else memory(made, choices, on_disk, picture)
+                    )
+                    done[tuple(shapes)] = made, takes
+                made, takes = done[tuple(shapes)]
                 found[mode] = _Part(takes, runs, self._seconds(made, takes, mode, runs))
             parts[component.name] = found
             costs[component.name] = ComponentCost(
@@ -254,23 +266,16 @@ class _Planner:
             )
         return tuple(found)
 
-    def _check_size(self, width: int, height: int) -> None:
-        step = self.whole.pipeline.shape.multiple_of
-        for name, size in (("width", width), ("height", height)):
-            if size % step:
-                near = max(step, round(size / step) * step)
-                raise UsageError(f"{name} {size} isn't a multiple of {step}: the nearest is {near}")
-
     def _own_kernels(self, precision: Precision) -> bool:
-        """Whether edgesd's own kernels will run there: as runtime.kernels.usable decides it."""
+        """Whether edgesd's own kernels will run there: by runtime.kernels."""
         if self.backend != onnxruntime.BACKEND or number_format(precision) not in ("w8a8", "w4a8"):
             return False
         if self.wish.rates is not None:
-            isa = self.wish.rates.instruction_set
+            isa = self.wish.rates.instruction_set or ""
         else:
             has = self.target.capabilities
-            isa = next((isa for feature, isa in _KERNELS.items() if feature in has), None)
-        return isa is not None and not (precision.startswith("w8") and isa in ONLY_4_BITS)
+            isa = next((isa for feature, isa in _KERNELS.items() if feature in has), "")
+        return computes(isa, [precision])
 
     def _runs(
         self,
@@ -289,10 +294,9 @@ class _Planner:
             return [(height, width, rows if batched else 1)], steps * (1 if batched else rows)
         halo = self.whole.pipeline.latent.halo
         if component.name == "vae_decoder" and mode == "stream" and halo is not None:
-            margin = -(-halo // 2)
             tall, wide = (
-                [tile.last - tile.first for tile in tiles_of(size, TILE, margin)]
-                for size in (height, width)
+                [tile.last - tile.first for tile in tiles_of(n, TILE, margin_of(halo))]
+                for n in (height, width)
             )
             return [(h, w, 1) for h in tall for w in wide], 1
         return [(height, width, 1)], rows if component.name == "text_encoder" else 1

@@ -41,7 +41,6 @@ _KINDS = {
     "upsample_nearest2d": "resize",
     "permute": "copy",
     "transpose": "copy",
-    "split": "split",
     "slice": "copy",
 }
 
@@ -52,8 +51,10 @@ class Operation:
 
     kind: conv, linear, attention, embedding, group_norm, layer_norm, silu, gelu, relu, add, mul,
     concat, split, resize, copy, or torch's own name. layer: whose weight it multiplies with, or
-    None. macs: multiplications. rows: of the matrix product, whose K and N the layer has; of
-    attention, its queries times heads. scratch: bytes that it takes besides while it runs.
+    None. macs: multiplications. rows: of the matrix product, whose K and N the layer has. heads:
+    of attention: batch, heads, queries, keys, width of a head. in_place: its output may lie where
+    an input of the same size lay that nothing else reads. form: which kernel computes it, where
+    that is decided (work_on_cpu.py). spare: bytes that it allocates besides while it runs.
     """
 
     kind: str
@@ -86,11 +87,6 @@ class Workload:
         """Layers that can be quantized, in order, each once: those of a graph's find_layers."""
         found = (op.layer for op in self.operations if op.layer is not None)
         return [la for la in dict.fromkeys(found) if la.rows * la.columns >= MIN_WEIGHTS]
-
-    @property
-    def macs(self) -> int:
-        """Multiplications of products and attention in one run."""
-        return sum(op.macs for op in self.operations)
 
     def readers(self) -> dict[int, list[int]]:
         """Value -> places of the operations that read it."""

@@ -74,7 +74,11 @@ def instruction_set() -> str:
 
 def usable(schemes: Iterable[str]) -> bool:
     """Whether a graph of layers of these schemes (w8a8 ...), which needs the library, runs here."""
-    isa = instruction_set()
+    return computes(instruction_set(), schemes)
+
+
+def computes(isa: str, schemes: Iterable[str]) -> bool:
+    """Whether kernels of the instruction set `isa` ("": none) compute layers of these schemes."""
     eight_bits = any(name.startswith("w8a8") for name in schemes)
     return bool(isa) and not (eight_bits and isa in ONLY_4_BITS)
 

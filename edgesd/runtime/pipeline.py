@@ -34,10 +34,19 @@ from edgesd.runtime.tiles import (
     decoder_bytes,
     draw_tail,
     draw_tiles,
+    margin_of,
     tiled_decoder_bytes,
 )
 from edgesd.runtime.tokenizer import Truncation, check_prompt, tokenizer_of
-from edgesd.spec import ComponentSpec, Half, Halves, LayerRecipe, number_format, parse_scheme
+from edgesd.spec import (
+    ComponentSpec,
+    Half,
+    Halves,
+    LayerRecipe,
+    check_multiple,
+    number_format,
+    parse_scheme,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -173,10 +182,7 @@ class Pipeline(Closing):
                     f"this bundle was built for {shape.width}x{shape.height} pixels only, "
                     f"not {name} {size}: leave --size out, or build without --size"
                 )
-            step = shape.multiple_of
-            if size <= 0 or size % step:
-                near = max(step, round(size / step) * step)
-                raise UsageError(f"{name} {size} isn't a multiple of {step}: the nearest is {near}")
+            check_multiple(name, size, shape.multiple_of)
         self._check_schedule(request)
         return request
 
@@ -297,9 +303,7 @@ class Pipeline(Closing):
             return part
 
         if self.memory == "stream" and spec.halo is not None and self.spec.shape.dynamic:
-            # What lies beyond half of what the decoder sees changes a value by less than 1/255: a
-            # margin of all would double the work and the memory.
-            return draw_tiles(decode, latents, spec.scale_factor, TILE, -(-spec.halo // 2))
+            return draw_tiles(decode, latents, spec.scale_factor, TILE, margin_of(spec.halo))
         whole: Float = self._run(runner, {"latents": latents[None]})[0]
         return whole
 

@@ -93,6 +93,15 @@ def tiled_decoder_bytes(
     return max(head, tile + features + picture + tail_weights)
 
 
+def margin_of(halo: int) -> int:
+    """Margin in latents of AutoencoderTiny's tiles, whose decoder sees as far as `halo`.
+
+    What lies beyond half of that changes a value by less than 1/255: a margin of all would double
+    the work and the memory.
+    """
+    return -(-halo // 2)
+
+
 class Tile(NamedTuple):
     """A tile in one direction: its begin and end, and the same with its margins."""
 

@@ -29,6 +29,8 @@ from edgesd.spec import (
     SchedulerSpec,
     ShapeSpec,
     TensorSpec,
+    check_multiple,
+    nearest_multiple,
 )
 
 if TYPE_CHECKING:
@@ -199,13 +201,11 @@ def _shape_spec(
     if size is None:
         own = unet.get("sample_size") or 64
         rows, columns = own if isinstance(own, list) else (own, own)
-        height, width = (_nearest(n * scale_factor, step) for n in (rows, columns))
+        height, width = (nearest_multiple(n * scale_factor, step) for n in (rows, columns))
         return ShapeSpec(height, width, batch=MAX_BATCH, dynamic=True, multiple_of=step)
     width, height = size
     for what, value in (("height", height), ("width", width)):
-        if value <= 0 or value % step:
-            near = _nearest(value, step)
-            raise UsageError(f"{what} {value} isn't a multiple of {step}: the nearest is {near}")
+        check_multiple(what, value, step)
     if not 1 <= batch <= MAX_BATCH:
         raise UsageError(f"batch {batch} is out of range: expected 1 to {MAX_BATCH}")
     return ShapeSpec(height, width, batch=batch, dynamic=False, multiple_of=step)
@@ -340,7 +340,3 @@ def _tokens(text: Mapping[str, Any]) -> int:
 
 def _width(text: Mapping[str, Any]) -> int:
     return int(text.get("hidden_size", 512))
-
-
-def _nearest(value: int, step: int) -> int:
-    return max(step, round(value / step) * step)
