@@ -200,8 +200,10 @@ class Residence {
     static std::mutex one;
     return one;
   }
+  // Of each thread, as sessions are made on the thread that asks for them: two that are made at the
+  // same time, one to stream its weights and one not, mustn't take each other's.
   static int64_t& budget() {
-    static int64_t bytes = -1;
+    static thread_local int64_t bytes = -1;
     return bytes;
   }
   static std::vector<Place>& places() {
@@ -436,7 +438,7 @@ __attribute__((visibility("default"))) const char* edgesd_instruction_set() {
   return found ? found->name : "";
 }
 
-// Bytes of weights that sessions created from now on keep mapped; less than 0: all.
+// Bytes of weights that sessions created from now on by this thread keep mapped; less than 0: all.
 __attribute__((visibility("default"))) void edgesd_keep_weights(int64_t bytes) {
   edgesd::Residence::keep(bytes);
 }

@@ -85,7 +85,8 @@ def computes(isa: str, schemes: Iterable[str]) -> bool:
 
 @contextmanager
 def keeping_weights(count: int | None) -> Iterator[None]:
-    """Let sessions that are made meanwhile keep `count` bytes of weights mapped; None: all.
+    """Let sessions that this thread makes meanwhile keep `count` bytes of weights mapped; None for
+    all.
 
     What is beyond is let go after each use, and read again from the file. Only for graphs whose
     weights are mapped from files, as those of bundles are: others would lose them.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -50,6 +52,7 @@ from edgesd.spec import (
 
 if TYPE_CHECKING:
     from PIL import Image
+    from typing_extensions import Self
 
     from edgesd.runtime.runners.tensorrt import LoadedPlan
 
@@ -124,6 +127,11 @@ class Pipeline(Closing):
     Components stay loaded between pictures unless memory is short, when each is released after
     its use. `truncations` tells of every prompt what was cut; `fallbacks` of every component that
     runs on the CPU instead of TensorRT why.
+
+    Threads may share a pipeline: it does one thing at a time, and whoever calls meanwhile waits,
+    `close` included. Pipelines of their own draw side by side. Within `on_step`, on the thread that
+    draws, `decode` shows a preview; what would change the networks that are drawing (`generate`,
+    `replace`, `restore`, `close` ...) raises UsageError there, as every use after `close` does.
     """
 
     def __init__(self, bundle: Bundle, settings: Settings | None = None) -> None:
@@ -145,17 +153,42 @@ class Pipeline(Closing):
         self._runners: dict[str, Runner] = {}
         self._embeddings: dict[str, Float] = {}
         self._schedules: set[tuple[str | None, int | None]] = set()
+        self._lock = threading.RLock()
+        self._drawing = self._closed = False
         self._tokenizer = tokenizer_of(bundle)
         self._window = WINDOWS[0]
         # Bytes of a component's weights that stay mapped while weights are streamed.
         self._weights_kept: dict[str, int] = {}
         self.memory: MemoryMode = self.settings.memory or self._fitting_mode()
 
+    def __enter__(self) -> Self:
+        with self._turn(while_drawing=True):
+            return super().__enter__()
+
+    @contextmanager
+    def _turn(self, *, while_drawing: bool = False) -> Iterator[None]:
+        """Have the pipeline alone. Raises UsageError once it is closed, and, unless
+        `while_drawing`, to a call from within `on_step`."""
+        with self._lock:
+            self._check_open()
+            if self._drawing and not while_drawing:
+                raise UsageError(
+                    "this pipeline is drawing: within on_step it only decodes previews; call it "
+                    "after generate has returned"
+                )
+            yield
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError(f"the pipeline of {self.bundle.path} was closed: open another one")
+
     def complete(self, request: Request) -> Request:
         """Fill in the bundle's defaults and check every value.
 
-        Raises UsageError naming the value, what is valid, and the nearest valid choice.
+        Raises UsageError naming the value, what is valid, and the nearest valid choice, or once the
+        pipeline is closed.
         """
+        self._check_open()  # without a turn: what is asked for can be checked while another draws
         spec, shape = self.spec, self.spec.shape
         request = replace(
             request,
@@ -225,8 +258,20 @@ class Pipeline(Closing):
         The requests may differ in prompt, negative prompt and seed only. Picture k depends on its
         own request alone, not on the batch it was made in (up to the backend's rounding; where
         activations are quantized dynamically, the pictures of a batch share their ranges).
-        Raises UsageError for requests that can't share a batch, ResourceError when memory is short.
+        on_step is told of each step; what it raises ends the drawing, not the pipeline.
+        Raises UsageError for requests that can't share a batch, once the pipeline is closed, and
+        within on_step; ResourceError when memory is short.
         """
+        with self._turn():
+            self._drawing = True
+            try:
+                return self._generate(requests, on_step)
+            finally:
+                self._drawing = False
+                for component in DRAWING:  # what an error left there
+                    self._release(component)
+
+    def _generate(self, requests: Sequence[Request], on_step: Listener | None) -> list[Image.Image]:
         start = time.perf_counter()
         requests = [self.complete(request) for request in requests]
         first = requests[0]
@@ -269,7 +314,7 @@ class Pipeline(Closing):
         )
         self.timings.add(self.timings.run, "unet", unet.seconds - before)
         self._release("unet")
-        pictures = self.decode(latents)
+        pictures = self._pictures(latents)
         self.timings.total += time.perf_counter() - start
         self.timings.peak_memory_bytes = peak_bytes()
         return pictures
@@ -277,8 +322,12 @@ class Pipeline(Closing):
     def decode(self, latents: Float) -> list[Image.Image]:
         """Latents [B, C, h, w] -> B pictures of h, w times the latent scale factor, 8-bit RGB.
 
-        Also shows unfinished latents, for a preview.
+        Also shows unfinished latents, for a preview. Raises UsageError once the pipeline is closed.
         """
+        with self._turn(while_drawing=True):
+            return self._pictures(latents)
+
+    def _pictures(self, latents: Float) -> list[Image.Image]:
         from PIL import Image
 
         pictures = []
@@ -334,27 +383,39 @@ class Pipeline(Closing):
         return runner
 
     def replace(self, component: str, runner: Runner) -> None:
-        """Draw with another runner for one component from now on; the one before is freed."""
-        before = self._runners.pop(component, None)
-        if before is not None:
-            before.close()
-        self._embeddings.clear()
-        self._runners[component] = runner
+        """Draw with another runner for one component from now on; the one before is freed. Raises
+        UsageError, as `restore` and `forget_prompts` do, within on_step and once it is closed."""
+        with self._turn():
+            before = self._runners.pop(component, None)
+            if before is not None:
+                before.close()
+            self._embeddings.clear()
+            self._runners[component] = runner
 
     def restore(self, component: str) -> None:
         """Draw with the bundle's own engine again; it is loaded when first needed."""
-        self._runners.pop(component).close()
-        self._embeddings.clear()
+        with self._turn():
+            self._runners.pop(component).close()
+            self._embeddings.clear()
 
     def forget_prompts(self) -> None:
         """Encode every prompt anew from now on, as for a picture on its own."""
-        self._embeddings.clear()
+        with self._turn():
+            self._embeddings.clear()
 
     def close(self) -> None:
-        """Free all components."""
-        for runner in self._runners.values():
-            runner.close()
-        self._runners.clear()
+        """Free all components, for good; twice is as good as once.
+
+        Waits for what another thread draws. Raises UsageError within on_step.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            with self._turn():
+                self._closed = True
+                for runner in self._runners.values():
+                    runner.close()
+                self._runners.clear()
 
     def _scheduler(self, request: Request) -> Scheduler:
         assert request.scheduler and request.num_inference_steps is not None
@@ -397,7 +458,12 @@ class Pipeline(Closing):
         return self._runners[component]
 
     def open_runner(self, component: str) -> Runner:
-        """A runner of one component, for `generate`; it is the caller's to close."""
+        """A runner of one component, for `generate`; it is the caller's to close. Raises UsageError
+        once the pipeline is closed."""
+        with self._turn(while_drawing=True):
+            return self._opened_runner(component)
+
+    def _opened_runner(self, component: str) -> Runner:
         engine, spec = self.bundle.manifest.engines[component], self.spec.components[component]
         if engine.backend == "tensorrt":
             try:

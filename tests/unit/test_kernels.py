@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +354,22 @@ def test_weights_that_are_let_go_come_back(kept: int | None, tmp_path: Path, lib
     wanted = drawn()
     with kernels.keeping_weights(kept):
         assert all(np.array_equal(a, b) for a, b in zip(wanted, drawn(), strict=True))
+
+
+def test_weights_of_another_thread_are_not_let_go(library: Path) -> None:
+    """Its weights lie in memory: they would be lost, and its answers be of zeros."""
+    proto = block(128)
+    model = own(proto, list(quantized_block(proto, "w4a8-g32")))
+    feed = {"x": normal(1, 128, 8, 8), "time": normal(1, 128, 1, 1, seed=7)}
+
+    def drawn() -> list[Array]:
+        loaded = session_of(model, library)
+        return [answer(loaded, feed) for _ in range(2)]
+
+    wanted = drawn()
+    with ThreadPoolExecutor(1) as pool, kernels.keeping_weights(0):
+        found = pool.submit(drawn).result(timeout=60)
+    assert all(np.array_equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
 # Being without memory.
