@@ -29,7 +29,7 @@ from edgesd.cli import (
     targets,
     watch,
 )
-from edgesd.cli.common import fail
+from edgesd.cli.common import fail, say_error, say_lines
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -84,12 +84,12 @@ def main() -> NoReturn:
     except click.exceptions.Exit as exc:
         sys.exit(exc.exit_code)
     except click.exceptions.NoArgsIsHelpError as exc:
-        click.echo(exc.format_message())
+        say_lines(exc.format_message())
         sys.exit(exc.exit_code)
     except click.ClickException as exc:
         context = exc.ctx if isinstance(exc, click.UsageError) else None
         command = f" ({context.command_path} --help)" if context else ""
-        click.echo(f"edgesd: {' '.join(exc.format_message().split())}{command}", err=True)
+        say_error(f"{exc.format_message()}{command}")
         sys.exit(exc.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(fail(KeyboardInterrupt(), debug))

@@ -18,6 +18,8 @@ from edgesd.cli.common import (
     memory_options,
     plans_of,
     print_json,
+    say,
+    say_lines,
     show_each,
 )
 from edgesd.errors import BoardError
@@ -205,11 +207,11 @@ def compare_command(before: Path, after: Path, as_json: bool) -> None:
         )
         return
     for a, b, table in zip(one, other, tables, strict=True):
-        click.echo(f"{'':24}{'before':>12}{'after':>12}{'ratio':>9}")
-        click.echo(f"{a.bundle} {a.precision} on {a.title}; {b.bundle} {b.precision} on {b.title}")
+        say(f"{'':24}{'before':>12}{'after':>12}{'ratio':>9}")
+        say(f"{a.bundle} {a.precision} on {a.title}; {b.bundle} {b.precision} on {b.title}")
         for name, (x, y) in table.items():
             ratio = f"{y / x:.3f}" if x else "-"
-            click.echo(f"{name:24}{x:12.4g}{y:12.4g}{ratio:>9}")
+            say(f"{name:24}{x:12.4g}{y:12.4g}{ratio:>9}")
 
 
 @bench_group.command("forget", hidden=True)
@@ -224,7 +226,7 @@ def forget_command(key: str) -> None:
 def _plain(name: str, done: int, total: int) -> None:
     """Progress for whoever listens to a board: a line for each picture."""
     if done == total:
-        click.echo(f"{name}: done", err=True)
+        say(f"{name}: done", err=True)
 
 
 def _follow(key: str) -> None:
@@ -233,41 +235,41 @@ def _follow(key: str) -> None:
 
     arguments = [a for a in sys.argv[1:] if a not in ("--detached", key)]
     command = [sys.executable, "-m", "edgesd", *arguments]
-    ended = follow(key, command, lambda line: click.echo(line, err=True))
+    ended = follow(key, command, lambda line: say(line, err=True))
     if ended.status:
         forget(key)
         lines = [line for line in ended.err.splitlines() if line.strip()]
         words = lines[-1].removeprefix("edgesd: ") if lines else f"it ended with {ended.status}"
         raise BoardError(words)
-    click.echo(ended.out, nl=False)
+    say_lines(ended.out.rstrip("\n"))
 
 
 def _show(bench: Bench) -> None:
     found = bench.summary
     where = f"{bench.bundle} {bench.precision} on {bench.title}, {bench.machine.model}"
     mode = f", {bench.power_mode}" if bench.power_mode else ""
-    click.echo(where + mode)
+    say(where + mode)
     if bench.emulated:
-        click.echo("emulated: these times are not a board's")
+        say("emulated: these times are not a board's")
     size = f"{bench.asked.width}x{bench.asked.height}, {bench.asked.num_inference_steps} steps"
-    click.echo(f"{'':20}{'median':>10}{'p90':>10}{'spread':>10}   {size}, n = {bench.asked.runs}")
+    say(f"{'':20}{'median':>10}{'p90':>10}{'spread':>10}   {size}, n = {bench.asked.runs}")
     rows = {"picture": found.picture, "step": found.step, **found.components}
     for name, one in rows.items():
-        click.echo(f"{name:20}{one.median:10.4f}{one.p90:10.4f}{one.spread:10.4f} s")
-    click.echo(f"{'load':20}{sum(found.load.values()):10.3f} s")
-    click.echo(f"{'memory':20}{found.peak_memory_bytes / 1e6:10.1f} MB")
+        say(f"{name:20}{one.median:10.4f}{one.p90:10.4f}{one.spread:10.4f} s")
+    say(f"{'load':20}{sum(found.load.values()):10.3f} s")
+    say(f"{'memory':20}{found.peak_memory_bytes / 1e6:10.1f} MB")
     if found.cpu_mhz:
-        click.echo(f"{'CPU clock':20}{found.cpu_mhz.median:10.0f} MHz")
+        say(f"{'CPU clock':20}{found.cpu_mhz.median:10.0f} MHz")
     if found.hottest_celsius is not None:
-        click.echo(f"{'hottest':20}{found.hottest_celsius:10.1f} C")
+        say(f"{'hottest':20}{found.hottest_celsius:10.1f} C")
     if found.watts and found.joules is not None:
-        click.echo(f"{'power':20}{found.watts.median:10.2f} W, {found.joules:.1f} J per picture")
+        say(f"{'power':20}{found.watts.median:10.2f} W, {found.joules:.1f} J per picture")
     else:
-        click.echo(f"{'power':20}{'unknown':>10}: this machine doesn't tell")
+        say(f"{'power':20}{'unknown':>10}: this machine doesn't tell")
     if found.throttled:
         held = ", ".join(found.throttled)
-        click.echo(f"{'throttled':20}{'yes':>10}: {held}, from {found.throttled_at:.1f} s on")
+        say(f"{'throttled':20}{'yes':>10}: {held}, from {found.throttled_at:.1f} s on")
     else:
-        click.echo(f"{'throttled':20}{'no':>10}")
+        say(f"{'throttled':20}{'no':>10}")
     for component, reason in bench.fallbacks.items():
-        click.echo(f"{component} ran on the CPU: {reason}")
+        say(f"{component} ran on the CPU: {reason}")

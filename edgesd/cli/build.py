@@ -16,6 +16,7 @@ from edgesd.cli.common import (
     lpips_option,
     print_json,
     printable,
+    say,
 )
 from edgesd.errors import EdgesdError
 from edgesd.spec import METHODS, Precision
@@ -217,22 +218,22 @@ def build_command(
         _raise_unfinished(built.unfinished, built.path, host)
         return
     for name, engine in manifest.engines.items():
-        click.echo(
+        say(
             f"{name:13} {sizes[name] / 1e6:9.1f} MB   differs from its source by "
             f"{engine.parity.rel_rms:.1e} RMS (allowed {engine.parity.tolerance:.0e})"
         )
     if manifest.quality:
         q = manifest.quality
-        click.echo(
+        say(
             f"pictures against the source's, {len(q.pictures)} prompts, {q.num_inference_steps} "
             f"steps: PSNR {q.psnr_mean:.1f} dB (least {q.psnr_min:.1f}), SSIM {q.ssim_mean:.3f}, "
             f"{q.metric} {q.distance_mean:.4f}"
         )
     if manifest.recipe and manifest.recipe.simulated:
-        click.echo("note: simulated: no engine computes in this format; the pictures are right")
+        say("note: simulated: no engine computes in this format; the pictures are right")
     if built.note:
-        click.echo(f"note: {built.note}")
-    click.echo(f"bundle for {manifest.target}: {built.path}")
+        say(f"note: {built.note}")
+    say(f"bundle for {manifest.target}: {built.path}")
     _raise_unfinished(built.unfinished, built.path, host)
 
 

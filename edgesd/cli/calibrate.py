@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from edgesd.cli.common import Reporter, json_option, print_json
+from edgesd.cli.common import Reporter, json_option, print_json, say
 
 if TYPE_CHECKING:
     from edgesd.spec import Rates
@@ -69,9 +69,9 @@ def calibrate_command(
         print_json(found)
         return
     for kind, form, speed in summary(found):
-        click.echo(f"{kind:11} {form:6} {speed}")
+        say(f"{kind:11} {form:6} {speed}")
     kept = path or "not kept: the board is no target that edgesd knows (--target or -o keeps them)"
-    click.echo(f"rates of {found.machine}: {kept}")
+    say(f"rates of {found.machine}: {kept}")
 
 
 def _on_board(host: str, threads: int) -> tuple[Rates, str | None]:

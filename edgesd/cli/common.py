@@ -17,6 +17,7 @@ import click
 import msgspec
 
 from edgesd.errors import BoardError, EdgesdError
+from edgesd.text import shown, shown_json, shown_lines
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from edgesd.runtime.bundle import Bundle
 
 _T = TypeVar("_T")
+_LONGEST_MESSAGE = 4000  # characters
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new releases only
@@ -139,9 +141,45 @@ def printable(path: Path) -> str:
     return os.fsencode(path).decode(errors="replace")
 
 
-def print_json(value: object) -> None:
-    """Print any spec, or a dict of them, as indented JSON."""
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+def say(text: object = "", err: bool = False) -> None:
+    """Print one line, on standard error where `err`: safe for a terminal, whatever is in it.
+
+    Every command prints by this, `say_lines` or `print_json`. What can't be written to standard
+    error is dropped, as the work itself goes on; standard output raises OSError.
+    """
+    _print(shown(text), err)
+
+
+def say_lines(text: object, err: bool = False) -> None:
+    """Print the lines of `text`, as `say` does one."""
+    _print(shown_lines(text), err)
+
+
+def print_json(value: object, indent: int = 2) -> None:
+    """Print any spec, or a dict of them, as JSON: indented, or with indent=-1 as one line."""
+    text = msgspec.json.format(msgspec.json.encode(value), indent=indent).decode()
+    _print(shown_json(text), err=False)
+
+
+def say_error(message: str) -> None:
+    """Print `message` as one line on standard error, behind the program's name.
+
+    Of more than 4,000 characters the middle is left out: an argument or a library's words can have
+    megabytes.
+    """
+    line = " ".join(message.split())
+    if len(line) > _LONGEST_MESSAGE:
+        half = _LONGEST_MESSAGE // 2
+        line = f"{line[:half]} [{len(line) - 2 * half} characters left out] {line[-half:]}"
+    say(f"edgesd: {line}", err=True)
+
+
+def _print(text: str, err: bool) -> None:
+    try:
+        click.echo(text, err=err)
+    except OSError:
+        if not err:
+            raise
 
 
 class Reporter:
@@ -156,16 +194,20 @@ class Reporter:
     def line(self, text: str) -> None:
         """Print one line, above the bar where there is one."""
         if self._bar:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._above_bar(text)
         elif not self.quiet:
-            click.echo(text, err=True)
+            say(text, err=True)
 
     def warn(self, text: str) -> None:
         """Print a warning, even with --json."""
         if self._bar:
-            self._bar.console.print(f"edgesd: warning: {text}", highlight=False, markup=False)
+            self._above_bar(f"edgesd: warning: {text}")
         else:
-            click.echo(f"edgesd: warning: {text}", err=True)
+            say_error(f"warning: {text}")
+
+    def _above_bar(self, text: str) -> None:
+        assert self._bar
+        self._bar.console.print(shown(text), highlight=False, markup=False, emoji=False)
 
     def bar(self) -> AbstractContextManager[object]:
         """A context in which `update` draws a bar, where there is a terminal."""
@@ -181,11 +223,11 @@ class Reporter:
         )
 
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=Console(stderr=True),
         )
         return self._bar
@@ -203,6 +245,7 @@ class Reporter:
 
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` units of `name` are finished. Plain lines at most 1 per s."""
+        name, note = shown(name), shown(note)
         if self._bar:
             if not self._bar.task_ids:
                 self._bar.add_task(name, total=total, note=note)
@@ -212,7 +255,7 @@ class Reporter:
             self._bar.update(task.id, completed=done, total=total, note=note)
         elif not self.quiet and time.monotonic() - self._shown_at >= 1:
             self._shown_at = time.monotonic()
-            click.echo(f"{name}: {done}/{total} {note}".rstrip(), err=True)
+            say(f"{name}: {done}/{total} {note}".rstrip(), err=True)
 
 
 def each_host(hosts: Sequence[str], arguments: Sequence[str]) -> None:
@@ -222,7 +265,7 @@ def each_host(hosts: Sequence[str], arguments: Sequence[str]) -> None:
 
     def show(host: str, told: str) -> None:
         for line in told.splitlines():
-            click.echo(f"{host}: {line}" if len(hosts) > 1 else line)
+            say(f"{host}: {line}" if len(hosts) > 1 else line)
 
     show_each(on_each(hosts, lambda board: boards.edgesd(board, *arguments)), show)
 
@@ -241,7 +284,7 @@ def show_each(results: Mapping[str, _T | EdgesdError], show: Callable[[str, _T],
     if failed and len(results) == 1:
         raise failed[0]
     for error in failed:
-        click.echo(f"edgesd: {' '.join(str(error).split())}", err=True)
+        say_error(str(error))
     if failed:
         raise BoardError(f"{len(failed)} of {len(results)} boards failed: see the lines above")
 
@@ -283,7 +326,7 @@ def fail(error: BaseException, debug: bool) -> int:
     if debug:
         import traceback
 
-        traceback.print_exception(error)
+        say_lines("".join(traceback.format_exception(error)).rstrip(), err=True)
     if isinstance(error, EdgesdError):
         message, code = str(error), error.exit_code
     elif isinstance(error, MemoryError):
@@ -295,5 +338,5 @@ def fail(error: BaseException, debug: bool) -> int:
     else:
         message = f"internal fault: {type(error).__name__}: {error} (--debug shows where)"
         code = 1
-    click.echo(f"edgesd: {' '.join(message.split())}", err=True)
+    say_error(message)
     return code

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import Reporter, plans_of
+from edgesd.cli.common import Reporter, plans_of, say
 
 PROMPTS = (
     "a red apple",
@@ -62,5 +62,5 @@ def demo_command(output: Path, seed: int) -> None:
     with Pipeline(opened, settings) as pipeline:
         made = draw(pipeline, requests, output / "pictures", reporter=reporter)
     sheet = contact_sheet([picture.path for picture in made], output / "pictures.png", columns=4)
-    click.echo(f"the pictures: {output / 'pictures'}/*.png, all on one sheet: {sheet}")
-    click.echo(f'next: edgesd generate {bundle} -p "a purple star" -o star.png')
+    say(f"the pictures: {output / 'pictures'}/*.png, all on one sheet: {sheet}")
+    say(f'next: edgesd generate {bundle} -p "a purple star" -o star.png')

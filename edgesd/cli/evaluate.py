@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgesd.cli.common import Reporter, json_option, lpips_option, print_json
+from edgesd.cli.common import Reporter, json_option, lpips_option, print_json, say
 
 if TYPE_CHECKING:
     from edgesd.evaluate.prompter import Agreed
@@ -75,41 +75,41 @@ def prompter_command(
     if as_json:
         print_json(judged)
         return
-    click.echo(f"{len(judged.wishes)} held-out wishes; means with 95 % intervals; {judged.metric}")
+    say(f"{len(judged.wishes)} held-out wishes; means with 95 % intervals; {judged.metric}")
     for name, wish, prompt in (
         ("distance to the wanted picture", judged.distance_wish, judged.distance_prompt),
         ("nearest to the wanted one of all", judged.nearest_wish, judged.nearest_prompt),
     ):
-        click.echo(
+        say(
             f"{name:33} wish {wish.mean:.3f} ({wish.low:.3f} to {wish.high:.3f})   prompt "
             f"{prompt.mean:.3f} ({prompt.low:.3f} to {prompt.high:.3f})"
         )
     gain, exact = judged.gain, judged.exact
-    click.echo(
+    say(
         f"gain {gain.mean:.3f} ({gain.low:.3f} to {gain.high:.3f}); the wanted prompt itself: "
         f"{exact.mean:.2f}"
     )
     if judged.agreement:
         _print_agreement(judged.agreement)
-    click.echo(
+    say(
         f"{judged.wish_words:.1f} words a wish, {judged.words:.1f} a prompt; "
         f"{judged.seconds:.2f} s each, {judged.process_bytes / 1e6:.0f} MB"
     )
 
 
 def _print_agreement(agreed: Agreed) -> None:
-    click.echo(f"agreement of picture and text; {agreed.judge}")
+    say(f"agreement of picture and text; {agreed.judge}")
     for name, wish, prompt, wanted in (
         ("score", agreed.score_wish, agreed.score_prompt, agreed.score_wanted),
         ("found", agreed.found_wish, agreed.found_prompt, agreed.found_wanted),
     ):
         parts = (("wish", wish), ("prompt", prompt), ("wanted prompt", wanted))
-        click.echo(
+        say(
             f"{name:6}"
             + "   ".join(f"{what} {x.mean:.3f} ({x.low:.3f} to {x.high:.3f})" for what, x in parts)
         )
     gain = agreed.gain
-    click.echo(
+    say(
         f"gain of the score {gain.mean:.2f} ({gain.low:.2f} to {gain.high:.2f}); other texts "
         f"score {agreed.chance:.2f}"
     )

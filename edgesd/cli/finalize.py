@@ -14,6 +14,7 @@ from edgesd.cli.common import (
     plan_progress,
     print_json,
     printable,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def finalize_command(
         return
     _show(found)
     if output:
-        click.echo(f"bundle with the plans of {host}: {output}")
+        say(f"bundle with the plans of {host}: {output}")
 
 
 def _check(as_json: bool) -> None:
@@ -96,17 +97,17 @@ def _check(as_json: bool) -> None:
     if as_json:
         print_json(here)
     else:
-        click.echo(explain_machine(here.machine))
-        click.echo(f"plans are built for {here.environment}")
+        say(explain_machine(here.machine))
+        say(f"plans are built for {here.environment}")
 
 
 def _show(found: dict[str, Finalized]) -> None:
     for name, final in found.items():
         if final.plan is None:
-            click.echo(f"{name:13} the bundle's own plan fits")
+            say(f"{name:13} the bundle's own plan fits")
             continue
         report = final.plan.report
-        click.echo(
+        say(
             f"{name:13} {report.plan_bytes / 1e6:9.1f} MB  {report.environment}  built in "
             f"{report.seconds:.0f} s, {report.peak_bytes / 1e6:.0f} MB at most"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import Reporter, json_option, print_json
+from edgesd.cli.common import Reporter, json_option, print_json, say
 
 
 @click.command("inspect")
@@ -47,13 +47,13 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
         tuned = manifest.prompter
         rows["prompter"] = f"for {tuned.domain}, {tuned.licence}"
     for name, text in rows.items():
-        click.echo(f"{name:10} {text}")
+        say(f"{name:10} {text}")
     for name, engine in manifest.engines.items():
-        click.echo(
+        say(
             f"{name:13} {opened.weight_bytes(name) / 1e6:9.1f} MB  {engine.precision}  "
             f"parity {engine.parity.rel_rms:.1e} RMS, {engine.parity.max_abs:.1e} max"
             + (f"; {engine.checked}" if engine.checked else "")
             + (f"; its plan is for {engine.built_for}" if engine.plan else "")
             + (f"; for edgesd's own kernels: {engine.kernels}" if engine.kernels else "")
         )
-    click.echo(f"verified: {len(manifest.files)} files, {total / 1e6:.1f} MB, every byte")
+    say(f"verified: {len(manifest.files)} files, {total / 1e6:.1f} MB, every byte")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import json_option, print_json
+from edgesd.cli.common import json_option, print_json, say
 
 
 @click.group("kernels", short_help="Compile edgesd's own kernels for CPUs.")
@@ -34,9 +34,9 @@ def build_command(arch: str | None, out: Path | None) -> None:
     from edgesd.engines.kernels import build_library
 
     def progress(name: str) -> None:
-        click.echo(f"compiling for {name}", err=True)
+        say(f"compiling for {name}", err=True)
 
-    click.echo(build_library(arch or platform.machine(), out, progress))
+    say(build_library(arch or platform.machine(), out, progress))
 
 
 @kernels_group.command("status", short_help="Which library is used here.")
@@ -49,8 +49,8 @@ def status_command(as_json: bool) -> None:
     if as_json:
         print_json({"library": None if path is None else str(path), "instruction_set": isa or None})
     elif path is None:
-        click.echo("no library: edgesd kernels build")
+        say("no library: edgesd kernels build")
     elif not isa:
-        click.echo(f"{path}: can't be used on this machine")
+        say(f"{path}: can't be used on this machine")
     else:
-        click.echo(f"{path}: {isa}")
+        say(f"{path}: {isa}")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import Reporter, each_host, hosts_option
+from edgesd.cli.common import Reporter, each_host, hosts_option, say
 from edgesd.errors import InputError
+from edgesd.text import shown
 
 
 @click.group("keys", short_help="Sign bundles; say whose bundles a machine runs.")
@@ -28,7 +29,7 @@ def new_command(name: Path, passphrase: bool) -> None:
 
     words = _ask("passphrase of the new key", confirm=True) if passphrase else None
     key = new_key(name, words)
-    click.echo(f"{name}.key signs: keep it secret. {name}.pub is for the boards: {key}")
+    say(f"{name}.key signs: keep it secret. {name}.pub is for the boards: {key}")
 
 
 @keys_group.command("sign", short_help="Sign BUNDLE.")
@@ -53,7 +54,7 @@ def sign_command(bundle: Path, key: Path) -> None:
     reporter = Reporter()
     with reporter.bar():
         sign_bundle(opened, signature, reporter.count_bytes("verify", opened.total_bytes()))
-    click.echo(f"{bundle} is signed by {signer(open_bundle(bundle))}")
+    say(f"{bundle} is signed by {signer(open_bundle(bundle))}")
 
 
 @keys_group.command("check", short_help="Say who signed BUNDLE, and whether it may run here.")
@@ -67,8 +68,8 @@ def check_command(bundle: Path) -> None:
     found = signer(opened)
     trusted = check_trusted(opened)
     opened.verify()
-    click.echo(f"{bundle}: signed by {trusted or found}" if found else f"{bundle}: not signed")
-    click.echo("this machine trusts that key" if trusted else "this machine runs any bundle")
+    say(f"{bundle}: signed by {trusted or found}" if found else f"{bundle}: not signed")
+    say("this machine trusts that key" if trusted else "this machine runs any bundle")
 
 
 @keys_group.command("trust", short_help="Run only bundles that KEY signed.")
@@ -91,7 +92,7 @@ def trust_command(key: str, hosts: tuple[str, ...], remove: bool) -> None:
         each_host(hosts, ["keys", "trust", found.line, *(["--remove"] if remove else [])])
         return
     file = trust(found, not remove)
-    click.echo(f"{found} is {'no longer ' if remove else ''}trusted: {file}")
+    say(f"{found} is {'no longer ' if remove else ''}trusted: {file}")
 
 
 @keys_group.command("list", short_help="The keys that are trusted.")
@@ -105,11 +106,11 @@ def list_command(hosts: tuple[str, ...]) -> None:
         return
     keys = trusted_keys()
     for key in keys.values():
-        click.echo(str(key))
+        say(str(key))
     if not keys:
-        click.echo("none: any bundle runs here")
+        say("none: any bundle runs here")
 
 
 def _ask(words: str, confirm: bool = False) -> bytes:
-    given = click.prompt(words, hide_input=True, confirmation_prompt=confirm, err=True)
+    given = click.prompt(shown(words), hide_input=True, confirmation_prompt=confirm, err=True)
     return str(given).encode()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import Reporter
+from edgesd.cli.common import Reporter, say
 
 
 @click.command("pack", short_help="Write BUNDLE as one file.")
@@ -30,4 +30,4 @@ def pack_command(bundle: Path, output: Path) -> None:
     total = opened.total_bytes()
     with reporter.bar():
         pack_bundle(opened, output, reporter.count_bytes("pack", total))
-    click.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+    say(f"{output}: {output.stat().st_size / 1e6:.1f} MB")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgesd.cli.common import Bytes, Finite, Size, json_option, print_json
+from edgesd.cli.common import Bytes, Finite, Size, json_option, print_json, say
 
 if TYPE_CHECKING:
     from edgesd.build.planner import BuildPlan
@@ -89,7 +89,7 @@ def plan_command(
 def _show(plan: BuildPlan) -> None:
     guided = "without guidance" if plan.guidance <= 1 else f"guidance {plan.guidance:g}"
     how = f"{plan.backend}, own kernels" if plan.kernels else plan.backend
-    click.echo(
+    say(
         f"{plan.model} for {plan.target} ({how}), "
         f"{plan.precision}, {plan.width}x{plan.height}, {plan.steps} steps, {guided}"
     )
@@ -113,16 +113,16 @@ def _show(plan: BuildPlan) -> None:
     for row in rows:
         cells = [row[0].ljust(widths[0])]
         cells += [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
-        click.echo("  ".join(cells).rstrip())
+        say("  ".join(cells).rstrip())
     usable = f"{plan.usable_bytes / 1e6:.0f} MB"
     if plan.mode is None:
-        click.echo(f"no --memory mode fits into {usable}")
+        say(f"no --memory mode fits into {usable}")
     else:
-        click.echo(f"--memory {plan.mode} is the fastest mode that fits into {usable}")
+        say(f"--memory {plan.mode} is the fastest mode that fits into {usable}")
     if plan.rates is None:
-        click.echo("time isn't known: edgesd calibrate --host USER@BOARD measures such a board")
+        say("time isn't known: edgesd calibrate --host USER@BOARD measures such a board")
     else:
-        click.echo(f"seconds are of one picture, without loading, by rates of {plan.rates}")
-    click.echo(f"building takes about {plan.build_bytes / 1e9:.1f} GB of memory")
+        say(f"seconds are of one picture, without loading, by rates of {plan.rates}")
+    say(f"building takes about {plan.build_bytes / 1e9:.1f} GB of memory")
     for line in plan.advice:
-        click.echo(f"instead: {line}")
+        say(f"instead: {line}")

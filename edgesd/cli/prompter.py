@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import click
 
-from edgesd.cli.common import Finite, Reporter, json_option, print_json, printable
+from edgesd.cli.common import Finite, Reporter, json_option, print_json, printable, say
 from edgesd.spec import ADAPTER_STARTS, GRIDS, MERGED_TYPES, OPTIMIZERS, PAIR_FORMATS
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -83,11 +83,11 @@ def data_command(
             }
         )
         return
-    click.echo(
+    say(
         f"{len(made.training)} pairs to train on, {len(made.held)} held back, {subjects} subjects; "
         f"what code adds: {made.form!r}"
     )
-    click.echo(printable(output))
+    say(output)
 
 
 @prompter_group.command("train")
@@ -188,16 +188,16 @@ def train_command(
     if as_json:
         print_json(report)
         return
-    click.echo(
+    say(
         f"held-out loss {report.loss_before:.4f} -> {report.loss_after:.4f} nats per token, "
         f"{report.steps} steps in {report.seconds:.0f} s, {report.peak_bytes / 1e9:.2f} GB at most "
         f"({report.state_bytes / 1e6:.0f} MB of it the optimizer's state)"
     )
     for name, loss in report.starts.items():
-        click.echo(f"before training, begun as {name}: {loss:.4f}")
+        say(f"before training, begun as {name}: {loss:.4f}")
     if start.startswith("loftq"):
-        click.echo(f"export it with --base {printable(output / OWN_BASE)}: its adapter is for that")
-    click.echo(printable(output))
+        say(f"export it with --base {output / OWN_BASE}: its adapter is for that")
+    say(output)
 
 
 @prompter_group.command("export")
@@ -236,11 +236,11 @@ def export_command(
         return
     total = sum(made.types.values())
     types = ", ".join(f"{kind} {100 * n / total:.0f} %" for kind, n in made.types.items())
-    click.echo(
+    say(
         f"held-out loss in llama.cpp {made.loss_llama:.4f} nats per token (in training "
         f"{made.loss_torch:.4f}); {made.bytes / 1e6:.0f} MB; weights of the model: {types}"
     )
-    click.echo(printable(output))
+    say(output)
 
 
 @prompter_group.command("run")
@@ -284,6 +284,6 @@ def run_command(
         print_json({"prompts": [result._asdict() for result in done]})
         return
     for result in done:
-        click.echo(result.prompt)
+        say(result.prompt)
         if result.problem:
-            click.echo(f"edgesd: warning: {result.problem}: the wish is the prompt", err=True)
+            say(f"edgesd: warning: {result.problem}: the wish is the prompt", err=True)

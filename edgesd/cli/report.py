@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import printable
+from edgesd.cli.common import say
 
 
 @click.command("report", short_help="Write a page on the quality of BUNDLE.")
@@ -29,4 +29,4 @@ def report_command(bundle: Path, output: Path | None) -> None:
     opened = open_bundle(bundle)
     path = output or default_report_path(opened)
     write_report(opened, path)
-    click.echo(f"{printable(path)}: {path.stat().st_size / 1e6:.2f} MB")
+    say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgesd.cli.common import Reporter, json_option, print_json
+from edgesd.cli.common import Reporter, json_option, print_json, say
 
 if TYPE_CHECKING:
     from edgesd.engines.slots import Installed, Slot
@@ -37,9 +37,9 @@ def show_command(wait: bool, as_json: bool) -> None:
         print_json(found)
         return
     for slot in found:
-        click.echo(slot_line(slot))
+        say(slot_line(slot))
     if not found:
-        click.echo("none: edgesd deploy brings one")
+        say("none: edgesd deploy brings one")
 
 
 @slots_group.command("install")
@@ -81,7 +81,7 @@ def check_command(as_json: bool) -> None:
     if as_json:
         print_json(slot)
     else:
-        click.echo(f"verified: {slot_line(slot)}")
+        say(f"verified: {slot_line(slot)}")
 
 
 def slot_line(slot: Slot) -> str:
@@ -112,4 +112,4 @@ def _tell(installed: Installed, as_json: bool) -> None:
     if as_json:
         print_json(installed)
         return
-    click.echo(slot_line(installed.slot))
+    say(slot_line(installed.slot))

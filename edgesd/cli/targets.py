@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from edgesd.cli.common import json_option, print_json
+from edgesd.cli.common import json_option, print_json, say
 
 
 @click.command("targets")
@@ -20,17 +20,17 @@ def targets_command(detect: bool, as_json: bool) -> None:
         if as_json:
             print_json(machine)
         else:
-            click.echo(explain_machine(machine))
+            say(explain_machine(machine))
         return
     targets = list_targets()
     if as_json:
         print_json({"targets": targets, "families": families()})
         return
     for target in targets:
-        click.echo(
+        say(
             f"{target.name:24} {target.arch:8} {target.memory_bytes / 2**30:6.1f} GB  "
             f"{'/'.join(target.backends):24} {target.title}"
         )
-    click.echo()
+    say()
     for family, member in families().items():
-        click.echo(f"{family:24} means {member}")
+        say(f"{family:24} means {member}")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 
 import click
-import msgspec
 
-from edgesd.cli.common import Finite, hosts_option, json_option, show_each
+from edgesd.cli.common import Finite, hosts_option, json_option, print_json, say, show_each
 
 
 @click.command("watch", short_help="Memory, clocks, heat and power of this board.")
@@ -68,9 +67,9 @@ def watch_command(
     end = None if seconds is None else time.monotonic() + seconds
     for sample in sampled(interval, pid):
         if as_json:
-            click.echo(msgspec.json.encode(sample).decode())
+            print_json(sample, indent=-1)
         else:
-            click.echo(line(sample))
+            say(line(sample))
         if end is not None and time.monotonic() + interval > end:
             return
 
@@ -82,7 +81,7 @@ def _watch_hosts(hosts: tuple[str, ...], options: list[str]) -> None:
     from edgesd.device.hosts import on_each
 
     def show(board: Board, line: str) -> None:
-        click.echo(f"{board.name}: {line}" if len(hosts) > 1 else line)
+        say(f"{board.name}: {line}" if len(hosts) > 1 else line)
 
     async def watch(board: Board) -> None:
         await boards.edgesd(board, "watch", *options, on_output=lambda line: show(board, line))
