@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test test-slow lint format docs clean
+# For pytest, such as make test ARGS="-k kernels -n 0"
+ARGS ?=
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+.PHONY: install demo test test-unit test-slow lint format docs clean
 
 install: $(VENV)/.build-installed  ## .venv with the base, `build` and `evaluate` dependencies
 
@@ -30,10 +34,13 @@ test: $(VENV)/.dev-installed  ## all checks and the default tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(PYTEST) --durations 15 $(ARGS)
+
+test-unit: $(VENV)/.dev-installed  ## the tests that build and compile nothing: a minute
+	$(PYTEST) tests/unit $(ARGS)
 
 test-slow: $(VENV)/.dev-installed  ## the tests marked slow: minutes, and up to 12 GB of memory
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=0 $(ARGS)
 
 format: $(VENV)/.dev-installed
 	$(BIN)/ruff check --fix .

@@ -2,30 +2,115 @@
 
 from __future__ import annotations
 
+import math
+import os
 import platform
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from edgesd.cli import common as cli
 from edgesd.engines import plans
 from edgesd.runtime import device_memory
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.cuda import Gpu
 from edgesd.runtime.device_memory import NumpyMemory
+from edgesd.runtime.memory import available_bytes
 from tests import fake_tensorrt
 from tests.boards import Builder
 from tests.support import write_bundle
 
+WORKER_BYTES = 3 << 30
+"""Memory that a process of tests takes at most, roughly."""
+
+SLOW_SECONDS = 3600
+"""Time limit of a test that is marked slow."""
+
+FOREIGN = (
+    *("EDGESD_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DIFFUSERS_", "TORCH_HOME", "XDG_"),
+    *("SSH_", "GIT_", "PYTHONWARNINGS", "SOURCE_DATE_EPOCH"),
+    *("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "TTY_", "COLUMNS", "LINES"),
+    *("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
+)
+"""Beginnings of the names of variables by which a user's shell would change what is tested."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start from the same state wherever this runs: in a terminal, under nohup, in a CI's job.
+
+    What is ignored or blocked by the process that started the tests (SIGINT in a shell's background
+    job, SIGHUP under nohup, SIGCHLD by some servers) is inherited by every process of a test.
+    """
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.umask(0o022)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        _take_one_core(int(os.environ["PYTEST_XDIST_WORKER"].lstrip("gw")))
+
+
+def _take_one_core(worker: int) -> None:
+    """Threads of two processes that wait for each other's cores cost more than they save."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[worker % len(cores)]})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a process for each core, up to four, as far as memory reaches."""
+    memory = available_bytes() or WORKER_BYTES
+    return max(1, min(4, len(os.sched_getaffinity(0)), memory // WORKER_BYTES))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked slow get a time limit of their own."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that all its processes share, where tests run in several."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
 
 @pytest.fixture(scope="session", autouse=True)
-def sealed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests look for no weights on the network, and leave the user's cache alone."""
+def sealed(shared: Path) -> Iterator[None]:
+    """Tests look for no weights on the network, and neither see nor change the user's files.
+
+    Nor does what they print depend on time: lines of progress never come.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+            patch.delenv(name)
+        home = shared / "home"
+        home.mkdir(exist_ok=True)
+        patch.setenv("HOME", str(home))
         patch.setenv("EDGESD_OFFLINE", "1")
-        patch.setenv("EDGESD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("EDGESD_CACHE", str(shared / "cache"))
+        patch.setattr(cli, "LINE_SECONDS", math.inf)
         yield
+
+
+@pytest.fixture(scope="session")
+def own_kernels(shared: Path) -> Path | None:
+    """The library of edgesd's own kernels for this machine, compiled once; None where it can't
+    be."""
+    from edgesd.engines.kernels import ensure_library
+
+    with FileLock(shared / "kernels.lock", timeout=900):
+        return ensure_library()
 
 
 @pytest.fixture(scope="session")

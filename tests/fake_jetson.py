@@ -5,6 +5,7 @@ The home folder says what kind of board it is (jetson.json), and is told what wa
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from unittest import mock
@@ -45,6 +46,7 @@ def run() -> None:
         mock.patch.object(plans, "find_gpu", lambda: gpu),
         mock.patch.object(plans, "build_plan", builder),
         mock.patch("edgesd.device.detect.detect_machine", lambda: state.machine),
+        mock.patch("edgesd.cli.common.LINE_SECONDS", math.inf),
     ):
         main()
 

@@ -182,6 +182,12 @@ def _print(text: str, err: bool) -> None:
             raise
 
 
+LINE_SECONDS = 1.0
+"""Between plain lines of progress."""
+
+_BYTE_UNITS = ((10**6, "MB"), (10**3, "kB"), (1, "bytes"))
+
+
 class Reporter:
     """Shows progress on standard error: a rich bar on a terminal, plain lines when piped."""
 
@@ -233,18 +239,28 @@ class Reporter:
         return self._bar
 
     def count_bytes(self, name: str, total: int) -> Callable[[str, int], None]:
-        """A progress callback (file, bytes) that adds up to `total`, shown in MB."""
+        """A progress callback (file, bytes) that adds up to `total`."""
         done = 0
 
         def progress(_file: str, count: int) -> None:
             nonlocal done
             done += count
-            self.update(name, done >> 20, total >> 20, "MB")
+            self.update_bytes(name, done, total)
 
         return progress
 
+    def update_bytes(self, name: str, done: int, total: int) -> None:
+        """As `update`, of bytes, in the largest unit of which `total` has ten or more."""
+        size, unit = next((found for found in _BYTE_UNITS if total >= 10 * found[0]), (1, "bytes"))
+        self.update(name, done // size, total // size, unit)
+
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` units of `name` are finished. Plain lines at most 1 per s."""
+        """Show that `done` of `total` units of `name` are finished; nothing where there are none.
+
+        Plain lines come at most once in LINE_SECONDS.
+        """
+        if total <= 0:
+            return
         name, note = shown(name), shown(note)
         if self._bar:
             if not self._bar.task_ids:
@@ -253,7 +269,7 @@ class Reporter:
             if task.description != name:
                 self._bar.reset(task.id, description=name)
             self._bar.update(task.id, completed=done, total=total, note=note)
-        elif not self.quiet and time.monotonic() - self._shown_at >= 1:
+        elif not self.quiet and time.monotonic() - self._shown_at >= LINE_SECONDS:
             self._shown_at = time.monotonic()
             say(f"{name}: {done}/{total} {note}".rstrip(), err=True)
 
@@ -315,10 +331,7 @@ def board_progress(reporter: Reporter) -> BoardProgress:
     """Shows what a board says, and what goes there and comes back."""
     from edgesd.build.on_board import Progress as BoardProgress
 
-    def moved(what: str, done: int, total: int) -> None:
-        reporter.update(what, done >> 20, total >> 20, "MB")
-
-    return BoardProgress(reporter.line, moved)
+    return BoardProgress(reporter.line, reporter.update_bytes)
 
 
 def fail(error: BaseException, debug: bool) -> int:

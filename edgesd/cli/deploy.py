@@ -78,8 +78,8 @@ def deploy_command(
                     wheels,
                     self_test,
                     _say(reporter, board),
-                    lambda what, done, total: reporter.update(
-                        f"{board.name}: {what}", done >> 20, total >> 20, "MB"
+                    lambda what, done, total: reporter.update_bytes(
+                        f"{board.name}: {what}", done, total
                     ),
                 ),
             )

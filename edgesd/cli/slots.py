@@ -103,7 +103,7 @@ def _progress(reporter: Reporter) -> Callable[[str, int, int], None]:
             said.add(what)
             reporter.line("drawing a test picture" if what == "self-test" else "verifying")
         if what == "verify":
-            reporter.update(what, done >> 20, total >> 20, "MB")
+            reporter.update_bytes(what, done, total)
 
     return progress
 
