@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -33,6 +32,7 @@ from benchmarks.common import environment, paired_ratio, parser, run, spread, ta
 from benchmarks.contenders import CONTENDERS, Answer, Array, Failed, Loaded, Stepped, serve
 from benchmarks.peer_files import MODELS, Model, prepare
 from edgesd.errors import EdgesdError, MissingDependencyError
+from edgesd.processes import module_command
 
 DEFAULT_CONTENDERS = (
     *("edgesd-w4a8-g64", "edgesd-w8a8", "edgesd-w4a8-g64+stream", "edgesd-w8a8+stock"),
@@ -122,7 +122,7 @@ def install_peers() -> None:
     for module, package in PEERS.items():
         if importlib.util.find_spec(module) is None:
             print(f"installing {package}", flush=True)
-            command = [sys.executable, "-m", "pip", "install", "--quiet", package]
+            command = module_command("pip", "install", "--quiet", package)
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
                 raise MissingDependencyError(f"{package}: {done.stderr.strip()[-300:]}")

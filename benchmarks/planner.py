@@ -25,6 +25,7 @@ import msgspec
 from benchmarks.common import environment, parser, run, table, write_json
 from edgesd.build.planner import Wish, make_plan
 from edgesd.errors import EdgesdError
+from edgesd.processes import module_command
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.memory import MEMORY_MODES
 from edgesd.runtime.rates import read_rates
@@ -34,7 +35,7 @@ from edgesd.spec import Rates
 def draw(bundle: Path, mode: str, size: int, steps: int, kernels: bool) -> tuple[int, float]:
     """Peak resident bytes and seconds, without loading, of one picture in a new process."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "edgesd", "generate", str(bundle), "-p", "a red apple"]
+        command = module_command("edgesd", "generate", str(bundle), "-p", "a red apple")
         command += ["--seed", "1", "--memory", mode, "--size", str(size), "--steps", str(steps)]
         command += ["--guidance", "1", "--json", "-o", f"{folder}/out.png"]
         environ = {**os.environ, **({} if kernels else {"EDGESD_KERNELS": "none"})}

@@ -15,6 +15,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
+from edgesd.processes import module_command
 from edgesd.runtime.cuda import find_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         subprocess.run(
-            [sys.executable, "-m", "pytest", "-m", "gpu", f"--junit-xml={report}", "tests"],
+            module_command("pytest", "-m", "gpu", f"--junit-xml={report}", "tests"),
             cwd=ROOT,
             check=False,
             stdout=subprocess.DEVNULL,

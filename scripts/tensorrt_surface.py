@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from edgesd.processes import module_command
+
 VERSIONS = ("10.3.0", "10.13.3.9", "10.16.1.11", "11.4.0.106")
 
 NEEDED = (
@@ -101,11 +103,11 @@ print(json.dumps([trt.__version__, missing, lines]))
 def surface(version: str, folder: Path) -> tuple[str, list[str], dict[str, str]]:
     """Version as the bindings name it, names of NEEDED that it lacks, and its SIGNATURES."""
     subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"),
+        module_command(
+            *("pip", "install", "--quiet", "--no-deps"),
             *("--disable-pip-version-check", "--target", str(folder)),
             f"tensorrt-cu12-bindings=={version}",
-        ],
+        ),
         check=True,
     )
     library = folder / "tensorrt_bindings" / "tensorrt.so"

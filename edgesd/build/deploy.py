@@ -77,7 +77,7 @@ exec 9>lock  # what a lost link left at work here still holds it
 flock -w 600 9 || { echo "another deploy is at work: wait until it has ended" >&2; exit 1; }
 if [ -f "runtime/$id/whole" ]; then exit 0; fi
 rm -rf "runtime/$id"; mkdir -p runtime
-python3 -m venv --without-pip $site "runtime/$id"
+python3 -I -m venv --without-pip $site "runtime/$id"
 PYTHONPATH="wheels/$pip" "runtime/$id/bin/python" -m pip install --quiet --no-index \
     --find-links wheels --no-cache-dir --disable-pip-version-check \
     --root-user-action ignore "$@" >&2
@@ -161,7 +161,7 @@ async def active_slot(board: Board) -> Slot | None:
 
 
 async def _look(board: Board, bundle: Bundle) -> _Here:
-    done = await board.run(["python3", "-c", _ASK])
+    done = await board.run(["python3", "-I", "-c", _ASK])
     if done.status:
         raise TargetError(
             f"{board.name} has no python3: install it there (Debian: apt-get install python3)"

@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import logging
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import edgesd
 from edgesd.engines.kernels import build_library
 from edgesd.errors import EdgesdError, InputError, MissingDependencyError
 from edgesd.files import atomic_dir, sha256_file, user_cache
+from edgesd.processes import module_command
 from edgesd.runtime.kernels import library_folders, library_name
 
 _log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def _pip(arguments: list[str]) -> None:
         raise MissingDependencyError(
             "wheels for the board are got by pip, which isn't installed here: give --wheels FOLDER"
         )
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
+    command = module_command("pip", "--disable-pip-version-check", "--quiet", *arguments)
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]

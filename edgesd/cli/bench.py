@@ -232,9 +232,10 @@ def _plain(name: str, done: int, total: int) -> None:
 def _follow(key: str) -> None:
     """Run this very command in the background, without --detached, or join it; print its result."""
     from edgesd.device.detached import follow, forget
+    from edgesd.processes import module_command
 
     arguments = [a for a in sys.argv[1:] if a not in ("--detached", key)]
-    command = [sys.executable, "-m", "edgesd", *arguments]
+    command = module_command("edgesd", *arguments)
     ended = follow(key, command, lambda line: say(line, err=True))
     if ended.status:
         forget(key)

@@ -25,6 +25,7 @@ import msgspec
 
 from edgesd.errors import BoardError, InputError
 from edgesd.files import atomic_write, user_cache
+from edgesd.processes import module_command
 from edgesd.spec import Spec
 
 _KEY = re.compile(r"[0-9a-zA-Z_-]{1,64}")
@@ -95,7 +96,7 @@ def _connect(key: str) -> socket.socket | None:
 
 def _start(key: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "edgesd.device.detached", key, "--", *command],
+        module_command("edgesd.device.detached", key, "--", *command),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import msgspec
 
 from edgesd.errors import InputError, ResourceError
+from edgesd.processes import find_program, module_command
 from edgesd.spec import Spec
 
 _ROOT = Path("/")
@@ -73,7 +73,7 @@ class Sample(Spec, frozen=True):
 def power_mode(root: Path = _ROOT) -> str:
     """A Jetson's power mode, as nvpmodel names it, and the CPU's governor; "" if none is told."""
     found = []
-    if path := shutil.which("nvpmodel"):
+    if path := find_program("nvpmodel"):
         done = subprocess.run([path, "-q"], capture_output=True, text=True, errors="replace")
         if match := re.search(r"NV Power Mode: *(\S+)", done.stdout):
             found.append(match[1])
@@ -183,9 +183,9 @@ class Sources:
         self._pid, self._root = pid, root
         self._latest = ""
         self._tegrastats: subprocess.Popen[str] | None = None
-        self._vcgencmd = shutil.which("vcgencmd")
+        self._vcgencmd = find_program("vcgencmd")
         self._unanswered: set[str] = set()
-        if path := shutil.which("tegrastats"):
+        if path := find_program("tegrastats"):
             self._tegrastats = subprocess.Popen(
                 [path, "--interval", str(max(1, round(1000 * interval)))],
                 stdout=subprocess.PIPE,
@@ -248,7 +248,7 @@ class Sampler:
     def __init__(self, interval: float = 0.5, pid: int | None = None) -> None:
         self.samples: list[Sample] = []
         self.zero = time.monotonic()
-        command = [sys.executable, "-m", "edgesd.device.telemetry", "--interval", str(interval)]
+        command = module_command("edgesd.device.telemetry", "--interval", str(interval))
         command += ["--zero", repr(self.zero)]
         if pid is not None:
             command += ["--pid", str(pid)]

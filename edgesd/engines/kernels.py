@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from edgesd.errors import EdgesdError, MissingDependencyError, TargetError
 from edgesd.files import atomic_path
+from edgesd.processes import find_program
 from edgesd.runtime import kernels as runtime_kernels
 from edgesd.runtime.kernels import SOURCES, library_folders, library_name
 
@@ -37,7 +37,7 @@ def find_compiler(arch: str) -> str | None:
     names = [f"{arch}-linux-gnu-g++"]
     if platform.machine() == arch:
         names += ["g++", "clang++", "c++"]
-    return next((name for name in names if shutil.which(name)), None)
+    return next(filter(None, map(find_program, names)), None)
 
 
 def ensure_library() -> Path | None:

@@ -19,7 +19,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ import msgspec
 from edgesd.device.detect import check_machine, detect_machine, emulated
 from edgesd.errors import BoardError, BundleError, InputError
 from edgesd.files import disk_errors, fsync_dir, fsync_tree
+from edgesd.processes import module_command
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SIGNATURE, Bundle, open_bundle
 from edgesd.runtime.signature import check_trusted
 from edgesd.spec import BundleManifest, Spec
@@ -268,7 +268,7 @@ class Slots:
         memory = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
         with tempfile.TemporaryDirectory(prefix="edgesd-", dir=memory) as folder:
             picture = Path(folder) / "test.png"
-            command = [sys.executable, "-m", "edgesd", "generate", str(path), "-p", _TEST_PROMPT]
+            command = module_command("edgesd", "generate", str(path), "-p", _TEST_PROMPT)
             command += ["--steps", str(_TEST_STEPS), "--seed", "0", "-o", str(picture)]
             # The machine was checked, and the one in a test may be a fake.
             command += ["--any-machine", "--json"]

@@ -12,7 +12,6 @@ import logging
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ import msgspec
 from edgesd.engines import onnxruntime
 from edgesd.errors import EdgesdError, MissingDependencyError, ResourceError, TargetError
 from edgesd.files import private_folder
+from edgesd.processes import module_command
 from edgesd.spec import Engine, Environment, Graph, Spec
 
 BACKEND = "tensorrt"
@@ -190,9 +190,8 @@ def build_plan(
                 else "it comes with JetPack (a virtual environment needs --system-site-packages)"
             )
         )
-    worker_module = "edgesd.engines.tensorrt_worker"
     folder = weights or graph.parent
-    command = [sys.executable, "-m", worker_module, str(graph), str(folder), str(plan)]
+    command = module_command("edgesd.engines.tensorrt_worker", str(graph), str(folder), str(plan))
     with (
         tempfile.TemporaryFile() as noise,  # a pipe would fill up while nobody reads it
         subprocess.Popen(

@@ -12,7 +12,6 @@ import contextlib
 import os
 import queue
 import subprocess
-import sys
 import tempfile
 import threading
 import unicodedata
@@ -24,6 +23,7 @@ import msgspec
 
 from edgesd.errors import BundleError, InputError
 from edgesd.files import atomic_path, sha256_file, user_cache
+from edgesd.processes import module_command
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.llama import Answer, Line, Refusal, Task
 from edgesd.runtime.tokenizer import PromptTokenizer
@@ -44,7 +44,7 @@ FRAME = "Wish: {}\nPrompt:"
 MAX_TOKENS = 64
 """Tokens of the model's line, at most."""
 
-COMMAND = (sys.executable, "-m", "edgesd.runtime.prompter_worker")
+COMMAND = tuple(module_command("edgesd.runtime.prompter_worker"))
 
 SECONDS = 20.0
 """A process that isn't done with one wish by then is killed."""
