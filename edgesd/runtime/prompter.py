@@ -107,7 +107,7 @@ def enhance(
     """
     cleaned = [clean_wish(wish) for wish in wishes]
     asked = [wish for wish in cleaned if wish]
-    lines = _answers(prompter, asked, threads or os.cpu_count() or 1, seconds)
+    lines = _answers(prompter, asked, threads or len(os.sched_getaffinity(0)), seconds)
     found = []
     problem: str | None = None
     for wish, clean in zip(wishes, cleaned, strict=True):

@@ -43,12 +43,21 @@ def test_cores_that_a_container_withholds_are_left_out(
 
 
 def test_threads_go_to_the_fast_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
     monkeypatch.setattr(runner, "fast_cores", lambda: [4, 5])
     options = runner.session_options()
     assert options.intra_op_num_threads == 2
     assert options.get_session_config_entry("session.intra_op_thread_affinities") == "6"
     assert runner.session_options(3).intra_op_num_threads == 3
+
+
+def test_a_process_on_one_core_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2})
+    assert runner.session_options().intra_op_num_threads == 1
+    monkeypatch.setattr(runner, "fast_cores", lambda: [0, 1, 2, 3])
+    assert runner.session_options().intra_op_num_threads == 0
 
 
 @pytest.mark.parametrize(

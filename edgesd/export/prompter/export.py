@@ -131,7 +131,7 @@ def llama_loss(base: Path, adapter: Path | None, pairs: PairSet) -> float:
     Raises MissingDependencyError without llama-cpp-python, InputError for a file it can't load.
     """
     try:
-        llama = LlamaCppPython(base, adapter, os.cpu_count() or 1)
+        llama = LlamaCppPython(base, adapter, len(os.sched_getaffinity(0)))
     except ImportError as exc:
         raise MissingDependencyError(
             "the loss is measured by llama-cpp-python, which isn't installed: pip install "

@@ -60,9 +60,10 @@ def session_options(threads: int = 0, library: Path | None = None) -> onnxruntim
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    if threads == 0 and len(cores := fast_cores()) < len(os.sched_getaffinity(0)):
-        # All threads wait for the slowest: a small core would hold up the large ones. The caller's
-        # own thread is one of them, and isn't pinned.
+    if threads == 0 and len(cores := fast_cores()) < (os.cpu_count() or 1):
+        # All threads wait for the slowest: a small core would hold up the large ones, and so would
+        # two threads on one core, where the process may use few (ONNX Runtime counts all of the
+        # machine). The caller's own thread is one of them, and isn't pinned.
         threads = len(cores)
         pinned = ";".join(str(core + 1) for core in cores[1:])
         if pinned:
