@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,13 +45,21 @@ class Builder:
         plan: Path,
         progress: Progress | None = None,
         weights: Path | None = None,
+        opened: Sequence[int] = (),
     ) -> PlanReport:
         if self.error:
             raise self.error
         if progress:
             progress("Building engine", 1, 2)
         model = onnx.load(graph, load_external_data=False)
-        onnx.external_data_helper.load_external_data_for_model(model, str(weights))
+        for tensor in model.graph.initializer:
+            if tensor.external_data:
+                entries = {entry.key: entry.value for entry in tensor.external_data}
+                place = Path(weights or graph.parent, entries["location"])
+                assert weights is None or int(place.name) in opened
+                data = place.read_bytes()[int(entries["offset"]) :][: int(entries["length"])]
+                tensor.raw_data, tensor.data_location = data, onnx.TensorProto.DEFAULT
+                del tensor.external_data[:]
         plan.write_bytes(model.SerializeToString())
         self.built.append(spec.component)
         return PlanReport(JETSON, plan.stat().st_size, 1.5, 300 << 20, 200 << 20, ())

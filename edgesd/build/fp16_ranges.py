@@ -110,7 +110,7 @@ def _recorder(spec: ComponentSpec, graph: GraphFile, kept: dict[str, float]) -> 
     output = TensorSpec(LARGEST, "float32", (len(recorded.names),))
     raw = ir.serde.serialize_model(model).SerializeToString()
     wider = msgspec.structs.replace(spec, outputs=(*spec.outputs, output))
-    return _Recorder(wider, GraphFile(raw, graph.folder), recorded.names, kept)
+    return _Recorder(wider, graph._replace(model=raw), recorded.names, kept)
 
 
 class _Recorder(OnnxRuntimeRunner):

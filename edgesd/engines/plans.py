@@ -197,7 +197,8 @@ def _plan(
     with private_folder(path) as temporary:
         model = temporary / "model.onnx"
         model.write_bytes(graph.model)
-        report = build_plan(model, spec, temporary / "plan", step, graph.folder)
+        opened = [file.fileno() for file in graph.files]
+        report = build_plan(model, spec, temporary / "plan", step, graph.folder, opened)
         kept = Plan(component, sha256_file(temporary / "plan"), report)
         (temporary / "plan").replace(path)
     with atomic_write(path.with_suffix(".json")) as file:  # last: a plan without it is not whole

@@ -13,7 +13,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,13 +173,15 @@ def build_plan(
     plan: Path,
     progress: Progress | None = None,
     weights: Path | None = None,
+    opened: Sequence[int] = (),
 ) -> PlanReport:
     """Build `plan` from the ONNX file `graph`, in a process of its own.
 
-    weights: the folder of the graph's external data; None for the graph's own. `plan` is written
-    whole or not at all. Raises MissingDependencyError without the module, TargetError without its
-    GPU, ResourceError when the process is killed or memory runs out, EdgesdError, with TensorRT's
-    own words and the node's name, when it refuses the graph.
+    weights: the folder of the graph's external data; None for the graph's own. opened: descriptors
+    that the graph refers to, which the process inherits. `plan` is written whole or not at all.
+    Raises MissingDependencyError without the module, TargetError without its GPU, ResourceError
+    when the process is killed or memory runs out, EdgesdError, with TensorRT's own words and the
+    node's name, when it refuses the graph.
     """
     if importlib.util.find_spec(spec.module) is None:
         raise MissingDependencyError(
@@ -195,7 +197,7 @@ def build_plan(
     with (
         tempfile.TemporaryFile() as noise,  # a pipe would fill up while nobody reads it
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise, pass_fds=opened
         ) as worker,
     ):
         assert worker.stdin and worker.stdout

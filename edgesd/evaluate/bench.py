@@ -404,9 +404,8 @@ def _wait(sampler: Sampler, idle: float) -> None:
 def _empty_cache(bundle: Bundle) -> None:
     """Have the kernel forget the bundle's files, so that loading reads them from the disk."""
     for name in bundle.manifest.files:
-        where = bundle.location(name)
-        with where.path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), where.offset, bundle.size(name), os.POSIX_FADV_DONTNEED)
+        file, offset = bundle.location(name)
+        os.posix_fadvise(file.fileno(), offset, bundle.size(name), os.POSIX_FADV_DONTNEED)
 
 
 def _versions() -> dict[str, str]:

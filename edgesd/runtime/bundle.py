@@ -13,11 +13,14 @@ lie 512-byte aligned, so that weights are memory-mapped in place.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import stat
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -39,10 +42,56 @@ Progress = Callable[[str, int], None]
 """Called with a file's name and the bytes just hashed."""
 
 
-class Location(NamedTuple):
-    """Where a file's bytes lie: in the file `path`, from `offset` on."""
+class OpenFile:
+    """A regular file that is open for reading, until nobody refers to it any more.
 
-    path: Path
+    What was hashed is what is read and mapped later, wherever the file's name leads by then.
+    """
+
+    def __init__(self, path: Path, name: str | None = None, folder: int | None = None) -> None:
+        """path: for messages, and what is opened unless `name` is given, relative to the open
+        `folder`. Raises OSError, also for what isn't a regular file, and for a symbolic link."""
+        self._fd = -1
+        self.path = path
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # of a FIFO: don't wait
+        self._fd = os.open(path if name is None else name, flags, dir_fd=folder)
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            raise OSError(errno.EINVAL, "it isn't a regular file")
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._fd
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return os.fstat(self._fd).st_size
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """Equal as long as it is the same file and nobody writes into it, as far as its times
+        tell."""
+        found = os.fstat(self._fd)
+        times = (found.st_mtime_ns, found.st_ctime_ns)
+        return (found.st_dev, found.st_ino, found.st_size, *times)
+
+    def read(self, at: int, count: int) -> bytes:
+        """`count` bytes from the offset `at` on, fewer where the file ends."""
+        pieces = []
+        while count and (piece := os.pread(self._fd, count, at)):
+            pieces.append(piece)
+            at, count = at + len(piece), count - len(piece)
+        return b"".join(pieces)
+
+
+class Location(NamedTuple):
+    """Where a file's bytes lie: in an open file, from `offset` on."""
+
+    file: OpenFile
     offset: int
 
 
@@ -50,27 +99,57 @@ class _Storage(Protocol):
     def sizes(self) -> dict[str, int]:
         """Name -> bytes of every file that is there."""
 
-    def location(self, name: str) -> Location: ...
+    def location(self, name: str) -> Location:
+        """Raises OSError when the file can't be opened, KeyError when there is none."""
 
 
 class _Folder:
+    """The folder form. Files are opened from the folder that was opened first, without following
+    links, whatever is renamed meanwhile."""
+
     def __init__(self, path: Path) -> None:
+        self._fd = -1
         self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
 
     def sizes(self) -> dict[str, int]:
-        if not (self.path / MANIFEST).is_file():
+        try:
+            self.location(MANIFEST)
+        except OSError:
             return {}  # whatever it is, don't walk it
         found = {}
-        for entry in sorted(self.path.rglob("*")):
-            name = entry.relative_to(self.path).as_posix()
-            if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
-                raise BundleError(f"{self.path}: {name} isn't a regular file; copy the bundle anew")
-            if entry.is_file():
-                found[name] = entry.stat().st_size
+
+        def refuse(error: OSError) -> None:
+            raise error
+
+        for place, folders, names, fd in os.fwalk(".", dir_fd=self._fd, onerror=refuse):
+            for name in [*folders, *names]:
+                inside = PurePosixPath(place, name).as_posix()
+                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode):
+                    found[inside] = status.st_size
+                elif not stat.S_ISDIR(status.st_mode):
+                    raise BundleError(
+                        f"{self.path}: {inside} isn't a regular file; copy the bundle anew"
+                    )
         return found
 
     def location(self, name: str) -> Location:
-        return Location(self.path / name, 0)
+        *folders, last = PurePosixPath(name).parts
+        at = os.dup(self._fd)
+        try:
+            for folder in folders:
+                flags = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW
+                inner = os.open(folder, flags, dir_fd=at)
+                os.close(at)
+                at = inner
+            return Location(OpenFile(self.path / name, last, at), 0)
+        finally:
+            os.close(at)
 
 
 class _Archive:
@@ -78,22 +157,21 @@ class _Archive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = file = OpenFile(path)
         self._members: dict[str, tuple[int, int]] = {}
-        end = path.stat().st_size
-        with path.open("rb") as file:
-            at = 0
-            while (header := _read_at(file, at, _BLOCK)) != bytes(_BLOCK):
-                name, size = self._parse(header)
-                data = at + _BLOCK
-                at = data + -(-size // _BLOCK) * _BLOCK
-                if at + 2 * _BLOCK > end:
-                    raise BundleError(f"{path} is truncated within {name}; copy the bundle anew")
-                if any(_read_at(file, data + size, at - data - size)):
-                    raise BundleError(f"{path} was altered behind {name}; copy the bundle anew")
-                self._members[name] = (data, size)
-            tail = _read_at(file, at, end - at) if end - at == 2 * _BLOCK else None
-            if tail != bytes(2 * _BLOCK):
-                raise BundleError(f"{path} has bytes missing or added at its end; copy it anew")
+        end, at = file.size, 0
+        while (header := _read_at(file, at, _BLOCK)) != bytes(_BLOCK):
+            name, size = self._parse(header)
+            data = at + _BLOCK
+            at = data + -(-size // _BLOCK) * _BLOCK
+            if at + 2 * _BLOCK > end:
+                raise BundleError(f"{path} is truncated within {name}; copy the bundle anew")
+            if any(_read_at(file, data + size, at - data - size)):
+                raise BundleError(f"{path} was altered behind {name}; copy the bundle anew")
+            self._members[name] = (data, size)
+        tail = _read_at(file, at, end - at) if end - at == 2 * _BLOCK else None
+        if tail != bytes(2 * _BLOCK):
+            raise BundleError(f"{path} has bytes missing or added at its end; copy it anew")
 
     def _parse(self, header: bytes) -> tuple[str, int]:
         try:
@@ -109,7 +187,7 @@ class _Archive:
         return {name: size for name, (_, size) in self._members.items()}
 
     def location(self, name: str) -> Location:
-        return Location(self.path, self._members[name][0])
+        return Location(self._file, self._members[name][0])
 
 
 def archive_header(name: str, size: int) -> bytes:
@@ -119,73 +197,111 @@ def archive_header(name: str, size: int) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT if size < 8 << 30 else tarfile.GNU_FORMAT)
 
 
-def _read_at(file: BinaryIO, at: int, count: int) -> bytes:
-    file.seek(at)
-    data = file.read(count)
+def _read_at(file: OpenFile, at: int, count: int) -> bytes:
+    data = file.read(at, count)
     if len(data) != count:
-        raise BundleError(f"{file.name} is truncated; copy the bundle anew")
+        raise BundleError(f"{file.path} is truncated; copy the bundle anew")
     return data
 
 
 class GraphFile(NamedTuple):
-    """A graph ready for a session: the model's bytes, and the folder of its external data."""
+    """A graph ready for a session: the model's bytes, and the folder of its external data.
+
+    files: that data, open: a bundle's graph refers to it by descriptor ("proc/self/fd/N" in the
+    folder "/"), so that what was verified is what is mapped. They are closed with this.
+    """
 
     model: bytes
     folder: Path
+    files: tuple[OpenFile, ...] = ()
 
 
 class Bundle:
     """An opened bundle. Nothing in it is ever written. Made by `open_bundle`."""
 
     def __init__(
-        self, path: Path, storage: _Storage, sizes: dict[str, int], manifest: BundleManifest
+        self,
+        path: Path,
+        storage: _Storage,
+        sizes: dict[str, int],
+        manifest: BundleManifest,
+        frame: dict[str, bytes],
     ) -> None:
         self.path = path
         self.manifest = manifest
         self._storage = storage
         self._sizes = sizes
-        self._verified: set[str] = set()
+        self._frame = frame
+        # Name -> identity of the file that was hashed and found right.
+        self._verified: dict[str, tuple[int, ...]] = {}
 
     def location(self, name: str) -> Location:
-        """Where the bytes of the file `name` lie. KeyError if the bundle has no such file."""
-        return self._storage.location(name)
+        """Where the bytes of a file that the manifest lists lie, verified before or not.
+
+        Raises BundleError when it can't be opened.
+        """
+        try:
+            return self._storage.location(name)
+        except OSError as exc:
+            raise self._unreadable(name, exc) from exc
+
+    @property
+    def in_one_file(self) -> bool:
+        """Whether it is the one-file form."""
+        return isinstance(self._storage, _Archive)
 
     @property
     def manifest_sha256(self) -> str:
         """Of bundle.json: it stands for the whole bundle."""
-        return hashlib.sha256(b"".join(self.chunks(MANIFEST))).hexdigest()
+        return hashlib.sha256(self._frame[MANIFEST]).hexdigest()
 
     @property
     def signed(self) -> bool:
         """Whether there is a signature, right or wrong."""
-        return SIGNATURE in self._sizes
+        return SIGNATURE in self._frame
 
     @property
     def frame(self) -> tuple[str, ...]:
         """Names of the files that the manifest doesn't list: what it is found by."""
-        return tuple(name for name in (CHECKSUM, SIGNATURE, MANIFEST) if name in self._sizes)
+        return tuple(name for name in (CHECKSUM, SIGNATURE, MANIFEST) if name in self._frame)
+
+    def framed(self, name: str) -> bytes:
+        """The bytes of one file of `frame`, as they were when the bundle was opened: those that the
+        manifest in use was read from."""
+        return self._frame[name]
 
     def size(self, name: str) -> int:
         """Bytes of the file `name`, manifest and checksum included."""
         return self._sizes[name]
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The bytes of the file `name`, in pieces of at most 4 MiB, not verified."""
-        where = self.location(name)
-        left = self.size(name)
-        with where.path.open("rb") as file:
-            file.seek(where.offset)
-            while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
-                left -= len(chunk)
+        """The bytes of the file `name`, in pieces of at most 4 MiB, not verified; those of `frame`
+        as `framed` has them. Raises BundleError when they can't be read."""
+        if name in self._frame:
+            yield self._frame[name]
+        else:
+            yield from self._chunks(name, self.location(name))
+
+    def _chunks(self, name: str, where: Location) -> Iterator[bytes]:
+        at, end = where.offset, where.offset + self.size(name)
+        try:
+            while at < end and (chunk := where.file.read(at, min(end - at, _CHUNK_BYTES))):
+                at += len(chunk)
                 yield chunk
+        except OSError as exc:
+            raise self._unreadable(name, exc) from exc
 
     def verified_chunks(self, name: str) -> Iterator[bytes]:
         """`chunks` of a file that the manifest lists, hashed as they are read.
 
         Raises BundleError behind the last one when the bytes differ from the manifest.
         """
+        yield from self._verified_chunks(name, self.location(name))
+
+    def _verified_chunks(self, name: str, where: Location) -> Iterator[bytes]:
         digest = hashlib.sha256()
-        for chunk in self.chunks(name):
+        identity = where.file.identity
+        for chunk in self._chunks(name, where):
             digest.update(chunk)
             yield chunk
         if digest.hexdigest() != self.manifest.files[name].sha256:
@@ -193,18 +309,30 @@ class Bundle:
                 f"{self.path}: {name} was altered or damaged (its sha256 differs from the "
                 "manifest's); copy the bundle anew or build it again"
             )
-        self._verified.add(name)
+        self._verified[name] = identity
 
     def verify(self, names: Iterable[str] | None = None, progress: Progress | None = None) -> None:
-        """Hash `names` (all files by default); those that were hashed before are skipped.
+        """Hash `names` (all files by default); those that were hashed before are skipped, unless
+        they were replaced or written to since then.
 
         Raises BundleError naming the first file whose bytes differ from the manifest.
         """
         for name in self.manifest.files if names is None else names:
-            if name not in self._verified:
-                for chunk in self.verified_chunks(name):
-                    if progress:
-                        progress(name, len(chunk))
+            self.verified_location(name, progress)
+
+    def verified_location(self, name: str, progress: Progress | None = None) -> Location:
+        """`location` of a file that the manifest lists, hashed from the very file that is open
+        there, unless that was done before. Raises BundleError as `verify`."""
+        where = self.location(name)
+        if self._verified.get(name) != where.file.identity:
+            for chunk in self._verified_chunks(name, where):
+                if progress:
+                    progress(name, len(chunk))
+        return where
+
+    def _unreadable(self, name: str, error: OSError) -> BundleError:
+        why = error.strerror or str(error)
+        return BundleError(f"{self.path}: {name} can't be read ({why}); copy the bundle anew")
 
     def read(self, name: str) -> bytes:
         """The verified bytes of the file `name`. Raises BundleError if it was altered."""
@@ -238,8 +366,9 @@ class Bundle:
         kernels: its graph for edgesd's own kernels, where the engine has one. half: of its halves,
         the graph of this one.
 
-        In the one-file form the references to the weights are moved into that file, so that they
-        are memory-mapped there. Raises BundleError if a file was altered.
+        References to the weights are moved to the files that were hashed, which are memory-mapped.
+        Raises BundleError if a file was altered, or the graph refers to anything but files that lie
+        beside it.
         """
         engine = self.manifest.engines[component]
         graphs = half or engine
@@ -247,22 +376,20 @@ class Bundle:
         model = self.read(path)
         self.verify(self.engine_files(engine))
         folder = PurePosixPath(path).parent
-        graph_path = self.location(path).path
-        if isinstance(self._storage, _Folder):
-            return GraphFile(model, graph_path.parent)
+        opened: dict[str, Location] = {}
 
-        try:
-            graph_path.name.encode()
-        except UnicodeEncodeError as exc:
-            raise BundleError(f"{self.path!a} has a name that isn't UTF-8: rename it") from exc
-
-        def into_archive(location: str, offset: int) -> tuple[str, int]:
+        def into_open_file(location: str, offset: int, length: int) -> tuple[str, int]:
             name = str(folder / location)
-            if name not in self.manifest.files:
-                raise BundleError(f"{self.path}: {path} refers to {name}, which is missing")
-            return graph_path.name, self.location(name).offset + offset
+            if name not in self.manifest.files or PurePosixPath(name).parent != folder:
+                raise BundleError(f"{self.path}: {path} refers to {name!r}, which isn't beside it")
+            if offset + length > self.size(name):
+                raise BundleError(f"{self.path}: {path} refers to bytes behind the end of {name}")
+            where = opened.get(name) or self.verified_location(name)
+            opened[name] = where
+            return f"proc/self/fd/{where.file.fileno()}", where.offset + offset
 
-        return GraphFile(relocate_external_data(model, into_archive), graph_path.parent)
+        moved = relocate_external_data(model, into_open_file)
+        return GraphFile(moved, Path("/"), tuple(where.file for where in opened.values()))
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -278,6 +405,8 @@ def open_bundle(path: Path) -> Bundle:
         return _open(path.resolve())
     except OSError as exc:
         raise BundleError(f"cannot read the bundle {path}: {exc.strerror or exc}") from exc
+    except RecursionError as exc:
+        raise BundleError(f"{path} isn't a bundle: its folders are nested too deeply") from exc
 
 
 def _open(path: Path) -> Bundle:
@@ -294,13 +423,13 @@ def _open(path: Path) -> Bundle:
             f"{path}: {MANIFEST}, {CHECKSUM} or {SIGNATURE} is too large to be genuine"
         )
 
-    def content(name: str) -> bytes:
-        where = storage.location(name)
-        with where.path.open("rb") as file:
-            return _read_at(file, where.offset, sizes[name])
-
-    raw = content(MANIFEST)
-    if content(CHECKSUM) != checksum_line(raw):
+    frame = {}
+    for name in (MANIFEST, CHECKSUM, SIGNATURE):
+        if name in sizes:
+            where = storage.location(name)
+            frame[name] = _read_at(where.file, where.offset, sizes[name])
+    raw = frame[MANIFEST]
+    if frame[CHECKSUM] != checksum_line(raw):
         raise BundleError(f"{path}: {MANIFEST} doesn't match {CHECKSUM}; one of them was altered")
     manifest = _decode(path, raw)
 
@@ -315,7 +444,7 @@ def _open(path: Path) -> Bundle:
     extra = sorted(sizes.keys() - manifest.files.keys() - {MANIFEST, CHECKSUM, SIGNATURE})
     if extra:
         raise BundleError(f"{path}: {extra[0]} isn't in the manifest; remove it")
-    bundle = Bundle(path, storage, sizes, manifest)
+    bundle = Bundle(path, storage, sizes, manifest, frame)
     if isinstance(storage, _Archive) and list(sizes) != archive_order(bundle.frame, manifest.files):
         raise BundleError(f"{path}: its files are not in the manifest's order; it was altered")
     return bundle

@@ -1,12 +1,14 @@
 """Reads and moves the external-data references of a serialized ONNX model, without `onnx`.
 
 ONNX Runtime memory-maps weights that lie in a file of their own; weights handed over in memory are
-copied (measured: RSS doubles). In a one-file bundle the weights are a slice of that one file, so
-each reference `(location, offset)` is rewritten to point into it before the model is loaded.
+copied (measured: RSS doubles). So each reference `(location, offset)` is rewritten to point to the
+file that was verified, and into it where that is a one-file bundle, before the model is loaded.
 
-Field numbers are those of onnx.proto (ModelProto.graph = 7, GraphProto.initializer = 5,
-TensorProto.external_data = 13, StringStringEntryProto.key = 1 and .value = 2); the encoding is that
-of the Protocol Buffers specification ("Encoding", wire types 0, 1, 2 and 5).
+A model may have such references in other places, too: in attributes, subgraphs, functions. edgesd
+writes none there, and nobody would have verified what they lead to: they are refused.
+
+Field numbers are those of onnx.proto; the encoding is that of the Protocol Buffers specification
+("Encoding", wire types 0, 1, 2 and 5).
 """
 
 from __future__ import annotations
@@ -16,29 +18,47 @@ from collections.abc import Callable, Iterator
 from edgesd.errors import BundleError
 
 _GRAPH, _INITIALIZER, _EXTERNAL_DATA, _KEY, _VALUE = 7, 5, 13, 1, 2
+"""ModelProto.graph, GraphProto.initializer, TensorProto.external_data, and the two fields of
+StringStringEntryProto."""
 _LENGTH_DELIMITED = 2
 
-Relocation = Callable[[str, int], tuple[str, int]]
-"""(location, offset in bytes) -> the new (location, offset)."""
+_INNER: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+"""Messages in which a TensorProto can lie: field number -> the message in it."""
+_MOST_NESTED = 100
+
+_ENTRIES = {"location", "offset", "length", "checksum"}
+"""Keys of external_data that are known. Others may ask a library to read more than the tensor."""
+
+Relocation = Callable[[str, int, int], tuple[str, int]]
+"""(location, offset in bytes, length in bytes) -> the new (location, offset)."""
 
 
 def relocate_external_data(model: bytes, move: Relocation) -> bytes:
     """Return `model` with each initializer's external data moved by `move`.
 
-    Raises BundleError when `model` isn't a serialized ModelProto.
+    Raises BundleError when `model` isn't a serialized ModelProto, refers to external data from
+    anywhere but its main graph's initializers, or by anything but a location, an offset and a
+    length.
     """
+    moved = 0
 
     def in_tensor(tensor: memoryview) -> bytes:
-        entries = {
-            key: value
-            for number, body in _fields(tensor)
-            if number == _EXTERNAL_DATA
-            for key, value in [_entry(body)]
-        }
+        nonlocal moved
+        entries = _external_data(tensor)
         if not entries:
             return bytes(tensor)
-        location, offset = move(entries["location"], int(entries.get("offset", "0")))
-        entries |= {"location": location, "offset": str(offset)}
+        moved += 1
+        length = _number(entries, "length")
+        location, offset = move(entries["location"], _number(entries, "offset", "0"), length)
+        entries = {"location": location, "offset": str(offset), "length": str(length)}
         kept = _rewrite(tensor, {_EXTERNAL_DATA: lambda _: None})
         return kept + b"".join(
             _field(_EXTERNAL_DATA, _field(_KEY, k.encode()) + _field(_VALUE, v.encode()))
@@ -49,9 +69,44 @@ def relocate_external_data(model: bytes, move: Relocation) -> bytes:
         return _rewrite(graph, {_INITIALIZER: in_tensor})
 
     try:
-        return _rewrite(memoryview(model), {_GRAPH: in_graph})
+        found = _rewrite(memoryview(model), {_GRAPH: in_graph})
+        # Each reference has "location" in it: most models need no second, longer look.
+        if model.count(b"location") != moved and _references(memoryview(model), "model") != moved:
+            raise BundleError(
+                "the graph refers to a file from elsewhere than its weights, which nobody verifies"
+                ": build the bundle again"
+            )
     except (IndexError, KeyError, ValueError, UnicodeDecodeError) as exc:
         raise BundleError(f"the graph isn't a readable ONNX model ({exc})") from exc
+    return found
+
+
+def _references(message: memoryview, kind: str, depth: int = 0) -> int:
+    """Number of tensors with external data anywhere in a message of `_INNER`."""
+    if kind == "tensor":
+        return 1 if _external_data(message) else 0
+    if depth > _MOST_NESTED:
+        raise ValueError("its subgraphs are nested too deeply")
+    inner = _INNER[kind]
+    return sum(
+        _references(body, inner[number], depth + 1)
+        for number, body in _fields(message)
+        if number in inner
+    )
+
+
+def _external_data(tensor: memoryview) -> dict[str, str]:
+    entries = dict(_entry(body) for number, body in _fields(tensor) if number == _EXTERNAL_DATA)
+    if unknown := entries.keys() - _ENTRIES:
+        raise ValueError(f"external data with {min(unknown)!r}")
+    return entries
+
+
+def _number(entries: dict[str, str], key: str, default: str | None = None) -> int:
+    text = entries.get(key, default)
+    if text is None or not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise ValueError(f"external data with the {key} {text!r}")
+    return int(text)
 
 
 def _rewrite(message: memoryview, edits: dict[int, Callable[[memoryview], bytes | None]]) -> bytes:

@@ -24,7 +24,7 @@ import msgspec
 from edgesd.errors import BundleError, InputError
 from edgesd.files import atomic_path, sha256_file, user_cache
 from edgesd.processes import module_command
-from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.bundle import Bundle, OpenFile
 from edgesd.runtime.llama import Answer, Line, Refusal, Task
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec import PrompterSpec
@@ -84,12 +84,13 @@ def clean_wish(wish: str) -> str:
 
 class Prompter(NamedTuple):
     """Files of a prompter, and what it is. adapter: None where it is merged into the base. grammar:
-    of its line."""
+    of its line. opened: files of a bundle that `base` and `adapter` lead to while they are open."""
 
     base: Path
     adapter: Path | None
     spec: PrompterSpec
     grammar: str = GRAMMAR
+    opened: tuple[OpenFile, ...] = ()
 
 
 def enhance(
@@ -237,18 +238,21 @@ def prompter_of(bundle: Bundle) -> Prompter:
         raise BundleError(
             f"{bundle.path} brings no prompter: build it with --prompter, or leave --enhance out"
         )
-    adapter = None if spec.adapter is None else _file_of(bundle, spec.adapter)
     grammar = GRAMMAR if spec.grammar is None else bundle.read(spec.grammar).decode()
-    return Prompter(_file_of(bundle, spec.base), adapter, spec, grammar)
+    opened: list[OpenFile] = []
+    base = _file_of(bundle, spec.base, opened)
+    adapter = None if spec.adapter is None else _file_of(bundle, spec.adapter, opened)
+    return Prompter(base, adapter, spec, grammar, tuple(opened))
 
 
-def _file_of(bundle: Bundle, name: str) -> Path:
-    where, entry = bundle.location(name), bundle.manifest.files[name]
-    if where.path != bundle.path:  # a folder
-        bundle.verify([name])
-        return where.path
-    path = user_cache() / "prompter" / f"{entry.sha256[:32]}.gguf"
-    if not path.exists() or sha256_file(path) != entry.sha256:
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            file.writelines(bundle.verified_chunks(name))
-    return path
+def _file_of(bundle: Bundle, name: str, opened: list[OpenFile]) -> Path:
+    entry = bundle.manifest.files[name]
+    if bundle.in_one_file:
+        path = user_cache() / "prompter" / f"{entry.sha256[:32]}.gguf"
+        if not path.exists() or sha256_file(path) != entry.sha256:
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                file.writelines(bundle.verified_chunks(name))
+        return path
+    found = bundle.verified_location(name).file
+    opened.append(found)
+    return Path(f"/proc/{os.getpid()}/fd/{found.fileno()}")  # of this process, for its child

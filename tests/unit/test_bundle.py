@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import shutil
 import tarfile
@@ -11,14 +12,15 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 
 from edgesd.engines.bundle import pack_bundle, update_manifest, write_manifest
 from edgesd.errors import BundleError
-from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, checksum_line, open_bundle
+from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, GraphFile, checksum_line, open_bundle
 from edgesd.runtime.pipeline import Pipeline, Settings
 from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
-from edgesd.spec import SCHEMA_VERSION
+from edgesd.spec import SCHEMA_VERSION, BundleManifest
 from tests.support import assert_refused, run_cli
 
 MUTATIONS = 200
@@ -167,19 +169,106 @@ def test_pack_is_canonical_and_unpacks_with_tar(
 
 
 def test_one_file_weights_are_used_in_place(miniature: Bundle, miniature_file: Path) -> None:
-    shape = (1, 4, 8, 8)
-    outputs = []
-    for bundle in (miniature, open_bundle(miniature_file)):
-        spec = bundle.manifest.pipeline.components["unet"]
-        with OnnxRuntimeRunner(spec, bundle.graph_file("unet")) as unet:
-            unet.bind({"sample": shape, "timestep": (1,), "encoder_hidden_states": (1, 77, 8)})
-            for array in unet.inputs.values():
-                array[:] = np.linspace(-1, 1, array.size).reshape(array.shape)
-            unet.run()
-            outputs.append(unet.outputs["noise_pred"].copy())
-    assert np.array_equal(*outputs)
+    bundles = (miniature, open_bundle(miniature_file))
+    assert np.array_equal(*(noise_pred(one, one.graph_file("unet")) for one in bundles))
     graph = open_bundle(miniature_file).graph_file("unet")
-    assert miniature_file.name.encode() in graph.model  # the weights are not copied out
+    (file,) = graph.files  # the weights are not copied out
+    assert file.path == miniature_file and f"proc/self/fd/{file.fileno()}".encode() in graph.model
+
+
+def noise_pred(bundle: Bundle, graph: GraphFile) -> np.ndarray:
+    """What the UNet makes of fixed inputs."""
+    with OnnxRuntimeRunner(bundle.manifest.pipeline.components["unet"], graph) as unet:
+        shape = (1, 4, 8, 8)
+        unet.bind({"sample": shape, "timestep": (1,), "encoder_hidden_states": (1, 77, 8)})
+        for array in unet.inputs.values():
+            array[:] = np.linspace(-1, 1, array.size).reshape(array.shape)
+        unet.run()
+        return unet.outputs["noise_pred"].copy()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put another file in the place of `path`, which stays what it is for whoever has it open."""
+    path.with_name("new").write_bytes(data)
+    path.rename(path.parent.parent / f"{path.name}.old")
+    path.with_name("new").rename(path)
+
+
+@pytest.mark.parametrize("one_file", [False, True])
+def test_what_was_verified_is_what_is_mapped(
+    one_file: bool, miniature: Bundle, folder: Path, miniature_file: Path, tmp_path: Path
+) -> None:
+    expected = noise_pred(miniature, miniature.graph_file("unet"))
+    path = Path(shutil.copy(miniature_file, tmp_path / "one" if one_file else tmp_path / "unused"))
+    bundle = open_bundle(path if one_file else folder)
+    graph = bundle.graph_file("unet")
+    swapped = path if one_file else folder / "unet" / "weights.bin"
+    replace_file(swapped, bytes(swapped.stat().st_size))
+    assert np.array_equal(noise_pred(bundle, graph), expected)
+
+
+@pytest.mark.parametrize("how", ["replaced", "written into"])
+def test_a_file_that_changes_after_it_was_verified_is_verified_again(
+    how: str, folder: Path
+) -> None:
+    bundle = open_bundle(folder)
+    bundle.verify()
+    weights = folder / "unet" / "weights.bin"
+    other = bytes(weights.stat().st_size)
+    if how == "replaced":
+        weights.unlink()
+    weights.write_bytes(other)
+    with pytest.raises(BundleError, match=r"unet/weights.bin was altered"):
+        bundle.graph_file("unet")
+
+
+def test_a_folder_that_is_renamed_stays_the_bundle_that_was_opened(
+    folder: Path, miniature: Bundle
+) -> None:
+    bundle = open_bundle(folder)
+    folder.rename(folder.with_name("elsewhere"))
+    folder.mkdir()
+    bundle.verify()
+    expected = noise_pred(miniature, miniature.graph_file("unet"))
+    assert np.array_equal(noise_pred(bundle, bundle.graph_file("unet")), expected)
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_only_regular_files_are_read(kind: str, when: str, folder: Path) -> None:
+    victim = folder / "unet" / "weights.bin"
+    bundle = open_bundle(folder) if when == "after" else None
+    elsewhere = victim.rename(folder.with_name("elsewhere"))
+    if kind == "link":
+        victim.symlink_to(elsewhere)
+    elif kind == "fifo":
+        os.mkfifo(victim)  # reading it would wait for a writer for ever
+    else:
+        victim.mkdir()
+    with pytest.raises(BundleError, match=r"unet/weights\.bin"):
+        (bundle or open_bundle(folder)).graph_file("unet")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"length": "99999"}, {"location": "../tokenizer/tokenizer.json"}]
+)
+def test_a_graph_refers_to_bytes_of_its_own_weights_only(
+    changes: dict[str, str], folder: Path
+) -> None:
+    graph = folder / "unet" / "model.onnx"
+    model = onnx.load(graph, load_external_data=False)
+    tensor = next(one for one in model.graph.initializer if one.external_data)
+    for entry in tensor.external_data:
+        entry.value = changes.get(entry.key, entry.value)
+    graph.write_bytes(model.SerializeToString())
+    update_manifest(folder, open_bundle_unchecked(folder), ["unet/model.onnx"])
+    with pytest.raises(BundleError, match="refers to"):
+        open_bundle(folder).graph_file("unet")
+
+
+def open_bundle_unchecked(folder: Path) -> BundleManifest:
+    """The manifest of a folder whose files don't fit it any more."""
+    return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=BundleManifest)
 
 
 def test_manifest_round_trips(miniature: Bundle, tmp_path: Path) -> None:

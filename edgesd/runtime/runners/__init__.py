@@ -6,14 +6,14 @@ an ONNX session, a TensorRT engine and a fake are interchangeable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from edgesd.errors import InputError
+from edgesd.errors import BundleError, InputError, ResourceError
 from edgesd.runtime.closing import Closing
 from edgesd.spec import ComponentSpec
 
@@ -94,10 +94,35 @@ class BoundRunner(Closing):
                     f"{self.spec.name}: {tensor.name} has the shape {list(shape)}, but this bundle "
                     f"takes {list(tensor.shape)}"
                 )
-        self.inputs = {
-            tensor.name: np.zeros(shapes[tensor.name], tensor.dtype) for tensor in self.spec.inputs
-        }
+        try:
+            self.inputs = {
+                tensor.name: np.zeros(shapes[tensor.name], tensor.dtype)
+                for tensor in self.spec.inputs
+            }
+        except MemoryError as exc:
+            raise ResourceError(
+                f"not enough memory for the inputs of {self.spec.name}: use a smaller --size or "
+                "--batch 1"
+            ) from exc
         self.outputs = {}
+
+    def check_outputs(self, values: Sequence[object]) -> None:
+        """Raise BundleError unless `values` are arrays such as the spec says, in its order."""
+        for tensor, value in zip(self.spec.outputs, values, strict=True):
+            fits = (
+                isinstance(value, np.ndarray)
+                and value.dtype == tensor.dtype
+                and len(value.shape) == len(tensor.shape)
+                and all(
+                    isinstance(dim, str) or dim == size
+                    for dim, size in zip(tensor.shape, value.shape, strict=True)
+                )
+            )
+            if not fits:
+                raise BundleError(
+                    f"{self.spec.name}: its graph doesn't make {tensor.name} as its manifest says "
+                    f"({tensor.dtype} {list(tensor.shape)}): build the bundle again"
+                )
 
     def close(self) -> None:
         """See Runner.close."""

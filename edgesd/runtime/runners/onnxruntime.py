@@ -80,6 +80,8 @@ def session_options(threads: int = 0, library: Path | None = None) -> onnxruntim
         options.add_session_config_entry("session.x64quantprecision", "1")
     # Weights behind a DequantizeLinear are folded once; else they would be computed in every run.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Never ONNX Runtime's own format, whose references to other files nobody has looked at.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     options.log_severity_level = 4  # failures are raised, too
     if library is not None:
         options.register_custom_ops_library(str(library))
@@ -149,12 +151,15 @@ class OnnxRuntimeRunner(BoundRunner):
             return
         assert self._session is not None
         self._binding = self._session.io_binding()
-        for name, array in self.inputs.items():
-            self._binding.bind_input(
-                name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
-            )
-        for tensor in self.spec.outputs:
-            self._binding.bind_output(tensor.name, "cpu")
+        try:
+            for name, array in self.inputs.items():
+                self._binding.bind_input(
+                    name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
+                )
+            for tensor in self.spec.outputs:
+                self._binding.bind_output(tensor.name, "cpu")
+        except Exception as exc:
+            raise self._error(exc, "doesn't have the inputs and outputs of its manifest") from exc
 
     def run(self) -> None:
         """See Runner.run. After the first run, whose shapes are then known, outputs are bound."""
@@ -166,6 +171,7 @@ class OnnxRuntimeRunner(BoundRunner):
             raise self._error(exc, "failed while running") from exc
         if not self.outputs:
             values = self._binding.copy_outputs_to_cpu()
+            self.check_outputs(values)
             self._binding.clear_binding_outputs()
             for tensor, value in zip(self.spec.outputs, values, strict=True):
                 array = np.ascontiguousarray(value)
