@@ -1,12 +1,33 @@
-"""Writing files so that a crash, a full disk or Ctrl-C never leaves a half-written one."""
+"""Writing files so that a crash, a full disk or Ctrl-C leaves no half-written one and costs nobody
+a file.
+
+The rules for everything that edgesd writes:
+
+- It is made in a private folder, `.edgesd-*.part`, beside its place, and moved there when it is
+  whole. A file system need not have modes, links, or folders that can be synchronized for that.
+- A new file has the mode that the umask leaves; one that replaces an older file has that one's.
+  Private keys are their owner's alone.
+- A file that the user named is replaced. One whose name edgesd made up is not: it takes the next
+  free name. A device or a pipe is written into, never replaced.
+- Only what this run has written is removed, and private folders of this machine's that no living
+  process holds: those were left by processes that were killed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import functools
 import hashlib
+import itertools
 import os
+import pwd
+import re
 import secrets
 import shutil
+import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,21 +36,42 @@ from typing import BinaryIO
 
 from edgesd.errors import InputError, ResourceError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EIO, errno.ESTALE),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV),
 )
+_MISSING_HERE = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY)
+"""What file systems answer to what they don't have: modes, links, synchronized folders."""
+
+_NO_LINK = (*_MISSING_HERE, errno.EACCES, errno.EMLINK, errno.EXDEV)
+
+
+class ExistsError(InputError):
+    """There is something at a place that was to be new."""
+
+
+class KeptError(InputError):
+    """What was made couldn't be put into its place, and lies beside it: the message says where."""
 
 
 def fsync_dir(path: Path) -> None:
-    """Make renames inside `path` durable."""
-    _fsync(path, os.O_DIRECTORY)
+    """Make renames inside `path` durable, where its file system can."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # a folder may be written into and not be read
+        return
+    _fsync(fd, (*_MISSING_HERE, errno.EACCES, errno.EBADF, errno.EISDIR))
 
 
-def _fsync(path: Path, flags: int = 0) -> None:
-    fd = os.open(path, os.O_RDONLY | flags)
+def _fsync(fd: int, ignored: tuple[int, ...] = _MISSING_HERE) -> None:
+    """Synchronize and close `fd`."""
     try:
         os.fsync(fd)
+    except OSError as exc:
+        if exc.errno not in ignored:
+            raise
     finally:
         os.close(fd)
 
@@ -40,105 +82,443 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if exc.errno in _FULL:
             raise ResourceError(
                 f"no space left to write {path}: free some space, or choose another folder with -o"
             ) from exc
-        ours = exc.filename is None or str(exc.filename).startswith(str(path.parent))
-        if exc.errno in _REFUSED and ours:
+        named = isinstance(exc.filename, str | bytes)
+        ours = not named or _lies_in(os.fsdecode(exc.filename), path.parent)
+        if ours and (exc.errno in _REFUSED or (named and exc.errno == errno.EINVAL)):
             raise InputError(f"cannot write {path}: {exc.strerror}; choose another -o") from exc
         raise
 
 
-@contextmanager
-def atomic_path(path: Path, mode: int = 0o644) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to; on success fsync it and rename it to `path`.
+def _lies_in(name: str, folder: Path) -> bool:
+    return Path(name).absolute().is_relative_to(folder.absolute())
 
-    mode: of the file, when it is whole; until then only its owner reads it. Raises ResourceError
-    when the disk is full, InputError when `path` can't be written. On any error, and on Ctrl-C, the
-    temporary file is removed and an older `path` stays as it was.
+
+@contextmanager
+def atomic_path(path: Path, private: bool = False, new: bool = False) -> Iterator[Path]:
+    """Give a temporary path to write to; on success move what is there to `path`.
+
+    private: only the owner may read the file. new: `path` must not exist, not even in the last
+    moment. Raises ResourceError when the disk is full, InputError when `path` can't be written,
+    ExistsError when it had to be new, KeptError when the whole file couldn't be moved there. On any
+    error, and on Ctrl-C, the temporary file is removed and an older `path` stays as it was.
     """
     path = Path(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Named before it is made: a signal that comes while it is made finds it, too.
-        tmp = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
-        try:
-            os.close(os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            yield tmp
-            _fsync(tmp)
-            tmp.chmod(mode)
-            tmp.replace(path)
-            fsync_dir(path.parent)
-        except BaseException:
-            tmp.unlink(missing_ok=True)
-            raise
+    if _is_special(path):
+        with tempfile.TemporaryDirectory(prefix="edgesd-") as folder:
+            made = Path(folder) / "file"
+            made.touch()
+            yield made
+            with disk_errors(path), made.open("rb") as source, path.open("wb") as out:
+                shutil.copyfileobj(source, out)
+        return
+    _check_no_folder(path)
+    if new and _is_there(path):
+        raise ExistsError(f"{path} exists already: remove it, or choose another name")
+    with private_folder(path) as folder:
+        made = folder / path.name
+        mode = 0o600 if private else 0o666
+        os.close(os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+        yield made
+        _fsync(os.open(made, os.O_RDONLY))
+        if private:  # a library may have made the file anew
+            _chmod(made, mode)
+        with _kept(made, path):
+            _move_new(made, path) if new else _replace(made, path)
+        fsync_dir(path.parent)
 
 
 @contextmanager
-def atomic_write(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, private: bool = False, new: bool = False) -> Iterator[BinaryIO]:
     """As `atomic_path`, with the temporary file open for writing."""
-    with atomic_path(path, mode) as tmp, tmp.open("wb") as file:
+    with atomic_path(path, private, new) as made, made.open("wb") as file:
         yield file
 
 
+def save(path: Path, content: bytes, new: bool = False) -> None:
+    """Write what took long to make. Where it can't be, it is kept elsewhere.
+
+    new: as `atomic_path`. Raises what `atomic_path` raises; the message says where `content` is.
+    """
+    try:
+        with atomic_write(path, new=new) as file:
+            file.write(content)
+    except (ExistsError, KeptError):
+        raise
+    except (InputError, ResourceError) as exc:
+        kept = keep(path.name, content)
+        if kept is None:
+            raise
+        raise type(exc)(f"{exc}; what was made is kept as {kept}") from exc
+
+
+def keep(name: str, content: bytes) -> Path | None:
+    """Write `content` to the user's cache, or a new temporary folder; None where neither can be."""
+    for folder in (_kept_folder, lambda: Path(tempfile.mkdtemp(prefix="edgesd-kept-"))):
+        try:
+            return write_free(folder() / name, content)
+        except (OSError, InputError, ResourceError):
+            continue
+    return None
+
+
+def _kept_folder() -> Path:
+    return user_cache() / "kept"
+
+
+def write_free(path: Path, content: bytes) -> Path:
+    """Write to `path`, or where it is taken to the next free name (`free_names`); which it was.
+
+    Raises what `atomic_path` raises.
+    """
+    for name in free_names(path):
+        try:
+            with atomic_write(name, new=True) as file:
+                file.write(content)
+        except ExistsError:
+            continue
+        return name
+    raise AssertionError("names are endless")
+
+
+def free_names(path: Path) -> Iterator[Path]:
+    """`path`, then NAME-2, NAME-3 and so on before its suffix, without those that exist."""
+    numbered = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(2))
+    return (name for name in itertools.chain([path], numbered) if not _is_there(name))
+
+
+def _absolute(path: Path) -> Path:
+    """`path` with a name at its end, where it is "." or ".." as well."""
+    return path.resolve() if path.name in ("", "..") else path.absolute()
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something, if only a link that leads nowhere."""
+    return os.path.lexists(path)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether `path` is a device, a pipe or a socket, or stands for one of this process's files."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    real = Path(os.path.realpath(path.parent))
+    stands_in = path.is_symlink() and real.parts[1:2] in (("dev",), ("proc",))
+    return stands_in or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _check_no_folder(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: choose another -o, the name of a file")
+
+
+def _chmod(path: Path, mode: int) -> None:
+    """Set the mode, where the file system has modes."""
+    with contextlib.suppress(OSError):
+        path.chmod(mode)
+
+
+def _replace(made: Path, path: Path) -> None:
+    """Move `made` to `path`; it takes the mode, and as far as may be the owner, of an older one."""
+    try:
+        older = path.stat()
+    except OSError:
+        older = None
+    if older is not None:
+        ours = made.stat()
+        if (older.st_uid, older.st_gid) != (ours.st_uid, ours.st_gid):
+            with contextlib.suppress(OSError):
+                os.chown(made, older.st_uid, older.st_gid)
+        if stat.S_IMODE(older.st_mode) != stat.S_IMODE(ours.st_mode):
+            _chmod(made, stat.S_IMODE(older.st_mode) & 0o777)
+    made.replace(path)
+
+
+def _move_new(made: Path, path: Path) -> None:
+    """Move the file `made` to `path`. Raises ExistsError when something is there."""
+    try:
+        try:
+            os.link(made, path)
+        except OSError as exc:
+            if exc.errno not in _NO_LINK:
+                raise
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            try:
+                made.replace(path)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+        else:
+            made.unlink()
+    except FileExistsError as exc:
+        raise ExistsError(f"{path} exists already: remove it, or choose another name") from exc
+
+
+@contextmanager
+def _kept(made: Path, path: Path) -> Iterator[None]:
+    """Keep `made` beside `path`, under a name of its own, when it can't be moved there."""
+    try:
+        yield
+    except OSError as exc:
+        kept = path.parent / f"edgesd-kept-{secrets.token_hex(4)}{path.suffix}"
+        try:
+            made.rename(kept)
+        except OSError:
+            raise exc from None
+        raise KeptError(
+            f"cannot write {path}: {exc.strerror}; what was made is kept as {kept}"
+        ) from exc
+
+
+def link_or_copy(path: Path, new: Path) -> None:
+    """Make `new`, a hard link to the file `path`, or a copy where there are no such links.
+
+    Raises OSError as these do.
+    """
+    try:
+        os.link(path, new)
+    except OSError as exc:
+        if exc.errno not in _NO_LINK:
+            raise
+        shutil.copyfile(path, new)
+
+
+def user_home() -> Path | None:
+    """The user's home folder: HOME where it is an absolute path, else the user database's."""
+    given = Path(os.environ.get("HOME", ""))
+    if not given.is_absolute():
+        try:
+            given = Path(pwd.getpwuid(os.getuid()).pw_dir)
+        except KeyError:  # a container's or service's user need not be in it
+            return None
+    return given if given.is_absolute() else None
+
+
+def expanded(name: str) -> Path:
+    """The path `name`, ~ at its beginning replaced by the home folder where there is one."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def environment_folder(name: str) -> Path | None:
+    """The folder that the environment variable `name` gives; None where it is unset or empty.
+
+    Raises InputError when there is a file instead.
+    """
+    given = os.environ.get(name)
+    if not given:
+        return None
+    path = expanded(given)
+    if _is_there(path) and not path.is_dir():
+        raise InputError(f"{name} is {given}, which is no folder: set it to one, or unset it")
+    return path
+
+
 def user_cache() -> Path:
-    """Folder for what can be made anew: edgesd in XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgesd"
+    """Folder for what can be made anew: edgesd in XDG_CACHE_HOME, or in ~/.cache.
+
+    Without a home folder that can be used it is a private one below the temporary folder. Raises
+    InputError where there is none of these.
+    """
+    folder = _xdg_folder("XDG_CACHE_HOME", ".cache")
+    if folder is None:
+        return _temporary_cache()
+    path = folder / "edgesd"
+    asked = Path(os.environ.get("XDG_CACHE_HOME", "")).is_absolute()
+    return path if asked or path.is_dir() or _can_be_made(path) else _temporary_cache()
+
+
+def user_config() -> Path | None:
+    """Folder of the user's settings: edgesd in XDG_CONFIG_HOME, or in ~/.config; None without a
+    home folder."""
+    folder = _xdg_folder("XDG_CONFIG_HOME", ".config")
+    return folder and folder / "edgesd"
+
+
+def _xdg_folder(name: str, default: str) -> Path | None:
+    """As the XDG Base Directory Specification says: a relative path counts as none."""
+    given = Path(os.environ.get(name, ""))
+    if given.is_absolute():
+        return given
+    home = user_home()
+    return home and home / default
+
+
+def _can_be_made(path: Path) -> bool:
+    above = next(folder for folder in path.parents if _is_there(folder))
+    return above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+
+
+def _temporary_cache() -> Path:
+    """A folder that is this user's alone: programs in it are run."""
+    try:
+        path = Path(tempfile.gettempdir()) / f"edgesd-cache-{os.getuid()}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        found = path.lstat()
+    except OSError as exc:
+        raise InputError(
+            f"there is no home folder, and no temporary one ({exc.strerror or exc}): set "
+            "XDG_CACHE_HOME to a folder that can be written"
+        ) from exc
+    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    if not mine or found.st_mode & 0o022:
+        raise InputError(
+            f"there is no home folder, and {path} may be changed by others: set XDG_CACHE_HOME"
+        )
+    return path
 
 
 def check_new(path: Path) -> None:
     """Raise InputError when there is something at `path` already, or where a link there leads."""
-    if path.exists() or path.resolve().exists():
+    if _is_there(path) or path.resolve().exists():
         raise InputError(f"{path} exists already: remove it, or choose another -o")
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, needed_bytes: int = 0) -> None:
     """Make the folder of `path` and try to write there, before long work is done in vain.
 
-    Raises InputError or ResourceError when `path` can't be written.
+    needed_bytes: what will be written, as far as it is known. Raises InputError when a file or
+    folder of that name can't be made, ResourceError when the disk is too full.
     """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+    if _is_special(path):
+        return
+    with private_folder(path) as folder:
+        with (folder / _absolute(path).name).open("xb") as file:
+            file.write(b"edgesd")
+        disk = shutil.disk_usage(folder)
+    if disk.total and disk.free < needed_bytes:
+        raise ResourceError(
+            f"{path} takes about {needed_bytes / 1e6:.0f} MB, and {disk.free / 1e6:.0f} MB of disk "
+            "are free there: free some space, or choose another folder with -o"
+        )
+
+
+def check_file_place(path: Path, needed_bytes: int = 0) -> None:
+    """`check_writable` for a file. Raises InputError, too, when `path` is a folder."""
+    _check_no_folder(path)
+    check_writable(path, needed_bytes)
+
+
+_PART = re.compile(r"\.edgesd-([0-9a-f]{8})-[0-9a-f]{16}\.part")
 
 
 @contextmanager
 def private_folder(beside: Path) -> Iterator[Path]:
-    """A temporary folder on the same disk as `beside`, removed at the end whatever happens."""
-    beside = Path(beside)
+    """A temporary folder on the same disk as `beside`, removed at the end whatever happens.
+
+    It is locked meanwhile: what is left of a process that was killed is known by its open lock.
+    """
     with disk_errors(beside):
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{beside.name}."
-        tmp = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=beside.parent))
+        parent = _absolute(beside).parent
+        parent.mkdir(parents=True, exist_ok=True)
+        _sweep(parent)
+        lock: int | None = None
+        folder = parent
         try:
-            yield tmp
+            while lock is None:
+                # Named before it is made: a signal that comes while it is made finds it, too.
+                folder = parent / f".edgesd-{_machine()}-{secrets.token_hex(8)}.part"
+                folder.mkdir(mode=0o700)
+                lock = _locked(folder, needed=False)
+            yield folder
         finally:
-            shutil.rmtree(tmp, ignore_errors=True)
+            if folder != parent:
+                shutil.rmtree(folder, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def _locked(folder: Path, needed: bool) -> int | None:
+    """A descriptor of `folder` that holds its lock; None when another process has it, or has
+    removed the folder. Not needed: a file system without locks will do."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        gone = not _is_there(folder)
+    except OSError as exc:
+        gone = needed or isinstance(exc, BlockingIOError)
+    if gone:
+        os.close(fd)
+        return None
+    return fd
+
+
+@functools.cache
+def _machine() -> str:
+    """Eight digits for this machine: on a network's disk the locks of others may not be seen."""
+    try:
+        identity = Path("/etc/machine-id").read_bytes()
+    except OSError:
+        identity = b""
+    return hashlib.sha256(identity + socket.gethostname().encode()).hexdigest()[:8]
+
+
+_swept: set[Path] = set()
+"""Folders that were swept by this process: once is enough."""
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the private folders in `folder` that this user's killed processes left."""
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    try:
+        found = [path for path in folder.iterdir() if path.suffix == ".part"]
+    except OSError:
+        return
+    for left in found:
+        match = _PART.fullmatch(left.name)
+        if match is None or match[1] != _machine():
+            continue
+        with contextlib.suppress(OSError):
+            if left.lstat().st_uid != os.geteuid():
+                continue
+            lock = _locked(left, needed=True)
+            if lock is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
 
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
-    """Fill a temporary folder beside `path`; on success rename it to `path`, which must not exist
+    """Fill a temporary folder beside `path`; on success move it to `path`, which must not exist
     or be an empty folder.
 
-    Raises InputError when `path` exists and isn't empty. On any error the folder is removed.
+    Raises InputError when `path` exists and isn't empty, KeptError when the whole folder couldn't
+    be moved there. On any other error the folder is removed.
     """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if _is_there(path) and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists already: remove it, or choose another -o")
-    with private_folder(path) as tmp:
-        yield tmp
-        fsync_tree(tmp)
-        tmp.chmod(0o755)
-        tmp.replace(path)
+    with private_folder(path) as folder:
+        made = folder / _absolute(path).name
+        made.mkdir()
+        yield made
+        fsync_tree(made)
+        if path.is_dir():
+            _chmod(made, stat.S_IMODE(path.stat().st_mode))
+        with _kept(made, path):
+            made.replace(_absolute(path))
         fsync_dir(path.parent)
 
 
 def fsync_tree(root: Path) -> None:
     """Make everything below `root` durable."""
+    for path in root.rglob("*"):
+        if path.is_file():
+            _fsync(os.open(path, os.O_RDONLY))
     for path in [*root.rglob("*"), root]:
-        _fsync(path)
+        if path.is_dir():
+            fsync_dir(path)
 
 
 def sha256_file(path: Path) -> str:

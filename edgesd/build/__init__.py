@@ -175,6 +175,9 @@ def build(
     check_request(target, precision, backend)
     one_file = out.suffix == SUFFIX
     check_new(out)
+    check_writable(out)
+    if quantization and precision not in ("fp32", "fp16"):
+        check_writable((quantization.work or cache_folder()) / "work")
     if quantization and quantization.pool_attention:
         _check_pooling(quantization, precision, backend)
     source = resolve_source(str(demo_model()) if model == DEMO else model)
@@ -189,7 +192,9 @@ def build(
     plan = plan_pipeline(source, size, scheduler, batch)
     if backend == tensorrt.BACKEND and plan.pipeline.shape.dynamic:
         plan = plan_pipeline(source, *_fixed(plan.pipeline, scheduler))
-    check_writable(out)
+    if precision in ("fp32", "fp16"):
+        weights = sum(source.parameters(component) for component in source.family.weights)
+        check_writable(out, weights * (4 if precision == "fp32" else 2))
     writer = _Writer(_name(model), target, backend)
     reference: Bundle | None = None
     notes: list[str] = []

@@ -24,7 +24,14 @@ from edgesd.engines.bundle import pack_bundle, update_manifest
 from edgesd.engines.plans import Finalized, Here, require_plans
 from edgesd.engines.tensorrt import plan_path
 from edgesd.errors import BoardError, TargetError
-from edgesd.files import atomic_dir, atomic_write, check_new, private_folder, sha256_file
+from edgesd.files import (
+    atomic_dir,
+    atomic_write,
+    check_new,
+    check_writable,
+    private_folder,
+    sha256_file,
+)
 from edgesd.runtime.bundle import MANIFEST, SUFFIX, Bundle, open_bundle
 
 _INCOMING = ".cache/edgesd/incoming"
@@ -104,6 +111,7 @@ def finalize_on(
     """
     require_plans(bundle)
     check_new(out)
+    check_writable(out, bundle.total_bytes())
     one_file = out.suffix == SUFFIX
     with private_folder(out) if one_file else atomic_dir(out) as root:
         for name in bundle.manifest.files:

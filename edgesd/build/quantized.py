@@ -11,7 +11,6 @@ import hashlib
 import io
 import logging
 import math
-import os
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from edgesd.engines.kernels import ensure_library
 from edgesd.errors import ParityError, QualityError, UsageError
 from edgesd.evaluate import quality as quality_
 from edgesd.evaluate.psnr import mean_squared_error, psnr
-from edgesd.files import atomic_write, user_cache
+from edgesd.files import atomic_write, environment_folder, user_cache
 from edgesd.runtime import kernels
 from edgesd.runtime.bundle import Bundle, GraphFile, open_bundle
 from edgesd.runtime.pipeline import Pipeline, Request, Settings
@@ -113,8 +112,7 @@ class QuantOptions:
 
 def cache_folder() -> Path:
     """EDGESD_CACHE, or edgesd in the user's cache folder."""
-    given = os.environ.get("EDGESD_CACHE")
-    return Path(given) if given else user_cache()
+    return environment_folder("EDGESD_CACHE") or user_cache()
 
 
 class ManifestWriter(Protocol):

@@ -11,6 +11,7 @@ import msgspec
 
 from edgesd.cli.common import (
     Finite,
+    OutputPath,
     Reporter,
     Size,
     hosts_option,
@@ -22,7 +23,7 @@ from edgesd.cli.common import (
     say_lines,
     show_each,
 )
-from edgesd.errors import BoardError
+from edgesd.errors import BoardError, EdgesdError
 
 if TYPE_CHECKING:
     from edgesd.evaluate.bench import Bench
@@ -76,8 +77,13 @@ def bench_group() -> None:
     show_default=True,
     help="Seconds between samples of memory, clocks, heat and power.",
 )
-@click.option("--html", type=click.Path(path_type=Path), help="Write a report, too.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON to a file.")
+@click.option("--html", type=OutputPath(), help="Write a report, too; an older one is replaced.")
+@click.option(
+    "-o",
+    "--output",
+    type=OutputPath(),
+    help="Write the JSON to a file; an older one is replaced.",
+)
 @click.option("--any-machine", is_flag=True, help="Run a bundle that was built for another board.")
 @click.option("--detached", hidden=True, help="Run in the background under this key, or join it.")
 @json_option
@@ -108,7 +114,7 @@ def run_command(
     link is lost, and the same command joins it again.
     """
     from edgesd.evaluate.page import check_page_path
-    from edgesd.files import atomic_write, check_writable
+    from edgesd.files import check_file_place, save
     from edgesd.runtime.bundle import open_bundle
 
     if detached:
@@ -117,7 +123,7 @@ def run_command(
     if html:
         check_page_path(html)
     for path in filter(None, (html, output)):
-        check_writable(path)
+        check_file_place(path)
     opened = open_bundle(bundle)
     reporter = Reporter(quiet=as_json and not hosts)
     found: list[Bench] = []
@@ -165,14 +171,15 @@ def run_command(
         with reporter.bar():
             progress = reporter.update if not as_json else _plain
             found = [measure(opened, settings, Plan(request, warm_up, runs, interval), progress)]
-    if output:
-        with atomic_write(output) as file:
-            file.write(msgspec.json.encode(found))
-    if html:
-        from edgesd.evaluate.bench_page import bench_html
+    try:
+        if output:
+            save(output, msgspec.json.encode(found))
+        if html:
+            from edgesd.evaluate.bench_page import bench_html
 
-        with atomic_write(html) as file:
-            file.write(bench_html(found).encode())
+            save(html, bench_html(found).encode())
+    except EdgesdError as exc:
+        failure = failure or exc
     if as_json:
         print_json(found)
     else:

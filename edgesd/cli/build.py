@@ -9,6 +9,7 @@ import click
 
 from edgesd.cli.common import (
     Finite,
+    OutputPath,
     Reporter,
     Size,
     board_progress,
@@ -85,7 +86,7 @@ from edgesd.spec import METHODS, Precision
 @click.option("--no-quality", is_flag=True, help="Don't draw and compare pictures.")
 @click.option(
     "--work",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=OutputPath(file_okay=False),
     help="Folder for intermediate results, from which an interrupted build goes on. "
     "[default: EDGESD_CACHE, or ~/.cache/edgesd]",
 )
@@ -109,8 +110,8 @@ from edgesd.spec import METHODS, Precision
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
-    help="Folder of the bundle, or NAME.edgesd for one file. "
+    type=OutputPath(),
+    help="New folder of the bundle, or NAME.edgesd for one file. "
     "[default: bundles/MODEL-TARGET-PRECISION]",
 )
 @click.option(
@@ -249,7 +250,4 @@ def _raise_unfinished(error: EdgesdError | None, path: Path, host: str | None) -
 def _prompts(path: Path | None) -> tuple[str, ...] | None:
     from edgesd.runtime.pictures import read_prompts
 
-    if path is None:
-        return None
-    with path.open("rb") as file:
-        return tuple(read_prompts(file))
+    return None if path is None else tuple(read_prompts(path))

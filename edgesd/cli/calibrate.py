@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from edgesd.cli.common import Reporter, json_option, print_json, say
+from edgesd.cli.common import OutputPath, Reporter, json_option, print_json, say
 
 if TYPE_CHECKING:
     from edgesd.spec import Rates
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="File to write. [default: the cache's for the target]",
+    type=OutputPath(dir_okay=False),
+    help="File to write; an older one is replaced. [default: the cache's for the target]",
 )
 @click.option(
     "--threads",
@@ -42,7 +42,8 @@ def calibrate_command(
     should run meanwhile."""
     from edgesd.device.detect import detect_machine
     from edgesd.device.targets import get_target
-    from edgesd.files import atomic_write, check_writable
+    from edgesd.errors import EdgesdError
+    from edgesd.files import check_file_place, save
     from edgesd.runtime.rates import measure, rates_path, summary
 
     if target is not None:
@@ -52,8 +53,8 @@ def calibrate_command(
     path = output or (rates_path(name) if name else None)
     if machine and path is None and not as_json:
         raise click.UsageError("this machine is no target that edgesd knows: give --target or -o")
-    if path is not None:
-        check_writable(path)
+    # Of a board that isn't asked yet the cache's name isn't known, but its folder is.
+    check_file_place(path or rates_path("board"))
     reporter = Reporter(quiet=as_json)
     if machine is None:
         assert host is not None
@@ -62,14 +63,21 @@ def calibrate_command(
     else:
         with reporter.bar():
             found = measure(machine.model, threads, reporter.update)
-    if path is not None:
-        with atomic_write(path) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(found), indent=1))
+    failure = None
+    try:
+        if path is not None:
+            save(path, msgspec.json.format(msgspec.json.encode(found), indent=1))
+    except EdgesdError as exc:
+        failure = exc  # once the figures are shown
     if as_json:
         print_json(found)
+    else:
+        for kind, form, speed in summary(found):
+            say(f"{kind:11} {form:6} {speed}")
+    if failure:
+        raise failure
+    if as_json:
         return
-    for kind, form, speed in summary(found):
-        say(f"{kind:11} {form:6} {speed}")
     kept = path or "not kept: the board is no target that edgesd knows (--target or -o keeps them)"
     say(f"rates of {found.machine}: {kept}")
 

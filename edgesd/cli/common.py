@@ -7,16 +7,16 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, TypeVar
 
 import click
 import msgspec
 
-from edgesd.errors import BoardError, EdgesdError
+from edgesd.errors import BoardError, EdgesdError, InputError
 from edgesd.text import shown, shown_json, shown_lines
 
 if TYPE_CHECKING:
@@ -68,6 +68,56 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in new releas
             return int(size)
         reason = "less than 1 MB" if match else "no size in memory"
         raise click.BadParameter(f"{value!r} is {reason}: write 400MB or 1.5GB", ctx, param)
+
+
+STDOUT = Path("-")
+"""What OutputPath makes of "-"; a file of that name is given as ./-."""
+
+
+class OutputPath(click.Path):
+    """A file or folder to write. "-" is standard output, which most commands can't write to."""
+
+    def __init__(self, stdout: bool = False, dir_okay: bool = True, file_okay: bool = True) -> None:
+        super().__init__(path_type=Path, dir_okay=dir_okay, file_okay=file_okay)
+        self._stdout = stdout
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Parse `value`; fails with a usage message."""
+        if str(value) == "-" and isinstance(value, str):
+            if self._stdout:
+                return STDOUT
+            raise click.BadParameter(
+                "standard output can't be written to: give a name (./- for one called so)",
+                ctx,
+                param,
+            )
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        return Path.cwd() / path if path == STDOUT else path
+
+
+@contextmanager
+def binary_stdout() -> Iterator[BinaryIO]:
+    """Standard output for a picture; what is printed meanwhile goes to standard error.
+
+    Raises InputError when it is closed, UsageError when it is a terminal.
+    """
+    if sys.stdout is None:
+        raise InputError("standard output is closed: give -o a name")
+    if sys.stdout.isatty():
+        raise click.UsageError("-o - writes a PNG, which is no text: send it to a file or a pipe")
+    sys.stdout.flush()
+    fd = sys.stdout.fileno()
+    with os.fdopen(os.dup(fd), "wb", buffering=0) as out:
+        try:
+            os.dup2(2, fd)
+        except OSError:  # standard error is closed
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, fd)
+            os.close(null)
+        try:
+            yield out
+        finally:
+            os.dup2(out.fileno(), fd)
 
 
 def memory_options(function: Callable[..., Any]) -> Callable[..., Any]:

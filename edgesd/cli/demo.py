@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import Reporter, plans_of, say
+from edgesd.cli.common import OutputPath, Reporter, plans_of, say
 
 PROMPTS = (
     "a red apple",
@@ -24,10 +24,10 @@ PROMPTS = (
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=OutputPath(file_okay=False),
     default=Path("out/demo"),
     show_default=True,
-    help="Folder for the bundle and the pictures.",
+    help="Folder for the bundle and the pictures; those of an earlier run stay.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 def demo_command(output: Path, seed: int) -> None:
@@ -36,12 +36,13 @@ def demo_command(output: Path, seed: int) -> None:
     from edgesd.cli.generate import draw
     from edgesd.errors import BundleError
     from edgesd.runtime.bundle import open_bundle
-    from edgesd.runtime.pictures import contact_sheet, expand_requests
+    from edgesd.runtime.pictures import check_output, contact_sheet, expand_requests
     from edgesd.runtime.pipeline import Pipeline, Request, Settings
 
     reporter = Reporter()
     target = demo_target()
     bundle = output / f"bundle-{target}-{demo_sha256()[:8]}"
+    check_output(output / "pictures", len(PROMPTS))
     if bundle.exists():
         try:
             opened = open_bundle(bundle)
@@ -61,6 +62,7 @@ def demo_command(output: Path, seed: int) -> None:
     settings = Settings(plan_of=plans_of(opened, reporter))
     with Pipeline(opened, settings) as pipeline:
         made = draw(pipeline, requests, output / "pictures", reporter=reporter)
-    sheet = contact_sheet([picture.path for picture in made], output / "pictures.png", columns=4)
+    paths = [picture.path for picture in made if picture.path]
+    sheet = contact_sheet(paths, output / "pictures.png", columns=4)
     say(f"the pictures: {output / 'pictures'}/*.png, all on one sheet: {sheet}")
     say(f'next: edgesd generate {bundle} -p "a purple star" -o star.png')

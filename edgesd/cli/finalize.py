@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgesd.cli.common import (
+    OutputPath,
     Reporter,
     board_progress,
     json_option,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--plans",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutputPath(file_okay=False),
     help="Folder to keep them in. [default: EDGESD_PLANS, or ~/.cache/edgesd/plans]",
 )
 @click.option(
@@ -34,9 +35,7 @@ if TYPE_CHECKING:
     metavar="USER@BOARD[:PORT]",
     help="Build them on that board, over SSH, and write a bundle that brings them.",
 )
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="With --on: folder or NAME.edgesd."
-)
+@click.option("-o", "--output", type=OutputPath(), help="With --on: new folder or NAME.edgesd.")
 @click.option("--check", is_flag=True, help="Only say what plans are built for here.")
 @json_option
 def finalize_command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import statistics
+from contextlib import nullcontext
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, BinaryIO
@@ -12,8 +13,11 @@ from typing import TYPE_CHECKING, BinaryIO
 import click
 
 from edgesd.cli.common import (
+    STDOUT,
+    OutputPath,
     Reporter,
     Size,
+    binary_stdout,
     json_option,
     memory_options,
     plans_of,
@@ -75,17 +79,18 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=OutputPath(stdout=True),
     default=Path("pictures"),
     show_default=True,
-    help="A .png, or a folder for several.",
+    help="A .png, whose older file is replaced; a folder, whose pictures are numbered on; or - for "
+    "standard output.",
 )
 @click.option(
     "--preview",
     type=click.IntRange(0),
     default=0,
     metavar="K",
-    help="Write NAME.preview.png every K steps. [default: never]",
+    help="Write NAME.preview.png every K steps, until the picture is there. [default: never]",
 )
 @memory_options
 @click.option(
@@ -137,10 +142,14 @@ def generate_command(
     any_machine: bool,
     as_json: bool,
 ) -> None:
-    """Draw pictures with BUNDLE (a folder, or a .edgesd file)."""
+    """Draw pictures with BUNDLE (a folder, or a .edgesd file).
+
+    No picture of an earlier run is replaced, unless -o names its file. One that can't be written
+    when it is drawn is kept in the cache or the temporary folder, and the error says where.
+    """
     from edgesd.device.detect import check_machine, detect_machine
     from edgesd.runtime.bundle import open_bundle
-    from edgesd.runtime.pictures import expand_requests, read_prompts
+    from edgesd.runtime.pictures import check_output, expand_requests, read_prompts
     from edgesd.runtime.pipeline import Pipeline, Request, Settings
     from edgesd.runtime.signature import check_trusted
 
@@ -159,33 +168,37 @@ def generate_command(
     reporter = Reporter(quiet=as_json)
     if show_prompt and not enhance:
         raise click.UsageError("--show-prompt goes with --enhance")
-    if enhance:
-        texts = _enhanced(opened, texts, threads, show_prompt, reporter)
-    width, height = size or (None, None)
-    template = Request(
-        prompt="",
-        seed=secrets.randbits(32) if seed is None else seed,
-        negative_prompt=negative,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        height=height,
-        width=width,
-        scheduler=scheduler,
-    )
-    plans = plans_of(opened, reporter)
-    settings = Settings(
-        threads, memory, guidance_mode, plans, not no_fallback, max_memory=max_memory
-    )
-    with Pipeline(opened, settings) as pipeline:
-        draw(
-            pipeline,
-            expand_requests(template, texts, count),
-            output,
-            batch=batch,
-            preview_every=preview,
-            as_json=as_json,
-            reporter=reporter,
+    if output == STDOUT and (as_json or preview):
+        raise click.UsageError("-o - writes the picture alone: leave --json and --preview out")
+    with binary_stdout() if output == STDOUT else nullcontext(output) as out:
+        check_output(out, len(texts) * count)
+        if enhance:
+            texts = _enhanced(opened, texts, threads, show_prompt, reporter)
+        width, height = size or (None, None)
+        template = Request(
+            prompt="",
+            seed=secrets.randbits(32) if seed is None else seed,
+            negative_prompt=negative,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=height,
+            width=width,
+            scheduler=scheduler,
         )
+        plans = plans_of(opened, reporter)
+        settings = Settings(
+            threads, memory, guidance_mode, plans, not no_fallback, max_memory=max_memory
+        )
+        with Pipeline(opened, settings) as pipeline:
+            draw(
+                pipeline,
+                expand_requests(template, texts, count),
+                out,
+                batch=batch,
+                preview_every=preview,
+                as_json=as_json,
+                reporter=reporter,
+            )
 
 
 def _enhanced(
@@ -212,7 +225,7 @@ def _enhanced(
 def draw(
     pipeline: Pipeline,
     requests: list[Request],
-    output: Path,
+    output: Path | BinaryIO,
     batch: int = 1,
     preview_every: int = 0,
     as_json: bool = False,
@@ -246,10 +259,21 @@ def draw(
         )
 
     def on_picture(picture: Picture) -> None:
-        reporter.line(f"{picture.path}  (seed {picture.request.seed})")
+        older = "; it replaces an older file" if picture.replaced else ""
+        name = picture.path or "standard output"
+        reporter.line(f"{name}  (seed {picture.request.seed}{older})")
 
     with reporter.bar():
-        made = make_pictures(pipeline, requests, output, batch, preview_every, on_step, on_picture)
+        made = make_pictures(
+            pipeline,
+            requests,
+            output,
+            batch,
+            preview_every,
+            on_step,
+            on_picture,
+            reporter.warn,
+        )
     warn_of_fallbacks()
     timings = pipeline.timings
     if as_json:
@@ -258,6 +282,7 @@ def draw(
                 "pictures": [
                     {"path": printable(picture.path), **dataclasses.asdict(picture.request)}
                     for picture in made
+                    if picture.path is not None
                 ],
                 "load_seconds": timings.load,
                 "run_seconds": timings.run,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import Reporter, each_host, hosts_option, say
+from edgesd.cli.common import OutputPath, Reporter, each_host, hosts_option, say
 from edgesd.errors import InputError
 from edgesd.text import shown
 
@@ -21,7 +21,7 @@ def keys_group() -> None:
 
 
 @keys_group.command("new", short_help="Make a key: NAME.key and NAME.pub.")
-@click.argument("name", type=click.Path(path_type=Path))
+@click.argument("name", type=OutputPath())
 @click.option("--passphrase", is_flag=True, help="Ask for a passphrase that NAME.key needs.")
 def new_command(name: Path, passphrase: bool) -> None:
     """Make an Ed25519 key: NAME.key, which signs and stays secret, and NAME.pub, for the boards."""
@@ -79,6 +79,7 @@ def check_command(bundle: Path) -> None:
 def trust_command(key: str, hosts: tuple[str, ...], remove: bool) -> None:
     """Run only bundles that KEY signed, or another trusted key. KEY: NAME.pub, or its line."""
     from edgesd.runtime.signature import parse_public_key, trust
+    from edgesd.textfiles import read_text
 
     path = Path(key)
     if key.startswith("ssh-"):
@@ -86,7 +87,7 @@ def trust_command(key: str, hosts: tuple[str, ...], remove: bool) -> None:
     elif not path.is_file():
         raise InputError(f"there is no {key}: give NAME.pub, as `edgesd keys new` writes it")
     else:
-        text = path.read_text(errors="replace")
+        text = read_text(path)
     found = parse_public_key(text)
     if hosts:
         each_host(hosts, ["keys", "trust", found.line, *(["--remove"] if remove else [])])

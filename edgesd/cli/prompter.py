@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import click
 
-from edgesd.cli.common import Finite, Reporter, json_option, print_json, printable, say
+from edgesd.cli.common import Finite, OutputPath, Reporter, json_option, print_json, printable, say
 from edgesd.spec import ADAPTER_STARTS, GRIDS, MERGED_TYPES, OPTIMIZERS, PAIR_FORMATS
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -51,7 +51,13 @@ def prompter_group() -> None:
     help="Part of the subjects that is kept out of training.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("-o", "--output", type=_FILE, required=True, help="File of pairs to write (.jsonl).")
+@click.option(
+    "-o",
+    "--output",
+    type=OutputPath(dir_okay=False),
+    required=True,
+    help="File of pairs to write (.jsonl); an older one is replaced.",
+)
 @json_option
 def data_command(
     source: Path,
@@ -66,7 +72,9 @@ def data_command(
     """Make pairs of a wish and a prompt from SOURCE, split by subject."""
     from edgesd.export.prompter.pairs import make_pairs, write_pairs
     from edgesd.export.prompter.sources import SOURCES
+    from edgesd.files import check_file_place
 
+    check_file_place(output)
     if closed is None:
         closed = kind == "emoji"
     made = make_pairs(domain or kind, SOURCES[kind](source, seed), held, seed, closed)
@@ -142,9 +150,9 @@ def data_command(
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=OutputPath(file_okay=False),
     required=True,
-    help="Folder of the run. One that was interrupted goes on.",
+    help="Folder of the run, new or that of an earlier run. One that was interrupted goes on.",
 )
 @json_option
 def train_command(
@@ -210,7 +218,7 @@ def train_command(
     type=click.Choice(MERGED_TYPES),
     help="One model of that type, instead of the base as it is with an adapter.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("-o", "--output", type=OutputPath(), required=True, help="New folder.")
 @json_option
 def export_command(
     run: Path,

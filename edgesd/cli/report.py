@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import say
+from edgesd.cli.common import OutputPath, say
 
 
 @click.command("report", short_help="Write a page on the quality of BUNDLE.")
@@ -14,8 +14,9 @@ from edgesd.cli.common import say
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
-    help="The page, NAME.html; an older one is replaced. [default: BUNDLE-report.html]",
+    type=OutputPath(),
+    help="The page, NAME.html; an older file is replaced. [default: BUNDLE-report.html, where no "
+    "page but edgesd's is replaced]",
 )
 def report_command(bundle: Path, output: Path | None) -> None:
     """Write an HTML page on BUNDLE: its pictures beside its source's, its layers, its sizes.
@@ -23,10 +24,9 @@ def report_command(bundle: Path, output: Path | None) -> None:
     The page is one file that loads nothing else. Nothing is measured anew: the figures are those
     that the build left in the bundle.
     """
-    from edgesd.evaluate.report import default_report_path, write_report
+    from edgesd.evaluate.report import write_report
     from edgesd.runtime.bundle import open_bundle
 
     opened = open_bundle(bundle)
-    path = output or default_report_path(opened)
-    write_report(opened, path)
+    path = write_report(opened, output)
     say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")

@@ -57,12 +57,13 @@ def pack_bundle(
 ) -> None:
     """Write `bundle` in its one-file form to `path`: an uncompressed tar that is mapped in place.
 
-    signature: instead of the one that it has, if any. Verifies every byte on the way, in one
+    signature: instead of the one that it has, if any; only with it an older `path` is replaced.
+    Verifies every byte on the way, in one
     reading. Raises BundleError when the bundle is damaged, ResourceError when the disk is full;
     `path` is then left as it was.
     """
     frame = bundle.frame if signature is None else (CHECKSUM, SIGNATURE, MANIFEST)
-    with atomic_write(path) as out:
+    with atomic_write(path, new=signature is None) as out:
         for name in archive_order(frame, bundle.manifest.files):
             if name == SIGNATURE and signature is not None:
                 chunks: Iterable[bytes] = (signature,)

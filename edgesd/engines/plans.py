@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,13 @@ from edgesd.engines.tensorrt import (
     build_plan,
 )
 from edgesd.errors import EdgesdError, MissingDependencyError, TargetError, UsageError
-from edgesd.files import atomic_write, private_folder, sha256_file, user_cache
+from edgesd.files import (
+    atomic_write,
+    environment_folder,
+    private_folder,
+    sha256_file,
+    user_cache,
+)
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.cuda import Gpu, find_gpu
 from edgesd.runtime.runners.tensorrt import LoadedPlan
@@ -67,8 +72,7 @@ class Here(Spec, frozen=True):
 
 def plans_folder() -> Path:
     """EDGESD_PLANS, or edgesd/plans in the user's cache folder."""
-    given = os.environ.get("EDGESD_PLANS")
-    return Path(given) if given else user_cache() / "plans"
+    return environment_folder("EDGESD_PLANS") or user_cache() / "plans"
 
 
 def _gpu() -> Gpu:

@@ -14,6 +14,7 @@ whenever, `current` leads to the whole old bundle or to the whole new one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -29,7 +30,14 @@ import msgspec
 
 from edgesd.device.detect import check_machine, detect_machine, emulated
 from edgesd.errors import BoardError, BundleError, InputError
-from edgesd.files import disk_errors, fsync_dir, fsync_tree
+from edgesd.files import (
+    disk_errors,
+    environment_folder,
+    fsync_dir,
+    fsync_tree,
+    link_or_copy,
+    user_home,
+)
 from edgesd.processes import module_command
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SIGNATURE, Bundle, open_bundle
 from edgesd.runtime.signature import check_trusted
@@ -80,9 +88,15 @@ class Installed(Spec, frozen=True):
 
 
 def home_folder() -> Path:
-    """EDGESD_HOME, or ~/edgesd: where `edgesd deploy` puts everything."""
-    given = os.environ.get("EDGESD_HOME")
-    return Path(given) if given else Path.home() / "edgesd"
+    """EDGESD_HOME, or ~/edgesd: where `edgesd deploy` puts everything. Raises InputError without
+    a home folder."""
+    given = environment_folder("EDGESD_HOME")
+    if given is not None:
+        return given
+    home = user_home()
+    if home is None:
+        raise InputError("there is no home folder here: set EDGESD_HOME to the folder of slots")
+    return home / "edgesd"
 
 
 class Slots:
@@ -231,14 +245,9 @@ class Slots:
 
     def _link_one(self, sha256: str, path: Path) -> None:
         try:
-            os.link(self._objects / sha256, path)
+            link_or_copy(self._objects / sha256, path)
         except FileNotFoundError as exc:
             raise BundleError(f"{path.name} hasn't arrived: deploy again") from exc
-        except PermissionError as exc:
-            raise InputError(
-                f"{self.root} lies on a disk without hard links: set EDGESD_HOME to a folder on "
-                "another (ext4 has them)"
-            ) from exc
 
     def _check(self, bundle: Bundle, progress: Progress) -> str | None:
         """Verify every byte; an object that is damaged is removed, so that it is sent anew."""
@@ -284,7 +293,15 @@ class Slots:
     def _switch(self, slot: str) -> None:
         new = self.root / ".current.new"
         new.unlink(missing_ok=True)
-        new.symlink_to(Path("slots") / slot)
+        try:
+            new.symlink_to(Path("slots") / slot)
+        except OSError as exc:
+            if exc.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            raise InputError(
+                f"{self.root} lies on a disk without symbolic links: set EDGESD_HOME to a folder "
+                "on another (ext4 has them)"
+            ) from exc
         new.replace(self.current)
         fsync_dir(self.root)
 

@@ -23,6 +23,7 @@ from edgesd.errors import InputError
 from edgesd.evaluate.psnr import Picture, pixels_of
 from edgesd.files import atomic_write
 from edgesd.spec import Spec
+from edgesd.textfiles import read_text
 
 Rows = npt.NDArray[np.float32]
 
@@ -86,7 +87,7 @@ class SmallJudge:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self._spec = msgspec.json.decode((folder / JUDGE).read_bytes(), type=JudgeSpec)
+            self._spec = msgspec.json.decode(read_text(folder / JUDGE), type=JudgeSpec)
             self._towers = [
                 onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
                 for name in _TOWERS

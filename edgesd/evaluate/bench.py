@@ -28,6 +28,7 @@ from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.pipeline import Pipeline, Request, Settings, Timings
 from edgesd.spec import Machine, Spec
+from edgesd.textfiles import read_text
 
 BENCH_VERSION = 2
 """Version of the JSON. A reader refuses a newer one; it is raised on any change of meaning."""
@@ -327,10 +328,7 @@ def read_bench(path: Path) -> list[Bench]:
     class Header(msgspec.Struct):
         version: int
 
-    try:
-        raw = path.read_bytes()
-    except OSError as exc:
-        raise InputError(f"{path} can't be read: {exc.strerror}") from exc
+    raw = read_text(path, 1 << 30)
     try:
         headers = msgspec.json.decode(raw, type=list[Header])
         newest = max((header.version for header in headers), default=0)

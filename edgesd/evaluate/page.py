@@ -14,6 +14,10 @@ from edgesd.errors import InputError, UsageError
 _CONTROL = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "\ufffd")
 
 
+GENERATOR = '<meta name="generator" content="edgesd">'
+"""By this a page of edgesd's is known."""
+
+
 def html_page(title: str, sections: Iterable[str], script: str = "") -> str:
     """A whole page of those `sections` that aren't empty; `script` runs in it, and nothing else."""
     scripts = f" script-src '{_sha256(script)}';" if script else ""
@@ -24,6 +28,7 @@ def html_page(title: str, sections: Iterable[str], script: str = "") -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f"{GENERATOR}\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escaped(title)}</title>\n"
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
@@ -32,6 +37,12 @@ def html_page(title: str, sections: Iterable[str], script: str = "") -> str:
         + (f"<script>{script}</script>\n" if script else "")
         + "</body>\n</html>\n"
     )
+
+
+def is_page(path: Path) -> bool:
+    """Whether edgesd wrote the page at `path`."""
+    with path.open("rb") as file:
+        return GENERATOR.encode() in file.read(4096)
 
 
 def check_page_path(path: Path) -> None:

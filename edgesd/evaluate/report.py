@@ -28,13 +28,14 @@ from edgesd.evaluate.page import (
     escaped,
     fact_list,
     html_page,
+    is_page,
     mb,
     megabytes,
     section_of,
     table_of,
 )
 from edgesd.evaluate.quality import rank, worst_first
-from edgesd.files import atomic_write
+from edgesd.files import atomic_write, check_writable
 from edgesd.runtime.bundle import SUFFIX, Bundle
 from edgesd.spec import BundleManifest, LayerRecipe, PictureQuality, Quality, QuantRecipe
 
@@ -59,22 +60,28 @@ def default_report_path(bundle: Bundle) -> Path:
     return bundle.path.with_name(f"{name}-report.html")
 
 
-def write_report(bundle: Bundle, path: Path) -> None:
-    """Write the report on `bundle` to `path`, over an older one.
+def write_report(bundle: Bundle, path: Path | None = None) -> Path:
+    """Write the report on `bundle` to `path`, over an older file; returns `path`.
 
-    Raises UsageError when `path` isn't named .html, InputError when it is a folder, lies in the
-    bundle (which may hold no other files) or can't be written, ResourceError when the disk is full,
-    and BundleError as `report_html`.
+    path: None for `default_report_path`, where no page but edgesd's is replaced. Raises UsageError
+    when `path` isn't named .html, InputError when it is a folder, lies in the bundle (which may
+    hold no other files) or can't be written, ResourceError when the disk is full, and BundleError
+    as `report_html`.
     """
-    path = Path(path)
+    named = path is not None
+    path = path or default_report_path(bundle)
     check_page_path(path)
+    if not named and path.exists() and not is_page(path):
+        raise InputError(f"{path} exists already, and is no page of edgesd's: choose a name by -o")
     if bundle.path in path.resolve().parents:
         raise InputError(
             f"-o {path} lies in the bundle, which may hold no other files: choose a name outside it"
         )
+    check_writable(path)
     page = report_html(bundle)
     with atomic_write(path) as file:
         file.write(page.encode("utf-8", "replace"))
+    return path
 
 
 def report_html(bundle: Bundle) -> str:

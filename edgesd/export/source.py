@@ -7,7 +7,6 @@ kinds of input (single-file checkpoints, ONNX folders) would be told apart in `r
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import re
@@ -19,9 +18,10 @@ from typing import Any
 from edgesd.errors import InputError, MissingDependencyError, unknown_name
 from edgesd.export.families import Family, family_of
 from edgesd.export.quiet import first_line
-from edgesd.files import sha256_file
+from edgesd.files import expanded, sha256_file
 from edgesd.runtime.pictures import read_prompts
 from edgesd.spec import Licence
+from edgesd.textfiles import read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -161,8 +161,7 @@ class ModelSource:
         path = self.root / "prompts" / f"{purpose}.txt"
         if not path.exists():
             return None
-        with path.open("rb") as file:
-            return tuple(read_prompts(file))
+        return tuple(read_prompts(path))
 
     def sha256(self) -> str:
         """Hash over the names and contents of all files that the pipeline is made from."""
@@ -197,7 +196,7 @@ def resolve_source(model: str | Path) -> ModelSource:
     is of no supported family; MissingDependencyError when a download needs edgesd[build].
     """
     name = str(model)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         raise InputError(_not_a_folder(path))
     if path.is_dir():
@@ -212,14 +211,9 @@ def resolve_source(model: str | Path) -> ModelSource:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The json object in a file. Raises InputError when it is missing, broken, or no object."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: is this a complete diffusers folder?") from None
-    except OSError as exc:
-        raise InputError(f"cannot read {path}: {exc.strerror}") from exc
-    except ValueError as exc:
-        raise InputError(f"{path} isn't valid JSON ({exc}): download the model again") from exc
+    if not path.exists():
+        raise InputError(f"{path} is missing: is this a complete diffusers folder?")
+    value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value

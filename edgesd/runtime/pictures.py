@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -9,89 +10,252 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from edgesd.errors import InputError, UsageError
-from edgesd.files import atomic_write, check_writable
+from edgesd.errors import EdgesdError, InputError, UsageError
+from edgesd.files import (
+    ExistsError,
+    atomic_write,
+    check_writable,
+    free_names,
+    keep,
+    save,
+    write_free,
+)
 from edgesd.runtime.denoise import Step
 from edgesd.runtime.noise import image_seeds
 from edgesd.runtime.pipeline import Pipeline, Request
+from edgesd.textfiles import read_lines
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".edgesd")
 
+_MOST_PROMPTS = 100_000
+_MOST_PICTURES = 1_000_000
+"""Of one run: each is planned before the first is drawn."""
+
+_NUMBERED = re.compile(r"(\d{3,9})-.*\.png", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that was written, and the complete request it was made from."""
+    """A picture that was written, and the complete request it was made from.
 
-    path: Path
+    path: None for standard output. replaced: there was an older file of that name.
+    """
+
+    path: Path | None
     request: Request
+    replaced: bool = False
+
+
+def check_output(out: Path | BinaryIO, count: int) -> None:
+    """Whether `count` pictures can be written to `out`, before long work is done in vain.
+
+    Raises UsageError when several are to go into one file, InputError when `out` is a file where a
+    folder is needed, or the reverse, and what `check_writable` raises.
+    """
+    if not isinstance(out, Path):
+        if count != 1:
+            raise UsageError(f"standard output is one file for {count} pictures: give a folder")
+        return
+    if out.suffix.lower() in _OTHER_FORMATS:
+        raise UsageError(f"-o {out}: pictures are written as PNG; give a name ending in .png")
+    if _is_one_file(out):
+        if count != 1:
+            raise UsageError(f"-o {out} is one file for {count} pictures: give a folder")
+        if out.is_dir():
+            raise InputError(f"{out} is a folder: give another name for the picture")
+        check_writable(out)
+        return
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file, not a folder: give a folder, or a name ending in .png")
+    check_writable(out / "000.png")
+
+
+def _is_one_file(out: Path) -> bool:
+    return out.suffix.lower() == ".png"
+
+
+def _next_number(folder: Path) -> int:
+    """One more than the highest number of a picture in `folder`."""
+    matches = (_NUMBERED.fullmatch(path.name) for path in folder.iterdir())
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+
+def _numbered(folder: Path, number: int, request: Request) -> Path:
+    return folder / f"{number:03d}-{_slug(request.prompt)}-{request.seed}.png"
 
 
 def plan_paths(out: Path, requests: Sequence[Request]) -> list[Path]:
-    """File names for the pictures: `out` itself for one `.png`, else files in the folder `out`.
-
-    Raises UsageError when several pictures are to go into one file, InputError when `out` is a
-    file where a folder is needed, or the reverse.
-    """
-    if out.suffix.lower() in _OTHER_FORMATS:
-        raise UsageError(f"-o {out}: pictures are written as PNG; give a name ending in .png")
-    if out.suffix.lower() == ".png":
-        if len(requests) != 1:
-            raise UsageError(f"-o {out} is one file for {len(requests)} pictures: give a folder")
-        if out.is_dir():
-            raise InputError(f"{out} is a folder: give another name for the picture")
+    """File names for the pictures: `out` itself for one `.png`, else files in the folder `out`,
+    numbered on from those that are there."""
+    if _is_one_file(out):
         return [out]
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file, not a folder: give a folder, or a name ending in .png")
-    return [
-        out / f"{index:03d}-{_slug(request.prompt)}-{request.seed}.png"
-        for index, request in enumerate(requests)
-    ]
+    first = _next_number(out)
+    return [_numbered(out, first + index, request) for index, request in enumerate(requests)]
 
 
 def make_pictures(
     pipeline: Pipeline,
     requests: Sequence[Request],
-    out: Path,
+    out: Path | BinaryIO,
     batch: int = 1,
     preview_every: int = 0,
     on_step: Callable[[int, Step], None] | None = None,
     on_picture: Callable[[Picture], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> list[Picture]:
     """Make and write all `requests`, `batch` at a time. A file is written whole or not at all.
 
-    preview_every: every so many steps, decode the unfinished latents into NAME.preview.png (0:
-    never), which goes when the picture is there. on_step gets the index of the batch's first
-    picture, and the step.
-    Raises UsageError for bad values before anything is run.
+    out: a .png for one picture, whose older file is replaced; a folder, where nothing is; or an
+    open file for one picture. preview_every: every so many steps, decode the unfinished latents
+    into NAME.preview.png (0: never), or the next free name; it goes when the picture is there, or
+    the work is interrupted. on_step gets the index of the batch's first picture, and the step.
+    on_note: told what the user should know.
+    Raises what `check_output` raises and UsageError for bad values before anything is run. A
+    picture that can't be written then is kept elsewhere, and the error says where.
     """
-    paths = plan_paths(out, requests)
+    check_output(out, len(requests))
     requests = [pipeline.complete(request) for request in requests]
     for count in {min(batch, len(requests)), len(requests) % batch} - {0}:
         pipeline.guidance_mode(requests[0], count)
-    check_writable(paths[0])
+    if isinstance(out, Path):
+        paths = plan_paths(out, requests)
+        check_writable(paths[0], sum(map(_most_bytes, requests[:batch])))
+    else:
+        paths = []
+    previews = _Previews(on_note or (lambda text: None))
     written: list[Picture] = []
-    for first in range(0, len(requests), batch):
-        group, group_paths = requests[first : first + batch], paths[first : first + batch]
+    try:
+        for first in range(0, len(requests), batch):
+            group, group_paths = requests[first : first + batch], paths[first : first + batch]
 
-        def watch(step: Step, first: int = first, group_paths: list[Path] = group_paths) -> None:
-            if on_step:
-                on_step(first, step)
-            done = step.index + 1
-            if preview_every and done % preview_every == 0 and done < step.count:
-                for image, path in zip(pipeline.decode(step.latents), group_paths, strict=True):
-                    write_png(image, _preview(path), {})
+            def watch(
+                step: Step, first: int = first, group_paths: list[Path] = group_paths
+            ) -> None:
+                if on_step:
+                    on_step(first, step)
+                done = step.index + 1
+                if preview_every and done % preview_every == 0 and done < step.count:
+                    for image, path in zip(pipeline.decode(step.latents), group_paths, strict=True):
+                        previews.show(image, path)
 
-        images = pipeline.generate(group, watch)
-        for image, request, path in zip(images, group, group_paths, strict=True):
-            write_png(image, path, text_chunks(pipeline, request))
-            _preview(path).unlink(missing_ok=True)
-            written.append(Picture(path, request))
-            if on_picture:
-                on_picture(written[-1])
+            images = pipeline.generate(group, watch)
+            contents = [
+                png_bytes(image, text_chunks(pipeline, request))
+                for image, request in zip(images, group, strict=True)
+            ]
+            for index, request in enumerate(group):
+                try:
+                    if isinstance(out, Path):
+                        made = _write_picture(contents[index], out, group_paths[index], request)
+                        previews.remove(group_paths[index])
+                    else:
+                        made = _write_out(contents[index], out, request)
+                except EdgesdError as exc:
+                    rest = zip(group_paths[index + 1 :], contents[index + 1 :], strict=True)
+                    kept = [str(keep(path.name, content)) for path, content in rest]
+                    also = f"; and of the same batch {', '.join(kept)}" if kept else ""
+                    raise type(exc)(f"{exc}{also}") from exc
+                written.append(made)
+                if on_picture:
+                    on_picture(made)
+    finally:
+        previews.remove_all()
     return written
+
+
+def _most_bytes(request: Request) -> int:
+    return (request.width or 0) * (request.height or 0) * 3
+
+
+def _write_picture(content: bytes, out: Path, path: Path, request: Request) -> Picture:
+    """Write to `path`; in a folder to another number where somebody else has taken that name."""
+    if _is_one_file(out):
+        replaced = path.exists()
+        save(path, content)
+        return Picture(path, request, replaced)
+    while True:
+        try:
+            save(path, content, new=True)
+        except ExistsError:
+            path = _numbered(out, _next_number(out), request)
+            continue
+        return Picture(path, request)
+
+
+def _write_out(content: bytes, out: BinaryIO, request: Request) -> Picture:
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[out.write(rest) :]
+        out.flush()
+    except OSError as exc:
+        kept = keep("picture.png", content)
+        where = f"; the picture is kept as {kept}" if kept else ""
+        raise InputError(f"cannot write to standard output: {exc.strerror}{where}") from exc
+    return Picture(None, request)
+
+
+class _Previews:
+    """Unfinished pictures beside those that they become. Only what was written here is replaced or
+    removed: a file of the user's may have the same name, or take it meanwhile."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._shown: dict[Path, tuple[Path, bytes]] = {}
+        self._failed = False
+
+    def show(self, image: Image.Image, path: Path) -> None:
+        """Write `image` for the picture `path`. What fails costs the preview, not the picture."""
+        if self._failed:
+            return
+        content = png_bytes(image, {})
+        wanted = path.with_suffix(".preview.png")
+        try:
+            shown = self._ours(path)
+            if shown is not None:
+                self._shown[path] = (shown, content)
+                with atomic_write(shown) as file:
+                    file.write(content)
+                return
+            for name in free_names(wanted):
+                self._shown[path] = (name, content)  # first: a signal may come meanwhile
+                try:
+                    with atomic_write(name, new=True) as file:
+                        file.write(content)
+                except ExistsError:
+                    continue
+                if name != wanted:
+                    self._note(f"{wanted} exists already: the preview is {name}")
+                return
+        except EdgesdError as exc:
+            self._failed = True
+            self._note(f"no preview: {exc}")
+
+    def _ours(self, path: Path) -> Path | None:
+        """The preview of `path`, if it is still what was written."""
+        name, content = self._shown.get(path, (None, b""))
+        try:
+            return name if name is not None and name.read_bytes() == content else None
+        except OSError:
+            return None
+
+    def remove(self, path: Path) -> None:
+        """The picture `path` is there."""
+        name = self._ours(path)
+        if name is not None:
+            try:
+                name.unlink(missing_ok=True)
+            except OSError as exc:
+                self._note(f"the preview {name} can't be removed: {exc.strerror}")
+        self._shown.pop(path, None)
+
+    def remove_all(self) -> None:
+        """No more pictures come."""
+        for path in [*self._shown]:
+            self.remove(path)
 
 
 def text_chunks(pipeline: Pipeline, request: Request) -> dict[str, str]:
@@ -113,19 +277,21 @@ def text_chunks(pipeline: Pipeline, request: Request) -> dict[str, str]:
     }
 
 
-def write_png(image: Image.Image, path: Path, chunks: dict[str, str]) -> None:
-    """Write `image` to `path` atomically, `chunks` as text chunks (PNG specification, 11.3.3)."""
+def png_bytes(image: Image.Image, chunks: dict[str, str]) -> bytes:
+    """`image` as PNG, `chunks` as its text chunks (PNG specification, 11.3.3)."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for key, value in chunks.items():
         info.add_itxt(key, value)
-    with atomic_write(path) as file:
-        image.save(file, "PNG", pnginfo=info)
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def contact_sheet(paths: Sequence[Path], out: Path, columns: int) -> Path:
-    """Write the pictures at `paths`, all of one size, side by side to `out`; returns `out`."""
+    """Write the pictures at `paths`, all of one size, side by side to `out`, or where that exists
+    to the next free name, which is returned."""
     from PIL import Image
 
     images = [Image.open(path) for path in paths]
@@ -136,37 +302,38 @@ def contact_sheet(paths: Sequence[Path], out: Path, columns: int) -> Path:
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         sheet.paste(image, (column * (width + gap) + gap // 2, row * (height + gap) + gap // 2))
-    write_png(sheet, out, {})
-    return out
+    return write_free(out, png_bytes(sheet, {}))
 
 
-def read_prompts(file: BinaryIO) -> list[str]:
+def read_prompts(file: Path | BinaryIO) -> list[str]:
     """One prompt per line of UTF-8 text; empty lines are skipped.
 
-    Raises InputError when the file isn't UTF-8 text, or has no prompt in it.
+    Raises InputError when the file isn't UTF-8 text, has no prompt in it, or is far too large.
     """
-    name = getattr(file, "name", "the file")
-    try:
-        lines = [line.strip() for line in file.read().decode("utf-8-sig").splitlines()]
-    except UnicodeDecodeError as exc:
-        raise InputError(f"{name} isn't UTF-8 text (byte {exc.start}): save it as UTF-8") from exc
-    prompts = [line for line in lines if line]
+    name = file if isinstance(file, Path) else getattr(file, "name", "the file")
+    prompts = [line.strip(" \t") for line in read_lines(file) if line.strip()]
     if not prompts:
         raise InputError(f"{name} has no prompt in it: write one per line")
+    if len(prompts) > _MOST_PROMPTS:
+        raise InputError(f"{name} has {len(prompts)} prompts, and {_MOST_PROMPTS} are the most")
     return prompts
 
 
 def expand_requests(template: Request, prompts: Sequence[str], count: int) -> list[Request]:
-    """`count` requests per prompt, in order; their seeds count up from the template's."""
+    """`count` requests per prompt, in order; their seeds count up from the template's.
+
+    Raises UsageError for more than can be planned.
+    """
+    if len(prompts) * count > _MOST_PICTURES:
+        raise UsageError(
+            f"{len(prompts)} prompts times {count} are more than {_MOST_PICTURES} pictures: draw "
+            "them in several runs"
+        )
     return [
         replace(template, prompt=prompt, seed=seed)
         for prompt in prompts
         for seed in image_seeds(template.seed, count)
     ]
-
-
-def _preview(path: Path) -> Path:
-    return path.with_suffix(".preview.png")
 
 
 def _slug(prompt: str) -> str:

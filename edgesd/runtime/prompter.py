@@ -28,6 +28,7 @@ from edgesd.runtime.bundle import Bundle, OpenFile
 from edgesd.runtime.llama import Answer, Line, Refusal, Task
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec import PrompterSpec
+from edgesd.textfiles import decode_text, read_text
 
 WISH_CHARACTERS = 300
 """More of a wish isn't read: it is a short one."""
@@ -206,11 +207,9 @@ def _reader(worker: subprocess.Popen[bytes]) -> queue.SimpleQueue[bytes | None]:
 def read_prompter(folder: Path) -> PrompterSpec:
     """What an exported prompter is. Raises InputError when the folder holds none."""
     try:
-        spec = msgspec.json.decode((folder / SPEC).read_bytes(), type=PrompterSpec)
-    except OSError as exc:
-        raise InputError(
-            f"{folder} holds no prompter ({exc.strerror or exc}): edgesd prompter export makes one"
-        ) from exc
+        if not (folder / SPEC).is_file():
+            raise InputError(f"{folder} holds no prompter: edgesd prompter export makes one")
+        spec = msgspec.json.decode(read_text(folder / SPEC), type=PrompterSpec)
     except msgspec.MsgspecError as exc:
         raise InputError(f"{folder / SPEC} isn't valid ({exc}): export again") from exc
     for name in spec.files:
@@ -223,7 +222,7 @@ def prompter_in(folder: Path) -> Prompter:
     """The exported prompter in `folder`. Raises InputError when it holds none."""
     spec = read_prompter(folder)
     adapter = None if spec.adapter is None else folder / spec.adapter
-    grammar = GRAMMAR if spec.grammar is None else (folder / spec.grammar).read_text("utf-8")
+    grammar = GRAMMAR if spec.grammar is None else read_text(folder / spec.grammar)
     return Prompter(folder / spec.base, adapter, spec, grammar)
 
 
@@ -238,7 +237,9 @@ def prompter_of(bundle: Bundle) -> Prompter:
         raise BundleError(
             f"{bundle.path} brings no prompter: build it with --prompter, or leave --enhance out"
         )
-    grammar = GRAMMAR if spec.grammar is None else bundle.read(spec.grammar).decode()
+    grammar = GRAMMAR
+    if spec.grammar is not None:
+        grammar = decode_text(bundle.read(spec.grammar), spec.grammar)
     opened: list[OpenFile] = []
     base = _file_of(bundle, spec.base, opened)
     adapter = None if spec.adapter is None else _file_of(bundle, spec.adapter, opened)

@@ -12,13 +12,13 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgesd.errors import BundleError, InputError, MissingDependencyError
-from edgesd.files import atomic_write
+from edgesd.files import atomic_write, check_file_place, user_config
 from edgesd.runtime.bundle import MANIFEST, SIGNATURE, Bundle
+from edgesd.textfiles import read_lines, read_text
 
 _VERSION = "edgesd-ed25519-v1"
 _PREFIX = b"edgesd bundle manifest, version 1\n"
@@ -61,10 +61,13 @@ def parse_public_key(line: str) -> PublicKey:
     return PublicKey(line.strip(), raw, name.strip())
 
 
-def user_keys() -> Path:
-    """The user's own file of trusted keys: edgesd/trusted_keys in XDG_CONFIG_HOME or ~/.config."""
-    folder = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(folder) / "edgesd" / "trusted_keys"
+def user_keys() -> Path | None:
+    """The user's own file of trusted keys: edgesd/trusted_keys in XDG_CONFIG_HOME or ~/.config.
+
+    None without a home folder: such a user has no keys.
+    """
+    folder = user_config()
+    return folder and folder / "trusted_keys"
 
 
 def trusted_keys(path: Path | None = None) -> dict[str, PublicKey]:
@@ -75,12 +78,9 @@ def trusted_keys(path: Path | None = None) -> dict[str, PublicKey]:
     nobody.
     """
     path = path or (SYSTEM_KEYS if SYSTEM_KEYS.exists() else user_keys())
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
+    if path is None or not path.exists():
         return {}
-    except (OSError, UnicodeDecodeError) as exc:
-        raise InputError(f"{path} can't be read ({exc}): mend it, or remove it") from exc
+    lines = read_lines(path)
     keys = [parse_public_key(line) for line in lines if line.strip() and line[0] != "#"]
     return {key.fingerprint: key for key in keys}
 
@@ -88,6 +88,10 @@ def trusted_keys(path: Path | None = None) -> dict[str, PublicKey]:
 def trust(key: PublicKey, trusted: bool = True) -> Path:
     """Add `key` to the user's trusted keys, or take it out; the file. Raises InputError."""
     path = user_keys()
+    if path is None:
+        raise InputError(
+            "there is no home folder for a list of trusted keys: set HOME or XDG_CONFIG_HOME"
+        )
     keys = trusted_keys(path)
     if not trusted and key.fingerprint not in keys:
         raise InputError(f"{key} isn't among the trusted keys in {path}")
@@ -168,6 +172,7 @@ def new_key(path: Path, passphrase: bytes | None = None) -> PublicKey:
     serialization, ed25519 = _library()
     private, public = (path.with_name(path.name + suffix) for suffix in (".key", ".pub"))
     for file in (private, public):
+        check_file_place(file)
         if file.exists():
             raise InputError(f"{file} exists already: keys aren't written over; take another name")
     key = ed25519.Ed25519PrivateKey.generate()
@@ -183,9 +188,9 @@ def new_key(path: Path, passphrase: bytes | None = None) -> PublicKey:
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
     found = parse_public_key(f"{line.decode()} {path.name}")
-    with atomic_write(private, mode=0o600) as out:
+    with atomic_write(private, private=True, new=True) as out:
         out.write(pem)
-    with atomic_write(public) as out:
+    with atomic_write(public, new=True) as out:
         out.write(f"{found.line}\n".encode())
     return found
 
@@ -201,10 +206,7 @@ def sign(bundle: Bundle, key: Path, passphrase: bytes | None = None) -> bytes:
     WrongPassphraseError.
     """
     serialization, ed25519 = _library()
-    try:
-        data = key.read_bytes()
-    except OSError as exc:
-        raise InputError(f"the key {key} can't be read: {exc.strerror}") from exc
+    data = read_text(key).encode()
     openssh = data.startswith(b"-----BEGIN OPENSSH PRIVATE KEY-----")
     load = serialization.load_ssh_private_key if openssh else serialization.load_pem_private_key
     try:

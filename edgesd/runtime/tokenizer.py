@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edgesd.errors import BundleError, InputError
 from edgesd.runtime.bundle import Bundle
 from edgesd.spec import Spec
+from edgesd.textfiles import MOST_LINE_BYTES
 
 
 class TokenizerSpec(Spec, frozen=True):
@@ -100,6 +101,11 @@ class PromptTokenizer:
 
 def check_prompt(prompt: str) -> None:
     """Raise InputError, naming the place, unless the prompt can be encoded."""
+    if len(prompt) > MOST_LINE_BYTES:
+        raise InputError(
+            f"the prompt has {len(prompt)} characters, and {MOST_LINE_BYTES} are the most: text "
+            "encoders take some hundred"
+        )
     at = prompt.find("\0")
     if at >= 0:
         raise InputError(f"the prompt holds a NUL character at position {at}: remove it")

@@ -143,7 +143,7 @@ def test_compare(made: Path, tmp_path: Path) -> None:
         (b"{}", "isn't a file of"),
         (b"[]", "holds no benchmark"),
         (b'[{"version": 99}]', "reads up to"),
-        (b"\xff", "isn't a file of"),
+        (b"\xff", "isn't UTF-8 text"),
     ],
 )
 def test_what_is_no_benchmark(content: bytes | None, words: str, tmp_path: Path) -> None:

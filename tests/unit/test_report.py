@@ -270,7 +270,10 @@ def test_the_command_writes_beside_the_bundle(folder: Path, one_file: bool) -> N
         bundle = folder.with_name("forged-w4a8.edgesd")
         pack_bundle(open_bundle(folder), bundle)
     page = folder.with_name("forged-w4a8-report.html")
-    page.write_text("an older report")
+    page.write_text("somebody's own")
+    assert_refused(run_cli("report", bundle), "is no page of edgesd's: choose a name by -o")
+    assert page.read_text() == "somebody's own"
+    write_report(open_bundle(bundle), page)
     outcome = run_cli("report", bundle)
     assert (outcome.code, outcome.err) == (0, "")
     assert str(page) in outcome.out

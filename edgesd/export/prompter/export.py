@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +15,18 @@ from edgesd.export.prompter.gguf_files import tensor_types, write_adapter, write
 from edgesd.export.prompter.grammar import closed_grammar
 from edgesd.export.prompter.pairs import PairSet
 from edgesd.export.prompter.train import HELD_PAIRS, REPORT, TrainingReport
-from edgesd.files import atomic_dir, atomic_path, sha256_file
+from edgesd.files import (
+    atomic_dir,
+    atomic_path,
+    check_new,
+    check_writable,
+    link_or_copy,
+    sha256_file,
+)
 from edgesd.runtime.llama import LlamaCppPython, bindings, silence
 from edgesd.runtime.prompter import FRAME, SPEC
 from edgesd.spec import PrompterSpec, Spec
+from edgesd.textfiles import read_text
 
 EXPORT = "export.json"
 BASE, ADAPTER, GRAMMAR_FILE = "base.gguf", "adapter.gguf", "grammar.gbnf"
@@ -60,6 +67,9 @@ def export(
     without llama-cpp-python.
     """
     say = progress or (lambda text: None)
+    if out.exists() and not out.is_dir():
+        check_new(out)
+    check_writable(out)
     report = read_report(run)
     if not base.is_file() or report.base_sha256 not in ("", sha256_file(base)):
         raise InputError(f"{base} isn't the file that {run} was trained on ({report.base})")
@@ -77,7 +87,7 @@ def export(
         if merge is None:
             say("adapter")
             write_adapter(run, base, report.alpha, root / ADAPTER)
-            _link(base, root / BASE)
+            link_or_copy(base.resolve(), root / BASE)
         else:
             say("merge")
             merged = root / "merged.gguf"
@@ -117,10 +127,10 @@ def export(
 
 def read_report(run: Path) -> TrainingReport:
     """What the training in the folder `run` came to. Raises InputError."""
+    if not (run / REPORT).is_file():
+        raise InputError(f"{run} holds no finished training")
     try:
-        return msgspec.json.decode((run / REPORT).read_bytes(), type=TrainingReport)
-    except OSError as exc:
-        raise InputError(f"{run} holds no finished training: {exc.strerror or exc}") from exc
+        return msgspec.json.decode(read_text(run / REPORT), type=TrainingReport)
     except msgspec.MsgspecError as exc:
         raise InputError(f"{run / REPORT} isn't valid ({exc}): train again") from exc
 
@@ -165,11 +175,3 @@ def quantize(model: Path, out: Path, kind: str) -> None:
         )
         if status:
             raise InputError(f"llama.cpp's quantizer refuses {model} (status {status})")
-
-
-def _link(path: Path, new: Path) -> None:
-    """`new` with the content of `path`: a hard link where that can be, else a copy."""
-    try:
-        new.hardlink_to(path.resolve())
-    except OSError:
-        shutil.copyfile(path, new)

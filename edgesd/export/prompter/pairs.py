@@ -18,8 +18,11 @@ from edgesd.errors import InputError
 from edgesd.files import atomic_write
 from edgesd.runtime.prompter import PROMPT_CHARACTERS, clean_wish
 from edgesd.spec import Spec
+from edgesd.textfiles import lines_of, read_text
 
 FORMAT = 1
+
+_MOST_BYTES = 1 << 30
 
 _SHARED = 0.9
 """A beginning or end that this part of the prompts has is taken for a template's."""
@@ -74,8 +77,8 @@ def make_pairs(
 ) -> PairSet:
     """Clean `raw`, drop what repeats, move boilerplate into the form, and split by subject.
 
-    held_part: of the subjects, about; which ones depends on their names and the seed alone. Raises
-    InputError when no pair is left on one side.
+    held_part: of the subjects, about, one at least; which ones depends on their names and the seed
+    alone. Raises InputError when no pair is left on one side.
     """
     found: dict[tuple[str, str], Pair] = {}
     for pair in raw:
@@ -84,6 +87,10 @@ def make_pairs(
             key = (wish.casefold(), prompt.casefold())
             found.setdefault(key, Pair(wish, prompt, pair.subject))
     start, end = boilerplate([pair.prompt for pair in found.values()])
+    subjects = {pair.subject for pair in found.values()}
+    order = sorted(subjects, key=lambda subject: _fraction(f"{seed}:{subject}"))
+    count = sum(_fraction(f"{seed}:{subject}") < held_part for subject in order)
+    held_subjects = set(order[: min(max(1, count), len(order) - 1)])
     pairs = []
     for pair in found.values():
         prompt = pair.prompt
@@ -91,7 +98,7 @@ def make_pairs(
             prompt = prompt[len(start) :]
         if end and prompt.endswith(end):
             prompt = prompt[: -len(end)]
-        held = _fraction(f"{seed}:{pair.subject}") < held_part
+        held = pair.subject in held_subjects
         pairs.append(msgspec.structs.replace(pair, prompt=prompt, held=held))
     made = PairSet(domain, f"{start}{{}}{end}", tuple(pairs), closed)
     if not made.training or not made.held:
@@ -154,13 +161,11 @@ def read_pairs(path: Path) -> PairSet:
     """Read a file of pairs. Raises InputError, with the line, when it is none."""
     number = 1
     try:
-        lines = path.read_bytes().splitlines()
-        header = msgspec.json.decode(lines[0] if lines else b"", type=Header)
+        lines = lines_of(read_text(path, _MOST_BYTES))
+        header = msgspec.json.decode(lines[0] if lines else "", type=Header)
         pairs = []
         for number, line in enumerate(lines[1:], start=2):  # noqa: B007 - the message tells it
             pairs.append(msgspec.json.decode(line, type=Pair))
-    except OSError as exc:
-        raise InputError(f"{path} can't be read: {exc.strerror or exc}") from exc
     except msgspec.MsgspecError as exc:
         raise InputError(
             f"{path} isn't a file of pairs (line {number}: {exc}): make one by edgesd prompter data"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from edgesd.errors import InputError
 from edgesd.export.prompter.pairs import Pair
+from edgesd.textfiles import read_json, read_lines
 
 _STOP = frozenset(
     [
@@ -78,6 +78,9 @@ _WORD = re.compile(r"[A-Za-z][A-Za-z'-]+")
 _MOST = 100_000
 """Pairs of one source, at most."""
 
+_MOST_BYTES = 1 << 30
+"""Of a file: COCO's captions are 92 MB."""
+
 
 def _words(text: str) -> list[str]:
     """The words of a caption that carry its meaning, in order, once each."""
@@ -96,7 +99,7 @@ def _short(text: str, rng: random.Random) -> str:
 def from_captions(path: Path, seed: int) -> Iterator[Pair]:
     """A caption per line; each is a subject."""
     rng = random.Random(seed)
-    for line in _text(path).splitlines():
+    for line in read_lines(path, _MOST_BYTES):
         if caption := line.strip():
             yield Pair(_short(caption, rng), caption, caption)
 
@@ -246,20 +249,8 @@ SOURCES: dict[str, Callable[[Path, int], Iterator[Pair]]] = {
 """Format -> pairs of a file, for a seed."""
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except OSError as exc:
-        raise InputError(f"{path} can't be read: {exc.strerror or exc}") from exc
-    except UnicodeDecodeError as exc:
-        raise InputError(f"{path} isn't UTF-8 text ({exc})") from exc
-
-
 def _json(path: Path) -> Any:
-    try:
-        return json.loads(_text(path))
-    except (ValueError, RecursionError) as exc:
-        raise InputError(f"{path} isn't JSON ({exc})") from exc
+    return read_json(path, _MOST_BYTES)
 
 
 def _mapping(path: Path) -> dict[str, Any]:

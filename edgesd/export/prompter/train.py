@@ -36,7 +36,7 @@ from edgesd.export.prompter.starts import (
     set_adapter,
 )
 from edgesd.export.quiet import first_line
-from edgesd.files import atomic_path, atomic_write, sha256_file
+from edgesd.files import atomic_path, atomic_write, check_writable, sha256_file
 from edgesd.runtime.memory import peak_bytes
 from edgesd.runtime.prompter import FRAME
 from edgesd.spec import Spec
@@ -123,6 +123,10 @@ def train(
     """
     if training.adapter and training.optimizer != "adamw":
         raise UsageError(f"{training.optimizer} is for the training of all weights: add --full")
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if there and not there & {STATE, REPORT}:
+        raise InputError(f"{out} holds other files than a run's: choose another -o, a new folder")
+    check_writable(out / REPORT)
     torch.manual_seed(training.seed)
     settings = f"{sha256_file(base) if base.is_file() else base}:{pairs_sha256}:{training}"
     state = _load_state(out / STATE, settings, training.optimizer)

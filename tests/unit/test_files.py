@@ -1,0 +1,303 @@
+"""Files that are written: their names and modes, and what is never lost for them."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edgesd import files
+from edgesd.errors import InputError, ResourceError
+from edgesd.files import (
+    ExistsError,
+    KeptError,
+    atomic_dir,
+    atomic_path,
+    atomic_write,
+    check_file_place,
+    check_writable,
+    environment_folder,
+    link_or_copy,
+    private_folder,
+    save,
+    user_cache,
+    user_config,
+    user_home,
+    write_free,
+)
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def write(path: Path, content: bytes = b"new", **options: bool) -> None:
+    with atomic_write(path, **options) as file:
+        file.write(content)
+
+
+def test_a_new_file_has_the_mode_that_the_umask_leaves(tmp_path: Path, umask: int) -> None:
+    write(tmp_path / "a")
+    write(tmp_path / "b", new=True)
+    with atomic_dir(tmp_path / "folder") as root:
+        write(root / "c")
+    assert mode(tmp_path / "a") == mode(tmp_path / "b") == 0o666 & ~umask
+    assert mode(tmp_path / "folder") == 0o777 & ~umask
+    assert mode(tmp_path / "folder/c") == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("older", [0o600, 0o640, 0o664, 0o755])
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, umask: int, older: int) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    path.chmod(older)
+    write(path)
+    assert (path.read_bytes(), mode(path)) == (b"new", older)
+
+
+def test_a_private_file_is_its_owners_alone(tmp_path: Path) -> None:
+    write(tmp_path / "key", private=True)
+    assert mode(tmp_path / "key") == 0o600
+    with atomic_path(tmp_path / "other", private=True) as path:
+        path.unlink()  # as a linker does
+        path.write_bytes(b"anew")
+    assert mode(tmp_path / "other") == 0o600
+
+
+def test_names_may_be_as_long_as_the_disk_allows(tmp_path: Path) -> None:
+    path = tmp_path / ("é" * 125 + ".html")  # 255 bytes
+    write(path)
+    with atomic_dir(tmp_path / ("b" * 255)) as root:
+        write(root / ("c" * 255))
+    assert path.read_bytes() == b"new"
+    with pytest.raises(InputError, match="too long"):
+        check_writable(tmp_path / ("d" * 256))
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    """Let the call `name` of the system fail."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, name, refuse)
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_a_disk_without_modes_links_and_locks_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: bool
+) -> None:
+    path = tmp_path / "a"
+    if not new:
+        path.write_bytes(b"old")
+        path.chmod(0o600)
+    for name, number in (("chmod", errno.EPERM), ("link", errno.EOPNOTSUPP)):
+        fail(monkeypatch, name, number)
+    fail(monkeypatch, "fsync", errno.EINVAL)
+
+    def unlocked(fd: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", unlocked)
+    write(path, new=new)
+    with atomic_dir(tmp_path / "folder") as root:
+        write(root / "b")
+    link_or_copy(path, tmp_path / "copy")
+    assert path.read_bytes() == (tmp_path / "copy").read_bytes() == b"new"
+    with pytest.raises(ExistsError):
+        write(path, b"other", new=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "copy", "folder"]
+
+
+def test_a_new_file_replaces_none_that_came_in_the_last_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for links in (True, False):
+        path = tmp_path / f"a{links}"
+        if not links:
+            fail(monkeypatch, "link", errno.EPERM)
+        with pytest.raises(ExistsError), atomic_write(path, new=True):
+            path.write_bytes(b"theirs")
+        assert path.read_bytes() == b"theirs"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_link_that_leads_nowhere_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to("nowhere")
+    assert write_free(tmp_path / "a.png", b"new") == tmp_path / "a-2.png"
+    assert (tmp_path / "a.png").is_symlink() and not (tmp_path / "nowhere").exists()
+
+
+def test_twenty_at_once_take_twenty_names(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        write_free(tmp_path / "a.png", b"%d" % number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"%d" % n for n in range(20)}
+
+
+def test_a_device_is_written_into_and_stays_one(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    got: list[bytes] = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    check_file_place(pipe)
+    write(pipe, b"through")
+    reader.join(60)
+    assert got == [b"through"] and stat.S_ISFIFO(pipe.stat().st_mode)
+    null = tmp_path / "null"
+    null.symlink_to("/dev/null")
+    write(null)
+    assert null.is_symlink() and stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from edgesd.files import atomic_write
+with atomic_write(Path(sys.argv[1]) / "a") as file:
+    file.write(b"half")
+    file.flush()
+    print("there", flush=True)
+    os.read(0, 1)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout and process.stdout.readline() == b"there\n"
+    (part,) = tmp_path.iterdir()
+    foreign = {
+        *(tmp_path / name for name in ("b.part", ".edgesd-x.part", ".edgesd-own.part.txt")),
+        tmp_path / (part.name[:10] + ("1" if part.name[10] == "0" else "0") + part.name[11:]),
+    }
+    for path in foreign:
+        path.write_bytes(b"theirs")
+    files._swept.clear()
+    write(tmp_path / "one")
+    assert part.is_dir(), "its process lives"
+    process.kill()
+    process.wait(60)
+    process.stdin.close()  # type: ignore[union-attr]
+    process.stdout.close()
+    files._swept.clear()
+    write(tmp_path / "two")
+    assert set(tmp_path.iterdir()) == {tmp_path / "one", tmp_path / "two", *foreign}
+
+
+def test_a_folder_that_others_hold_is_not_swept(tmp_path: Path) -> None:
+    with private_folder(tmp_path / "a") as folder:
+        files._swept.clear()
+        write(tmp_path / "b")
+        assert folder.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_work_that_cannot_be_placed_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    wanted = tmp_path / "out/a.png"
+    with monkeypatch.context() as patch:
+        taken = iter([OSError(errno.ENOSPC, "full")])
+        really = os.fsync
+
+        def full_once(fd: int) -> None:
+            for error in taken:
+                raise error
+            really(fd)
+
+        patch.setattr(os, "fsync", full_once)
+        with pytest.raises(ResourceError, match=r"kept as .*kept/a\.png"):
+            save(wanted, b"picture")
+    assert not wanted.exists()
+    assert (tmp_path / "cache/edgesd/kept/a.png").read_bytes() == b"picture"
+
+
+def test_a_folder_that_was_taken_meanwhile_leaves_what_was_made(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeptError) as caught, atomic_dir(out) as root:
+        write(root / "a")
+        write(out / "theirs")
+    kept = Path(str(caught.value).rpartition("kept as ")[2])
+    assert (kept / "a").read_bytes() == b"new"
+    assert [path.name for path in out.iterdir()] == ["theirs"]
+
+
+def test_what_can_fail_is_tried_first(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder"):
+        check_file_place(tmp_path)
+    with pytest.raises(ResourceError, match="MB of disk are free"):
+        check_writable(tmp_path / "a", 1 << 60)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write"):
+        check_writable(tmp_path / "file/a")
+    check_writable(tmp_path / "new/folder/a", 1)
+    assert not list((tmp_path / "new/folder").iterdir())
+
+
+def no_entry(uid: int) -> None:
+    raise KeyError(uid)
+
+
+@pytest.mark.parametrize("home", [None, "", "relative", "~"])
+def test_without_a_home_folder(
+    home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    assert user_home() is None and user_config() is None
+    cache = user_cache()
+    assert cache == user_cache() and cache.parent == tmp_path and mode(cache) == 0o700
+    cache.chmod(0o777)
+    with pytest.raises(InputError, match="set XDG_CACHE_HOME"):
+        user_cache()
+
+
+def test_a_home_folder_that_cannot_be_is_none_for_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert user_cache().parent == tmp_path
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/counts/as/none")
+    assert user_cache().parent == tmp_path
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert user_cache() == tmp_path / "cache/edgesd"
+
+
+def test_folders_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value, found in (("", None), ("~/x", tmp_path / "x"), ("x/y", Path("x/y"))):
+        monkeypatch.setenv("EDGESD_HOME", value)
+        assert environment_folder("EDGESD_HOME") == found
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EDGESD_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"EDGESD_HOME is .* which is no folder"):
+        environment_folder("EDGESD_HOME")
