@@ -22,6 +22,7 @@ from edgesd.runtime.device_memory import NumpyMemory
 from edgesd.runtime.memory import available_bytes
 from tests import fake_tensorrt
 from tests.boards import Builder
+from tests.exports import KeptExports
 from tests.support import write_bundle
 
 WORKER_BYTES = 3 << 30
@@ -135,6 +136,17 @@ def miniature_file(miniature: Bundle, tmp_path_factory: pytest.TempPathFactory) 
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where builds of the embedded model keep what they have in common."""
     return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def kept_exports(shared: Path) -> Iterator[None]:
+    """Builds take the graphs that another test has exported already."""
+    exporting = pytest.importorskip("edgesd.export.pipeline")
+    kept = KeptExports(exporting.export_pipeline, shared / "exports")
+    kept.folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "export_pipeline", kept)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,13 @@ from edgesd.runtime.bundle import open_bundle
 from edgesd.runtime.pipeline import Pipeline, Settings
 from tests.support import assert_refused, run_cli
 
+pytestmark = pytest.mark.usefixtures("kept_exports")
+
 MODEL = Path(__file__).resolve().parents[2] / "models" / "emoji"
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(kept_exports: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of `edgesd demo`."""
     out = tmp_path_factory.mktemp("demo") / "out"
     outcome = run_cli("demo", "-o", out)

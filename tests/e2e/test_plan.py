@@ -24,11 +24,15 @@ from edgesd.runtime.bundle import Bundle
 from edgesd.spec import Rate, Rates, parse_scheme
 from tests.support import assert_refused, run_cli
 
+pytestmark = pytest.mark.usefixtures("kept_exports", "own_kernels")
+
 SCHEME = "w8a8"
 
 
 @pytest.fixture(scope="module")
-def bundle(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(
+    kept_exports: None, own_kernels: object, work: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
     options = QuantOptions(
         "rtn", calibration_prompts=("red apple",), quality_prompts=(), steps=1, work=work
     )

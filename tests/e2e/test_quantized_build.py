@@ -24,6 +24,8 @@ from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.spec import FileEntry
 from tests.support import assert_refused, run_cli
 
+pytestmark = pytest.mark.usefixtures("kept_exports", "own_kernels")
+
 CALIBRATION = ("red apple", "grinning cat")
 PROMPTS = ("blue heart", "pizza", "green dinosaur")
 
@@ -45,7 +47,9 @@ def built(out: Path, work: Path, precision: str, **more: object) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def four_bits(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def four_bits(
+    kept_exports: None, own_kernels: object, work: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
     return built(tmp_path_factory.mktemp("bundles") / "four", work, "w4a8-g64-lr8")
 
 
@@ -363,7 +367,7 @@ def test_killed_twenty_times_the_bytes_are_the_same(work: Path, tmp_path: Path) 
     assert graphs() == wanted
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_fixed_size_is_calibrated_and_measured(rows: int, work: Path, tmp_path: Path) -> None:
     """One row: guidance one half after the other. Three: three pictures at a time."""
     out = tmp_path / "bundle"

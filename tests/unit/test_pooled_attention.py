@@ -17,7 +17,6 @@ import onnx_ir as ir  # noqa: E402
 import onnxruntime  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from edgesd.engines.kernels import ensure_library  # noqa: E402
 from edgesd.export.backends import lower_quantized, lower_to_kernels  # noqa: E402
 from edgesd.export.external_data import write_model  # noqa: E402
 from edgesd.export.families import Component  # noqa: E402
@@ -223,10 +222,9 @@ def rounded(model: ir.Model, scheme: str, folder: Path) -> dict[str, QuantizedLa
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("size", [None, (8, 12)])
 def test_quantized_layers_are_found_behind_the_means(
-    own: bool, scheme: str, size: tuple[int, int] | None, tmp_path: Path
+    own: bool, scheme: str, size: tuple[int, int] | None, own_kernels: Path | None, tmp_path: Path
 ) -> None:
-    library = ensure_library()
-    if own and library is None:
+    if own and own_kernels is None:
         pytest.skip("no compiler, or a processor without the instruction sets")
     given, net = feed(8, 12), unet()
     wanted = by_hand(net, TOP, given)
@@ -239,4 +237,4 @@ def test_quantized_layers_are_found_behind_the_means(
         assert len(values) == 2 * (len(TOP) + len(LOWER))
     else:
         lower_quantized(model, layers, set(), None, "onnxruntime")
-    assert off(answer(model, tmp_path, given, library if own else None), wanted) < 0.03
+    assert off(answer(model, tmp_path, given, own_kernels if own else None), wanted) < 0.03

@@ -327,7 +327,7 @@ def check_hostile(real: Prompter, count: int) -> None:
 
 
 def test_hostile_wishes(real: Prompter) -> None:
-    check_hostile(real, 40)
+    check_hostile(real, len(HOSTILE))
 
 
 @pytest.mark.slow

@@ -1,0 +1,47 @@
+"""Exported graphs that tests share: a model's, for one size, precision and backend, once a run."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from filelock import FileLock
+
+from edgesd.spec import GraphSet
+
+
+class KeptExports:
+    """`export_pipeline` for tests of what comes behind it: what was exported before is copied.
+
+    folder: of what is kept; several processes may share it.
+    """
+
+    def __init__(self, export: Callable[..., GraphSet], folder: Path) -> None:
+        self.export, self.folder = export, folder
+
+    def __call__(
+        self,
+        source: Any,
+        plan: Any,
+        out_dir: Path,
+        precision: str = "fp32",
+        *,
+        backend: str = "onnxruntime",
+        progress: Any = None,
+    ) -> GraphSet:
+        """See `export_pipeline`."""
+        what = msgspec.json.encode((plan.pipeline, precision, backend))
+        kept = self.folder / hashlib.sha256(what).hexdigest()[:16]
+        with FileLock(f"{kept}.lock", timeout=500):
+            if not (kept / "graphs.json").exists():
+                found = self.export(
+                    source, plan, kept / "graphs", precision, backend=backend, progress=progress
+                )
+                (kept / "graphs.json").write_bytes(msgspec.json.encode(found))
+        shutil.copytree(kept / "graphs", out_dir, dirs_exist_ok=True)
+        graphs = msgspec.json.decode((kept / "graphs.json").read_bytes(), type=GraphSet)
+        return msgspec.structs.replace(graphs, root=str(out_dir))
