@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +19,7 @@ import onnx
 from edgesd.engines.slots import Slots
 from edgesd.engines.tensorrt import BuildSpec, PlanReport, Progress
 from edgesd.spec import Environment, Machine
+from tests.support import PATIENCE_SECONDS
 
 JETSON = Environment("tensorrt", "10.3.0", "sm_87", None)
 MACHINE = Machine(
@@ -104,6 +105,13 @@ class Server:
         self.written = 0
         self.port = 0
         self.connections: list[Any] = []
+        self.on_event: Callable[[], None] = lambda: None
+        """Called, in the server's thread, when a command has begun and when bytes arrive."""
+
+    def hang_up(self) -> None:
+        """Cut all connections, as where the link is lost."""
+        for connection in self.connections:
+            connection.abort()
 
     async def command(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
         child = await asyncio.create_subprocess_shell(
@@ -114,6 +122,7 @@ class Server:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
+        self.on_event()
         out, err = await child.communicate()
         process.stdout.write(out)
         process.stderr.write(err)
@@ -136,9 +145,9 @@ def sshd(user_home: Path, board_home: Path) -> Iterator[Server]:
 
         def write(self, file_obj: object, offset: int, data: bytes) -> Any:
             server.written += len(data)
+            server.on_event()
             if server.cut_after is not None and server.written > server.cut_after:
-                for connection in server.connections:
-                    connection.abort()
+                server.hang_up()
                 return 0
             return super().write(file_obj, offset, data)
 
@@ -174,7 +183,7 @@ def sshd(user_home: Path, board_home: Path) -> Iterator[Server]:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(PATIENCE_SECONDS), "the SSH server did not start"
     public = host_key.export_public_key().decode().split()[:2]
     (ssh / "known_hosts").write_text(f"[127.0.0.1]:{server.port} {' '.join(public)}\n")
     try:
@@ -183,16 +192,16 @@ def sshd(user_home: Path, board_home: Path) -> Iterator[Server]:
     finally:
 
         async def stop() -> None:
-            for connection in server.connections:
-                connection.abort()
+            server.hang_up()
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
 
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(20)
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(PATIENCE_SECONDS)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(20)
+        thread.join(PATIENCE_SECONDS)
+        assert not thread.is_alive(), "the SSH server did not end"
         loop.close()
 
 

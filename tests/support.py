@@ -7,6 +7,8 @@ import io
 import json
 import shutil
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -34,6 +36,18 @@ from edgesd.spec import (
 
 CHANNELS, TEXT, SCALE, VOCABULARY = 4, 8, 2, 8
 F32 = TensorProto.FLOAT
+
+
+PATIENCE_SECONDS = 120.0
+"""What is waited for at most where an idle machine takes a moment: others are slow, or busy."""
+
+
+def wait_until(done: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS) -> None:
+    """Return when `done()` is true; fail, naming `what` was waited for, when it never is."""
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.01)
 
 
 class Outcome(NamedTuple):

@@ -3,13 +3,13 @@ takes the bundles in. Installing the runtime is left to the tests of the fake bo
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +23,14 @@ from edgesd.engines.bundle import update_manifest
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.signature import new_key
 from tests.boards import Pi, Server, sshd
-from tests.support import Outcome, assert_refused, run_cli, with_other_decoder
+from tests.support import (
+    PATIENCE_SECONDS,
+    Outcome,
+    assert_refused,
+    run_cli,
+    wait_until,
+    with_other_decoder,
+)
 
 
 @pytest.fixture
@@ -196,40 +203,53 @@ def test_no_board_is_named(arguments: tuple[str, ...]) -> None:
 
 
 def chaos(
-    server: Server, pi: Pi, bundles: tuple[Bundle, Bundle], count: int, kill: bool
+    server: Server,
+    pi: Pi,
+    bundles: tuple[Bundle, Bundle],
+    count: int,
+    kill: bool,
+    later: float = 0.1,
 ) -> tuple[int, int]:
     """Disturb `count` deploys at random points; those that failed, and those that still switched.
 
-    After each, the active bundle is one of the two and whole, and a deploy without disturbance
-    brings the other one.
+    The first one as a command begins or bytes arrive, the others up to `later` seconds behind such
+    a point. After each, the active bundle is one of the two and whole, and a deploy without
+    disturbance brings the other one.
     """
     chance = random.Random(7)
     assert deploy(server, bundles[0]).code == 0
-    start = time.monotonic()
+    events = 0
+
+    def count_events() -> None:
+        nonlocal events
+        events += 1
+
+    server.on_event = count_events
+    shutil.rmtree(pi.home / "edgesd/objects")
     assert deploy(server, bundles[1]).code == 0
-    usual = time.monotonic() - start
-    failed = switched = 0
+    usual, failed, switched = events, 0, 0
+    assert usual > 10
     for index in range(count):
         wanted = bundles[index % 2]
         shutil.rmtree(pi.home / "edgesd/objects")  # so that there is much to send
-        stop = threading.Event()
-        delay = chance.uniform(0, usual * 1.1)
+        left, delay = chance.randrange(usual), chance.uniform(0, later) if index else 0.0
 
-        def disturb(delay: float = delay, stop: threading.Event = stop) -> None:
-            if stop.wait(delay):
-                return
+        def disturb() -> None:
             if kill:
                 for process in pi.processes():
                     if process != os.getpid():
                         os.kill(process, signal.SIGKILL)
-            for connection in server.connections:
-                connection.abort()
+            server.hang_up()
 
-        thread = threading.Thread(target=disturb)
-        thread.start()
+        def count_down(delay: float = delay) -> None:
+            nonlocal left
+            if left == 0:
+                asyncio.get_running_loop().call_later(delay, disturb)
+            left -= 1
+
+        server.on_event = count_down
         outcome = deploy(server, wanted)
-        stop.set()
-        thread.join()
+        server.on_event = lambda: None
         found = active(pi)
         assert found in {bundle.manifest_sha256 for bundle in bundles}
         if outcome.code:
@@ -268,21 +288,18 @@ def test_bench_over_ssh(
     assert_refused(run_cli(*asked), "has another bundle active", "edgesd deploy")
     assert deploy(server, miniature).code == 0
 
+    def begun() -> bool:
+        return sum(b"detached" in cmdline(process) for process in pi.processes()) > 1
+
     def cut() -> None:
-        end = time.monotonic() + 30
-        while time.monotonic() < end:
-            if sum(b"detached" in cmdline(process) for process in pi.processes()) > 1:
-                break
-            time.sleep(0.05)
-        time.sleep(0.5)
-        for connection in server.connections:
-            connection.abort()
+        wait_until(begun, "the bench on the board")
+        server.hang_up()
 
     thread = threading.Thread(target=cut)
     thread.start()
     page = tmp_path / "page.html"
     outcome = run_cli(*asked, "--json", "--html", page)
-    thread.join()
+    thread.join(PATIENCE_SECONDS)
     assert outcome.code == 0, outcome.err
     assert "was lost" in outcome.err and "joining it again" in outcome.err
     (told,) = json.loads(outcome.out)
@@ -294,7 +311,7 @@ def test_bench_over_ssh(
 def test_watch_over_ssh(server: Server, pi: Pi) -> None:
     outcome = run_cli("watch", "--seconds", "0.2", "--interval", "0.1", "--host", host(server))
     assert outcome.code == 0, outcome.err
-    assert len(outcome.out.splitlines()) >= 2 and "memory" in outcome.out
+    assert outcome.out and all("memory" in line for line in outcome.out.splitlines())
     assert_refused(run_cli("watch", "--host", host(server), "--pid", 2**22 + 1), "no process")
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from edgesd.errors import ResourceError
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.pipeline import DRAWING, Pipeline, Settings
-from tests.support import assert_refused, run_cli
+from tests.support import PATIENCE_SECONDS, assert_refused, run_cli
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -298,8 +298,8 @@ def test_ctrl_c_leaves_no_half_file(miniature: Bundle, tmp_path: Path, number: i
     assert process.stderr.readline()  # the first picture, or step, is there
     time.sleep(0.3)
     process.send_signal(number)
-    rest = process.stderr.read()
-    assert process.wait(30) == 130
+    _, rest = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 130
     assert "Traceback" not in rest
     assert rest.splitlines()[-1] == "edgesd: interrupted; no unfinished file was left"
     for path in out.iterdir():

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import msgspec
@@ -27,7 +26,7 @@ from edgesd.evaluate.bench import (
 )
 from edgesd.evaluate.bench_page import bench_html
 from edgesd.runtime.bundle import Bundle
-from tests.support import run_cli
+from tests.support import PATIENCE_SECONDS, run_cli, wait_until
 
 
 def sample(seconds: float, watts: float | None = None, **fields: object) -> Sample:
@@ -184,10 +183,14 @@ class TestDetached:
     def _cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def command(self, tmp_path: Path, seconds: float = 0.0) -> list[str]:
+    def command(self, tmp_path: Path, waits: bool = False) -> list[str]:
+        """Counts its runs; waits: for the file `go`, a line before its end."""
         code = (
-            "import sys, time; print('one', file=sys.stderr, flush=True);"
-            f"open({str(tmp_path / 'count')!r}, 'a').write('x'); time.sleep({seconds});"
+            "import os, sys, time; print('one', file=sys.stderr, flush=True)\n"
+            f"open({str(tmp_path / 'count')!r}, 'a').write('x')\n"
+            f"end = time.monotonic() + {PATIENCE_SECONDS * waits}\n"
+            f"while time.monotonic() < end and not os.path.exists({str(tmp_path / 'go')!r}):\n"
+            "    time.sleep(0.01)\n"
             "print('two', file=sys.stderr); print('out')"
         )
         return [sys.executable, "-c", code]
@@ -206,15 +209,18 @@ class TestDetached:
     def test_whoever_comes_later_joins(self, tmp_path: Path) -> None:
         follower = os.fork()
         if follower == 0:  # who loses the link
-            detached.follow("j", self.command(tmp_path, 3), lambda line: None)
+            detached.follow("j", self.command(tmp_path, True), lambda line: None)
             os._exit(0)
-        end = time.monotonic() + 20
-        while not (tmp_path / "count").exists() and time.monotonic() < end:
-            time.sleep(0.05)
+        wait_until((tmp_path / "count").exists, "the command that was begun")
         os.kill(follower, signal.SIGKILL)
         os.waitpid(follower, 0)
         lines: list[str] = []
-        ended = detached.follow("j", self.command(tmp_path), lines.append)
+
+        def heard(line: str) -> None:
+            lines.append(line)
+            (tmp_path / "go").touch()
+
+        ended = detached.follow("j", self.command(tmp_path), heard)
         assert ended.out == "out\n" and lines == ["one", "two"]
         assert (tmp_path / "count").read_text() == "x"
 

