@@ -12,6 +12,12 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
+_FEW = 8
+"""So many names are listed in one line."""
+
+_LONGEST_NAME = 60
+"""Characters of an unknown name that are shown."""
+
 
 class EdgesdError(Exception):
     """Base of every error that is reported as one line, without a traceback."""
@@ -77,9 +83,26 @@ class LinkError(BoardError):
     """The link to a board was lost, or it doesn't answer: trying again may help."""
 
 
-def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
-    """One line for a name that isn't in `valid`: what was received, the nearest, all of them."""
+def unknown_name(kind: str, name: str, valid: Iterable[str], see: str = "") -> str:
+    """One line for a name that isn't in `valid`: what was received, what may have been meant, and
+    all valid names; of more than 8 the nearest ones, and where the others are.
+
+    see: the command that lists them (edgesd targets).
+    """
     valid = sorted(valid)
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.3)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {kind} {name!r}: {hint}valid: {', '.join(valid)}"
+    short = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
+    near = _near(short, valid)
+    if len(valid) <= _FEW:
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"unknown {kind} {short!r}: {hint}valid: {', '.join(valid)}"
+    meant = " or ".join(filter(None, [", ".join(map(repr, near[:-1])), *map(repr, near[-1:])]))
+    hint = f"did you mean {meant}? " if near else ""
+    listed = f"`{see}` lists all {len(valid)}" if see else f"valid: {', '.join(valid)}"
+    return f"unknown {kind} {short!r}: {hint}{listed}"
+
+
+def _near(name: str, valid: list[str]) -> list[str]:
+    """Up to 5 names like `name`, the nearest first: those that begin with it, then similar ones."""
+    begin = sorted((other for other in valid if name and other.startswith(name)), key=len)
+    similar = difflib.get_close_matches(name, valid, n=5, cutoff=0.3 if len(valid) <= _FEW else 0.6)
+    return list(dict.fromkeys([*begin, *similar]))[:5]

@@ -6,6 +6,7 @@ edgesd didn't write itself is printed through `shown`, or `shown_lines` where it
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 # Controls (escape codes begin with one), formats (bidi marks, zero-width characters, tags), lone
@@ -26,6 +27,24 @@ _INVISIBLE = (
     (0xFFF0, 0xFFF8),
     (0xE0000, 0xE0FFF),
 )
+
+_TERMINAL_CODE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|[@-_])?")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[^\sa-z])")
+_SENTENCE = 400
+"""Characters of another library's sentence, at most."""
+
+
+def first_sentence(exc: BaseException) -> str:
+    """The first sentence of what another library says, whole, or the type of `exc`.
+
+    Terminal codes are left out, line breaks are blanks, and the full stop is dropped. More than
+    400 characters are cut at a word, which "..." shows.
+    """
+    words = " ".join(_TERMINAL_CODE.sub("", str(exc)).split())
+    sentence = _SENTENCE_END.split(words, maxsplit=1)[0].rstrip(" .:;,")
+    if len(sentence) > _SENTENCE:
+        sentence = sentence[:_SENTENCE].rpartition(" ")[0] + " ..."
+    return sentence or type(exc).__name__
 
 
 def shown(text: object) -> str:

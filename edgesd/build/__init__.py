@@ -191,7 +191,7 @@ def build(
         check_memory(target, _prompter_bytes(prompter, tuned), "the prompter")
     plan = plan_pipeline(source, size, scheduler, batch)
     if backend == tensorrt.BACKEND and plan.pipeline.shape.dynamic:
-        plan = plan_pipeline(source, *_fixed(plan.pipeline, scheduler))
+        plan = plan_pipeline(source, *_fixed(plan.pipeline))
     if precision in ("fp32", "fp16"):
         weights = sum(source.parameters(component) for component in source.family.weights)
         check_writable(out, weights * (4 if precision == "fp32" else 2))
@@ -368,9 +368,7 @@ def _reference(
     return open_bundle(path)
 
 
-def _fixed(
-    pipeline: PipelineSpec, scheduler: str | None
-) -> tuple[tuple[int, int], str | None, int]:
+def _fixed(pipeline: PipelineSpec) -> tuple[tuple[int, int], str, int]:
     """Size, scheduler and rows of the same pipeline with fixed shapes: its own size, one picture.
 
     A plan of fixed shapes needs least memory, to be built and to run.
@@ -378,4 +376,5 @@ def _fixed(
     guided = pipeline.guidance_scale > 1
     distilled = pipeline.components["unet"].input("timestep_cond") is not None
     shape = pipeline.shape
-    return (shape.width, shape.height), scheduler, 2 if guided and not distilled else 1
+    rows = 2 if guided and not distilled else 1
+    return (shape.width, shape.height), pipeline.scheduler.name, rows

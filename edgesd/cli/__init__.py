@@ -29,7 +29,7 @@ from edgesd.cli import (
     targets,
     watch,
 )
-from edgesd.cli.common import fail, say_error, say_lines
+from edgesd.cli.common import fail, say_error, say_lines, show_messages
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -75,6 +75,7 @@ def main() -> NoReturn:
     # Also understood behind the subcommand, where it is typed in anger.
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    show_messages()
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup keeps its meaning
         signal.signal(signal.SIGHUP, _terminated)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
@@ -236,6 +238,23 @@ LINE_SECONDS = 1.0
 """Between plain lines of progress."""
 
 _BYTE_UNITS = ((10**6, "MB"), (10**3, "kB"), (1, "bytes"))
+
+
+class Messages(logging.Handler):
+    """Shows what is logged as a line on standard error, safe for a terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        say_error(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def show_messages() -> None:
+    """From here on, what edgesd and its libraries log or warn of is shown as lines, as an error is.
+
+    Libraries that set up a handler of their own keep it.
+    """
+    logging.lastResort = Messages(logging.WARNING)
+    warnings.showwarning = lambda message, *_, **__: say_error(f"warning: {message}")
 
 
 class Reporter:

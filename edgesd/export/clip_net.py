@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 
 from edgesd.errors import InputError, MissingDependencyError
-from edgesd.export.quiet import first_line, quiet
+from edgesd.export.quiet import quiet
+from edgesd.text import first_sentence
 
 _AT_A_TIME = 32
 
@@ -41,7 +42,9 @@ class ClipNet:
                 self._model = CLIPModel.from_pretrained(folder, local_files_only=True)
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, TypeError) as exc:
-            raise InputError(f"{folder} can't be read as a CLIP model: {first_line(exc)}") from exc
+            raise InputError(
+                f"{folder} can't be read as a CLIP model: {first_sentence(exc)}"
+            ) from exc
         config: Any = self._model.config
         self._side = int(config.vision_config.image_size)
         self._tokens = int(config.text_config.max_position_embeddings)

@@ -14,9 +14,9 @@ from torch import nn
 
 from edgesd.errors import ParityError
 from edgesd.export.families import Component, Sizes
-from edgesd.export.quiet import first_line
 from edgesd.runtime.runners.onnxruntime import session_options
 from edgesd.spec import Halves, Parity, Precision, TensorSpec
+from edgesd.text import first_sentence
 
 Array = npt.NDArray[Any]
 Case = tuple[dict[str, Array], tuple[Array, ...]]
@@ -145,7 +145,7 @@ def _check(
         raise
     except Exception as exc:  # onnxruntime raises a class for each of its error codes
         raise ParityError(
-            f"{component.name}: ONNX Runtime can't run the exported graph: {first_line(exc)}"
+            f"{component.name}: ONNX Runtime can't run the exported graph: {first_sentence(exc)}"
         ) from exc
     if not rel_rms <= tolerance:
         raise ParityError(

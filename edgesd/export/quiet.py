@@ -22,12 +22,6 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def first_line(exc: BaseException) -> str:
-    """The first line of an exception's message, or its type."""
-    lines = str(exc).strip().splitlines()
-    return lines[0].strip() if lines else type(exc).__name__
-
-
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging

@@ -6,25 +6,31 @@ kinds of input (single-file checkpoints, ONNX folders) would be told apart in `r
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
 import re
+import socket
+import threading
+import urllib.parse
+import urllib.request
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgesd.errors import InputError, MissingDependencyError, unknown_name
-from edgesd.export.families import Family, family_of
-from edgesd.export.quiet import first_line
+from edgesd.export.families import Family, families, family_of
 from edgesd.files import expanded, sha256_file
 from edgesd.runtime.pictures import read_prompts
 from edgesd.spec import Licence
+from edgesd.text import first_sentence
 from edgesd.textfiles import read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _TEXT_FILE = (".json", ".txt", ".model")
 _LICENCES = "LICENSES"
 _NOTICE = re.compile(r"(licen[cs]e|notice|copying)([._-].*)?", re.IGNORECASE)
@@ -72,10 +78,7 @@ class ModelSource:
         stem = self.family.weights[component]
         found = choose_weights(names, stem)
         if found is None:
-            raise InputError(
-                f"{folder} has no complete weights: expected {stem}.safetensors (or its .fp16 "
-                "variant, its shards, or a .bin file); download the model again"
-            )
+            raise InputError(_lacking(folder, names, stem))
         return found
 
     def parameters(self, component: str) -> int:
@@ -85,6 +88,8 @@ class ModelSource:
         """
         weights = self.weights(component)
         paths = [self.root / component / name for name in weights.files]
+        for path in paths:
+            check_no_pointer(path)
         if not weights.safetensors:
             return sum(path.stat().st_size for path in paths) // 4
         from safetensors import SafetensorError, safe_open
@@ -97,7 +102,7 @@ class ModelSource:
                 with safe_open(path, "np") as file:
                     shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
             except (SafetensorError, OSError) as exc:
-                raise InputError(f"cannot read {path}: {first_line(exc)}") from exc
+                raise InputError(f"cannot read {path}: {first_sentence(exc)}") from exc
             count += sum(math.prod(shape) for shape in shapes)
         return count
 
@@ -213,10 +218,26 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The json object in a file. Raises InputError when it is missing, broken, or no object."""
     if not path.exists():
         raise InputError(f"{path} is missing: is this a complete diffusers folder?")
+    check_no_pointer(path)
     value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raise InputError where a file can't be read, or stands for one that Git LFS has yet to
+    fetch."""
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError as exc:
+        raise InputError(f"cannot read {path}: {exc.strerror or exc}") from exc
+    if pointer:
+        raise InputError(
+            f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its "
+            "repository, or download the model again"
+        )
 
 
 def choose_weights(names: Collection[str], stem: str) -> Weights | None:
@@ -242,26 +263,106 @@ def choose_weights(names: Collection[str], stem: str) -> Weights | None:
     return None
 
 
+def _lacking(folder: Path, names: Collection[str], stem: str) -> str:
+    """Why there are no weights of a network in `folder`, which holds files `names`."""
+    if not folder.is_dir():
+        return f"{folder} is missing: the pipeline isn't complete; download it again"
+    expected = f"expected {stem}.safetensors, its .fp16 variant, its shards, or a .bin file"
+    other = next((n for n in sorted(names) if n.endswith((".onnx", ".msgpack", ".gguf"))), None)
+    variants = sorted(n for n in names if re.fullmatch(rf"{stem}\.\w+\.(safetensors|bin)", n))
+    shards = sorted(n for n in names if re.search(r"-\d+-of-\d+\.", n))
+    if shards:
+        return (
+            f"{folder} has {len(shards)} of the parts of its weights, or no index of them: "
+            f"{expected}; download the others"
+        )
+    if variants:
+        return f"{folder} has its weights as {variants[0]} only: {expected}"
+    if other:
+        return f"{folder} has {other}, and no weights for PyTorch: {expected}"
+    return f"{folder} has no weights: {expected}; download the model again"
+
+
 def _open_folder(name: str, root: Path) -> ModelSource:
     if not (root / "model_index.json").is_file():
-        raise InputError(
-            f"{root} has no model_index.json: expected a diffusers pipeline folder, as "
-            "save_pretrained writes it"
-        )
+        raise InputError(_no_pipeline(root))
     index = read_json_object(root / "model_index.json")
-    class_name = index.get("_class_name")
-    if not isinstance(class_name, str):
-        raise InputError(f"{root / 'model_index.json'} has no _class_name: is it complete?")
+    class_name = _class_name(root / "model_index.json", index)
     return ModelSource(name, root, index, family_of(class_name, name))
 
 
+def _class_name(path: Path, index: Mapping[str, Any]) -> str:
+    """The pipeline's class. Raises InputError where there is none, or code of the model's own."""
+    name = index.get("_class_name")
+    if isinstance(name, str):
+        return name
+    if isinstance(name, list) and len(name) == 2 and all(isinstance(part, str) for part in name):
+        module, own = name
+        known = {taken for family in families() for taken in family.class_names}
+        advice = (
+            f'if that does what diffusers\' own {own} does, write "_class_name": "{own}" there'
+            if own in known
+            else "only pipelines of diffusers itself are supported"
+        )
+        raise InputError(
+            f"{path} asks for {own} of the model's own code ({module}.py), which edgesd doesn't "
+            f"run: {advice}"
+        )
+    raise InputError(
+        f"{path} names no pipeline class (its _class_name is {_brief(name)}): a pipeline that "
+        "diffusers' save_pretrained wrote has one"
+    )
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _no_pipeline(root: Path) -> str:
+    """What a folder without model_index.json is instead, and what to do with it."""
+    names = sorted(path.name for path in root.iterdir())
+    inner = [name for name in names if (root / name / "model_index.json").is_file()]
+    snapshots = sorted((root / "snapshots").glob("*/model_index.json"))
+    single = [name for name in names if Path(name).suffix.lower() in _SINGLE_FILE]
+    if "bundle.json" in names:
+        return f"{root} is a bundle already: edgesd inspect shows what it is"
+    if inner or snapshots:
+        nearest = snapshots[0].parent if snapshots else root / inner[0]
+        return f"{root} has no model_index.json, but {nearest} has: give that folder"
+    if "adapter_config.json" in names or any("lora" in name.lower() for name in single):
+        return (
+            f"{root} holds a LoRA, not a pipeline: merge it into its base model with diffusers "
+            "(load_lora_weights, fuse_lora, then save_pretrained)"
+        )
+    if "config.json" in names:
+        return (
+            f"{root} holds one network (it has config.json, and no model_index.json): give the "
+            "folder of the whole pipeline"
+        )
+    if single:
+        return _not_a_folder(root / single[0])
+    return (
+        f"{root} has no model_index.json: expected a diffusers pipeline folder, as "
+        "save_pretrained writes it"
+    )
+
+
 def _not_a_folder(path: Path) -> str:
-    if path.suffix.lower() in _SINGLE_FILE:
+    suffix = path.suffix.lower()
+    if suffix in _SINGLE_FILE:
         return (
             f"{path} is a single-file checkpoint, which isn't supported yet: convert it once with "
             "diffusers (StableDiffusionPipeline.from_single_file, then save_pretrained)"
         )
-    return f"{path} is a file: expected a diffusers folder (with model_index.json)"
+    what = {
+        ".edgesd": "a bundle already: edgesd inspect shows what it is",
+        ".gguf": "a GGUF file, which isn't supported: give the diffusers folder it was made from",
+        ".onnx": "an ONNX graph: give the diffusers folder it was exported from",
+        ".json": "a file: give the folder that holds it",
+        **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".7z"), "an archive: unpack it first"),
+    }
+    return f"{path} is {what.get(suffix, 'a file: expected a diffusers folder')}"
 
 
 def _looks_local(model: str | Path) -> bool:
@@ -274,16 +375,22 @@ def _download(repo_id: str) -> Path:
     """Fetch just the files that the family needs; from the cache when the hub can't be reached."""
     try:
         import huggingface_hub as hub
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
+        from huggingface_hub.utils import logging as hub_logging
     except ImportError as exc:
         raise MissingDependencyError(
             f"downloading {repo_id} needs huggingface_hub: pip install 'edgesd[build]'"
         ) from exc
     # The library retries, and reports each try; the one error line at the end says it all.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    hub_logging.get_logger().setLevel(logging.ERROR)
+    offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
+    if offline is None and not _reachable(constants.ENDPOINT):
+        offline = "the hub can't be reached"
     try:
-        index = read_json_object(Path(hub.hf_hub_download(repo_id, "model_index.json")))
-        family = family_of(str(index.get("_class_name")), repo_id)
+        if offline:  # its five tries would take half a minute
+            return Path(hub.snapshot_download(repo_id, local_files_only=True))
+        index_path = Path(hub.hf_hub_download(repo_id, "model_index.json"))
+        family = family_of(_class_name(index_path, read_json_object(index_path)), repo_id)
         try:
             patterns = _wanted(hub.list_repo_files(repo_id), family)
         except errors.HfHubHTTPError:
@@ -302,8 +409,9 @@ def _download(repo_id: str) -> Path:
         ) from exc
     except errors.LocalEntryNotFoundError as exc:
         raise InputError(
-            f"{repo_id} is not a folder here, is not in the download cache, and the hub can't be "
-            "reached: check the network, or give a local folder"
+            f"{repo_id} is not a folder here, is not in the download cache, and "
+            f"{offline or 'the connection to the hub was lost'}: check the network, or give a "
+            "local folder"
         ) from exc
     except errors.EntryNotFoundError as exc:
         raise InputError(
@@ -312,7 +420,28 @@ def _download(repo_id: str) -> Path:
     except InputError:
         raise
     except Exception as exc:  # each hub version raises the exceptions of its own HTTP library
-        raise InputError(f"cannot download {repo_id}: {first_line(exc)}") from exc
+        raise InputError(f"cannot download {repo_id}: {first_sentence(exc)}") from exc
+
+
+def _reachable(url: str, seconds: float = 4.0) -> bool:
+    """Whether the server of `url`, or the proxy that leads to it, takes connections."""
+    parts = urllib.parse.urlsplit(url)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
+        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    found = threading.Event()
+
+    def connect() -> None:
+        with contextlib.suppress(OSError), socket.create_connection((parts.hostname, port)):
+            found.set()
+        done.set()
+
+    done = threading.Event()
+    # In a thread, as looking up a name has no time limit.
+    threading.Thread(target=connect, daemon=True).start()
+    done.wait(seconds)
+    return found.is_set()
 
 
 def _wanted(files: Collection[str], family: Family) -> list[str]:

@@ -18,8 +18,9 @@ from edgesd.export.passes.check import MAX_IR_VERSION, OPSET, CheckGraph
 from edgesd.export.passes.dims import NameDims
 from edgesd.export.passes.names import StableNames
 from edgesd.export.passes.tidy import Tidy
-from edgesd.export.quiet import first_line, quiet
+from edgesd.export.quiet import quiet
 from edgesd.spec import ComponentSpec
+from edgesd.text import first_sentence
 
 
 def graph_from_module(module: nn.Module, component: Component, lowering: Lowering) -> ir.Model:
@@ -83,4 +84,4 @@ def _reason(exc: BaseException) -> str:
     """The innermost cause, which says more than the exporter's own summary."""
     while exc.__cause__ is not None:
         exc = exc.__cause__
-    return f"{type(exc).__name__}: {first_line(exc)}"
+    return f"{type(exc).__name__}: {first_sentence(exc)}"

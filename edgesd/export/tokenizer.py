@@ -9,9 +9,10 @@ import msgspec
 import transformers
 
 from edgesd.errors import InputError, ParityError
-from edgesd.export.quiet import first_line, quiet
+from edgesd.export.quiet import quiet
 from edgesd.files import atomic_write
 from edgesd.runtime.tokenizer import PromptTokenizer, TokenizerSpec
+from edgesd.text import first_sentence
 
 _PROBES = ("", "a red apple", "It's  3 DOGS, caf\u00e9!", "\u65e5\u672c \U0001f600", "word " * 100)
 
@@ -31,7 +32,7 @@ def write_tokenizer(source: Path, folder: Path, max_tokens: int) -> tuple[str, .
                 list(_PROBES), padding="max_length", truncation=True, max_length=max_tokens
             ).input_ids
     except Exception as exc:  # many libraries read here, each with exceptions of its own
-        raise InputError(f"cannot read the tokenizer in {source}: {first_line(exc)}") from exc
+        raise InputError(f"cannot read the tokenizer in {source}: {first_sentence(exc)}") from exc
     backend.no_truncation()
     backend.no_padding()
     spec = TokenizerSpec(

@@ -20,7 +20,7 @@ from edgesd.errors import EdgesdError
 from edgesd.export.attention import replace_attention
 from edgesd.export.families import Component, Sizes
 from edgesd.export.quantize.layers import MIN_WEIGHTS, Layer
-from edgesd.export.quiet import first_line
+from edgesd.text import first_sentence
 
 _ALIASES = frozenset(
     (
@@ -128,7 +128,7 @@ def trace(component: Component, sizes: Sizes) -> Workload:
         with recorder, torch.no_grad():
             out = module(*inputs)
     except Exception as exc:  # torch's own errors, of any kind
-        raise EdgesdError(f"{component.name} can't be planned: {first_line(exc)}") from exc
+        raise EdgesdError(f"{component.name} can't be planned: {first_sentence(exc)}") from exc
     return recorder.workload(inputs, out if isinstance(out, tuple) else (out,))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+import socket
+import threading
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -90,7 +92,9 @@ def test_a_hub_id_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "notes.txt"])
 def test_files_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(InputError, match=r"single-file checkpoint|expected a diffusers folder"):
+    with pytest.raises(
+        InputError, match=r"is a (single-file checkpoint|file: expected a diffusers folder)"
+    ):
         resolve_source(tmp_path / name)
 
 
@@ -99,6 +103,116 @@ def test_broken_index(model: Path, content: str) -> None:
     (model / "model_index.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match=r"model_index\.json"):
         resolve_source(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        (
+            ["lcm_pipeline", "LatentConsistencyModelPipeline"],
+            r'own code \(lcm_pipeline\.py\).*write "_class_name": "LatentConsistencyModelPipeline"',
+        ),
+        (["my_pipeline", "MyPipeline"], r"MyPipeline of the model's own code \(my_pipeline\.py\)"),
+        (None, "names no pipeline class"),
+        (["a", "b", "c"], "names no pipeline class"),
+        ("StableDiffusionXLPipeline", r"is an SDXL pipeline.*doesn't support that yet"),
+        ("StableDiffusion3Pipeline", r"is a Stable Diffusion 3 pipeline.*yet"),
+        ("FluxKontextPipeline", r"is a FLUX pipeline.*yet"),
+        ("StableDiffusionXLInpaintPipeline", r"is an inpainting pipeline.*yet"),
+        ("StableDiffusionControlNetPipeline", r"is a pipeline with a ControlNet.*yet"),
+        ("ORTStableDiffusionPipeline", r"ONNX Runtime.*give the diffusers folder"),
+        ("OVStableDiffusionPipeline", r"OpenVINO.*give the diffusers folder"),
+        ("SomethingElsePipeline", r"SomethingElsePipeline.*takes LatentConsistencyModelPipeline"),
+    ],
+)
+def test_advice_on_a_pipeline_fits_its_class(model: Path, name: object, advice: str) -> None:
+    edit(model / "model_index.json", _class_name=name)
+    with pytest.raises(InputError, match=advice) as error:
+        resolve_source(model)
+    assert "is it complete" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        (["bundle.json"], "is a bundle already"),
+        (["inner/model_index.json"], r"inner has: give that folder"),
+        (["snapshots/abc/model_index.json", "refs/main"], r"snapshots/abc has: give that folder"),
+        (["pytorch_lora_weights.safetensors"], "holds a LoRA"),
+        (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA"),
+        (["config.json", "diffusion_pytorch_model.safetensors"], "holds one network"),
+        (["v1-5-pruned.ckpt", "notes.txt"], "is a single-file checkpoint"),
+        (["notes.txt"], "expected a diffusers pipeline folder"),
+        ([], "expected a diffusers pipeline folder"),
+    ],
+)
+def test_advice_on_a_folder_that_is_no_pipeline_fits_what_it_is(
+    tmp_path: Path, files: list[str], advice: str
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(InputError, match=advice):
+        resolve_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("model.CKPT", "convert it once"),
+        ("demo.edgesd", "is a bundle already"),
+        ("model.gguf", "GGUF"),
+        ("unet.onnx", "an ONNX graph"),
+        ("model_index.json", "give the folder that holds it"),
+        ("model.zip", "unpack it"),
+    ],
+)
+def test_advice_on_a_file_fits_what_it_is(tmp_path: Path, name: str, advice: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=advice):
+        resolve_source(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        ([], r"no weights: expected model\.safetensors"),
+        (["model-00001-of-00003.safetensors"], "1 of the parts"),
+        (["model.onnx"], "has model.onnx, and no weights for PyTorch"),
+        (["model.non_ema.safetensors"], r"as model\.non_ema\.safetensors only"),
+    ],
+)
+def test_advice_on_weights_fits_what_is_there(model: Path, files: list[str], advice: str) -> None:
+    folder = model / "text_encoder"
+    (folder / "model.safetensors").unlink()
+    for name in files:
+        (folder / name).write_bytes(b"")
+    with pytest.raises(InputError, match=advice):
+        resolve_source(model).weights("text_encoder")
+
+
+def test_a_pointer_of_git_lfs_is_told_as_one(model: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (model / "unet" / "diffusion_pytorch_model.safetensors").write_text(pointer)
+    with pytest.raises(InputError, match=r"unet.*pointer of Git LFS.*git lfs pull"):
+        resolve_source(model).parameters("unet")
+    (model / "model_index.json").write_text(pointer)
+    with pytest.raises(InputError, match=r"model_index.*pointer of Git LFS"):
+        resolve_source(model)
+
+
+def test_a_pickle_with_more_than_tensors_is_told_as_one(model: Path) -> None:
+    torch = pytest.importorskip("torch")
+    folder = model / "text_encoder"
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": torch.zeros(1), "b": PurePosixPath("x")}, folder / "pytorch_model.bin")
+    source = resolve_source(model)
+    (component, *_) = source.family.plan(source, None, None, 1).components
+    with pytest.raises(InputError) as error:
+        component.load()
+    text = str(error.value)
+    assert "pytorch_model.bin isn't loaded: it holds Python objects besides tensors" in text
+    assert "pathlib.PurePosixPath" in text and text.isprintable()
 
 
 def test_another_family_names_those_supported(model: Path) -> None:
@@ -219,12 +333,16 @@ def test_choose_weights() -> None:
     assert choose_weights([], stem) is None
 
 
+reachable = source_module._reachable
+
+
 class TestDownload:
     """What the hub's failures turn into: one line that says what to do."""
 
     @pytest.fixture
     def hub(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.undo()
+        monkeypatch.setattr(source_module, "_reachable", lambda url: True)
         return pytest.importorskip("huggingface_hub")
 
     @pytest.mark.parametrize(
@@ -232,9 +350,9 @@ class TestDownload:
         [
             ("GatedRepoError", "is gated: accept its terms"),
             ("RepositoryNotFoundError", "neither a folder here nor a public model"),
-            ("LocalEntryNotFoundError", "the hub can't be reached"),
+            ("LocalEntryNotFoundError", "the connection to the hub was lost"),
             ("RemoteEntryNotFoundError", "has no model_index.json"),
-            ("", "cannot download some-owner/none: socket closed"),
+            ("", "cannot download some-owner/none: socket closed and more"),
         ],
     )
     def test_failures(
@@ -250,6 +368,45 @@ class TestDownload:
         with pytest.raises(EdgesdError, match=message) as caught:
             resolve_source("some-owner/none")
         assert "\n" not in str(caught.value)
+
+    def test_offline_a_model_in_the_cache_is_used_and_another_is_one_quick_line(
+        self, hub: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def snapshot(repo_id: str, local_files_only: bool) -> str:
+            assert local_files_only
+            if repo_id == "some-owner/cached":
+                return str(EMOJI)
+            raise hub.errors.LocalEntryNotFoundError("none")
+
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise AssertionError("the hub was asked")
+
+        monkeypatch.setattr(hub, "snapshot_download", snapshot)
+        monkeypatch.setattr(hub, "hf_hub_download", fail)
+        with socket.socket() as server:  # a port that nobody listens at
+            server.bind(("127.0.0.1", 0))
+            endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+            assert not reachable(endpoint)
+            monkeypatch.setattr(source_module, "_reachable", lambda url: reachable(endpoint))
+            assert resolve_source("some-owner/cached").root == EMOJI
+            with pytest.raises(InputError, match=r"none is not .* the hub can't be reached"):
+                resolve_source("some-owner/none")
+            monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+            with pytest.raises(InputError, match=r"HF_HUB_OFFLINE is set"):
+                resolve_source("some-owner/none")
+            server.listen()
+            assert reachable(endpoint)
+        assert not caplog.records
+
+    def test_a_name_server_that_doesn_t_answer_is_not_waited_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given_up = threading.Event()
+        monkeypatch.setattr(
+            socket, "create_connection", lambda address: given_up.wait(60) and socket.socket()
+        )
+        assert not reachable("https://huggingface.co", seconds=0.05)
+        given_up.set()
 
     def test_only_what_is_needed_is_fetched(
         self, hub: Any, monkeypatch: pytest.MonkeyPatch
@@ -288,14 +445,17 @@ def test_scheduler_options_are_those_of_diffusers_pipeline(model: Path) -> None:
     assert (found["steps_offset"], found["clip_sample"]) == (1, False)
 
 
-def test_another_sampler_for_a_scheduler_that_there_is_none_for(model: Path) -> None:
+def test_another_sampler_for_a_scheduler_that_there_is_none_for(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     index = json.loads((model / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
     (model / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match=r"UniPC.*--scheduler"):
-        plan_pipeline(resolve_source(model))
+    plan = plan_pipeline(resolve_source(model))
+    assert plan.pipeline.scheduler.name == "dpmpp-2m" and "UniPC" in caplog.text
+    caplog.clear()
     plan = plan_pipeline(resolve_source(model), None, "dpmpp-2m")
-    assert plan.pipeline.scheduler.name == "dpmpp-2m"
+    assert plan.pipeline.scheduler.name == "dpmpp-2m" and not caplog.records
     with pytest.raises(UsageError, match="did you mean 'dpmpp-2m'"):
         plan_pipeline(resolve_source(model), None, "dpmpp")
 

@@ -21,7 +21,7 @@ from edgesd.runtime.schedulers import (
     SCHEDULERS,
     Scheduler,
     create_scheduler,
-    name_from_class,
+    sampler_of,
 )
 from edgesd.runtime.schedulers.ddim import DDIM
 from edgesd.runtime.schedulers.flow_euler import FlowEuler
@@ -498,11 +498,44 @@ def test_names() -> None:
     assert sorted(SCHEDULERS) == sorted(
         ["ddim", "euler", "euler-a", "dpmpp-2m", "pndm", "lcm", "flow-euler"]
     )
-    assert name_from_class("DPMSolverMultistepScheduler") == "dpmpp-2m"
-    with pytest.raises(InputError, match="HeunDiscreteScheduler"):
-        name_from_class("HeunDiscreteScheduler")
+    assert sampler_of("DPMSolverMultistepScheduler", {}) == "dpmpp-2m"
     with pytest.raises(UsageError, match="did you mean 'euler'"):
         create_scheduler("eular", {})
+
+
+@pytest.mark.parametrize(
+    ("class_name", "name"),
+    [
+        ("UniPCMultistepScheduler", "dpmpp-2m"),
+        ("DEISMultistepScheduler", "dpmpp-2m"),
+        ("HeunDiscreteScheduler", "euler"),
+        ("KDPM2AncestralDiscreteScheduler", "euler-a"),
+    ],
+)
+def test_the_nearest_sampler_stands_in_for_one_that_there_isn_t_with_a_warning(
+    class_name: str, name: str, diffusers: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = dict(getattr(diffusers, class_name)().config) | {"_class_name": class_name}
+    assert sampler_of(class_name, config) == name
+    (warning,) = caplog.messages
+    assert class_name in warning and f"{name} is taken" in warning
+    assert all(known in warning.partition("--scheduler takes")[2] for known in SCHEDULERS)
+    create_scheduler(name, config).set_timesteps(20)
+
+
+def test_a_sampler_that_doesn_t_take_the_options_stands_in_for_none() -> None:
+    assert sampler_of("UniPCMultistepScheduler", {"solver_order": 3}) == "euler"
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    with pytest.raises(InputError, match=r"UniPC.*--scheduler takes ddim, dpmpp-2m, euler,"):
+        sampler_of("UniPCMultistepScheduler", flow)
+
+
+@pytest.mark.parametrize("class_name", ["NoSuchScheduler", "", "x" * 10**6])
+def test_a_scheduler_without_a_near_one_names_what_the_option_takes(class_name: str) -> None:
+    with pytest.raises(InputError) as error:
+        sampler_of(class_name, {})
+    assert str(error.value).endswith(f"--scheduler takes {', '.join(sorted(SCHEDULERS))}")
+    assert len(str(error.value)) < 300
 
 
 def test_flow_and_diffusion_are_not_mixed() -> None:

@@ -148,12 +148,12 @@ def test_unknown_target(name, near):
     with pytest.raises(UsageError) as error:
         get_target(name)
     assert str(error.value).startswith(f"unknown target '{name}': did you mean '{near}")
-    assert "jetson-orin," in str(error.value)
+    assert "`edgesd targets`" in str(error.value) and len(str(error.value)) < 200
 
 
 @pytest.mark.parametrize("name", ["", "tpu"])
-def test_unknown_target_without_a_near_one_lists_all(name):
-    with pytest.raises(UsageError, match=r"valid: jetson-agx-orin, .*x86-64-cpu"):
+def test_unknown_target_without_a_near_one_says_where_they_are_listed(name):
+    with pytest.raises(UsageError, match=r"^unknown target '.*': `edgesd targets` lists all \d+$"):
         get_target(name)
 
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import pty
 import shutil
 import subprocess
 import sys
 import unicodedata
+import warnings
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from edgesd.cli.common import Reporter, fail, print_json
+from edgesd.cli.common import Reporter, fail, print_json, show_messages
 from edgesd.engines.bundle import update_manifest
 from edgesd.errors import InputError
 from edgesd.runtime.bundle import Bundle
-from edgesd.text import shown, shown_json, shown_lines
+from edgesd.text import first_sentence, shown, shown_json, shown_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIPBOARD = "\x1b]52;c;cm0gLXJmIH4=\x07"
@@ -138,6 +140,48 @@ def on_a_terminal(*arguments: str) -> tuple[int, bytes]:
     finally:
         os.close(ours)
     return process.wait(timeout=60), output
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ("It failed. Try again.", "It failed"),
+        (
+            "Two options, \x1b[1mdo those steps\x1b[0m\nonly if you trust it. (1) ...",
+            "Two options, do those steps only if you trust it",
+        ),
+        (
+            "no module x.y.z, see e.g. the docs\nfor 3.5 or more",
+            "no module x.y.z, see e.g. the docs for 3.5 or more",
+        ),
+        ("", "ValueError"),
+        (" \n\x1b[2J ", "ValueError"),
+    ],
+)
+def test_of_a_library_s_words_the_first_sentence_is_told_whole(said: str, sentence: str) -> None:
+    assert first_sentence(ValueError(said)) == sentence
+
+
+def test_a_sentence_without_end_is_cut_at_a_word() -> None:
+    told = first_sentence(ValueError("word " * 10**5))
+    assert told.endswith("word ...") and len(told) < 420
+
+
+def test_what_is_logged_or_warned_of_is_one_safe_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "lastResort", logging.lastResort)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    show_messages()
+    record = logging.LogRecord(
+        "edgesd", logging.WARNING, "", 0, "of %s", (CLIPBOARD + "\nx",), None
+    )
+    assert logging.lastResort
+    logging.lastResort.handle(record)
+    warnings.showwarning(UserWarning("of " + CLIPBOARD), UserWarning, "", 0)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("edgesd: warning: of \\x1b") and is_safe(first)
+    assert second.startswith("edgesd: warning: of \\x1b") and is_safe(second)
 
 
 def test_a_hostile_bundle_is_inspected_safely_on_a_terminal(

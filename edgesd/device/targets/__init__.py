@@ -61,7 +61,7 @@ def get_target(name: str) -> Target:
     picked = {family: by_name[member] for family, member in families().items()}
     found = {**explicit, **picked, **by_name}.get(name)
     if found is None:
-        raise UsageError(unknown_name("target", name, {*by_name, *picked}))
+        raise UsageError(unknown_name("target", name, {*by_name, *picked}, "edgesd targets"))
     return found
 
 

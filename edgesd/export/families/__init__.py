@@ -7,6 +7,7 @@ A family reads configs only; torch is imported when `Component.load` is called.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -80,6 +81,21 @@ class Family:
 
 _MODULES = ("sd",)
 
+_NOT_YET = ": edgesd doesn't support that yet"
+_KNOWN = {
+    "^ORT": ("an export for ONNX Runtime", ": give the diffusers folder it was made from"),
+    "^OV": ("an export for OpenVINO", ": give the diffusers folder it was made from"),
+    "^Flax": ("a pipeline for JAX", ": give a PyTorch version of it"),
+    "ControlNet": ("a pipeline with a ControlNet", _NOT_YET),
+    "Inpaint": ("an inpainting pipeline", _NOT_YET),
+    "InstructPix2Pix|Upscal|Depth2Img|ImageVariation": ("a pipeline of another task", _NOT_YET),
+    "^StableDiffusionXL": ("an SDXL pipeline", _NOT_YET),
+    "^StableDiffusion3": ("a Stable Diffusion 3 pipeline", _NOT_YET),
+    "^Flux": ("a FLUX pipeline", _NOT_YET),
+    "Video|^Wan|^LTX|^CogVideo|^Mochi": ("a video pipeline", ": edgesd draws pictures"),
+}
+"""What is asked for and isn't taken: pattern of its class -> what it is, and what to do."""
+
 
 def families() -> tuple[Family, ...]:
     """All families."""
@@ -97,4 +113,8 @@ def family_of(class_name: str, where: str) -> Family:
         if class_name in family.class_names:
             return family
     valid = ", ".join(sorted(name for family in families() for name in family.class_names))
-    raise InputError(f"{where} is a {class_name}, which isn't supported: valid: {valid}")
+    kind = class_name if len(class_name) <= 80 else f"{class_name[:80]}..."
+    for pattern, (what, advice) in _KNOWN.items():
+        if re.search(pattern, class_name):
+            raise InputError(f"{where} is {what} ({kind}){advice}; edgesd takes {valid}")
+    raise InputError(f"{where} is a {kind}, which edgesd doesn't support (yet); it takes {valid}")

@@ -5,7 +5,9 @@ Each wrapper holds the network as `net`, so that a graph's names are the network
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -14,9 +16,10 @@ import transformers
 from torch import Tensor, nn
 
 from edgesd.errors import InputError
-from edgesd.export.quiet import first_line, quiet
-from edgesd.export.source import ModelSource
+from edgesd.export.quiet import quiet
+from edgesd.export.source import ModelSource, Weights
 from edgesd.spec import LatentSpec
+from edgesd.text import first_sentence
 
 
 class TextEncoder(nn.Module):
@@ -145,7 +148,7 @@ def _load(source: ModelSource, component: str, cls: Any, weights: bool) -> Any:
                 output_loading_info=True,
             )
     except Exception as exc:  # many libraries read here, each with exceptions of its own
-        raise InputError(f"cannot load the weights in {folder}: {first_line(exc)}") from exc
+        raise InputError(_why_not_loaded(folder, files, exc)) from exc
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -155,6 +158,24 @@ def _load(source: ModelSource, component: str, cls: Any, weights: bool) -> Any:
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{folder}: {name} holds NaN or infinite weights: download it again")
     return net
+
+
+def _why_not_loaded(folder: Path, files: Weights, exc: Exception) -> str:
+    """One line for weights that a library can't load."""
+    chain: list[BaseException] = [exc]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    told = " ".join(map(str, chain))
+    # torch reads tensors alone from a pickle, and says so at length.
+    if not files.safetensors and re.search("weights.only", told, re.IGNORECASE):
+        held = re.search(r"GLOBAL ([\w.]+)", told)
+        objects = f" ({held[1]})" if held else ""
+        return (
+            f"{folder / files.files[-1]} isn't loaded: it holds Python objects besides tensors"
+            f"{objects}, and reading those can run code. Save its tensors alone, best as "
+            ".safetensors, or download the model's .safetensors"
+        )
+    return f"cannot load the weights in {folder}: {first_sentence(exc)}"
 
 
 def _shell(source: ModelSource, component: str, cls: Any) -> Any:
@@ -168,6 +189,6 @@ def _shell(source: ModelSource, component: str, cls: Any) -> Any:
                 net = cls.from_config(config)
     except Exception as exc:  # as above
         raise InputError(
-            f"{source.root / component}/config.json makes no {cls.__name__}: {first_line(exc)}"
+            f"{source.root / component}/config.json makes no {cls.__name__}: {first_sentence(exc)}"
         ) from exc
     return net.eval().requires_grad_(False).float()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from edgesd.errors import InputError, UsageError
 from edgesd.export.families import MAX_BATCH, Component, Family, Plan, Sizes
 from edgesd.export.quiet import quiet
-from edgesd.runtime.schedulers import create_scheduler, name_from_class
+from edgesd.runtime.schedulers import create_scheduler, sampler_of
 from edgesd.spec import (
     ComponentSpec,
     Dim,
@@ -87,7 +87,7 @@ def plan(
         _vae_encoder(source, latent, shape),
     )
     config = _scheduler_config(source)
-    name = scheduler or name_from_class(source.class_of("scheduler"))
+    name = scheduler or sampler_of(source.class_of("scheduler"), config)
     steps, guidance = _DEFAULTS[_is_lcm(source)]
     hints = source.hints()
     steps = int(hints.get("num_inference_steps", steps))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from edgesd.errors import InputError, MissingDependencyError
-from edgesd.export.quiet import first_line, quiet
+from edgesd.export.quiet import quiet
+from edgesd.text import first_sentence
 
 
 @dataclass
@@ -55,7 +56,9 @@ def load_base(path: Path) -> Base:
                 folder, local_files_only=True, dtype=torch.float32, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError, struct.error) as exc:
-        raise InputError(f"{path} can't be read as a language model: {first_line(exc)}") from exc
+        raise InputError(
+            f"{path} can't be read as a language model: {first_sentence(exc)}"
+        ) from exc
     model.config.use_cache = False
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path} has no token that ends a text")

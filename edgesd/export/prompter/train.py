@@ -35,11 +35,11 @@ from edgesd.export.prompter.starts import (
     save_adapter,
     set_adapter,
 )
-from edgesd.export.quiet import first_line
 from edgesd.files import atomic_path, atomic_write, check_writable, sha256_file
 from edgesd.runtime.memory import peak_bytes
 from edgesd.runtime.prompter import FRAME
 from edgesd.spec import Spec
+from edgesd.text import first_sentence
 
 REPORT = "training.json"
 STATE = "state.pt"
@@ -335,7 +335,9 @@ def _load_state(path: Path, settings: str, optimizer: str) -> dict[str, Any] | N
             state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         same = state["settings"] == settings
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as exc:
-        raise InputError(f"{path} is damaged ({first_line(exc)}): remove it to begin anew") from exc
+        raise InputError(
+            f"{path} is damaged ({first_sentence(exc)}): remove it to begin anew"
+        ) from exc
     if not same:
         raise InputError(
             f"{path.parent} holds a run of another base, data or settings: choose another -o, or "

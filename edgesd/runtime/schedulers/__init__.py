@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +22,10 @@ __all__ = [
     "Noise",
     "Scheduler",
     "create_scheduler",
-    "name_from_class",
+    "sampler_of",
 ]
+
+_log = logging.getLogger(__name__)
 
 SCHEDULERS: dict[str, type[Scheduler]] = {
     cls.name: cls for cls in (DDIM, Euler, EulerAncestral, DPMSolverPlusPlus, PNDM, LCM, FlowEuler)
@@ -33,13 +36,45 @@ DIFFUSERS_CLASSES: dict[str, str] = {cls.diffusers_class: name for name, cls in 
 """`_class_name` of a scheduler_config.json -> name."""
 
 
-def name_from_class(class_name: str) -> str:
-    """Our name of a diffusers scheduler class. Raises InputError when there is none."""
-    try:
+_NEAREST = {
+    "DEISMultistepScheduler": ("dpmpp-2m", "euler"),
+    "DPMSolverSinglestepScheduler": ("dpmpp-2m", "euler"),
+    "UniPCMultistepScheduler": ("dpmpp-2m", "euler"),
+    "DDIMParallelScheduler": ("ddim",),
+    "DDPMScheduler": ("euler-a",),
+    "DPMSolverSDEScheduler": ("euler-a",),
+    "HeunDiscreteScheduler": ("euler",),
+    "KDPM2AncestralDiscreteScheduler": ("euler-a",),
+    "KDPM2DiscreteScheduler": ("euler",),
+    "LMSDiscreteScheduler": ("euler",),
+}
+"""diffusers class that there is no sampler for -> those that solve the same equation nearly as it
+does, the nearest first."""
+
+
+def sampler_of(class_name: str, config: Mapping[str, Any]) -> str:
+    """The name of the sampler for a model whose scheduler is the diffusers class `class_name`, with
+    its options: its own, or the nearest that takes them, of which a warning tells.
+
+    Raises InputError where there is neither; it names those that may be chosen.
+    """
+    if class_name in DIFFUSERS_CLASSES:
         return DIFFUSERS_CLASSES[class_name]
-    except KeyError:
-        message = unknown_name("scheduler class", class_name, DIFFUSERS_CLASSES)
-        raise InputError(f"{message}; choose another sampler with --scheduler NAME") from None
+    choice = f"--scheduler takes {', '.join(sorted(SCHEDULERS))}"
+    for name in _NEAREST.get(class_name, ()):
+        try:
+            create_scheduler(name, config)
+        except InputError:
+            continue
+        _log.warning(
+            "the model asks for %s, which edgesd doesn't have: %s is taken, the nearest to it. "
+            "Pictures show the same subjects and differ in details from diffusers'; %s",
+            class_name,
+            name,
+            choice,
+        )
+        return name
+    raise InputError(f"there is no sampler for {class_name[:80]!r}: choose one, {choice}")
 
 
 def create_scheduler(name: str, config: Mapping[str, Any], *, eta: float = 0.0) -> Scheduler:
