@@ -82,7 +82,7 @@ class _Recording(Pipeline):
     """A pipeline on the CPU that records what its networks compute."""
 
     def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, Settings(memory="balanced"))
+        super().__init__(bundle, Settings(memory="balanced", made_here=True))
         self.largest: Largest = {}
 
     def open_runner(self, component: str) -> Runner:

@@ -364,7 +364,7 @@ class QuantizedBuild:
         return self.work / f"pictures-{key.hexdigest()[:16]}"
 
     def _source_pictures(self) -> list[Image.Image]:
-        with Pipeline(self.reference) as pipeline:
+        with Pipeline(self.reference, Settings(made_here=True)) as pipeline:
             return quality_.draw_cached(
                 pipeline, self.requests, self._pictures_folder(), self._drawn("source pictures")
             )
@@ -375,7 +375,8 @@ class QuantizedBuild:
     def _measure(
         self, source: Sequence[Image.Image], perceptual: Perceptual
     ) -> tuple[list[Image.Image], Quality]:
-        with Pipeline(open_bundle(self.root), Settings(kernels=False)) as pipeline:
+        own = Settings(kernels=False, made_here=True)
+        with Pipeline(open_bundle(self.root), own) as pipeline:
             ours = quality_.draw(pipeline, self.requests, self._drawn("quantized pictures"))
             pairs = quality_.compare(self.requests, source, ours, perceptual)
             measured = quality_.summarise(
@@ -428,7 +429,7 @@ class QuantizedBuild:
         without = [quality_.decibels(measured.pictures[index]) for index in worst]
         least = statistics.mean(without) - _KERNELS_LOSS
         while any(graph.kernels for graph in self.graphs.values()):
-            with Pipeline(open_bundle(self.root)) as pipeline:
+            with Pipeline(open_bundle(self.root), Settings(made_here=True)) as pipeline:
                 drawn = quality_.draw(
                     pipeline, [self.requests[i] for i in worst], self._drawn("pictures by kernels")
                 )
@@ -502,7 +503,7 @@ class QuantizedBuild:
         if unknown:
             pictures = self._source_pictures()
             source = [pictures[index] for index in probes]
-            with Pipeline(self.reference) as pipeline:
+            with Pipeline(self.reference, Settings(made_here=True)) as pipeline:
                 for number, layer in enumerate(unknown):
                     self.report(f"sensitivity {number + 1}/{len(unknown)}", layer.component)
                     known[_name(layer)] = self._probe(

@@ -43,7 +43,8 @@ def demo_command(output: Path, seed: int) -> None:
     target = demo_target()
     bundle = output / f"bundle-{target}-{demo_sha256()[:8]}"
     check_output(output / "pictures", len(PROMPTS))
-    if bundle.exists():
+    built = not bundle.exists()
+    if not built:
         try:
             opened = open_bundle(bundle)
         except BundleError as exc:
@@ -59,7 +60,7 @@ def demo_command(output: Path, seed: int) -> None:
             progress=lambda stage, component: reporter.line(f"{component}: {stage}"),
         ).bundle
     requests = expand_requests(Request("", seed), PROMPTS, 1)
-    settings = Settings(plan_of=plans_of(opened, reporter))
+    settings = Settings(plan_of=plans_of(opened, reporter), made_here=built)
     with Pipeline(opened, settings) as pipeline:
         made = draw(pipeline, requests, output / "pictures", reporter=reporter)
     paths = [picture.path for picture in made if picture.path]

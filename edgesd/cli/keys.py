@@ -16,7 +16,8 @@ def keys_group() -> None:
     """Sign bundles, and say whose bundles a machine runs.
 
     A machine that trusts a key runs only bundles which that key signed. Which keys those are is in
-    /etc/edgesd/trusted_keys where that exists, else in ~/.config/edgesd/trusted_keys.
+    /etc/edgesd/trusted_keys where that exists, else in ~/.config/edgesd/trusted_keys. Such a file
+    without a key lets no bundle run; any bundle runs where there is none.
     """
 
 
@@ -78,7 +79,7 @@ def check_command(bundle: Path) -> None:
 @click.option("--remove", is_flag=True, help="Trust it no longer.")
 def trust_command(key: str, hosts: tuple[str, ...], remove: bool) -> None:
     """Run only bundles that KEY signed, or another trusted key. KEY: NAME.pub, or its line."""
-    from edgesd.runtime.signature import parse_public_key, trust
+    from edgesd.runtime.signature import parse_public_key, trust, trusted_keys
     from edgesd.textfiles import read_text
 
     path = Path(key)
@@ -94,22 +95,26 @@ def trust_command(key: str, hosts: tuple[str, ...], remove: bool) -> None:
         return
     file = trust(found, not remove)
     say(f"{found} is {'no longer ' if remove else ''}trusted: {file}")
+    if not trusted_keys(file):
+        say(f"no key is left: no bundle runs here. Any bundle runs once {file} is removed")
 
 
 @keys_group.command("list", short_help="The keys that are trusted.")
 @hosts_option
 def list_command(hosts: tuple[str, ...]) -> None:
     """Show the keys that this machine trusts."""
-    from edgesd.runtime.signature import trusted_keys
+    from edgesd.runtime.signature import keys_file, trusted_keys
 
     if hosts:
         each_host(hosts, ["keys", "list"])
         return
     keys = trusted_keys()
-    for key in keys.values():
-        say(str(key))
-    if not keys:
+    if keys is None:
         say("none: any bundle runs here")
+    elif not keys:
+        say(f"none: no bundle runs here. Any bundle runs once {keys_file()} is removed")
+    for key in (keys or {}).values():
+        say(str(key))
 
 
 def _ask(words: str, confirm: bool = False) -> bytes:

@@ -36,6 +36,7 @@ from edgesd.files import (
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.cuda import Gpu, find_gpu
 from edgesd.runtime.runners.tensorrt import LoadedPlan
+from edgesd.runtime.signature import check_trusted
 from edgesd.spec import Environment, Machine, Spec
 
 _WORKSPACE_PART = 4
@@ -127,9 +128,10 @@ def prepare_plans(
 
     components: None for all. Raises UsageError for a bundle of another backend, TargetError and
     MissingDependencyError as `environment_here`, what `build_plan` raises, BundleError when the
-    bundle was altered.
+    bundle was altered or isn't trusted here.
     """
     require_plans(bundle)
+    check_trusted(bundle)
     engines = bundle.manifest.engines
     brought = next((e.built_for for e in engines.values() if e.built_for), None)
     gpu = _gpu()

@@ -26,9 +26,11 @@ from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.closing import Closing
 from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
 from edgesd.runtime.memory import MemoryMode, available_bytes, give_back, peak_bytes, resident_bytes
+from edgesd.runtime.networks import check_networks
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.runners import Runner, run_once
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
+from edgesd.runtime.signature import check_trusted
 from edgesd.runtime.tiles import (
     TILE,
     WINDOWS,
@@ -91,7 +93,8 @@ class Settings:
     threads: per operator, 0 for all cores. plan_of: component -> its plan for TensorRT on this
     machine, built if need be (engines.plans). fallback: a bundle for TensorRT is drawn on the CPU
     where there is no plan, or it fails. kernels: edgesd's own, where the bundle and this machine
-    have them.
+    have them. made_here: the bundle was just built by this program, so that nobody need have signed
+    it.
     """
 
     threads: int = 0
@@ -101,6 +104,7 @@ class Settings:
     fallback: bool = True
     kernels: bool = True
     max_memory: int | None = None
+    made_here: bool = False
 
 
 @dataclass
@@ -128,6 +132,9 @@ class Pipeline(Closing):
     its use. `truncations` tells of every prompt what was cut; `fallbacks` of every component that
     runs on the CPU instead of TensorRT why.
 
+    Raises BundleError for a bundle that this machine doesn't trust (runtime.signature), or whose
+    networks aren't what pictures are drawn with.
+
     Threads may share a pipeline: it does one thing at a time, and whoever calls meanwhile waits,
     `close` included. Pipelines of their own draw side by side. Within `on_step`, on the thread that
     draws, `decode` shows a preview; what would change the networks that are drawing (`generate`,
@@ -143,9 +150,9 @@ class Pipeline(Closing):
                 f"{bundle.path} holds a pipeline of the family {self.spec.family!r}; this version "
                 f"draws with: {', '.join(_FAMILIES)}"
             )
-        for component in DRAWING:
-            if component not in self.spec.components:
-                raise BundleError(f"{bundle.path} has no {component}: build the bundle again")
+        if not self.settings.made_here:
+            check_trusted(bundle)
+        check_networks(bundle.manifest, DRAWING)
         _check_precisions(bundle)
         self.timings = Timings()
         self.truncations: dict[str, Truncation] = {}

@@ -26,6 +26,7 @@ from edgesd.files import atomic_path, sha256_file, user_cache
 from edgesd.processes import module_command
 from edgesd.runtime.bundle import Bundle, OpenFile
 from edgesd.runtime.llama import Answer, Line, Refusal, Task
+from edgesd.runtime.signature import check_trusted
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec import PrompterSpec
 from edgesd.textfiles import decode_text, read_text
@@ -230,8 +231,9 @@ def prompter_of(bundle: Bundle) -> Prompter:
     """The prompter that a bundle brings, its files verified.
 
     llama.cpp can't read within a one-file bundle: from there its files are copied once, into the
-    user's cache. Raises BundleError when the bundle has none, or was altered.
+    user's cache. Raises BundleError when the bundle has none, was altered, or isn't trusted here.
     """
+    check_trusted(bundle)
     spec = bundle.manifest.prompter
     if spec is None:
         raise BundleError(

@@ -3,15 +3,18 @@
 `bundle.sig` is one line: a version, the signer's public key and the signature, the latter two in
 base64. Signed are a fixed prefix and the bytes of bundle.json, which holds the hash of every other
 file. Public keys are lines as OpenSSH writes them ("ssh-ed25519 AAAA... name"); a file of such
-lines says whom a machine trusts. One that trusts somebody runs nothing that others signed, or
-nobody.
+lines says whom a machine trusts. Where there is such a file, nothing runs that others signed, or
+nobody; one without keys, or that can't be read, lets nothing run.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import hashlib
+import os
+import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +29,9 @@ SYSTEM_KEYS = Path("/etc/edgesd/trusted_keys")
 """Where it is there, it alone decides."""
 _TYPE = "ssh-ed25519"
 _KEY_BYTES = 32
+_HEAD = (
+    "# Bundles signed by these keys run here, and no others. Without this file any bundle runs.\n"
+)
 
 
 class PublicKey(NamedTuple):
@@ -70,39 +76,75 @@ def user_keys() -> Path | None:
     return folder and folder / "trusted_keys"
 
 
-def trusted_keys(path: Path | None = None) -> dict[str, PublicKey]:
-    """Fingerprint -> key of those that this machine trusts; empty: it runs any bundle.
+def keys_file() -> Path | None:
+    """The file that says whom this machine trusts: SYSTEM_KEYS where it is there, else the user's;
+    None where neither is. A dangling link is there.
 
-    path: the file; None for SYSTEM_KEYS where it exists, else the user's. Raises InputError for a
-    file that can't be read or has a line that is no key: a machine whose keys are unknown trusts
-    nobody.
+    Raises InputError where that can't be found out.
     """
-    path = path or (SYSTEM_KEYS if SYSTEM_KEYS.exists() else user_keys())
-    if path is None or not path.exists():
-        return {}
-    lines = read_lines(path)
-    keys = [parse_public_key(line) for line in lines if line.strip() and line[0] != "#"]
+    for path in (SYSTEM_KEYS, user_keys()):
+        if path is None:
+            continue
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as exc:
+            raise _unreadable(path, exc) from exc
+        return path
+    return None
+
+
+def trusted_keys(path: Path | None = None) -> dict[str, PublicKey] | None:
+    """Fingerprint -> key of those that this machine trusts. Empty: it trusts nobody, and runs no
+    bundle. None, where there is no such file: it runs any bundle.
+
+    path: the file, instead of `keys_file`. Raises InputError for a file that can't be read or has a
+    line that is no key: a machine whose keys are unknown runs no bundle either.
+    """
+    path = path or keys_file()
+    if path is None:
+        return None
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(errno.EINVAL, "it isn't a regular file")
+    except OSError as exc:
+        raise _unreadable(path, exc) from exc
+    try:
+        lines = [line.strip() for line in read_lines(path)]
+        keys = [parse_public_key(line) for line in lines if line and not line.startswith("#")]
+    except InputError as exc:
+        raise InputError(f"{path}: {exc}; until then no bundle runs here") from exc
     return {key.fingerprint: key for key in keys}
 
 
+def _unreadable(path: Path, error: OSError) -> InputError:
+    why = error.strerror or str(error)
+    return InputError(
+        f"{path}, which says whose bundles run here, can't be read ({why}): no bundle runs "
+        "until it is mended, or removed: then any does"
+    )
+
+
 def trust(key: PublicKey, trusted: bool = True) -> Path:
-    """Add `key` to the user's trusted keys, or take it out; the file. Raises InputError."""
+    """Add `key` to the user's trusted keys, or take it out; the file. Raises InputError.
+
+    Without the last one the file stays: the machine then trusts nobody. Whoever wants it to run any
+    bundle removes the file.
+    """
     path = user_keys()
     if path is None:
         raise InputError(
             "there is no home folder for a list of trusted keys: set HOME or XDG_CONFIG_HOME"
         )
-    keys = trusted_keys(path)
+    keys = (trusted_keys(path) if os.path.lexists(path) else None) or {}
     if not trusted and key.fingerprint not in keys:
         raise InputError(f"{key} isn't among the trusted keys in {path}")
     keys.pop(key.fingerprint, None)
     if trusted:
         keys[key.fingerprint] = key
-    if keys:
-        with atomic_write(path) as file:
-            file.write("".join(f"{one.line}\n" for one in keys.values()).encode())
-    else:
-        path.unlink()
+    with atomic_write(path) as file:
+        file.write((_HEAD + "".join(f"{one.line}\n" for one in keys.values())).encode())
     return path
 
 
@@ -114,7 +156,7 @@ def signer(bundle: Bundle) -> PublicKey | None:
     """
     if not bundle.signed:
         return None
-    line = b"".join(bundle.chunks(SIGNATURE)).decode("ascii", "replace")
+    line = bundle.framed(SIGNATURE).decode("ascii", "replace")
     try:
         version, encoded_key, encoded = line.split()
         raw, signature = (base64.b64decode(part, validate=True) for part in (encoded_key, encoded))
@@ -143,12 +185,17 @@ def signer(bundle: Bundle) -> PublicKey | None:
 def check_trusted(bundle: Bundle) -> PublicKey | None:
     """Refuse a bundle that this machine's trusted keys didn't sign; the key that did.
 
-    None where this machine trusts nobody: then any bundle may run. Raises BundleError,
-    InputError as `trusted_keys`, MissingDependencyError as `signer`.
+    None on a machine that has no file of trusted keys: there any bundle may run. Raises
+    BundleError, InputError as `trusted_keys`, MissingDependencyError as `signer`.
     """
     trusted = trusted_keys()
-    if not trusted:
+    if trusted is None:
         return None
+    if not trusted:
+        raise BundleError(
+            f"{keys_file()} names no key, so this machine trusts nobody and runs no bundle: edgesd "
+            "keys trust NAME.pub names one; without the file any bundle runs"
+        )
     names, name = ", ".join(map(str, trusted.values())), bundle.manifest.name
     found = signer(bundle)
     if found is None:
@@ -237,7 +284,7 @@ def _library() -> Any:
 
 
 def _message(bundle: Bundle) -> bytes:
-    return _PREFIX + b"".join(bundle.chunks(MANIFEST))
+    return _PREFIX + bundle.framed(MANIFEST)
 
 
 def _fingerprint(raw: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import subprocess
@@ -14,6 +15,8 @@ from edgesd.engines.bundle import pack_bundle, sign_bundle, update_manifest
 from edgesd.errors import BundleError, InputError
 from edgesd.runtime import signature
 from edgesd.runtime.bundle import SIGNATURE, Bundle, open_bundle
+from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.prompter import prompter_of
 from edgesd.runtime.signature import (
     WrongPassphraseError,
     check_trusted,
@@ -126,6 +129,72 @@ def test_who_trusts_somebody_refuses_the_rest(bundle: Bundle, tmp_path: Path) ->
     assert found and found.name == "ours"
     trust(ours, trusted=False)
     assert trusted_keys() == {}
+    with pytest.raises(BundleError, match="trusts nobody"):
+        check_trusted(bundle)
+
+
+NOBODY = {
+    "empty": b"",
+    "only comments": b"# ours:\n\n",
+    "cut": b"ssh-ed25519 AAAAC3NzaC1lZDI1",
+    "noise": b"\xff",
+}
+
+
+@pytest.mark.parametrize("whose", ["system", "user"])
+@pytest.mark.parametrize("what", [*NOBODY, "dangling link", "folder", "fifo"])
+def test_a_file_of_keys_without_a_key_lets_no_bundle_run(
+    whose: str, what: str, bundle: Bundle, tmp_path: Path
+) -> None:
+    path = signature.SYSTEM_KEYS if whose == "system" else signature.user_keys()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if what in NOBODY:
+        path.write_bytes(NOBODY[what])
+    elif what == "folder":
+        path.mkdir()
+    elif what == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    out = tmp_path / "out.png"
+    outcome = run_cli("generate", bundle.path, "-p", "a cat", "-o", out)
+    assert_refused(outcome, str(path), "runs")
+    with pytest.raises((BundleError, InputError), match=r"no bundle|runs no"):
+        Pipeline(bundle)
+    assert not out.exists()
+
+
+def test_python_asks_who_signed_as_the_commands_do(bundle: Bundle, tmp_path: Path) -> None:
+    key = new_key(tmp_path / "ours")
+    with Pipeline(bundle):
+        pass
+    trust(key)
+    with pytest.raises(BundleError, match="isn't signed"):
+        Pipeline(bundle)
+    with pytest.raises(BundleError, match="isn't signed"):
+        prompter_of(bundle)
+    with (
+        Pipeline(bundle, Settings(made_here=True)),
+        Pipeline(signed(bundle, tmp_path / "ours.key")),
+    ):
+        pass
+
+
+def test_the_signature_is_checked_on_the_manifest_that_is_used(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    trust(new_key(tmp_path / "ours"))
+    good = signed(bundle, tmp_path / "ours.key")
+    evil = tmp_path / "evil"
+    shutil.copytree(good.path, evil)
+    update_manifest(evil, msgspec.structs.replace(good.manifest, name="EVIL"))
+    opened = open_bundle(evil)
+    evil.rename(tmp_path / "away")
+    good.path.rename(evil)  # whoever reads the manifest again finds one that is signed
+    assert opened.manifest.name == "EVIL"
+    with pytest.raises(BundleError, match="signature isn't right"):
+        check_trusted(opened)
+    assert opened.manifest_sha256 != open_bundle(evil).manifest_sha256
 
 
 def test_every_altered_byte_of_the_signature_is_seen(bundle: Bundle, tmp_path: Path) -> None:
