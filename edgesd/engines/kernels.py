@@ -7,14 +7,20 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from edgesd.errors import EdgesdError, MissingDependencyError, TargetError
+from edgesd.errors import EdgesdError, InputError, MissingDependencyError, TargetError
 from edgesd.files import atomic_path
 from edgesd.processes import find_program
 from edgesd.runtime import kernels as runtime_kernels
-from edgesd.runtime.kernels import SOURCES, library_folders, library_name
+from edgesd.runtime.kernels import (
+    SOURCES,
+    library_folders,
+    library_name,
+    why_not_loaded,
+    writable_by_others,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +29,9 @@ _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
     *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
+_ALONE = ("-static-libstdc++", "-static-libgcc", "-s")
+"""The library needs no other than the C library."""
+
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", *_AVX2)
 _VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -50,8 +59,7 @@ def ensure_library() -> Path | None:
             build_library(platform.machine())
         except EdgesdError as exc:
             _log.warning("no kernels of edgesd's own: %s", exc)
-        runtime_kernels.library.cache_clear()
-        runtime_kernels.instruction_set.cache_clear()
+        runtime_kernels.forget()
     return runtime_kernels.library() if runtime_kernels.instruction_set() else None
 
 
@@ -61,13 +69,16 @@ def build_library(
     """Compile the library for `arch` (x86_64, aarch64) into `folder`, by default the user's cache;
     what is there already, of the same sources, is taken. Takes about a minute.
 
-    Raises TargetError for another architecture, MissingDependencyError without a compiler, and
-    EdgesdError with the compiler's own words.
+    Raises TargetError for another architecture, MissingDependencyError without a compiler,
+    InputError where the library is there and another user can change it, and EdgesdError with the
+    compiler's own words.
     """
     if arch not in _VARIANTS:
         raise TargetError(f"there are no kernels for {arch}: there are for {', '.join(_VARIANTS)}")
     out = (folder or library_folders()[1]) / library_name(arch)
     if out.is_file():
+        if (place := writable_by_others(out)) is not None:
+            raise InputError(why_not_loaded(out, place))
         return out
     compiler = find_compiler(arch)
     if compiler is None:
@@ -76,20 +87,35 @@ def build_library(
             f"there is no C++ compiler for {arch} here: apt install {package}, or leave the "
             "kernels out, and ONNX Runtime's own operators do the work"
         )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out) as path:
+        compile_library(compiler, arch, path, progress)
+    return out
+
+
+def compile_library(
+    compiler: str,
+    arch: str,
+    path: Path,
+    progress: Callable[[str], None] | None = None,
+    flags: Sequence[str] = (),
+) -> None:
+    """Compile the library for `arch` into the file `path`. flags: beside those of _FLAGS, such as a
+    sanitizer's, and for the linker, too.
+
+    Raises EdgesdError with the compiler's own words.
+    """
     with tempfile.TemporaryDirectory() as work:
         objects = []
-        for name, flags in _VARIANTS[arch].items():
+        for name, own in _VARIANTS[arch].items():
             if progress:
                 progress(name)
             objects.append(Path(work) / f"{name}.o")
-            _run(compiler, [*_FLAGS, *flags, "-c", "compute.cpp", "-o", str(objects[-1])])
+            _run(compiler, [*_FLAGS, *flags, *own, "-c", "compute.cpp", "-o", str(objects[-1])])
         objects.append(Path(work) / "ops.o")
-        _run(compiler, [*_FLAGS, "-c", "ops.cpp", "-o", str(objects[-1])])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        linked = [*map(str, objects), "-shared", "-static-libstdc++", "-static-libgcc", "-s"]
-        with atomic_path(out) as path:
-            _run(compiler, [*linked, "-o", str(path)])
-    return out
+        _run(compiler, [*_FLAGS, *flags, "-c", "ops.cpp", "-o", str(objects[-1])])
+        linked = [*map(str, objects), "-shared", *(flags or _ALONE)]
+        _run(compiler, [*linked, "-o", str(path)])
 
 
 def _run(compiler: str, arguments: list[str]) -> None:

@@ -221,6 +221,7 @@ void lay_out(const Weight& w, int64_t first, int64_t channels, int64_t padded, P
   const int count = int(std::min<int64_t>(P, w.n - first));
   const int64_t taps = w.k / channels, groups = w.bits == 4 ? (w.k + w.group - 1) / w.group : 0;
   // What each code is multiplied with to become one of 8 bits, in 128ths.
+  constexpr float MOST = 32767.0f / 8;
   static thread_local std::vector<int16_t> steps;
   steps.assign(size_t(groups * P), 0);
   const float grow = w.bits == 4 ? WEIGHT_MAX / 127.0f : 1.0f;
@@ -230,7 +231,8 @@ void lay_out(const Weight& w, int64_t first, int64_t channels, int64_t padded, P
       const float step = w.layout == Weight::ROWS_K_BY_N
                              ? grow / from_half(w.steps[g * w.n + first + n])
                              : from_half(w.steps[(first + n) * groups + g]) / panel.scale[n];
-      steps[size_t(g * P + n)] = int16_t(std::min(32767.0f / 8, step * 128 + 0.5f));
+      // A step may be anything: the bounds are the first arguments, which stay beside NaN.
+      steps[size_t(g * P + n)] = int16_t(std::max(-MOST, std::min(MOST, step * 128 + 0.5f)));
     }
   if (w.layout == Weight::ROWS_K_BY_N) {
     for (int64_t tap = 0; tap < taps; tap++)
@@ -610,7 +612,7 @@ inline float power(int eighths) {
   if (eighths <= -8 * 126) return 0;
   int32_t bits;
   std::memcpy(&bits, &part[eighths & 7], 4);
-  bits += (eighths >> 3) << 23;
+  bits += (eighths >> 3) * (1 << 23);
   float out;
   std::memcpy(&out, &bits, 4);
   return out;
@@ -818,8 +820,9 @@ void attention(const Attention& job, Threads threads) {
       int8_t* value = values + head * value_bytes + n / 4 * wide * 4 + n % 4;
       int32_t sum = 0;
       for (int i = 0; i < job.d; i++) {
-        key[i / 4 * KEYS * 4 + i % 4] = int8_t(key_codes[i]);
-        sum += key_codes[i];
+        const int8_t code = int8_t(key_codes[i]);  // of NaN, any
+        key[i / 4 * KEYS * 4 + i % 4] = code;
+        sum += code;
         value[i * 4] = int8_t(value_codes[i]);
       }
       value[job.d * 4] = 1;

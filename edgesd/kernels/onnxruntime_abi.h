@@ -35,10 +35,12 @@ struct ApiBase {
 // Places of functions in the table.
 enum Place {
   CREATE_STATUS = 0,
+  ERROR_MESSAGE = 2,
   CREATE_DOMAIN = 26,
   ADD_OPERATOR = 27,
   ADD_DOMAIN = 28,
   MUTABLE_DATA = 51,
+  ELEMENT_TYPE = 60,
   DIMENSIONS_COUNT = 61,
   DIMENSIONS = 62,
   SHAPE_INFO = 65,
@@ -47,12 +49,13 @@ enum Place {
   INPUT_COUNT = 88,
   INPUT = 90,
   OUTPUT = 91,
+  RELEASE_STATUS = 93,
   RELEASE_SHAPE_INFO = 99,
   ATTRIBUTE_INTS = 163,
   PARALLEL_FOR = 274,
 };
 
-enum Type { ANY = 0, FLOAT = 1 };
+enum Type { ANY = 0, FLOAT = 1, UINT8 = 2, INT8 = 3, FLOAT16 = 10, INT4 = 22 };
 enum Characteristic { REQUIRED = 0, OPTIONAL = 1 };
 
 struct Operator {

@@ -1,12 +1,21 @@
 // The operators of the domain edgesd, for ONNX Runtime: reads shapes and attributes, and calls the
 // code for the instruction set that this processor has.
+//
+// A graph may come from anybody, and compute.cpp trusts what it is given: every attribute is held to
+// its range when an operator is made, and every input to the attributes before each run. What doesn't
+// fit becomes ONNX Runtime's status; no exception leaves this file.
 
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cinttypes>
+#include <cmath>
+#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <mutex>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -26,22 +35,23 @@ using namespace ort;
 constexpr int FAILED = 1;
 
 // The best that this processor has, or of those the one that EDGESD_INSTRUCTION_SET names.
-const Compute* compute() {
-  std::vector<const Compute*> found;
+const Compute* compute() noexcept {
+  const Compute* found[3] = {};
+  size_t count = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl"))
-    found.push_back(avx512_vnni_compute());
-  if (__builtin_cpu_supports("avxvnni")) found.push_back(avx_vnni_compute());
+    found[count++] = avx512_vnni_compute();
+  if (__builtin_cpu_supports("avxvnni")) found[count++] = avx_vnni_compute();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    found.push_back(avx2_compute());
+    found[count++] = avx2_compute();
 #elif defined(__aarch64__)
-  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(neon_dotprod_compute());
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found[count++] = neon_dotprod_compute();
 #endif
   const char* wanted = std::getenv("EDGESD_INSTRUCTION_SET");
-  for (const Compute* each : found)
-    if (!wanted || std::string(wanted) == each->name) return each;
+  for (size_t i = 0; i < count; i++)
+    if (!wanted || std::strcmp(wanted, found[i]->name) == 0) return found[i];
   return nullptr;
 }
 
@@ -52,80 +62,124 @@ struct Failure : std::exception {
   std::string text;
 };
 
+// A status of ONNX Runtime's own, which goes back to it.
+struct Refused {
+  Status* status;
+};
+
+void check(Status* status) {
+  if (status) throw Refused{status};
+}
+
+// No network is near these. Below them no product of sizes in compute.cpp is beyond 64 bits.
+constexpr int64_t MAX_DIMENSION = int64_t(1) << 20, MAX_ELEMENTS = int64_t(1) << 40;
+constexpr int64_t MAX_K = 1 << 16;  // products of 8 bits whose sum 32 bits hold
+constexpr int64_t MAX_UPSAMPLE = 16;
+
+using Shape = std::vector<int64_t>;
+
+std::string text_of(const Shape& shape) {
+  std::string out = "[";
+  for (size_t i = 0; i < shape.size(); i++)
+    out += (i ? ", " : "") + std::to_string(shape[i]);
+  return out + "]";
+}
+
+// The product of the first `dimensions` sizes.
+int64_t count_of(const Shape& shape, size_t dimensions) {
+  int64_t count = 1;
+  for (size_t i = 0; i < dimensions; i++) {
+    if (shape[i] < 0 || shape[i] > MAX_DIMENSION ||
+        __builtin_mul_overflow(count, shape[i], &count) || count > MAX_ELEMENTS)
+      throw Failure("a tensor of " + text_of(shape) + " is too large");
+  }
+  return count;
+}
+int64_t count_of(const Shape& shape) { return count_of(shape, shape.size()); }
+
 class Kernel {
  public:
   Kernel(const Api* api, const KernelInfo* info) : api_(api), info_(info) {}
 
-  int64_t integer(const char* name) const {
+  int64_t integer(const char* name, int64_t least, int64_t most) const {
     int64_t value = 0;
-    check(api_->call<Status*>(ATTRIBUTE_INT, info_, name, &value), name);
-    return value;
+    found(api_->call<Status*>(ATTRIBUTE_INT, info_, name, &value), name);
+    return within(name, value, least, most);
   }
   float real(const char* name) const {
     float value = 0;
-    check(api_->call<Status*>(ATTRIBUTE_FLOAT, info_, name, &value), name);
+    found(api_->call<Status*>(ATTRIBUTE_FLOAT, info_, name, &value), name);
+    if (!std::isfinite(value)) throw Failure(std::string(name) + " isn't a finite number");
     return value;
   }
-  std::vector<int64_t> integers(const char* name, size_t count) const {
-    std::vector<int64_t> values(count);
-    check(api_->call<Status*>(ATTRIBUTE_INTS, info_, name, values.data(), &count), name);
-    if (count != values.size()) throw Failure(std::string("attribute ") + name + " is too short");
+  Shape integers(const char* name, size_t count, int64_t least, int64_t most) const {
+    Shape values(count);
+    size_t held = count;
+    found(api_->call<Status*>(ATTRIBUTE_INTS, info_, name, values.data(), &held), name);
+    if (held != count)
+      throw Failure(std::string(name) + " has " + std::to_string(held) + " values, not " +
+                    std::to_string(count));
+    for (const int64_t value : values) within(name, value, least, most);
     return values;
   }
 
  private:
-  void check(Status* status, const char* name) const {
-    if (status) throw Failure(std::string("attribute ") + name + " is missing");
+  void found(Status* status, const char* name) const {
+    if (!status) return;
+    const std::string text = api_->call<const char*>(ERROR_MESSAGE, const_cast<const Status*>(status));
+    api_->call<void>(RELEASE_STATUS, status);
+    throw Failure(std::string("attribute ") + name + " can't be read: " + text);
+  }
+  static int64_t within(const char* name, int64_t value, int64_t least, int64_t most) {
+    if (value < least || value > most)
+      throw Failure(std::string(name) + " is " + std::to_string(value) + ", not " +
+                    std::to_string(least) + " to " + std::to_string(most));
+    return value;
   }
   const Api* api_;
   const KernelInfo* info_;
 };
 
-// The product of the first `dimensions` sizes.
-int64_t count_of(const std::vector<int64_t>& shape, size_t dimensions) {
-  int64_t count = 1;
-  for (size_t i = 0; i < dimensions; i++) count *= shape[i];
-  return count;
-}
-
 // The inputs and outputs of one run.
 class Run {
  public:
-  Run(const Api* api, KernelContext* context) : api_(api), context_(context) {}
+  Run(const Api* api, KernelContext* context) : api_(api), context_(context) {
+    check(api_->call<Status*>(INPUT_COUNT, context_, &count_));
+  }
 
-  const Value* value(size_t index) const {
-    size_t count = 0;
-    check(api_->call<Status*>(INPUT_COUNT, context_, &count));
-    const Value* found = nullptr;
-    if (index < count) check(api_->call<Status*>(INPUT, context_, index, &found));
-    return found;
-  }
-  template <typename T>
-  const T* data(size_t index) const {
-    const Value* found = value(index);
-    void* data = nullptr;
-    if (found) check(api_->call<Status*>(MUTABLE_DATA, const_cast<Value*>(found), &data));
-    return static_cast<const T*>(data);
-  }
-  std::vector<int64_t> shape(size_t index) const {
-    const Value* found = value(index);
-    if (!found) return {};
-    ShapeInfo* info = nullptr;
-    check(api_->call<Status*>(SHAPE_INFO, found, &info));
-    size_t count = 0;
-    Status* status = api_->call<Status*>(DIMENSIONS_COUNT, const_cast<const ShapeInfo*>(info), &count);
-    std::vector<int64_t> out(count);
-    if (!status)
-      status = api_->call<Status*>(DIMENSIONS, const_cast<const ShapeInfo*>(info), out.data(), count);
-    api_->call<void>(RELEASE_SHAPE_INFO, info);
-    check(status);
+  bool has(size_t index) const { return value(index) != nullptr; }
+
+  Shape shape(size_t index) const {
+    Shape out;
+    describe(index, out);
+    count_of(out);
     return out;
   }
-  int64_t elements(size_t index) const {
-    const auto found = shape(index);
-    return count_of(found, found.size());
+  // Those of an input whose shape is checked.
+  const float* data(size_t index) const { return static_cast<const float*>(memory(index)); }
+
+  // An input of `count` values of a type; null where it isn't there.
+  const void* data(size_t index, const char* name, int type, int64_t count) const {
+    if (!has(index)) return nullptr;
+    Shape shape;
+    if (describe(index, shape) != type)
+      throw Failure(std::string(name) + " isn't of the type that the attributes ask for");
+    if (count_of(shape) != count)
+      throw Failure(std::string(name) + " is " + text_of(shape) + ", not of " +
+                    std::to_string(count) + " values");
+    return memory(index);
   }
-  float* output(const std::vector<int64_t>& shape) const {
+  const float* floats(size_t index, const char* name, int64_t count) const {
+    return static_cast<const float*>(data(index, name, FLOAT, count));
+  }
+  const float* residual(size_t index, const Shape& like) const {
+    if (!has(index)) return nullptr;
+    const Shape found = shape(index);
+    if (found != like)
+      throw Failure("residual is " + text_of(found) + ", not " + text_of(like) + " as y");
+    return data(index);
+  }
+  float* output(const Shape& shape) const {
     Value* value = nullptr;
     void* data = nullptr;
     check(api_->call<Status*>(OUTPUT, context_, size_t(0), shape.data(), shape.size(), &value));
@@ -138,15 +192,62 @@ class Run {
   static void run_parallel(void* self, void (*fn)(void*, size_t), size_t count, void* data) {
     const Run* run = static_cast<Run*>(self);
     if (count == 0) return;
-    run->check(run->api_->call<Status*>(PARALLEL_FOR, const_cast<const KernelContext*>(run->context_),
-                                        fn, count, size_t(0), data));
+    check(run->api_->call<Status*>(PARALLEL_FOR, const_cast<const KernelContext*>(run->context_),
+                                   fn, count, size_t(0), data));
   }
-  void check(Status* status) const {
-    if (status) throw Failure("ONNX Runtime refused a call of its own interface");
+  const Value* value(size_t index) const {
+    const Value* found = nullptr;
+    if (index < count_) check(api_->call<Status*>(INPUT, context_, index, &found));
+    return found;
+  }
+  void* memory(size_t index) const {
+    void* data = nullptr;
+    check(api_->call<Status*>(MUTABLE_DATA, const_cast<Value*>(value(index)), &data));
+    return data;
+  }
+  // Its type, and its shape; ANY, and no dimension, where it isn't there.
+  int describe(size_t index, Shape& out) const {
+    const Value* found = value(index);
+    if (!found) return ANY;
+    ShapeInfo* made = nullptr;
+    check(api_->call<Status*>(SHAPE_INFO, found, &made));
+    const ShapeInfo* info = made;
+    int type = ANY;
+    size_t count = 0;
+    Status* status = api_->call<Status*>(ELEMENT_TYPE, info, &type);
+    if (!status) status = api_->call<Status*>(DIMENSIONS_COUNT, info, &count);
+    try {
+      out.resize(count);
+    } catch (...) {
+      api_->call<void>(RELEASE_SHAPE_INFO, made);
+      throw;
+    }
+    if (!status) status = api_->call<Status*>(DIMENSIONS, info, out.data(), count);
+    api_->call<void>(RELEASE_SHAPE_INFO, made);
+    check(status);
+    return type;
   }
   const Api* api_;
   KernelContext* context_;
+  size_t count_ = 0;
 };
+
+// Whether all of the memory is mapped from one file: let go, it comes back as it was.
+bool is_mapped_file(const void* memory, int64_t bytes) {
+  std::FILE* maps = std::fopen("/proc/self/maps", "re");
+  if (!maps) return false;
+  const uintptr_t begin = uintptr_t(memory), end = begin + uintptr_t(bytes);
+  bool found = false;
+  char line[512];  // a path that is longer is read as lines of its own, which begin with no range
+  while (!found && std::fgets(line, sizeof line, maps)) {
+    uintptr_t from = 0, to = 0;
+    uint64_t inode = 0;
+    if (std::sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %" SCNu64, &from, &to, &inode) == 3)
+      found = inode != 0 && from <= begin && end <= to;
+  }
+  std::fclose(maps);
+  return found;
+}
 
 // Weights are mapped from their file and read where they lie. Those of layers beyond a budget are
 // let go after each use, and the next such layer's are asked for meanwhile: memory holds the budget
@@ -187,7 +288,11 @@ class Residence {
     }
   }
   void after(const void* codes) const {
-    if (!stays_) advise(codes, bytes_, MADV_DONTNEED);
+    if (stays_) return;
+    const std::lock_guard<std::mutex> guard(mutex());
+    if (codes != seen_) mapped_ = is_mapped_file(codes, bytes_);
+    seen_ = codes;
+    if (mapped_) advise(codes, bytes_, MADV_DONTNEED);
   }
 
  private:
@@ -210,8 +315,7 @@ class Residence {
     static std::vector<Place> all;
     return all;
   }
-  // Whole pages within: what lies beside them is somebody else's. Where weights aren't a mapped
-  // file, letting go would lose them: those calls come only with mapped ones (runtime/kernels.py).
+  // Whole pages within: what lies beside them is somebody else's.
   static void advise(const void* codes, int64_t bytes, int advice) {
     const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
     const uintptr_t begin = (uintptr_t(codes) + page - 1) / page * page;
@@ -221,26 +325,36 @@ class Residence {
   int64_t bytes_;
   bool stays_;
   size_t place_ = 0;
+  mutable const void* seen_ = nullptr;  // the codes that `mapped_` is said of
+  mutable bool mapped_ = false;
 };
 
 struct WeightFormat {
   int bits, group, layout;
   int64_t n, k;
   explicit WeightFormat(const Kernel& kernel)
-      : bits(int(kernel.integer("bits"))),
-        group(int(kernel.integer("group"))),
-        layout(int(kernel.integer("layout"))),
-        n(kernel.integer("N")),
-        k(kernel.integer("K")) {
-    const bool fine = (bits == 8 || bits == 4) && group > 0 && n > 0 && k > 0 &&
-                      (layout == Weight::ROWS_K_BY_N || (layout == Weight::BLOCKS_OF_N && bits == 4));
-    if (!fine) throw Failure("a weight's bits, group, layout, N or K isn't valid");
+      : bits(int(kernel.integer("bits", 4, 8))),
+        group(int(kernel.integer("group", 1, MAX_DIMENSION))),
+        layout(int(kernel.integer("layout", Weight::ROWS_K_BY_N, Weight::BLOCKS_OF_N))),
+        n(kernel.integer("N", 1, MAX_DIMENSION)),
+        k(kernel.integer("K", 1, MAX_K)) {
+    if (bits != 4 && bits != 8) throw Failure("bits is neither 4 nor 8");
+    if (layout == Weight::BLOCKS_OF_N && (bits != 4 || group % 16))
+      throw Failure("blocks of outputs are of 4 bits, in groups of a multiple of 16");
   }
-  int64_t bytes() const { return n * ((k + group - 1) / group * group) * bits / 8; }
+  int64_t groups() const { return (k + group - 1) / group; }
+  // Values in the file, of which the last bytes of a row may be none of the weight's.
+  int64_t values() const { return n * (layout == Weight::BLOCKS_OF_N ? groups() * group : k); }
+  int64_t bytes() const { return (values() * bits + 7) / 8; }
   Weight at(const Run& run) const {
-    Weight out{run.data<uint8_t>(1), run.data<float>(2), run.data<uint16_t>(3), bits, group, layout, n, k};
-    if (bits == 4 && !out.steps) throw Failure("a 4-bit weight has no steps");
-    return out;
+    const int type = bits == 8 ? INT8 : layout == Weight::BLOCKS_OF_N ? UINT8 : INT4;
+    const void* codes = run.data(1, "codes", type, type == UINT8 ? bytes() : values());
+    const float* scale = run.floats(2, "scale", n);
+    const void* steps = bits == 4 ? run.data(3, "steps", FLOAT16, n * groups()) : nullptr;
+    if (!codes || !scale || (bits == 4 && !steps))
+      throw Failure("a weight's codes, scale or steps aren't there");
+    return {static_cast<const uint8_t*>(codes), scale, static_cast<const uint16_t*>(steps), bits,
+            group, layout, n, k};
   }
 };
 
@@ -262,20 +376,24 @@ struct QuantLinear {
   QuantLinear(const Compute* compute, const Kernel& kernel)
       : compute(compute),
         weight(kernel),
-        gated(kernel.integer("gated") != 0),
+        gated(kernel.integer("gated", 0, 1) != 0),
         residence(weight.bytes()) {
     check_bits(compute, weight);
+    if (gated && weight.n % 2) throw Failure("gated, with an odd N");
   }
   void operator()(Run& run) const {
-    auto shape = run.shape(0);
-    if (shape.empty() || shape.back() != weight.k) throw Failure("QuantLinear: x isn't [..., K]");
-    Linear job{run.data<float>(0), weight.at(run), run.data<float>(4), run.data<float>(5), nullptr,
+    Shape shape = run.shape(0);
+    if (shape.empty() || shape.back() != weight.k)
+      throw Failure("x is " + text_of(shape) + ", not [..., K] of K = " + std::to_string(weight.k));
+    Linear job{run.data(0), weight.at(run), run.floats(4, "bias", weight.n), nullptr, nullptr,
                count_of(shape, shape.size() - 1), gated};
     shape.back() = gated ? weight.n / 2 : weight.n;
-    if (job.residual && run.shape(5) != shape) throw Failure("QuantLinear: residual isn't like y");
+    const int64_t outputs = count_of(shape);
+    job.residual = run.residual(5, shape);
     job.y = run.output(shape);
+    if (outputs == 0) return;
     residence.before(job.weight.codes);
-    if (job.m > 0) compute->linear(job, run.threads());
+    compute->linear(job, run.threads());
     residence.after(job.weight.codes);
   }
 };
@@ -287,7 +405,7 @@ struct QuantConv {
   static constexpr size_t INPUTS = 9, REQUIRED_INPUTS = 3;
   const Compute* compute;
   WeightFormat weight;
-  std::vector<int64_t> kernel_shape, strides, pads;
+  Shape kernel_shape, strides, pads;
   int64_t groups, upsample;
   float epsilon;
   bool silu, relu;
@@ -295,51 +413,59 @@ struct QuantConv {
   QuantConv(const Compute* compute, const Kernel& kernel)
       : compute(compute),
         weight(kernel),
-        kernel_shape(kernel.integers("kernel_shape", 2)),
-        strides(kernel.integers("strides", 2)),
-        pads(kernel.integers("pads", 4)),
-        groups(kernel.integer("groups")),
-        upsample(kernel.integer("upsample")),
+        kernel_shape(kernel.integers("kernel_shape", 2, 1, MAX_K)),
+        strides(kernel.integers("strides", 2, 1, MAX_DIMENSION)),
+        pads(kernel.integers("pads", 4, 0, MAX_K)),
+        groups(kernel.integer("groups", 1, MAX_DIMENSION)),
+        upsample(kernel.integer("upsample", 1, MAX_UPSAMPLE)),
         epsilon(kernel.real("epsilon")),
-        silu(kernel.integer("silu") != 0),
-        relu(kernel.integer("relu") != 0),
+        silu(kernel.integer("silu", 0, 1) != 0),
+        relu(kernel.integer("relu", 0, 1) != 0),
         residence(weight.bytes()) {
     check_bits(compute, weight);
+    if (weight.layout != Weight::ROWS_K_BY_N) throw Failure("a convolution's weight is [K, N]");
+    if (weight.k % (kernel_shape[0] * kernel_shape[1]))
+      throw Failure("K isn't a multiple of kernel_shape " + text_of(kernel_shape));
+    for (size_t i = 0; i < 4; i++)
+      if (pads[i] > kernel_shape[i % 2]) throw Failure("pads are larger than the kernel");
+    if (epsilon < 0) throw Failure("epsilon is negative");
   }
   void operator()(Run& run) const {
-    const auto shape = run.shape(0);
-    if (shape.size() != 4 || shape[1] * kernel_shape[0] * kernel_shape[1] != weight.k)
-      throw Failure("QuantConv: x isn't [B, C, H, W] of the weight's C");
-    const int64_t tall = shape[2] * upsample + pads[0] + pads[2] - kernel_shape[0];
-    const int64_t wide = shape[3] * upsample + pads[1] + pads[3] - kernel_shape[1];
-    if (tall < 0 || wide < 0) throw Failure("QuantConv: the image is smaller than the kernel");
-    const std::vector<int64_t> out{shape[0], weight.n, tall / strides[0] + 1, wide / strides[1] + 1};
+    const Shape shape = run.shape(0);
+    const int64_t channels = weight.k / (kernel_shape[0] * kernel_shape[1]);
+    if (shape.size() != 4 || shape[1] != channels || shape[2] < 1 || shape[3] < 1)
+      throw Failure("x is " + text_of(shape) + ", not [B, " + std::to_string(channels) + ", H, W]");
+    const int64_t high = shape[2] * upsample + pads[0] + pads[2];
+    const int64_t wide = shape[3] * upsample + pads[1] + pads[3];
+    if (high < kernel_shape[0] || wide < kernel_shape[1])
+      throw Failure("x of " + text_of(shape) + " is smaller than the kernel");
+    count_of({high, wide, channels});  // of the picture in bytes
+    const Shape out{shape[0], weight.n, (high - kernel_shape[0]) / strides[0] + 1,
+                    (wide - kernel_shape[1]) / strides[1] + 1};
+    const int64_t outputs = count_of(out);
     Conv job{};
-    job.x = run.data<float>(0);
+    job.x = run.data(0);
     job.weight = weight.at(run);
-    job.bias = run.data<float>(4);
-    job.residual = run.data<float>(5);
-    job.offset = run.data<float>(6);
-    job.gamma = run.data<float>(7);
-    job.beta = run.data<float>(8);
+    job.bias = run.floats(4, "bias", weight.n);
+    job.residual = run.residual(5, out);
+    job.offset = run.floats(6, "offset", shape[0] * weight.n);
+    job.gamma = run.floats(7, "gamma", channels);
+    job.beta = run.floats(8, "beta", channels);
+    if (job.gamma && (!job.beta || channels % groups))
+      throw Failure("there is no beta, or C isn't a multiple of the groups");
     job.groups = int(groups);
     job.epsilon = epsilon;
     job.silu = silu;
     job.relu = relu;
     job.upsample = int(upsample);
-    job.batch = shape[0], job.channels = shape[1], job.height = shape[2], job.width = shape[3];
+    job.batch = shape[0], job.channels = channels, job.height = shape[2], job.width = shape[3];
     job.out_height = out[2], job.out_width = out[3];
     job.kernel_h = int(kernel_shape[0]), job.kernel_w = int(kernel_shape[1]);
     job.stride_h = int(strides[0]), job.stride_w = int(strides[1]);
     job.top = int(pads[0]), job.left = int(pads[1]);
     job.bottom = int(pads[2]), job.right = int(pads[3]);
-    if (job.gamma && (groups < 1 || shape[1] % groups || run.elements(7) != shape[1] ||
-                      !job.beta || run.elements(8) != shape[1]))
-      throw Failure("QuantConv: gamma and beta aren't [C], or C isn't a multiple of the groups");
-    if (job.residual && run.shape(5) != out) throw Failure("QuantConv: residual isn't like y");
-    if (job.offset && run.elements(6) != shape[0] * weight.n)
-      throw Failure("QuantConv: offset isn't [B, N, 1, 1]");
     job.y = run.output(out);
+    if (outputs == 0) return;
     residence.before(job.weight.codes);
     compute->conv(job, run.threads());
     residence.after(job.weight.codes);
@@ -354,15 +480,22 @@ struct QuantAttention {
   int64_t heads;
   float scale;
   QuantAttention(const Compute* compute, const Kernel& kernel)
-      : compute(compute), heads(kernel.integer("num_heads")), scale(kernel.real("scale")) {}
+      : compute(compute),
+        heads(kernel.integer("num_heads", 1, MAX_DIMENSION)),
+        scale(kernel.real("scale")) {
+    if (scale <= 0) throw Failure("scale isn't above 0");
+  }
   void operator()(Run& run) const {
-    const auto q = run.shape(0), k = run.shape(1);
-    if (q.size() != 3 || k.size() != 3 || run.shape(2) != k || q[2] != k[2] || q[0] != k[0] ||
-        heads <= 0 || q[2] % heads || q[2] / heads > MAX_HEAD)
-      throw Failure("QuantAttention: q, k and v don't fit each other, or a head is too wide");
-    Attention job{run.data<float>(0), run.data<float>(1), run.data<float>(2), run.output(q),
-                  q[0], q[1], k[1], int(heads), int(q[2] / heads), scale};
-    if (job.m > 0 && job.n > 0) compute->attention(job, run.threads());
+    const Shape q = run.shape(0), k = run.shape(1), v = run.shape(2);
+    if (q.size() != 3 || k.size() != 3 || v != k || q[2] != k[2] || q[0] != k[0] || k[1] < 1)
+      throw Failure("q, k and v are " + text_of(q) + ", " + text_of(k) + " and " + text_of(v) +
+                    ", not [B, M, W], [B, N, W] and the same");
+    if (q[2] < 1 || q[2] % heads || q[2] / heads > MAX_HEAD)
+      throw Failure(std::to_string(q[2]) + " values aren't " + std::to_string(heads) +
+                    " heads of at most " + std::to_string(MAX_HEAD));
+    Attention job{run.data(0), run.data(1), run.data(2), run.output(q), q[0], q[1], k[1],
+                  int(heads), int(q[2] / heads), scale};
+    if (q[0] > 0 && q[1] > 0) compute->attention(job, run.threads());
   }
 };
 
@@ -375,6 +508,27 @@ struct Registered {
 
 Status* status_of(const Api* api, const char* text) {
   return api->call<Status*>(CREATE_STATUS, FAILED, text);
+}
+
+// Runs `work`, and gives what it throws as a status that names the operator.
+template <typename Op, typename F>
+Status* status_after(const Api* api, F work) noexcept {
+  try {
+    try {
+      work();
+      return nullptr;
+    } catch (const Refused& refused) {
+      return refused.status;
+    } catch (const Failure& failure) {
+      return status_of(api, (std::string(Op::NAME) + ": " + failure.what()).c_str());
+    }
+  } catch (const std::bad_alloc&) {
+    return status_of(api, "out of memory (bad_alloc)");
+  } catch (const std::exception& error) {
+    return status_of(api, error.what());
+  } catch (...) {
+    return status_of(api, "an exception of no known kind");
+  }
 }
 
 template <typename Op>
@@ -402,24 +556,14 @@ const Operator& operator_of() {
     out.variadic_output_same = [](const Operator*) { return 0; };
     out.create_v2 = [](const Operator*, const Api* api, const KernelInfo* info,
                        void** kernel) -> Status* {
-      try {
-        *kernel = new Registered<Op>(api, info);
-        return nullptr;
-      } catch (const std::exception& error) {
-        return status_of(api, error.what());
-      }
+      return status_after<Op>(api, [&] { *kernel = new Registered<Op>(api, info); });
     };
     out.compute_v2 = [](void* kernel, KernelContext* context) -> Status* {
       const auto* self = static_cast<Registered<Op>*>(kernel);
-      try {
+      return status_after<Op>(self->api, [&] {
         Run run(self->api, context);
         self->op(run);
-        return nullptr;
-      } catch (const std::bad_alloc&) {
-        return status_of(self->api, "out of memory (bad_alloc)");
-      } catch (const std::exception& error) {
-        return status_of(self->api, error.what());
-      }
+      });
     };
     out.destroy = [](void* kernel) { delete static_cast<Registered<Op>*>(kernel); };
     return out;

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from edgesd.files import user_cache
+
+_log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).resolve().parent.parent / "kernels"
 """The library's source files; lib below it holds what a wheel brings."""
@@ -48,28 +52,78 @@ def library_folders() -> tuple[Path, Path]:
 
 @cache
 def library() -> Path | None:
-    """The library for this machine: EDGESD_KERNELS, the package's, or the cache's; or None."""
+    """The library for this machine: EDGESD_KERNELS, the package's, or the cache's; or None.
+
+    What another user could have put into the cache isn't taken: its code would run as this user.
+    """
     given = os.environ.get("EDGESD_KERNELS")
     if given is not None:
         return None if given == DISABLED else Path(given)
-    name = library_name(platform.machine())
-    return next((f / name for f in library_folders() if (f / name).is_file()), None)
+    packaged, cached = (f / library_name(platform.machine()) for f in library_folders())
+    if packaged.is_file():
+        return packaged
+    if not cached.is_file():
+        return None
+    if (place := writable_by_others(cached)) is not None:
+        _log.warning("%s", why_not_loaded(cached, place))
+        return None
+    return cached
+
+
+def why_not_loaded(path: Path, place: Path) -> str:
+    """One line about a library that others could replace, `place` being theirs."""
+    return (
+        f"{path} isn't used: another user can write {place}, and so could change the library; "
+        "remove it, or set XDG_CACHE_HOME to a folder of your own"
+    )
+
+
+def writable_by_others(path: Path) -> Path | None:
+    """Of a file and the folders above it, as given and where links lead, the first that another
+    user than root can change; None where only this user can. As sshd looks at its keys, but for
+    groups: many systems give each user one of their own, which may write."""
+    real = path.resolve()
+    for place in dict.fromkeys([path, *path.absolute().parents, real, *real.parents]):
+        found = place.stat()
+        others = found.st_mode & stat.S_IWOTH and not (
+            stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+        )
+        if others or found.st_uid not in (0, os.geteuid()):
+            return place
+    return None
+
+
+@cache
+def _functions() -> ctypes.CDLL | None:
+    """The functions of the library; None where it isn't there, or isn't edgesd's."""
+    path = library()
+    if path is None:
+        return None
+    try:
+        found = ctypes.CDLL(str(path))
+        found.edgesd_instruction_set.argtypes = []
+        found.edgesd_instruction_set.restype = ctypes.c_char_p
+        found.edgesd_keep_weights.argtypes = [ctypes.c_int64]
+        found.edgesd_keep_weights.restype = None
+    except (OSError, AttributeError):
+        return None
+    return found
 
 
 @cache
 def instruction_set() -> str:
     """What the library computes with here (avx512_vnni, neon_dotprod ...); "" where it can't be
     used, or isn't there."""
-    path = library()
-    if path is None:
-        return ""
-    try:
-        found = ctypes.CDLL(str(path)).edgesd_instruction_set
-    except (OSError, AttributeError):
-        return ""
-    found.restype = ctypes.c_char_p
-    name: bytes = found()
-    return name.decode()
+    functions = _functions()
+    name: bytes | None = functions.edgesd_instruction_set() if functions else None
+    return (name or b"").decode(errors="replace")
+
+
+def forget() -> None:
+    """Look for the library again: it was compiled, or EDGESD_KERNELS has changed."""
+    library.cache_clear()
+    _functions.cache_clear()
+    instruction_set.cache_clear()
 
 
 def usable(schemes: Iterable[str]) -> bool:
@@ -88,17 +142,14 @@ def keeping_weights(count: int | None) -> Iterator[None]:
     """Let sessions that this thread makes meanwhile keep `count` bytes of weights mapped; None for
     all.
 
-    What is beyond is let go after each use, and read again from the file. Only for graphs whose
-    weights are mapped from files, as those of bundles are: others would lose them.
+    What is beyond is let go after each use, and read again from the file that it is mapped from.
     """
-    path = library()
-    if path is None or count is None:
+    functions = _functions()
+    if functions is None or count is None:
         yield
         return
-    keep = ctypes.CDLL(str(path)).edgesd_keep_weights
-    keep.argtypes = [ctypes.c_int64]
-    keep(count)
+    functions.edgesd_keep_weights(count)
     try:
         yield
     finally:
-        keep(-1)
+        functions.edgesd_keep_weights(-1)

@@ -501,7 +501,7 @@ class Pipeline(Closing):
                     return OnnxRuntimeRunner(
                         spec, graph, threads, library=kernels.library(), small=half is not None
                     )
-            except (BundleError, MissingDependencyError) as exc:
+            except MissingDependencyError as exc:
                 self.fallbacks[component] = f"{exc}: drawing without edgesd's own kernels"
         graph = self.bundle.graph_file(component, half=half)
         return OnnxRuntimeRunner(

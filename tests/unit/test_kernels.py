@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import platform
 import shutil
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -23,8 +25,14 @@ import onnxruntime  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from edgesd.engines import kernels as engine_kernels  # noqa: E402
+from edgesd.engines.bundle import update_manifest  # noqa: E402
 from edgesd.engines.kernels import build_library, ensure_library  # noqa: E402
-from edgesd.errors import MissingDependencyError, ResourceError, TargetError  # noqa: E402
+from edgesd.errors import (  # noqa: E402
+    InputError,
+    MissingDependencyError,
+    ResourceError,
+    TargetError,
+)
 from edgesd.export.external_data import write_model  # noqa: E402
 from edgesd.export.passes.own_kernels import PARTS, OwnKernels  # noqa: E402
 from edgesd.export.quantize.layers import QuantizedLayer, find_layers, matrix_of  # noqa: E402
@@ -32,8 +40,16 @@ from edgesd.export.quantize.quantize import Method, quantize_layer  # noqa: E402
 from edgesd.runtime import kernels  # noqa: E402
 from edgesd.runtime.bundle import GraphFile  # noqa: E402
 from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner, session_options  # noqa: E402
-from edgesd.spec import ComponentSpec, TensorSpec, parse_scheme  # noqa: E402
+from edgesd.spec import (  # noqa: E402
+    ComponentSpec,
+    LayerRecipe,
+    QuantRecipe,
+    TensorSpec,
+    parse_scheme,
+)
+from tests.hostile_graphs import CASES  # noqa: E402
 from tests.quantizing import normal  # noqa: E402
+from tests.support import write_bundle  # noqa: E402
 from tests.unit.test_quantized_ort import (  # noqa: E402
     KINDS,
     Array,
@@ -50,6 +66,9 @@ from tests.unit.test_quantized_ort import (  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[2]
+TARGET = {"aarch64": ("raspberry-pi-5", "aarch64")}.get(
+    platform.machine(), ("x86-64-cpu", "x86_64")
+)
 COMPILED = {
     "avx512_vnni": ("g++", "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma"),
     "avx2": ("g++", "-mavx2 -mfma"),
@@ -371,6 +390,87 @@ def test_weights_of_another_thread_are_not_let_go(library: Path) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
+# Graphs of an attacker.
+
+
+def run_hostile(library: Path, *arguments: str) -> list[str]:
+    """What tests.hostile_graphs prints, in a process of its own: a fault would end it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hostile_graphs", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "EDGESD_KERNELS": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, (done.returncode, lines[-1:], done.stderr)
+    return lines
+
+
+def test_a_graph_that_does_not_fit_its_weights_is_refused(library: Path) -> None:
+    lines = run_hostile(library)
+    said = dict(zip(lines[::2], lines[1::2], strict=True))
+    assert said.keys() == CASES.keys()
+    exact = kernels.instruction_set() not in kernels.ONLY_4_BITS
+    for name, (case, words) in CASES.items():
+        if exact or case.attributes.get("bits") != 8:
+            assert words in said[name], name
+            assert said[name].startswith("ran" if words == "ran" else "refused: "), name
+
+
+def test_random_graphs_are_refused_or_answered_in_whole(library: Path) -> None:
+    """More of them, with sanitizers: test_kernels_sanitized.py."""
+    said = run_hostile(library, "7", "0", "240")[1::2]
+    assert len(said) == 240 and not [line for line in said if line.startswith("wrong")]
+    assert said.count("ran") > 30
+
+
+@pytest.mark.parametrize(
+    ("n", "words"),
+    [
+        (10**8, "QuantLinear: N is 100000000"),
+        (4096, "QuantLinear: codes is [64, 64], not of 262144"),
+    ],
+)
+def test_a_bundle_with_such_a_graph_ends_in_one_line(
+    n: int, words: str, tmp_path: Path, library: Path
+) -> None:
+    if kernels.instruction_set() in kernels.ONLY_4_BITS:
+        pytest.skip("8-bit weights aren't drawn with these instructions")
+    folder, part = tmp_path / "bundle", "text_encoder/kernels.onnx"
+    bundle = write_bundle(folder, *TARGET)
+    proto = onnx.load(folder / "text_encoder/model.onnx")
+    weights = {"a": np.ones((4, 64), np.float32), "b": np.ones((64, 64), np.int8)}
+    weights["c"] = np.ones(64, np.float32)
+    proto.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in weights.items())
+    attributes = {"bits": 8, "group": 1, "layout": 0, "N": n, "K": 64, "gated": 0}
+    proto.graph.node.append(
+        helper.make_node("QuantLinear", list(weights), ["d"], domain="edgesd", **attributes)
+    )
+    proto.graph.output.append(helper.make_tensor_value_info("d", TensorProto.FLOAT, None))
+    proto.opset_import.append(helper.make_opsetid("edgesd", 1))
+    (folder / part).write_bytes(proto.SerializeToString())
+    layer = LayerRecipe("l", "text_encoder", "linear", (64, 64), "w8a8", "rtn", 0, 4096, 0.0)
+    engines = dict(bundle.manifest.engines)
+    engines["text_encoder"] = msgspec.structs.replace(engines["text_encoder"], kernels=part)
+    manifest = msgspec.structs.replace(
+        bundle.manifest, engines=engines, recipe=QuantRecipe("w8a8", False, (layer,))
+    )
+    update_manifest(folder, manifest, [part])
+    picture = tmp_path / "picture.png"
+    done = subprocess.run(
+        [sys.executable, "-m", "edgesd", "generate", str(folder), "-p", "x", "-o", str(picture)],
+        env={**os.environ, "EDGESD_KERNELS": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 4 and not picture.exists(), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("edgesd: text_encoder ") and words in line
+
+
 # Being without memory.
 
 NO_MEMORY = """
@@ -456,17 +556,17 @@ def test_without_memory_in_a_worker_a_run_fails_and_the_process_goes_on(
 def test_the_library_can_be_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for value, expected in (("none", None), (str(tmp_path / "no.so"), tmp_path / "no.so")):
         monkeypatch.setenv("EDGESD_KERNELS", value)
-        forget()
+        kernels.forget()
         assert kernels.library() == expected and not kernels.usable(["w4a8-g64"])
         assert ensure_library() is None
-    forget()
+    kernels.forget()
 
 
 def test_8_bit_weights_need_exact_sums(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
     if runs("avx2") is None:
         pytest.skip("no x86 processor with AVX2")
     monkeypatch.setenv("EDGESD_INSTRUCTION_SET", "avx2")
-    forget()
+    kernels.forget()
     assert kernels.instruction_set() == "avx2"
     assert kernels.usable(["w4a8-g64"]) and not kernels.usable(["fp16", "w8a8"])
     proto = graph(KINDS["linear"])
@@ -475,7 +575,67 @@ def test_8_bit_weights_need_exact_sums(monkeypatch: pytest.MonkeyPatch, library:
         session_of(model, library)
     model = own(proto, [quantize(KINDS["linear"], proto, "w4a8-g32", False, 1)])
     assert session_of(model, library)
-    forget()
+    kernels.forget()
+
+
+@pytest.mark.parametrize("what", ["text", "foreign", "folder", "empty name"])
+def test_what_is_no_library_of_edgesds_is_left_alone(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "kernels.so"
+    if what == "text":
+        path.write_bytes(b"\x7fELF, or so it says")
+    elif what == "foreign":
+        path = Path(ctypes.util.find_library("m") or "libm.so.6")
+    elif what == "folder":
+        path.mkdir()
+    monkeypatch.setenv("EDGESD_KERNELS", "" if what == "empty name" else str(path))
+    kernels.forget()
+    try:
+        assert kernels.instruction_set() == "" and not kernels.usable(["w4a8-g64"])
+        with kernels.keeping_weights(0):
+            pass
+        assert ensure_library() is None
+    finally:
+        monkeypatch.undo()
+        kernels.forget()
+
+
+def test_a_library_that_others_can_change_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("EDGESD_KERNELS", raising=False)
+    monkeypatch.setattr(kernels, "SOURCES", tmp_path / "sources")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = kernels.library_folders()[1] / kernels.library_name(platform.machine())
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+
+    def found() -> Path | None:
+        kernels.forget()
+        return kernels.library()
+
+    try:
+        assert found() == path
+        for place in (path, path.parent, tmp_path / "cache"):
+            mode = place.stat().st_mode
+            place.chmod(0o777)
+            assert found() is None and f"another user can write {place}" in caplog.text
+            with pytest.raises(InputError, match="isn't used: another user can write"):
+                build_library(platform.machine())
+            place.chmod(mode)
+            caplog.clear()
+        (tmp_path / "cache").chmod(0o1777)  # as /tmp is: others can't take away what is there
+        assert found() == path
+        if os.geteuid() == 0:
+            os.chown(path, 12345, -1)
+        else:
+            mine = os.geteuid()
+            monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
+        assert found() is None
+    finally:
+        monkeypatch.undo()
+        kernels.forget()
 
 
 def test_without_a_compiler_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -485,11 +645,6 @@ def test_without_a_compiler_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(TargetError, match="there are for x86_64, aarch64"):
         build_library("riscv64", tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def forget() -> None:
-    kernels.library.cache_clear()
-    kernels.instruction_set.cache_clear()
 
 
 def own_model(proto: onnx.ModelProto, layers: dict[str, QuantizedLayer]) -> Any:
@@ -529,20 +684,13 @@ def off(found: Array, wanted: Array) -> float:
 def test_what_is_kept_is_asked_for_while_a_session_is_made_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Later sessions may have weights in memory, which would be lost if they were let go."""
+    """Later sessions keep what they are told."""
     asked: list[int] = []
 
-    class Keep:
-        argtypes: tuple[object, ...] = ()
-
-        def __call__(self, count: int) -> None:
-            asked.append(count)
-
     class Library:
-        edgesd_keep_weights = Keep()
+        edgesd_keep_weights = asked.append
 
-    monkeypatch.setattr(kernels, "library", lambda: Path("library"))
-    monkeypatch.setattr(kernels.ctypes, "CDLL", lambda _: Library())
+    monkeypatch.setattr(kernels, "_functions", Library)
     with pytest.raises(ValueError, match="fails"), kernels.keeping_weights(5):
         raise ValueError("a session fails")
     with kernels.keeping_weights(None):

@@ -26,13 +26,16 @@ from edgesd.export.passes import Pass
 from edgesd.export.passes.group_norm import group_norm
 from edgesd.export.passes.lowering import LayerLowering, replace_node
 from edgesd.export.passes.quantized_ort import OrtLowering, QuantizedOrt
-from edgesd.export.quantize.layers import QuantizedLayer
+from edgesd.export.quantize.layers import Layer, QuantizedLayer
 
 DOMAIN = "edgesd"
 LINEAR, CONV, ATTENTION = "QuantLinear", "QuantConv", "QuantAttention"
 
 MAX_HEAD = 160
 """Widest head that the kernel of attention takes."""
+
+MAX_K = 1 << 16
+"""Values of a product of 8 bits whose sum 32 bits hold."""
 
 _ROWS_K_BY_N, _BLOCKS_OF_N = 0, 1
 _BIAS, _RESIDUAL, _OFFSET, _GAMMA, _BETA = 4, 5, 6, 7, 8
@@ -79,9 +82,16 @@ class OwnKernels(QuantizedOrt):
         self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
     ) -> LayerLowering:
         """See QuantizedPass."""
-        if quantized.layer.kind == "embedding" or quantized.activations.bits != 8:
+        layer = quantized.layer
+        if layer.kind == "embedding" or quantized.activations.bits != 8 or not _in_range(layer):
             return super().lowering(model, node, quantized, prefix)
         return _Kernel(model, node, quantized, prefix, None)
+
+
+def _in_range(layer: Layer) -> bool:
+    """Whether the operators take a layer of this shape (kernels/ops.cpp): all real ones are."""
+    pads = zip(layer.pads, 2 * layer.kernel, strict=True) if layer.kind == "conv" else ()
+    return layer.columns <= MAX_K and all(pad <= size for pad, size in pads)
 
 
 class _Kernel(OrtLowering):

@@ -19,6 +19,7 @@ from edgesd.spec import ComponentSpec
 if TYPE_CHECKING:
     import onnxruntime
 
+_UNKNOWN_OPERATOR = "is not a registered function/op"
 _OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate", "out of memory")
 
 
@@ -96,7 +97,8 @@ class OnnxRuntimeRunner(BoundRunner):
     graph that needs it. weights_in_file: weights aren't copied into the layout that is fastest:
     they stay mapped, which takes a third more time. small: nor are those of convolutions (a sixth
     more time on an x86 CPU).
-    Raises BundleError when the graph can't be loaded, ResourceError when memory runs out.
+    Raises BundleError when the graph can't be loaded, MissingDependencyError when it needs an
+    operator that isn't there, ResourceError when memory runs out.
     """
 
     def __init__(
@@ -194,4 +196,5 @@ class OnnxRuntimeRunner(BoundRunner):
                 f"not enough memory for {self.spec.name}: use --memory stream, a smaller --size or "
                 "--batch 1"
             )
-        return BundleError(f"{self.spec.name} {what} in ONNX Runtime: {text}")
+        kind = MissingDependencyError if _UNKNOWN_OPERATOR in text else BundleError
+        return kind(f"{self.spec.name} {what} in ONNX Runtime: {text}")
