@@ -267,11 +267,11 @@ def test_what_surrounds_a_layer_becomes_part_of_it(
 
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("read", [False, True])
 def test_what_comes_before_a_convolution_becomes_part_of_it(
-    shared: bool, silu: bool, upsample: bool, library: Path
+    read: bool, silu: bool, upsample: bool, library: Path
 ) -> None:
-    """shared: the normalized values are read by somebody else, too, and must stay."""
+    """read: the normalized values are read by somebody else, too, and must stay."""
     float_, make, info = TensorProto.FLOAT, helper.make_node, helper.make_tensor_value_info
     weights: dict[str, Any] = {
         "conv.w": normal(40, 32, 3, 3, seed=1) * np.float32(0.1),
@@ -302,7 +302,7 @@ def test_what_comes_before_a_convolution_becomes_part_of_it(
         last = "up"
     nodes.append(make("Conv", [last, "conv.w"], ["y"], name="c.conv/Conv", pads=[1] * 4))
     outputs = [info("y", float_, ["b", 40, "h2", "w2"])]
-    if shared:
+    if read:
         outputs.append(info("a", float_, ["b", 32, "h", "w"]))
     proto = helper.make_model(
         helper.make_graph(
@@ -319,7 +319,7 @@ def test_what_comes_before_a_convolution_becomes_part_of_it(
     fused = own(proto, layers)
     counts = Counter(node.op_type for node in fused.graph.node)
     assert counts["Resize"] == 0
-    assert counts["InstanceNormalization"] == (1 if shared else 0)
+    assert counts["InstanceNormalization"] == (1 if read else 0)
     assert counts["Sigmoid"] == 0
     feed = {"x": normal(2, 32, 6, 5) * np.float32(3) + np.float32(2)}
     slow = session(lowered(proto, {q.layer.node: q for q in layers}))
@@ -639,7 +639,7 @@ def test_a_library_that_others_can_change_is_not_loaded(
 
 
 def test_without_a_compiler_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(engine_kernels.shutil, "which", lambda name: None)
+    monkeypatch.setattr(engine_kernels, "find_program", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"apt install g\+\+"):
         build_library(platform.machine(), tmp_path)
     with pytest.raises(TargetError, match="there are for x86_64, aarch64"):

@@ -155,7 +155,15 @@ extern "C" int edgesd_seeded_fault(const char* kind) {
 }
 """
     )
-    command = ["g++", *SANITIZERS, "-fPIC", "-shared", str(source), "-o", str(library)]
+    command = [
+        find_compiler(platform.machine()) or "",
+        *SANITIZERS,
+        "-fPIC",
+        "-shared",
+        str(source),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True)
     done = run((library, sanitized[1]), "", "-c", CHILD, kind)
     assert done.returncode != 0 and FAULTS[kind] in done.stderr
