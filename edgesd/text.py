@@ -65,11 +65,17 @@ def shown_lines(text: object) -> str:
     return "\n".join("\t".join(shown(part) for part in line.split("\t")) for line in lines)
 
 
-def shown_json(text: str) -> str:
-    """JSON `text` with the same meaning, in which `shown` would find nothing to replace."""
+def shown_json(text: str, encoding: str = "utf-8") -> str:
+    """JSON `text` with the same meaning, in which `shown` would find nothing to replace, and which
+    can be written in `encoding`."""
     if text.isascii():
         return text  # its strings have no control characters
-    return "".join(char if char == "\n" or _safe(char) else _json_escaped(char) for char in text)
+    safe = "".join(char if char == "\n" or _safe(char) else _json_escaped(char) for char in text)
+    try:
+        safe.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return "".join(char if char.isascii() else _json_escaped(char) for char in safe)
+    return safe
 
 
 def _safe(char: str) -> bool:

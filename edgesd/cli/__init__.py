@@ -29,7 +29,8 @@ from edgesd.cli import (
     targets,
     watch,
 )
-from edgesd.cli.common import fail, say_error, say_lines, show_messages
+from edgesd.cli.common import fail, flush_streams, open_streams, say_error, say_lines, show_messages
+from edgesd.errors import UsageError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -71,32 +72,40 @@ for command in (
 
 def main() -> NoReturn:
     """Run the command line; every failure is one line and a nonzero exit status."""
-    arguments = sys.argv[1:]
-    # Also understood behind the subcommand, where it is typed in anger.
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    open_streams()
     show_messages()
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup keeps its meaning
         signal.signal(signal.SIGHUP, _terminated)
+    arguments = sys.argv[1:]
+    # Also understood behind the subcommand, where it is typed in anger.
+    debug = "--debug" in arguments
+    status = _status([argument for argument in arguments if argument != "--debug"], debug)
+    flush_streams()
+    sys.exit(status)
+
+
+def _status(arguments: list[str], debug: bool) -> int:
+    """The exit status of the command line `arguments`, once it is done."""
     try:
+        if any("\0" in argument for argument in arguments):
+            raise UsageError("an argument holds a NUL byte, which no name and no text has")
         result = cli.main(args=arguments, prog_name="edgesd", standalone_mode=False)
-        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exc:
-        sys.exit(exc.exit_code)
+        return exc.exit_code
     except click.exceptions.NoArgsIsHelpError as exc:
         say_lines(exc.format_message())
-        sys.exit(exc.exit_code)
+        return exc.exit_code
     except click.ClickException as exc:
         context = exc.ctx if isinstance(exc, click.UsageError) else None
         command = f" ({context.command_path} --help)" if context else ""
         say_error(f"{exc.format_message()}{command}")
-        sys.exit(exc.exit_code)
+        return exc.exit_code
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(fail(KeyboardInterrupt(), debug))
+        return fail(KeyboardInterrupt(), debug)
     except Exception as exc:  # noqa: BLE001  turns any fault into a line
-        sys.exit(fail(exc, debug))
-    sys.exit(result if isinstance(result, int) else 0)
+        return fail(exc, debug)
 
 
 def _terminated(number: int, frame: object) -> NoReturn:

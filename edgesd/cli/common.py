@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import math
 import os
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, TextIO, TypeVar
 
 import click
 import msgspec
@@ -103,7 +105,7 @@ def binary_stdout() -> Iterator[BinaryIO]:
 
     Raises InputError when it is closed, UsageError when it is a terminal.
     """
-    if sys.stdout is None:
+    if "stdout" in closed_streams:
         raise InputError("standard output is closed: give -o a name")
     if sys.stdout.isatty():
         raise click.UsageError("-o - writes a PNG, which is no text: send it to a file or a pipe")
@@ -210,7 +212,8 @@ def say_lines(text: object, err: bool = False) -> None:
 def print_json(value: object, indent: int = 2) -> None:
     """Print any spec, or a dict of them, as JSON: indented, or with indent=-1 as one line."""
     text = msgspec.json.format(msgspec.json.encode(value), indent=indent).decode()
-    _print(shown_json(text), err=False)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    _print(shown_json(text, encoding), err=False)
 
 
 def say_error(message: str) -> None:
@@ -227,11 +230,60 @@ def say_error(message: str) -> None:
 
 
 def _print(text: str, err: bool) -> None:
+    stream = sys.stderr if err else sys.stdout
     try:
-        click.echo(text, err=err)
-    except OSError:
-        if not err:
+        click.echo(text, stream)
+    except OSError as exc:
+        _to_nowhere(stream)  # else Python fails once more when it ends
+        if err:
+            return
+        if exc.errno == errno.EPIPE:  # a pager that was left: Click ends quietly
             raise
+        raise InputError(f"standard output can't be written: {exc.strerror or exc}") from exc
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """Drop what `stream` still holds, and all that is written to it from here on."""
+    try:
+        number = stream.fileno()
+    except OSError:  # none of the system's
+        return
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
+def flush_streams() -> None:
+    """Write what the standard streams still hold, or drop it where that can't be."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _to_nowhere(stream)
+
+
+closed_streams: set[str] = set()
+"""Those of stdin, stdout and stderr that this process was started without."""
+
+
+def open_streams() -> None:
+    """Give closed standard streams (`>&-`) the null device: a file that is opened would take their
+    number, and be written to by whatever prints. Characters that a stream's encoding doesn't have
+    are printed as escapes."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            closed_streams.add(name)
+            try:
+                os.fstat(number)
+            except OSError:
+                nowhere = os.open(os.devnull, os.O_RDWR)  # takes the least number that is free
+                if nowhere != number:
+                    os.dup2(nowhere, number)
+                    os.close(nowhere)
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  for the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 LINE_SECONDS = 1.0
@@ -241,10 +293,13 @@ _BYTE_UNITS = ((10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
 
 class Messages(logging.Handler):
-    """Shows what is logged as a line on standard error, safe for a terminal."""
+    """Shows what edgesd logs, and errors of its libraries, as a line on standard error, safe for a
+    terminal. What libraries warn of is for who writes programs with them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
+        if record.levelno < logging.ERROR and record.name.partition(".")[0] != "edgesd":
+            return
         say_error(f"{record.levelname.lower()}: {record.getMessage()}")
 
 

@@ -178,6 +178,8 @@ def test_what_is_logged_or_warned_of_is_one_safe_line(
     )
     assert logging.lastResort
     logging.lastResort.handle(record)
+    other = logging.LogRecord("other.library", logging.WARNING, "", 0, "for developers", (), None)
+    logging.lastResort.handle(other)
     warnings.showwarning(UserWarning("of " + CLIPBOARD), UserWarning, "", 0)
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("edgesd: warning: of \\x1b") and is_safe(first)

@@ -22,6 +22,7 @@ __all__ = [
     "Noise",
     "Scheduler",
     "create_scheduler",
+    "name_from_class",
     "sampler_of",
 ]
 
@@ -52,15 +53,27 @@ _NEAREST = {
 does, the nearest first."""
 
 
+def name_from_class(class_name: str) -> str:
+    """Our name of a diffusers scheduler class. Raises InputError, which names those that may be
+    chosen, when there is none."""
+    try:
+        return DIFFUSERS_CLASSES[class_name]
+    except KeyError:
+        raise InputError(
+            f"there is no sampler for {class_name[:80]!r}: choose one, {_choice()}"
+        ) from None
+
+
+def _choice() -> str:
+    return f"--scheduler takes {', '.join(sorted(SCHEDULERS))}"
+
+
 def sampler_of(class_name: str, config: Mapping[str, Any]) -> str:
     """The name of the sampler for a model whose scheduler is the diffusers class `class_name`, with
     its options: its own, or the nearest that takes them, of which a warning tells.
 
     Raises InputError where there is neither; it names those that may be chosen.
     """
-    if class_name in DIFFUSERS_CLASSES:
-        return DIFFUSERS_CLASSES[class_name]
-    choice = f"--scheduler takes {', '.join(sorted(SCHEDULERS))}"
     for name in _NEAREST.get(class_name, ()):
         try:
             create_scheduler(name, config)
@@ -71,10 +84,10 @@ def sampler_of(class_name: str, config: Mapping[str, Any]) -> str:
             "Pictures show the same subjects and differ in details from diffusers'; %s",
             class_name,
             name,
-            choice,
+            _choice(),
         )
         return name
-    raise InputError(f"there is no sampler for {class_name[:80]!r}: choose one, {choice}")
+    return name_from_class(class_name)
 
 
 def create_scheduler(name: str, config: Mapping[str, Any], *, eta: float = 0.0) -> Scheduler:
