@@ -37,7 +37,7 @@ test: $(VENV)/.dev-installed  ## all checks and the default tests
 	$(PYTEST) --durations 15 $(ARGS)
 
 test-unit: $(VENV)/.dev-installed  ## the tests that build and compile nothing: a minute
-	$(PYTEST) tests/unit $(ARGS)
+	$(PYTEST) tests/unit -m "not integration and not slow and not gpu" $(ARGS)
 
 test-slow: $(VENV)/.dev-installed  ## the tests marked slow: minutes, and up to 12 GB of memory
 	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=0 $(ARGS)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from edgesd.cli import common as cli
 from edgesd.engines import plans
@@ -22,7 +23,7 @@ from edgesd.runtime.device_memory import NumpyMemory
 from edgesd.runtime.memory import available_bytes
 from tests import fake_tensorrt
 from tests.boards import Builder
-from tests.exports import KeptExports
+from tests.exports import Export, KeptExports
 from tests.support import write_bundle
 
 WORKER_BYTES = 3 << 30
@@ -52,6 +53,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    # Examples are the same each time, however slow the machine, and none is left from another run.
+    settings.register_profile(
+        "tests",
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("tests")
     os.umask(0o022)
     if "PYTEST_XDIST_WORKER" in os.environ:
         _take_one_core(int(os.environ["PYTEST_XDIST_WORKER"].lstrip("gw")))
@@ -87,8 +97,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def sealed(shared: Path) -> Iterator[None]:
-    """Tests look for no weights on the network, and neither see nor change the user's files.
+def sealed(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests look for no weights on the network, and neither see nor change the user's files, nor
+    the folder that they were started in.
 
     Nor does what they print depend on time: lines of progress never come.
     """
@@ -101,6 +112,7 @@ def sealed(shared: Path) -> Iterator[None]:
         patch.setenv("EDGESD_OFFLINE", "1")
         patch.setenv("EDGESD_CACHE", str(shared / "cache"))
         patch.setattr(cli, "LINE_SECONDS", math.inf)
+        patch.chdir(tmp_path_factory.mktemp("here"))
         yield
 
 
@@ -139,14 +151,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kept_exports(shared: Path) -> Iterator[None]:
-    """Builds take the graphs that another test has exported already."""
+def kept_exports(shared: Path) -> Iterator[Export]:
+    """`export_pipeline`; builds, too, take the graphs that another test has exported already."""
     exporting = pytest.importorskip("edgesd.export.pipeline")
     kept = KeptExports(exporting.export_pipeline, shared / "exports")
     kept.folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting, "export_pipeline", kept)
-        yield
+        yield kept
 
 
 @pytest.fixture(scope="module")

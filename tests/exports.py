@@ -13,6 +13,11 @@ from filelock import FileLock
 
 from edgesd.spec import GraphSet
 
+Export = Callable[..., GraphSet]
+"""A function such as `export_pipeline`."""
+
+_Kept = tuple[GraphSet, list[tuple[str, str]]]
+
 
 class KeptExports:
     """`export_pipeline` for tests of what comes behind it: what was exported before is copied.
@@ -20,7 +25,7 @@ class KeptExports:
     folder: of what is kept; several processes may share it.
     """
 
-    def __init__(self, export: Callable[..., GraphSet], folder: Path) -> None:
+    def __init__(self, export: Export, folder: Path) -> None:
         self.export, self.folder = export, folder
 
     def __call__(
@@ -33,15 +38,23 @@ class KeptExports:
         backend: str = "onnxruntime",
         progress: Any = None,
     ) -> GraphSet:
-        """See `export_pipeline`."""
+        """See `export_pipeline`; progress is told what the export told when it was done."""
         what = msgspec.json.encode((plan.pipeline, precision, backend))
         kept = self.folder / hashlib.sha256(what).hexdigest()[:16]
         with FileLock(f"{kept}.lock", timeout=500):
             if not (kept / "graphs.json").exists():
+                stages: list[tuple[str, str]] = []
                 found = self.export(
-                    source, plan, kept / "graphs", precision, backend=backend, progress=progress
+                    source,
+                    plan,
+                    kept / "graphs",
+                    precision,
+                    backend=backend,
+                    progress=lambda *stage: stages.append(stage),
                 )
-                (kept / "graphs.json").write_bytes(msgspec.json.encode(found))
+                (kept / "graphs.json").write_bytes(msgspec.json.encode((found, stages)))
         shutil.copytree(kept / "graphs", out_dir, dirs_exist_ok=True)
-        graphs = msgspec.json.decode((kept / "graphs.json").read_bytes(), type=GraphSet)
+        graphs, stages = msgspec.json.decode((kept / "graphs.json").read_bytes(), type=_Kept)
+        for stage in stages if progress else ():
+            progress(*stage)
         return msgspec.structs.replace(graphs, root=str(out_dir))

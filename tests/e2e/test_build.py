@@ -21,7 +21,7 @@ MODEL = Path(__file__).resolve().parents[2] / "models" / "emoji"
 
 
 @pytest.fixture(scope="module")
-def demo(kept_exports: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(kept_exports: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of `edgesd demo`."""
     out = tmp_path_factory.mktemp("demo") / "out"
     outcome = run_cli("demo", "-o", out)

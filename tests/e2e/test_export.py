@@ -28,6 +28,7 @@ from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.export.to_onnx import graph_from_module  # noqa: E402
 from edgesd.runtime.tokenizer import PromptTokenizer  # noqa: E402
 from edgesd.spec import GraphSet  # noqa: E402
+from tests.exports import Export  # noqa: E402
 
 EMOJI = Path(__file__).resolve().parents[2] / "models" / "emoji"
 
@@ -58,10 +59,12 @@ def variant(root: Path, unet: dict[str, Any], vae: Any, scheduler: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def emoji(tmp_path_factory: pytest.TempPathFactory) -> tuple[GraphSet, list[tuple[str, str]]]:
+def emoji(
+    kept_exports: Export, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[GraphSet, list[tuple[str, str]]]:
     stages: list[tuple[str, str]] = []
     source = resolve_source(EMOJI)
-    graphs = export_pipeline(
+    graphs = kept_exports(
         source,
         plan_pipeline(source),
         tmp_path_factory.mktemp("export") / "emoji",

@@ -209,7 +209,7 @@ class TestBuild:
     """`edgesd build --on`, on the embedded pipeline."""
 
     @pytest.fixture(autouse=True)
-    def _quick(self, kept_exports: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _quick(self, kept_exports: object, monkeypatch: pytest.MonkeyPatch) -> None:
         """Without the export and TensorRT-RTX's check, which other tests see."""
         pytest.importorskip("torch")
         monkeypatch.setattr(tensorrt, "CHECK_MODULE", "no_such_module")

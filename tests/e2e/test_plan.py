@@ -31,7 +31,7 @@ SCHEME = "w8a8"
 
 @pytest.fixture(scope="module")
 def bundle(
-    kept_exports: None, own_kernels: object, work: Path, tmp_path_factory: pytest.TempPathFactory
+    kept_exports: object, own_kernels: object, work: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
     options = QuantOptions(
         "rtn", calibration_prompts=("red apple",), quality_prompts=(), steps=1, work=work

@@ -103,7 +103,7 @@ def test_equals_torch(torch: ModuleType, seed: int) -> None:
         np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**64 - 1), counts=COUNTS)
 def test_any_sequence_of_draws_equals_torch(
     torch: ModuleType, seed: int, counts: list[int]

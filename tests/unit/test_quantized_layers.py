@@ -400,7 +400,7 @@ def test_bytes_of_a_layer() -> None:
     st.lists(st.integers(-8, 7), min_size=2, max_size=64).filter(lambda v: len(v) % 2 == 0),
     st.integers(1, 3),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_four_bits_are_packed_and_unpacked(values: list[int], rows: int) -> None:
     codes = np.tile(np.array(values, np.int8), (rows, 1))
     packed = pack_int4(codes)

@@ -327,7 +327,7 @@ def test_flow_euler_takes_its_shift_from_the_picture_size() -> None:
         scheduler.set_timesteps(4)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, suppress_health_check=list(HealthCheck))
 @given(
     name=st.sampled_from(["ddim", "euler", "euler-a", "dpmpp-2m", "pndm", "lcm"]),
     source=st.sampled_from([*CLASSES.values(), "UniPCMultistepScheduler", None]),

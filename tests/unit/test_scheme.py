@@ -77,7 +77,7 @@ PARTS = ("w", "a", "-", "g", "lr", "4", "8", "16", "64", "0", "32", "512", "w4a8
 
 
 @given(st.one_of(st.text(max_size=40), st.lists(st.sampled_from(PARTS), max_size=8).map("".join)))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_any_text_is_a_scheme_or_a_usage_error(name: str) -> None:
     try:
         scheme = parse_scheme(name)
