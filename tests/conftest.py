@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of this run that all its processes share, where tests run in several."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
@@ -97,7 +97,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def sealed(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def sealed(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests look for no weights on the network, and neither see nor change the user's files, nor
     the folder that they were started in.
 
@@ -106,23 +106,23 @@ def sealed(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(FOREIGN)]:
             patch.delenv(name)
-        home = shared / "home"
+        home = run_folder / "home"
         home.mkdir(exist_ok=True)
         patch.setenv("HOME", str(home))
         patch.setenv("EDGESD_OFFLINE", "1")
-        patch.setenv("EDGESD_CACHE", str(shared / "cache"))
+        patch.setenv("EDGESD_CACHE", str(run_folder / "cache"))
         patch.setattr(cli, "LINE_SECONDS", math.inf)
         patch.chdir(tmp_path_factory.mktemp("here"))
         yield
 
 
 @pytest.fixture(scope="session")
-def own_kernels(shared: Path) -> Path | None:
+def own_kernels(run_folder: Path) -> Path | None:
     """The library of edgesd's own kernels for this machine, compiled once; None where it can't
     be."""
     from edgesd.engines.kernels import ensure_library
 
-    with FileLock(shared / "kernels.lock", timeout=900):
+    with FileLock(run_folder / "kernels.lock", timeout=900):
         return ensure_library()
 
 
@@ -151,10 +151,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kept_exports(shared: Path) -> Iterator[Export]:
+def kept_exports(run_folder: Path) -> Iterator[Export]:
     """`export_pipeline`; builds, too, take the graphs that another test has exported already."""
     exporting = pytest.importorskip("edgesd.export.pipeline")
-    kept = KeptExports(exporting.export_pipeline, shared / "exports")
+    kept = KeptExports(exporting.export_pipeline, run_folder / "exports")
     kept.folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting, "export_pipeline", kept)
