@@ -62,9 +62,10 @@ def prompter_command(
     from edgesd.evaluate.prompter import judge
     from edgesd.export.prompter.pairs import read_pairs
     from edgesd.runtime.bundle import open_bundle
+    from edgesd.runtime.prompter import in_form
 
     found = read_pairs(pairs)
-    chosen = [(pair.wish, found.form.format(pair.prompt)) for pair in found.some_held(count)]
+    chosen = [(pair.wish, in_form(found.form, pair.prompt)) for pair in found.some_held(count)]
     folder = folder or (demo_judge() if found.domain == "emoji" else None)
     agreement = open_agreement(folder) if folder else None
     reporter = Reporter(quiet=as_json)

@@ -24,7 +24,7 @@ from edgesd.cli.common import (
     print_json,
     printable,
 )
-from edgesd.errors import ResourceError
+from edgesd.errors import BundleError, EdgesdError
 
 if TYPE_CHECKING:
     from edgesd.runtime.bundle import Bundle
@@ -208,9 +208,13 @@ def _enhanced(
     from edgesd.runtime.prompter import enhance, prompter_of
     from edgesd.runtime.tokenizer import tokenizer_of
 
+    if bundle.manifest.prompter is None:
+        raise BundleError(
+            f"{bundle.path} brings no prompter: build it with --prompter, or leave --enhance out"
+        )
     try:
         prompter = prompter_of(bundle)
-    except ResourceError as exc:  # its files can't be copied out of a one-file bundle
+    except (EdgesdError, OSError) as exc:
         reporter.warn(f"the prompter can't be used ({exc}): the wish itself is drawn")
         return wishes
     found = enhance(prompter, wishes, tokenizer_of(bundle), threads)

@@ -12,7 +12,6 @@ import contextlib
 import os
 import queue
 import subprocess
-import tempfile
 import threading
 import unicodedata
 from collections.abc import Generator, Sequence
@@ -58,6 +57,33 @@ first ::= [a-zA-Z0-9]
 rest ::= [a-zA-Z0-9 ,.'&-]
 """
 """GBNF: one line of words in Latin letters, digits and light punctuation."""
+
+
+FORM_CHARACTERS = 1000
+"""Of a form, at most: a text encoder takes some 77 tokens."""
+
+_ANSWER_CHARACTERS = 1000
+"""More of an answer isn't read, whatever grammar a bundle brings."""
+
+_LINE_BYTES = 64 << 10
+"""Of a line that the process answers, at most."""
+
+_NOISE_BYTES = 4 << 10
+"""Kept of what it prints besides: the end."""
+
+
+def check_form(form: str) -> None:
+    """Raise InputError where `form` isn't text with one "{}" in it."""
+    if form.count("{}") != 1 or len(form) > FORM_CHARACTERS:
+        raise InputError(
+            f"the prompter's form is {form[:60]!r}: expected text of at most {FORM_CHARACTERS} "
+            'characters with one "{}" in it, where the line goes'
+        )
+
+
+def in_form(form: str, line: str) -> str:
+    """`line` in its form: text, and no format string of Python's, whatever else is in it."""
+    return form.replace("{}", line, 1)
 
 
 class Enhanced(NamedTuple):
@@ -132,9 +158,10 @@ def enhance(
 
 def _finish(text: str, form: str, tokenizer: PromptTokenizer | None) -> str:
     """The model's line in its form, cut at a word to what the text encoder takes."""
-    words = text.strip().strip(" ,.'&-").split()
+    plain = "".join(c if c.isprintable() else " " for c in text[:_ANSWER_CHARACTERS])
+    words = plain.strip(" ,.'&-").split()
     while words:
-        prompt = form.format(" ".join(words).rstrip(" ,.'&-"))
+        prompt = in_form(form, " ".join(words).rstrip(" ,.'&-"))
         if tokenizer is None or tokenizer.encode(prompt)[1] is None:
             return prompt
         words.pop()
@@ -155,54 +182,80 @@ def _answers(
         max_tokens=MAX_TOKENS,
         threads=threads,
     )
-    with tempfile.TemporaryFile() as noise:
+    try:
+        told = msgspec.json.encode(task)
+    except UnicodeEncodeError:
+        yield Refusal(f"{prompter.base} has a name that isn't UTF-8: rename its folder")
+        return
+    try:
+        pipe = subprocess.PIPE
+        worker = subprocess.Popen(COMMAND, stdin=pipe, stdout=pipe, stderr=pipe)
+    except OSError as exc:  # no memory for another process, for one
+        yield Refusal(f"it can't be started: {exc.strerror or exc}")
+        return
+    try:
+        talk = _Talk(worker, told, len(wishes))
+        for number in range(len(wishes)):
+            start = seconds if number == 0 else 0.0
+            try:
+                raw = talk.lines.get(timeout=seconds + start)
+            except queue.Empty:
+                yield Refusal(f"it took more than {seconds:g} s")
+                return
+            if raw is None:
+                yield Refusal(talk.ending(seconds))
+                return
+            try:
+                yield msgspec.json.decode(raw, type=Line)
+            except (msgspec.MsgspecError, RecursionError):
+                yield Refusal(f"it answered in another form: {raw[:80]!r}")
+                return
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+class _Talk:
+    """What goes to a worker and comes from it, in threads: a pipe has no time limit, and a worker
+    may read nothing, or print without end."""
+
+    def __init__(self, worker: subprocess.Popen[bytes], told: bytes, answers: int) -> None:
+        self.lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        """At most `answers` lines as they come, then None."""
+        self._worker, self._noise = worker, b""
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+        threading.Thread(target=self._tell, args=(told,), daemon=True).start()
+        threading.Thread(target=self._read, args=(answers,), daemon=True).start()
+
+    def ending(self, seconds: float) -> str:
+        """How the worker ended, and its last words."""
         try:
-            pipe = subprocess.PIPE
-            worker = subprocess.Popen(COMMAND, stdin=pipe, stdout=pipe, stderr=noise)
-        except OSError as exc:  # no memory for another process, for one
-            yield Refusal(f"it can't be started: {exc.strerror or exc}")
-            return
-        try:
-            said = _reader(worker)
-            with contextlib.suppress(BrokenPipeError):  # its words are read below
-                assert worker.stdin
-                worker.stdin.write(msgspec.json.encode(task))
-                worker.stdin.close()
-            for number in range(len(wishes)):
-                start = seconds if number == 0 else 0.0
-                try:
-                    raw = said.get(timeout=seconds + start)
-                except queue.Empty:
-                    yield Refusal(f"it took more than {seconds:g} s")
-                    return
-                if raw is None:
-                    worker.wait()
-                    noise.seek(0)
-                    tail = " ".join(noise.read().decode(errors="replace").split())[-200:]
-                    yield Refusal(f"it ended with status {worker.returncode} ({tail or 'silent'})")
-                    return
-                try:
-                    yield msgspec.json.decode(raw, type=Line)
-                except msgspec.MsgspecError:
-                    yield Refusal(f"it answered in another form: {raw[:80]!r}")
-                    return
-        finally:
-            worker.kill()
-            worker.wait()
+            status = f"status {self._worker.wait(seconds)}"
+        except subprocess.TimeoutExpired:
+            return "it closed its output and went on"
+        self._listener.join(seconds)
+        tail = " ".join(self._noise.decode(errors="replace").split())[-200:]
+        return f"it ended with {status} ({tail or 'silent'})"
 
+    def _tell(self, told: bytes) -> None:
+        assert self._worker.stdin
+        with contextlib.suppress(OSError), self._worker.stdin as pipe:  # its last words say why
+            pipe.write(told)
 
-def _reader(worker: subprocess.Popen[bytes]) -> queue.SimpleQueue[bytes | None]:
-    """The worker's lines as they come, then None: a pipe can't be read with a time limit."""
-    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    def _read(self, answers: int) -> None:
+        assert self._worker.stdout
+        for _ in range(answers):
+            line = self._worker.stdout.readline(_LINE_BYTES)
+            if not line:
+                break
+            self.lines.put(line)
+        self.lines.put(None)
 
-    def read() -> None:
-        assert worker.stdout
-        for line in worker.stdout:
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    return lines
+    def _listen(self) -> None:
+        assert self._worker.stderr
+        while part := os.read(self._worker.stderr.fileno(), _NOISE_BYTES):
+            self._noise = (self._noise + part)[-_NOISE_BYTES:]
 
 
 def read_prompter(folder: Path) -> PrompterSpec:
@@ -211,8 +264,9 @@ def read_prompter(folder: Path) -> PrompterSpec:
         if not (folder / SPEC).is_file():
             raise InputError(f"{folder} holds no prompter: edgesd prompter export makes one")
         spec = msgspec.json.decode(read_text(folder / SPEC), type=PrompterSpec)
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, RecursionError) as exc:
         raise InputError(f"{folder / SPEC} isn't valid ({exc}): export again") from exc
+    check_form(spec.form)
     for name in spec.files:
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}: export again")
@@ -239,6 +293,7 @@ def prompter_of(bundle: Bundle) -> Prompter:
         raise BundleError(
             f"{bundle.path} brings no prompter: build it with --prompter, or leave --enhance out"
         )
+    check_form(spec.form)
     grammar = GRAMMAR
     if spec.grammar is not None:
         grammar = decode_text(bundle.read(spec.grammar), spec.grammar)

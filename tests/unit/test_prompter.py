@@ -108,6 +108,92 @@ def test_a_worker_that_fails(code: str, words: str, pretend) -> None:
     assert second.prompt == "another" and second.problem
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("sys.stdout.write('x' * 10**8)", "answered in another form"),
+        ("sys.stdout.write('[' * 60000 + '\\n')", "answered in another form"),
+        ("print(json.dumps({'type': 'answer', 'text': 7, 'seconds': 1}))", "in another form"),
+        ("sys.stdout.buffer.write(b'\\xff\\xfe\\x00\\n' * 10**6)", "answered in another form"),
+        ("sys.stderr.write('y' * 10**7); sys.exit(2)", "ended with status 2 (yyy"),
+        ("os.close(1); os.close(2); sys.exit(0)", "ended with status"),
+        ("while True: sys.stderr.write('z' * 10**6)", "took more than"),
+        ("time.sleep(60)", "took more than"),
+        ("os.close(1); time.sleep(60)", "closed its output"),
+    ],
+)
+def test_a_worker_that_floods_or_never_answers(code: str, words: str, pretend) -> None:
+    (found,) = enhance(pretend(code), ["a wish"], seconds=0.4)
+    assert found.prompt == "a wish" and found.problem and words in found.problem
+    assert len(found.problem) < 400
+
+
+def test_a_worker_that_reads_nothing_is_ended(pretend, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompter = pretend("")._replace(grammar="x" * 10**6)  # more than a pipe holds
+    code = "import time; time.sleep(60)"
+    monkeypatch.setattr(prompters, "COMMAND", (sys.executable, "-c", code))
+    (found,) = enhance(prompter, ["a wish"], seconds=0.4)
+    assert found.prompt == "a wish" and found.problem and "took more than" in found.problem
+
+
+def test_an_answer_is_one_printable_line_of_bounded_length(pretend) -> None:
+    (found,) = enhance(pretend("say('a\\x1b[2J\\u202e fox\\n ' + 'b ' * 15000)"), ["a wish"])
+    assert found.problem is None and found.prompt.startswith("a [2J fox b b")
+    assert found.prompt.isprintable() and len(found.prompt) <= 1000
+
+
+@pytest.mark.parametrize(
+    "form", ["{{}} {0.x} {a}", "{:>9999999999} {}", "} {} {", "{} {!r:^}", "%s {} $x \\"]
+)
+def test_a_form_is_text_and_no_format_string(form: str, pretend) -> None:
+    (found,) = enhance(pretend("say(' fox')", form), ["a wish"])
+    assert (found.prompt, found.problem) == (form.replace("{}", "fox"), None)
+
+
+@pytest.mark.parametrize("form", ["", "{", "{a}", "{0}", "{} and {}", "{}" + "x" * 1001])
+def test_a_form_without_just_one_place_is_refused(form: str, tmp_path: Path) -> None:
+    spec = msgspec.structs.replace(PLAIN, form=form)
+    (tmp_path / "prompter.json").write_bytes(msgspec.json.encode(spec))
+    with pytest.raises(InputError, match=r"form is .*one \"\{\}\" in it"):
+        read_prompter(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[" * 10**5, "{", "null", '{"base": 3}', "\xff\xfe"])
+def test_a_prompter_s_description_that_is_none_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "prompter.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=r"prompter\.json"):
+        read_prompter(tmp_path)
+
+
+def test_a_name_that_is_not_utf_8_is_a_problem_and_no_fault(pretend) -> None:
+    prompter = pretend("say('x')")._replace(base=Path("caf\udce9/base.gguf"))
+    (found,) = enhance(prompter, ["a wish"])
+    assert found.prompt == "a wish" and found.problem and "isn't UTF-8" in found.problem
+
+
+@pytest.mark.parametrize("fault", ["form", "grammar", "base"])
+def test_a_bundle_s_broken_prompter_is_a_warning_and_the_wish_is_drawn(
+    fault: str, miniature: Bundle, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(miniature.path, folder)
+    (folder / "prompter").mkdir()
+    files = ["prompter/base.gguf", "prompter/grammar.gbnf"]
+    (folder / files[0]).write_bytes(b"GGUF")
+    (folder / files[1]).write_bytes(b"\xff\xfe" if fault == "grammar" else b"root ::= [a]")
+    spec = PrompterSpec(files[0], None, "x", "{" if fault == "form" else "{}", "mit", files[1])
+    changed = msgspec.structs.replace(miniature.manifest, prompter=spec)
+    update_manifest(folder, changed, files)
+    if fault == "base":
+        (folder / files[0]).write_bytes(b"gguf")
+    picture = tmp_path / "picture.png"
+    options = ["--enhance", "--steps", 1, "--any-machine", "-o", picture]
+    outcome = run_cli("generate", folder, "-p", "a wish", *options)
+    assert outcome.code == 0 and picture.is_file(), outcome.err
+    assert "warning: the prompter can't be used" in outcome.err
+    assert outcome.err.count("warning") == 1
+
+
 def test_a_worker_that_cannot_be_started(
     monkeypatch: pytest.MonkeyPatch, pretend, tmp_path: Path
 ) -> None:

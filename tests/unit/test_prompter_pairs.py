@@ -126,7 +126,7 @@ def test_a_file_of_pairs(tmp_path: Path) -> None:
         ("{}\n", "line 1"),
         ('{"edgesd_pairs":1,"domain":"d","form":"{}"}\n{"wish":1}\n', "line 2"),
         ('{"edgesd_pairs":2,"domain":"d","form":"{}"}\n', "another format"),
-        ('{"edgesd_pairs":1,"domain":"d","form":"x"}\n', "another format"),
+        ('{"edgesd_pairs":1,"domain":"d","form":"x"}\n', "form is 'x'"),
         ('{"edgesd_pairs":1,"domain":"d","form":"{}"}\n', "no pairs to train on"),
     ],
 )

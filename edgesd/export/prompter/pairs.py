@@ -16,7 +16,7 @@ import msgspec
 
 from edgesd.errors import InputError
 from edgesd.files import atomic_write
-from edgesd.runtime.prompter import PROMPT_CHARACTERS, clean_wish
+from edgesd.runtime.prompter import PROMPT_CHARACTERS, check_form, clean_wish
 from edgesd.spec import Spec
 from edgesd.textfiles import lines_of, read_text
 
@@ -166,12 +166,13 @@ def read_pairs(path: Path) -> PairSet:
         pairs = []
         for number, line in enumerate(lines[1:], start=2):  # noqa: B007 - the message tells it
             pairs.append(msgspec.json.decode(line, type=Pair))
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, RecursionError) as exc:
         raise InputError(
             f"{path} isn't a file of pairs (line {number}: {exc}): make one by edgesd prompter data"
         ) from exc
-    if header.edgesd_pairs != FORMAT or header.form.count("{}") != 1:
+    if header.edgesd_pairs != FORMAT:
         raise InputError(f"{path} is of another format: make it anew by edgesd prompter data")
+    check_form(header.form)
     found = PairSet(header.domain, header.form, tuple(pairs), header.closed)
     if not found.training or not found.held:
         raise InputError(f"{path} has no pairs to train on, or none held back: make it anew")
