@@ -57,9 +57,8 @@ def follow(key: str, command: Sequence[str], on_line: Callable[[str], None]) -> 
                 break  # it is gone, and nobody else began the same
             time.sleep(_POLL_SECONDS)
     if link is not None:
-        with link, link.makefile("r", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                on_line(line.rstrip("\n"))
+        for line in _lines(link):
+            on_line(line.rstrip("\n"))
     try:
         ended = msgspec.json.decode(result.read_bytes(), type=Ended)
     except FileNotFoundError as exc:
@@ -67,6 +66,15 @@ def follow(key: str, command: Sequence[str], on_line: Callable[[str], None]) -> 
             "the work ended without a result (killed, or out of memory?): run the command again"
         ) from exc
     return ended
+
+
+def _lines(link: socket.socket) -> Iterator[str]:
+    """What comes over `link`, until its other end is gone: closed, or killed before it was read."""
+    with link, link.makefile("r", encoding="utf-8", errors="replace") as lines:
+        try:
+            yield from lines
+        except ConnectionError:
+            return
 
 
 def forget(key: str) -> None:

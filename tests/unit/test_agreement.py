@@ -14,6 +14,8 @@ from edgesd.errors import InputError
 from edgesd.evaluate.agreement import JUDGE, open_agreement, word_ids, words_of
 from edgesd.evaluate.prompter import agreed
 
+pytestmark = pytest.mark.integration
+
 FOLDER = demo_judge()
 assert FOLDER
 

@@ -22,6 +22,8 @@ from edgesd.errors import InputError, ResourceError, TargetError
 from edgesd.runtime.bundle import Bundle
 from scripts import vendor_wheels
 
+pytestmark = pytest.mark.integration
+
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 

@@ -32,6 +32,8 @@ from edgesd.export.tokenizer import write_tokenizer  # noqa: E402
 from edgesd.export.torch_runner import TorchRunner  # noqa: E402
 from edgesd.runtime.tokenizer import PromptTokenizer  # noqa: E402
 
+pytestmark = pytest.mark.integration
+
 EMOJI = Path(__file__).resolve().parents[2] / "models" / "emoji"
 HOW = CalibrationPlan(("a red apple", "a cat"), 2, 4.0, "ddim", 64, 64)
 CALLS = {"text_encoder": 3, "unet": 4, "vae_decoder": 2, "vae_encoder": 2}

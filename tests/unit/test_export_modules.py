@@ -17,6 +17,8 @@ from edgesd.export.attention import replace_attention  # noqa: E402
 from edgesd.export.parity import example_inputs  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
 
+pytestmark = pytest.mark.integration
+
 EMOJI = Path(__file__).resolve().parents[2] / "models" / "emoji"
 
 

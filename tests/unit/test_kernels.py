@@ -63,7 +63,7 @@ from tests.unit.test_quantized_ort import (  # noqa: E402
     session,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = {"aarch64": ("raspberry-pi-5", "aarch64")}.get(

@@ -36,7 +36,7 @@ from edgesd.spec import ComponentSpec, Dim, TensorSpec, parse_scheme  # noqa: E4
 from tests.quantizing import normal  # noqa: E402
 from tests.unit.test_quantized_ort import record  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 TOKENS, CONTEXT = 7, 32
 TOP = ["down_blocks.0.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1"]

@@ -24,6 +24,8 @@ from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.prompter import COMMAND
 from tests.support import run_cli
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[2]
 PLANTED = (
     *("edgesd", "msgspec", "numpy", "onnxruntime", "PIL", "click", "rich", "tokenizers", "pip"),

@@ -365,7 +365,12 @@ def test_an_interval() -> None:
 # The model itself
 
 
-@pytest.fixture(scope="module", params=["llama_cpp", "xllamacpp"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.integration) for name in ("llama_cpp", "xllamacpp")
+    ],
+)
 def real(request: pytest.FixtureRequest) -> Iterator[Prompter]:
     """A real model, by each of the libraries that are installed."""
     libraries = ("llama_cpp", "xllamacpp")

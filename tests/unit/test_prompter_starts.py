@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+if find_spec("peft") is None:  # imported where it is used: it takes seconds
+    pytest.skip("peft isn't installed", allow_module_level=True)
 
 from edgesd.errors import InputError, MissingDependencyError, UsageError  # noqa: E402
 from edgesd.export.prompter import export as exporting  # noqa: E402
@@ -43,6 +45,8 @@ from tests.unit.test_prompter_training import (  # noqa: E402, F401
     read,
     small,
 )
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
@@ -200,6 +204,8 @@ def test_a_pissa_adapter_fits_the_base_as_it_was(
     tmp_path: Path,
 ) -> None:
     """Nothing is changed by its start, and what is written adds what was learned."""
+    import peft
+
     settings = AdapterSettings(4, 8, "pissa")
     (tmp_path / "a").mkdir()
     started = begin(base, tmp_path / "a", settings, lambda done, total: None)

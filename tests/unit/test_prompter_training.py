@@ -16,7 +16,8 @@ import pytest
 torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+if find_spec("peft") is None:  # imported where it is used: it takes seconds
+    pytest.skip("peft isn't installed", allow_module_level=True)
 
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
@@ -42,6 +43,8 @@ from edgesd.export.prompter.train import (  # noqa: E402
 )
 from tests.support import assert_refused, run_cli  # noqa: E402
 from tests.unit.test_prompter import smollm2  # noqa: E402
+
+pytestmark = pytest.mark.integration
 
 WORDS = ["red", "blue", "whale", "cat", "apple", "star", "tree", "fish"]
 LORA = AdapterSettings(rank=4, alpha=8)
@@ -209,6 +212,8 @@ def read(path: Path) -> Any:
 @pytest.fixture
 def run(small: tuple[Path, Any], tmp_path: Path) -> tuple[Path, Any]:
     """A peft adapter with random weights on the small model, and the model with it."""
+    import peft
+
     path, _ = small
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(MODULES))
     adapted = peft.get_peft_model(read(path), config)

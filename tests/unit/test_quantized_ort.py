@@ -38,7 +38,7 @@ Array = npt.NDArray[np.float32]
 TIMESTEPS = np.array([900, 500, 20], np.float32)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 
 @dataclass(frozen=True)

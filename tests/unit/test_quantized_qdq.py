@@ -27,6 +27,8 @@ from edgesd.export.quantize.layers import (  # noqa: E402
 from edgesd.spec import Scheme, parse_scheme  # noqa: E402
 from tests.quantizing import patches  # noqa: E402
 
+pytestmark = pytest.mark.integration
+
 Array = npt.NDArray[Any]
 
 NODE = "block/layer/op"

@@ -18,6 +18,8 @@ from edgesd.runtime.rates import Speed, find_rates, measure, rates_path, read_pr
 from edgesd.spec import Machine, Probe, Rate, Rates
 from tests.support import assert_refused, run_cli
 
+pytestmark = pytest.mark.integration
+
 
 def some(*found: Rate) -> Rates:
     return Rates("a board", "1.0", None, 0, 1 << 20, found)

@@ -18,6 +18,8 @@ from edgesd.files import sha256_file
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, open_bundle
 from tests.support import with_other_decoder
 
+pytestmark = pytest.mark.integration
+
 CHANGES = ("os.rename", "os.link", "os.symlink", "os.remove", "os.rmdir", "os.mkdir")
 
 

@@ -29,6 +29,8 @@ onnx = pytest.importorskip("onnx")
 from benchmarks.tensorrt_refusals import faults, graph  # noqa: E402
 from edgesd.engines.tensorrt_lint import RULES, check_graph, lint  # noqa: E402
 
+pytestmark = pytest.mark.integration
+
 EXPECTED = {
     "zero point of 3": {"zero-point"},
     "unsigned activations": {"codes"},

@@ -158,6 +158,7 @@ def off(found: Array, wanted: Array) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
+@pytest.mark.integration
 def test_halves_one_after_the_other_are_the_whole(decoder: Decoder) -> None:
     given = latents(10, 14)
     whole = decoder.run(None, latents=given)["image"]
@@ -171,6 +172,7 @@ def test_halves_one_after_the_other_are_the_whole(decoder: Decoder) -> None:
     assert off(half["image"], whole) < 1e-4
 
 
+@pytest.mark.integration
 def test_statistics_of_a_large_picture_are_exact(decoder: Decoder) -> None:
     """The fp32 sum of a million values, one after the other, would be off by 1e-4."""
     given = latents(64, 56)
@@ -179,6 +181,7 @@ def test_statistics_of_a_large_picture_are_exact(decoder: Decoder) -> None:
     assert off(own["image"], whole) < 1e-4
 
 
+@pytest.mark.integration
 def test_moments_are_those_of_the_core(decoder: Decoder) -> None:
     features = decoder.features(latents(8, 8))
     core = np.array([1, 2, 5, 8])
@@ -196,12 +199,14 @@ def test_moments_are_those_of_the_core(decoder: Decoder) -> None:
     np.testing.assert_allclose(moments[0, 1], (rows**2).mean(1), rtol=1e-4)
 
 
+@pytest.mark.integration
 def test_halves_share_the_weights(decoder: Decoder) -> None:
     size = (decoder.folder / "weights.bin").stat().st_size
     halves = decoder.halves.head.weight_bytes + decoder.halves.tail.weight_bytes
     assert 0.8 * size < halves < 1.2 * size
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("height", "width", "window"), [(20, 28, 28), (40, 25, 28), (52, 70, 28), (52, 30, 22)]
 )
@@ -218,6 +223,7 @@ def test_tiles_are_the_whole(decoder: Decoder, height: int, width: int, window: 
     assert decibels > 45
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "fields",
     [
@@ -249,6 +255,7 @@ def test_what_can_not_be_split_is_left_alone(fields: dict[str, Any]) -> None:
         DecoderTail()(model)
 
 
+@pytest.mark.integration
 def test_graphs_of_one_size_are_left_alone() -> None:
     from edgesd.export.passes.tiled_decoder import decoder_halves
     from edgesd.export.to_onnx import graph_from_module
