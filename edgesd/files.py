@@ -382,22 +382,34 @@ def check_new(path: Path) -> None:
 
 
 def check_writable(path: Path, needed_bytes: int = 0) -> None:
-    """Make the folder of `path` and try to write there, before long work is done in vain.
+    """Try to write at `path`, before long work is done in vain. Nothing is left there.
 
     needed_bytes: what will be written, as far as it is known. Raises InputError when a file or
     folder of that name can't be made, ResourceError when the disk is too full.
     """
     if _is_special(path):
         return
+    missing = [folder for folder in _absolute(path).parents if not _is_there(folder)]
+    try:
+        free_bytes = _try_to_write(path)
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    if free_bytes is not None and free_bytes < needed_bytes:
+        raise ResourceError(
+            f"{path} takes about {needed_bytes / 1e6:.0f} MB, and {free_bytes / 1e6:.0f} MB of "
+            "disk are free there: free some space, or choose another folder with -o"
+        )
+
+
+def _try_to_write(path: Path) -> int | None:
+    """Bytes that are free there; None where the file system doesn't tell."""
     with private_folder(path) as folder:
         with (folder / _absolute(path).name).open("xb") as file:
             file.write(b"edgesd")
         disk = shutil.disk_usage(folder)
-    if disk.total and disk.free < needed_bytes:
-        raise ResourceError(
-            f"{path} takes about {needed_bytes / 1e6:.0f} MB, and {disk.free / 1e6:.0f} MB of disk "
-            "are free there: free some space, or choose another folder with -o"
-        )
+        return disk.free if disk.total else None
 
 
 def check_file_place(path: Path, needed_bytes: int = 0) -> None:
@@ -417,19 +429,22 @@ def private_folder(beside: Path) -> Iterator[Path]:
     """
     with disk_errors(beside):
         parent = _absolute(beside).parent
-        parent.mkdir(parents=True, exist_ok=True)
-        _sweep(parent)
         lock: int | None = None
-        folder = parent
+        folder: Path | None = None
         try:
             while lock is None:
+                parent.mkdir(parents=True, exist_ok=True)
+                _sweep(parent)
                 # Named before it is made: a signal that comes while it is made finds it, too.
                 folder = parent / f".edgesd-{_machine()}-{secrets.token_hex(8)}.part"
-                folder.mkdir(mode=0o700)
-                lock = _locked(folder, needed=False)
+                # Another process may have removed an empty `parent` that it had made.
+                with contextlib.suppress(FileNotFoundError):
+                    folder.mkdir(mode=0o700)
+                    lock = _locked(folder, needed=False)
+            assert folder is not None
             yield folder
         finally:
-            if folder != parent:
+            if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             if lock is not None:
                 os.close(lock)

@@ -22,7 +22,7 @@ from typing import Any
 
 from edgesd.errors import InputError, MissingDependencyError, unknown_name
 from edgesd.export.families import Family, families, family_of
-from edgesd.files import expanded, sha256_file
+from edgesd.files import expanded, sha256_file, user_home
 from edgesd.runtime.pictures import read_prompts
 from edgesd.spec import Licence
 from edgesd.text import first_sentence
@@ -373,6 +373,8 @@ def _looks_local(model: str | Path) -> bool:
 
 def _download(repo_id: str) -> Path:
     """Fetch just the files that the family needs; from the cache when the hub can't be reached."""
+    if user_home() is None:
+        raise InputError(f"downloading {repo_id} needs a home folder: set HOME to one")
     try:
         import huggingface_hub as hub
         from huggingface_hub import constants, errors

@@ -79,7 +79,8 @@ def _is_one_file(out: Path) -> bool:
 
 def _next_number(folder: Path) -> int:
     """One more than the highest number of a picture in `folder`."""
-    matches = (_NUMBERED.fullmatch(path.name) for path in folder.iterdir())
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    matches = map(_NUMBERED.fullmatch, names)
     return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
