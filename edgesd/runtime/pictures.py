@@ -205,7 +205,8 @@ class _Previews:
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
-        self._shown: dict[Path, tuple[Path, bytes]] = {}
+        self._shown: dict[Path, tuple[Path, tuple[bytes, ...]]] = {}
+        """Picture -> its preview, and what may be in that: a signal may come at any moment."""
         self._failed = False
 
     def show(self, image: Image.Image, path: Path) -> None:
@@ -217,12 +218,13 @@ class _Previews:
         try:
             shown = self._ours(path)
             if shown is not None:
-                self._shown[path] = (shown, content)
+                self._shown[path] = (shown, (*self._shown[path][1], content))
                 with atomic_write(shown) as file:
                     file.write(content)
+                self._shown[path] = (shown, (content,))
                 return
             for name in free_names(wanted):
-                self._shown[path] = (name, content)  # first: a signal may come meanwhile
+                self._shown[path] = (name, (content,))
                 try:
                     with atomic_write(name, new=True) as file:
                         file.write(content)
@@ -237,9 +239,9 @@ class _Previews:
 
     def _ours(self, path: Path) -> Path | None:
         """The preview of `path`, if it is still what was written."""
-        name, content = self._shown.get(path, (None, b""))
+        name, contents = self._shown.get(path, (None, ()))
         try:
-            return name if name is not None and name.read_bytes() == content else None
+            return name if name is not None and name.read_bytes() in contents else None
         except OSError:
             return None
 
