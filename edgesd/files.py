@@ -444,10 +444,14 @@ def private_folder(beside: Path) -> Iterator[Path]:
             assert folder is not None
             yield folder
         finally:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
+            try:
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:  # again, for a signal that came meanwhile
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                if lock is not None:
+                    os.close(lock)
 
 
 def _locked(folder: Path, needed: bool) -> int | None:

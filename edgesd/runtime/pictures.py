@@ -163,7 +163,10 @@ def make_pictures(
                 if on_picture:
                     on_picture(made)
     finally:
-        previews.remove_all()
+        try:
+            previews.remove_all()
+        finally:  # again, for a signal that came meanwhile
+            previews.remove_all()
     return written
 
 
