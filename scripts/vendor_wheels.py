@@ -12,11 +12,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from edgesd.build.wheels import bring_kernels, download_wheels
+from edgesd.build.wheels import download_wheels, kernels_for
 from edgesd.errors import EdgesdError
 
 EXTRAS = ("cuda-bindings<13",)
 """For Jetsons, beside what every board gets."""
+
+
+def say(text: str) -> None:
+    """Show what takes long."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -28,8 +33,13 @@ def main() -> int:
     made.add_argument("--extra", action="append", default=[], help="a further package")
     given = made.parse_args()
     try:
-        bring_kernels(given.arch)
-        wheels = download_wheels(given.folder, given.python, given.arch, [*EXTRAS, *given.extra])
+        wheels = download_wheels(
+            given.folder,
+            given.python,
+            given.arch,
+            [*EXTRAS, *given.extra],
+            library=kernels_for(given.arch, say),
+        )
     except EdgesdError as exc:
         print(f"vendor_wheels: {exc}", file=sys.stderr)
         return exc.exit_code

@@ -199,7 +199,8 @@ async def _runtime(
     if wheels is not None:
         chosen = fitting_wheels(wheels, here.python, here.arch, here.glibc)
     else:
-        chosen = cached_wheels(here.python, here.arch, extra, here.glibc)
+        own = any(engine.kernels for engine in bundle.manifest.engines.values())
+        chosen = cached_wheels(here.python, here.arch, extra, here.glibc, own, say)
     items = {
         path.name: Item(path.stat().st_size, sha256_file(path), partial(_pieces, path))
         for path in chosen

@@ -190,7 +190,9 @@ class QuantizedBuild:
         self._written: dict[str, dict[Layer, Choice]] = {}
         self._cases: dict[str, list[Case]] = {}
         self._worst: Probes = ()
-        self._kernels = self.backend == onnxruntime.BACKEND and ensure_library() is not None
+        self._kernels = self.backend == onnxruntime.BACKEND and (
+            ensure_library(lambda part: self.report(f"compile {part}", "kernels")) is not None
+        )
         # Attention in 8 bits is kept where pictures show that it may be.
         self._attention = self._kernels and self.perceptual is not None
 

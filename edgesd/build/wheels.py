@@ -6,17 +6,20 @@ architecture is run here.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import importlib.util
 import logging
 import subprocess
-from collections.abc import Iterable, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import edgesd
 from edgesd.engines.kernels import build_library
 from edgesd.errors import EdgesdError, InputError, MissingDependencyError
-from edgesd.files import atomic_dir, sha256_file, user_cache
+from edgesd.files import atomic_dir, atomic_path, sha256_file, user_cache
 from edgesd.processes import module_command
 from edgesd.runtime.kernels import library_folders, library_name
 
@@ -28,6 +31,9 @@ _OLDEST_GLIBC = 35
 """Of the boards that edgesd is for: JetPack 6. Debian 12 has 36."""
 BOARD_PACKAGES = ("edgesd", "pip", "cryptography")
 """What every board gets: pip to install with, cryptography for signatures."""
+
+
+Say = Callable[[str], None]
 
 
 def platform_tags(arch: str, glibc: int = _OLDEST_GLIBC) -> list[str]:
@@ -42,10 +48,12 @@ def download_wheels(
     arch: str,
     packages: Iterable[str] = (),
     glibc: int = _OLDEST_GLIBC,
+    library: Path | None = None,
 ) -> list[Path]:
     """Fill `folder` with edgesd's wheel, BOARD_PACKAGES, `packages` and what they need; its wheels.
 
-    python: the board's (3.11). Raises MissingDependencyError without pip, InputError with pip's own
+    python: the board's (3.11). library: of edgesd's own kernels, for its wheel, where it is made
+    from a checkout. Raises MissingDependencyError without pip, InputError with pip's own
     words when it finds one missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,6 +61,7 @@ def download_wheels(
     if root is not None:
         _pip(["wheel", "--no-deps", "--wheel-dir", str(folder), str(root)])
         (own,) = (str(path) for path in folder.glob("edgesd-*.whl"))
+        _put_library(Path(own), library)
     else:
         own = f"edgesd=={edgesd.__version__}"
     chosen = [option for name in platform_tags(arch, glibc) for option in ("--platform", name)]
@@ -67,16 +76,26 @@ def download_wheels(
 
 
 def cached_wheels(
-    python: str, arch: str, packages: Sequence[str] = (), glibc: int = _OLDEST_GLIBC
+    python: str,
+    arch: str,
+    packages: Sequence[str] = (),
+    glibc: int = _OLDEST_GLIBC,
+    kernels: bool = True,
+    say: Say = lambda text: None,
 ) -> list[Path]:
-    """As `download_wheels`, in the user's cache: asked of the index once for each edgesd."""
-    bring_kernels(arch)
-    said = "\n".join([_fingerprint(), python, arch, str(glibc), *packages])
-    key = hashlib.sha256(said.encode()).hexdigest()[:16]
+    """As `download_wheels`, in the user's cache: asked of the index once for each edgesd.
+
+    kernels: whether edgesd's own kernels are needed there, and compiled if need be; those that are
+    compiled already are in its wheel in any case. say: told what takes long.
+    """
+    library = kernels_for(arch, say, kernels)
+    asked = [python, arch, str(glibc), library.name if library else "", *packages]
+    key = hashlib.sha256("\n".join([_fingerprint(), *asked]).encode()).hexdigest()[:16]
     folder = user_cache() / "wheels" / f"{arch}-{python}-{key}"
     if not folder.is_dir():
+        say(f"fetching wheels for Python {python} on {arch} by pip: some 60 MB, once")
         with atomic_dir(folder) as fresh:
-            download_wheels(fresh, python, arch, packages, glibc)
+            download_wheels(fresh, python, arch, packages, glibc, library)
     return sorted(folder.glob("*.whl"))
 
 
@@ -121,19 +140,51 @@ def _source() -> Path | None:
     return root if (root / "pyproject.toml").is_file() else None
 
 
-def bring_kernels(arch: str) -> None:
-    """Compile edgesd's own kernels for `arch` into the checkout, whose wheel then has them; without
-    a compiler it is logged what is missing. An installed edgesd has what its wheel brought."""
+def kernels_for(arch: str, say: Say = lambda text: None, compiling: bool = True) -> Path | None:
+    """The library of edgesd's own kernels for `arch`, which edgesd's wheel is to bring; None for an
+    installed edgesd, whose wheel brought what there is.
+
+    compiling: into the user's cache, if it isn't there; without a compiler it is logged what is
+    missing. say: told meanwhile.
+    """
     if _source() is None:
-        return
-    folder, name = library_folders()[0], library_name(arch)
+        return None
+    found = library_folders()[1] / library_name(arch)
+    if not compiling and not found.is_file():
+        return None
     try:
-        build_library(arch, folder)
+        return build_library(
+            arch, progress=lambda part: say(f"compiling edgesd's kernels for {arch}: {part}")
+        )
     except EdgesdError as exc:
         _log.warning("the board will do without edgesd's own kernels: %s", exc)
-    for old in folder.glob(f"edgesd-kernels-{arch}-*.so"):
-        if old.name != name:
-            old.unlink()
+        return None
+
+
+def _put_library(wheel: Path, library: Path | None) -> None:
+    """Let edgesd's `wheel` bring `library`, and no other that lay in the checkout.
+
+    Layout and RECORD: packaging.python.org/specifications/binary-distribution-format.
+    """
+    folder = "edgesd/kernels/lib/"
+    with zipfile.ZipFile(wheel) as file:
+        members = {
+            info.filename: (info, file.read(info))
+            for info in file.infolist()
+            if not info.filename.startswith(folder)
+        }
+    record = next(name for name in members if name.endswith(".dist-info/RECORD"))
+    info, listed = members.pop(record)
+    rows = [row for row in listed.decode().splitlines() if not row.startswith(folder)]
+    if library is not None:
+        data, name = library.read_bytes(), folder + library.name
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        rows.append(f"{name},sha256={digest},{len(data)}")
+        members[name] = (zipfile.ZipInfo(name, info.date_time), data)
+    members[record] = (info, ("\n".join(rows) + "\n").encode())
+    with atomic_path(wheel) as path, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for entry, data in members.values():
+            file.writestr(entry, data, zipfile.ZIP_DEFLATED)
 
 
 def _fingerprint() -> str:
@@ -158,8 +209,11 @@ def _pip(arguments: list[str]) -> None:
     command = module_command("pip", "--disable-pip-version-check", "--quiet", *arguments)
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        # "ERROR: Exception:" stands before a traceback, whose last line says what it was.
+        lines = [line for line in said if line.startswith("ERROR") and line[-1] != ":"]
+        words = shorten((lines or said or ["it said nothing"])[-1], 300)
         raise InputError(
-            f"pip can't get the board's wheels ({lines[-1] if lines else done.stderr[-200:]}): is "
+            f"pip can't get the board's wheels ({words}): is "
             "its index reachable? Else give --wheels FOLDER"
         )

@@ -41,6 +41,10 @@ _VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
 """Architecture -> instruction set -> what the compiler is told."""
 
 
+Progress = Callable[[str], None]
+"""Told what is compiled: "avx2, 3 of 4, about a minute in all, once"."""
+
+
 def find_compiler(arch: str) -> str | None:
     """A C++ compiler for `arch`, a cross compiler where this machine isn't one; None without."""
     names = [f"{arch}-linux-gnu-g++"]
@@ -49,23 +53,21 @@ def find_compiler(arch: str) -> str | None:
     return next(filter(None, map(find_program, names)), None)
 
 
-def ensure_library() -> Path | None:
+def ensure_library(progress: Progress | None = None) -> Path | None:
     """The library for this machine, compiled if need be; None where it can't be, or shall not be.
 
-    What stands in the way is logged: builds go on without it.
+    progress: told what is compiled. What stands in the way is logged: builds go on without it.
     """
     if runtime_kernels.library() is None and os.environ.get("EDGESD_KERNELS") is None:
         try:
-            build_library(platform.machine())
+            build_library(platform.machine(), progress=progress)
         except EdgesdError as exc:
             _log.warning("no kernels of edgesd's own: %s", exc)
         runtime_kernels.forget()
     return runtime_kernels.library() if runtime_kernels.instruction_set() else None
 
 
-def build_library(
-    arch: str, folder: Path | None = None, progress: Callable[[str], None] | None = None
-) -> Path:
+def build_library(arch: str, folder: Path | None = None, progress: Progress | None = None) -> Path:
     """Compile the library for `arch` (x86_64, aarch64) into `folder`, by default the user's cache;
     what is there already, of the same sources, is taken. Takes about a minute.
 
@@ -97,7 +99,7 @@ def compile_library(
     compiler: str,
     arch: str,
     path: Path,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
     flags: Sequence[str] = (),
 ) -> None:
     """Compile the library for `arch` into the file `path`. flags: beside those of _FLAGS, such as a
@@ -107,13 +109,13 @@ def compile_library(
     """
     with tempfile.TemporaryDirectory() as work:
         objects = []
-        for name, own in _VARIANTS[arch].items():
+        parts = [(name, own, "compute.cpp") for name, own in _VARIANTS[arch].items()]
+        parts.append(("operators", (), "ops.cpp"))
+        for number, (name, own, source) in enumerate(parts, 1):
             if progress:
-                progress(name)
+                progress(f"{name}, {number} of {len(parts)}, about a minute in all, once")
             objects.append(Path(work) / f"{name}.o")
-            _run(compiler, [*_FLAGS, *flags, *own, "-c", "compute.cpp", "-o", str(objects[-1])])
-        objects.append(Path(work) / "ops.o")
-        _run(compiler, [*_FLAGS, *flags, "-c", "ops.cpp", "-o", str(objects[-1])])
+            _run(compiler, [*_FLAGS, *flags, *own, "-c", source, "-o", str(objects[-1])])
         linked = [*map(str, objects), "-shared", *(flags or _ALONE)]
         _run(compiler, [*linked, "-o", str(path)])
 

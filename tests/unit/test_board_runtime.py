@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import ensurepip
+import hashlib
 import platform
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,33 +81,89 @@ def test_wheels_that_fit(tmp_path: Path) -> None:
         fitting_wheels(tmp_path, "3.11", "aarch64", 36)
 
 
-def test_vendored_wheels_bring_the_kernels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """They are compiled for the board before edgesd's wheel is made; older ones are removed."""
-    lib, folder = tmp_path / "lib", tmp_path / "wheels"
-    lib.mkdir()
-    (lib / "edgesd-kernels-aarch64-0123456789ab.so").touch()
-    (lib / "edgesd-kernels-x86_64-0123456789ab.so").touch()
+def wheel_of_a_checkout(folder: Path) -> Path:
+    """A wheel as pip makes it: with whatever lies in kernels/lib."""
+    path = folder / "edgesd-1.0-py3-none-any.whl"
+    names = ("edgesd/__init__.py", "edgesd/kernels/lib/edgesd-kernels-aarch64-0123456789ab.so")
+    with zipfile.ZipFile(path, "w") as file:
+        for name in names:
+            file.writestr(name, name)
+        record = "edgesd-1.0.dist-info/RECORD"
+        file.writestr(record, "".join(f"{name},sha256=x,1\n" for name in names) + f"{record},,\n")
+    return path
 
-    def compiled(arch: str, out: Path) -> Path:
-        (out / making.library_name(arch)).touch()
-        return out / making.library_name(arch)
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Architectures that kernels were "compiled" for, into a cache of its own; pip makes wheels."""
+    archs: list[str] = []
+
+    def build(arch: str, progress: Callable[[str], None]) -> Path:
+        out = tmp_path / "cache" / making.library_name(arch)
+        if not out.exists():
+            archs.append(arch)
+            progress("neon, 1 of 2")
+            out.parent.mkdir(exist_ok=True)
+            out.write_bytes(b"code")
+        return out
 
     def pip(arguments: list[str]) -> None:
         if arguments[0] == "wheel":
-            assert sorted(path.name for path in lib.iterdir()) == [
-                making.library_name("aarch64"),
-                "edgesd-kernels-x86_64-0123456789ab.so",
-            ]
-            wheel(folder, "edgesd")
+            wheel_of_a_checkout(Path(arguments[arguments.index("--wheel-dir") + 1]))
 
-    monkeypatch.setattr(making, "library_folders", lambda: (lib, tmp_path / "cache"))
-    monkeypatch.setattr(making, "build_library", compiled)
+    monkeypatch.setattr(making, "library_folders", lambda: (tmp_path / "lib", tmp_path / "cache"))
+    monkeypatch.setattr(making, "build_library", build)
     monkeypatch.setattr(making, "_pip", pip)
+    monkeypatch.setattr(making, "_fingerprint", lambda: "sources")
+    monkeypatch.setenv("EDGESD_CACHE", str(tmp_path / "user"))
+    return archs
+
+
+def libraries(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as file:
+        rows = file.read("edgesd-1.0.dist-info/RECORD").decode().splitlines()
+        assert sorted(row.split(",")[0] for row in rows) == sorted(file.namelist())
+        for row in rows:
+            name, digest, size = row.split(",")
+            if name.endswith(".so"):
+                data = hashlib.sha256(file.read(name)).digest()
+                assert digest == "sha256=" + base64.urlsafe_b64encode(data).decode().rstrip("=")
+                assert int(size) == len(file.read(name))
+        return [name.rpartition("/")[2] for name in file.namelist() if name.endswith(".so")]
+
+
+def test_vendored_wheels_bring_the_kernels(
+    tmp_path: Path,
+    compiled: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They are compiled for the board, and are alone in edgesd's wheel."""
+    folder = tmp_path / "wheels"
     monkeypatch.setattr(sys, "argv", ["vendor_wheels", str(folder)])
     assert vendor_wheels.main() == 0
-    assert "1 wheels" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "1 wheels" in printed.out and "compiling edgesd's kernels for aarch64" in printed.err
+    (wheel,) = folder.iterdir()
+    assert compiled == ["aarch64"] and libraries(wheel) == [making.library_name("aarch64")]
+
+
+def test_kernels_are_compiled_for_bundles_that_have_graphs_for_them_alone(
+    compiled: list[str], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    asked = ("3.11", "aarch64", (), 36)
+    (without,) = making.cached_wheels(*asked, kernels=False, say=said.append)
+    assert compiled == [] and libraries(without) == []
+    assert said == ["fetching wheels for Python 3.11 on aarch64 by pip: some 60 MB, once"]
+    said.clear()
+    (wheel,) = making.cached_wheels(*asked, kernels=True, say=said.append)
+    assert compiled == ["aarch64"] and libraries(wheel) == [making.library_name("aarch64")]
+    assert said[0] == "compiling edgesd's kernels for aarch64: neon, 1 of 2"
+    said.clear()
+    # What is compiled is brought in any case, so that a bundle to go back to keeps its kernels.
+    assert making.cached_wheels(*asked, kernels=False, say=said.append) == [wheel]
+    assert said == [] and not (tmp_path / "lib").exists()
 
 
 class Answering(FolderBoard):
