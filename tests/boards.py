@@ -118,15 +118,44 @@ class Server:
             process.command or "",
             cwd=self.home,
             env={"HOME": str(self.home), "PATH": "/usr/bin:/bin"},
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
         )
         self.on_event()
-        out, err = await child.communicate()
-        process.stdout.write(out)
-        process.stderr.write(err)
-        process.exit(child.returncode or 0)
+
+        async def take() -> None:
+            assert child.stdin
+            with contextlib.suppress(OSError, asyncssh.Error):
+                while block := await process.stdin.read(1 << 16):
+                    left = None if self.cut_after is None else self.cut_after - self.written
+                    block = block[:left] if left is None or left >= 0 else b""
+                    child.stdin.write(block)
+                    await child.stdin.drain()
+                    self.written += len(block)
+                    self.on_event()
+                    if left is not None and len(block) >= left:
+                        self.hang_up()
+            child.stdin.close()
+
+        async def tell(stream: asyncio.StreamReader, out: asyncssh.SSHWriter[bytes]) -> None:
+            with contextlib.suppress(OSError, asyncssh.Error):
+                while block := await stream.read(1 << 16):
+                    out.write(block)
+                    await out.drain()
+
+        assert child.stdin and child.stdout and child.stderr
+        taking = asyncio.ensure_future(take())
+        try:
+            told = tell(child.stdout, process.stdout), tell(child.stderr, process.stderr)
+            await asyncio.gather(*told)
+            status = await child.wait()
+        finally:
+            taking.cancel()
+            child.stdin.close()
+        with contextlib.suppress(OSError, asyncssh.Error):
+            process.exit(status)
 
 
 @contextlib.contextmanager
@@ -138,18 +167,6 @@ def sshd(user_home: Path, board_home: Path) -> Iterator[Server]:
     ssh.mkdir(parents=True)
     user_key.write_private_key(ssh / "id_ed25519")
     (ssh / "id_ed25519").chmod(0o600)
-
-    class Files(asyncssh.SFTPServer):
-        def map_path(self, path: bytes) -> bytes:
-            return os.path.join(os.fsencode(board_home), path)  # noqa: PTH118
-
-        def write(self, file_obj: object, offset: int, data: bytes) -> Any:
-            server.written += len(data)
-            server.on_event()
-            if server.cut_after is not None and server.written > server.cut_after:
-                server.hang_up()
-                return 0
-            return super().write(file_obj, offset, data)
 
     class Login(asyncssh.SSHServer):
         def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
@@ -170,7 +187,6 @@ def sshd(user_home: Path, board_home: Path) -> Iterator[Server]:
             0,
             server_host_keys=[host_key],
             process_factory=server.command,
-            sftp_factory=Files,
             encoding=None,
         )
         server.port = listener.get_port()

@@ -39,6 +39,6 @@ async def bench_on(
     key = f"bench-{hashlib.sha256(said.encode()).hexdigest()[:24]}"
     command = ["bench", "run", _ACTIVE, *options, "--json", "--detached", key]
     told = await boards.edgesd(board, *command, on_line=say)
-    (found,) = boards.decode(board, told, list[Bench])
+    found = boards.decode(board, told, tuple[Bench])[0]
     await boards.edgesd(board, "bench", "forget", key)
     return msgspec.structs.replace(found, host=board.name)

@@ -7,7 +7,7 @@ wheels, without a network there; then `edgesd slots` there (engines/slots.py) ta
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,6 +30,9 @@ _HOME = "edgesd"
 _PYTHONS = ((3, 10), (3, 13))
 _SPARE_BYTES = 64 << 20
 """Of the board's disk, left free."""
+_INSTALL_SECONDS = 3600.0
+_SHOW_SECONDS = 900.0
+"""For slots, which wait for another deploy to end."""
 _UNPACKED = 4
 """A wheel takes about so many times its size once installed."""
 
@@ -69,6 +72,10 @@ libc, version = platform.libc_ver()
 print(json.dumps([list(sys.version_info[:2]), platform.machine(), 8 * struct.calcsize("P"), libc,
                   version, os.path.exists("/etc/nv_tegra_release")]))
 """
+
+_Told = tuple[tuple[int, int], str, int, str, str, bool]
+"""What _ASK prints."""
+_GLIBC = re.compile(r"2\.([0-9]{1,3})(?:\.[0-9]+)?")
 
 _INSTALL = """
 set -e
@@ -156,17 +163,22 @@ async def rollback(board: Board, self_test: bool = True, say: Say = lambda text:
 
 async def active_slot(board: Board) -> Slot | None:
     """The bundle that is active on the board, or None."""
-    told = await boards.edgesd(board, "slots", "show", "--wait", "--json")
+    told = await boards.edgesd(
+        board, "slots", "show", "--wait", "--json", limit_seconds=_SHOW_SECONDS
+    )
     return next((slot for slot in boards.decode(board, told, list[Slot]) if slot.active), None)
 
 
 async def _look(board: Board, bundle: Bundle) -> _Here:
-    done = await board.run(["python3", "-I", "-c", _ASK])
-    if done.status:
+    done = await boards.in_time(board, board.run(["python3", "-I", "-c", _ASK]), "python3")
+    if done.status == 127:
         raise TargetError(
             f"{board.name} has no python3: install it there (Debian: apt-get install python3)"
         )
-    (major, minor), machine, bits, libc, version, jetson = json.loads(done.out)
+    if done.status:
+        words = boards.excerpt(done.err) or f"it ended with status {done.status}"
+        raise BoardError(f"{board.name}: python3 doesn't work there: {words}")
+    (major, minor), machine, bits, libc, version, jetson = boards.decode(board, done.out, _Told)
     manifest = bundle.manifest
     arch = normal_arch(machine)
     if bits != 64:
@@ -184,7 +196,10 @@ async def _look(board: Board, bundle: Bundle) -> _Here:
         raise TargetError(
             f"{board.name} has Python {major}.{minor}: edgesd needs 3.10 to 3.13 there"
         )
-    return _Here(f"{major}.{minor}", arch, int(version.split(".")[1]), jetson)
+    glibc = _GLIBC.fullmatch(version)
+    if not glibc:
+        raise boards.strange(board, "python3", version)
+    return _Here(f"{major}.{minor}", arch, int(glibc[1]), jetson)
 
 
 async def _runtime(
@@ -208,7 +223,8 @@ async def _runtime(
     said = sorted(f"{name} {item.sha256}" for name, item in items.items())
     key = "\n".join([*said, here.python, str(here.jetson), *extra])
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    if (await board.run(["test", "-f", f"{_HOME}/runtime/{name}/whole"])).status == 0:
+    there = board.run(["test", "-f", f"{_HOME}/runtime/{name}/whole"])
+    if (await boards.in_time(board, there, "test")).status == 0:
         await boards.ask(board, ["sh", "-c", _SWITCH, "switch", _HOME, name])
         return 0, 0
     total = sum(item.size for item in items.values())
@@ -220,9 +236,12 @@ async def _runtime(
     site = "--system-site-packages" if here.jetson else ""
     packages = [p for p in (*BOARD_PACKAGES, *extra) if p != "pip"]
     command = ["sh", "-c", _INSTALL, "install", _HOME, name, site, pip, *packages]
-    await boards.ask(board, command, say)
+    await boards.ask(board, command, say, _INSTALL_SECONDS)
     told = await boards.ask(board, ["sh", "-c", _SWITCH, "switch", _HOME, name])
-    return sent, sent + (int(told.split()[0]) << 10)
+    used = re.match(r"([0-9]{1,12})\s", told)
+    if not used:
+        raise boards.strange(board, "du", told)
+    return sent, sent + (int(used[1]) << 10)
 
 
 def _items(bundle: Bundle) -> tuple[dict[str, Item], dict[str, str]]:

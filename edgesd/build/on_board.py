@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from edgesd.device.targets import get_target
 from edgesd.engines.bundle import pack_bundle, update_manifest
 from edgesd.engines.plans import Finalized, Here, require_plans
 from edgesd.engines.tensorrt import plan_path
-from edgesd.errors import BoardError, TargetError
+from edgesd.errors import BoardError, ResourceError, TargetError
 from edgesd.files import (
     atomic_dir,
     atomic_write,
@@ -127,7 +128,10 @@ def finalize_on(
 
 
 async def _look(board: Board, target_name: str) -> Here:
-    here = boards.decode(board, await boards.edgesd(board, "finalize", "--check", "--json"), Here)
+    told = await boards.edgesd(
+        board, "finalize", "--check", "--json", limit_seconds=boards.ANSWER_SECONDS
+    )
+    here = boards.decode(board, told, Here)
     target = get_target(target_name)
     try:
         check_machine(target.name, target.arch, target.capabilities, here.machine)
@@ -151,14 +155,23 @@ async def _build(
         raise BoardError(f"{board.name} built plans of {', '.join(found)}: expected one of each")
     for name, final in found.items():
         if final.path is not None and final.plan is not None:
-            await _fetch(board, final, root / plan_path(name), progress)
+            await _fetch(board, final, root, name, progress)
     await boards.ask(board, ["rm", "-rf", "--", folder])
     return found
 
 
-async def _fetch(board: Board, final: Finalized, path: Path, progress: Progress) -> None:
+async def _fetch(board: Board, final: Finalized, root: Path, name: str, progress: Progress) -> None:
     assert final.path is not None and final.plan is not None
+    path = root / plan_path(name)
     total, done = final.plan.report.plan_bytes, 0
+    if total <= 0:
+        raise BoardError(f"{board.name} tells of a plan of {total} bytes, which can't be one")
+    free = shutil.disk_usage(root).free
+    if total > free:
+        raise ResourceError(
+            f"{board.name} tells of a plan of {total / 1e6:.0f} MB, and {root} has "
+            f"{free / 1e6:.0f} MB left: free some space, or choose another folder with -o"
+        )
 
     def fetched(count: int) -> None:
         nonlocal done
@@ -168,7 +181,7 @@ async def _fetch(board: Board, final: Finalized, path: Path, progress: Progress)
     with atomic_write(path) as file:
         await board.get(final.path, total, file, fetched)
     if sha256_file(path) != final.plan.sha256:
-        raise BoardError(f"{board.name}: the plan of {final.plan.component} arrived damaged")
+        raise BoardError(f"{board.name}: the plan of {name} arrived damaged")
 
 
 def _items(bundle: Bundle) -> dict[str, Item]:

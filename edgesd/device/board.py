@@ -9,7 +9,7 @@ import asyncio
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, Protocol, TypeVar
 
@@ -94,18 +94,45 @@ class Item(NamedTuple):
     chunks: Callable[[], Iterator[bytes]]
 
 
-async def ask(board: Board, command: Sequence[str], on_line: OnLine | None = None) -> str:
-    """What `command` prints. Raises BoardError with its last words when it fails."""
-    done = await board.run(command, on_line)
+ANSWER_SECONDS = 120.0
+"""For a question that a board answers at once, unless its disk is stuck."""
+
+
+async def in_time(
+    board: Board, work: Awaitable[_T], what: str, limit_seconds: float | None = ANSWER_SECONDS
+) -> _T:
+    """What `work` comes to. Raises BoardError when that takes longer than the limit."""
+    try:
+        return await asyncio.wait_for(work, limit_seconds)
+    except asyncio.TimeoutError as exc:
+        raise BoardError(
+            f"{board.name}: {what} isn't done within {limit_seconds:.0f} s: is its disk stuck?"
+        ) from exc
+
+
+async def ask(
+    board: Board,
+    command: Sequence[str],
+    on_line: OnLine | None = None,
+    limit_seconds: float | None = ANSWER_SECONDS,
+) -> str:
+    """What `command` prints. Raises BoardError with its last words when it fails, or when it isn't
+    done in time; None for work that may take as long as it wants."""
+    done = await in_time(board, board.run(command, on_line), command[0], limit_seconds)
     if done.status == 0:
         return done.out
     failed = f"{shlex.join(command)} ended with status {done.status}"
-    raise BoardError(f"{board.name}: {_last_words(done) or failed}")
+    raise BoardError(f"{board.name}: {excerpt(done.err) or failed}")
 
 
-def _last_words(done: Finished) -> str:
-    """The last line that a command printed to its standard error, or ""."""
-    return next((line for line in reversed(done.err.splitlines()) if line.strip()), "")
+def excerpt(text: str) -> str:
+    """The last line of `text` with words in it, or "": as much as fits into a message."""
+    line = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    return line if len(line) <= _EXCERPT else f"{line[:_EXCERPT]} ..."
+
+
+_EXCERPT = 300
+"""Characters that are shown of what a board says."""
 
 
 EDGESD_PATHS = ("edgesd/bin", ".local/bin", "/opt/edgesd/bin")
@@ -118,17 +145,19 @@ async def edgesd(
     *arguments: str,
     on_line: OnLine | None = None,
     on_output: OnLine | None = None,
+    limit_seconds: float | None = None,
 ) -> str:
     """What `edgesd ARGUMENTS` prints on the board. Raises BoardError with its last words, which
-    `on_line` isn't told."""
+    `on_line` isn't told, or when it isn't done in time."""
     listener = None if on_line is None else _without_error(on_line)
     places = ":".join(p if p.startswith("/") else f"$HOME/{p}" for p in EDGESD_PATHS)
     script = f'PATH="{places}:$PATH" exec edgesd "$@"'
-    done = await board.run(["sh", "-c", script, "edgesd", *arguments], listener, on_output)
+    running = board.run(["sh", "-c", script, "edgesd", *arguments], listener, on_output)
+    done = await in_time(board, running, f"edgesd {arguments[0]}", limit_seconds)
     if done.status == 127:
         raise BoardError(f"{board.name} has no edgesd: edgesd deploy BUNDLE {board.name} brings it")
     if done.status:
-        words = _last_words(done).removeprefix("edgesd: ") or f"it ended with {done.status}"
+        words = excerpt(done.err).removeprefix("edgesd: ") or f"it ended with {done.status}"
         raise BoardError(f"{board.name}: edgesd {arguments[0]}: {words}")
     return done.out
 
@@ -145,11 +174,19 @@ def decode(board: Board, told: str, kind: type[_T]) -> _T:
     """What an edgesd there printed with --json. Raises BoardError when it isn't a `kind`."""
     try:
         return msgspec.json.decode(told, type=kind)
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, RecursionError, ValueError) as exc:
         raise BoardError(
-            f"{board.name} answers as edgesd {__version__} doesn't expect ({exc}): install the "
-            "same version there, as edgesd deploy does"
+            f"{board.name} answers as edgesd {__version__} doesn't expect ({excerpt(str(exc))}): "
+            "install the same version there, as edgesd deploy does"
         ) from exc
+
+
+def strange(board: Board, command: str, told: str) -> BoardError:
+    """The error for an answer that a command there can't have given."""
+    return BoardError(
+        f"{board.name}: {command} there answers {excerpt(told)!r}, which isn't its answer: is it "
+        "the usual Linux tool?"
+    )
 
 
 def adding_up(
@@ -195,11 +232,11 @@ async def send(
     missing = {name: item for name, item in items.items() if name not in kept}
     begun = {name: there.get(f"{name}{_PART}", 0) for name in missing}
     stale = there.keys() - kept - {f"{name}{_PART}" for name in missing}
-    if stale and not others:
-        await ask(board, ["rm", "-f", "--", *(f"{folder}/{name}" for name in sorted(stale))])
+    for some in _batches(sorted(stale) if not others else ()):
+        await ask(board, ["rm", "-f", "--", *(f"{folder}/{name}" for name in some)])
     folders = {str(PurePosixPath(f"{folder}/{name}").parent) for name in missing}
-    if folders:
-        await ask(board, ["mkdir", "-p", "--", *sorted(folders)])
+    for some in _batches(sorted(folders)):
+        await ask(board, ["mkdir", "-p", "--", *some])
     needed = sum(item.size - min(begun[name], item.size) for name, item in missing.items())
     await _check_space(board, folder, needed, spare_bytes if missing else 0)
     for name in items.keys() - missing.keys():
@@ -249,31 +286,69 @@ async def _send_one(
 
 async def _sizes(board: Board, folder: str) -> dict[str, int]:
     """Relative path -> bytes of every file below `folder`."""
-    told = await ask(board, ["find", folder, "-type", "f", "-printf", "%s %P\\n"])
-    pairs = (line.split(" ", 1) for line in told.splitlines())
-    return {name: int(size) for size, name in pairs}
-
-
-async def _hashes(board: Board, folder: str, names: Sequence[str]) -> dict[str, str]:
-    if not names:
-        return {}
-    told = await ask(board, ["sha256sum", "--", *(f"{folder}/{name}" for name in names)])
+    told = await ask(board, ["find", folder, "-type", "f", "-printf", "%s %P\\0"])
     found = {}
-    for line in told.splitlines():
-        sha256, path = line.split(maxsplit=1)
-        found[path.removeprefix("*").removeprefix(f"{folder}/")] = sha256
+    for entry in told.split("\0")[:-1]:
+        match = _SIZE.fullmatch(entry)
+        if not match or {"", ".", ".."} & set(match[2].split("/")):
+            raise strange(board, "find", entry)
+        found[match[2]] = int(match[1])
+    if (told and not told.endswith("\0")) or len(found) > _MOST_FILES:
+        raise strange(board, "find", told[-_EXCERPT:])
     return found
 
 
+_SIZE = re.compile(r"([0-9]{1,18}) (.+)", re.DOTALL)
+_MOST_FILES = 100_000
+
+
+async def _hashes(board: Board, folder: str, names: Sequence[str]) -> dict[str, str]:
+    """Name -> SHA-256, in hex, of each of those files below `folder`."""
+    found = {}
+    for some in _batches(names):
+        paths = {f"{folder}/{name}": name for name in some}
+        told = await ask(board, ["sha256sum", "--zero", "--", *paths], limit_seconds=_HASH_SECONDS)
+        for entry in told.split("\0")[:-1]:
+            match = _HASH.fullmatch(entry)
+            if not match or match[2] not in paths:
+                raise strange(board, "sha256sum", entry)
+            found[paths[match[2]]] = match[1]
+        if found.keys() < set(some):
+            raise strange(board, "sha256sum", told[-_EXCERPT:])
+    return found
+
+
+_HASH = re.compile(r"([0-9a-f]{64}) [ *](.+)", re.DOTALL)
+_HASH_SECONDS = 3600.0
+"""For a batch of files: an old card reads 10 MB a second."""
+
+
+def _batches(names: Iterable[str]) -> Iterator[list[str]]:
+    """As many names at once as surely fit into one command line."""
+    rest = list(names)
+    while rest:
+        yield rest[:_BATCH]
+        del rest[:_BATCH]
+
+
+_BATCH = 50
+
+
 async def _check_space(board: Board, folder: str, needed: int, spare: int) -> None:
-    told = (await ask(board, ["df", "-Pk", "--", folder])).splitlines()
-    free = int(told[-1].split()[3]) << 10
+    told = await ask(board, ["df", "-Pk", "--", folder])
+    match = _FREE.search(excerpt(told))
+    if not match:
+        raise strange(board, "df", told)
+    free = int(match[1]) << 10
     if needed + spare > free:
         also = f" and {spare / 1e6:.0f} MB to be left" if spare else ""
         raise ResourceError(
             f"{board.name} has {free / 1e6:.0f} MB of disk free, and {needed / 1e6:.0f} MB are to "
             f"be sent{also}: free some space there"
         )
+
+
+_FREE = re.compile(r"\s[0-9]{1,18}\s+[0-9]{1,18}\s+(-?[0-9]{1,18})\s+(?:[0-9]{1,3}%|-)\s+/")
 
 
 class FolderBoard:
@@ -333,8 +408,8 @@ class FolderBoard:
         """See Board."""
         data = (self.home / path).read_bytes()
         self._spend(len(data))
-        out.write(data)
-        on_bytes(len(data))
+        out.write(data[:size])
+        on_bytes(len(data[:size]))
         if len(data) != size:
             raise BoardError(f"{self.name}: {path} has {len(data)} bytes, not {size}")
 
