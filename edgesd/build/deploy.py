@@ -73,8 +73,18 @@ print(json.dumps([list(sys.version_info[:2]), platform.machine(), 8 * struct.cal
                   version, os.path.exists("/etc/nv_tegra_release")]))
 """
 
-_Told = tuple[tuple[int, int], str, int, str, str, bool]
-"""What _ASK prints."""
+
+class _Told(NamedTuple):
+    """What _ASK prints."""
+
+    python: tuple[int, int]
+    machine: str
+    bits: int
+    libc: str
+    version: str
+    jetson: bool
+
+
 _GLIBC = re.compile(r"2\.([0-9]{1,3})(?:\.[0-9]+)?")
 
 _INSTALL = """

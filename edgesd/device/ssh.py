@@ -374,8 +374,10 @@ async def _feed(process: Process, chunks: Iterable[bytes]) -> None:
             for chunk in chunks:
                 process.stdin.write(chunk)
                 await process.stdin.drain()
-    finally:
         process.stdin.close()
+    except BaseException:
+        process.stdin.transport.abort()  # what waits there is never taken
+        raise
 
 
 async def _drain(stream: asyncio.StreamReader) -> None:

@@ -166,7 +166,7 @@ def test_several_boards_at_once(server: Server, pi: Pi, miniature: Bundle) -> No
     outcome = run_cli("deploy", miniature.path, host(server), "jetson@127.0.0.1:1")
     assert outcome.code == 8
     assert active(pi) == miniature.manifest_sha256
-    assert "127.0.0.1:1 can't be reached" in outcome.err
+    assert "127.0.0.1 refuses connections to port 1: does sshd run there" in outcome.err
     assert outcome.err.splitlines()[-1] == "edgesd: 1 of 2 boards failed: see the lines above"
     outcome = run_cli("deploy", miniature.path, host(server), host(server))
     assert outcome.code == 2 and "named twice" in outcome.err

@@ -67,7 +67,7 @@ def test_files_go_there_and_come_back(server: Server) -> None:
         assert len(short.getvalue()) <= 7
         with pytest.raises(BoardError, match=f"has {size} bytes, not {size + 1}"):
             await board.get("in/b/unet/weights.bin", size + 1, io.BytesIO(), counts.append)
-        with pytest.raises(BoardError, match="can't be read there .*No such file"):
+        with pytest.raises(BoardError, match=r"can't be read there .*No such file"):
             await board.get("in/b/none", 7, io.BytesIO(), counts.append)
         return out.getvalue()
 
