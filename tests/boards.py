@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -151,9 +152,15 @@ class Server:
             told = tell(child.stdout, process.stdout), tell(child.stderr, process.stderr)
             await asyncio.gather(*told)
             status = await child.wait()
+        except asyncio.CancelledError:  # the end of the test
+            os.killpg(child.pid, signal.SIGKILL)
+            await child.wait()
+            raise
         finally:
             taking.cancel()
             child.stdin.close()
+            if child.stdin.transport.get_write_buffer_size():
+                child.stdin.transport.abort()
         with contextlib.suppress(OSError, asyncssh.Error):
             process.exit(status)
 

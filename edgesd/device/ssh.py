@@ -338,6 +338,8 @@ class SshBoard:
             for task in (begun, *work):
                 task.cancel()
             await asyncio.gather(begun, *work, return_exceptions=True)
+            if process.stdin and process.stdin.transport.get_write_buffer_size():
+                process.stdin.transport.abort()  # what waits there is never taken
             # The master holds the pipes until the session is closed.
             with contextlib.suppress(asyncio.TimeoutError):
                 rest = asyncio.gather(_drain(process.stdout), _drain(process.stderr))
@@ -374,10 +376,8 @@ async def _feed(process: Process, chunks: Iterable[bytes]) -> None:
             for chunk in chunks:
                 process.stdin.write(chunk)
                 await process.stdin.drain()
+    finally:
         process.stdin.close()
-    except BaseException:
-        process.stdin.transport.abort()  # what waits there is never taken
-        raise
 
 
 async def _drain(stream: asyncio.StreamReader) -> None:
