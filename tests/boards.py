@@ -145,6 +145,8 @@ class Server:
                 while block := await stream.read(1 << 16):
                     out.write(block)
                     await out.drain()
+            while await stream.read(1 << 16):  # nobody is there any more to be told
+                pass
 
         assert child.stdin and child.stdout and child.stderr
         taking = asyncio.ensure_future(take())
