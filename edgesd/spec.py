@@ -7,11 +7,12 @@ it) decodes strictly: an unknown or missing field is an error.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 
-from edgesd.errors import UsageError, unknown_name
+from edgesd.errors import InputError, UsageError, unknown_name
 
 SCHEMA_VERSION = 6
 """Version of `bundle.json`. A reader refuses a newer one; it is raised on any change of meaning.
@@ -30,12 +31,79 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "w8a16", "w8a8", "w4a16", "
 TENSORRT_PRECISIONS: tuple[Precision, ...] = PRECISIONS[:-1]
 """Those that TensorRT has: w4a4 is only simulated."""
 
-Dim = int | str
+# What a decoded spec may say. Files that specs are read from may come from anywhere.
+
+_SHA256 = r"\A[0-9a-f]{64}\Z"
+_PATH = r"\A(?!/)(?!.*(?:\A|/)\.{0,2}(?:/|\Z))[^\x00-\x1f\x7f\\]{1,200}\Z"
+_WORD = r"\A[A-Za-z0-9][A-Za-z0-9._+-]{0,63}\Z"
+_LABEL = r"\A[^\x00-\x1f\x7f]{1,200}\Z"
+_DTYPE = r"\A(?:float16|float32|float64|u?int(?:8|16|32|64)|bool)\Z"
+_PATTERNS = {
+    _SHA256: "a SHA-256 in 64 hexadecimal digits",
+    _PATH: "a safe path: relative, without .. or control characters",
+    _WORD: "one word",
+    _LABEL: "a name without control characters",
+    _DTYPE: "a number type",
+}
+
+Sha256 = Annotated[str, Meta(pattern=_SHA256)]
+"""64 hexadecimal digits in lower case: also safe as a file name."""
+RelativePath = Annotated[str, Meta(pattern=_PATH)]
+"""A file below some folder, with forward slashes: it can't lead out of there by its name."""
+Word = Annotated[str, Meta(pattern=_WORD)]
+"""A name of a target, an architecture, a backend, a component."""
+Label = Annotated[str, Meta(pattern=_LABEL)]
+Text = Annotated[str, Meta(max_length=10_000)]
+"""For people. Whoever prints it cleans it."""
+Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+Size = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+Pixels = Annotated[int, Meta(ge=1, le=1 << 14)]
+Number = Annotated[float, Meta(ge=-1e15, le=1e15)]
+
+_MOST_DIMS, _MOST_TENSORS = 8, 64
+_MOST_CONFIG = 100_000
+"""Values in a scheduler's configuration; trained_betas has one for each training timestep."""
+
+Dim = Size | Label
 """A fixed size, or the name of a symbolic one: batch, height, width (in the tensor's own unit)."""
 
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=False):
-    """Base of all specs: immutable, strict when decoded."""
+    """Base of all specs: immutable, strict when decoded: types, ranges, and names that are used as
+    paths."""
+
+
+_T = TypeVar("_T")
+
+
+def decode_json(raw: bytes | str, kind: type[_T]) -> _T:
+    """`raw` as a value of `kind`. Whatever it is, what is raised is an InputError with one line
+    that says what is wrong, and where."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.MsgspecError, UnicodeError) as exc:
+        words = " ".join(str(exc).split())
+        for pattern, meaning in _PATTERNS.items():
+            words = words.replace(f"`str` matching regex {pattern!r}", meaning)
+        raise InputError(words) from exc
+    except RecursionError as exc:
+        raise InputError("it is nested too deeply") from exc
+
+
+def is_sha256(text: str) -> bool:
+    """Whether `text` is a Sha256."""
+    return re.match(_SHA256, text) is not None
+
+
+def is_relative_path(text: str) -> bool:
+    """Whether `text` is a RelativePath."""
+    return re.match(_PATH, text) is not None
+
+
+def is_file_name(text: str) -> bool:
+    """Whether `text` names a file in a folder, and nothing below or outside it."""
+    return is_relative_path(text) and "/" not in text
 
 
 class Scheme(Spec, frozen=True):
@@ -122,17 +190,17 @@ def number_format(precision: Precision) -> str:
 class TensorSpec(Spec, frozen=True):
     """One input or output of a component. `dtype` is numpy's name (float32, int64 ...)."""
 
-    name: str
-    dtype: str
-    shape: tuple[Dim, ...]
+    name: Label
+    dtype: Annotated[str, Meta(pattern=_DTYPE)]
+    shape: Annotated[tuple[Dim, ...], Meta(max_length=_MOST_DIMS)]
 
 
 class ComponentSpec(Spec, frozen=True):
     """One network of a pipeline: text_encoder, unet, vae_encoder, vae_decoder ..."""
 
-    name: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    name: Label
+    inputs: Annotated[tuple[TensorSpec, ...], Meta(max_length=_MOST_TENSORS)]
+    outputs: Annotated[tuple[TensorSpec, ...], Meta(max_length=_MOST_TENSORS)]
 
     def input(self, name: str) -> TensorSpec | None:
         """The input called `name`, or None."""
@@ -142,8 +210,25 @@ class ComponentSpec(Spec, frozen=True):
 class SchedulerSpec(Spec, frozen=True):
     """A noise schedule: our name for the sampler, and diffusers' scheduler_config.json."""
 
-    name: str
+    name: Word
     config: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Refuse what no scheduler's configuration holds: when decoded, as an invalid value."""
+        count, left = 0, [*self.config.items()]
+        while left:
+            name, value = left.pop()
+            count += 1
+            if isinstance(value, dict):
+                left += value.items()
+            elif isinstance(value, (list, tuple)):
+                left += ((name, one) for one in value)
+            if (
+                count > _MOST_CONFIG
+                or (isinstance(value, int) and abs(value) > 1 << 53)
+                or (isinstance(value, str) and len(value) > 1000)
+            ):
+                raise ValueError(f"{name!r} of the scheduler is larger than any is")
 
 
 class LatentSpec(Spec, frozen=True):
@@ -155,12 +240,17 @@ class LatentSpec(Spec, frozen=True):
     bundles of a schema before 6.
     """
 
-    channels: int
-    scale_factor: int
-    scaling_factor: float
-    shift_factor: float = 0.0
-    halo: int | None = None
-    levels: tuple[int, ...] | None = None
+    channels: Annotated[int, Meta(ge=1, le=1024)]
+    scale_factor: Annotated[int, Meta(ge=1, le=256)]
+    scaling_factor: Annotated[float, Meta(gt=0, le=1e6)]
+    shift_factor: Annotated[float, Meta(ge=-1e6, le=1e6)] = 0.0
+    halo: Annotated[int, Meta(ge=0, le=4096)] | None = None
+    levels: (
+        Annotated[
+            tuple[Annotated[int, Meta(ge=1, le=1 << 16)], ...], Meta(min_length=1, max_length=8)
+        ]
+        | None
+    ) = None
 
 
 class ShapeSpec(Spec, frozen=True):
@@ -170,11 +260,11 @@ class ShapeSpec(Spec, frozen=True):
     rows of the denoiser. Otherwise this size only, and exactly `batch` rows.
     """
 
-    height: int
-    width: int
-    batch: int
+    height: Pixels
+    width: Pixels
+    batch: Annotated[int, Meta(ge=1, le=4096)]
     dynamic: bool
-    multiple_of: int
+    multiple_of: Pixels
 
 
 def nearest_multiple(value: int, step: int) -> int:
@@ -192,16 +282,16 @@ def check_multiple(what: str, value: int, step: int) -> None:
 class PipelineSpec(Spec, frozen=True):
     """What a pipeline is, whatever the precision or backend of its graphs."""
 
-    family: str
-    source: str
-    source_sha256: str
-    components: dict[str, ComponentSpec]
+    family: Word
+    source: Text
+    source_sha256: Sha256
+    components: dict[Word, ComponentSpec]
     scheduler: SchedulerSpec
     latent: LatentSpec
     shape: ShapeSpec
-    max_tokens: int
-    num_inference_steps: int
-    guidance_scale: float
+    max_tokens: Annotated[int, Meta(ge=2, le=1 << 16)]
+    num_inference_steps: Annotated[int, Meta(ge=1, le=_MOST_CONFIG)]
+    guidance_scale: Annotated[float, Meta(ge=-1000, le=1000)]
 
 
 class Parity(Spec, frozen=True):
@@ -211,9 +301,9 @@ class Parity(Spec, frozen=True):
     RMS of the source (dimensionless); tolerance: the largest rel_rms that passes the gate.
     """
 
-    max_abs: float
-    rel_rms: float
-    tolerance: float
+    max_abs: Number
+    rel_rms: Number
+    tolerance: Number
 
 
 class LayerRecipe(Spec, frozen=True, omit_defaults=True):
@@ -226,29 +316,29 @@ class LayerRecipe(Spec, frozen=True, omit_defaults=True):
     raised_from: the scheme that was planned, where it is another; reason: why it was raised.
     """
 
-    name: str
-    component: str
-    kind: str
-    shape: tuple[int, ...]
-    scheme: str
-    method: str
-    rank: int
-    bytes: int
-    error: float
-    raised_from: str | None = None
-    reason: str | None = None
+    name: Label
+    component: Word
+    kind: Word
+    shape: Annotated[tuple[Size, ...], Meta(max_length=_MOST_DIMS)]
+    scheme: Word
+    method: Word
+    rank: Count
+    bytes: Bytes
+    error: Number
+    raised_from: Word | None = None
+    reason: Text | None = None
 
 
 class CalibrationSpec(Spec, frozen=True):
     """What activations were recorded on: the pipeline's own loop over a file of prompts."""
 
-    prompts: int
-    prompts_sha256: str
-    num_inference_steps: int
-    guidance_scale: float
-    scheduler: str
-    height: int
-    width: int
+    prompts: Count
+    prompts_sha256: Sha256
+    num_inference_steps: Count
+    guidance_scale: Number
+    scheduler: Word
+    height: Pixels
+    width: Pixels
 
 
 class QuantRecipe(Spec, frozen=True):
@@ -259,7 +349,7 @@ class QuantRecipe(Spec, frozen=True):
     (export/passes/pooled_attention.py).
     """
 
-    name: str
+    name: Word
     simulated: bool
     layers: tuple[LayerRecipe, ...]
     calibration: CalibrationSpec | None = None
@@ -273,13 +363,13 @@ class PictureQuality(Spec, frozen=True, omit_defaults=True):
     source, ours: the two pictures as files of the bundle, where they were kept.
     """
 
-    prompt: str
-    seed: int
-    psnr: float | None
-    ssim: float
-    distance: float
-    source: str | None = None
-    ours: str | None = None
+    prompt: Text
+    seed: Annotated[int, Meta(ge=0)]
+    psnr: Number | None
+    ssim: Number
+    distance: Number
+    source: RelativePath | None = None
+    ours: RelativePath | None = None
 
 
 class Quality(Spec, frozen=True):
@@ -291,16 +381,16 @@ class Quality(Spec, frozen=True):
     """
 
     pictures: tuple[PictureQuality, ...]
-    num_inference_steps: int
-    guidance_scale: float
-    scheduler: str
-    psnr_mean: float
-    psnr_min: float
-    ssim_mean: float
-    distance_mean: float
-    metric: str
-    measured_on: str
-    min_psnr: float | None = None
+    num_inference_steps: Count
+    guidance_scale: Number
+    scheduler: Word
+    psnr_mean: Number
+    psnr_min: Number
+    ssim_mean: Number
+    distance_mean: Number
+    metric: Text
+    measured_on: Text
+    min_psnr: Number | None = None
 
 
 class Half(Spec, frozen=True):
@@ -310,10 +400,10 @@ class Half(Spec, frozen=True):
     its inputs and outputs.
     """
 
-    path: str
+    path: RelativePath
     spec: ComponentSpec
-    weight_bytes: int
-    kernels: str | None = None
+    weight_bytes: Bytes
+    kernels: RelativePath | None = None
 
 
 class Halves(Spec, frozen=True):
@@ -360,8 +450,8 @@ class GraphSet(Spec, frozen=True):
 class Licence(Spec, frozen=True):
     """Licence of the weights: SPDX-like name as the model card states it, and its files."""
 
-    name: str
-    files: tuple[str, ...] = ()
+    name: Text
+    files: tuple[RelativePath, ...] = ()
 
 
 class Machine(Spec, frozen=True):
@@ -374,8 +464,8 @@ class Machine(Spec, frozen=True):
     arch: str
     model: str
     target: str | None
-    memory_bytes: int
-    cpu_count: int
+    memory_bytes: Bytes
+    cpu_count: Count
     capabilities: tuple[str, ...]
     l4t: str | None = None
 
@@ -386,12 +476,12 @@ class PrompterSpec(Spec, frozen=True):
     code makes of its line, with "{}" in it. licence: the base model's name and licence. grammar:
     file of the GBNF grammar of its line; None for any words."""
 
-    base: str
-    adapter: str | None
-    domain: str
-    form: str
-    licence: str
-    grammar: str | None = None
+    base: RelativePath
+    adapter: RelativePath | None
+    domain: Text
+    form: Text
+    licence: Text
+    grammar: RelativePath | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -453,8 +543,8 @@ class Rate(Spec, frozen=True):
 
     kind: str
     form: str
-    size: tuple[int, ...]
-    seconds: float
+    size: Annotated[tuple[Bytes, ...], Meta(min_length=1, max_length=_MOST_DIMS)]
+    seconds: Annotated[float, Meta(gt=0, le=1e9)]
 
 
 class Rates(Spec, frozen=True):
@@ -467,8 +557,8 @@ class Rates(Spec, frozen=True):
     machine: str
     onnxruntime: str
     instruction_set: str | None
-    threads: int
-    process_bytes: int
+    threads: Count
+    process_bytes: Bytes
     rates: tuple[Rate, ...]
 
 
@@ -498,38 +588,38 @@ class Engine(Spec, frozen=True):
     Halves.
     """
 
-    component: str
-    path: str
-    backend: str
+    component: Word
+    path: RelativePath
+    backend: Word
     precision: Precision
     parity: Parity
     built_for: Environment | None = None
-    plan: str | None = None
-    checked: str | None = None
-    kernels: str | None = None
+    plan: RelativePath | None = None
+    checked: Text | None = None
+    kernels: RelativePath | None = None
     halves: Halves | None = None
 
 
 class FileEntry(Spec, frozen=True):
     """One file of a bundle."""
 
-    bytes: int
-    sha256: str
+    bytes: Bytes
+    sha256: Sha256
 
 
 class BundleManifest(Spec, frozen=True):
     """bundle.json: everything a board must know before it loads a byte of weights."""
 
-    schema_version: int
-    name: str
-    target: str
-    arch: str
-    backend: str
+    schema_version: Size
+    name: Annotated[str, Meta(min_length=1, max_length=1000)]
+    target: Word
+    arch: Word
+    backend: Word
     precision: Precision
     pipeline: PipelineSpec
-    engines: dict[str, Engine]
+    engines: dict[Word, Engine]
     licence: Licence
-    tools: dict[str, str]
+    tools: dict[Text, Text]
     files: dict[str, FileEntry]
     required_capabilities: tuple[str, ...] = ()
     recipe: QuantRecipe | None = None

@@ -39,9 +39,16 @@ from edgesd.files import (
     user_home,
 )
 from edgesd.processes import module_command
-from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SIGNATURE, Bundle, open_bundle
+from edgesd.runtime.bundle import (
+    CHECKSUM,
+    MANIFEST,
+    SIGNATURE,
+    Bundle,
+    open_bundle,
+    read_manifest,
+)
 from edgesd.runtime.signature import check_trusted
-from edgesd.spec import BundleManifest, Spec
+from edgesd.spec import Spec, is_sha256
 
 _SLOTS = ("a", "b")
 _TEST_STEPS = 2
@@ -231,19 +238,15 @@ class Slots:
             frame[SIGNATURE] = signature
         for name, sha256 in frame.items():
             self._link_one(sha256, fresh / name)
-        try:
-            raw = (fresh / MANIFEST).read_bytes()
-            files = msgspec.json.decode(raw, type=BundleManifest).files
-        except msgspec.MsgspecError as exc:
-            raise BundleError(f"{MANIFEST} isn't valid here: {exc}") from exc
-        for name, entry in files.items():
+        found = read_manifest(fresh, (fresh / MANIFEST).read_bytes())
+        for name, entry in found.files.items():
             path = fresh / name
-            if fresh not in Path(os.path.normpath(path)).parents:
-                raise BundleError(f"{MANIFEST} lists the unsafe path {name!r}")
             path.parent.mkdir(parents=True, exist_ok=True)
             self._link_one(entry.sha256, path)
 
     def _link_one(self, sha256: str, path: Path) -> None:
+        if not is_sha256(sha256):
+            raise BundleError(f"{path.name}: {sha256[:80]!r} isn't a SHA-256: deploy again")
         try:
             link_or_copy(self._objects / sha256, path)
         except FileNotFoundError as exc:

@@ -24,9 +24,9 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from edgesd.errors import BundleError
+from edgesd.errors import BundleError, InputError
 from edgesd.runtime.onnx_wire import relocate_external_data
-from edgesd.spec import SCHEMA_VERSION, BundleManifest, Engine, Half
+from edgesd.spec import SCHEMA_VERSION, BundleManifest, Engine, Half, decode_json, is_relative_path
 
 MANIFEST = "bundle.json"
 CHECKSUM = "bundle.sha256"
@@ -431,7 +431,7 @@ def _open(path: Path) -> Bundle:
     raw = frame[MANIFEST]
     if frame[CHECKSUM] != checksum_line(raw):
         raise BundleError(f"{path}: {MANIFEST} doesn't match {CHECKSUM}; one of them was altered")
-    manifest = _decode(path, raw)
+    manifest = read_manifest(path, raw)
 
     for name in manifest.files:
         if name not in sizes:
@@ -460,26 +460,33 @@ def archive_order(frame: Iterable[str], names: Iterable[str]) -> list[str]:
     return [*frame, *sorted(names)]
 
 
-def _decode(path: Path, raw: bytes) -> BundleManifest:
+def read_manifest(path: Path, raw: bytes) -> BundleManifest:
+    """What bundle.json says. path: of the bundle, for messages.
+
+    Raises BundleError when it isn't valid, contradicts itself, or has a newer schema.
+    """
+
     class Header(msgspec.Struct):
         schema_version: int
 
     try:
-        version = msgspec.json.decode(raw, type=Header).schema_version
+        version = decode_json(raw, Header).schema_version
         if version > SCHEMA_VERSION:
             raise BundleError(
-                f"{path} has schema version {version}; this edgesd reads up to {SCHEMA_VERSION}: "
-                "upgrade edgesd on this machine"
+                f"{path} has schema version {str(version)[:20]}; this edgesd reads up to "
+                f"{SCHEMA_VERSION}: upgrade edgesd on this machine"
             )
-        manifest = msgspec.json.decode(raw, type=BundleManifest)
-    except msgspec.MsgspecError as exc:
+        manifest = decode_json(raw, BundleManifest)
+    except InputError as exc:
         raise BundleError(f"{path}: {MANIFEST} isn't valid: {exc}") from exc
     if manifest.engines.keys() != manifest.pipeline.components.keys():
         raise BundleError(f"{path}: {MANIFEST} has not one engine for each component")
-    for name in [*manifest.files, *(engine.path for engine in manifest.engines.values())]:
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or str(pure) != name:
-            raise BundleError(f"{path}: {MANIFEST} lists the unsafe path {name!r}")
+    for name in manifest.files:
+        if not is_relative_path(name):
+            raise BundleError(f"{path}: {MANIFEST} lists the unsafe path {name[:200]!r}")
+        folders = {str(parent) for parent in PurePosixPath(name).parents}
+        if name in (MANIFEST, CHECKSUM, SIGNATURE) or folders & manifest.files.keys():
+            raise BundleError(f"{path}: {MANIFEST} lists {name!r}, where there is another file")
     for file in manifest.prompter.files if manifest.prompter else ():
         if file not in manifest.files:
             raise BundleError(f"{path}: {MANIFEST} doesn't list {file}")

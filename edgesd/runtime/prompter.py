@@ -27,7 +27,7 @@ from edgesd.runtime.bundle import Bundle, OpenFile
 from edgesd.runtime.llama import Answer, Line, Refusal, Task
 from edgesd.runtime.signature import check_trusted
 from edgesd.runtime.tokenizer import PromptTokenizer
-from edgesd.spec import PrompterSpec
+from edgesd.spec import PrompterSpec, decode_json, is_file_name
 from edgesd.textfiles import decode_text, read_text
 
 WISH_CHARACTERS = 300
@@ -260,14 +260,19 @@ class _Talk:
 
 def read_prompter(folder: Path) -> PrompterSpec:
     """What an exported prompter is. Raises InputError when the folder holds none."""
+    if not (folder / SPEC).is_file():
+        raise InputError(f"{folder} holds no prompter: edgesd prompter export makes one")
+    text = read_text(folder / SPEC)
     try:
-        if not (folder / SPEC).is_file():
-            raise InputError(f"{folder} holds no prompter: edgesd prompter export makes one")
-        spec = msgspec.json.decode(read_text(folder / SPEC), type=PrompterSpec)
-    except (msgspec.MsgspecError, RecursionError) as exc:
+        spec = decode_json(text, PrompterSpec)
+    except InputError as exc:
         raise InputError(f"{folder / SPEC} isn't valid ({exc}): export again") from exc
     check_form(spec.form)
     for name in spec.files:
+        if not is_file_name(name):
+            raise InputError(
+                f"{folder / SPEC} names {name!r}, which isn't a file of its folder: export again"
+            )
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}: export again")
     return spec

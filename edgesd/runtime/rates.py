@@ -25,7 +25,7 @@ from edgesd.files import disk_errors, user_cache
 from edgesd.runtime import kernels
 from edgesd.runtime.bundle import GraphFile
 from edgesd.runtime.memory import resident_bytes
-from edgesd.spec import ComponentSpec, Probe, Rate, Rates
+from edgesd.spec import ComponentSpec, Probe, Rate, Rates, decode_json
 
 if TYPE_CHECKING:
     from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
@@ -51,10 +51,10 @@ def rates_path(target: str) -> Path:
 def read_rates(path: Path) -> Rates:
     """What `edgesd calibrate` wrote to `path`. Raises InputError."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Rates)
+        return decode_json(path.read_bytes(), Rates)
     except FileNotFoundError as exc:
         raise InputError(f"{path} isn't there: edgesd calibrate -o {path} makes it") from exc
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+    except InputError as exc:
         raise InputError(f"{path} isn't a file of edgesd calibrate: {exc}") from exc
 
 

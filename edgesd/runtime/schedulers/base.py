@@ -6,7 +6,7 @@ import re
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 import numpy as np
@@ -61,10 +61,14 @@ class Scheduler(ABC):
         """
 
 
+TrainTimesteps = Annotated[int, msgspec.Meta(le=100_000)]
+"""Tables of so many values are made of it; diffusers' models have 1000."""
+
+
 class BetaConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Options of every scheduler of a discrete diffusion process, with diffusers' defaults."""
 
-    num_train_timesteps: int = 1000
+    num_train_timesteps: TrainTimesteps = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: BetaSchedule = "linear"
@@ -101,7 +105,8 @@ def read_config(as_type: type[C], config: Mapping[str, Any], scheduler: str) -> 
 
     Raises InputError naming the option, its value and the valid ones.
     """
-    skip = set(config.get("_use_default_values") or ())
+    listed = config.get("_use_default_values")
+    skip = {key for key in listed if isinstance(key, str)} if isinstance(listed, list) else set()
     given = {key: value for key, value in config.items() if key not in skip}
     fields = typing.get_type_hints(as_type)
     for key, kind in fields.items():

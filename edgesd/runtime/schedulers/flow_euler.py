@@ -13,7 +13,7 @@ import numpy as np
 
 from edgesd.errors import InputError, UsageError
 from edgesd.runtime.schedulers import schedule
-from edgesd.runtime.schedulers.base import Noise, Scheduler, read_config, refusal
+from edgesd.runtime.schedulers.base import Noise, Scheduler, TrainTimesteps, read_config, refusal
 from edgesd.runtime.schedulers.euler import refuse_beta_sigmas
 from edgesd.runtime.schedulers.schedule import F32, F64, Array
 
@@ -21,7 +21,7 @@ from edgesd.runtime.schedulers.schedule import F32, F64, Array
 class FlowEulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """diffusers' FlowMatchEulerDiscreteScheduler."""
 
-    num_train_timesteps: int = 1000
+    num_train_timesteps: TrainTimesteps = 1000
     shift: float = 1.0
     use_dynamic_shifting: bool = False
     base_shift: float = 0.5
