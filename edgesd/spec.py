@@ -91,6 +91,11 @@ def decode_json(raw: bytes | str, kind: type[_T]) -> _T:
         raise InputError("it is nested too deeply") from exc
 
 
+def check_ranges(spec: Spec) -> None:
+    """Raise InputError when a spec that was made here says what no decoded one may say."""
+    decode_json(msgspec.json.encode(spec), type(spec))
+
+
 def is_sha256(text: str) -> bool:
     """Whether `text` is a Sha256."""
     return re.match(_SHA256, text) is not None

@@ -16,7 +16,7 @@ from edgesd.errors import InputError, MissingDependencyError
 from edgesd.export.families import Component, Plan
 from edgesd.export.source import ModelSource
 from edgesd.files import atomic_dir, disk_errors
-from edgesd.spec import Graph, GraphSet, Halves, Precision
+from edgesd.spec import Graph, GraphSet, Halves, Precision, check_ranges
 
 if TYPE_CHECKING:
     from edgesd.export.parity import Case
@@ -99,10 +99,16 @@ def plan_pipeline(
     model's own. Raises InputError for a model that isn't supported, UsageError for a size it
     can't draw.
     """
+    source.check_configs()
     try:
-        return source.family.plan(source, size, scheduler, batch)
+        plan = source.family.plan(source, size, scheduler, batch)
     except (TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise InputError(f"{source.name}: its configs hold a value of a wrong type: {exc}") from exc
+    try:
+        check_ranges(plan.pipeline)
+    except InputError as exc:
+        raise InputError(f"{source.name}: its configs ask for what can't be drawn: {exc}") from exc
+    return plan
 
 
 def _export(

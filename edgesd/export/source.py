@@ -15,7 +15,7 @@ import socket
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from edgesd.errors import InputError, MissingDependencyError, unknown_name
 from edgesd.export.families import Family, families, family_of
 from edgesd.files import expanded, sha256_file, user_home
 from edgesd.runtime.pictures import read_prompts
-from edgesd.spec import Licence
+from edgesd.spec import Licence, is_file_name
 from edgesd.text import first_sentence
 from edgesd.textfiles import read_json
 
@@ -35,6 +35,9 @@ _TEXT_FILE = (".json", ".txt", ".model")
 _LICENCES = "LICENSES"
 _NOTICE = re.compile(r"(licen[cs]e|notice|copying)([._-].*)?", re.IGNORECASE)
 _MODEL_CARD = "README.md"
+_LARGE = ("vocab_size", "max_position_embeddings", "model_max_length")
+_LARGEST, _LARGEST_SIZE = 1 << 20, 1 << 14
+"""Of those numbers in a component's config.json and of ids of tokens; of all others."""
 _HINTS = "edgesd.json"
 _HINT_TYPES: dict[str, tuple[type, ...]] = {
     "num_inference_steps": (int,),
@@ -63,6 +66,20 @@ class ModelSource:
     def config(self, path: str) -> dict[str, Any]:
         """The json object in the file `path`, relative to the model. Raises InputError."""
         return read_json_object(self.root / path)
+
+    def check_configs(self) -> None:
+        """Raise InputError for a component whose config.json has a number that no model has, before
+        a network of that size is made."""
+        for component in self.family.weights:
+            name = f"{component}/config.json"
+            for key, value in _numbers(self.config(name)):
+                large = key in _LARGE or key.endswith("_token_id")
+                most = _LARGEST if large else _LARGEST_SIZE
+                if abs(value) > most:
+                    raise InputError(
+                        f"{self.root / name}: {key} is {str(value)[:20]}, and {most} is the "
+                        "most that any model has: download the model again"
+                    )
 
     def class_of(self, component: str) -> str:
         """The class that model_index.json gives for a component. Raises InputError."""
@@ -109,14 +126,35 @@ class ModelSource:
     def licence_files(self) -> tuple[Path, ...]:
         """LICENSE, NOTICE and the like in the model's folder, and all files in its LICENSES/."""
         notices = [p for p in self.root.iterdir() if _NOTICE.fullmatch(p.name)]
-        return tuple(
-            sorted(p for p in [*notices, *(self.root / _LICENCES).glob("*")] if p.is_file())
-        )
+        found = sorted(p for p in [*notices, *(self.root / _LICENCES).glob("*")] if p.is_file())
+        for path in found:
+            self._check_inside(path)
+            if not is_file_name(path.name):
+                raise InputError(f"{path.parent} has a file {path.name!a}: give it a plainer name")
+        return tuple(found)
 
     def model_card(self) -> Path | None:
         """README.md, if there is one."""
         path = self.root / _MODEL_CARD
-        return path if path.is_file() else None
+        if not path.is_file():
+            return None
+        self._check_inside(path)
+        return path
+
+    def _check_inside(self, path: Path) -> None:
+        """Raise InputError where a link leads out of the model, whose files go into bundles.
+
+        The hub's cache is known: its snapshots are of links to the blobs beside them.
+        """
+        real, root = path.resolve(), self.root.resolve()
+        folders = [root]
+        if root.parent.name == "snapshots":
+            folders.append(root.parent.parent / "blobs")
+        if not any(real.is_relative_to(folder) for folder in folders):
+            raise InputError(
+                f"{path} is a link out of the model's folder, to {real}, and would be copied into "
+                "the bundle: put the file itself there, or remove the link"
+            )
 
     def licence_name(self) -> str:
         """`license` in the model card's front matter, or "unknown"."""
@@ -153,9 +191,12 @@ class ModelSource:
             kinds = _HINT_TYPES.get(name)
             if kinds is None:
                 raise InputError(f"{path}: {unknown_name('field', name, _HINT_TYPES)}")
-            number = float(value) if type(value) in kinds else math.nan
-            if not 0 <= number <= 1000:
-                raise InputError(f"{path}: {name} must be a number from 0 to 1000, not {value!r}")
+            number = value if type(value) in kinds else math.nan
+            least = 1 if kinds == (int,) else 0
+            if not least <= number <= 1000:
+                raise InputError(
+                    f"{path}: {name} must be a number from {least} to 1000, not {value!r}"
+                )
         return found
 
     def prompts(self, purpose: str) -> tuple[str, ...] | None:
@@ -166,6 +207,7 @@ class ModelSource:
         path = self.root / "prompts" / f"{purpose}.txt"
         if not path.exists():
             return None
+        self._check_inside(path)
         return tuple(read_prompts(path))
 
     def sha256(self) -> str:
@@ -212,6 +254,19 @@ def resolve_source(model: str | Path) -> ModelSource:
             "or a hub id such as owner/name"
         )
     return _open_folder(name, _download(name))
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every number within a JSON value, with the key that is nearest above it."""
+    left = [(key, value)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += ((key, inner) for inner in value)
+        elif isinstance(value, (int, float)):
+            yield key, value
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -275,6 +275,11 @@ def read_prompter(folder: Path) -> PrompterSpec:
             )
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}: export again")
+        if (folder / name).resolve().parent != folder.resolve():
+            raise InputError(
+                f"{folder / name} is a link out of its folder, and would be copied into bundles: "
+                "put the file itself there"
+            )
     return spec
 
 

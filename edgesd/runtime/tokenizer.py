@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
@@ -11,8 +13,10 @@ from numpy.typing import NDArray
 
 from edgesd.errors import BundleError, InputError
 from edgesd.runtime.bundle import Bundle
-from edgesd.spec import Spec
+from edgesd.spec import Spec, decode_json
 from edgesd.textfiles import MOST_LINE_BYTES
+
+TokenId = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
 
 
 class TokenizerSpec(Spec, frozen=True):
@@ -23,10 +27,10 @@ class TokenizerSpec(Spec, frozen=True):
     and end.
     """
 
-    max_length: int
-    pad_id: int
-    bos_id: int
-    eos_id: int
+    max_length: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
+    pad_id: TokenId
+    bos_id: TokenId
+    eos_id: TokenId
 
 
 class Truncation(NamedTuple):
@@ -52,19 +56,18 @@ class PromptTokenizer:
         from tokenizers import Tokenizer
 
         try:
-            self.spec = spec = msgspec.json.decode(spec_json, type=TokenizerSpec)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
-            raise BundleError(f"tokenizer_spec.json can't be read: {_one_line(exc)}") from exc
-        try:
+            self.spec = spec = decode_json(spec_json, TokenizerSpec)
+        except InputError as exc:
+            raise BundleError(f"tokenizer_spec.json can't be read: {exc}") from exc
+        with _faults("tokenizer.json can't be read"):
             text = tokenizer_json.decode()
             self._tokenizer = Tokenizer.from_str(text)
-        except Exception as exc:
-            raise BundleError(f"tokenizer.json can't be read: {_one_line(exc)}") from exc
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._word_end = json.loads(text)["model"].get("end_of_word_suffix")
-        frame = self._tokenizer.encode("").ids
-        size = self._tokenizer.get_vocab_size()
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            word_end = json.loads(text)["model"].get("end_of_word_suffix")
+            self._word_end = None if word_end is None else str(word_end)
+            frame = self._tokenizer.encode("").ids
+            size = self._tokenizer.get_vocab_size()
         if (
             frame != [spec.bos_id, spec.eos_id]
             or spec.max_length < 2
@@ -72,7 +75,7 @@ class PromptTokenizer:
         ):
             raise BundleError(
                 f"tokenizer_spec.json doesn't fit tokenizer.json: it says {spec}, but an empty "
-                f"prompt becomes {frame} of {size} known tokens; build the bundle again"
+                f"prompt becomes {str(frame)[:80]} of {size} known tokens; build the bundle again"
             )
 
     def encode(self, prompt: str) -> tuple[NDArray[np.int64], Truncation | None]:
@@ -83,7 +86,8 @@ class PromptTokenizer:
         """
         check_prompt(prompt)
         spec = self.spec
-        ids: list[int] = self._tokenizer.encode(prompt).ids
+        with _faults("tokenizer.json can't encode the prompt"):
+            ids: list[int] = self._tokenizer.encode(prompt).ids
         truncation = None
         if len(ids) > spec.max_length:
             cut = ids[spec.max_length - 1 : -1]
@@ -95,7 +99,8 @@ class PromptTokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         """The text of tokens, control tokens included, with a space after each word."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        with _faults("tokenizer.json can't decode its tokens"):
+            text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text.replace(self._word_end, " ").strip() if self._word_end else text
 
 
@@ -118,9 +123,16 @@ def check_prompt(prompt: str) -> None:
         ) from exc
 
 
-def _one_line(error: Exception) -> str:
-    """The message without line breaks."""
-    return " ".join(str(error).split())
+@contextmanager
+def _faults(what: str) -> Iterator[None]:
+    """Turn whatever the tokenizers package raises into a BundleError: it is an error of the
+    tokenizer's file. Its panics are no Exceptions."""
+    try:
+        yield
+    except BaseException as exc:
+        if not isinstance(exc, Exception) and type(exc).__name__ != "PanicException":
+            raise
+        raise BundleError(f"{what}: {' '.join(str(exc).split())[:300]}") from exc
 
 
 def tokenizer_of(bundle: Bundle) -> PromptTokenizer:

@@ -482,3 +482,69 @@ def test_parameters_are_counted_without_loading(model: Path) -> None:
     (model / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(InputError, match="cannot read"):
         source.parameters("unet")
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("vae/config.json", {"scaling_factor": 0}),
+        ("vae/config.json", {"scaling_factor": -1e30}),
+        ("vae/config.json", {"latent_channels": 10**9}),
+        ("unet/config.json", {"sample_size": 10**9}),
+        ("unet/config.json", {"block_out_channels": [10**9, 10**9, 10**9]}),
+        ("unet/config.json", {"cross_attention_dim": 10**400}),
+        ("text_encoder/config.json", {"max_position_embeddings": 10**9}),
+        ("text_encoder/config.json", {"max_position_embeddings": 0}),
+        ("text_encoder/config.json", {"hidden_size": 10**9}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**30}),
+        ("edgesd.json", {"num_inference_steps": 0}),
+        ("edgesd.json", {"guidance_scale": 10**400}),
+    ],
+    ids=str,
+)
+def test_absurd_numbers_are_refused_at_once(file: str, fields: dict[str, Any], model: Path) -> None:
+    edit(model / file, **fields)
+    with pytest.raises(EdgesdError) as caught:
+        plan_pipeline(resolve_source(model))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("raw", ["[" * 100_000, '{"a":' * 100_000, '{"a":1e999,"b":NaN', "\ud800"])
+def test_a_config_that_is_no_json_is_refused(raw: str, model: Path) -> None:
+    (model / "unet/config.json").write_bytes(raw.encode("utf-8", "surrogatepass"))
+    with pytest.raises(InputError, match=r"unet/config\.json") as caught:
+        plan_pipeline(resolve_source(model))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "LICENSES/MIT.txt", "LICENSES"])
+def test_a_link_out_of_the_model_is_refused(name: str, model: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "id_ed25519").write_text("private")
+    link = model / name
+    if link.is_dir():
+        shutil.rmtree(link)
+    link.unlink(missing_ok=True)
+    link.symlink_to(secret if name == "LICENSES" else secret / "id_ed25519")
+    source = resolve_source(model)
+    with pytest.raises(InputError, match="link out of the model's folder"):
+        source.licence("licence")
+
+
+def test_links_of_the_hubs_cache_and_within_the_model_are_followed(
+    model: Path, tmp_path: Path
+) -> None:
+    cached = tmp_path / "models--owner--name"
+    (cached / "blobs").mkdir(parents=True)
+    (cached / "snapshots").mkdir()
+    snapshot = cached / "snapshots" / "0123"
+    model.rename(snapshot)
+    for number, name in enumerate(["README.md", "NOTICE"]):
+        (snapshot / name).rename(cached / "blobs" / str(number))
+        (snapshot / name).symlink_to(Path("../../blobs") / str(number))
+    (snapshot / "COPYING").symlink_to("NOTICE")
+    expected = resolve_source(EMOJI).licence("licence")
+    found = resolve_source(snapshot).licence("licence")
+    assert found.name == expected.name
+    assert set(found.files) == {*expected.files, "licence/COPYING"}
