@@ -1,9 +1,6 @@
 """The errors that a user can cause or cure. Each class knows its exit status.
 
 A message says what happened, what was received, what was expected and what to do.
-Exit statuses: 1 internal fault, 2 usage (as Click), 3 bad input, 4 broken bundle, 5 wrong
-target or environment, 6 not enough memory or disk, 7 quality gate not met, 8 a board can't be
-reached or failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,6 +8,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from typing import ClassVar
+
+EXIT_STATUSES = {
+    0: "done",
+    1: "internal fault: an error in edgesd itself",
+    2: "usage: an argument or option that has no meaning",
+    3: "input: a file, folder or model is missing, malformed or unsupported",
+    4: "bundle: broken, altered, or not signed by a trusted key",
+    5: "target: doesn't fit this machine or board, or a package is missing",
+    6: "memory or disk doesn't suffice",
+    7: "a quality gate isn't met",
+    8: "a board can't be reached, or failed",
+    130: "interrupted",
+}
+"""What a command ends with. Of several boards, one that fails is enough for 8."""
 
 _FEW = 8
 """So many names are listed in one line."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from edgesd.cli import cli
+from edgesd.errors import EXIT_STATUSES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 
@@ -15,17 +16,23 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 def render() -> str:
     """The command reference as Markdown."""
     parts = ["# Command reference", "", "Made from `--help` by `make docs`.", ""]
+    parts += ["| exit status | meaning |", "|---|---|"]
+    parts += [f"| {status} | {meaning} |" for status, meaning in EXIT_STATUSES.items()]
+    parts += ["", "An error is one line on standard error; `--debug` shows the traceback too.", ""]
     return "\n".join(parts + _pages(cli, "edgesd", None))
 
 
 def _pages(command: click.Command, name: str, parent: click.Context | None) -> list[str]:
     """A command's help, and that of all commands below it."""
-    context = click.Context(command, parent=parent, info_name=name, terminal_width=100)
+    settings = {**command.context_settings, "terminal_width": 100}
+    context = click.Context(command, parent=parent, info_name=name, **settings)
     parts = [f"## {context.command_path}", "", "```text", command.get_help(context), "```", ""]
     if isinstance(command, click.Group):
         for below in command.list_commands(context):
             found = command.get_command(context, below)
             assert found is not None
+            if found.hidden:
+                continue
             parts += _pages(found, below, context)
     return parts
 

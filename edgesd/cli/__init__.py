@@ -30,10 +30,25 @@ from edgesd.cli import (
     watch,
 )
 from edgesd.cli.common import fail, flush_streams, open_streams, say_error, say_lines, show_messages
-from edgesd.errors import UsageError
+from edgesd.errors import EXIT_STATUSES, UsageError
+
+_STATUSES = "\n".join(f"{status:<5} {meaning}" for status, meaning in EXIT_STATUSES.items())
+_EPILOG = f"""\b
+Exit status:
+{_STATUSES}
+
+\b
+Completion of commands, options and files; for good, put the line into your shell's startup file:
+bash  eval "$(_EDGESD_COMPLETE=bash_source edgesd)"
+zsh   eval "$(_EDGESD_COMPLETE=zsh_source edgesd)"
+fish  _EDGESD_COMPLETE=fish_source edgesd | source
+"""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_EPILOG,
+)
 @click.version_option(__version__, prog_name="edgesd")
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 def cli(debug: bool) -> None:

@@ -21,6 +21,7 @@ from edgesd.cli.common import (
     print_json,
     say,
     say_lines,
+    scheduler_option,
     show_each,
 )
 from edgesd.errors import BoardError, EdgesdError
@@ -42,19 +43,39 @@ class _RunByDefault(click.Group):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Both forms."""
+        formatter.write_usage(ctx.command_path, "[OPTIONS] BUNDLE")
+        formatter.write_usage(ctx.command_path, "compare [OPTIONS] BEFORE AFTER", prefix="       ")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Those of `run`, and the other command."""
+        self.commands["run"].format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
 
 @click.group("bench", cls=_RunByDefault, short_help="Measure BUNDLE, here or on boards over SSH.")
 def bench_group() -> None:
-    """Measure how fast a bundle draws, and what it costs in memory, heat and energy.
+    """Draw with BUNDLE again and again, and measure: per picture, component and step; memory, heat
+    and energy, too.
 
-    `edgesd bench BUNDLE` is short for `edgesd bench run BUNDLE`.
+    With --host the bundle must be the active one there (edgesd deploy); a board goes on when the
+    link is lost, and the same command joins it again. `edgesd bench compare` shows two results of
+    -o side by side.
     """
 
 
-@bench_group.command("run", short_help="Measure BUNDLE.")
+@bench_group.command("run", short_help="Measure BUNDLE.", hidden=True)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @hosts_option
-@click.option("-n", "--runs", type=click.IntRange(1, 1000), default=5, show_default=True)
+@click.option(
+    "-n",
+    "--runs",
+    type=click.IntRange(1, 1000),
+    default=5,
+    show_default=True,
+    help="Pictures that count.",
+)
 @click.option(
     "--warm-up",
     type=click.IntRange(1, 100),
@@ -62,12 +83,12 @@ def bench_group() -> None:
     show_default=True,
     help="Pictures before those that count; the first one loads.",
 )
-@click.option("-p", "--prompt", default=_PROMPT, show_default=True)
+@click.option("-p", "--prompt", default=_PROMPT, show_default=True, help="What to draw.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 @click.option("--steps", type=int, help="Denoising steps. [default: the bundle's]")
 @click.option("--guidance", type=float, help="Guidance scale. [default: the bundle's]")
 @click.option("--size", type=Size(), help="Picture size in pixels. [default: the bundle's]")
-@click.option("--scheduler", help="Sampler. [default: the model's own]")
+@scheduler_option("Sampler")
 @click.option("--threads", type=click.IntRange(0, 256), default=0, help="[default: all cores]")
 @memory_options
 @click.option(
@@ -108,11 +129,7 @@ def run_command(
     detached: str | None,
     as_json: bool,
 ) -> None:
-    """Draw with BUNDLE again and again, and measure: per picture, component and step.
-
-    With --host the bundle must be the active one there (edgesd deploy); a board goes on when the
-    link is lost, and the same command joins it again.
-    """
+    """Draw with BUNDLE again and again, and measure: what `edgesd bench BUNDLE` stands for."""
     from edgesd.evaluate.page import check_page_path
     from edgesd.files import check_file_place, save
     from edgesd.runtime.bundle import open_bundle

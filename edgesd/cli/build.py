@@ -18,6 +18,7 @@ from edgesd.cli.common import (
     print_json,
     printable,
     say,
+    scheduler_option,
 )
 from edgesd.errors import EdgesdError
 from edgesd.spec import METHODS, Precision
@@ -103,10 +104,7 @@ from edgesd.spec import METHODS, Precision
     help="With --size: rows of the static UNet. A picture takes two of them in batched guidance, "
     "one otherwise.  [default: 1]",
 )
-@click.option(
-    "--scheduler",
-    help="Default sampler of the bundle, such as ddim or dpmpp-2m. [default: the model's own]",
-)
+@scheduler_option("Default sampler of the bundle")
 @click.option(
     "-o",
     "--output",

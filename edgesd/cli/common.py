@@ -312,6 +312,16 @@ def show_messages() -> None:
     warnings.showwarning = lambda message, *_, **__: say_error(f"warning: {message}")
 
 
+def scheduler_option(words: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--scheduler. words: what it sets."""
+    return click.option(
+        "--scheduler",
+        metavar="NAME",
+        help=f"{words}: ddim, dpmpp-2m, euler, euler-a, flow-euler, lcm or pndm. "
+        "[default: the model's own]",
+    )
+
+
 class Reporter:
     """Shows progress on standard error: a rich bar on a terminal, plain lines when piped."""
 

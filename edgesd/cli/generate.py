@@ -23,6 +23,7 @@ from edgesd.cli.common import (
     plans_of,
     print_json,
     printable,
+    scheduler_option,
 )
 from edgesd.errors import BundleError, EdgesdError
 
@@ -64,11 +65,7 @@ if TYPE_CHECKING:
 )
 @click.option("--negative", default="", help="What not to draw.")
 @click.option("--size", type=Size(), help="Picture size in pixels. [default: the bundle's]")
-@click.option(
-    "--scheduler",
-    help="Sampler: ddim, dpmpp-2m, euler, euler-a, flow-euler, lcm or pndm. "
-    "[default: the model's own]",
-)
+@scheduler_option("Sampler")
 @click.option(
     "--batch",
     type=click.IntRange(1, 1024),
