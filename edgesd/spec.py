@@ -14,13 +14,14 @@ from msgspec import Meta
 
 from edgesd.errors import InputError, UsageError, unknown_name
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """Version of `bundle.json`. A reader refuses a newer one; it is raised on any change of meaning.
 
 2: `recipe` and `quality`, both optional; a file of version 1 is read as one without them. 3: the
 same for an engine's `checked`. 4: an engine's `plan`, and `built_for`, which was never set;
 `prompter`. 5: an engine's `kernels`, the latents'
-`halo`. 6: an engine's `halves`, the latents' `levels`, a recipe's `pooled_attention`.
+`halo`. 6: an engine's `halves`, the latents' `levels`, a recipe's `pooled_attention`. 7: footprints
+of engines and halves.
 """
 
 Precision = str
@@ -398,17 +399,39 @@ class Quality(Spec, frozen=True):
     min_psnr: Number | None = None
 
 
+class Footprint(Spec, frozen=True):
+    """Bytes that one graph takes in memory, traced when it was built (runtime/footprint.py).
+
+    weights: what stays of them once loaded, mapped or copied; loading: what there is besides while
+    they are loaded. streamed: what stays of them in `stream`; in_file: of that, what lies in the
+    bundle's file. graph: of the session itself. runs: for growing units (rows times height times
+    width of the input) what a run's activations take, and the workspace of edgesd's own kernels.
+    spread: how many times as much runs of several sizes take that follow one another.
+    """
+
+    weights: Bytes
+    loading: Bytes
+    streamed: Bytes
+    in_file: Bytes
+    graph: Bytes
+    runs: Annotated[tuple[tuple[Bytes, Bytes, Bytes], ...], Meta(max_length=64)]
+    spread: Annotated[float, Meta(ge=1, le=16)] = 1.0
+
+
 class Half(Spec, frozen=True):
     """A graph of a part of a component, beside the whole one and with the same weights.
 
     kernels: the same for edgesd's own kernels. weight_bytes: of its weights in their file. spec:
-    its inputs and outputs.
+    its inputs and outputs. footprint, kernels_footprint: of the two graphs; None in bundles of a
+    schema before 7.
     """
 
     path: RelativePath
     spec: ComponentSpec
     weight_bytes: Bytes
     kernels: RelativePath | None = None
+    footprint: Footprint | None = None
+    kernels_footprint: Footprint | None = None
 
 
 class Halves(Spec, frozen=True):
@@ -590,7 +613,7 @@ class Engine(Spec, frozen=True):
     (both or neither). checked: what a compiler made of the graph where it was built, which says
     nothing of the board: "built for sm_86 by ...". kernels: the same graph for edgesd's own kernels
     (runtime/kernels.py), taken where they can be used; it refers to the same weights. halves: see
-    Halves.
+    Halves. footprint, kernels_footprint: of the two graphs, where known (a schema from 7 on).
     """
 
     component: Word
@@ -603,6 +626,8 @@ class Engine(Spec, frozen=True):
     checked: Text | None = None
     kernels: RelativePath | None = None
     halves: Halves | None = None
+    footprint: Footprint | None = None
+    kernels_footprint: Footprint | None = None
 
 
 class FileEntry(Spec, frozen=True):

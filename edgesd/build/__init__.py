@@ -15,6 +15,7 @@ import msgspec
 
 import edgesd
 from edgesd.build.quantized import QuantizedBuild, QuantOptions, cache_folder
+from edgesd.device.capabilities import in_gb
 from edgesd.device.detect import detect_machine, explain_machine, runnable_targets
 from edgesd.device.targets import check_memory, check_request, get_target
 from edgesd.engines import BACKENDS, onnxruntime, tensorrt
@@ -22,6 +23,7 @@ from edgesd.engines.bundle import file_entries, pack_bundle, update_manifest, wr
 from edgesd.errors import BundleError, EdgesdError, InputError, TargetError, UsageError
 from edgesd.files import atomic_dir, atomic_write, check_new, check_writable, private_folder
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
+from edgesd.runtime.memory import available_bytes
 from edgesd.runtime.prompter import read_prompter
 from edgesd.spec import (
     SCHEMA_VERSION,
@@ -48,28 +50,6 @@ _MODELS = Path(edgesd.__file__).resolve().parent.parent / "models"
 """Name of the embedded pipeline, where a model is asked for."""
 
 _log = logging.getLogger(__name__)
-
-RUNTIME_BYTES = 128 << 20
-"""Memory of the runtime itself with its libraries loaded, about (measured: 113 MB on x86-64).
-
-With the largest network's weights as they are computed with, it is the least memory that a picture
-takes; activations, which grow with the picture, come on top.
-"""
-
-_BYTES_PER_WEIGHT = {
-    **dict.fromkeys(("fp32", "fp16", "w8a16", "w4a16", "w4a4"), 4.0),
-    **dict.fromkeys(("w8a8", "w4a8"), 1.1),
-}
-"""In memory, on CPUs: all but 8-bit activations compute in fp32, in convolutions at least."""
-
-
-BYTES_ON_GPU = {
-    "fp32": 4.0,
-    **dict.fromkeys(("fp16", "w8a16", "w4a16"), 2.0),
-    **dict.fromkeys(("w8a8", "w4a8"), 1.1),
-}
-"""The same in a TensorRT plan, where codes of 16-bit activations may become fp16 weights."""
-
 
 PROMPTER = "prompter"
 """Folder of a bundle that holds its prompter."""
@@ -152,6 +132,7 @@ def build(
     backend: str | None = None,
     finish: Callable[[Path], object] | None = None,
     prompter: Path | None = None,
+    warn: Callable[[str], object] | None = None,
 ) -> Built:
     """Export `model`, check it against its source, and write the bundle `out`.
 
@@ -162,14 +143,18 @@ def build(
     precision that is a scheme. backend: whose graphs to make; None takes the target's best.
     prompter: folder of an exported prompter that the bundle is to bring.
     finish: adds to the folder of the finished bundle, such as plans from a board; what it raises
-    spoils nothing. Nothing is left at `out` on another error: UsageError, InputError, TargetError,
+    spoils nothing. warn: told before long work of what may go wrong.
+    Nothing is left at `out` on another error: UsageError, InputError, TargetError,
     ParityError, QualityError, ResourceError.
     """
     from edgesd.export.pipeline import export_pipeline, plan_pipeline, require_build_tools
-    from edgesd.export.source import resolve_source
 
     number_format(precision)
     require_build_tools()
+    from edgesd.build.footprints import write_footprints
+    from edgesd.build.planner import Wish, check_plan, plan_source
+    from edgesd.export.source import resolve_source
+
     target = get_target(target_name)
     backend = backend or target.backends[0]
     check_request(target, precision, backend)
@@ -181,17 +166,25 @@ def build(
     if quantization and quantization.pool_attention:
         _check_pooling(quantization, precision, backend)
     source = resolve_source(str(demo_model()) if model == DEMO else model)
-    largest = max(source.parameters(component) for component in source.family.weights)
-    table = BYTES_ON_GPU if backend == tensorrt.BACKEND else _BYTES_PER_WEIGHT
-    needed = RUNTIME_BYTES + int(table[number_format(precision)] * largest)
-    check_memory(target, needed, f"{model} in {precision}")
     tuned = None if prompter is None else read_prompter(prompter)
     if prompter and tuned:
         # Its process ends before the image model is loaded: the larger of the two counts.
         check_memory(target, _prompter_bytes(prompter, tuned), "the prompter")
+    method = (quantization or QuantOptions()).method
+    asked = Wish(
+        precision, size, method=method, fixed=size is not None, batch=batch, scheduler=scheduler
+    )
+    expected = plan_source(source, model, target, backend, asked)
+    check_plan(expected)
+    free = available_bytes()
+    if warn and free is not None and expected.build_bytes > free:
+        warn(
+            f"building takes about {in_gb(expected.build_bytes)} of memory, and {in_gb(free)} are "
+            "free here"
+        )
     plan = plan_pipeline(source, size, scheduler, batch)
     if backend == tensorrt.BACKEND and plan.pipeline.shape.dynamic:
-        plan = plan_pipeline(source, *_fixed(plan.pipeline))
+        plan = plan_pipeline(source, *fixed_shape(plan.pipeline))
     if precision in ("fp32", "fp16"):
         weights = sum(source.parameters(component) for component in source.family.weights)
         check_writable(out, weights * (4 if precision == "fp32" else 2))
@@ -220,6 +213,7 @@ def build(
             if precision != "fp32":
                 notes += _keep_in_fp32(root, source, quantization, progress)
             notes += _check_engines(root, target, progress)
+        write_footprints(root, plan)
         if prompter and tuned:
             _add_prompter(root, prompter, tuned)
         if finish:
@@ -368,7 +362,7 @@ def _reference(
     return open_bundle(path)
 
 
-def _fixed(pipeline: PipelineSpec) -> tuple[tuple[int, int], str, int]:
+def fixed_shape(pipeline: PipelineSpec) -> tuple[tuple[int, int], str, int]:
     """Size, scheduler and rows of the same pipeline with fixed shapes: its own size, one picture.
 
     A plan of fixed shapes needs least memory, to be built and to run.

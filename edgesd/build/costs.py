@@ -15,7 +15,7 @@ from edgesd.export.work_on_cpu import PART
 from edgesd.export.workload import Operation, Workload
 from edgesd.runtime.rates import Speed
 
-NODE_BYTES = 25_000
+NODE_BYTES = 16_000
 """Memory of a session for each operation: ONNX Runtime's graph, kernels and their names."""
 
 NODE_FILE_BYTES = 700
@@ -50,12 +50,14 @@ _TIMED = {
 @dataclass(frozen=True)
 class Memory:
     """Bytes that one component takes. weights: what stays of them once loaded; loading: what there
-    is besides while they are loaded; streamed: what stays of them in `stream`. activations: what
-    runs touch; workspace: of our kernels, which they keep; graph: of the session itself."""
+    is besides while they are loaded; streamed: what stays of them in `stream`; in_file: of that,
+    what lies in its file. activations: what runs touch; workspace: of our kernels, which they keep;
+    graph: of the session itself."""
 
     weights: int
     loading: int
     streamed: int
+    in_file: int
     activations: int
     workspace: int
     graph: int
@@ -112,7 +114,7 @@ def memory(
     what stays are packed copies, and of what it unpacks (Cast, DequantizeLinear) the results.
     """
     workload = workloads[0]
-    mapped = kept = loading = largest = 0
+    mapped = kept = unpacked = loading = largest = 0
     rest = on_disk
     for op in workload.operations:
         if op.layer is None or op.form == PART:
@@ -129,16 +131,21 @@ def memory(
             kept += int(_PACKED_BLOCKS * stored)
         elif op.form == "int8" and choice and choice.weight_bits == 4:
             kept += int(_UNPACKED * count)
+            unpacked += int(_UNPACKED * count)
             loading += int(_UNPACKING * count)
         elif op.form == "int8":
             kept += count
         else:
             kept += 4 * count
+            unpacked += 4 * count if op.layer in choices else 0  # 16 bits, or codes
     kept += max(0, rest)
+    passing = min(mapped, int(_PASSING * largest))
     return Memory(
         weights=kept + mapped,
         loading=loading,
-        streamed=kept + min(mapped, int(_PASSING * largest)),
+        streamed=kept + passing,
+        # ONNX Runtime's operators take from the file what they need not unpack.
+        in_file=kept - unpacked + passing,
         # Inputs and outputs are bound to arrays, and what comes out is copied.
         activations=arena_bytes(workloads) + 2 * max(map(_outside, workloads)) + behind,
         workspace=max(_workspace(op) for each in workloads for op in each.operations),

@@ -6,38 +6,43 @@ says what that costs. docs/planner.md derives the formulas and says how far they
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import msgspec
 
-from edgesd.build import BYTES_ON_GPU, DEMO, demo_model
-from edgesd.build.arena import arena_bytes
-from edgesd.build.costs import (
-    NODE_FILE_BYTES,
-    Memory,
-    file_bytes,
-    half_bytes,
-    memory,
-    multiplications,
-    seconds,
-)
+from edgesd.build import DEMO, demo_model, fixed_shape
+from edgesd.build.costs import NODE_FILE_BYTES, file_bytes, multiplications, seconds
+from edgesd.build.footprints import Networks, Shape
 from edgesd.device.capabilities import in_gb
-from edgesd.device.targets import OS_BYTES, check_request, get_target, usable_bytes
+from edgesd.device.targets import all_targets, check_request, get_target, usable_bytes
 from edgesd.engines import onnxruntime, tensorrt
-from edgesd.export.families import Component, Plan
+from edgesd.errors import TargetError
+from edgesd.export.families import Plan
 from edgesd.export.pipeline import plan_pipeline, require_build_tools
 from edgesd.export.quantize.assign import Choice, planned
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.source import ModelSource, resolve_source
 from edgesd.export.work_on_cpu import lowered
-from edgesd.export.workload import Workload, halves, trace
+from edgesd.export.workload import Workload, halves
+from edgesd.runtime.footprint import (
+    Drawing,
+    Need,
+    computing,
+    decoder,
+    decoder_in_halves,
+    together,
+    whole,
+)
 from edgesd.runtime.kernels import computes
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
-from edgesd.runtime.pipeline import DRAWING
+from edgesd.runtime.pipeline import CUDA_BYTES, DRAWING
 from edgesd.runtime.rates import Speed
-from edgesd.runtime.tiles import TILE, margin_of, tail_shapes, tiles_of
+from edgesd.runtime.tiles import TILE, WINDOWS, margin_of, tail_shapes, tiles_of
 from edgesd.spec import (
+    Footprint,
     Precision,
     Rates,
     Spec,
@@ -53,19 +58,13 @@ PROCESS_BYTES = 76 << 20
 PROGRAM_BYTES = 14 << 20
 """What `edgesd generate` loads besides: Click, Pillow, the board's description."""
 
-_COPIES = 5
-"""Of the picture's values in fp32, from the decoder's output to bytes."""
-
-CUDA_BYTES = 400 << 20
-"""A process's share of CUDA and TensorRT, besides its plans. Assumed: no board was measured."""
-
 _BUILD_BYTES, _BUILD_PER_WEIGHT, _BUILD_PER_PIXEL = 700 << 20, 9.2, 7600
 """Memory of a build, measured: torch and its libraries; for each weight of the largest network,
 whose graph is compared with its source; for each pixel, of the decoder's calibration."""
 _OTHER_FILES = 400_000
 """Tokenizer, manifest, licences."""
 
-_SUGGESTED = ("fp16", "w8a8", "w4a8-g64")
+_SUGGESTED = ("fp32", "fp16", "w8a8", "w4a8-g64")
 """Precisions that are suggested where another doesn't fit, the finest first."""
 
 _KERNELS = {
@@ -121,7 +120,9 @@ class BuildPlan(Spec, frozen=True):
 @dataclass(frozen=True)
 class Wish:
     """What is to be planned; None takes the model's own. max_memory: bytes, instead of the
-    target's RAM. rates: how fast the target is."""
+    target's RAM. rates: how fast the target is. fixed: of graphs for `size` alone, whose denoiser
+    takes `batch` rows; others draw any size, and so are those for TensorRT. scheduler: the
+    bundle's default sampler."""
 
     precision: Precision
     size: tuple[int, int] | None = None
@@ -130,6 +131,9 @@ class Wish:
     max_memory: int | None = None
     method: str = "svdquant"
     rates: Rates | None = None
+    fixed: bool = False
+    batch: int = 1
+    scheduler: str | None = None
 
 
 def make_plan(model: str, target_name: str, wish: Wish, backend: str | None = None) -> BuildPlan:
@@ -143,20 +147,41 @@ def make_plan(model: str, target_name: str, wish: Wish, backend: str | None = No
     backend = backend or target.backends[0]
     check_request(target, wish.precision, backend)
     source = resolve_source(str(demo_model()) if model == DEMO else model)
+    return plan_source(source, model, target, backend, wish)
+
+
+def plan_source(
+    source: ModelSource, model: str, target: Target, backend: str, wish: Wish
+) -> BuildPlan:
+    """The same of a source that was resolved, for a target and backend that were checked."""
     planner = _Planner(source, model, target, backend, wish)
     found = planner.plan(wish.precision, wish.size)
     if found.mode is not None:
         return found
-    return msgspec.structs.replace(found, advice=planner.advice(found))
+    return msgspec.structs.replace(found, advice=tuple(planner.advice(found)))
+
+
+def check_plan(plan: BuildPlan) -> None:
+    """Raise TargetError for a bundle that can't draw on its target in any mode, with what could."""
+    if plan.mode is not None:
+        return
+    least = min(plan.memory, key=lambda mode: plan.memory[mode])
+    advice = "; ".join(plan.advice) or "no target that edgesd knows has as much"
+    raise TargetError(
+        f"{plan.model} in {plan.precision} at {plan.width}x{plan.height} needs "
+        f"{plan.memory[least] / 1e6:.0f} MB in {least} mode, and {plan.target} has "
+        f"{plan.usable_bytes / 1e6:.0f} MB for it: {advice}"
+    )
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A component in one mode: its memory, how often it runs in a picture, and seconds of that."""
+class _Component:
+    """A component as it would be built. halves: footprints of a decoder's, where it has them."""
 
-    memory: Memory
-    runs: int
-    seconds: float | None
+    choices: Mapping[Layer, Choice]
+    on_disk: int
+    footprint: Footprint
+    halves: tuple[Footprint, Footprint] | None
 
 
 class _Planner:
@@ -165,61 +190,82 @@ class _Planner:
     ) -> None:
         self.source, self.model, self.target, self.backend = source, model, target, backend
         self.wish = wish
-        self.whole: Plan = plan_pipeline(source)
         self.speed = None if wish.rates is None else Speed(wish.rates)
         self.usable = usable_bytes(target) if wish.max_memory is None else wish.max_memory
         self.gpu = backend == tensorrt.BACKEND
         self.modes: tuple[MemoryMode, ...] = MEMORY_MODES[:2] if self.gpu else MEMORY_MODES
-        self._traced: dict[tuple[str, int, int, int], Workload] = {}
+        self._known: dict[tuple[int, int] | None, Networks] = {}
+        self.networks = self._networks_of(None)
+
+    def _networks_of(self, size: tuple[int, int] | None) -> Networks:
+        """Those of a bundle that draws `size` (width, height) alone; None: any."""
+        if size not in self._known:
+            batch = self.wish.batch
+            if size is not None and self.gpu and size != self.wish.size:
+                _, _, batch = fixed_shape(self._known[None].pipeline)
+            plan: Plan = plan_pipeline(self.source, size, self.wish.scheduler, batch)
+            self._known[size] = Networks(plan)
+        return self._known[size]
+
+    def _fix(self, size: tuple[int, int] | None) -> None:
+        """Take the networks of what would be built for pictures of `size`."""
+        shape = self._known[None].pipeline.shape
+        fixed = (self.wish.fixed and size is not None) or self.gpu
+        self.networks = self._networks_of((size or (shape.width, shape.height)) if fixed else None)
 
     def plan(self, precision: Precision, size: tuple[int, int] | None) -> BuildPlan:
         """The plan of one precision and size. Raises UsageError for what can't be drawn."""
-        spec, wish = self.whole.pipeline, self.wish
+        wish = self.wish
+        spec = self._known[None].pipeline
         width, height = size or (spec.shape.width, spec.shape.height)
         check_multiple("width", width, spec.shape.multiple_of)
         check_multiple("height", height, spec.shape.multiple_of)
+        self._fix(size)
+        spec = self.networks.pipeline
         steps = spec.num_inference_steps if wish.steps is None else wish.steps
         guidance = spec.guidance_scale if wish.guidance is None else wish.guidance
         guided = guidance > 1 and spec.components["unet"].input("timestep_cond") is None
         own = self._own_kernels(precision)
+        tall, wide = self.networks.latents(width, height)
         costs: dict[str, ComponentCost] = {}
-        parts: dict[str, dict[str, _Part]] = {}
-        for component in self.whole.components:
-            one = self._trace(component, *self._latents(component, width, height), 1)
+        needs: dict[MemoryMode, Need] = {}
+        found: dict[str, _Component] = {}
+        for name in self.networks.components:
+            one = self.networks.trace(name, self.networks.own_shape(name))
             choices = self._choices(one, precision)
             on_disk = self._file_bytes(one, choices, precision)
+            at = self._shapes(name, (tall, wide), guided)
+            made = self.networks.footprint(name, precision, choices, on_disk, own, self.gpu, at)
+            split = None
+            if name == "vae_decoder" and spec.latent.levels and spec.shape.dynamic:
+                split = self.networks.halves(choices, own, at)
+            found[name] = _Component(choices, on_disk, made, split)
+        for mode in self.modes:
+            needs[mode] = self._need(found, mode, (tall, wide), guided)
+        for name, component in found.items():
+            one = self.networks.trace(name, self.networks.own_shape(name))
+            drawn = self.modes if name in DRAWING else ()
             graphs = NODE_FILE_BYTES * len(one.operations) * (2 if own else 1)
-            picture = 0 if component.name != "vae_decoder" else _COPIES * 12 * width * height
-            done: dict[tuple[tuple[int, int, int], ...], tuple[list[Workload], Memory]] = {}
-            found: dict[str, _Part] = {}
-            for mode in self.modes if component.name in DRAWING else ():
-                if self._in_halves(component, mode):
-                    found[mode] = self._decoder_in_halves(component, (width, height), choices, own)
-                    continue
-                shapes, runs = self._runs(component, mode, (width, height), steps, guided)
-                if tuple(shapes) not in done:  # modes differ in few components
-                    made = [lowered(self._trace(component, *s), choices, own, own) for s in shapes]
-                    takes = (
-                        self._on_gpu(one, precision)
-                        if self.gpu
-                        else memory(made, choices, on_disk, picture)
-                    )
-                    done[tuple(shapes)] = made, takes
-                made, takes = done[tuple(shapes)]
-                found[mode] = _Part(takes, runs, self._seconds(made, takes, mode, runs))
-            parts[component.name] = found
-            costs[component.name] = ComponentCost(
-                bytes=on_disk + graphs,
-                macs=multiplications(one),
-                memory={mode: self._alone(part, mode) for mode, part in found.items()},
-                runs={mode: part.runs for mode, part in found.items()},
-                seconds={mode: part.seconds for mode, part in found.items()},
+            runs: dict[str, int] = {mode: self._runs(name, mode, steps, guided) for mode in drawn}
+            took = {
+                mode: self._component_seconds(name, component, mode, (tall, wide), guided, own)
+                for mode in drawn
+            }
+            asked = tall, wide
+            if name == "vae_encoder":
+                asked = height, width
+            at_size = one if not spec.shape.dynamic else self.networks.trace(name, (*asked, 1))
+            costs[name] = ComponentCost(
+                bytes=component.on_disk + graphs,
+                macs=multiplications(at_size),
+                memory={mode: needs[mode].parts[name] for mode in drawn},
+                runs=runs,
+                seconds={
+                    mode: None if once is None else once[0] * runs[mode] + once[1]
+                    for mode, once in took.items()
+                },
             )
-        drawing = [costs[name] for name in DRAWING]
-        peaks: dict[str, int] = {
-            mode: max(cost.memory[mode] for cost in drawing) for mode in self.modes
-        }
-        peaks["fast"] = self._together([parts[name]["fast"].memory for name in DRAWING])
+        peaks: dict[str, int] = {mode: need.resident for mode, need in needs.items()}
         return BuildPlan(
             model=self.model,
             target=self.target.name,
@@ -236,35 +282,88 @@ class _Planner:
             usable_bytes=self.usable,
             mode=next((mode for mode in self.modes if peaks[mode] <= self.usable), None),
             build_bytes=self._build_bytes(width * height),
-            seconds={mode: sum(cost.seconds[mode] or 0 for cost in drawing) for mode in self.modes}
+            seconds={
+                mode: sum(costs[name].seconds[mode] or 0 for name in DRAWING) for mode in self.modes
+            }
             if self.speed
             else None,
             rates=wish.rates.machine if wish.rates else None,
         )
 
-    def advice(self, plan: BuildPlan) -> tuple[str, ...]:
-        """What fits instead of `plan`: another precision, a smaller size; or else what has room."""
-        found = []
-        able = [p for p in _SUGGESTED if number_format(p) in self.target.precisions]
+    def advice(self, plan: BuildPlan) -> Iterator[str]:
+        """What fits instead of `plan`, each planned: another precision, a smaller size, both; or
+        else where there is room."""
+        size = (plan.width, plan.height)
+        able = [
+            precision
+            for precision in _SUGGESTED
+            if number_format(precision) in self.target.precisions and precision != plan.precision
+        ]
+        found = False
         for precision in able:
-            other = self.plan(precision, (plan.width, plan.height))
-            if other.mode and other.bundle_bytes < plan.bundle_bytes:
-                found.append(f"--precision {precision} fits: {_fits(other)}")
-                break
-        step = self.whole.pipeline.shape.multiple_of
-        for part in (4, 3, 2, 1):
-            sizes = [max(step, n * part // 5 // step * step) for n in (plan.width, plan.height)]
-            other = self.plan(plan.precision, (sizes[0], sizes[1]))
+            other = self.plan(precision, size)
             if other.mode:
-                found.append(f"--size {other.width}x{other.height} fits: {_fits(other)}")
+                found = True
+                yield f"--precision {precision} fits: {_fits(other)}"
                 break
-        if not found:
-            least = min(plan.memory.values())
-            found.append(
-                f"no precision or size fits: a target with {in_gb(least + OS_BYTES)} of memory or "
-                "more would"
+        if smaller := self._smaller(plan, [plan.precision]):
+            found = True
+            yield f"--size {smaller.width}x{smaller.height} fits: {_fits(smaller)}"
+        if found:
+            return
+        if smaller := self._smaller(plan, able):
+            yield (
+                f"--precision {smaller.precision} --size {smaller.width}x{smaller.height} fits: "
+                f"{_fits(smaller)}"
             )
-        return tuple(found)
+            return
+        least = min(plan.memory.values())
+        if self.wish.max_memory is not None:
+            yield f"no precision or size fits: --max-memory {-(-least // 10**6)}MB would do"
+            return
+        for target in self._larger():
+            other = self._on(target).plan(plan.precision, self.wish.size)
+            if other.mode:
+                yield (
+                    f"no precision or size fits: --target {target.name} "
+                    f"({in_gb(target.memory_bytes)}) does: {_fits(other)}"
+                )
+                return
+        yield f"no precision or size fits, and no target that could run it has {in_gb(least)} free"
+
+    def _smaller(self, plan: BuildPlan, precisions: Sequence[Precision]) -> BuildPlan | None:
+        """The largest size below that of `plan` that fits, in the first precision that does."""
+        step = self._known[None].pipeline.shape.multiple_of
+        for part in (4, 3, 2, 1):
+            width, height = (
+                max(step, n * part // 5 // step * step) for n in (plan.width, plan.height)
+            )
+            for precision in precisions:
+                other = self.plan(precision, (width, height))
+                if other.mode:
+                    return other
+        return None
+
+    def _larger(self) -> list[Target]:
+        """Targets with more memory that run the same: the nearest first."""
+        asked = number_format(self.wish.precision)
+        found = [
+            target
+            for target in all_targets()
+            if target.arch == self.target.arch
+            and self.backend in target.backends
+            and asked in target.precisions
+            and usable_bytes(target) > self.usable
+        ]
+        same = self.target.models
+        return sorted(found, key=lambda target: (target.models != same, target.memory_bytes))
+
+    def _on(self, target: Target) -> _Planner:
+        """The same for another target, whose speed isn't known."""
+        other = copy.copy(self)
+        other.target, other.usable = target, usable_bytes(target)
+        other.wish, other.speed = replace(self.wish, rates=None), None
+        return other
 
     def _own_kernels(self, precision: Precision) -> bool:
         """Whether edgesd's own kernels will run there: by runtime.kernels."""
@@ -277,84 +376,139 @@ class _Planner:
             isa = next((isa for feature, isa in _KERNELS.items() if feature in has), "")
         return computes(isa, [precision])
 
-    def _runs(
+    def _rows(self, guided: bool) -> tuple[int, ...]:
+        """Rows of the denoiser's runs for one picture: one by one, or both halves of guidance."""
+        shape = self.networks.pipeline.shape
+        if not shape.dynamic:
+            return (shape.batch,)
+        return (1, 2) if guided else (1,)
+
+    def _shapes(self, name: str, size: tuple[int, int], guided: bool) -> list[Shape]:
+        """What a component is run at for a picture of `size` in latents; (): as it was built."""
+        spec, (height, width) = self.networks.pipeline, size
+        if not spec.shape.dynamic or name not in ("unet", "vae_decoder"):
+            return [self.networks.own_shape(name)]
+        if name == "unet":
+            return [(height, width, rows) for rows in self._rows(guided)]
+        found = [(height, width, 1)]
+        if spec.latent.halo is not None:
+            tall, wide = (
+                max(
+                    tile.last - tile.first
+                    for tile in tiles_of(n, TILE, margin_of(spec.latent.halo))
+                )
+                for n in size
+            )
+            found.append((tall, wide, 1))
+        return found
+
+    def _drawing(self, mode: MemoryMode, size: tuple[int, int], guided: bool) -> Drawing:
+        """One picture, or as many as a fixed number of rows draws, of `size` in latents."""
+        spec = self.networks.pipeline
+        rows = self._rows(guided)
+        states = spec.components["text_encoder"].outputs[0].shape
+        values = math.prod(n for n in states if isinstance(n, int))
+        count = 1
+        if not spec.shape.dynamic:
+            count = max(1, spec.shape.batch // (2 if guided and spec.shape.batch % 2 == 0 else 1))
+        number = rows[-1] if mode == "fast" else rows[0]
+        return Drawing(*size, spec.latent.scale_factor, count, number, values)
+
+    def _need(
         self,
-        component: Component,
+        components: Mapping[str, _Component],
         mode: MemoryMode,
         size: tuple[int, int],
-        steps: int,
         guided: bool,
-    ) -> tuple[list[tuple[int, int, int]], int]:
-        """Shapes (height, width, rows) that a component runs at, one after another, and how often
-        that happens in a picture: as runtime.pipeline.Pipeline does it."""
-        height, width = self._latents(component, *size)
+    ) -> Need:
+        """Memory of a picture of `size` (height, width) in latents, as the pipeline counts it."""
+        drawing = self._drawing(mode, size, guided)
+        spec = self.networks.pipeline
+        parts = {}
+        for name in DRAWING:
+            component = components[name]
+            if name == "vae_decoder" and mode == "stream" and component.halves is not None:
+                features = 4 * (spec.latent.levels or (0,))[0]
+                parts[name] = decoder_in_halves(*component.halves, drawing, features, max(WINDOWS))
+            elif name == "vae_decoder":
+                halo = spec.latent.halo if spec.shape.dynamic else None
+                margin = None if halo is None else margin_of(halo)
+                parts[name] = decoder(component.footprint, drawing, mode, margin)
+            else:
+                units = drawing.height * drawing.width * drawing.rows if name == "unet" else 1
+                parts[name] = whole(component.footprint, units, mode)
+        return together(parts, self._base(), mode, drawing)
+
+    def _runs(self, name: str, mode: MemoryMode, steps: int, guided: bool) -> int:
+        """How often a component runs in a picture."""
         rows = 2 if guided else 1
-        if component.name == "unet":
-            batched = mode == "fast"
-            return [(height, width, rows if batched else 1)], steps * (1 if batched else rows)
-        halo = self.whole.pipeline.latent.halo
-        if component.name == "vae_decoder" and mode == "stream" and halo is not None:
+        if name == "unet":
+            return steps * (1 if mode == "fast" else rows)
+        return rows if name == "text_encoder" else 1
+
+    def _component_seconds(
+        self,
+        name: str,
+        component: _Component,
+        mode: MemoryMode,
+        size: tuple[int, int],
+        guided: bool,
+        own: bool,
+    ) -> tuple[float, float] | None:
+        """Of one run, of reading weights in it included; and of the memory that runs touch for
+        the first time. None without rates."""
+        if self.speed is None:
+            return None
+        made, footprint = self._workloads(name, component, mode, size, guided, own)
+        height, width = size
+        units = 1 if name == "text_encoder" else height * width
+        streamed = mode == "stream"
+        each = {id(workload): seconds(workload, self.speed, streamed) for workload in made}
+        fresh = self.speed.seconds("fresh", "", (max(1, sum(computing(footprint, units))),))
+        # A network's weights are larger than caches, which hold those of a single operation.
+        reading = self.speed.seconds("read", "", (max(1, footprint.weights),))
+        return sum(each[id(workload)] for workload in made) + reading, fresh
+
+    def _workloads(
+        self,
+        name: str,
+        component: _Component,
+        mode: MemoryMode,
+        size: tuple[int, int],
+        guided: bool,
+        own: bool,
+    ) -> tuple[list[Workload], Footprint]:
+        """What a run computes, one after another, and the footprint of the graph that does most."""
+        height, width = size
+        choices, spec = component.choices, self.networks.pipeline
+
+        def made(h: int, w: int, rows: int = 1) -> Workload:
+            return lowered(self.networks.trace(name, (h, w, rows)), choices, own, own)
+
+        if name == "text_encoder":
+            shape = self.networks.own_shape(name)
+            return [made(*shape)], component.footprint
+        if name == "unet":
+            rows = self._rows(guided)
+            return [
+                made(height, width, rows[-1] if mode == "fast" else rows[0])
+            ], component.footprint
+        if mode == "stream" and component.halves is not None:
+            head = halves(self.networks.trace(name, (height, width, 1)))[0]
+            shapes, drawings = tail_shapes(height, width)
+            tails = [
+                lowered(halves(self.networks.trace(name, (h, w, 1)))[1], choices, own, own, True)
+                for h, w in shapes
+            ]
+            return [lowered(head, choices, own, own), *tails * drawings], component.halves[1]
+        halo = spec.latent.halo
+        if mode == "stream" and halo is not None and spec.shape.dynamic:
             tall, wide = (
                 [tile.last - tile.first for tile in tiles_of(n, TILE, margin_of(halo))]
                 for n in (height, width)
             )
-            return [(h, w, 1) for h in tall for w in wide], 1
-        return [(height, width, 1)], rows if component.name == "text_encoder" else 1
-
-    def _seconds(
-        self, made: Sequence[Workload], takes: Memory, mode: MemoryMode, runs: int
-    ) -> float | None:
-        """Of all runs in a picture, of reading weights in each, and of the memory that they touch
-        for the first time."""
-        if self.speed is None:
-            return None
-        streamed = mode == "stream"
-        each = {id(workload): seconds(workload, self.speed, streamed) for workload in made}
-        fresh = self.speed.seconds("fresh", "", (max(1, takes.activations + takes.workspace),))
-        # A network's weights are larger than caches, which hold those of a single operation.
-        reading = self.speed.seconds("read", "", (max(1, takes.weights),))
-        return runs * (sum(each[id(workload)] for workload in made) + reading) + fresh
-
-    def _in_halves(self, component: Component, mode: MemoryMode) -> bool:
-        """Whether a full autoencoder's decoder is run by runtime/tiles.py."""
-        full = component.name == "vae_decoder" and self.whole.pipeline.latent.levels is not None
-        return full and mode == "stream"
-
-    def _decoder_in_halves(
-        self,
-        component: Component,
-        size: tuple[int, int],
-        choices: Mapping[Layer, Choice],
-        own: bool,
-    ) -> _Part:
-        """The decoder's head on all latents, its tail on tiles; one half is there at a time."""
-        height, width = self._latents(component, *size)
-        head = lowered(halves(self._trace(component, height, width, 1))[0], choices, own, own)
-        shapes, drawings = tail_shapes(height, width)
-        tails = [
-            lowered(halves(self._trace(component, h, w, 1))[1], choices, own, own, tail=True)
-            for h, w in shapes
-        ]
-        features = head.sizes[head.outputs[0]]
-        behind = _COPIES * 12 * size[0] * size[1] + features
-        found = [
-            memory(made, choices, half_bytes(made[0], choices), besides)
-            for made, besides in (([head], 0), (tails, behind))
-        ]
-        largest = max(found, key=lambda m: m.graph + m.streamed + m.activations + m.workspace)
-        return _Part(largest, 1, self._seconds([head, *tails * drawings], largest, "stream", 1))
-
-    def _latents(self, component: Component, width: int, height: int) -> tuple[int, int]:
-        """Height and width of a component's input, in its own unit."""
-        unit = 1 if component.name == "vae_encoder" else self.whole.pipeline.latent.scale_factor
-        return height // unit, width // unit
-
-    def _trace(self, component: Component, height: int, width: int, rows: int) -> Workload:
-        key = (component.name, height, width, rows)
-        if key not in self._traced:
-            sizes = {"batch": rows, "height": height, "width": width}
-            self._traced[key] = trace(component, sizes)
-        return self._traced[key]
+            return [made(h, w) for h in tall for w in wide], component.footprint
+        return [made(height, width)], component.footprint
 
     def _choices(self, workload: Workload, precision: Precision) -> dict[Layer, Choice]:
         if precision in ("fp32", "fp16"):
@@ -366,23 +520,6 @@ class _Planner:
     ) -> int:
         smoothed = self.wish.method == "svdquant"
         return file_bytes(workload, choices, 2 if precision == "fp16" else 4, smoothed)
-
-    def _alone(self, part: _Part, mode: str) -> int:
-        """Peak of the process while a component is loaded and runs, and no other is there."""
-        m = part.memory
-        weights = m.streamed if mode == "stream" else m.weights
-        return self._base() + m.graph + weights + max(m.loading, m.activations + m.workspace)
-
-    def _together(self, parts: Sequence[Memory]) -> int:
-        """Peak of the process with all components loaded."""
-        loaded = sum(part.graph + part.weights + part.activations for part in parts)
-        return self._base() + loaded + max(part.workspace for part in parts)
-
-    def _on_gpu(self, workload: Workload, precision: Precision) -> Memory:
-        """Of a TensorRT plan: weights as they are computed with, activations in fp16."""
-        weights = int(BYTES_ON_GPU[number_format(precision)] * workload.parameters)
-        touched = arena_bytes([lowered(workload, {}, False, False)])
-        return Memory(weights, 0, weights, touched // (1 if precision == "fp32" else 2), 0, 0)
 
     def _base(self) -> int:
         rates = self.wish.rates

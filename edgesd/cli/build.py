@@ -198,6 +198,7 @@ def build_command(
         quantization=options,
         finish=finish,
         prompter=prompter,
+        warn=reporter.warn,
     )
     manifest = built.bundle.manifest
     sizes = {name: built.bundle.weight_bytes(name) for name in manifest.engines}

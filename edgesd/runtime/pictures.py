@@ -120,7 +120,7 @@ def make_pictures(
     check_output(out, len(requests))
     requests = [pipeline.complete(request) for request in requests]
     for count in {min(batch, len(requests)), len(requests) % batch} - {0}:
-        pipeline.guidance_mode(requests[0], count)
+        pipeline.fit(requests[0], count, preview_every > 0)
     if isinstance(out, Path):
         paths = plan_paths(out, requests)
         check_writable(paths[0], sum(map(_most_bytes, requests[:batch])))
@@ -142,7 +142,7 @@ def make_pictures(
                     for image, path in zip(pipeline.decode(step.latents), group_paths, strict=True):
                         previews.show(image, path)
 
-            images = pipeline.generate(group, watch)
+            images = pipeline.generate(group, watch, preview_every > 0)
             contents = [
                 png_bytes(image, text_chunks(pipeline, request))
                 for image, request in zip(images, group, strict=True)

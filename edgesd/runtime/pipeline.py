@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,31 +26,39 @@ from edgesd.runtime import kernels
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.closing import Closing
 from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
-from edgesd.runtime.memory import MemoryMode, available_bytes, give_back, peak_bytes, resident_bytes
+from edgesd.runtime.footprint import (
+    Drawing,
+    Need,
+    Part,
+    decoder,
+    decoder_in_halves,
+    together,
+    whole,
+    with_margin,
+)
+from edgesd.runtime.memory import (
+    MEMORY_MODES,
+    MemoryMode,
+    available_bytes,
+    give_back,
+    peak_bytes,
+    resident_bytes,
+)
 from edgesd.runtime.networks import check_networks
 from edgesd.runtime.noise import BatchNoise
+from edgesd.runtime.old_bundles import assumed_footprint
 from edgesd.runtime.runners import Runner, run_once
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
 from edgesd.runtime.signature import check_trusted
-from edgesd.runtime.tiles import (
-    TILE,
-    WINDOWS,
-    Tile,
-    decoder_bytes,
-    draw_tail,
-    draw_tiles,
-    margin_of,
-    tiled_decoder_bytes,
-)
+from edgesd.runtime.tiles import TILE, WINDOWS, Tile, draw_tail, draw_tiles, margin_of
 from edgesd.runtime.tokenizer import Truncation, check_prompt, tokenizer_of
 from edgesd.spec import (
     ComponentSpec,
+    Footprint,
     Half,
     Halves,
-    LayerRecipe,
     check_multiple,
     number_format,
-    parse_scheme,
 )
 
 if TYPE_CHECKING:
@@ -64,8 +73,13 @@ _FAMILIES = ("sd",)
 DRAWING = ("text_encoder", "unet", "vae_decoder")
 _MAX_GUIDANCE = 1000
 _HEADROOM_BYTES = 64 << 20
-_ONNXRUNTIME_BYTES = 72 << 20
-_LIVE_TENSORS = 18
+"""Left for others where a mode is chosen by what is free."""
+
+_ONNXRUNTIME_BYTES = 36 << 20
+"""Of ONNX Runtime, its first session, and what turns a prompt into tokens (measured on x86-64)."""
+
+CUDA_BYTES = 400 << 20
+"""A process's share of CUDA and TensorRT, besides its plans. Assumed: no board was measured."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ class Request:
 class Settings:
     """How to run. memory, guidance_mode: None decides by the memory that is free.
 
-    max_memory: bytes that drawing may take, at the bundle's own size; None for what is free.
+    max_memory: bytes that the process may take, mapped weights included; None for what is free.
     threads: per operator, 0 for all cores. plan_of: component -> its plan for TensorRT on this
     machine, built if need be (engines.plans). fallback: a bundle for TensorRT is drawn on the CPU
     where there is no plan, or it fails. kernels: edgesd's own, where the bundle and this machine
@@ -130,7 +144,8 @@ class Pipeline(Closing):
 
     Components stay loaded between pictures unless memory is short, when each is released after
     its use. `truncations` tells of every prompt what was cut; `fallbacks` of every component that
-    runs on the CPU instead of TensorRT why.
+    runs on the CPU instead of TensorRT why. `memory` is the mode of the last request that was
+    fitted (`fit`): of one that needs more, the next mode may leave less in memory.
 
     Raises BundleError for a bundle that this machine doesn't trust (runtime.signature), or whose
     networks aren't what pictures are drawn with.
@@ -166,7 +181,10 @@ class Pipeline(Closing):
         self._window = WINDOWS[0]
         # Bytes of a component's weights that stay mapped while weights are streamed.
         self._weights_kept: dict[str, int] = {}
-        self.memory: MemoryMode = self.settings.memory or self._fitting_mode()
+        self._replaced: set[str] = set()
+        self._fitted: tuple[MemoryMode, int, Drawing] | None = None
+        self._process = self._process_bytes()
+        self.memory: MemoryMode = self.settings.memory or "fast"
 
     def __enter__(self) -> Self:
         with self._turn(while_drawing=True):
@@ -226,8 +244,11 @@ class Pipeline(Closing):
         self._check_schedule(request)
         return request
 
-    def guidance_mode(self, request: Request, count: int) -> GuidanceMode:
-        """How `count` pictures like the completed `request` are drawn in one batch.
+    def guidance_mode(
+        self, request: Request, count: int, memory: MemoryMode | None = None
+    ) -> GuidanceMode:
+        """How `count` pictures like the completed `request` are drawn in one batch, in the mode
+        that was fitted last, or in `memory`.
 
         A picture takes two rows of the UNet in batched guidance, one otherwise. Raises UsageError
         when the bundle's rows, or the mode asked for in the settings, don't allow that.
@@ -250,7 +271,7 @@ class Pipeline(Closing):
                 f"this bundle's UNet takes {most} {shape.batch} rows; {count} at a time need {need}"
                 ": change --batch or --guidance-mode"
             )
-        return fits[0] if self.memory == "fast" else fits[-1]
+        return fits[0] if (memory or self.memory) == "fast" else fits[-1]
 
     def pictures_per_run(self, request: Request) -> int:
         """Pictures like `request` that a bundle with a fixed number of rows draws at a time."""
@@ -258,27 +279,33 @@ class Pipeline(Closing):
         return rows // 2 if self._guided(self.complete(request)) and rows % 2 == 0 else rows
 
     def generate(
-        self, requests: Sequence[Request], on_step: Listener | None = None
+        self,
+        requests: Sequence[Request],
+        on_step: Listener | None = None,
+        previews: bool = False,
     ) -> list[Image.Image]:
         """Make one picture per request, all in one batch.
 
         The requests may differ in prompt, negative prompt and seed only. Picture k depends on its
         own request alone, not on the batch it was made in (up to the backend's rounding; where
         activations are quantized dynamically, the pictures of a batch share their ranges).
-        on_step is told of each step; what it raises ends the drawing, not the pipeline.
+        on_step is told of each step; what it raises ends the drawing, not the pipeline. previews:
+        whether it decodes unfinished pictures, which takes memory of its own.
         Raises UsageError for requests that can't share a batch, once the pipeline is closed, and
         within on_step; ResourceError when memory is short.
         """
         with self._turn():
             self._drawing = True
             try:
-                return self._generate(requests, on_step)
+                return self._generate(requests, on_step, previews)
             finally:
                 self._drawing = False
                 for component in DRAWING:  # what an error left there
                     self._release(component)
 
-    def _generate(self, requests: Sequence[Request], on_step: Listener | None) -> list[Image.Image]:
+    def _generate(
+        self, requests: Sequence[Request], on_step: Listener | None, previews: bool
+    ) -> list[Image.Image]:
         start = time.perf_counter()
         requests = [self.complete(request) for request in requests]
         first = requests[0]
@@ -294,6 +321,7 @@ class Pipeline(Closing):
         count = len(requests)
         assert first.guidance_scale is not None and first.height and first.width
 
+        self._fit(first, count, previews)
         guided = self._guided(first)
         mode = self.guidance_mode(first, count)
         conditioning = Conditioning(
@@ -365,8 +393,7 @@ class Pipeline(Closing):
 
     def _halves(self) -> Halves | None:
         """Those that the decoder is run in; None where it is run as a whole."""
-        replaced = "vae_decoder" in self._runners
-        if self.memory != "stream" or replaced:
+        if self.memory != "stream" or "vae_decoder" in self._replaced:
             return None
         return self.bundle.manifest.engines["vae_decoder"].halves
 
@@ -384,7 +411,6 @@ class Pipeline(Closing):
 
     def _open_half(self, half: Half) -> Runner:
         start = time.perf_counter()
-        self._check_memory("vae_decoder")
         runner = self._onnxruntime_runner("vae_decoder", half.spec, half)
         self.timings.add(self.timings.load, "vae_decoder", time.perf_counter() - start)
         return runner
@@ -398,11 +424,13 @@ class Pipeline(Closing):
                 before.close()
             self._embeddings.clear()
             self._runners[component] = runner
+            self._replaced.add(component)
 
     def restore(self, component: str) -> None:
         """Draw with the bundle's own engine again; it is loaded when first needed."""
         with self._turn():
             self._runners.pop(component).close()
+            self._replaced.discard(component)
             self._embeddings.clear()
 
     def forget_prompts(self) -> None:
@@ -459,7 +487,6 @@ class Pipeline(Closing):
     def _load(self, component: str) -> Runner:
         if component not in self._runners:
             start = time.perf_counter()
-            self._check_memory(component)
             self._runners[component] = self.open_runner(component)
             self.timings.add(self.timings.load, component, time.perf_counter() - start)
         return self._runners[component]
@@ -525,112 +552,181 @@ class Pipeline(Closing):
         return TensorRtRunner(spec, plan.data, open_device_memory(), plan.module)
 
     def _release(self, component: str) -> None:
-        if self.memory != "fast" and component in self._runners:
+        if self.memory != "fast" and component in self._runners.keys() - self._replaced:
             self._runners.pop(component).close()
             give_back()
 
-    def _loaded_bytes(self, component: str) -> int:
-        """Memory that a component's weights take once loaded: they are computed with in fp32."""
-        recipe = self.bundle.manifest.recipe
-        if self._own_kernels(component):
-            return self.bundle.weight_bytes(component)  # mapped, and used where they lie
-        if recipe is not None:
-            # Codes of convolutions become int8 or fp32 when they are loaded: the weights' number
-            # bounds it from above.
-            layers = [layer for layer in recipe.layers if layer.component == component]
-            return sum(_loaded_layer_bytes(layer) for layer in layers)
-        engine = self.bundle.manifest.engines[component]
-        return self.bundle.weight_bytes(component) * (2 if engine.precision == "fp16" else 1)
+    def fit(self, request: Request, count: int, previews: bool = False) -> None:
+        """Choose how to draw `count` pictures like the completed `request` at a time, so that it
+        fits into memory: `memory` is the fastest mode that does.
 
-    def _check_memory(self, component: str) -> None:
-        available = available_bytes()
-        loaded = 0 if self.memory == "stream" else self._loaded_bytes(component)
-        needed = loaded + _HEADROOM_BYTES
-        if available is not None and needed > available:
-            raise ResourceError(
-                f"{component} needs about {needed >> 20} MB of memory and {available >> 20} MB are "
-                "free: end other programs, use --memory stream, or build for a smaller model"
-            )
-
-    def _fitting_mode(self) -> MemoryMode:
-        """The mode that leaves most in memory, within max_memory or what is free.
-
-        Raises ResourceError when max_memory is too little for any.
+        Raises ResourceError, before anything is loaded, where it doesn't fit in any mode (or in the
+        one that the settings ask for), and UsageError as `guidance_mode` does.
         """
-        loaded = {component: self._loaded_bytes(component) for component in DRAWING}
-        most, decoder = max(loaded.values()), loaded["vae_decoder"] + self._decoder_bytes()
+        with self._turn():
+            self._fit(request, count, previews)
+
+    def _fit(self, request: Request, count: int, previews: bool) -> None:
+        found = self._fitting(request, count, previews)
+        if found is None:
+            raise ResourceError(self._what_would_fit(request, count, previews))
+        changed = self._fitted is not None and found[:2] != self._fitted[:2]
+        # What a session took for another size, it keeps: together that may be more than either.
+        other = self._fitted is not None and self.settings.max_memory is not None
+        if changed or (other and found != self._fitted):
+            for component in self._runners.keys() - self._replaced:
+                self._runners.pop(component).close()
+            give_back()
+        self._fitted = found
+        self.memory, self._window, drawing = found
         limit = self.settings.max_memory
-        if limit is None:
-            free = available_bytes()
+        if limit is not None and self.memory == "stream":
+            # What is left of the limit keeps weights mapped.
+            parts = self._need("stream", drawing, self._window).parts
+            self._weights_kept = {
+                name: max(0, limit - with_margin(part, self._process))
+                for name, part in parts.items()
+            }
+
+    def _fitting(
+        self, request: Request, count: int, previews: bool
+    ) -> tuple[MemoryMode, int, Drawing] | None:
+        """The fastest mode that fits, the decoder's window in it, and what is drawn at a time."""
+        asked, limit = self.settings.memory, self.settings.max_memory
+        free = available_bytes() if limit is None else None
+        tried = []
+        for mode in (asked,) if asked else MEMORY_MODES:
+            drawing = self._drawn(request, count, mode, previews)
+            for window in WINDOWS if mode == "stream" else WINDOWS[:1]:
+                tried.append((mode, window, drawing, self._need(mode, drawing, window)))
+        if limit is None and free is None:  # it can't be told: as asked, or the fastest
+            return tried[0][:3]
+        for mode, window, drawing, need in tried:
+            if limit is not None and with_margin(need.resident, self._process) <= limit:
+                return mode, window, drawing
             if free is None:
-                return "fast"
-            together = sum(loaded.values()) + max(sum(loaded.values()), self._decoder_bytes())
-            if together <= free:
-                return "fast"
-            return "balanced" if max(most, decoder) + _HEADROOM_BYTES <= free else "stream"
-        process = resident_bytes() + _ONNXRUNTIME_BYTES
-        drawing = self._drawing_bytes()
-        for self._window in WINDOWS:
-            tiled = process + self._streamed_decoder_bytes()
-            if tiled <= limit:
-                break
-        if (least := max(drawing, tiled)) > limit:
-            shape = self.spec.shape
-            raise ResourceError(
-                f"{shape.width}x{shape.height} pixels need about {least / 1e6:.0f} MB "
-                f"besides the weights, and --max-memory is {limit / 1e6:.0f} MB: allow more, or "
-                "build for a smaller --size"
+                continue
+            spare = 0 if asked or mode == "stream" else _HEADROOM_BYTES
+            if self._more(need, mode) + spare <= free:
+                return mode, window, drawing
+        return None
+
+    def _more(self, need: Need, mode: MemoryMode) -> int:
+        """What a drawing takes besides what the process has already, and can't be taken back."""
+        held = need.held if mode == "stream" else need.resident
+        return max(0, held - self._process + self._unimported() - self._loaded())
+
+    def _what_would_fit(self, request: Request, count: int, previews: bool) -> str:
+        """Why nothing fits, and what would: each is tried."""
+        limit = self.settings.max_memory
+
+        def least(request: Request, count: int, previews: bool) -> int:
+            modes = (self.settings.memory,) if self.settings.memory else MEMORY_MODES
+            found = []
+            for mode in modes:
+                need = self._need(mode, self._drawn(request, count, mode, previews), min(WINDOWS))
+                within = with_margin(need.resident, self._process)
+                found.append(within if limit is not None else self._more(need, mode))
+            return min(found)
+
+        ways = []
+        if count > 1 and self.spec.shape.dynamic and self._fitting(request, 1, previews):
+            ways.append("--batch 1")
+        if previews and self._fitting(request, count, False):
+            ways.append("no --preview")
+        if self.settings.memory not in (None, "stream"):
+            other = replace(self.settings, memory="stream")
+            kept, self.settings = self.settings, other
+            if self._fitting(request, count, previews):
+                ways.append("--memory stream")
+            self.settings = kept
+        shape = self.spec.shape
+        assert request.height and request.width
+        for part in (3, 2, 1) if shape.dynamic else ():
+            step = shape.multiple_of
+            height, width = (
+                max(step, n * part // 4 // step * step) for n in (request.height, request.width)
             )
-        self._weights_kept = {"vae_decoder": limit - tiled, "unet": limit - drawing}
-        together = sum(loaded.values()) + max(drawing, process + self._decoder_bytes())
-        if together <= limit:
-            return "fast"
-        return "balanced" if max(most + drawing, process + decoder) <= limit else "stream"
-
-    def _decoder_bytes(self) -> int:
-        """Memory that a full autoencoder's decoder takes besides its weights at the bundle's size,
-        if it is run as a whole; other decoders take less than the UNet."""
-        levels, engine = self.spec.latent.levels, self.bundle.manifest.engines["vae_decoder"]
-        if levels is None or engine.backend != "onnxruntime":
-            return 0
-        # ONNX Runtime copies weights of convolutions into the layout that is fastest.
-        copied = 0 if self._own_kernels("vae_decoder") else self._loaded_bytes("vae_decoder")
-        return decoder_bytes(levels, *self._latent_size()) + copied
-
-    def _streamed_decoder_bytes(self) -> int:
-        """The same in halves, with their weights, where the bundle has them; tiles of _window."""
-        levels, engine = self.spec.latent.levels, self.bundle.manifest.engines["vae_decoder"]
-        if levels is None or engine.halves is None:
-            return self._decoder_bytes()
-        # Mapped; those of 16 bits besides as they are computed with, and codes that become fp32.
-        copies = 1
-        if not self._own_kernels("vae_decoder") and engine.precision != "fp32":
-            copies = 3 if engine.precision == "fp16" else 5
-        head, tail = (
-            copies * half.weight_bytes for half in (engine.halves.head, engine.halves.tail)
+            smaller = replace(request, height=height, width=width)
+            if (height, width) != (request.height, request.width) and self._fitting(
+                smaller, count, previews
+            ):
+                ways.append(f"--size {width}x{height}")
+                break
+        needed = -(-least(request, count, previews) // 10**6)
+        several = f", {count} at a time," if count > 1 else ""
+        what = f"{request.width}x{request.height} pixels{several}"
+        if limit is not None:
+            cures = " or ".join([f"allow {needed} MB", *ways])
+            return (
+                f"{what} need about {needed} MB of memory, mapped weights included, and "
+                f"--max-memory is {limit / 1e6:.0f} MB: {cures}"
+            )
+        cures = " or ".join(["end other programs", *ways])
+        return (
+            f"{what} need about {needed} MB more of memory, and "
+            f"{(available_bytes() or 0) / 1e6:.0f} MB are free: {cures}"
         )
-        height, width = self._latent_size()
-        return tiled_decoder_bytes(levels, height, width, head, tail, self._window)
 
-    def _latent_size(self) -> tuple[int, int]:
-        """Height and width of the latents of the bundle's own size."""
-        shape, scale = self.spec.shape, self.spec.latent.scale_factor
-        return shape.height // scale, shape.width // scale
+    def _drawn(self, request: Request, count: int, mode: MemoryMode, previews: bool) -> Drawing:
+        """What a completed request draws at a time in a mode."""
+        assert request.height and request.width
+        scale = self.spec.latent.scale_factor
+        rows = count * (2 if self.guidance_mode(request, count, mode) == "batched" else 1)
+        states = self.spec.components["text_encoder"].outputs[0].shape
+        values = math.prod(n for n in states if isinstance(n, int))
+        return Drawing(
+            request.height // scale, request.width // scale, scale, count, rows, values, previews
+        )
 
-    def _drawing_bytes(self) -> int:
-        """Memory that a picture of the bundle's size takes besides weights, about.
+    def _need(self, mode: MemoryMode, drawing: Drawing, window: int) -> Need:
+        """Memory of a drawing in a mode, with what the process has without any component."""
+        parts = {
+            "text_encoder": whole(self._footprint("text_encoder"), 1, mode),
+            "unet": whole(
+                self._footprint("unet"), drawing.height * drawing.width * drawing.rows, mode
+            ),
+            "vae_decoder": self._decoder_part(mode, drawing, window),
+        }
+        return together(parts, self._process, mode, drawing)
 
-        The process and ONNX Runtime, the UNet's activations: `_LIVE_TENSORS` of its first block's
-        at a time, and twice the largest layer, which passes through (docs/cpu.md).
-        """
-        recipe = self.bundle.manifest.recipe
-        convs = [] if recipe is None else [la for la in recipe.layers if la.name == "conv_in"]
-        channels = max((la.shape[0] for la in convs if la.component == "unet"), default=320)
-        latents = math.prod(self._latent_size())
-        layers = () if recipe is None else recipe.layers
-        passing = max((layer.bytes for layer in layers if layer.kind != "embedding"), default=0)
-        live = _LIVE_TENSORS * 4 * channels * latents
-        return resident_bytes() + _ONNXRUNTIME_BYTES + live + 2 * passing
+    def _decoder_part(self, mode: MemoryMode, drawing: Drawing, window: int) -> Part:
+        latent, engine = self.spec.latent, self.bundle.manifest.engines["vae_decoder"]
+        split = engine.halves
+        if mode == "stream" and split is not None and "vae_decoder" not in self._replaced:
+            head, tail = (self._footprint("vae_decoder", half) for half in (split.head, split.tail))
+            features = 4 * (latent.levels or (0,))[0]
+            return decoder_in_halves(head, tail, drawing, features, window)
+        tiled = latent.halo is not None and self.spec.shape.dynamic
+        margin = margin_of(latent.halo) if tiled and latent.halo is not None else None
+        return decoder(self._footprint("vae_decoder"), drawing, mode, margin)
+
+    def _footprint(self, component: str, half: Half | None = None) -> Footprint:
+        """What a component's graph takes, or that of one of its halves; of bundles that don't say
+        it, an estimate that is rather too large."""
+        described = half or self.bundle.manifest.engines[component]
+        own = self._own_kernels(component)
+        found = described.kernels_footprint if own else described.footprint
+        return found or assumed_footprint(self.bundle, component, half, own)
+
+    def _loaded(self) -> int:
+        """What components that are loaded take already: their weights, at least."""
+        total = 0
+        for component in self._runners.keys() & set(DRAWING):
+            footprint = self._footprint(component)
+            streamed = self.memory == "stream"
+            total += footprint.graph + (footprint.streamed if streamed else footprint.weights)
+        return total
+
+    def _process_bytes(self) -> int:
+        """What this process takes without any component, backends included."""
+        gpu = any(e.backend == "tensorrt" for e in self.bundle.manifest.engines.values())
+        return resident_bytes() + self._unimported() + (CUDA_BYTES if gpu else 0)
+
+    @staticmethod
+    def _unimported() -> int:
+        """Of the backend, if it has yet to be imported."""
+        return 0 if "onnxruntime" in sys.modules else _ONNXRUNTIME_BYTES
 
     def _guided(self, request: Request) -> bool:
         assert request.guidance_scale is not None
@@ -657,21 +753,6 @@ def _check_precisions(bundle: Bundle) -> None:
             number_format(precision)
         except UsageError as exc:
             raise BundleError(f"{bundle.path}: its manifest isn't valid: {exc}") from exc
-
-
-def _loaded_layer_bytes(layer: LayerRecipe) -> int:
-    """Memory of one quantized layer's weights in a session: what is computed with (fp32, int8, or
-    packed 4 bits), its file, and its branch in fp32."""
-    scheme = None if layer.scheme == "fp16" else parse_scheme(layer.scheme)
-    if scheme is None:
-        per_weight = 4
-    elif layer.kind == "embedding":
-        per_weight = 1
-    elif layer.kind == "linear" and scheme.weight_bits == 4:
-        per_weight = 0
-    else:
-        per_weight = 1 if scheme.activation_bits == 8 else 4
-    return per_weight * math.prod(layer.shape) + 2 * layer.bytes
 
 
 _T = TypeVar("_T")

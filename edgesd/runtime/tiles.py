@@ -69,28 +69,10 @@ def decoder_bytes(levels: Sequence[int], height: int, width: int) -> int:
     return _LIVE_TENSORS * 4 * max(sizes) * height * width
 
 
-def tiled_decoder_bytes(
-    levels: Sequence[int],
-    height: int,
-    width: int,
-    head_weights: int,
-    tail_weights: int,
-    window: int = WINDOWS[0],
-) -> int:
-    """The same where it is run in halves, the second in tiles, with their weights.
-
-    levels, height, width: as in `decoder_bytes`. head_weights, tail_weights: bytes of each half's
-    weights in memory; only one half is there at a time. window: side of a tile in latents.
-
-    Head: 10 tensors of the first level: attention has 5 at once, and features are copied on their
-    way out. Tail: activations of a tile of window x window latents, however large the picture is;
-    with it the head's features and the picture, 4 bytes a value.
-    """
-    features = 4 * levels[0] * height * width
-    picture = 4 * 3 * (height * width << 2 * (len(levels) - 1))
-    tile = decoder_bytes(levels, min(height, window), min(width, window))
-    head = _LIVE_IN_HEAD * features + head_weights
-    return max(head, tile + features + picture + tail_weights)
+def head_bytes(levels: Sequence[int]) -> int:
+    """The same of its head, for each latent: attention has 5 tensors of the first level at once,
+    and features are copied on their way out."""
+    return _LIVE_IN_HEAD * 4 * levels[0]
 
 
 def margin_of(halo: int) -> int:
