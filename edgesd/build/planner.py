@@ -334,15 +334,16 @@ class _Planner:
     def _smaller(self, plan: BuildPlan, precisions: Sequence[Precision]) -> BuildPlan | None:
         """The largest size below that of `plan` that fits, in the first precision that does."""
         step = self._known[None].pipeline.shape.multiple_of
-        for part in (4, 3, 2, 1):
-            width, height = (
-                max(step, n * part // 5 // step * step) for n in (plan.width, plan.height)
-            )
-            for precision in precisions:
-                other = self.plan(precision, (width, height))
-                if other.mode:
-                    return other
-        return None
+
+        def at(part: int) -> BuildPlan | None:
+            size = [max(step, n * part // 5 // step * step) for n in (plan.width, plan.height)]
+            if (size[0], size[1]) == (plan.width, plan.height):
+                return None
+            found = (self.plan(precision, (size[0], size[1])) for precision in precisions)
+            return next((other for other in found if other.mode), None)
+
+        least = at(1)  # mostly, what doesn't fit then are the weights
+        return None if least is None else next(filter(None, map(at, (4, 3, 2))), least)
 
     def _larger(self) -> list[Target]:
         """Targets with more memory that run the same: the nearest first."""
