@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.pipeline import Pipeline
 from tests.support import PATIENCE_SECONDS, assert_refused, run_cli
 
 
@@ -93,8 +94,8 @@ def test_preview_is_there_until_the_picture_is(
     seen: list[dict[str, tuple[int, int]]] = []
     out = tmp_path / "a.png"
 
-    def generate(self: Pipeline, requests: object, on_step: object) -> object:
-        made = drawn(self, requests, on_step)  # type: ignore[arg-type]
+    def generate(self: Pipeline, *arguments: object) -> object:
+        made = drawn(self, *arguments)  # type: ignore[arg-type]
         seen.append({path.name: Image.open(path).size for path in tmp_path.iterdir()})
         return made
 

@@ -112,7 +112,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(*_: object, **__: object) -> None:
         raise BegunError
 
-    monkeypatch.setattr("edgesd.build.check_writable", begin)
+    monkeypatch.setattr("edgesd.build._Writer", begin)
 
 
 TABLE = [
