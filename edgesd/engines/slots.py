@@ -329,6 +329,11 @@ def _locked(lock: IO[str]) -> bool:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as exc:
+        raise InputError(
+            f"{lock.name} can't be locked ({exc.strerror}): set EDGESD_HOME to a folder on a disk "
+            "that has locks (ext4 has them)"
+        ) from exc
     return True
 
 
