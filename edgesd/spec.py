@@ -278,11 +278,17 @@ def nearest_multiple(value: int, step: int) -> int:
     return max(step, round(value / step) * step)
 
 
-def check_multiple(what: str, value: int, step: int) -> None:
-    """Raise UsageError, with the nearest valid one, for a size that is no multiple of `step`."""
+def check_multiple(what: str, value: int, step: int, built_step: int | None = None) -> None:
+    """Raise UsageError, with the nearest valid one, for a size that is no multiple of `step`.
+
+    built_step: what a size must be a multiple of for a bundle that is built for it alone.
+    """
     if value <= 0 or value % step:
         near = nearest_multiple(value, step)
-        raise UsageError(f"{what} {value} isn't a multiple of {step}: the nearest is {near}")
+        message = f"{what} {value} isn't a multiple of {step}: the nearest is {near}"
+        if built_step and built_step < step and value > 0 and value % built_step == 0:
+            message += "; a bundle of this size alone can be built: edgesd build --size"
+        raise UsageError(message)
 
 
 class PipelineSpec(Spec, frozen=True):

@@ -218,8 +218,8 @@ class _Planner:
         wish = self.wish
         spec = self._known[None].pipeline
         width, height = size or (spec.shape.width, spec.shape.height)
-        check_multiple("width", width, spec.shape.multiple_of)
-        check_multiple("height", height, spec.shape.multiple_of)
+        check_multiple("width", width, spec.latent.scale_factor)
+        check_multiple("height", height, spec.latent.scale_factor)
         self._fix(size)
         spec = self.networks.pipeline
         steps = spec.num_inference_steps if wish.steps is None else wish.steps

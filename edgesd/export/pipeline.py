@@ -16,6 +16,7 @@ from edgesd.errors import InputError, MissingDependencyError
 from edgesd.export.families import Component, Plan
 from edgesd.export.source import ModelSource
 from edgesd.files import atomic_dir, disk_errors
+from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec import Graph, GraphSet, Halves, Precision, check_ranges
 
 if TYPE_CHECKING:
@@ -52,9 +53,10 @@ def export_pipeline(
     precision: "fp16" stores weights in 16 bits; inputs and outputs stay in fp32. backend: whose
     graphs to make (`backends`): for ONNX Runtime arithmetic stays in fp32, too.
 
-    Raises InputError for a model that can't be read, ParityError when a graph differs from its
-    source, ResourceError when the disk is full, EdgesdError when the exporter fails,
-    MissingDependencyError without edgesd[build]. `out_dir` is left as it was then.
+    Raises InputError for a model that can't be read, ParityError when the plan differs from
+    diffusers' own pipeline or a graph from its source, ResourceError when the disk is full,
+    EdgesdError when the exporter fails, MissingDependencyError without edgesd[build]. `out_dir` is
+    left as it was then.
     """
     require_build_tools()
     report = progress or _silent
@@ -62,12 +64,18 @@ def export_pipeline(
     with atomic_dir(out_dir) as root:
         assets = _copy_licence(source, root)
         report("tokenizer", "tokenizer")
+        from edgesd.export.own_pipeline import check_own_pipeline
         from edgesd.export.tokenizer import write_tokenizer
 
         names = write_tokenizer(
             source.root / "tokenizer", root / "tokenizer", plan.pipeline.max_tokens
         )
         assets += [f"tokenizer/{name}" for name in names]
+        report("compare with diffusers' own", "pipeline")
+        start = time.perf_counter()
+        written = (root / asset for asset in assets[-2:])
+        check_own_pipeline(plan, PromptTokenizer(*(path.read_bytes() for path in written)))
+        _log.info("pipeline: compared with diffusers' own, %.1f s", time.perf_counter() - start)
         for component in plan.components:
             graphs[component.name] = _export(component, root, precision, backend, report)
     return GraphSet(
@@ -97,8 +105,9 @@ def plan_pipeline(
     size: (width, height) in pixels for static graphs, whose denoiser takes `batch` rows; None for
     any batch and any multiple of the model's granularity. scheduler: another sampler than the
     model's own. Raises InputError for a model that isn't supported, UsageError for a size it
-    can't draw.
+    can't draw, MissingDependencyError without edgesd[build], whose libraries read the configs.
     """
+    require_build_tools()
     source.check_configs()
     try:
         plan = source.family.plan(source, size, scheduler, batch)

@@ -83,9 +83,16 @@ class ModelSource:
 
     def class_of(self, component: str) -> str:
         """The class that model_index.json gives for a component. Raises InputError."""
+        return self._entry(component)[1]
+
+    def library_of(self, component: str) -> str:
+        """The library of that class: diffusers, transformers, or a file of the model's own."""
+        return self._entry(component)[0]
+
+    def _entry(self, component: str) -> tuple[str, str]:
         entry = self.index.get(component)
-        if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str):
-            return entry[1]
+        if isinstance(entry, list) and [type(part) for part in entry] == [str, str]:
+            return entry[0], entry[1]
         raise InputError(f"{self.root / 'model_index.json'} has no {component}: is it complete?")
 
     def weights(self, component: str) -> Weights:

@@ -240,7 +240,7 @@ class Pipeline(Closing):
                     f"this bundle was built for {shape.width}x{shape.height} pixels only, "
                     f"not {name} {size}: leave --size out, or build without --size"
                 )
-            check_multiple(name, size, shape.multiple_of)
+            check_multiple(name, size, shape.multiple_of, spec.latent.scale_factor)
         self._check_schedule(request)
         return request
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,8 +65,11 @@ class PromptTokenizer:
             self._tokenizer = Tokenizer.from_str(text)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
-            word_end = json.loads(text)["model"].get("end_of_word_suffix")
+            content = json.loads(text)
+            word_end = content["model"].get("end_of_word_suffix")
             self._word_end = None if word_end is None else str(word_end)
+            added = [str(token["content"]) for token in content.get("added_tokens", ())]
+            self._vectors = _vectors(added, spec.max_length)
             frame = self._tokenizer.encode("").ids
             size = self._tokenizer.get_vocab_size()
         if (
@@ -81,13 +85,14 @@ class PromptTokenizer:
     def encode(self, prompt: str) -> tuple[NDArray[np.int64], Truncation | None]:
         """Token ids [1, max_length], int64: beginning, tokens, end, padding; and what was cut.
 
-        Names of control tokens in the prompt become these tokens, as in transformers. Raises
-        InputError for a prompt that isn't valid Unicode text or holds a NUL character.
+        Names of control tokens in the prompt become these tokens, as in transformers; that of a
+        textual inversion of several vectors becomes all of them, as in diffusers. Raises InputError
+        for a prompt that isn't valid Unicode text or holds a NUL character.
         """
         check_prompt(prompt)
         spec = self.spec
         with _faults("tokenizer.json can't encode the prompt"):
-            ids: list[int] = self._tokenizer.encode(prompt).ids
+            ids: list[int] = self._tokenizer.encode(self._with_all_vectors(prompt)).ids
         truncation = None
         if len(ids) > spec.max_length:
             cut = ids[spec.max_length - 1 : -1]
@@ -97,11 +102,32 @@ class PromptTokenizer:
         padded[0, : len(ids)] = ids
         return padded, truncation
 
+    def _with_all_vectors(self, prompt: str) -> str:
+        """The prompt with `<cat> <cat>_1 <cat>_2` for each `<cat>`, as diffusers'
+        maybe_convert_prompt has it."""
+        if self._vectors:
+            found = self._tokenizer.encode(prompt, add_special_tokens=False).tokens
+            for token in sorted(set(found) & self._vectors.keys()):
+                prompt = prompt.replace(token, self._vectors[token])
+        return prompt
+
     def _decode(self, ids: list[int]) -> str:
         """The text of tokens, control tokens included, with a space after each word."""
         with _faults("tokenizer.json can't decode its tokens"):
             text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text.replace(self._word_end, " ").strip() if self._word_end else text
+
+
+def _vectors(added: list[str], most: int) -> dict[str, str]:
+    """Each added token that has more than one vector -> it and `TOKEN_1`, `TOKEN_2` ... of these
+    tokens, with spaces; at most as many as a prompt has tokens."""
+    known, found = set(added), {}
+    for token in added:
+        numbers = range(1, most)
+        more = itertools.takewhile(known.__contains__, (f"{token}_{n}" for n in numbers))
+        if len(names := [token, *more]) > 1:
+            found[token] = " ".join(names)
+    return found
 
 
 def check_prompt(prompt: str) -> None:

@@ -239,16 +239,15 @@ class TestFailures:
         model = Path(shutil.copytree(EMOJI, tmp_path / "model"))
         path = model / "unet" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": "big"}))
-        with pytest.raises(InputError, match="wrong type"):
+        with pytest.raises(InputError, match="sample_size is 'big'"):
             plan_pipeline(resolve_source(model))
 
     def test_tokenizer_is_broken(self, tmp_path: Path) -> None:
         model = Path(shutil.copytree(EMOJI, tmp_path / "model"))
         (model / "tokenizer" / "tokenizer.json").write_text("{")
         source = resolve_source(model)
-        with pytest.raises(InputError, match="cannot read the tokenizer"):
-            export_pipeline(source, plan_pipeline(source), tmp_path / "out")
-        assert not (tmp_path / "out").exists()
+        with pytest.raises(InputError, match=r"cannot read .*/tokenizer"):
+            plan_pipeline(source)
 
 
 def test_importing_the_package_is_light() -> None:

@@ -1,7 +1,8 @@
 """Model families: one file per family, found by `_class_name` in model_index.json.
 
 To add a family, write `families/<name>.py` with a `FAMILY: Family` and list it in `_MODULES`.
-A family reads configs only; torch is imported when `Component.load` is called.
+A family reads configs only, as the libraries' own config objects have them: what is missing in a
+file, renamed or mended for its age is what diffusers and transformers make of it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import InputError
 from edgesd.spec import ComponentSpec, PipelineSpec
@@ -53,10 +54,15 @@ class Component:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a checkpoint becomes: the pipeline as a whole, and its networks in export order."""
+    """What a checkpoint becomes: the pipeline as a whole, and its networks in export order.
+
+    own: makes diffusers' own pipeline of it, with the plan's scheduler, and networks that lie on
+    torch's meta device: what the plan is held to (own_pipeline.py).
+    """
 
     pipeline: PipelineSpec
     components: tuple[Component, ...]
+    own: Callable[[], Any]
 
 
 @dataclass(frozen=True)

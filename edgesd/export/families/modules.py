@@ -5,6 +5,8 @@ Each wrapper holds the network as `net`, so that a graph's names are the network
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +15,24 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.nn import functional
 
 from edgesd.errors import InputError
 from edgesd.export.quiet import quiet
 from edgesd.export.source import ModelSource, Weights
 from edgesd.spec import LatentSpec
 from edgesd.text import first_sentence
+
+_TEXT_TO_IMAGE = {"StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline"}
+"""Pipelines that begin with a picture -> the one that draws from prompts alone."""
+
+_NO_OPTIONS = ("_diffusers_version", "_name_or_path")
+"""Of a scheduler's config."""
+
+_NO_SIZE_IS_A_MULTIPLE = 40
+"""Upsamplings of a UNet that asks whether a size is a multiple of two to that power."""
 
 
 class TextEncoder(nn.Module):
@@ -38,12 +51,17 @@ class TextEncoder(nn.Module):
 class Unet(nn.Module):
     """sample [batch, 4, h, w], timestep [1], states [batch, tokens, C] -> noise_pred like sample.
 
-    timestep_cond [batch, D]: embedding of the guidance scale, for models distilled with it.
+    timestep_cond [batch, D]: embedding of the guidance scale, for models distilled with it. follow:
+    upsampling makes the size of what it is joined with, which it else doubles to. diffusers' UNet
+    decides that by the sample, which a graph for any size can't: both give the same where the
+    sample's size is a multiple of all levels'.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, follow: bool = False) -> None:
         super().__init__()
         self.net = net
+        if follow:
+            _follow_skips(net)
 
     def forward(
         self,
@@ -113,9 +131,10 @@ def load_text_encoder(source: ModelSource, weights: bool = True) -> nn.Module:
     return TextEncoder(_load(source, "text_encoder", transformers.CLIPTextModel, weights))
 
 
-def load_unet(source: ModelSource, weights: bool = True) -> nn.Module:
-    """The UNet in fp32. Raises InputError for missing, broken or non-finite weights."""
-    return Unet(_load(source, "unet", diffusers.UNet2DConditionModel, weights))
+def load_unet(source: ModelSource, weights: bool = True, follow: bool = False) -> nn.Module:
+    """The UNet in fp32; follow: see Unet. Raises InputError for missing, broken or non-finite
+    weights."""
+    return Unet(_load(source, "unet", diffusers.UNet2DConditionModel, weights), follow)
 
 
 def load_vae_decoder(source: ModelSource, latent: LatentSpec, weights: bool = True) -> nn.Module:
@@ -130,6 +149,108 @@ def load_vae_encoder(source: ModelSource, latent: LatentSpec, weights: bool = Tr
     net = _load(source, "vae", getattr(diffusers, source.class_of("vae")), weights)
     net.decoder = net.post_quant_conv = None
     return VaeEncoder(net, latent)
+
+
+class _Following(nn.Module):
+    """diffusers' Upsample2D, of which it takes the convolution, without its branches on sizes."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, hidden: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        """[batch, C, h, w] -> [batch, C', 2 h, 2 w], or as output_size says."""
+        scale = 2.0 if output_size is None else None
+        wide = functional.interpolate(hidden, output_size, scale, mode="nearest")
+        out: Tensor = self.conv(wide)
+        return out
+
+
+def _follow_skips(net: Any) -> None:
+    """Let a UNet forward the sizes of its skip connections whatever the sample's are."""
+    for block in net.up_blocks:
+        for index, layer in enumerate(block.upsamplers or ()):
+            plain = isinstance(layer, Upsample2D) and layer.use_conv and layer.name == "conv"
+            if not plain or layer.norm is not None or not layer.interpolate:
+                raise InputError(
+                    f"the UNet's {type(layer).__name__} makes pictures of multiples of "
+                    f"{2**net.num_upsamplers} latents only: give --size"
+                )
+            block.upsamplers[index] = _Following(layer.conv)
+    net.num_upsamplers = _NO_SIZE_IS_A_MULTIPLE
+
+
+def own_pipeline(source: ModelSource, sampler: str) -> Any:
+    """diffusers' own text-to-image pipeline of a model, as its constructor leaves the configs.
+
+    Networks are of their configs alone, on torch's meta device. sampler: class of the scheduler
+    where diffusers has none of the model's own name. Raises InputError for what the libraries
+    can't make sense of.
+    """
+    index = source.index["_class_name"]
+    name = _TEXT_TO_IMAGE.get(str(index), str(index))
+    scheduler: Any = getattr(diffusers, source.class_of("scheduler"), None)
+    scheduler = scheduler or getattr(diffusers, sampler)
+    folder = source.root
+    parts: dict[str, Callable[[], Any]] = {
+        "text_encoder": lambda: _shell(source, "text_encoder", transformers.CLIPTextModel),
+        "unet": lambda: _shell(source, "unet", diffusers.UNet2DConditionModel),
+        "vae": lambda: _shell(source, "vae", getattr(diffusers, source.class_of("vae"))),
+        "tokenizer": lambda: load_tokenizer(folder / "tokenizer"),
+        "scheduler": lambda: scheduler.from_pretrained(
+            str(folder / "scheduler"), local_files_only=True
+        ),
+    }
+    made = {}
+    for part, make in parts.items():
+        try:
+            with quiet():
+                made[part] = make()
+        except InputError:
+            raise
+        except Exception as exc:  # many libraries read here, each with exceptions of its own
+            raise InputError(f"cannot read {folder / part}: {first_sentence(exc)}") from exc
+    absent = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+    try:
+        with quiet():
+            cls: Any = getattr(diffusers, name)
+            return cls(**made, **absent, requires_safety_checker=False)
+    except Exception as exc:  # as above
+        raise InputError(f"{source.name} makes no {name}: {first_sentence(exc)}") from exc
+
+
+def with_sampler(pipeline: Any, sampler: str) -> Any:
+    """The pipeline with a scheduler of the diffusers class `sampler`, made from its own one's
+    options where that is another. The pipeline of latent consistency models takes its own only:
+    Stable Diffusion's, which feeds such a UNet just as well, takes the others."""
+    if type(pipeline.scheduler).__name__ == sampler:
+        return pipeline
+    with quiet():
+        other = getattr(diffusers, sampler).from_config(pipeline.scheduler.config)
+        if isinstance(pipeline, diffusers.LatentConsistencyModelPipeline):
+            cls: Any = diffusers.StableDiffusionPipeline
+            pipeline = cls(**pipeline.components, requires_safety_checker=False)
+        pipeline.scheduler = other
+    return pipeline
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer as diffusers' pipelines use it."""
+    cls: Any = transformers.CLIPTokenizer
+    return cls.from_pretrained(str(folder), local_files_only=True)
+
+
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """All options of a scheduler, by diffusers' names, as JSON can hold them: what isn't finite
+    becomes None. `_use_default_values` lists those that its model doesn't give."""
+    config: dict[str, Any] = json.loads(scheduler.to_json_string())
+    used = sorted(scheduler.config.get("_use_default_values") or ())
+    config = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in config.items()
+        if key not in _NO_OPTIONS
+    }
+    return {**config, "_use_default_values": used} if used else config
 
 
 def _load(source: ModelSource, component: str, cls: Any, weights: bool) -> Any:
@@ -184,7 +305,10 @@ def _shell(source: ModelSource, component: str, cls: Any) -> Any:
     try:
         with torch.device("meta"), quiet():
             if issubclass(cls, transformers.PreTrainedModel):
-                net = cls(cls.config_class(**config))
+                known = cls.config_class.from_pretrained(
+                    str(source.root / component), local_files_only=True
+                )
+                net = cls(known)
             else:
                 net = cls.from_config(config)
     except Exception as exc:  # as above

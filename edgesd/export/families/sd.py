@@ -14,13 +14,16 @@ All latents are in the space that the UNet works in: scaling is part of the VAE 
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import InputError, UsageError
 from edgesd.export.families import MAX_BATCH, Component, Family, Plan, Sizes
 from edgesd.export.quiet import quiet
-from edgesd.runtime.schedulers import create_scheduler, sampler_of
+from edgesd.runtime.schedulers import create_scheduler, sampler_class, sampler_of
 from edgesd.spec import (
     ComponentSpec,
     Dim,
@@ -30,19 +33,20 @@ from edgesd.spec import (
     ShapeSpec,
     TensorSpec,
     check_multiple,
-    nearest_multiple,
 )
 
 if TYPE_CHECKING:
     from edgesd.export.source import ModelSource
 
 _CLASSES = {
-    "text_encoder": ("CLIPTextModel",),
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("transformers", ("CLIPTextModel",)),
+    "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+    "unet": ("diffusers", ("UNet2DConditionModel",)),
+    "vae": ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
 }
-_DEFAULTS = {False: (20, 7.5), True: (4, 8.5)}
-"""Latent consistency model or not -> steps and guidance."""
+"""Component -> its library, and the classes of it that are taken."""
+_STEPS = {False: 20, True: 4}
+"""Latent consistency model or not -> steps."""
 _UNSUPPORTED = (
     "class_embed_type",
     "num_class_embeds",
@@ -59,7 +63,7 @@ def plan(
     scheduler: str | None = None,
     batch: int = 1,
 ) -> Plan:
-    """Read the configs of an SD 1.x/2.x pipeline.
+    """Read the configs of an SD 1.x/2.x pipeline, as diffusers' own pipeline has them.
 
     size: (width, height) in pixels for static graphs; None for dynamic ones, the model's own size
     being the default. batch: rows of a static UNet; the other graphs take one row, since the
@@ -67,30 +71,37 @@ def plan(
     for a variant of the family, or a scheduler option, that isn't supported, UsageError for a size
     that the model can't draw or an unknown scheduler.
     """
-    for component, valid in _CLASSES.items():
-        found = source.class_of(component)
-        if found not in valid:
+    for component, (library, valid) in _CLASSES.items():
+        found, origin = source.class_of(component), source.library_of(component)
+        if found not in valid or origin != library:
             raise InputError(
-                f"{source.name}: {component} is a {found}, which isn't supported: "
-                f"valid: {', '.join(valid)}"
+                f"{source.name}: {component} is a {found} of {origin}, which isn't supported: "
+                f"valid: {', '.join(valid)} of {library}"
             )
-    text = source.config("text_encoder/config.json")
-    unet = source.config("unet/config.json")
-    vae = source.config("vae/config.json")
+    given = source.config("unet/config.json")
+    for field in _UNSUPPORTED:  # before the network is made: some can't be without their weights
+        if given.get(field):
+            raise InputError(f"{source.name}: a UNet with {field}={given[field]!r} isn't supported")
+    options = source.config("scheduler/scheduler_config.json")
+    name = scheduler or sampler_of(source.class_of("scheduler"), options)
+    make_own = partial(_modules().own_pipeline, source, sampler_class(name))
+    own = make_own()
+    text = own.text_encoder.config.to_dict()
+    unet, vae = own.unet.config, own.vae.config
     _check_unet(source.name, unet, text)
-    latent = _latent_spec(source, vae, unet)
+    tokens = _tokens(source, own.tokenizer, text)
+    latent = _latent_spec(source, vae, unet, own.vae_scale_factor)
     shape = _shape_spec(size, batch, unet, latent.scale_factor)
     components = (
-        _text_encoder(source, text, shape),
-        _unet(source, unet, text, shape, latent),
+        _text_encoder(source, text, tokens, shape),
+        _unet(source, unet, text, tokens, shape, latent),
         _vae_decoder(source, latent, shape),
         _vae_encoder(source, latent, shape),
     )
-    config = _scheduler_config(source)
-    name = scheduler or sampler_of(source.class_of("scheduler"), config)
-    steps, guidance = _DEFAULTS[_is_lcm(source)]
+    config = _modules().scheduler_config(own.scheduler)
     hints = source.hints()
-    steps = int(hints.get("num_inference_steps", steps))
+    steps = int(hints.get("num_inference_steps", _STEPS[_is_lcm(source)]))
+    guidance = inspect.signature(own.__call__).parameters["guidance_scale"].default
     create_scheduler(name, config).set_timesteps(steps)  # refuses here what the board would
     return Plan(
         PipelineSpec(
@@ -101,11 +112,12 @@ def plan(
             scheduler=SchedulerSpec(name, config),
             latent=latent,
             shape=shape,
-            max_tokens=_tokens(text),
+            max_tokens=tokens,
             num_inference_steps=steps,
             guidance_scale=float(hints.get("guidance_scale", guidance)),
         ),
         components,
+        lambda: _modules().with_sampler(make_own(), sampler_class(name)),
     )
 
 
@@ -130,56 +142,62 @@ def _is_lcm(source: ModelSource) -> bool:
     return source.index.get("_class_name") == "LatentConsistencyModelPipeline"
 
 
-def _scheduler_config(source: ModelSource) -> dict[str, Any]:
-    """scheduler_config.json as diffusers' Stable Diffusion pipelines take it.
-
-    Their constructor sets steps_offset to 1 and clip_sample to False, whatever the file says
-    (StableDiffusionPipeline.__init__); that of latent consistency models doesn't.
-    """
-    config = source.config("scheduler/scheduler_config.json")
-    if _is_lcm(source):
-        return config
-    return {**config, "steps_offset": 1, "clip_sample": False}
-
-
 def _check_unet(name: str, unet: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    for field in _UNSUPPORTED:
-        if unet.get(field):
-            raise InputError(f"{name}: a UNet with {field}={unet[field]!r} isn't supported")
-    channels, context = unet.get("in_channels", 4), unet.get("cross_attention_dim", 1280)
-    if channels != unet.get("out_channels", 4):
+    channels, context = unet["in_channels"], unet["cross_attention_dim"]
+    if channels != unet["out_channels"]:
         raise InputError(
-            f"{name}: its UNet takes {channels} channels and returns {unet.get('out_channels', 4)}"
+            f"{name}: its UNet takes {channels} channels and returns {unet['out_channels']}"
             ": inpainting, depth and editing models aren't supported"
         )
-    if context != _width(text):
+    if context != text["hidden_size"]:
         raise InputError(
-            f"{name}: the UNet expects text embeddings of width {context}, "
-            f"and the text encoder makes {_width(text)}: do both belong to one model?"
+            f"{name}: the UNet expects text embeddings of width {context}, and the text encoder "
+            f"makes {text['hidden_size']}: do both belong to one model?"
         )
     if text.get("use_attention_mask"):
         raise InputError(f"{name}: a text encoder with use_attention_mask isn't supported")
 
 
-def _latent_spec(
-    source: ModelSource, vae: Mapping[str, Any], unet: Mapping[str, Any]
-) -> LatentSpec:
-    tiny = source.class_of("vae") == "AutoencoderTiny"
-    levels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
-    channels = vae.get("latent_channels", 4)
-    if channels != unet.get("in_channels", 4):
+def _tokens(source: ModelSource, tokenizer: Any, text: Mapping[str, Any]) -> int:
+    """Tokens of a prompt with its padding: as many as diffusers' tokenizer gives."""
+    tokens, most = tokenizer.model_max_length, text["max_position_embeddings"]
+    folder = source.root / "tokenizer"
+    if not 2 <= tokens <= most:
         raise InputError(
-            f"{source.name}: the VAE has {channels} latent channels and the UNet "
-            f"{unet.get('in_channels', 4)}: do both belong to one model?"
+            f"{folder}/tokenizer_config.json: model_max_length is missing or isn't 2 to {most}, as "
+            f"many tokens as the text encoder takes: set it to {most}"
         )
-    scaling = vae.get("scaling_factor")
+    if (last := max(tokenizer.get_vocab().values())) >= text["vocab_size"]:
+        raise InputError(
+            f"{folder} gives token ids up to {last}, and the text encoder has embeddings for "
+            f"{text['vocab_size']} only: save the text encoder that these tokens were added to"
+        )
+    return int(tokens)
+
+
+def _latent_spec(
+    source: ModelSource, vae: Mapping[str, Any], unet: Mapping[str, Any], scale_factor: int
+) -> LatentSpec:
+    """diffusers' Stable Diffusion pipelines scale latents, and leave an autoencoder's shift_factor,
+    latents_mean and latents_std alone."""
+    tiny = source.class_of("vae") == "AutoencoderTiny"
+    if vae["latent_channels"] != unet["in_channels"]:
+        raise InputError(
+            f"{source.name}: the VAE has {vae['latent_channels']} latent channels and the UNet "
+            f"{unet['in_channels']}: do both belong to one model?"
+        )
+    scaling = vae["scaling_factor"]
+    if scaling is None or not math.isfinite(scaling) or scaling == 0:
+        raise InputError(
+            f"{source.root}/vae/config.json: scaling_factor is {scaling}: expected a number that "
+            "latents are divided by, such as 0.18215"
+        )
     return LatentSpec(
-        channels=channels,
-        scale_factor=2 ** (len(levels or ((64,) * 4 if tiny else (64,))) - 1),
-        scaling_factor=float((1.0 if tiny else 0.18215) if scaling is None else scaling),
-        shift_factor=float(vae.get("shift_factor") or 0.0),
-        halo=_tiny_halo(vae.get("num_decoder_blocks") or (3, 3, 3, 1)) if tiny else None,
-        levels=None if tiny else tuple(reversed(levels or (64,))),
+        channels=vae["latent_channels"],
+        scale_factor=scale_factor,
+        scaling_factor=float(scaling),
+        halo=_tiny_halo(vae["num_decoder_blocks"]) if tiny else None,
+        levels=None if tiny else tuple(reversed(vae["block_out_channels"])),
     )
 
 
@@ -197,36 +215,48 @@ def _tiny_halo(blocks: Sequence[int]) -> int:
 def _shape_spec(
     size: tuple[int, int] | None, batch: int, unet: Mapping[str, Any], scale_factor: int
 ) -> ShapeSpec:
+    """Sizes that diffusers draws, multiples of `scale_factor`, and none in their place.
+
+    Graphs for any size take multiples of all the UNet's levels, which is faster, or of
+    `scale_factor` if the model's own size is none.
+    """
     step = _unet_multiple(unet) * scale_factor
     if size is None:
-        own = unet.get("sample_size") or 64
-        rows, columns = own if isinstance(own, list) else (own, own)
-        height, width = (nearest_multiple(n * scale_factor, step) for n in (rows, columns))
-        return ShapeSpec(height, width, batch=MAX_BATCH, dynamic=True, multiple_of=step)
+        own = unet["sample_size"]
+        sides = tuple(own) if isinstance(own, list | tuple) else (own, own)
+        if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+            raise InputError(
+                f"the UNet's sample_size is {own!r}, which says no default size: give --size"
+            )
+        height, width = (side * scale_factor for side in sides)
+        even = height % step == 0 and width % step == 0
+        return ShapeSpec(height, width, MAX_BATCH, True, step if even else scale_factor)
     width, height = size
     for what, value in (("height", height), ("width", width)):
-        check_multiple(what, value, step)
+        check_multiple(what, value, scale_factor)
     if not 1 <= batch <= MAX_BATCH:
         raise UsageError(f"batch {batch} is out of range: expected 1 to {MAX_BATCH}")
-    return ShapeSpec(height, width, batch=batch, dynamic=False, multiple_of=step)
+    even = height % step == 0 and width % step == 0
+    return ShapeSpec(height, width, batch, False, step if even else scale_factor)
 
 
-def _text_encoder(source: ModelSource, text: Mapping[str, Any], shape: ShapeSpec) -> Component:
+def _text_encoder(
+    source: ModelSource, text: Mapping[str, Any], tokens: int, shape: ShapeSpec
+) -> Component:
     def load(weights: bool = True) -> Any:
         return _modules().load_text_encoder(source, weights)
 
     batch = _dims(shape, 1)[0]
-    vocab_size = text.get("vocab_size", 49408)
     return Component(
         ComponentSpec(
             "text_encoder",
-            (TensorSpec("input_ids", "int64", (batch, _tokens(text))),),
-            (_float("encoder_hidden_states", batch, _tokens(text), _width(text)),),
+            (TensorSpec("input_ids", "int64", (batch, tokens)),),
+            (_float("encoder_hidden_states", batch, tokens, text["hidden_size"]),),
         ),
         load,
         {},
         ({"batch": 1}, {"batch": 2}) if shape.dynamic else ({}, {}),
-        vocab_size,
+        text["vocab_size"],
     )
 
 
@@ -234,11 +264,15 @@ def _unet(
     source: ModelSource,
     unet: Mapping[str, Any],
     text: Mapping[str, Any],
+    tokens: int,
     shape: ShapeSpec,
     latent: LatentSpec,
 ) -> Component:
+    multiple = _unet_multiple(unet)
+    follow = shape.dynamic and shape.multiple_of % (multiple * latent.scale_factor) != 0
+
     def load(weights: bool = True) -> Any:
-        return _modules().load_unet(source, weights)
+        return _modules().load_unet(source, weights, follow)
 
     batch, height, width = _dims(shape, latent.scale_factor)
     if not shape.dynamic:
@@ -246,17 +280,18 @@ def _unet(
     inputs = [
         _float("sample", batch, latent.channels, height, width),
         _float("timestep", 1),
-        _float("encoder_hidden_states", batch, _tokens(text), _width(text)),
+        _float("encoder_hidden_states", batch, tokens, text["hidden_size"]),
     ]
-    if dim := unet.get("time_cond_proj_dim"):
+    if dim := unet["time_cond_proj_dim"]:
         inputs.append(_float("timestep_cond", batch, dim))
     noise_pred = _float("noise_pred", batch, latent.channels, height, width)
-    multiple = _unet_multiple(unet)
     return Component(
         ComponentSpec("unet", tuple(inputs), (noise_pred,)),
         load,
-        {"height": multiple, "width": multiple},
-        _sizes(shape, latent.scale_factor),
+        {} if follow else {"height": multiple, "width": multiple},
+        _odd_sizes(shape, latent.scale_factor, multiple)
+        if follow
+        else _sizes(shape, latent.scale_factor),
     )
 
 
@@ -328,15 +363,16 @@ def _sizes(shape: ShapeSpec, unit: int) -> tuple[Sizes, ...]:
     )
 
 
+def _odd_sizes(shape: ShapeSpec, unit: int, multiple: int) -> tuple[Sizes, ...]:
+    """The same for a UNet that takes any size: the smaller one is no multiple of any level's."""
+    rows = max(2 * multiple, shape.height // unit // 2) | 1
+    return (
+        {"batch": 1, "height": shape.height // unit, "width": shape.width // unit},
+        {"batch": 2, "height": rows, "width": rows + multiple + 1},
+    )
+
+
 def _unet_multiple(unet: Mapping[str, Any]) -> int:
-    """Latent rows and columns must be a multiple of this: each level but the last halves them."""
-    blocks = unet.get("block_out_channels") or (320, 640, 1280, 1280)
-    return int(2 ** (len(blocks) - 1))
-
-
-def _tokens(text: Mapping[str, Any]) -> int:
-    return int(text.get("max_position_embeddings", 77))
-
-
-def _width(text: Mapping[str, Any]) -> int:
-    return int(text.get("hidden_size", 512))
+    """Latent rows and columns that are a multiple of this are halved at each level but the last,
+    and doubled again."""
+    return int(2 ** (len(unet["block_out_channels"]) - 1))

@@ -53,8 +53,9 @@ class PooledAttention(Pass):
         wide = _latents_per_token(model, sample)
         found = [(wide[a.source], a) for a in _self_attentions(model) if a.source in wide]
         level = min((size for size, _ in found), default=0)
-        # The size of a picture is a multiple of the deepest level's: see families/sd.py.
-        if level == 0 or max(wide.values()) % (2 * level):
+        # The size of a picture is a multiple of the deepest level's: see families/sd.py; or it is
+        # any, and upsampling follows the sizes of what it is joined with.
+        if level == 0 or max(wide.values()) % (2 * level) or not _halves_evenly(model, 2 * level):
             return False
         shape = _split_shape(model, sample, 2 * level)
         attentions = [attention for size, attention in found if size == level]
@@ -93,6 +94,17 @@ def _latents_per_token(model: ir.Model, sample: ir.Value) -> dict[ir.Value, int]
             size = int(size / scales.const_value.numpy()[2])
         wide.update(dict.fromkeys(node.outputs, size))
     return wide
+
+
+def _halves_evenly(model: ir.Model, size: int) -> bool:
+    """Whether the sample's height and width are multiples of `size` wherever they are known, and
+    no upsampling is to a size that isn't twice its own."""
+    sample = next(value for value in model.graph.inputs if value.name == _SAMPLE)
+    assert sample.shape is not None
+    sides = [side for side in tuple(sample.shape)[2:] if isinstance(side, int)]
+    resizes = [node for node in model.graph if node.op_type == "Resize"]
+    doubled = all(len(node.inputs) < 4 or node.inputs[3] is None for node in resizes)
+    return doubled and not any(side % size for side in sides)
 
 
 def _self_attentions(model: ir.Model) -> list[_SelfAttention]:

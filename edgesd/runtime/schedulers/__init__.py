@@ -23,6 +23,7 @@ __all__ = [
     "Scheduler",
     "create_scheduler",
     "name_from_class",
+    "sampler_class",
     "sampler_of",
 ]
 
@@ -90,6 +91,13 @@ def sampler_of(class_name: str, config: Mapping[str, Any]) -> str:
     return name_from_class(class_name)
 
 
+def sampler_class(name: str) -> str:
+    """The diffusers class of one of our names. Raises UsageError for an unknown one."""
+    if name not in SCHEDULERS:
+        raise UsageError(unknown_name("scheduler", name, SCHEDULERS))
+    return SCHEDULERS[name].diffusers_class
+
+
 def create_scheduler(name: str, config: Mapping[str, Any], *, eta: float = 0.0) -> Scheduler:
     """The sampler `name` with the options of a diffusers scheduler_config.json, which may belong
     to another class: then it is read as diffusers' from_config would.
@@ -98,9 +106,9 @@ def create_scheduler(name: str, config: Mapping[str, Any], *, eta: float = 0.0) 
     InputError for an option or value that isn't supported, and when a flow-matching schedule
     would be mixed with the model of a discrete diffusion process, or the reverse.
     """
-    if name not in SCHEDULERS:
-        raise UsageError(unknown_name("scheduler", name, SCHEDULERS))
     source = config.get("_class_name")
+    if source == sampler_class(name):  # its own options hold, whether its model gives them or not
+        config = {key: value for key, value in config.items() if key != "_use_default_values"}
     if isinstance(source, str) and (name == FlowEuler.name) != source.startswith("FlowMatch"):
         raise InputError(
             f"scheduler {name} doesn't fit a model made for {source}: flow-euler samples "
