@@ -5,6 +5,7 @@ Prints JSON lines (llama.Line), one per wish.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -21,6 +22,8 @@ def main() -> int:
     """Answer; exit status 0, or 1 behind a refusal."""
     lines = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # libraries may print
+    with contextlib.suppress(OSError):  # if a model takes all memory, this process is to go
+        Path("/proc/self/oom_score_adj").write_text("1000")
     task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
     adapter = Path(task.adapter) if task.adapter else None
     try:

@@ -12,8 +12,12 @@ from pathlib import Path
 import click
 import pytest
 
+from edgesd.cli.bench import run_command as bench_command
+from edgesd.cli.build import build_command
 from edgesd.cli.generate import generate_command
+from edgesd.errors import EXIT_STATUSES, EdgesdError
 from edgesd.runtime.schedulers import SCHEDULERS
+from tests.support import run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "peft", "safetensors")
@@ -53,10 +57,50 @@ def test_onnxruntime_keeps_nothing_in_the_user_s_cache(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_help_names_every_scheduler() -> None:
-    (option,) = (p for p in generate_command.params if p.name == "scheduler")
+@pytest.mark.parametrize("command", [generate_command, build_command, bench_command])
+def test_help_names_every_scheduler(command: click.Command) -> None:
+    (option,) = (p for p in command.params if p.name == "scheduler")
     assert isinstance(option, click.Option) and option.help
-    assert all(name in re.split(r"[ ,.]+", option.help) for name in SCHEDULERS)
+    assert all(name in re.split(r"[ ,.:]+", option.help) for name in SCHEDULERS)
+
+
+def test_every_exit_status_is_documented() -> None:
+    kinds: list[type[EdgesdError]] = [EdgesdError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    ours = {kind.exit_code for kind in kinds if kind.__module__.startswith("edgesd.")}
+    assert {0, 2, 130, *ours} == set(EXIT_STATUSES)
+    told = run_cli("--help").out
+    assert all(f"{status:<5} {meaning}" in told for status, meaning in EXIT_STATUSES.items())
+
+
+def test_the_help_of_bench_has_the_options_of_measuring() -> None:
+    told = run_cli("bench", "--help").out
+    assert "edgesd bench [OPTIONS] BUNDLE" in told and "edgesd bench compare" in told
+    options = {option for param in bench_command.params for option in param.opts if "-" in option}
+    assert all(option in told for option in options - {"--detached"})
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("edgesd ben", "bench"),
+        ("edgesd generate --sche", "--scheduler"),
+        ("edgesd keys tr", "trust"),
+    ],
+)
+def test_shells_complete_commands_and_options(words: str, completed: str) -> None:
+    environment = {
+        **os.environ,
+        "_EDGESD_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    code = "from edgesd.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.split() == [f"plain,{completed}"], done.stderr
 
 
 def test_the_command_reference_is_up_to_date() -> None:

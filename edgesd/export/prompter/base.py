@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgesd.errors import InputError, MissingDependencyError
+from edgesd.export.prompter.gguf_header import check_header
 from edgesd.export.quiet import quiet
 from edgesd.text import first_sentence
 
@@ -47,6 +48,7 @@ def load_base(path: Path) -> Base:
     folder = path
     if path.is_file():
         require_gguf()
+        check_header(path)
         # Its whole path: of a bare name transformers prefers a file in the working directory.
         folder, options["gguf_file"] = path.parent, str(path.resolve())
     try:

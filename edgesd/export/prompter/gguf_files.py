@@ -8,6 +8,7 @@ llama architecture, since they keep the halves of a rotary pair side by side.
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,9 @@ from safetensors.numpy import load_file
 
 from edgesd.errors import InputError
 from edgesd.export.prompter.base import require_gguf
+from edgesd.export.prompter.gguf_header import check_header
 from edgesd.files import atomic_path
+from edgesd.text import first_sentence
 
 Float = npt.NDArray[np.float32]
 
@@ -29,6 +32,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 WEIGHTS = "weights.safetensors"
 """Of a run that trained all weights: them, by the names that transformers gives them."""
+
+_MOST_BLOCKS = 1000
 
 
 class Update(NamedTuple):
@@ -50,7 +55,10 @@ class Layout:
         known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
         if kind not in known:
             raise InputError(f"{path} is of an architecture that is not known: {kind}")
-        self._names = gguf.get_tensor_name_map(known[kind], _number(self.reader, "block_count"))
+        blocks = _number(self.reader, "block_count")
+        if not 0 < blocks <= _MOST_BLOCKS:
+            raise InputError(f"{path} has {blocks} blocks: expected 1 to {_MOST_BLOCKS}")
+        self._names = gguf.get_tensor_name_map(known[kind], blocks)
         self._heads = {}
         if kind == "llama":
             heads, kv_heads = (
@@ -249,15 +257,27 @@ def _finish(writer: Any) -> None:
 
 def _reader(path: Path) -> Any:
     gguf = require_gguf()
+    check_header(path)
     try:
         return gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as exc:
-        raise InputError(f"{path} can't be read as a GGUF file: {exc}") from exc
+    except (OSError, ValueError, IndexError, KeyError, OverflowError, struct.error) as exc:
+        raise InputError(f"{path} can't be read as a GGUF file: {first_sentence(exc)}") from exc
 
 
 def _architecture(reader: Any) -> str:
-    return str(reader.fields["general.architecture"].contents())
+    return str(_contents(reader, "general.architecture"))
 
 
 def _number(reader: Any, key: str) -> int:
-    return int(reader.fields[f"{_architecture(reader)}.{key}"].contents())
+    name = f"{_architecture(reader)}.{key}"
+    try:
+        return int(_contents(reader, name))
+    except (TypeError, ValueError):
+        raise InputError(f"its GGUF file's {name} is no number: convert the model again") from None
+
+
+def _contents(reader: Any, name: str) -> Any:
+    try:
+        return reader.fields[name].contents()
+    except (KeyError, ValueError, IndexError):
+        raise InputError(f"its GGUF file has no {name}: convert the model again") from None
