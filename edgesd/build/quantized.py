@@ -22,7 +22,7 @@ import msgspec
 
 from edgesd.engines import onnxruntime
 from edgesd.engines.kernels import ensure_library
-from edgesd.errors import ParityError, QualityError, UsageError
+from edgesd.errors import InputError, ParityError, QualityError, UsageError
 from edgesd.evaluate import quality as quality_
 from edgesd.evaluate.psnr import mean_squared_error, psnr
 from edgesd.files import atomic_write, environment_folder, user_cache
@@ -30,7 +30,16 @@ from edgesd.runtime import kernels
 from edgesd.runtime.bundle import Bundle, GraphFile, open_bundle
 from edgesd.runtime.pipeline import Pipeline, Request, Settings
 from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
-from edgesd.spec import METHODS, Graph, GraphSet, LayerRecipe, Quality, QuantRecipe, Scheme
+from edgesd.spec import (
+    METHODS,
+    Graph,
+    GraphSet,
+    LayerRecipe,
+    Quality,
+    QuantRecipe,
+    Scheme,
+    decode_json,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -689,7 +698,7 @@ def _read_figures(path: Path) -> dict[str, float]:
     if not path.exists():
         return {}
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, float])
-    except msgspec.MsgspecError as exc:
+        return decode_json(path.read_bytes(), dict[str, float])
+    except InputError as exc:
         _log.warning("%s is damaged (%s): measuring again", path, exc)
         return {}

@@ -25,7 +25,13 @@ from edgesd.engines.tensorrt import (
     PlanReport,
     build_plan,
 )
-from edgesd.errors import EdgesdError, MissingDependencyError, TargetError, UsageError
+from edgesd.errors import (
+    EdgesdError,
+    InputError,
+    MissingDependencyError,
+    TargetError,
+    UsageError,
+)
 from edgesd.files import (
     atomic_write,
     environment_folder,
@@ -37,7 +43,7 @@ from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.cuda import Gpu, find_gpu
 from edgesd.runtime.runners.tensorrt import LoadedPlan
 from edgesd.runtime.signature import check_trusted
-from edgesd.spec import Environment, Machine, Spec
+from edgesd.spec import Environment, Machine, Spec, decode_json
 
 _WORKSPACE_PART = 4
 """A layer's workspace may take this part of the GPU's memory, which a Jetson shares."""
@@ -222,11 +228,11 @@ def _key(bundle: Bundle, component: str, spec: BuildSpec, here: Environment) -> 
 
 def read_plan(path: Path) -> Plan:
     """What is known of the plan at `path`, which `prepare_plans` gave."""
-    return msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Plan)
+    return decode_json(path.with_suffix(".json").read_bytes(), Plan)
 
 
 def _is_whole(path: Path) -> bool:
     try:
         return sha256_file(path) == read_plan(path).sha256
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, InputError):
         return False

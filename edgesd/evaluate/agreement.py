@@ -22,7 +22,7 @@ from PIL import Image
 from edgesd.errors import InputError
 from edgesd.evaluate.psnr import Picture, pixels_of
 from edgesd.files import atomic_write
-from edgesd.spec import Spec
+from edgesd.spec import Spec, decode_json
 from edgesd.textfiles import read_text
 
 Rows = npt.NDArray[np.float32]
@@ -87,12 +87,12 @@ class SmallJudge:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self._spec = msgspec.json.decode(read_text(folder / JUDGE), type=JudgeSpec)
+            self._spec = decode_json(read_text(folder / JUDGE), JudgeSpec)
             self._towers = [
                 onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
                 for name in _TOWERS
             ]
-        except (OSError, msgspec.MsgspecError, RuntimeError, *_ORT_ERRORS) as exc:
+        except (OSError, InputError, RuntimeError, *_ORT_ERRORS) as exc:
             raise InputError(f"{folder} can't be read as a judge: {exc}") from exc
         self.name = "contrastive judge trained on the emoji set; not CLIP"
 

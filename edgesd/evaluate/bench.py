@@ -27,7 +27,7 @@ from edgesd.errors import InputError, UsageError
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.pipeline import Pipeline, Request, Settings, Timings
-from edgesd.spec import Machine, Spec
+from edgesd.spec import Machine, Spec, decode_json
 from edgesd.textfiles import read_text
 
 BENCH_VERSION = 2
@@ -330,14 +330,18 @@ def read_bench(path: Path) -> list[Bench]:
 
     raw = read_text(path, 1 << 30)
     try:
-        headers = msgspec.json.decode(raw, type=list[Header])
+        headers = decode_json(raw, list[Header])
         newest = max((header.version for header in headers), default=0)
-        if newest > BENCH_VERSION:
-            raise InputError(
-                f"{path} has version {newest}; this edgesd reads up to {BENCH_VERSION}: upgrade it"
-            )
-        found = msgspec.json.decode(raw, type=list[Bench])
-    except msgspec.MsgspecError as exc:
+    except InputError as exc:
+        raise InputError(f"{path} isn't a file of `edgesd bench --json`: {exc}") from exc
+    if newest > BENCH_VERSION:
+        raise InputError(
+            f"{path} has version {str(newest)[:20]}; this edgesd reads up to {BENCH_VERSION}: "
+            "upgrade it"
+        )
+    try:
+        found = decode_json(raw, list[Bench])
+    except InputError as exc:
         raise InputError(f"{path} isn't a file of `edgesd bench --json`: {exc}") from exc
     if not found:
         raise InputError(f"{path} holds no benchmark")

@@ -117,6 +117,11 @@ def denoise(
             states[:] = embeddings[1]
         unet.run()
         noise_pred: npt.NDArray[Any] = unet.outputs["noise_pred"]
+        if noise_pred.shape != sample.shape:
+            raise InputError(
+                f"{unet.spec.name} makes noise_pred of the shape {list(noise_pred.shape)} from "
+                f"latents of {list(sample.shape)}: build the bundle again"
+            )
         if guided:
             low = noise_pred[:batch] if together else negative
             np.subtract(noise_pred[-batch:], low, out=difference)

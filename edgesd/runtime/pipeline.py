@@ -17,6 +17,7 @@ import numpy.typing as npt
 from edgesd.errors import (
     BundleError,
     EdgesdError,
+    InputError,
     MissingDependencyError,
     ResourceError,
     TargetError,
@@ -383,13 +384,23 @@ class Pipeline(Closing):
         runner = self._load("vae_decoder")
 
         def decode(seen: Float, rows: Tile, columns: Tile) -> Float:
-            part: Float = self._run(runner, {"latents": seen})[0]
-            return part
+            return self._image(runner, seen)
 
         if self.memory == "stream" and spec.halo is not None and self.spec.shape.dynamic:
             return draw_tiles(decode, latents, spec.scale_factor, TILE, margin_of(spec.halo))
-        whole: Float = self._run(runner, {"latents": latents[None]})[0]
-        return whole
+        return self._image(runner, latents[None])
+
+    def _image(self, runner: Runner, latents: Float) -> Float:
+        """Latents [1, C, h, w] through the whole decoder: values [3, H, W]."""
+        image: Float = self._run(runner, {"latents": latents})[0]
+        scale = self.spec.latent.scale_factor
+        expected = (3, *(scale * size for size in latents.shape[2:]))
+        if image.shape != expected:
+            raise BundleError(
+                f"vae_decoder makes an image of the shape {list(image.shape)}, not "
+                f"{list(expected)}: build the bundle again"
+            )
+        return image
 
     def _halves(self) -> Halves | None:
         """Those that the decoder is run in; None where it is run as a whole."""
@@ -404,7 +415,13 @@ class Pipeline(Closing):
         give_back()
         with self._open_half(halves.tail) as tail:
             scale = self.spec.latent.scale_factor
-            picture = draw_tail(tail, features, scale, self._window)
+            try:
+                picture = draw_tail(tail, features, scale, self._window)
+            except ValueError as exc:  # its tiles have other sizes than those of the features
+                raise BundleError(
+                    f"the halves of vae_decoder don't fit each other ({exc}): build the bundle "
+                    "again"
+                ) from exc
             self.timings.add(self.timings.run, "vae_decoder", tail.seconds)
         give_back()
         return picture
@@ -454,8 +471,14 @@ class Pipeline(Closing):
 
     def _scheduler(self, request: Request) -> Scheduler:
         assert request.scheduler and request.num_inference_steps is not None
-        scheduler = create_scheduler(request.scheduler, self.spec.scheduler.config)
-        scheduler.set_timesteps(request.num_inference_steps)
+        try:
+            scheduler = create_scheduler(request.scheduler, self.spec.scheduler.config)
+            scheduler.set_timesteps(request.num_inference_steps)
+        except (ArithmeticError, ValueError, IndexError) as exc:
+            raise InputError(
+                f"no schedule of {request.scheduler} in {request.num_inference_steps} steps can be "
+                f"computed from the bundle's configuration ({exc}): choose another --scheduler"
+            ) from exc
         return scheduler
 
     def _check_schedule(self, request: Request) -> None:

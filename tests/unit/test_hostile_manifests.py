@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from edgesd.engines.bundle import update_manifest
+from edgesd.engines.slots import Slots
 from edgesd.errors import BundleError, EdgesdError, InputError
+from edgesd.files import sha256_file
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, checksum_line, open_bundle
 from edgesd.runtime.pipeline import Pipeline, Request, Settings
 from edgesd.runtime.prompter import read_prompter
@@ -28,7 +32,7 @@ from edgesd.spec import (
     Quality,
     QuantRecipe,
 )
-from tests.support import run_cli
+from tests.support import assert_refused, run_cli
 
 QUICK, MANY = 120, 5000
 MOST_PIXELS, MOST_STEPS = 1 << 16, 50
@@ -234,7 +238,8 @@ def at(*path: Any) -> Callable[[dict[str, Any], Any], None]:
     return put
 
 
-PIPELINE = ("pipeline",)
+NO_NOISE = {"num_train_timesteps": 4, "trained_betas": [1e-30] * 4}
+"""Betas that vanish in float32: steps are divided by the noise that there is."""
 UNET = ("pipeline", "components", "unet")
 REFUSED: dict[str, tuple[tuple[Any, ...], Any]] = {
     f"{'.'.join(map(str, path[-2:]))} {str(value)[:30]}": (path, value)
@@ -249,6 +254,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], Any]] = {
         (("pipeline", "latent", "scaling_factor"), [0.0, -1.0, 1e300]),
         (("pipeline", "scheduler", "config", "num_train_timesteps"), [0, -5, 3 * 10**9, 10**18]),
         (("pipeline", "scheduler", "config", "trained_betas"), [[0.5] * 200_000, "x"]),
+        (("pipeline", "scheduler", "config"), [NO_NOISE]),
         (("pipeline", "scheduler", "name"), ["../x", ""]),
         (("pipeline", "num_inference_steps"), [0, -1, 10**9]),
         (("pipeline", "guidance_scale"), [1e308, -1e308]),
@@ -284,6 +290,111 @@ def test_a_value_out_of_range_is_refused_in_one_line(name: str, forge: Forge) ->
     outcome = run_cli("generate", forge.folder, "-p", "a cat", "-o", forge.folder.parent / "x.png")
     assert outcome.code not in (0, 1), outcome.err
     assert len(outcome.err.splitlines()) == 1 and "internal fault" not in outcome.err
+
+
+def rename_output(model: onnx.ModelProto) -> None:
+    model.graph.node[-1].output[0] = model.graph.output[0].name = "other"
+
+
+def other_type(model: onnx.ModelProto) -> None:
+    name = model.graph.output[0].name
+    model.graph.node[-1].output[0] = "before"
+    model.graph.node.append(helper.make_node("Cast", ["before"], [name], to=TensorProto.INT32))
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT32
+
+
+def other_rank(model: onnx.ModelProto) -> None:
+    name = model.graph.output[0].name
+    model.graph.node[-1].output[0] = "before"
+    model.graph.node.append(helper.make_node("ReduceMax", ["before"], [name], keepdims=0))
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+
+
+def twice_as_large(model: onnx.ModelProto) -> None:
+    name = model.graph.output[0].name
+    model.graph.node[-1].output[0] = "before"
+    twice = helper.make_node("Concat", ["before", "before"], [name], axis=2)
+    model.graph.node.append(twice)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+
+
+def rename_input(model: onnx.ModelProto) -> None:
+    old = model.graph.input[0].name
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            if name == old:
+                node.input[index] = "other"
+    model.graph.input[0].name = "other"
+
+
+def no_graph(model: onnx.ModelProto) -> None:
+    model.ClearField("graph")
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_decoder"])
+@pytest.mark.parametrize(
+    "change",
+    [rename_output, other_type, other_rank, twice_as_large, rename_input, no_graph],
+)
+def test_a_graph_that_is_not_what_its_manifest_says_is_refused(
+    change: Callable[[onnx.ModelProto], None], component: str, miniature: Bundle, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(miniature.path, tmp_path / "bundle"))
+    name = f"{component}/model.onnx"
+    model = onnx.load(folder / name, load_external_data=False)
+    change(model)
+    (folder / name).write_bytes(model.SerializeToString())
+    update_manifest(folder, miniature.manifest, [name])
+    outcome = run_cli("generate", folder, "-p", "a cat", "-o", tmp_path / "x.png")
+    assert_refused(outcome)
+    assert outcome.code in (InputError.exit_code, BundleError.exit_code), outcome.err
+    assert "internal fault" not in outcome.err and not (tmp_path / "x.png").exists()
+
+
+TOKENIZERS = {
+    "no model": b"{}",
+    "nested": b"[" * 100_000,
+    "another kind": b'{"model":7}',
+    "not UTF-8": b"\xff",
+    "no vocabulary": b'{"added_tokens":[],"model":{"type":"BPE","vocab":{},"merges":[]}}',
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_hostile_tokenizer_is_refused(name: str, miniature: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(miniature.path, tmp_path / "bundle"))
+    (folder / "tokenizer/tokenizer.json").write_bytes(TOKENIZERS[name])
+    update_manifest(folder, miniature.manifest, ["tokenizer/tokenizer.json"])
+    with pytest.raises(BundleError, match="tokenizer") as caught:
+        Pipeline(open_bundle(folder))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("field", ["manifest", "file"])
+def test_a_hash_that_is_a_path_reaches_no_file(
+    field: str, miniature: Bundle, tmp_path: Path
+) -> None:
+    victim = tmp_path / "authorized_keys"
+    victim.write_text("the owner\n")
+    slots = Slots(tmp_path / "edgesd")
+    objects = tmp_path / "edgesd" / "objects"
+    objects.mkdir(parents=True)
+    folder = Path(shutil.copytree(miniature.path, tmp_path / "bundle"))
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    shutil.copy(victim, folder / "LICENSE")
+    manifest["files"]["LICENSE"] = {"bytes": victim.stat().st_size, "sha256": str(victim)}
+    Forge(folder, manifest).write(json.dumps(manifest).encode())
+    for path in folder.rglob("*"):
+        if path.is_file():
+            shutil.copy(path, objects / sha256_file(path))
+    told = [sha256_file(folder / name) for name in (MANIFEST, CHECKSUM)]
+    if field == "manifest":
+        told[0] = str(victim)
+    with pytest.raises(BundleError, match="SHA-256"):
+        slots.install(*told, self_test=False)
+    assert victim.read_text() == "the owner\n" and victim.stat().st_nlink == 1
+    with pytest.raises(BundleError, match="SHA-256"):
+        open_bundle(folder)  # so that it is never sent
 
 
 RAW = {
