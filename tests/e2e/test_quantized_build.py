@@ -188,7 +188,7 @@ def test_rtn_gptq_and_static_ranges(
 
 
 def test_four_bit_activations_are_called_a_simulation(work: Path, tmp_path: Path) -> None:
-    bundle = built(tmp_path / "bundle", work, "w4a4-g32")
+    bundle = built(tmp_path / "bundle", work, "w4a4-g32", method="rtn")
     assert bundle.manifest.recipe is not None and bundle.manifest.recipe.simulated
     page = tmp_path / "page.html"
     assert run_cli("report", bundle.path, "-o", page).code == 0
@@ -267,7 +267,7 @@ def test_a_floor_out_of_reach_fails_and_names_layers(
 ) -> None:
     monkeypatch.setattr(QuantizedBuild, "sensitivities", errors_as_sensitivities)
     with pytest.raises(QualityError, match=r"w8a8 reaches .* not the 99 .*unet/") as caught:
-        built(tmp_path / "out", work, "w8a8", min_psnr=99.0, max_size=0.29)
+        built(tmp_path / "out", work, "w8a8", method="rtn", min_psnr=99.0, max_size=0.29)
     assert caught.value.exit_code == 7
     with pytest.raises(UsageError, match=r"--max-time 0\.01: w8a8 takes at least 0\.\d\d of"):
         built(tmp_path / "out", work, "w8a8", max_time=0.01)
