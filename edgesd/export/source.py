@@ -166,7 +166,10 @@ class ModelSource:
     def licence_name(self) -> str:
         """`license` in the model card's front matter, or "unknown"."""
         card = self.model_card()
-        text = card.read_text("utf-8", errors="replace") if card else ""
+        text = ""
+        if card:
+            with card.open("rb") as file:  # its beginning says it
+                text = file.read(1 << 20).decode("utf-8-sig", errors="replace")
         front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
         fields = dict(
             re.findall(r"^(license\w*):[ \t]*[\"']?([^\"'\n#]+)", front[1], re.MULTILINE)

@@ -26,7 +26,8 @@ import time
 from pathlib import Path
 
 from edgesd.errors import EdgesdError, InputError, ResourceError
-from edgesd.files import atomic_path, user_cache
+from edgesd.files import atomic_path, expanded, user_cache
+from edgesd.textfiles import read_text
 
 PACKAGES = ("python3", "openssh-server")
 SUITE = "bookworm"
@@ -88,7 +89,7 @@ def start(key: Path) -> str:
     root = folder() / "root"
     root.mkdir(parents=True)
     _run(["tar", "-xf", str(base()), "-C", str(root)])
-    _prepare(root, key.read_text())
+    _prepare(root, read_text(key))
     _network()
     inside = ["ip", "netns", "exec", NAMESPACE, "chroot", str(root)]
     sshd = subprocess.Popen(
@@ -202,7 +203,7 @@ def main() -> int:
     """Parse, do, tell; the exit status."""
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("what", choices=("start", "stop", "remove"))
-    made.add_argument("--key", type=Path, default=Path.home() / ".ssh/id_ed25519.pub")
+    made.add_argument("--key", type=Path, default=expanded("~/.ssh/id_ed25519.pub"))
     given = made.parse_args()
     try:
         if given.what == "start":
