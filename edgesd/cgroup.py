@@ -1,4 +1,4 @@
-"""What control groups leave this process: a container's limit counts like a board's RAM."""
+"""What control groups leave this process: a container's limits count like a board's size."""
 
 from __future__ import annotations
 
@@ -20,27 +20,39 @@ class MemoryGroup(NamedTuple):
 def memory_groups(root: Path = Path("/")) -> list[MemoryGroup]:
     """The limited groups of this process and those above it (cgroups(7), v1 and v2)."""
     found = []
-    for folder, limit_file, usage_file in _folders(root):
-        limit = _number(folder / limit_file)
+    for folder, unified in _folders(root, "memory"):
+        files = ("max", "current") if unified else ("limit_in_bytes", "usage_in_bytes")
+        limit, used = (_number(folder / f"memory.{name}") for name in files)
         if limit is not None:
-            used = (_number(folder / usage_file) or 0) - _page_cache(folder / "memory.stat")
-            found.append(MemoryGroup(limit, max(0, used)))
+            cached = _page_cache(folder / "memory.stat")
+            found.append(MemoryGroup(limit, max(0, (used or 0) - cached)))
     return found
 
 
-def _folders(root: Path) -> Iterator[tuple[Path, str, str]]:
-    for line in ["0::/", "0:memory:/", *_text(root / "proc/self/cgroup").splitlines()]:
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers == "":
-            base, files = root / "sys/fs/cgroup", ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Seconds of processor time a second that the groups of this process leave it: 1.5 are one and
+    a half cores. None without a limit."""
+    quotas = []
+    for folder, unified in _folders(root, "cpu"):
+        if unified:
+            quota, period = [*_text(folder / "cpu.max").split(), "", ""][:2]
         else:
+            quota, period = (_text(folder / f"cpu.cfs_{k}_us").strip() for k in ("quota", "period"))
+        if _is_number(quota) and _is_number(period) and int(period):
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def _folders(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """Folders of this process's groups and those above them; whether they are of version 2."""
+    for line in ["0::/", f"0:{controller}:/", *_text(root / "proc/self/cgroup").splitlines()]:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers and controller not in controllers.split(","):
             continue
+        base = root / "sys/fs/cgroup" / (controller if controllers else "")
         steps = [step for step in path.split("/") if step not in ("", "..")]
         for depth in range(len(steps) + 1):
-            yield base.joinpath(*steps[:depth]), *files
+            yield base.joinpath(*steps[:depth]), not controllers
 
 
 def _page_cache(stat: Path) -> int:
@@ -52,7 +64,11 @@ def _page_cache(stat: Path) -> int:
 
 def _number(path: Path) -> int | None:
     text = _text(path).strip()
-    return int(text) if text.isascii() and text.isdigit() else None  # else "max", or no such file
+    return int(text) if _is_number(text) else None
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()  # else "max", -1, or there is no such file
 
 
 def _text(path: Path) -> str:

@@ -15,6 +15,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from edgesd.cli import common as cli
+from edgesd.cores import library_settings
 from edgesd.engines import plans
 from edgesd.runtime import device_memory
 from edgesd.runtime.bundle import Bundle
@@ -63,6 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     settings.load_profile("tests")
     os.umask(0o022)
+    os.environ.update(library_settings(os.environ))
     if "PYTEST_XDIST_WORKER" in os.environ:
         _take_one_core(int(os.environ["PYTEST_XDIST_WORKER"].lstrip("gw")))
 

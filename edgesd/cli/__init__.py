@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import NoReturn
@@ -30,6 +31,7 @@ from edgesd.cli import (
     watch,
 )
 from edgesd.cli.common import fail, flush_streams, open_streams, say_error, say_lines, show_messages
+from edgesd.cores import library_settings
 from edgesd.errors import EXIT_STATUSES, UsageError
 
 _STATUSES = "\n".join(f"{status:<5} {meaning}" for status, meaning in EXIT_STATUSES.items())
@@ -89,6 +91,7 @@ def main() -> NoReturn:
     """Run the command line; every failure is one line and a nonzero exit status."""
     open_streams()
     show_messages()
+    os.environ.update(library_settings(os.environ))  # before what reads them is imported
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup keeps its meaning
         signal.signal(signal.SIGHUP, _terminated)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from edgesd.cores import thread_cores
 from edgesd.errors import BundleError, InputError
 from edgesd.files import atomic_path, sha256_file, user_cache
 from edgesd.processes import module_command
@@ -136,7 +137,7 @@ def enhance(
     """
     cleaned = [clean_wish(wish) for wish in wishes]
     asked = [wish for wish in cleaned if wish]
-    lines = _answers(prompter, asked, threads or len(os.sched_getaffinity(0)), seconds)
+    lines = _answers(prompter, asked, threads or len(thread_cores()), seconds)
     found = []
     problem: str | None = None
     for wish, clean in zip(wishes, cleaned, strict=True):

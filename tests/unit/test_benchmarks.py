@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import common, loop_overhead, parity, peer_files, peers, startup
+from benchmarks import beside_others, common, loop_overhead, parity, peer_files, peers, startup
 from edgesd.errors import EdgesdError
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.schedulers import SCHEDULERS
@@ -66,6 +66,18 @@ def test_loop_overhead_of_the_miniature(
         assert row["outside_us_fake"]["median"] > 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
+
+
+def test_steps_beside_others_of_the_miniature(
+    miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "beside.json"
+    options = ["--steps", "1", "--rounds", "1", "--libraries", "onnxruntime", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["beside_others", str(miniature.path), *options])
+    beside_others.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["situation"] for row in rows] == list(beside_others.SITUATIONS)
+    assert all(row["ratio"]["median"] > 0 for row in rows)
 
 
 def test_import_report_is_read() -> None:

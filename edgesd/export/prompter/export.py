@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from edgesd.cores import thread_cores
 from edgesd.errors import InputError, MissingDependencyError, QualityError, UsageError
 from edgesd.export.prompter.gguf_files import tensor_types, write_adapter, write_merged
 from edgesd.export.prompter.grammar import closed_grammar
@@ -141,7 +141,7 @@ def llama_loss(base: Path, adapter: Path | None, pairs: PairSet) -> float:
     Raises MissingDependencyError without llama-cpp-python, InputError for a file it can't load.
     """
     try:
-        llama = LlamaCppPython(base, adapter, len(os.sched_getaffinity(0)))
+        llama = LlamaCppPython(base, adapter, len(thread_cores()))
     except ImportError as exc:
         raise MissingDependencyError(
             "the loss is measured by llama-cpp-python, which isn't installed: pip install "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgesd.cores import SPIN_MICROSECONDS, fast_cores, thread_cores
 from edgesd.errors import BundleError, EdgesdError, MissingDependencyError, ResourceError
 from edgesd.runtime.bundle import GraphFile
 from edgesd.runtime.runners import BoundRunner
@@ -38,39 +39,28 @@ def _sums_saturate() -> bool:
     return flags is not None and not set(flags) & set(_VNNI)
 
 
-def fast_cores(root: Path = Path("/")) -> list[int]:
-    """Of the processor's cores that this process may use, those that clock as high as the highest,
-    within a fifth: all of them, but on boards of large and small cores. By cpufreq of sysfs."""
-    clocks = {}
-    for core in sorted(os.sched_getaffinity(0)):
-        path = root / f"sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq"
-        try:
-            clocks[core] = int(path.read_text())
-        except (OSError, ValueError):
-            clocks[core] = 0  # not told: they count as equal
-    highest = max(clocks.values())
-    return [core for core, clock in clocks.items() if clock >= 0.8 * highest]
-
-
 def session_options(threads: int = 0, library: Path | None = None) -> onnxruntime.SessionOptions:
     """How every session of edgesd runs, on boards and where graphs are checked.
 
-    threads: per operator; 0 takes the fast cores. library: of edgesd's own kernels, for graphs that
+    threads: per operator; 0: see edgesd.cores. library: of edgesd's own kernels, for graphs that
     need it.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    if threads == 0 and len(cores := fast_cores()) < (os.cpu_count() or 1):
-        # All threads wait for the slowest: a small core would hold up the large ones, and so would
-        # two threads on one core, where the process may use few (ONNX Runtime counts all of the
-        # machine). The caller's own thread is one of them, and isn't pinned.
+    if threads == 0:
+        # Told the number, ONNX Runtime pins none: the system moves those of two processes apart.
+        cores = thread_cores()
         threads = len(cores)
-        pinned = ";".join(str(core + 1) for core in cores[1:])
-        if pinned:
+        # All threads wait for the slowest: a small core would hold up the large ones. The caller's
+        # own thread is one of them, and isn't pinned.
+        if len(fast_cores()) < len(os.sched_getaffinity(0)) and threads > 1:
+            pinned = ";".join(str(core + 1) for core in cores[1:])
             options.add_session_config_entry("session.intra_op_thread_affinities", pinned)
-    # 0: ONNX Runtime takes all physical cores; two threads of one core share its multipliers.
     options.intra_op_num_threads = threads
+    # As long as from one operator to the next, which no other process notices; older versions of
+    # ONNX Runtime don't know the setting, and wait longer.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
     # Operators run one after another: each has work for all threads.
     options.inter_op_num_threads = 1
     # The static reuse plan keeps the down path's large buffers alive until the up path: without
