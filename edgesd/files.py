@@ -412,10 +412,16 @@ def _try_to_write(path: Path) -> int | None:
         return disk.free if disk.total else None
 
 
-def check_file_place(path: Path, needed_bytes: int = 0) -> None:
-    """`check_writable` for a file. Raises InputError, too, when `path` is a folder."""
+def check_file_place(path: Path, *used: Path) -> None:
+    """`check_writable` for a file. Raises InputError, too, when `path` is a folder, or one of the
+    files that are `used`."""
     _check_no_folder(path)
-    check_writable(path, needed_bytes)
+    for other in used:
+        if path.absolute() == other.absolute() or (
+            path.exists() and other.exists() and path.samefile(other)
+        ):
+            raise InputError(f"{path} is needed for something else here: choose another name")
+    check_writable(path)
 
 
 _PART = re.compile(r"\.edgesd-([0-9a-f]{8})-[0-9a-f]{16}\.part")

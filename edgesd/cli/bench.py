@@ -140,7 +140,7 @@ def run_command(
     if html:
         check_page_path(html)
     for path in filter(None, (html, output)):
-        check_file_place(path)
+        check_file_place(path, bundle, *([html] if html and path is output else []))
     opened = open_bundle(bundle)
     reporter = Reporter(quiet=as_json and not hosts)
     found: list[Bench] = []

@@ -95,6 +95,8 @@ class OutputPath(click.Path):
                 ctx,
                 param,
             )
+        if str(value) == "":
+            raise click.BadParameter("an empty name: give a file or folder", ctx, param)
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         return Path.cwd() / path if path == STDOUT else path
 

@@ -74,7 +74,7 @@ def data_command(
     from edgesd.export.prompter.sources import SOURCES
     from edgesd.files import check_file_place
 
-    check_file_place(output)
+    check_file_place(output, source)
     if closed is None:
         closed = kind == "emoji"
     made = make_pairs(domain or kind, SOURCES[kind](source, seed), held, seed, closed)

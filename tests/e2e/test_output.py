@@ -223,6 +223,27 @@ def test_a_dash_is_no_name(
     assert not list(tmp_path.iterdir())
 
 
+def test_no_output_replaces_what_the_command_reads_or_writes_besides(
+    miniature_file: Path, tmp_path: Path
+) -> None:
+    bundle, captions, page = tmp_path / "b.edgesd", tmp_path / "c.txt", tmp_path / "x.html"
+    shutil.copy(miniature_file, bundle)
+    captions.write_text("a cat\na dog\n")
+    before = {path: path.read_bytes() for path in (bundle, captions)}
+    link = tmp_path / "link.json"
+    link.symlink_to(bundle)
+    for arguments in (
+        ("bench", bundle, "-o", bundle),
+        ("bench", bundle, "-o", link),
+        ("bench", bundle, "--html", page, "-o", page),
+        ("prompter", "data", captions, "--format", "captions", "-o", captions),
+    ):
+        assert_refused(run_cli(*arguments), "is needed for something else here")
+    assert {path: path.read_bytes() for path in before} == before and not page.exists()
+    refused = run_cli("generate", bundle, "-p", "x", "-o", "")
+    assert_refused(refused, "an empty name")
+
+
 def test_a_private_bundle_stays_private_when_it_is_signed(
     miniature_file: Path, tmp_path: Path
 ) -> None:
