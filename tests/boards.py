@@ -106,6 +106,8 @@ class Server:
         self.written = 0
         self.port = 0
         self.connections: list[Any] = []
+        self.before = ""
+        """What the login shell does first, as .bashrc has it."""
         self.on_event: Callable[[], None] = lambda: None
         """Called, in the server's thread, when a command has begun and when bytes arrive."""
 
@@ -116,7 +118,7 @@ class Server:
 
     async def command(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
         child = await asyncio.create_subprocess_shell(
-            process.command or "",
+            self.before + (process.command or ""),
             cwd=self.home,
             env={"HOME": str(self.home), "PATH": "/usr/bin:/bin"},
             stdin=asyncio.subprocess.PIPE,

@@ -28,8 +28,8 @@ class State(msgspec.Struct):
 
 
 class LoggedBuilder(Builder):
-    def __call__(self, graph, spec, plan, progress=None, weights=None):  # type: ignore[no-untyped-def]
-        report = super().__call__(graph, spec, plan, progress, weights)
+    def __call__(self, graph, spec, plan, progress=None, weights=None, *more):  # type: ignore[no-untyped-def]
+        report = super().__call__(graph, spec, plan, progress, weights, *more)
         with (Path.home() / "built").open("a") as log:
             log.write(f"{spec.component}\n")
         return report

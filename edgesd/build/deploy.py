@@ -135,7 +135,13 @@ async def deploy(
     sent, written = await _runtime(board, bundle, here, wheels, say, moved)
     state = "installed" if written else "kept"
     active = await active_slot(board)
-    if active and active.manifest_sha256 == bundle.manifest_sha256:  # "" where it can't be opened
+    items, frame = _items(bundle)
+    signature = frame.get(SIGNATURE, "")
+    # An unsigned copy takes no signature away; "" where the active bundle can't be opened.
+    same = active is not None and active.manifest_sha256 == bundle.manifest_sha256
+    if active and same and signature not in ("", active.signature_sha256):
+        say("it is active already: bringing its signature")
+    elif same:
         say("it is active already: verifying it there")
         try:
             slot = boards.decode(
@@ -143,8 +149,7 @@ async def deploy(
             )
             return Deployed(slot, state, sent, written, time.perf_counter() - start)
         except BoardError as exc:
-            say(f"it is damaged there: {exc}")
-    items, frame = _items(bundle)
+            say(f"installing it anew, for this reason: {exc}")
     count = boards.adding_up(moved, "bundle", sum(item.size for item in items.values()))
     objects = f"{_HOME}/objects"
     sent_now = await boards.send(board, objects, items, count, _SPARE_BYTES, others=True)

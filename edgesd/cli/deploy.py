@@ -44,9 +44,16 @@ def deploy_command(
     """
     from edgesd.build import deploy
     from edgesd.device.hosts import on_each
-    from edgesd.runtime.bundle import open_bundle
+    from edgesd.runtime.bundle import SUFFIX, open_bundle
 
     reporter = Reporter(quiet=as_json)
+    if rollback:
+        for name in arguments:
+            if name.endswith(SUFFIX) or Path(name).exists():
+                raise click.UsageError(
+                    f"--rollback goes back to the bundle that a board had before: {name} is a "
+                    "bundle or a file here, so name boards alone"
+                )
     hosts = arguments if rollback else arguments[1:]
     if not hosts:
         raise click.UsageError("name the board: edgesd deploy BUNDLE USER@BOARD")

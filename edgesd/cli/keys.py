@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgesd.cli.common import OutputPath, Reporter, each_host, hosts_option, say
 from edgesd.errors import InputError
 from edgesd.text import shown
+
+if TYPE_CHECKING:
+    from edgesd.runtime.signature import PublicKey
 
 
 @click.group("keys", short_help="Sign bundles; say whose bundles a machine runs.")
@@ -77,8 +82,13 @@ def check_command(bundle: Path) -> None:
 @click.argument("key")
 @hosts_option
 @click.option("--remove", is_flag=True, help="Trust it no longer.")
-def trust_command(key: str, hosts: tuple[str, ...], remove: bool) -> None:
-    """Run only bundles that KEY signed, or another trusted key. KEY: NAME.pub, or its line."""
+@click.option("--yes", is_flag=True, help="Even where the active bundle doesn't run from then on.")
+def trust_command(key: str, hosts: tuple[str, ...], remove: bool, yes: bool) -> None:
+    """Run only bundles that KEY signed, or another trusted key. KEY: NAME.pub, or its line.
+
+    Where the active bundle wouldn't run any more it is asked first, or refused without a terminal:
+    sign that bundle and deploy it, then trust the key.
+    """
     from edgesd.runtime.signature import parse_public_key, trust, trusted_keys
     from edgesd.textfiles import read_text
 
@@ -91,8 +101,11 @@ def trust_command(key: str, hosts: tuple[str, ...], remove: bool) -> None:
         text = read_text(path)
     found = parse_public_key(text)
     if hosts:
-        each_host(hosts, ["keys", "trust", found.line, *(["--remove"] if remove else [])])
+        options = [*(["--remove"] if remove else []), *(["--yes"] if yes else [])]
+        each_host(hosts, ["keys", "trust", found.line, *options])
         return
+    if not yes and (stopped := _stopped_by(found, remove)):
+        _confirm(stopped)
     file = trust(found, not remove)
     say(f"{found} is {'no longer ' if remove else ''}trusted: {file}")
     if not trusted_keys(file):
@@ -115,6 +128,39 @@ def list_command(hosts: tuple[str, ...]) -> None:
         say(f"none: no bundle runs here. Any bundle runs once {keys_file()} is removed")
     for key in (keys or {}).values():
         say(str(key))
+
+
+def _stopped_by(key: PublicKey, remove: bool) -> str:
+    """Why the active bundle of this machine, which runs now, doesn't any more; "" where it does."""
+    from edgesd.engines.slots import Slots
+    from edgesd.errors import EdgesdError
+    from edgesd.runtime.signature import SYSTEM_KEYS, check_trusted, keys_file, signer, trusted_keys
+
+    if keys_file() == SYSTEM_KEYS:
+        return ""  # which decides alone
+    try:
+        bundle = Slots().active_bundle()
+        if bundle is None:
+            return ""
+        check_trusted(bundle)
+        by = signer(bundle)
+    except EdgesdError:
+        return ""  # it doesn't run as it is
+    trusted = {*(trusted_keys() or {}), key.fingerprint} - ({key.fingerprint} if remove else set())
+    if by is not None and by.fingerprint in trusted:
+        return ""
+    signed = f"signed by {by}" if by else "not signed"
+    return (
+        f"the active bundle {bundle.manifest.name} is {signed}: from then on it doesn't run here. "
+        "Sign it and deploy it first (edgesd keys sign, edgesd deploy)"
+    )
+
+
+def _confirm(stopped: str) -> None:
+    if not sys.stdin.isatty():
+        raise InputError(f"{stopped}, or give --yes")
+    if not click.confirm(shown(f"{stopped}. Trust it now?"), err=True):
+        raise click.Abort
 
 
 def _ask(words: str, confirm: bool = False) -> bytes:

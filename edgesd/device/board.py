@@ -151,7 +151,8 @@ async def edgesd(
     `on_line` isn't told, or when it isn't done in time."""
     listener = None if on_line is None else _without_error(on_line)
     places = ":".join(p if p.startswith("/") else f"$HOME/{p}" for p in EDGESD_PATHS)
-    script = f'PATH="{places}:$PATH" exec edgesd "$@"'
+    # Bundles are sent to ~/edgesd, whatever EDGESD_HOME is there.
+    script = f'PATH="{places}:$PATH" EDGESD_HOME="$HOME/edgesd" exec edgesd "$@"'
     running = board.run(["sh", "-c", script, "edgesd", *arguments], listener, on_output)
     done = await in_time(board, running, f"edgesd {arguments[0]}", limit_seconds)
     if done.status == 127:

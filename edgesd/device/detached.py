@@ -24,12 +24,16 @@ from pathlib import Path
 import msgspec
 
 from edgesd.errors import BoardError, InputError
-from edgesd.files import atomic_write, user_cache
+from edgesd.files import atomic_write, check_file_place, user_cache
 from edgesd.processes import module_command
 from edgesd.spec import Spec
 
 _KEY = re.compile(r"[0-9a-zA-Z_-]{1,64}")
 _POLL_SECONDS = 0.05
+_START_SECONDS = 120.0
+"""A small board needs some of them to start Python."""
+_LINE_CHARACTERS = 1 << 16
+"""A longer line is told in pieces."""
 
 
 class Ended(Spec, frozen=True):
@@ -51,10 +55,15 @@ def follow(key: str, command: Sequence[str], on_line: Callable[[str], None]) -> 
     result = _result(key)
     link = _connect(key)
     if link is None and not result.exists():
+        check_file_place(result)
         started = _start(key, command)
+        end = time.monotonic() + _START_SECONDS
         while (link := _connect(key)) is None and not result.exists():
             if started.poll() is not None and _connect(key) is None and not result.exists():
                 break  # it is gone, and nobody else began the same
+            if time.monotonic() > end:
+                started.terminate()
+                raise BoardError(f"the work doesn't begin within {_START_SECONDS:.0f} s")
             time.sleep(_POLL_SECONDS)
     if link is not None:
         for line in _lines(link):
@@ -72,7 +81,8 @@ def _lines(link: socket.socket) -> Iterator[str]:
     """What comes over `link`, until its other end is gone: closed, or killed before it was read."""
     with link, link.makefile("r", encoding="utf-8", errors="replace") as lines:
         try:
-            yield from lines
+            while line := lines.readline(_LINE_CHARACTERS):
+                yield line
         except ConnectionError:
             return
 
@@ -99,7 +109,19 @@ def _connect(key: str) -> socket.socket | None:
     except OSError:
         link.close()
         return None
+    if (user := _user_of(link)) != os.getuid():
+        link.close()
+        raise BoardError(
+            f"the user with id {user} holds the name under which this work is followed: ask them "
+            "to end that process"
+        )
     return link
+
+
+def _user_of(link: socket.socket) -> int:
+    """Who is at the other end."""
+    credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
 
 
 def _start(key: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -188,8 +210,7 @@ def _serve(server: socket.socket, said: _Lines) -> None:
             link, _ = server.accept()
         except OSError:
             return
-        credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        if struct.unpack("3i", credentials)[1] != os.getuid():
+        if _user_of(link) != os.getuid():
             link.close()
             continue
         threading.Thread(target=_tell, args=(link, said), daemon=True).start()

@@ -35,16 +35,19 @@ _INPUTS = (("VDD_IN",), ("VIN",), ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"))
 _PMIC = "pmic "
 """Before the names of a Raspberry Pi's rails."""
 
-_VALUE = r"-?\d+(?:\.\d+)?"
-_TEGRA_MEMORY = re.compile(r"\bRAM (\d+)/(\d+)MB")
+_VALUE = r"-?[0-9]{1,15}(?:\.[0-9]{1,15})?"
+_CLOCK = re.compile(r"[0-9]{1,9}\Z")
+_TEGRA_MEMORY = re.compile(r"\bRAM ([0-9]{1,12})/([0-9]{1,12})MB")
 _TEGRA_CPU = re.compile(r"\bCPU \[([^\]]*)\]")
-_TEGRA_GPU = re.compile(r"\bGR3D_FREQ(?: (\d+)%)?(?: ?@\[?([\d,]+)\]?)?")
+_TEGRA_GPU = re.compile(r"\bGR3D_FREQ(?: ([0-9]{1,3})%)?(?: ?@\[?([0-9,]{1,99})\]?)?")
 _TEGRA_HEAT = re.compile(rf"\b(\w+)@({_VALUE})C\b")
-_TEGRA_RAIL = re.compile(r"\b([A-Z]\w*) (-?\d+)(?:mW(?:/-?\d+mW)*|/\d+)(?=\s|$)")
+_TEGRA_RAIL = re.compile(r"\b([A-Z]\w*) (-?[0-9]{1,12})(?:mW(?:/-?[0-9]+mW)*|/[0-9]+)(?=\s|$)")
 _NO_SENSOR = -256.0
 """Degrees that tegrastats gives for what is switched off."""
 
-_PMIC_LINE = re.compile(rf"(\w+)_([AV])\s+(?:current|volt)\(\d+\)=({_VALUE})[AV]")
+_PMIC_LINE = re.compile(rf"\s*(\w{{1,64}})_([AV])\s+(?:current|volt)\(\d+\)=({_VALUE})[AV]\s*")
+_LINE_CHARACTERS = 4096
+"""Of a line or a file that is read: more isn't what it should be."""
 
 
 class Sample(Spec, frozen=True):
@@ -112,7 +115,7 @@ def parse_tegrastats(line: str) -> dict[str, Any]:
         )
     if cores := _TEGRA_CPU.search(line):
         clocks = (core.partition("@")[2] for core in cores[1].split(","))
-        found["cpu_mhz"] = tuple(int(clock) if clock.isdigit() else 0 for clock in clocks)
+        found["cpu_mhz"] = tuple(int(clock) if _CLOCK.match(clock) else 0 for clock in clocks)
     if gpu := _TEGRA_GPU.search(line):
         if gpu[1]:
             found["gpu_percent"] = float(gpu[1])
@@ -127,7 +130,7 @@ def parse_tegrastats(line: str) -> dict[str, Any]:
 
 def parse_throttled(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """vcgencmd get_throttled -> what holds the board back, and what has since it started."""
-    match = re.fullmatch(r"throttled=0x([0-9a-fA-F]+)", text.strip())
+    match = re.fullmatch(r"throttled=0x([0-9a-fA-F]{1,8})", text.strip())
     if not match:
         return (), ()
     bits = int(match[1], 16)
@@ -141,8 +144,9 @@ def parse_throttled(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def parse_pmic(text: str) -> dict[str, float]:
     """vcgencmd pmic_read_adc -> watts by rail, of those with both a current and a voltage."""
     read: dict[str, dict[str, float]] = {}
-    for rail, unit, value in _PMIC_LINE.findall(text):
-        read.setdefault(rail, {})[unit] = float(value)
+    for line in text.splitlines():
+        if match := _PMIC_LINE.fullmatch(line[:_LINE_CHARACTERS]):
+            read.setdefault(match[1], {})[match[2]] = float(match[3])
     return {
         _PMIC + rail: both["A"] * both["V"] for rail, both in read.items() if both.keys() >= {*"AV"}
     }
@@ -233,7 +237,7 @@ class Sources:
 
     def _follow(self) -> None:
         assert self._tegrastats and self._tegrastats.stdout
-        for line in self._tegrastats.stdout:
+        while line := self._tegrastats.stdout.readline(_LINE_CHARACTERS):
             self._latest = line
 
 
@@ -311,7 +315,7 @@ def sampled(
 
 def _fields(path: Path) -> dict[str, int]:
     """Lines "Name:   12 kB" -> bytes by name."""
-    matches = re.finditer(r"^(\w+):\s+(\d+) kB$", _text(path), re.MULTILINE)
+    matches = re.finditer(r"^(\w+):\s+([0-9]{1,18}) kB$", _text(path), re.MULTILINE)
     return {match[1]: int(match[2]) << 10 for match in matches}
 
 
@@ -324,7 +328,7 @@ def _text(path: Path) -> str:
 
 def _number(path: Path) -> int | None:
     text = _text(path)
-    return int(text) if re.fullmatch(r"-?\d+", text) else None
+    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else None
 
 
 def _numbered(paths: Iterable[Path]) -> list[Path]:

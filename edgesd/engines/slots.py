@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import signal
@@ -74,7 +75,8 @@ class SelfTest(Spec, frozen=True):
 
 
 class Slot(Spec, frozen=True):
-    """A bundle on a board. problem: why it can't be opened, where it can't."""
+    """A bundle on a board. problem: why it can't be opened, where it can't. signature_sha256: of
+    its bundle.sig; "" for an unsigned one."""
 
     slot: str
     active: bool
@@ -84,6 +86,7 @@ class Slot(Spec, frozen=True):
     manifest_sha256: str = ""
     bytes: int = 0
     problem: str | None = None
+    signature_sha256: str = ""
 
 
 class Installed(Spec, frozen=True):
@@ -149,6 +152,9 @@ class Slots:
             signer = self._check(bundle, progress)
             tested = self._self_test(fresh, progress) if self_test else None
             fsync_tree(fresh)
+            active = self._active()
+            if active and self._sign(active, fresh):
+                return Installed(self._look(active, True), tested, signer)
             into = self._spare()
             self._clear(self._at(into))
             fresh.rename(self._at(into))
@@ -183,6 +189,30 @@ class Slots:
             self._check(open_bundle(self._at(active)), progress)
         return self._look(active, True)
 
+    def active_bundle(self) -> Bundle | None:
+        """The bundle that is active, or None. Raises BundleError for one that can't be opened."""
+        active = self._active()
+        return None if active is None else open_bundle(self._at(active))
+
+    def _sign(self, active: str, fresh: Path) -> bool:
+        """Where `fresh` is the active bundle but for its signature: put that there, and no more.
+
+        The bundle to go back to stays what it was.
+        """
+        path, signature = self._at(active), fresh / SIGNATURE
+        if not signature.exists():
+            return False
+        files = [file.relative_to(fresh) for file in fresh.rglob("*") if file.is_file()]
+        for file in files:
+            there = path / file
+            if file.name != SIGNATURE and not (there.exists() and there.samefile(fresh / file)):
+                return False
+        signature.replace(path / SIGNATURE)
+        fsync_dir(path)
+        self._clear(fresh)
+        self._sweep()
+        return True
+
     def _at(self, slot: str) -> Path:
         return self._slots / slot
 
@@ -210,6 +240,7 @@ class Slots:
             manifest.target,
             bundle.manifest_sha256,
             bundle.disk_bytes(),
+            signature_sha256=_signature_sha256(bundle),
         )
 
     @contextlib.contextmanager
@@ -302,8 +333,8 @@ class Slots:
             if exc.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
             raise InputError(
-                f"{self.root} lies on a disk without symbolic links: set EDGESD_HOME to a folder "
-                "on another (ext4 has them)"
+                f"{self.root} lies on a disk without symbolic links: bundles are deployed to a "
+                "home folder on a disk that has them (ext4)"
             ) from exc
         new.replace(self.current)
         fsync_dir(self.root)
@@ -322,6 +353,12 @@ class Slots:
         for path in self._objects.iterdir():
             if path.stat().st_nlink == 1:
                 path.unlink()
+
+
+def _signature_sha256(bundle: Bundle) -> str:
+    if not bundle.signed:
+        return ""
+    return hashlib.sha256(b"".join(bundle.chunks(SIGNATURE))).hexdigest()
 
 
 def _locked(lock: IO[str]) -> bool:

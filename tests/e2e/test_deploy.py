@@ -142,7 +142,7 @@ def test_damage_on_the_board_is_mended(server: Server, pi: Pi, miniature: Bundle
     weights.write_bytes(data)
     outcome = deploy(server, miniature)
     assert outcome.code == 0, outcome.err
-    assert "damaged there" in outcome.err
+    assert "installing it anew, for this reason" in outcome.err
     assert active(pi) == miniature.manifest_sha256
 
 
@@ -151,7 +151,12 @@ def test_signed_bundles_alone(
 ) -> None:
     assert deploy(server, miniature).code == 0
     new_key(tmp_path / "release")
-    assert run_cli("keys", "trust", tmp_path / "release.pub", "--host", host(server)).code == 0
+    trust = ("keys", "trust", tmp_path / "release.pub", "--host", host(server))
+    outcome = run_cli(*trust)
+    assert outcome.code == 8
+    assert "the active bundle miniature is not signed" in outcome.err and "--yes" in outcome.err
+    assert "none" in run_cli("keys", "list", "--host", host(server)).out
+    assert run_cli(*trust, "--yes").code == 0
     assert "release" in run_cli("keys", "list", "--host", host(server)).out
     outcome = deploy(server, other)
     assert outcome.code == 8
@@ -160,6 +165,42 @@ def test_signed_bundles_alone(
     assert run_cli("keys", "sign", other.path, "--key", tmp_path / "release.key").code == 0
     outcome = deploy(server, open_bundle(other.path))
     assert outcome.code == 0 and "(release)" in outcome.err, outcome.err
+
+
+def test_a_signature_is_delivered_to_the_bundle_that_is_active(
+    server: Server, pi: Pi, miniature: Bundle, other: Bundle, tmp_path: Path
+) -> None:
+    """And the bundle to go back to stays; then the key may be trusted."""
+    assert deploy(server, miniature).code == 0
+    assert deploy(server, other).code == 0
+    new_key(tmp_path / "release")
+    assert run_cli("keys", "sign", other.path, "--key", tmp_path / "release.key").code == 0
+    outcome = deploy(server, open_bundle(other.path), "--no-self-test")
+    assert outcome.code == 0 and "bringing its signature" in outcome.err, outcome.err
+    slots = pi.slots.show()
+    assert [slot.manifest_sha256 for slot in slots] == [
+        other.manifest_sha256,
+        miniature.manifest_sha256,
+    ]
+    assert slots[0].signature_sha256 and not slots[1].signature_sha256
+    trust = ("keys", "trust", tmp_path / "release.pub", "--host", host(server))
+    assert run_cli(*trust).code == 0
+    outcome = deploy(server, open_bundle(other.path))
+    assert outcome.code == 0 and "is active already" in outcome.err, outcome.err
+
+
+def test_a_home_of_edgesd_that_the_board_sets_does_not_mislead_deploy(
+    server: Server, pi: Pi, miniature: Bundle
+) -> None:
+    server.before = "export EDGESD_HOME=/nonexistent; "
+    assert deploy(server, miniature, "--no-self-test").code == 0
+    assert active(pi) == miniature.manifest_sha256
+
+
+def test_a_rollback_names_boards_alone(server: Server, pi: Pi, miniature: Bundle) -> None:
+    outcome = run_cli("deploy", "--rollback", miniature.path, host(server))
+    assert outcome.code == 2
+    assert_refused(outcome, "name boards alone")
 
 
 def test_several_boards_at_once(server: Server, pi: Pi, miniature: Bundle) -> None:
