@@ -144,7 +144,7 @@ def pretend(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Build
     path = folder / "python"
     path.write_text(f"#!{sys.executable}\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(tensorrt.sys, "executable", str(path))
+    monkeypatch.setattr(sys, "executable", str(path))
     return BuildSpec("unet", "math")  # a module that is there
 
 
