@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgesd.engines import tensorrt
 from edgesd.engines.tensorrt import (
     BuildSpec,
     PlanReport,
