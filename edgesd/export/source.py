@@ -493,10 +493,14 @@ def _download(repo_id: str) -> Path:
 def _reachable(url: str, seconds: float = 4.0) -> bool:
     """Whether the server of `url`, or the proxy that leads to it, takes connections."""
     parts = urllib.parse.urlsplit(url)
-    proxy = urllib.request.getproxies().get(parts.scheme)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
     if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
         parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:  # of a proxy that nobody can use
+        return False
     found = threading.Event()
 
     def connect() -> None:
