@@ -95,8 +95,9 @@ from edgesd.spec import METHODS, Precision
 @click.option(
     "--size",
     type=Size(),
-    help="Fix the picture's size in pixels (static graphs). Without it the bundle draws any size, "
-    "and any number of pictures at a time.",
+    help="Fix the picture's size in pixels (static graphs), to any that diffusers draws. Without "
+    "it the bundle draws any multiple of all the UNet's levels (mostly 64 pixels), and any number "
+    "of pictures at a time.",
 )
 @click.option(
     "--batch",

@@ -204,6 +204,31 @@ def test_lcm_like_has_guidance_as_an_input(tmp_path: Path) -> None:
     assert export_one(unet, tmp_path, "ort-mha")["MultiHeadAttention"] == 2
 
 
+@pytest.mark.parametrize("size", [None, (26, 18)], ids=["any size", "one size"])
+def test_sizes_that_no_level_divides_are_drawn_as_diffusers_does(
+    size: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    """The parity of each export is checked at such sizes: 9 x 13 latents, of two levels."""
+    vae = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(16, 16),
+        decoder_block_out_channels=(16, 16),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    model = variant(
+        tmp_path / "model",
+        {"sample_size": [9, 13], "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+        | {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")},
+        vae,
+        diffusers.DDIMScheduler(),
+    )
+    plan = plan_pipeline(resolve_source(model), size)
+    shape = plan.pipeline.shape
+    assert (shape.width, shape.height, shape.multiple_of) == (26, 18, 2)
+    unet = next(c for c in plan.components if c.name == "unet")
+    assert export_one(unet, tmp_path, "ort-mha")["Resize"] == 1
+
+
 def test_standard_operators_only(tmp_path: Path) -> None:
     source = resolve_source(EMOJI)
     text_encoder = source.family.plan(source, None).components[0]

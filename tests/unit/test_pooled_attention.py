@@ -238,3 +238,10 @@ def test_quantized_layers_are_found_behind_the_means(
     else:
         lower_quantized(model, layers, set(), None, "onnxruntime")
     assert off(answer(model, tmp_path, given, own_kernels if own else None), wanted) < 0.03
+
+
+def test_tokens_that_cannot_be_paired_are_left_alone() -> None:
+    """9 x 13 latents: a picture of 72 x 104 pixels, whose upsampling follows its skips."""
+    model = graph((9, 13))
+    rewrite = PooledAttention()
+    assert not rewrite(model) and rewrite.pooled == ()
