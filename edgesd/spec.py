@@ -329,15 +329,15 @@ class LayerRecipe(Spec, frozen=True, omit_defaults=True):
     """
 
     name: Label
-    component: Word
-    kind: Word
+    component: Label
+    kind: Label
     shape: Annotated[tuple[Size, ...], Meta(max_length=_MOST_DIMS)]
-    scheme: Word
-    method: Word
+    scheme: Label
+    method: Label
     rank: Count
     bytes: Bytes
-    error: Number
-    raised_from: Word | None = None
+    error: float
+    raised_from: Label | None = None
     reason: Text | None = None
 
 
@@ -361,7 +361,7 @@ class QuantRecipe(Spec, frozen=True):
     (export/passes/pooled_attention.py).
     """
 
-    name: Word
+    name: Label
     simulated: bool
     layers: tuple[LayerRecipe, ...]
     calibration: CalibrationSpec | None = None
