@@ -23,6 +23,7 @@ from unittest import mock
 
 from benchmarks.common import environment, paired_ratio, parser, run, spread, table, write_json
 from edgesd.cores import SPIN_MICROSECONDS, library_settings
+from edgesd.processes import module_command
 from edgesd.runtime.bundle import open_bundle
 
 OURS, THEIRS = "edgesd's", "the library's"
@@ -99,7 +100,7 @@ class Stepper:
         if setting == OURS:
             variables |= library_settings(variables)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.beside_others", "--child", what, str(path), setting],
+            module_command("benchmarks.beside_others", "--child", what, str(path), setting),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -12,7 +12,6 @@ import contextlib
 import os
 import pwd
 import re
-import shutil
 import subprocess
 import tempfile
 import time
@@ -26,6 +25,7 @@ from edgesd.device.answer import Answer, Mark, Output
 from edgesd.device.board import Address, Finished, OnLine, excerpt
 from edgesd.device.ssh_reasons import why_refused
 from edgesd.errors import BoardError, LinkError, MissingDependencyError
+from edgesd.processes import find_program
 
 _CONNECT_SECONDS = 15
 """For the connection, where the user's ConnectTimeout says no other."""
@@ -68,7 +68,7 @@ async def connect(address: Address) -> AsyncIterator[SshBoard]:
     the board can't be reached, its host key isn't the known one, or it takes none of the user's
     keys; LinkError where trying again may help.
     """
-    program = shutil.which("ssh")
+    program = find_program("ssh")
     if program is None:
         raise MissingDependencyError(
             "boards are reached by OpenSSH's ssh, which isn't installed here (Debian: apt-get "
