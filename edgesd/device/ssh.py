@@ -33,7 +33,9 @@ _LOGIN_SECONDS = 45
 """For the login behind it: proxies, key exchange, agents that ask their user."""
 _BEGIN_SECONDS = 60
 """From a session's start until the board begins to run its command."""
-_CLOSE_SECONDS = 5
+_CLOSE_SECONDS = 5.0
+_SIGNALS = 20
+"""To end an ssh, in that time."""
 _ALIVE_SECONDS, _ALIVE_COUNT = 10, 3
 """A silent board is asked this often; after so many questions in vain the link is lost."""
 _POLL_SECONDS = 0.02
@@ -128,12 +130,15 @@ class _Master:
 
 
 async def _end(process: Process) -> None:
-    """End a process of ours, which removes what it made."""
-    for end in (process.terminate, process.kill):
+    """End a process of ours, which removes what it made.
+
+    ssh may miss a signal that comes just before it waits for the network: it is sent again.
+    """
+    for end in (*[process.terminate] * _SIGNALS, process.kill):
         with contextlib.suppress(ProcessLookupError):
             end()
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(process.wait(), _CLOSE_SECONDS)
+            await asyncio.wait_for(process.wait(), _CLOSE_SECONDS / _SIGNALS)
             return
 
 
