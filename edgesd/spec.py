@@ -375,7 +375,7 @@ class PictureQuality(Spec, frozen=True, omit_defaults=True):
     source, ours: the two pictures as files of the bundle, where they were kept.
     """
 
-    prompt: Text
+    prompt: Annotated[str, Meta(max_length=64_000)]
     seed: Annotated[int, Meta(ge=0)]
     psnr: Number | None
     ssim: Number
