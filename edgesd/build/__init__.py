@@ -156,7 +156,7 @@ def build(
     from edgesd.export.source import resolve_source
 
     target = get_target(target_name)
-    backend = backend or target.backends[0]
+    backend = target.backends[0] if backend is None else backend
     check_request(target, precision, backend)
     one_file = out.suffix == SUFFIX
     check_new(out)

@@ -144,7 +144,7 @@ def make_plan(model: str, target_name: str, wish: Wish, backend: str | None = No
     number_format(wish.precision)
     require_build_tools()
     target = get_target(target_name)
-    backend = backend or target.backends[0]
+    backend = target.backends[0] if backend is None else backend
     check_request(target, wish.precision, backend)
     source = resolve_source(str(demo_model()) if model == DEMO else model)
     return plan_source(source, model, target, backend, wish)

@@ -48,7 +48,7 @@ def calibrate_command(
 
     if target is not None:
         target = get_target(target).name
-    machine = None if host else detect_machine()
+    machine = detect_machine() if host is None else None
     name = target or (machine.target if machine else None)
     path = output or (rates_path(name) if name else None)
     if machine and path is None and not as_json:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, TextIO, TypeVar
 import click
 import msgspec
 
-from edgesd.errors import BoardError, EdgesdError, InputError
+from edgesd.errors import BoardError, EdgesdError, InputError, missing_package
 from edgesd.text import shown, shown_json, shown_lines
 
 if TYPE_CHECKING:
@@ -147,7 +147,8 @@ def memory_options(function: Callable[..., Any]) -> Callable[..., Any]:
     limit = click.option(
         "--max-memory",
         type=Bytes(),
-        help="Take the fastest --memory that fits into this: 400MB, 1.5GB.",
+        help="Take the fastest --memory that fits into this at the size and batch asked for: 400MB, "
+        "1.5GB. Mapped weights count, as in the peak that is printed; what doesn't fit is refused.",
     )
     return mode(limit(checked))
 
@@ -476,6 +477,8 @@ def fail(error: BaseException, debug: bool) -> int:
         import traceback
 
         say_lines("".join(traceback.format_exception(error)).rstrip(), err=True)
+    if isinstance(error, ModuleNotFoundError):
+        error = missing_package(error) or error
     if isinstance(error, EdgesdError):
         message, code = str(error), error.exit_code
     elif isinstance(error, MemoryError):

@@ -66,6 +66,9 @@ def plan_command(
     Size on disk, peak memory of each network and each --memory mode, memory of the build, and time
     of a picture, where the board was calibrated. MODEL as in `edgesd build`.
     """
+    from edgesd.export.pipeline import require_build_tools
+
+    require_build_tools()
     from edgesd.build.planner import Wish, make_plan
     from edgesd.device.targets import get_target
     from edgesd.runtime.rates import find_rates

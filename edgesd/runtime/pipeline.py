@@ -589,6 +589,17 @@ class Pipeline(Closing):
         with self._turn():
             self._fit(request, count, previews)
 
+    def estimate(self, request: Request, count: int, previews: bool = False) -> int:
+        """Bytes of the process at most, mapped files included, while `count` pictures like the
+        completed `request` are drawn at a time in the mode that is set."""
+        drawing = self._drawn(request, count, self.memory, previews)
+        return self._need(self.memory, drawing, self._window).resident
+
+    @property
+    def process_bytes(self) -> int:
+        """What the process takes without any component, backends included."""
+        return self._process
+
     def _fit(self, request: Request, count: int, previews: bool) -> None:
         found = self._fitting(request, count, previews)
         if found is None:

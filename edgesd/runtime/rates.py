@@ -198,7 +198,7 @@ class Speed:
 
     def seconds(self, kind: str, form: str, size: Sequence[int]) -> float:
         """Of one operation. Raises InputError where its kind was never measured."""
-        rates = self._known.get((kind, form))
+        rates = [r for r in self._known.get((kind, form), []) if len(r.size) == len(size)]
         if not rates:
             raise InputError(
                 f"the rates have no {kind} in {form or 'fp32'}: measure them again, with edgesd "

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch")
 
 from edgesd.build import DEMO, QuantOptions, build, demo_model
-from edgesd.build.planner import BuildPlan, Wish, make_plan
+from edgesd.build.planner import PROGRAM_BYTES, BuildPlan, Wish, make_plan
 from edgesd.export.pipeline import plan_pipeline
 from edgesd.export.quantize.assign import planned
 from edgesd.export.source import resolve_source
@@ -227,3 +227,43 @@ def test_a_full_autoencoder_is_planned_in_halves_where_it_is_streamed(tmp_path: 
     # The whole grows with the picture; of the tiles only the picture and its features do.
     small, large = (plan.components["vae_decoder"].memory for plan in plans.values())
     assert large["balanced"] - small["balanced"] > 4 * (large["stream"] - small["stream"])
+
+
+def test_plan_says_what_the_bundle_itself_says(bundle: Bundle) -> None:
+    """One model of cost: the figures that a bundle carries are those that were planned."""
+    from edgesd.runtime.pipeline import Pipeline, Request, Settings
+
+    own = kernels.usable([SCHEME])
+    target = "x86-64-cpu"
+    rates = board("avx512_vnni" if own else None)
+    for size in (128, 512):
+        plan = make_plan(DEMO, target, Wish(SCHEME, (size, size), rates=rates, method="rtn"))
+        for mode, planned_bytes in plan.memory.items():
+            with Pipeline(bundle, Settings(memory=mode)) as pipeline:  # type: ignore[arg-type]
+                request = pipeline.complete(Request("a cat", 1, height=size, width=size))
+                told = pipeline.estimate(request, 1) - pipeline.process_bytes
+            assert planned_bytes - (50 << 20) - PROGRAM_BYTES == pytest.approx(
+                told, rel=0.06, abs=3 << 20
+            ), mode
+
+
+def test_what_was_planned_is_what_is_taken(bundle: Bundle, tmp_path: Path) -> None:
+    """In a process of its own; PNG and all."""
+    import subprocess
+    import sys
+
+    for size, options in ((512, ("--memory", "stream")), (512, ("--memory", "fast"))):
+        command = (
+            *(sys.executable, "-m", "edgesd", "generate", str(bundle.path), "-p", "a cat"),
+            *("--size", str(size), "--steps", "1", "--any-machine", "--json"),
+            *("-o", str(tmp_path / f"{options[1]}.png"), *options),
+        )
+        told = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+        taken = json.loads(told.stdout)["peak_memory_bytes"]
+        rates = board("avx512_vnni" if kernels.usable([SCHEME]) else None)
+        wish = Wish(
+            SCHEME, (size, size), rates=msgspec.structs.replace(rates, process_bytes=66 << 20)
+        )
+        assert make_plan(DEMO, "x86-64-cpu", wish).memory[options[1]] == pytest.approx(
+            taken, rel=0.15
+        )

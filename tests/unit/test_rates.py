@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -167,3 +168,36 @@ def test_a_boards_rates_are_kept_under_its_target(
     assert done.code == 0, done.err
     assert asked[0] == ("calibrate", "--json", "--threads", "3")
     assert find_rates("raspberry-pi-5") is not None and "raspberry-pi-5" in done.out
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        {"size": [0, 1, 1]},
+        {"size": []},
+        {"size": [-1, 1, 1]},
+        {"size": [10**400, 1, 1]},
+        {"seconds": 0},
+        {"seconds": -1.0},
+        {"seconds": 5e-324},
+    ],
+)
+def test_rates_that_can_not_be_are_refused(rate: dict[str, object], tmp_path: Path) -> None:
+    told = {
+        "machine": "a board",
+        "onnxruntime": "1",
+        "instruction_set": None,
+        "threads": 0,
+        "process_bytes": 1,
+        "rates": [{"kind": "conv", "form": "fp32", "size": [1, 1, 1], "seconds": 1e-6, **rate}],
+    }
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(told))
+    with pytest.raises(InputError, match="isn't a file of edgesd calibrate"):
+        read_rates(path)
+
+
+def test_rates_of_other_dimensions_are_as_good_as_none() -> None:
+    rates = Rates("a board", "1", None, 0, 1, (Rate("conv", "fp32", (5, 5), 1e-6),))
+    with pytest.raises(InputError, match="no conv in fp32"):
+        Speed(rates).seconds("conv", "fp32", (1, 2, 3))
