@@ -147,8 +147,9 @@ def memory_options(function: Callable[..., Any]) -> Callable[..., Any]:
     limit = click.option(
         "--max-memory",
         type=Bytes(),
-        help="Take the fastest --memory that fits into this at the size and batch asked for: 400MB, "
-        "1.5GB. Mapped weights count, as in the peak that is printed; what doesn't fit is refused.",
+        help="Take the fastest --memory that fits into this (400MB, 1.5GB) at the size and batch "
+        "asked for. Mapped weights count, as in the peak that is printed; what doesn't fit is "
+        "refused.",
     )
     return mode(limit(checked))
 

@@ -106,7 +106,8 @@ def measure(
     process = 0
     with tempfile.TemporaryDirectory(prefix="edgesd-") as name:
         folder = Path(name)
-        _write_weights(folder / WEIGHTS, max(probe.weight_bytes for probe in probes))
+        most = max((probe.weight_bytes for probe in probes), default=0)
+        _write_weights(folder / WEIGHTS, most)
         for number, probe in enumerate(probes):
             if progress:
                 progress(probe.name, number, len(probes))
