@@ -82,14 +82,16 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
+        wanted = Path(*(part for part in path.parts if not _PART.fullmatch(part)))
         if exc.errno in _FULL:
             raise ResourceError(
-                f"no space left to write {path}: free some space, or choose another folder with -o"
+                f"no space left to write {wanted}: free some space, or choose another folder "
+                "with -o"
             ) from exc
         named = isinstance(exc.filename, str | bytes)
         ours = not named or _lies_in(os.fsdecode(exc.filename), path.parent)
         if ours and (exc.errno in _REFUSED or (named and exc.errno == errno.EINVAL)):
-            raise InputError(f"cannot write {path}: {exc.strerror}; choose another -o") from exc
+            raise InputError(f"cannot write {wanted}: {exc.strerror}; choose another -o") from exc
         raise
 
 

@@ -244,6 +244,17 @@ def test_a_folder_that_was_taken_meanwhile_leaves_what_was_made(tmp_path: Path) 
     assert [path.name for path in out.iterdir()] == ["theirs"]
 
 
+def test_errors_name_the_place_that_was_wanted(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ResourceError) as caught,
+        atomic_dir(tmp_path / "out") as root,
+        atomic_write(root / "a"),
+    ):
+        raise OSError(errno.ENOSPC, "full")
+    assert f"no space left to write {tmp_path / 'out/a'}: free" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_can_fail_is_tried_first(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a folder"):
         check_file_place(tmp_path)
