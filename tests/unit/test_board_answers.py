@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgesd.build import bench_hosts, deploy, on_board
 from edgesd.device import board as boards
-from edgesd.device import hosts
+from edgesd.device import detached, hosts
 from edgesd.device.answer import Answer, Mark, Output
 from edgesd.device.board import Address, Finished, Item
 from edgesd.errors import BoardError, EdgesdError
@@ -195,3 +198,24 @@ def test_long_lines_are_told_in_pieces() -> None:
         output(b"x" * 10_000)
     assert output.text() == "x" * 10
     assert max(map(len, lines)) <= 1 << 16 and sum(map(len, lines)) == 400_000
+
+
+def test_another_user_s_lines_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever binds the name of the socket first isn't taken for the work."""
+    name = detached._name("k")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as theirs:
+        theirs.bind(name)
+        theirs.listen()
+        monkeypatch.setattr(detached, "_user_of", lambda link: os.getuid() + 1)
+        with pytest.raises(BoardError, match="holds the name under which this work is followed"):
+            detached.follow("k", ["true"], lambda line: pytest.fail(line))
+
+
+def test_a_result_that_cannot_be_kept_is_told_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(detached, "user_cache", lambda: tmp_path / "file")
+    monkeypatch.setattr(detached, "_start", lambda *_: pytest.fail("the work was begun"))
+    with pytest.raises(EdgesdError, match=r"cannot write|can't"):
+        detached.follow("k", ["true"], lambda line: None)

@@ -264,3 +264,13 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(lines) == 2 and json.loads(lines[0])["memory_bytes"] > 0
     assert run_cli("watch", "--interval", "0").code == 2
     assert_refused(run_cli("watch", "--pid", 2**22 + 1), "there is no process")
+
+
+def test_what_is_no_figure_is_left_out_quickly() -> None:
+    """Digits that int() doesn't take, and lines without end."""
+    found = parse_tegrastats("RAM 1/2MB CPU [10%@1\u00b210,20%@729] GR3D_FREQ 5%")
+    assert found["cpu_mhz"] == (0, 729)
+    start = time.monotonic()
+    assert parse_pmic("x" * 200_000) == {}
+    assert parse_throttled("throttled=0x" + "f" * 5000) == ((), ())
+    assert time.monotonic() - start < 5
