@@ -176,7 +176,7 @@ def source(kind: str, path: Path) -> list[Pair]:
 
 def test_the_emoji_domain_is_what_the_embedded_model_knows() -> None:
     pairs = list(from_emoji(DOMAIN, 0))
-    domain = json.loads(DOMAIN.read_text())
+    domain = json.loads(DOMAIN.read_text(encoding="utf-8"))
     coloured = {f"{c} {o}" for c in domain["colours"] for o in domain["coloured"]}
     assert {p.prompt for p in pairs} == set(domain["names"]) | coloured
     made = make_pairs("emoji", pairs)

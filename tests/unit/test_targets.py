@@ -391,7 +391,7 @@ def test_control_group_limits_memory(tree, group, file, text, expected_gb):
     root = tree("raspberry-pi-5-8gb")
     (root / "proc/self/cgroup").write_text(group)
     (root / file).parent.mkdir(parents=True, exist_ok=True)
-    (root / file).write_text(text)
+    (root / file).write_text(text, encoding="utf-8")
     found = detect_machine(root)
     if expected_gb:
         assert found.memory_bytes == expected_gb * GB

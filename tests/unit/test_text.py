@@ -115,7 +115,7 @@ def test_nothing_prints_but_by_the_functions_that_make_text_safe() -> None:
     }
     found = []
     for path in sorted((ROOT / "edgesd").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and (name := ast.unparse(node.func)) in printing:
                 found.append((path.relative_to(ROOT).as_posix(), name, ast.unparse(node.args[0])))
     assert sorted(found) == [
