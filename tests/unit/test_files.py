@@ -33,6 +33,7 @@ from edgesd.files import (
     user_home,
     write_free,
 )
+from tests.marks import utf8_names
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077])
@@ -79,6 +80,7 @@ def test_a_private_file_is_its_owners_alone(tmp_path: Path) -> None:
     assert mode(tmp_path / "other") == 0o600
 
 
+@utf8_names
 def test_names_may_be_as_long_as_the_disk_allows(tmp_path: Path) -> None:
     path = tmp_path / ("é" * 125 + ".html")  # 255 bytes
     write(path)

@@ -11,6 +11,7 @@ import pytest
 from edgesd.cli import common
 from edgesd.processes import module_command
 from edgesd.runtime.bundle import Bundle
+from tests.marks import utf8_names
 from tests.support import assert_refused, run_cli
 
 EDGESD = shlex.join(module_command("edgesd"))
@@ -60,6 +61,7 @@ def test_a_reader_that_leaves_is_no_fault() -> None:
     assert done.stderr == ""
 
 
+@utf8_names
 def test_characters_that_an_encoding_lacks_are_escapes(miniature: Bundle) -> None:
     done = shell(f"PYTHONIOENCODING=ascii {EDGESD} inspect $'no\\xc3\\xa4me' 2>&1")
     assert done.returncode == 4 and "no\\xe4me" in done.stdout

@@ -22,6 +22,7 @@ from edgesd.engines.bundle import update_manifest
 from edgesd.errors import InputError
 from edgesd.runtime.bundle import Bundle
 from edgesd.text import first_sentence, shown, shown_json, shown_lines
+from tests.marks import utf8_names
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIPBOARD = "\x1b]52;c;cm0gLXJmIH4=\x07"
@@ -54,6 +55,7 @@ def test_what_people_write_is_shown_as_it_is(text: str) -> None:
     assert shown(text) == text
 
 
+@utf8_names
 def test_a_byte_of_a_file_name_that_is_no_text_is_shown_as_a_byte() -> None:
     assert shown(Path(os.fsdecode(b"caf\xe9.png"))) == "caf\\xe9.png"
 
@@ -209,6 +211,7 @@ def test_a_hostile_bundle_is_inspected_safely_on_a_terminal(
     assert is_safe(output.decode().replace("\r\n", ""))
 
 
+@utf8_names
 def test_an_error_about_a_hostile_name_is_safe_on_a_terminal(tmp_path: Path) -> None:
     status, output = on_a_terminal("inspect", str(tmp_path / f"x{CLIPBOARD}\u202e"))
     assert status != 0 and b"\\x1b]52" in output and b"\\u202e" in output
