@@ -253,7 +253,7 @@ class TestBuild:
         (tmp_path / "user/.ssh/known_hosts").unlink()
         outcome = self.build(server, tmp_path / "demo")
         assert outcome.code == 8
-        assert_refused(outcome, "known_hosts")
+        assert_refused(outcome, "its host key isn't known here")
 
     def test_a_target_without_plans(self, tmp_path: Path) -> None:
         outcome = run_cli("build", "demo", "--target", "raspberry-pi-5", "--on", "pi@board")

@@ -156,7 +156,7 @@ def test_the_command(base: Path, pairs: PairSet, tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF, not")
     broken = run_cli(*common, "--base", tmp_path / "bad.gguf")
     assert broken.code == 3
-    assert_refused(broken, "bad.gguf can't be read as a language model")
+    assert_refused(broken, "bad.gguf can't be read as a GGUF file")
 
 
 # GGUF files
