@@ -1,13 +1,24 @@
-"""python -m edgesd: the `edgesd` command."""
+"""The `edgesd` command, and `python -m edgesd`."""
 
 import os
 import sys
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command line. Ctrl-C is one line from the first import on."""
+    try:
+        from edgesd.cli import main as run
+
+        run()
+    except KeyboardInterrupt:  # before or behind what `run` itself turns into a line
+        os.write(2, b"edgesd: interrupted\n")
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     here, root = os.getcwd(), os.path.dirname(os.path.dirname(__file__))  # noqa: PTH109, PTH120
     # Python puts the current folder first: unless it is edgesd's own, nothing is imported from it.
     if sys.path[:1] == [here] and here != root:
         del sys.path[0]
-    from edgesd.cli import main
-
     main()

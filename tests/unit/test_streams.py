@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,18 @@ def test_odd_arguments_are_refused_in_one_line_of_bounded_length(argument: str) 
 def test_standard_streams_stay_as_they_are_where_none_is_closed() -> None:
     common.open_streams()
     assert not common.closed_streams
+
+
+def test_an_interrupt_while_edgesd_is_imported_is_one_line() -> None:
+    code = """if True:
+        import sys
+        from edgesd.__main__ import main
+        class Interrupting:
+            def find_spec(self, name, path=None, target=None):
+                if name == "edgesd.cli":
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupting())
+        main()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "edgesd: interrupted\n")
