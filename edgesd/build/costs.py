@@ -114,7 +114,7 @@ def memory(
     what stays are packed copies, and of what it unpacks (Cast, DequantizeLinear) the results.
     """
     workload = workloads[0]
-    mapped = kept = unpacked = loading = largest = 0
+    mapped = kept = unpacked = twice = loading = largest = 0
     rest = on_disk
     for op in workload.operations:
         if op.layer is None or op.form == PART:
@@ -137,15 +137,17 @@ def memory(
             kept += count
         else:
             kept += 4 * count
-            unpacked += 4 * count if op.layer in choices else 0  # 16 bits, or codes
+            # 16 bits or codes are unpacked, and a convolution's weights laid out in blocks.
+            unpacked += 4 * count if op.layer in choices or op.kind == "conv" else 0
+            twice += stored if op.layer not in choices and op.kind == "conv" else 0
     kept += max(0, rest)
     passing = min(mapped, int(_PASSING * largest))
     return Memory(
         weights=kept + mapped,
         loading=loading,
-        streamed=kept + passing,
+        streamed=kept + twice + passing,
         # ONNX Runtime's operators take from the file what they need not unpack.
-        in_file=kept - unpacked + passing,
+        in_file=kept - unpacked + twice + passing,
         # Inputs and outputs are bound to arrays, and what comes out is copied.
         activations=arena_bytes(workloads) + 2 * max(map(_outside, workloads)) + behind,
         workspace=max(_workspace(op) for each in workloads for op in each.operations),
