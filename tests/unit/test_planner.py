@@ -19,6 +19,8 @@ from edgesd.errors import TargetError
 from edgesd.export.source import ModelSource
 from tests.support import assert_refused, run_cli
 
+pytestmark = pytest.mark.integration
+
 MB = 1 << 20
 
 

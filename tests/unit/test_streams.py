@@ -15,6 +15,8 @@ from edgesd.runtime.bundle import Bundle
 from tests.marks import utf8_names
 from tests.support import assert_refused, run_cli
 
+pytestmark = pytest.mark.integration
+
 EDGESD = shlex.join(module_command("edgesd"))
 CLOSED = ("<&-", ">&-", "2>&-", "<&- >&-", "<&- 2>&-", ">&- 2>&-", "<&- >&- 2>&-")
 
