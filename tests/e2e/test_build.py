@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -44,12 +45,14 @@ def test_demo_draws_eight_pictures_on_a_sheet(demo: Path) -> None:
         assert np.asarray(Image.open(path)).std() > 20  # not one flat colour
 
 
-def test_demo_uses_its_bundle_again(demo: Path) -> None:
-    before = (bundle_of(demo) / "bundle.json").stat().st_mtime_ns
-    outcome = run_cli("demo", "-o", demo)
+def test_demo_uses_its_bundle_again(demo: Path, tmp_path: Path) -> None:
+    again = Path(shutil.copytree(demo, tmp_path / "out"))
+    before = (bundle_of(again) / "bundle.json").stat().st_mtime_ns
+    outcome = run_cli("demo", "-o", again)
     assert outcome.code == 0
     assert "using the bundle" in outcome.err
-    assert (bundle_of(demo) / "bundle.json").stat().st_mtime_ns == before
+    assert (bundle_of(again) / "bundle.json").stat().st_mtime_ns == before
+    assert len(list((again / "pictures").iterdir())) == 16  # those of before stay
 
 
 def test_the_bundle_says_what_it_is(demo: Path) -> None:
