@@ -492,23 +492,28 @@ def _download(repo_id: str) -> Path:
 
 def _reachable(url: str, seconds: float = 4.0) -> bool:
     """Whether the server of `url`, or the proxy that leads to it, takes connections."""
-    parts = urllib.parse.urlsplit(url)
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
-        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError:  # of a proxy that nobody can use
+        parts = urllib.parse.urlsplit(url)
+        proxies = urllib.request.getproxies()
+        proxy = proxies.get(parts.scheme) or proxies.get("all")
+        if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
+            parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:  # an address that nobody can use
         return False
-    found = threading.Event()
+    if not host:
+        return False
+    found, done = threading.Event(), threading.Event()
 
     def connect() -> None:
-        with contextlib.suppress(OSError), socket.create_connection((parts.hostname, port)):
+        # UnicodeError: for what can't be a host's name.
+        with (
+            contextlib.suppress(OSError, UnicodeError),
+            socket.create_connection((host, port)),
+        ):
             found.set()
         done.set()
 
-    done = threading.Event()
     # In a thread, as looking up a name has no time limit.
     threading.Thread(target=connect, daemon=True).start()
     done.wait(seconds)

@@ -409,6 +409,20 @@ class TestDownload:
         assert not reachable("https://huggingface.co", seconds=0.05)
         given_up.set()
 
+    @pytest.mark.parametrize(
+        "proxy",
+        ["http://[::1", "http://127.0.0.1:99999", "http://a..b:80", "http://:80", "http://"],
+    )
+    def test_a_proxy_that_is_no_address_is_one_that_is_not_reached(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+        proxy: str,
+    ) -> None:
+        monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": proxy})
+        assert not reachable("https://huggingface.co", seconds=60)
+        assert capfd.readouterr() == ("", "")
+
     def test_only_what_is_needed_is_fetched(
         self, hub: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
