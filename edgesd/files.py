@@ -526,15 +526,16 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     """
     if _is_there(path) and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists already: remove it, or choose another -o")
+    path = path.resolve() if path.is_dir() else _absolute(path)  # an empty folder may be a link
     with private_folder(path) as folder:
-        made = folder / _absolute(path).name
+        made = folder / path.name
         made.mkdir()
         yield made
         fsync_tree(made)
         if path.is_dir():
             _chmod(made, stat.S_IMODE(path.stat().st_mode))
         with _kept(made, path):
-            made.replace(_absolute(path))
+            made.replace(path)
         fsync_dir(path.parent)
 
 

@@ -246,6 +246,16 @@ def test_a_folder_that_was_taken_meanwhile_leaves_what_was_made(tmp_path: Path) 
     assert [path.name for path in out.iterdir()] == ["theirs"]
 
 
+def test_a_folder_is_made_where_a_link_to_an_empty_one_leads(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir(mode=0o750)
+    link = tmp_path / "link"
+    link.symlink_to("real")
+    with atomic_dir(link) as root:
+        (root / "file").write_text("made")
+    assert (tmp_path / "real/file").read_text() == "made"
+    assert link.is_symlink() and sorted(tmp_path.iterdir()) == [link, tmp_path / "real"]
+
+
 def test_errors_name_the_place_that_was_wanted(tmp_path: Path) -> None:
     with (
         pytest.raises(ResourceError) as caught,
