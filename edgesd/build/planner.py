@@ -7,7 +7,6 @@ says what that costs. docs/planner.md derives the formulas and says how far they
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,15 +26,7 @@ from edgesd.export.quantize.layers import Layer
 from edgesd.export.source import ModelSource, resolve_source
 from edgesd.export.work_on_cpu import lowered
 from edgesd.export.workload import Workload, halves
-from edgesd.runtime.footprint import (
-    Drawing,
-    Need,
-    computing,
-    decoder,
-    decoder_in_halves,
-    together,
-    whole,
-)
+from edgesd.runtime.footprint import Drawing, Need, computing, drawing_need, text_values
 from edgesd.runtime.kernels import computes
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
 from edgesd.runtime.pipeline import CUDA_BYTES, DRAWING
@@ -247,10 +238,12 @@ class _Planner:
             drawn = self.modes if name in DRAWING else ()
             graphs = NODE_FILE_BYTES * len(one.operations) * (2 if own else 1)
             runs: dict[str, int] = {mode: self._runs(name, mode, steps, guided) for mode in drawn}
-            took = {
-                mode: self._component_seconds(name, component, mode, (tall, wide), guided, own)
-                for mode in drawn
-            }
+            took: dict[str, tuple[float, float] | None] = dict.fromkeys(drawn)
+            units = 1 if name == "text_encoder" else tall * wide
+            for mode in drawn:
+                if self.speed is not None:
+                    run = self._workloads(name, component, mode, (tall, wide), guided, own)
+                    took[mode] = _seconds(self.speed, *run, units, mode == "stream")
             asked = tall, wide
             if name == "vae_encoder":
                 asked = height, width
@@ -407,8 +400,7 @@ class _Planner:
         """One picture, or as many as a fixed number of rows draws, of `size` in latents."""
         spec = self.networks.pipeline
         rows = self._rows(guided)
-        states = spec.components["text_encoder"].outputs[0].shape
-        values = math.prod(n for n in states if isinstance(n, int))
+        values = text_values(spec.components["text_encoder"])
         count = 1
         if not spec.shape.dynamic:
             count = max(1, spec.shape.batch // (2 if guided and spec.shape.batch % 2 == 0 else 1))
@@ -423,22 +415,17 @@ class _Planner:
         guided: bool,
     ) -> Need:
         """Memory of a picture of `size` (height, width) in latents, as the pipeline counts it."""
-        drawing = self._drawing(mode, size, guided)
         spec = self.networks.pipeline
-        parts = {}
-        for name in DRAWING:
-            component = components[name]
-            if name == "vae_decoder" and mode == "stream" and component.halves is not None:
-                features = 4 * (spec.latent.levels or (0,))[0]
-                parts[name] = decoder_in_halves(*component.halves, drawing, features, max(WINDOWS))
-            elif name == "vae_decoder":
-                halo = spec.latent.halo if spec.shape.dynamic else None
-                margin = None if halo is None else margin_of(halo)
-                parts[name] = decoder(component.footprint, drawing, mode, margin)
-            else:
-                units = drawing.height * drawing.width * drawing.rows if name == "unet" else 1
-                parts[name] = whole(component.footprint, units, mode)
-        return together(parts, self._base(), mode, drawing)
+        return drawing_need(
+            spec.latent,
+            {name: components[name].footprint for name in DRAWING},
+            components["vae_decoder"].halves,
+            self._base(),
+            mode,
+            self._drawing(mode, size, guided),
+            spec.shape.dynamic,
+            max(WINDOWS),
+        )
 
     def _runs(self, name: str, mode: MemoryMode, steps: int, guided: bool) -> int:
         """How often a component runs in a picture."""
@@ -446,29 +433,6 @@ class _Planner:
         if name == "unet":
             return steps * (1 if mode == "fast" else rows)
         return rows if name == "text_encoder" else 1
-
-    def _component_seconds(
-        self,
-        name: str,
-        component: _Component,
-        mode: MemoryMode,
-        size: tuple[int, int],
-        guided: bool,
-        own: bool,
-    ) -> tuple[float, float] | None:
-        """Of one run, of reading weights in it included; and of the memory that runs touch for
-        the first time. None without rates."""
-        if self.speed is None:
-            return None
-        made, footprint = self._workloads(name, component, mode, size, guided, own)
-        height, width = size
-        units = 1 if name == "text_encoder" else height * width
-        streamed = mode == "stream"
-        each = {id(workload): seconds(workload, self.speed, streamed) for workload in made}
-        fresh = self.speed.seconds("fresh", "", (max(1, sum(computing(footprint, units))),))
-        # A network's weights are larger than caches, which hold those of a single operation.
-        reading = self.speed.seconds("read", "", (max(1, footprint.weights),))
-        return sum(each[id(workload)] for workload in made) + reading, fresh
 
     def _workloads(
         self,
@@ -530,6 +494,18 @@ class _Planner:
     def _build_bytes(self, pixels: int) -> int:
         largest = max(self.source.parameters(name) for name in self.source.family.weights)
         return int(_BUILD_BYTES + _BUILD_PER_WEIGHT * largest + _BUILD_PER_PIXEL * pixels)
+
+
+def _seconds(
+    speed: Speed, made: Sequence[Workload], footprint: Footprint, units: int, streamed: bool
+) -> tuple[float, float]:
+    """Of one run of a component that computes `made`, reading its weights included; and of the
+    memory that runs touch for the first time. units: see footprint.computing."""
+    each = {id(workload): seconds(workload, speed, streamed) for workload in made}
+    fresh = speed.seconds("fresh", "", (max(1, sum(computing(footprint, units))),))
+    # A network's weights are larger than caches, which hold those of a single operation.
+    reading = speed.seconds("read", "", (max(1, footprint.weights),))
+    return sum(each[id(workload)] for workload in made) + reading, fresh
 
 
 def _fits(plan: BuildPlan) -> str:

@@ -6,12 +6,13 @@ memory mode, a size, a number of pictures at a time and the denoiser's rows. All
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgesd.runtime.memory import MemoryMode
-from edgesd.runtime.tiles import MARGIN, TILE, tiles_of
-from edgesd.spec import Footprint
+from edgesd.runtime.tiles import MARGIN, TILE, margin_of, tiles_of
+from edgesd.spec import ComponentSpec, Footprint, LatentSpec
 
 _COPIES = 5
 """Of a picture's values in fp32, from the decoder's output to bytes."""
@@ -135,6 +136,37 @@ def decoder_in_halves(
 def with_margin(estimate: int, process: int) -> int:
     """What a drawing surely stays below: for limits that must hold."""
     return estimate + int(_MARGIN * max(0, estimate - process))
+
+
+def drawing_need(
+    latent: LatentSpec,
+    footprints: Mapping[str, Footprint],
+    halves: tuple[Footprint, Footprint] | None,
+    process: int,
+    mode: MemoryMode,
+    drawing: Drawing,
+    tiled: bool,
+    window: int,
+) -> Need:
+    """A drawing by a text encoder, a UNet and a decoder. halves: of the decoder, where it is run in
+    them. tiled: whether the decoder takes tiles of any size. process, window: as in `together` and
+    `decoder_in_halves`."""
+    parts = {
+        "text_encoder": whole(footprints["text_encoder"], 1, mode),
+        "unet": whole(footprints["unet"], drawing.height * drawing.width * drawing.rows, mode),
+    }
+    if mode == "stream" and halves is not None:
+        features = 4 * (latent.levels or (0,))[0]
+        parts["vae_decoder"] = decoder_in_halves(*halves, drawing, features, window)
+    else:
+        margin = margin_of(latent.halo) if tiled and latent.halo is not None else None
+        parts["vae_decoder"] = decoder(footprints["vae_decoder"], drawing, mode, margin)
+    return together(parts, process, mode, drawing)
+
+
+def text_values(text_encoder: ComponentSpec) -> int:
+    """Values of one prompt's embedding."""
+    return math.prod(n for n in text_encoder.outputs[0].shape if isinstance(n, int))
 
 
 def together(parts: Mapping[str, Part], process: int, mode: MemoryMode, drawing: Drawing) -> Need:

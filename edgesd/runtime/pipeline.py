@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
 import time
@@ -30,11 +29,8 @@ from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
 from edgesd.runtime.footprint import (
     Drawing,
     Need,
-    Part,
-    decoder,
-    decoder_in_halves,
-    together,
-    whole,
+    drawing_need,
+    text_values,
     with_margin,
 )
 from edgesd.runtime.memory import (
@@ -623,10 +619,11 @@ class Pipeline(Closing):
             }
 
     def _fitting(
-        self, request: Request, count: int, previews: bool
+        self, request: Request, count: int, previews: bool, only: MemoryMode | None = None
     ) -> tuple[MemoryMode, int, Drawing] | None:
-        """The fastest mode that fits, the decoder's window in it, and what is drawn at a time."""
-        asked, limit = self.settings.memory, self.settings.max_memory
+        """The fastest mode that fits, the decoder's window in it, and what is drawn at a time.
+        only: this mode, instead of what the settings ask for."""
+        asked, limit = only or self.settings.memory, self.settings.max_memory
         free = available_bytes() if limit is None else None
         tried = []
         for mode in (asked,) if asked else MEMORY_MODES:
@@ -652,12 +649,11 @@ class Pipeline(Closing):
 
     def _what_would_fit(self, request: Request, count: int, previews: bool) -> str:
         """Why nothing fits, and what would: each is tried."""
-        limit = self.settings.max_memory
+        asked, limit = self.settings.memory, self.settings.max_memory
 
         def least(request: Request, count: int, previews: bool) -> int:
-            modes = (self.settings.memory,) if self.settings.memory else MEMORY_MODES
             found = []
-            for mode in modes:
+            for mode in (asked,) if asked else MEMORY_MODES:
                 need = self._need(mode, self._drawn(request, count, mode, previews), min(WINDOWS))
                 within = with_margin(need.resident, self._process)
                 found.append(within if limit is not None else self._more(need, mode))
@@ -668,12 +664,8 @@ class Pipeline(Closing):
             ways.append("--batch 1")
         if previews and self._fitting(request, count, False):
             ways.append("no --preview")
-        if self.settings.memory not in (None, "stream"):
-            other = replace(self.settings, memory="stream")
-            kept, self.settings = self.settings, other
-            if self._fitting(request, count, previews):
-                ways.append("--memory stream")
-            self.settings = kept
+        if asked not in (None, "stream") and self._fitting(request, count, previews, "stream"):
+            ways.append("--memory stream")
         shape = self.spec.shape
         assert request.height and request.width
         for part in (3, 2, 1) if shape.dynamic else ():
@@ -707,33 +699,28 @@ class Pipeline(Closing):
         assert request.height and request.width
         scale = self.spec.latent.scale_factor
         rows = count * (2 if self.guidance_mode(request, count, mode) == "batched" else 1)
-        states = self.spec.components["text_encoder"].outputs[0].shape
-        values = math.prod(n for n in states if isinstance(n, int))
+        values = text_values(self.spec.components["text_encoder"])
         return Drawing(
             request.height // scale, request.width // scale, scale, count, rows, values, previews
         )
 
     def _need(self, mode: MemoryMode, drawing: Drawing, window: int) -> Need:
         """Memory of a drawing in a mode, with what the process has without any component."""
-        parts = {
-            "text_encoder": whole(self._footprint("text_encoder"), 1, mode),
-            "unet": whole(
-                self._footprint("unet"), drawing.height * drawing.width * drawing.rows, mode
-            ),
-            "vae_decoder": self._decoder_part(mode, drawing, window),
-        }
-        return together(parts, self._process, mode, drawing)
-
-    def _decoder_part(self, mode: MemoryMode, drawing: Drawing, window: int) -> Part:
-        latent, engine = self.spec.latent, self.bundle.manifest.engines["vae_decoder"]
-        split = engine.halves
-        if mode == "stream" and split is not None and "vae_decoder" not in self._replaced:
+        footprints = {name: self._footprint(name) for name in DRAWING}
+        split, halves = self.bundle.manifest.engines["vae_decoder"].halves, None
+        if split is not None and "vae_decoder" not in self._replaced:
             head, tail = (self._footprint("vae_decoder", half) for half in (split.head, split.tail))
-            features = 4 * (latent.levels or (0,))[0]
-            return decoder_in_halves(head, tail, drawing, features, window)
-        tiled = latent.halo is not None and self.spec.shape.dynamic
-        margin = margin_of(latent.halo) if tiled and latent.halo is not None else None
-        return decoder(self._footprint("vae_decoder"), drawing, mode, margin)
+            halves = head, tail
+        return drawing_need(
+            self.spec.latent,
+            footprints,
+            halves,
+            self._process,
+            mode,
+            drawing,
+            self.spec.shape.dynamic,
+            window,
+        )
 
     def _footprint(self, component: str, half: Half | None = None) -> Footprint:
         """What a component's graph takes, or that of one of its halves; of bundles that don't say
