@@ -13,10 +13,9 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, Protocol, TypeVar
 
-import msgspec
-
 from edgesd import __version__
-from edgesd.errors import BoardError, LinkError, ResourceError, UsageError
+from edgesd.errors import BoardError, InputError, LinkError, ResourceError, UsageError
+from edgesd.spec import decode_json
 
 _T = TypeVar("_T")
 
@@ -174,8 +173,8 @@ def _without_error(on_line: OnLine) -> OnLine:
 def decode(board: Board, told: str, kind: type[_T]) -> _T:
     """What an edgesd there printed with --json. Raises BoardError when it isn't a `kind`."""
     try:
-        return msgspec.json.decode(told, type=kind)
-    except (msgspec.MsgspecError, RecursionError, ValueError) as exc:
+        return decode_json(told, kind)
+    except InputError as exc:
         raise BoardError(
             f"{board.name} answers as edgesd {__version__} doesn't expect ({excerpt(str(exc))}): "
             "install the same version there, as edgesd deploy does"

@@ -26,7 +26,7 @@ import msgspec
 from edgesd.errors import BoardError, InputError
 from edgesd.files import atomic_write, check_file_place, user_cache
 from edgesd.processes import module_command
-from edgesd.spec import Spec
+from edgesd.spec import Spec, decode_json
 
 _KEY = re.compile(r"[0-9a-zA-Z_-]{1,64}")
 _POLL_SECONDS = 0.05
@@ -69,12 +69,16 @@ def follow(key: str, command: Sequence[str], on_line: Callable[[str], None]) -> 
         for line in _lines(link):
             on_line(line.rstrip("\n"))
     try:
-        ended = msgspec.json.decode(result.read_bytes(), type=Ended)
+        return decode_json(result.read_bytes(), Ended)
     except FileNotFoundError as exc:
         raise BoardError(
             "the work ended without a result (killed, or out of memory?): run the command again"
         ) from exc
-    return ended
+    except InputError as exc:
+        forget(key)  # else the same command would never begin anew
+        raise BoardError(
+            f"the result of the work is damaged ({exc}): run the command again"
+        ) from exc
 
 
 def _lines(link: socket.socket) -> Iterator[str]:

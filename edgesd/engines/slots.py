@@ -358,7 +358,7 @@ class Slots:
 def _signature_sha256(bundle: Bundle) -> str:
     if not bundle.signed:
         return ""
-    return hashlib.sha256(b"".join(bundle.chunks(SIGNATURE))).hexdigest()
+    return hashlib.sha256(bundle.framed(SIGNATURE)).hexdigest()
 
 
 def _locked(lock: IO[str]) -> bool:

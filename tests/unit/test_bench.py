@@ -229,6 +229,14 @@ class TestDetached:
         with pytest.raises(BoardError, match="without a result"):
             detached.follow("e", [sys.executable, "-c", code], lambda line: None)
 
+    def test_a_damaged_result_is_told_and_the_next_begins_anew(self, tmp_path: Path) -> None:
+        lost = detached._result("d")
+        lost.parent.mkdir(parents=True, exist_ok=True)
+        lost.write_bytes(b'{"status":0,"ou')
+        with pytest.raises(BoardError, match=r"is damaged \(.*\): run the command again"):
+            detached.follow("d", self.command(tmp_path), lambda line: None)
+        assert detached.follow("d", self.command(tmp_path), lambda line: None).out == "out\n"
+
     def test_a_bad_key(self) -> None:
         with pytest.raises(InputError, match="isn't a key"):
             detached.follow("../x", ["true"], lambda line: None)

@@ -25,7 +25,7 @@ from edgesd.files import (
 )
 from edgesd.runtime.llama import LlamaCppPython, bindings, silence
 from edgesd.runtime.prompter import FRAME, SPEC
-from edgesd.spec import PrompterSpec, Spec
+from edgesd.spec import PrompterSpec, Spec, decode_json
 from edgesd.textfiles import read_text
 
 EXPORT = "export.json"
@@ -129,9 +129,10 @@ def read_report(run: Path) -> TrainingReport:
     """What the training in the folder `run` came to. Raises InputError."""
     if not (run / REPORT).is_file():
         raise InputError(f"{run} holds no finished training")
+    text = read_text(run / REPORT)
     try:
-        return msgspec.json.decode(read_text(run / REPORT), type=TrainingReport)
-    except msgspec.MsgspecError as exc:
+        return decode_json(text, TrainingReport)
+    except InputError as exc:
         raise InputError(f"{run / REPORT} isn't valid ({exc}): train again") from exc
 
 

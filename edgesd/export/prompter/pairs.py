@@ -17,7 +17,7 @@ import msgspec
 from edgesd.errors import InputError
 from edgesd.files import atomic_write
 from edgesd.runtime.prompter import PROMPT_CHARACTERS, check_form, clean_wish
-from edgesd.spec import Spec
+from edgesd.spec import Spec, decode_json
 from edgesd.textfiles import lines_of, read_text
 
 FORMAT = 1
@@ -159,14 +159,14 @@ def write_pairs(path: Path, pairs: PairSet) -> None:
 
 def read_pairs(path: Path) -> PairSet:
     """Read a file of pairs. Raises InputError, with the line, when it is none."""
+    lines = lines_of(read_text(path, _MOST_BYTES))
     number = 1
     try:
-        lines = lines_of(read_text(path, _MOST_BYTES))
-        header = msgspec.json.decode(lines[0] if lines else "", type=Header)
+        header = decode_json(lines[0] if lines else "", Header)
         pairs = []
         for number, line in enumerate(lines[1:], start=2):  # noqa: B007 - the message tells it
-            pairs.append(msgspec.json.decode(line, type=Pair))
-    except (msgspec.MsgspecError, RecursionError) as exc:
+            pairs.append(decode_json(line, Pair))
+    except InputError as exc:
         raise InputError(
             f"{path} isn't a file of pairs (line {number}: {exc}): make one by edgesd prompter data"
         ) from exc
