@@ -304,7 +304,11 @@ class Messages(logging.Handler):
         """See logging.Handler."""
         if record.levelno < logging.ERROR and record.name.partition(".")[0] != "edgesd":
             return
-        say_error(f"{record.levelname.lower()}: {record.getMessage()}")
+        try:
+            text = record.getMessage()
+        except Exception:  # noqa: BLE001  its arguments don't fit its text: a library's slip
+            text = str(record.msg)
+        say_error(f"{record.levelname.lower()}: {text}")
 
 
 def show_messages() -> None:

@@ -8,7 +8,16 @@ from typing import BinaryIO
 
 import click
 
-from edgesd.cli.common import Finite, OutputPath, Reporter, json_option, print_json, printable, say
+from edgesd.cli.common import (
+    Finite,
+    OutputPath,
+    Reporter,
+    json_option,
+    print_json,
+    printable,
+    say,
+    say_error,
+)
 from edgesd.spec import ADAPTER_STARTS, GRIDS, MERGED_TYPES, OPTIMIZERS, PAIR_FORMATS
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -294,4 +303,4 @@ def run_command(
     for result in done:
         say(result.prompt)
         if result.problem:
-            say(f"edgesd: warning: {result.problem}: the wish is the prompt", err=True)
+            say_error(f"warning: {result.problem}: the wish is the prompt")

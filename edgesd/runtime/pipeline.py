@@ -68,6 +68,8 @@ Float = npt.NDArray[np.float32]
 
 _FAMILIES = ("sd",)
 DRAWING = ("text_encoder", "unet", "vae_decoder")
+"""Components that draw: others take no part in a picture."""
+
 _MAX_GUIDANCE = 1000
 _HEADROOM_BYTES = 64 << 20
 """Left for others where a mode is chosen by what is free."""
@@ -164,7 +166,7 @@ class Pipeline(Closing):
             )
         if not self.settings.made_here:
             check_trusted(bundle)
-        check_networks(bundle.manifest, DRAWING)
+        check_networks(bundle.manifest)
         _check_precisions(bundle)
         self.timings = Timings()
         self.truncations: dict[str, Truncation] = {}
@@ -303,6 +305,8 @@ class Pipeline(Closing):
     def _generate(
         self, requests: Sequence[Request], on_step: Listener | None, previews: bool
     ) -> list[Image.Image]:
+        if not requests:
+            return []
         start = time.perf_counter()
         requests = [self.complete(request) for request in requests]
         first = requests[0]

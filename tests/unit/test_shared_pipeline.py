@@ -55,6 +55,10 @@ def within_a_step(pipeline: Pipeline, act: Callable[[Step], object]) -> None:
     pipeline.generate(REQUESTS[:1], on_step)
 
 
+def test_nothing_is_drawn_where_nothing_is_asked_for(pipeline: Pipeline) -> None:
+    assert pipeline.generate([]) == []
+
+
 @pytest.mark.parametrize("memory", ["fast", "balanced", "stream"])
 def test_threads_that_share_a_pipeline_get_their_own_pictures(
     memory: MemoryMode, miniature: Bundle

@@ -183,9 +183,12 @@ def test_what_is_logged_or_warned_of_is_one_safe_line(
     other = logging.LogRecord("other.library", logging.WARNING, "", 0, "for developers", (), None)
     logging.lastResort.handle(other)
     warnings.showwarning(UserWarning("of " + CLIPBOARD), UserWarning, "", 0)
-    first, second = capsys.readouterr().err.splitlines()
+    slip = logging.LogRecord("other.library", logging.ERROR, "", 0, "of %d", ("x",), None)
+    logging.lastResort.handle(slip)
+    first, second, third = capsys.readouterr().err.splitlines()
     assert first.startswith("edgesd: warning: of \\x1b") and is_safe(first)
     assert second.startswith("edgesd: warning: of \\x1b") and is_safe(second)
+    assert third == "edgesd: error: of %d"
 
 
 def test_a_hostile_bundle_is_inspected_safely_on_a_terminal(
