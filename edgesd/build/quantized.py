@@ -28,7 +28,7 @@ from edgesd.evaluate.psnr import mean_squared_error, psnr
 from edgesd.files import atomic_write, environment_folder, user_cache
 from edgesd.runtime import kernels
 from edgesd.runtime.bundle import Bundle, GraphFile, open_bundle
-from edgesd.runtime.pipeline import Pipeline, Request, Settings
+from edgesd.runtime.pipeline import DRAWING, Pipeline, Request, Settings
 from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 from edgesd.spec import (
     METHODS,
@@ -58,9 +58,6 @@ PICTURES = "quality"
 
 KEPT_PICTURES = 6
 """Pairs kept in the bundle, the worst ones: for the report."""
-
-_DRAWING = ("text_encoder", "unet", "vae_decoder")
-"""Components that draw: others take no part in a picture's quality."""
 
 _LARGE = 100_000_000
 _LARGE_PROMPTS, _LARGE_STEPS = 4, 6
@@ -508,7 +505,7 @@ class QuantizedBuild:
         drawing = {
             layer: choice
             for layer, choice in self.planned.items()
-            if choice is not None and layer.component in _DRAWING
+            if choice is not None and layer.component in DRAWING
         }
         unknown = [layer for layer in drawing if _name(layer) not in known]
         if unknown:
@@ -552,7 +549,7 @@ class QuantizedBuild:
         for layer, base in self.planned.items():
             self.report("options", layer.component)
             rows = self.store.calibration.rows_per_run(layer)
-            known = layer.component in _DRAWING
+            known = layer.component in DRAWING
             unit = 0.0
             if base is not None and known:
                 unit = measured[layer] / max(self.store.summary(layer, base).error, 1e-9) ** 2

@@ -31,18 +31,21 @@ _NETWORKS = {
 }
 _HEAD = _Network({"latents": 4}, {"features": 4})
 _TAIL = _Network({"features": 4, "statistics": 3, "own": 1, "core": 1}, {"image": 4, "moments": 3})
+_LATENTS = ("sample", "noise_pred", "latents")
+"""Tensors that have as many channels as the pipeline's latents."""
+
 _FLOAT = ("float32", "float16")
 _TYPES = {"input_ids": ("int64", "int32"), "core": ("int64",)}
 
 
-def check_networks(manifest: BundleManifest, names: tuple[str, ...]) -> None:
-    """Raise BundleError unless the components `names`, and their halves, have the inputs and
-    outputs that pictures are drawn with, and fit the pipeline's latents."""
+def check_networks(manifest: BundleManifest) -> None:
+    """Raise BundleError unless text encoder, UNet and decoder, and the decoder's halves, are there,
+    have the inputs and outputs that pictures are drawn with, and fit the pipeline's latents."""
     pipeline = manifest.pipeline
-    for name in names:
+    for name in _NETWORKS:
         if name not in pipeline.components:
             raise BundleError(f"{manifest.name} has no {name}: build the bundle again")
-    found = {name: (pipeline.components[name], _NETWORKS[name]) for name in names}
+    found = {name: (pipeline.components[name], network) for name, network in _NETWORKS.items()}
     halves = manifest.engines["vae_decoder"].halves
     if halves is not None:
         found |= {"head": (halves.head.spec, _HEAD), "tail": (halves.tail.spec, _TAIL)}
@@ -50,27 +53,24 @@ def check_networks(manifest: BundleManifest, names: tuple[str, ...]) -> None:
         for problem in _problems(spec, network):
             raise BundleError(f"{name} in the manifest has {problem}: build the bundle again")
     channels = pipeline.latent.channels
-    for name, tensor in (
-        ("unet", pipeline.components["unet"].inputs),
-        ("unet", pipeline.components["unet"].outputs),
-        ("vae_decoder", pipeline.components["vae_decoder"].inputs),
-    ):
-        for one in tensor:
-            if one.name in ("sample", "noise_pred", "latents") and one.shape[1] != channels:
+    for name in _NETWORKS:
+        spec = pipeline.components[name]
+        for tensor in (*spec.inputs, *spec.outputs):
+            if tensor.name in _LATENTS and tensor.shape[1] != channels:
                 raise BundleError(
-                    f"{name} in the manifest has {one.name} of {one.shape[1]} channels, and the "
-                    f"pipeline's latents have {channels}: build the bundle again"
+                    f"{name} in the manifest has {tensor.name} of {tensor.shape[1]} channels, and "
+                    f"the pipeline's latents have {channels}: build the bundle again"
                 )
 
 
 def _problems(spec: ComponentSpec, network: _Network) -> Iterator[str]:
-    known = {**network.inputs, **network.optional, **network.outputs}
-    for what, tensors, needed, all_known in (
-        ("inputs", spec.inputs, network.inputs, {**network.inputs, **network.optional}),
+    inputs = {**network.inputs, **network.optional}
+    for what, tensors, needed, known in (
+        ("inputs", spec.inputs, network.inputs, inputs),
         ("outputs", spec.outputs, network.outputs, network.outputs),
     ):
         names = [tensor.name for tensor in tensors]
-        if len(set(names)) != len(names) or not needed.keys() <= set(names) <= all_known.keys():
+        if len(set(names)) != len(names) or not needed.keys() <= set(names) <= known.keys():
             yield f"the {what} {', '.join(names) or 'none'}, not {', '.join(needed)}"
         for tensor in tensors:
             if tensor.name in known and not _fits(tensor, known[tensor.name]):
