@@ -157,7 +157,9 @@ class Server:
             await asyncio.gather(*told)
             status = await child.wait()
         except asyncio.CancelledError:  # the end of the test
-            os.killpg(child.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            await asyncio.gather(child.stdout.read(), child.stderr.read())  # until they are closed
             await child.wait()
             raise
         finally:

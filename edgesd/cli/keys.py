@@ -90,15 +90,18 @@ def trust_command(key: str, hosts: tuple[str, ...], remove: bool, yes: bool) -> 
     sign that bundle and deploy it, then trust the key.
     """
     from edgesd.runtime.signature import parse_public_key, trust, trusted_keys
-    from edgesd.textfiles import read_text
+    from edgesd.textfiles import read_lines
 
     path = Path(key)
     if key.startswith("ssh-"):
         text = key
     elif not path.is_file():
-        raise InputError(f"there is no {key}: give NAME.pub, as `edgesd keys new` writes it")
+        raise InputError(f"there is no file {key}: give NAME.pub, as `edgesd keys new` writes it")
     else:
-        text = read_text(path)
+        lines = [line for line in read_lines(path) if line.strip()]
+        if len(lines) != 1:
+            raise InputError(f"{key} has {len(lines)} lines: a public key is one, as in NAME.pub")
+        (text,) = lines
     found = parse_public_key(text)
     if hosts:
         options = [*(["--remove"] if remove else []), *(["--yes"] if yes else [])]

@@ -65,12 +65,15 @@ class Answer:
         return "" if self.begun.is_set() else excerpt(self._held.decode(errors="replace"))
 
     async def read(self, stream: asyncio.StreamReader) -> None:
-        """All of it. Raises BoardError for a shell that prints without end before the command."""
+        """All until the second mark. Raises BoardError for a shell that prints without end before
+        the command."""
         while block := await stream.read(_READ_BYTES):
             if self.pid is None:
                 block = self._before(block)
             if self.pid is not None and self.status is None:
                 self._within(block)
+            if self.status is not None:
+                return
         if self.pid is not None and self.status is None:
             self._sink(self._held)
 

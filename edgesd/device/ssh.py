@@ -19,7 +19,7 @@ from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from edgesd.device.answer import Answer, Mark, Output
 from edgesd.device.board import Address, Finished, OnLine, excerpt
@@ -34,6 +34,8 @@ _LOGIN_SECONDS = 45
 _BEGIN_SECONDS = 60
 """From a session's start until the board begins to run its command."""
 _CLOSE_SECONDS = 5.0
+_LEAVE_SECONDS = 1.0
+"""For the login shell to end behind a command."""
 _SIGNALS = 20
 """To end an ssh, in that time."""
 _ALIVE_SECONDS, _ALIVE_COUNT = 10, 3
@@ -314,14 +316,15 @@ class SshBoard:
         stdin = subprocess.DEVNULL if fed is None else subprocess.PIPE
         process = await _spawn([*self._master.session, mark.command_line], stdin, subprocess.PIPE)
         assert process.stdout and process.stderr
-        work = [
+        begun = asyncio.ensure_future(first.begun.wait())
+        answers = [
             asyncio.ensure_future(first.read(process.stdout)),
             asyncio.ensure_future(other.read(process.stderr)),
-            asyncio.ensure_future(_feed(process, fed or ())),
         ]
-        begun = asyncio.ensure_future(first.begun.wait())
+        answered = asyncio.gather(*answers)
+        feeding = asyncio.ensure_future(_feed(process, fed or (), begun, answered))
         try:
-            either = {begun, work[0], work[1]}
+            either = {begun, *answers}
             done: set[asyncio.Future[Any]] = set()
             done, _ = await asyncio.wait(
                 either, timeout=_BEGIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
@@ -331,8 +334,14 @@ class SshBoard:
                     f"{self.name} lets you in, but runs no command within {_BEGIN_SECONDS} s: does "
                     "its login shell wait for something?"
                 )
-            await asyncio.gather(*work)
-            await process.wait()
+            await asyncio.wait({answered, feeding}, return_when=asyncio.FIRST_COMPLETED)
+            if feeding.done():
+                feeding.result()
+            await answered
+            # What the login shell left running may hold the session: its answer is there.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(process.wait(), _LEAVE_SECONDS)
+            await _end(process)
         except BaseException:
             await _end(process)
             if first.pid is not None and first.status is None:
@@ -340,9 +349,10 @@ class SshBoard:
                     await self._stop(first.pid)
             raise
         finally:
-            for task in (begun, *work):
+            tasks = (begun, feeding, answered, *answers)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(begun, *work, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             if process.stdin and process.stdin.transport.get_write_buffer_size():
                 process.stdin.transport.abort()  # what waits there is never taken
             # The master holds the pipes until the session is closed.
@@ -350,6 +360,11 @@ class SshBoard:
                 rest = asyncio.gather(_drain(process.stdout), _drain(process.stderr))
                 await asyncio.wait_for(rest, _CLOSE_SECONDS)
         if first.status is not None:
+            if other.pid is None and first.status == first.pid:  # the mark of the other stream
+                raise BoardError(
+                    f"{self.name}: its login shell joins standard error and standard output: take "
+                    "exec 2>&1 out of what it reads at a login (.bashrc)"
+                )
             return first.status
         if await self._master.is_lost():
             raise LinkError(_lost(self.name))
@@ -372,11 +387,20 @@ class SshBoard:
             await _end(process)
 
 
-async def _feed(process: Process, chunks: Iterable[bytes]) -> None:
-    """Write `chunks` to the process, as long as it takes them: its answer tells why it doesn't."""
+async def _feed(
+    process: Process,
+    chunks: Iterable[bytes],
+    begun: asyncio.Future[Literal[True]],
+    answered: asyncio.Future[Any],
+) -> None:
+    """Write `chunks` to the process once its command has `begun` (a login shell that reads gets
+    nothing of them), as long as it takes them: its answer tells why it doesn't."""
     if process.stdin is None:
         return
     try:
+        await asyncio.wait({begun, answered}, return_when=asyncio.FIRST_COMPLETED)
+        if not begun.done():
+            return
         with contextlib.suppress(ConnectionError):
             for chunk in chunks:
                 process.stdin.write(chunk)

@@ -14,6 +14,8 @@ import binascii
 import errno
 import hashlib
 import os
+import re
+import shlex
 import stat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,8 @@ SYSTEM_KEYS = Path("/etc/edgesd/trusted_keys")
 """Where it is there, it alone decides."""
 _TYPE = "ssh-ed25519"
 _KEY_BYTES = 32
+_MOST_CHARACTERS = 1000
+"""Of a public key's line."""
 _HEAD = (
     "# Bundles signed by these keys run here, and no others. Without this file any bundle runs.\n"
 )
@@ -51,7 +55,13 @@ class PublicKey(NamedTuple):
 
 
 def parse_public_key(line: str) -> PublicKey:
-    """One line "ssh-ed25519 BASE64 [name]" (RFC 8709, section 4). Raises InputError."""
+    """One line "ssh-ed25519 BASE64 [name]" (RFC 8709, section 4). Raises InputError, also for more
+    than a line: what is trusted is what is shown."""
+    if len(line.strip()) > _MOST_CHARACTERS or re.search(r"[\x00-\x1f\x7f]", line.strip()):
+        raise InputError(
+            f"{line.strip()[:60]!r} isn't one line of at most {_MOST_CHARACTERS} characters, as a "
+            "public key is"
+        )
     kind, _, rest = line.strip().partition(" ")
     encoded, _, name = rest.strip().partition(" ")
     try:
@@ -99,15 +109,24 @@ def trusted_keys(path: Path | None = None) -> dict[str, PublicKey] | None:
     """Fingerprint -> key of those that this machine trusts. Empty: it trusts nobody, and runs no
     bundle. None, where there is no such file: it runs any bundle.
 
-    path: the file, instead of `keys_file`. Raises InputError for a file that can't be read or has a
-    line that is no key: a machine whose keys are unknown runs no bundle either.
+    path: the file, instead of `keys_file`. Raises InputError for a file that can't be read, has a
+    line that is no key, or that every user may change: a machine whose keys are unknown runs no
+    bundle either.
     """
     path = path or keys_file()
     if path is None:
         return None
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "it isn't a regular file")
+        folder = path.resolve().parent
+        for place, mode in ((path, found.st_mode), (folder, folder.stat().st_mode)):
+            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                raise InputError(
+                    f"{path} says whose bundles run here, and every user may change {place}: no "
+                    f"bundle runs until chmod o-w {shlex.quote(str(place))}"
+                )
     except OSError as exc:
         raise _unreadable(path, exc) from exc
     try:

@@ -164,6 +164,31 @@ def test_a_file_of_keys_without_a_key_lets_no_bundle_run(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("what", ["the file", "its folder"])
+def test_keys_that_every_user_may_change_let_no_bundle_run(
+    what: str, bundle: Bundle, tmp_path: Path
+) -> None:
+    path = trust(new_key(tmp_path / "ours"))
+    place, mode = (path, 0o600) if what == "the file" else (path.parent, 0o700)
+    place.chmod(mode | 0o022)
+    outcome = run_cli("keys", "check", bundle.path)
+    assert_refused(outcome, f"every user may change {place}", f"chmod o-w {place}")
+    place.chmod(mode | 0o020)  # a group of the user's own is usual
+    with pytest.raises(BundleError, match="isn't signed"):
+        check_trusted(bundle)
+
+
+def test_one_key_is_trusted_at_a_time(tmp_path: Path) -> None:
+    """A second line, or a name that the file can't hold, would be trusted unseen, or by nobody."""
+    ours, theirs = (new_key(tmp_path / name).line for name in ("ours", "theirs"))
+    both = tmp_path / "both.pub"
+    both.write_text(f"{ours}\n{theirs}\n")
+    assert_refused(run_cli("keys", "trust", both, "--yes"), "2 lines")
+    for line in (f"{ours}\n{theirs}", f"{ours}\r{theirs}", f"{ours} {'n' * 2000}"):
+        assert_refused(run_cli("keys", "trust", line, "--yes"), "isn't one line of at most")
+    assert trusted_keys() is None
+
+
 def test_python_asks_who_signed_as_the_commands_do(bundle: Bundle, tmp_path: Path) -> None:
     key = new_key(tmp_path / "ours")
     with Pipeline(bundle):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import random
+import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import TypeVar
 import asyncssh
 import pytest
 
+from edgesd.device import ssh
 from edgesd.device.board import Address, Finished, send
 from edgesd.device.ssh import SshBoard, connect
 from edgesd.errors import BoardError
@@ -50,6 +53,38 @@ def test_arguments_are_not_read_by_a_shell(server: Server) -> None:
     hostile = ["a b", "$HOME", "`id`", "'", '"', ";", "*", "\\", "", "é"]
     done = with_board(server, lambda board: board.run(["printf", "%s\\n", *hostile]))
     assert done.out.splitlines() == hostile
+
+
+def test_what_a_login_shell_leaves_running_holds_up_nothing(server: Server) -> None:
+    server.before = "sleep 300 & echo $! >> left; "
+
+    async def work(board: SshBoard) -> Finished:
+        await board.put("file", [b"what is sent"])
+        return await board.run(["cat", "file"])
+
+    try:
+        assert with_board(server, work) == Finished(0, "what is sent", "")
+    finally:
+        left = [int(pid) for pid in (server.home / "left").read_text().split()]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)  # they run still
+    assert len(left) == 2
+
+
+def test_a_login_shell_that_reads_gets_nothing_of_a_file(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.before = "read line; "
+    monkeypatch.setattr(ssh, "_BEGIN_SECONDS", 1)
+    with pytest.raises(BoardError, match="does its login shell wait for something"):
+        with_board(server, lambda board: board.put("file", [b"one\ntwo\n"]))
+    assert not (server.home / "file").exists()
+
+
+def test_a_login_shell_that_joins_the_streams_is_named(server: Server) -> None:
+    server.before = "exec 2>&1; "
+    with pytest.raises(BoardError, match="joins standard error and standard output"):
+        with_board(server, lambda board: board.run(["true"]))
 
 
 def test_files_go_there_and_come_back(server: Server) -> None:
