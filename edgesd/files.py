@@ -77,21 +77,26 @@ def _fsync(fd: int, ignored: tuple[int, ...] = _MISSING_HERE) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a refused write below `path` into one clear error."""
+def disk_errors(path: Path, output: bool = True) -> Iterator[None]:
+    """Turn a full disk or a refused write below `path` into one clear error.
+
+    output: `path` is what the user chose by -o. Else it is a folder of edgesd's own.
+    """
     try:
         yield
     except OSError as exc:
         wanted = Path(*(part for part in path.parts if not _PART.fullmatch(part)))
         if exc.errno in _FULL:
-            raise ResourceError(
-                f"no space left to write {wanted}: free some space, or choose another folder "
-                "with -o"
-            ) from exc
+            other = ", or choose another folder with -o" if output else ""
+            raise ResourceError(f"no space left to write {wanted}: free some space{other}") from exc
         named = isinstance(exc.filename, str | bytes)
         ours = not named or _lies_in(os.fsdecode(exc.filename), path.parent)
         if ours and (exc.errno in _REFUSED or (named and exc.errno == errno.EINVAL)):
-            raise InputError(f"cannot write {wanted}: {exc.strerror}; choose another -o") from exc
+            advice = "choose another -o"
+            if not output:
+                wanted = Path(os.fsdecode(exc.filename)) if named else wanted
+                advice = "mend its folder, or move what is there away"
+            raise InputError(f"cannot write {wanted}: {exc.strerror}; {advice}") from exc
         raise
 
 

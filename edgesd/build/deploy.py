@@ -90,7 +90,7 @@ _GLIBC = re.compile(r"2\.([0-9]{1,3})(?:\.[0-9]+)?")
 _INSTALL = """
 set -e
 cd "$1"; id="$2"; site="$3"; pip="$4"; shift 4
-exec 9>lock  # what a lost link left at work here still holds it
+exec 9>>lock  # what a lost link left at work here still holds it
 flock -w 600 9 || { echo "another deploy is at work: wait until it has ended" >&2; exit 1; }
 if [ -f "runtime/$id/whole" ]; then exit 0; fi
 rm -rf "runtime/$id"; mkdir -p runtime

@@ -246,10 +246,10 @@ class Slots:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Nobody else changes slots meanwhile. Waits for who does; raises InputError at last."""
-        with disk_errors(self.root):
+        with disk_errors(self.root, output=False):
             self._slots.mkdir(parents=True, exist_ok=True)
             self._objects.mkdir(exist_ok=True)
-            with (self.root / "lock").open("w") as lock:
+            with (self.root / "lock").open("a") as lock:
                 end = time.monotonic() + _PATIENCE_SECONDS
                 while not _locked(lock):
                     if time.monotonic() > end:

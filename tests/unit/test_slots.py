@@ -154,6 +154,25 @@ def test_a_manifest_that_points_outside(
     assert not list(tmp_path.glob("**/evil.bin"))
 
 
+def test_what_lies_in_the_way_is_named_and_left_alone(
+    bundles: tuple[Bundle, Bundle, Bundle], tmp_path: Path
+) -> None:
+    foreign = tmp_path / "notes"
+    foreign.write_text("precious")
+    slots = Slots(tmp_path / "home")
+    told = arrive(slots, bundles[0])
+    (slots.root / "lock").symlink_to(foreign)
+    (slots.root / "slots").mkdir()
+    old = slots.root / "slots/.old"
+    old.write_text("no folder")
+    with pytest.raises(InputError, match=rf"{old}: Not a directory; .*move what is there away"):
+        slots.install(*told, self_test=False)
+    assert foreign.read_text() == "precious"
+    old.unlink()
+    slots.install(*told, self_test=False)
+    assert foreign.read_text() == "precious"
+
+
 def test_two_deploys_at_once(
     bundles: tuple[Bundle, Bundle, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
