@@ -161,14 +161,12 @@ def test_what_lies_in_the_way_is_named_and_left_alone(
     foreign.write_text("precious")
     slots = Slots(tmp_path / "home")
     told = arrive(slots, bundles[0])
-    (slots.root / "lock").symlink_to(foreign)
-    (slots.root / "slots").mkdir()
-    old = slots.root / "slots/.old"
-    old.write_text("no folder")
-    with pytest.raises(InputError, match=rf"{old}: Not a directory; .*move what is there away"):
+    lock = slots.root / "lock"
+    lock.mkdir()
+    with pytest.raises(InputError, match=rf"{lock}: Is a directory; .*move what is there away"):
         slots.install(*told, self_test=False)
-    assert foreign.read_text() == "precious"
-    old.unlink()
+    lock.rmdir()
+    lock.symlink_to(foreign)
     slots.install(*told, self_test=False)
     assert foreign.read_text() == "precious"
 
