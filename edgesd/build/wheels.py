@@ -118,7 +118,7 @@ def fitting_wheels(folder: Path, python: str, arch: str, glibc: int) -> list[Pat
         *compatible_tags((major, minor), f"cp{major}{minor}", platforms),
     }
     found = {}
-    for path in sorted(folder.glob("*.whl")):
+    for path in filter(Path.is_file, sorted(folder.glob("*.whl"))):
         try:
             name, _version, _build, tags = parse_wheel_filename(path.name)
         except InvalidWheelFilename:

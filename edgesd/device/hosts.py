@@ -8,7 +8,14 @@ from typing import TypeVar
 
 from edgesd.device.board import Address, Board, parse_address
 from edgesd.device.ssh import connect
-from edgesd.errors import BoardError, EdgesdError, LinkError, UsageError
+from edgesd.errors import (
+    BoardError,
+    EdgesdError,
+    InputError,
+    LinkError,
+    UsageError,
+    missing_package,
+)
 
 T = TypeVar("T")
 
@@ -47,13 +54,23 @@ def on_each(
                 return exc
             except BrokenPipeError:  # nobody reads what is printed here: there's no more to do
                 raise
-            except Exception as exc:  # noqa: BLE001  whatever it is, the other boards go on
-                fault = BoardError(f"{address}: internal fault: {type(exc).__name__}: {exc}")
+            except OSError as exc:  # a file or the disk of this machine: the link's are LinkErrors
+                fault = InputError(f"{exc.filename or address}: {exc.strerror or exc}")
                 fault.__cause__ = exc
                 return fault
+            except ModuleNotFoundError as exc:
+                return missing_package(exc) or _internal_fault(address, exc)
+            except Exception as exc:  # noqa: BLE001  whatever it is, the other boards go on
+                return _internal_fault(address, exc)
         raise AssertionError("unreachable")
 
     async def all_of_them() -> list[T | EdgesdError]:
         return await asyncio.gather(*map(one, addresses))
 
     return dict(zip(map(str, addresses), asyncio.run(all_of_them()), strict=True))
+
+
+def _internal_fault(address: Address, error: Exception) -> BoardError:
+    fault = BoardError(f"{address}: internal fault: {type(error).__name__}: {error}")
+    fault.__cause__ = error
+    return fault

@@ -324,7 +324,7 @@ class SshBoard:
         answered = asyncio.gather(*answers)
         feeding = asyncio.ensure_future(_feed(process, fed or (), begun, answered))
         try:
-            either = {begun, *answers}
+            either: set[asyncio.Future[Any]] = {begun, *answers}
             done: set[asyncio.Future[Any]] = set()
             done, _ = await asyncio.wait(
                 either, timeout=_BEGIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
@@ -334,7 +334,8 @@ class SshBoard:
                     f"{self.name} lets you in, but runs no command within {_BEGIN_SECONDS} s: does "
                     "its login shell wait for something?"
                 )
-            await asyncio.wait({answered, feeding}, return_when=asyncio.FIRST_COMPLETED)
+            either = {answered, feeding}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if feeding.done():
                 feeding.result()
             await answered
@@ -349,7 +350,7 @@ class SshBoard:
                     await self._stop(first.pid)
             raise
         finally:
-            tasks = (begun, feeding, answered, *answers)
+            tasks: list[asyncio.Future[Any]] = [begun, feeding, answered, *answers]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -18,7 +18,7 @@ from edgesd.device import board as boards
 from edgesd.device import detached, hosts
 from edgesd.device.answer import Answer, Mark, Output
 from edgesd.device.board import Address, Finished, Item
-from edgesd.errors import BoardError, EdgesdError
+from edgesd.errors import BoardError, EdgesdError, InputError
 from edgesd.runtime.bundle import Bundle
 
 GOOD = [[3, 11], "x86_64", 64, "glibc", "2.36", False]
@@ -111,14 +111,19 @@ def test_a_fault_on_one_board_leaves_the_others_alone(monkeypatch: pytest.Monkey
     async def work(board: Any) -> str:
         if board.host == "strange":
             raise ValueError("Welcome")
+        if board.host == "unread":
+            Path("/nonexistent/wheel").read_bytes()
         await asyncio.sleep(0.05)
         ended.append(board.host)
         return "done"
 
     monkeypatch.setattr(hosts, "connect", connect)
-    found = hosts.on_each(["one", "strange", "other"], work)
+    found = hosts.on_each(["one", "strange", "unread", "other"], work)
     assert found["one"] == found["other"] == "done"
     assert isinstance(found["strange"], BoardError) and "Welcome" in str(found["strange"])
+    unread = found["unread"]
+    assert isinstance(unread, InputError), "it is no fault of edgesd's or the board's"
+    assert str(unread) == "/nonexistent/wheel: No such file or directory"
     assert ended == ["one", "other"]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import ensurepip
 import hashlib
+import os
 import platform
 import shutil
 import sys
@@ -68,6 +69,9 @@ def test_wheels_that_fit(tmp_path: Path) -> None:
     ):
         wheel(tmp_path, name, tag=tag)
     (tmp_path / "no wheel.whl").touch()
+    (tmp_path / "folder-1.0-py3-none-any.whl").mkdir()
+    (tmp_path / "nowhere-1.0-py3-none-any.whl").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "fifo-1.0-py3-none-any.whl")
     found = fitting_wheels(tmp_path, "3.11", "aarch64", 36)
     assert {path.name.partition("-")[0] for path in found} == {
         "edgesd",
