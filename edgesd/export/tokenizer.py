@@ -24,6 +24,8 @@ def write_tokenizer(source: Path, folder: Path, max_tokens: int) -> tuple[str, .
         with quiet():
             original = load_tokenizer(source)
             backend = original.backend_tokenizer
+    except InputError:
+        raise
     except Exception as exc:  # many libraries read here, each with exceptions of its own
         raise InputError(f"cannot read the tokenizer in {source}: {first_sentence(exc)}") from exc
     backend.no_truncation()

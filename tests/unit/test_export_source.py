@@ -475,6 +475,35 @@ def test_another_sampler_for_a_scheduler_that_there_is_none_for(
         plan_pipeline(resolve_source(model), None, "dpmpp")
 
 
+@pytest.mark.parametrize(
+    ("class_name", "taken"),
+    [("LMSDiscreteScheduler", "euler"), ("DPMSolverSDEScheduler", "euler-a")],
+)
+def test_a_scheduler_whose_packages_diffusers_lacks_has_its_nearest(
+    class_name: str, taken: str, model: Path
+) -> None:
+    edit_json(model / "model_index.json", scheduler=["diffusers", class_name])
+    edit_json(model / "scheduler" / "scheduler_config.json", _class_name=class_name)
+    assert plan_pipeline(resolve_source(model)).pipeline.scheduler.name == taken
+    assert plan_pipeline(resolve_source(model), None, "ddim").pipeline.scheduler.name == "ddim"
+
+
+def test_an_option_that_no_package_helps_is_refused_with_what_is_taken(model: Path) -> None:
+    edit_json(model / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    edit_json(model / "scheduler" / "scheduler_config.json", use_beta_sigmas=True)
+    with pytest.raises(InputError, match="use_beta_sigmas = True: expected false; use_karras"):
+        plan_pipeline(resolve_source(model))
+
+
+@pytest.mark.parametrize("gone", [["."], ["tokenizer.json", "vocab.json"]])
+def test_a_tokenizer_without_its_files_is_told_as_one(gone: list[str], model: Path) -> None:
+    for name in gone:
+        path = model / "tokenizer" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(InputError, match=r"tokenizer lacks .* tokenizer.json or vocab.json and"):
+        plan_pipeline(resolve_source(model))
+
+
 def test_what_the_board_would_refuse_is_refused_at_once(model: Path) -> None:
     edit_json(model / "scheduler" / "scheduler_config.json", prediction_type="noise")
     with pytest.raises(InputError, match="prediction_type"):

@@ -16,6 +16,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.models.upsampling import Upsample2D
+from diffusers.utils import DummyObject
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -184,13 +185,14 @@ def own_pipeline(source: ModelSource, sampler: str) -> Any:
     """diffusers' own text-to-image pipeline of a model, as its constructor leaves the configs.
 
     Networks are of their configs alone, on torch's meta device. sampler: class of the scheduler
-    where diffusers has none of the model's own name. Raises InputError for what the libraries
-    can't make sense of.
+    where diffusers has none of the model's own name, or lacks a package that it needs. Raises
+    InputError for what the libraries can't make sense of.
     """
     index = source.index["_class_name"]
     name = _TEXT_TO_IMAGE.get(str(index), str(index))
     scheduler: Any = getattr(diffusers, source.class_of("scheduler"), None)
-    scheduler = scheduler or getattr(diffusers, sampler)
+    if scheduler is None or isinstance(scheduler, DummyObject):
+        scheduler = getattr(diffusers, sampler)
     folder = source.root
     parts: dict[str, Callable[[], Any]] = {
         "text_encoder": lambda: _shell(source, "text_encoder", transformers.CLIPTextModel),
@@ -235,7 +237,14 @@ def with_sampler(pipeline: Any, sampler: str) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer as diffusers' pipelines use it."""
+    """The tokenizer as diffusers' pipelines use it. Raises InputError where its files are missing,
+    which transformers takes for a tokenizer without words."""
+    names = ("vocab.json", "merges.txt"), ("tokenizer.json",)
+    if not any(all((folder / name).is_file() for name in files) for files in names):
+        raise InputError(
+            f"{folder} lacks the tokenizer's files, tokenizer.json or vocab.json and merges.txt: "
+            "download the model again"
+        )
     cls: Any = transformers.CLIPTokenizer
     return cls.from_pretrained(str(folder), local_files_only=True)
 

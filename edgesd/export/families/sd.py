@@ -84,6 +84,7 @@ def plan(
             raise InputError(f"{source.name}: a UNet with {field}={given[field]!r} isn't supported")
     options = source.config("scheduler/scheduler_config.json")
     name = scheduler or sampler_of(source.class_of("scheduler"), options)
+    create_scheduler(name, options)  # before diffusers, whose advice may not fit edgesd
     make_own = partial(_modules().own_pipeline, source, sampler_class(name))
     own = make_own()
     text = own.text_encoder.config.to_dict()

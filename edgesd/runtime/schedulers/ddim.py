@@ -69,8 +69,8 @@ class DDIM(Scheduler):
         """x_0 and epsilon from (sample, model_output), then x_prev from (x_0, epsilon, z)."""
         prediction = self.config.prediction_type
         final = 1.0 if self.config.set_alpha_to_one else float(self._table[0])
-        a = schedule.alpha_at(self._table, t, final)
-        p = schedule.alpha_at(self._table, t_prev, final)
+        a = schedule.alpha_at(self._table, t)
+        p = schedule.alpha_before(self._table, t_prev, final)
         alpha, sigma = schedule.signal_and_noise(a)
         std = self.eta * math.sqrt(max((1 - p) / (1 - a) * (1 - a / p), 0.0))
         x0_s, x0_m = schedule.x0_weights(prediction, alpha, sigma)

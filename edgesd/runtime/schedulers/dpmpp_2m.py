@@ -156,7 +156,7 @@ class DPMSolverPlusPlus(Scheduler):
         lambdas = np.log(np.sqrt(self._table)) - np.log(np.sqrt(np.float32(1) - self._table))
         end = len(train) - int(np.searchsorted(lambdas[::-1], c.lambda_min_clipped))
         if c.timestep_spacing == "trailing":
-            spaced = schedule.trailing_timesteps(end, len(train) / n, n)
+            spaced = schedule.trailing_timesteps(end, len(train) / n)
         else:
             spaced = schedule.spaced_timesteps(c.timestep_spacing, end, n + 1, c.steps_offset)[:-1]
         timesteps = spaced.round()

@@ -117,7 +117,7 @@ class Euler(ExplodingScheduler):
             timesteps = np.float32(0.25) * np.log(rounded[:-1])
         values = self._use_sigmas(rounded)
         self._weights = []
-        for sigma, sigma_next in pairwise(values[: n + 1]):
+        for sigma, sigma_next in pairwise(values[: len(timesteps) + 1]):
             x0_s, x0_m = schedule.exploding_x0_weights(self._prediction, sigma)
             self._weights.append((x0_s, x0_m, sigma, float(np.float32(sigma_next - sigma))))
         self.timesteps = timesteps

@@ -98,8 +98,8 @@ class PNDM(Scheduler):
         """x_prev from (sample, combined output); a v_prediction is turned into epsilon first."""
         c = self.config
         final = 1.0 if c.set_alpha_to_one else float(self._table[0])
-        a = schedule.alpha_at(self._table, t, final)
-        p = schedule.alpha_at(self._table, t_prev, final)
+        a = schedule.alpha_at(self._table, t)
+        p = schedule.alpha_before(self._table, t_prev, final)
         scale = math.sqrt(p / a)
         slope = -(p - a) / (a * math.sqrt(1 - p) + math.sqrt(a * (1 - a) * p))
         eps_s, eps_m = schedule.epsilon_weights(c.prediction_type, *schedule.signal_and_noise(a))

@@ -132,7 +132,8 @@ def alphas_cumprod(
 
 
 def spaced_timesteps(spacing: Spacing, train_steps: int, steps: int, offset: int) -> F64:
-    """`steps` training timesteps, descending; those of linspace are not rounded.
+    """`steps` training timesteps, descending (one more: see `trailing_timesteps`); those of
+    linspace are not rounded.
 
     Table 2 of Lin et al. (Common Diffusion Noise Schedules and Sample Steps are Flawed).
     """
@@ -140,31 +141,34 @@ def spaced_timesteps(spacing: Spacing, train_steps: int, steps: int, offset: int
         return np.linspace(0, train_steps - 1, steps)[::-1]
     if spacing == "leading":
         return np.arange(steps, dtype=np.float64)[::-1] * (train_steps // steps) + offset
-    return trailing_timesteps(train_steps, train_steps / steps, steps)
+    return trailing_timesteps(train_steps, train_steps / steps)
 
 
-def trailing_timesteps(start: int, stride: float, steps: int) -> F64:
-    """At most `steps` whole timesteps from start - 1 downwards.
+def trailing_timesteps(start: int, stride: float) -> F64:
+    """Whole timesteps from start - 1 downwards.
 
-    For some step counts (61 of 1000, say) a rounding error makes diffusers append one timestep
-    of -1; it isn't taken over.
+    For some step counts (61 of 1000, say) a rounding error appends one of -1, in diffusers, too.
     """
-    return np.round(np.arange(start, 0, -stride))[:steps] - 1
+    return np.round(np.arange(start, 0, -stride)) - 1
 
 
-def alpha_at(table: F32, timestep: int, final: float) -> float:
-    """alphas_cumprod at a training timestep; `final` before the first.
+def alpha_at(table: F32, timestep: int) -> float:
+    """alphas_cumprod at a training timestep; before the first, as diffusers' index has it, those
+    at the table's end.
 
-    Raises UsageError past the last: steps_offset and the number of steps don't go together.
+    Raises UsageError out of the table: steps_offset and the number of steps don't go together.
     """
-    if timestep < 0:
-        return final
-    if timestep >= len(table):
+    if not -len(table) <= timestep < len(table):
         raise UsageError(
             f"timestep {timestep} lies past the {len(table)} training timesteps because of "
             "steps_offset: use fewer num_inference_steps"
         )
     return float(table[timestep])
+
+
+def alpha_before(table: F32, timestep: int, final: float) -> float:
+    """alphas_cumprod at the timestep that a step leads to; `final` before the first."""
+    return final if timestep < 0 else alpha_at(table, timestep)
 
 
 def signal_and_noise(cumprod: float) -> tuple[float, float]:
