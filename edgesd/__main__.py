@@ -2,10 +2,13 @@
 
 import os
 import sys
-from typing import NoReturn
+
+TYPE_CHECKING = False  # not that of `typing`: Ctrl-C while it is imported would be a traceback
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 
-def main() -> NoReturn:
+def main() -> "NoReturn":
     """Run the command line. Ctrl-C is one line from the first import on."""
     try:
         from edgesd.cli import main as run

@@ -41,6 +41,7 @@ _REFUSED = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EIO, errno.ESTALE),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV),
+    errno.ENXIO,
 )
 _MISSING_HERE = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY)
 """What file systems answer to what they don't have: modes, links, synchronized folders."""
@@ -114,7 +115,7 @@ def atomic_path(path: Path, private: bool = False, new: bool = False) -> Iterato
     error, and on Ctrl-C, the temporary file is removed and an older `path` stays as it was.
     """
     path = Path(path)
-    if _is_special(path):
+    if is_special(path):
         with tempfile.TemporaryDirectory(prefix="edgesd-") as folder:
             made = Path(folder) / "file"
             made.touch()
@@ -207,7 +208,7 @@ def _is_there(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def _is_special(path: Path) -> bool:
+def is_special(path: Path) -> bool:
     """Whether `path` is a device, a pipe or a socket, or stands for one of this process's files."""
     try:
         mode = path.stat().st_mode
@@ -215,7 +216,7 @@ def _is_special(path: Path) -> bool:
         return False
     real = Path(os.path.realpath(path.parent))
     stands_in = path.is_symlink() and real.parts[1:2] in (("dev",), ("proc",))
-    return stands_in or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+    return not stat.S_ISDIR(mode) and (stands_in or not stat.S_ISREG(mode))
 
 
 def _check_no_folder(path: Path) -> None:
@@ -394,8 +395,11 @@ def check_writable(path: Path, needed_bytes: int = 0) -> None:
     needed_bytes: what will be written, as far as it is known. Raises InputError when a file or
     folder of that name can't be made, ResourceError when the disk is too full.
     """
-    if _is_special(path):
+    if is_special(path):
+        if path.is_socket() or not os.access(path, os.W_OK):
+            raise InputError(f"{path} can't be written into: choose another -o")
         return
+    _check_replaceable(path)
     missing = [folder for folder in _absolute(path).parents if not _is_there(folder)]
     try:
         free_bytes = _try_to_write(path)
@@ -408,6 +412,17 @@ def check_writable(path: Path, needed_bytes: int = 0) -> None:
             f"{path} takes about {needed_bytes / 1e6:.0f} MB, and {free_bytes / 1e6:.0f} MB of "
             "disk are free there: free some space, or choose another folder with -o"
         )
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise InputError for another user's file in a folder like /tmp, where only owners replace."""
+    try:
+        folder, older = _absolute(path).parent.stat(), path.lstat()
+    except OSError:
+        return
+    user = os.geteuid()
+    if folder.st_mode & stat.S_ISVTX and user not in (0, folder.st_uid, older.st_uid):
+        raise InputError(f"{path} is another user's, and can't be replaced: choose another -o")
 
 
 def _try_to_write(path: Path) -> int | None:
@@ -431,6 +446,9 @@ def check_file_place(path: Path, *used: Path) -> None:
     check_writable(path)
 
 
+_MOST_ATTEMPTS = 100
+"""To make a private folder, while other processes remove the one that it is to be in."""
+
 _PART = re.compile(r"\.edgesd-([0-9a-f]{8})-[0-9a-f]{16}\.part")
 
 
@@ -445,15 +463,22 @@ def private_folder(beside: Path) -> Iterator[Path]:
         lock: int | None = None
         folder: Path | None = None
         try:
-            while lock is None:
-                parent.mkdir(parents=True, exist_ok=True)
+            for attempt in itertools.count(1):
+                _make_folders(parent)
                 _sweep(parent)
                 # Named before it is made: a signal that comes while it is made finds it, too.
                 folder = parent / f".edgesd-{_machine()}-{secrets.token_hex(8)}.part"
-                # Another process may have removed an empty `parent` that it had made.
-                with contextlib.suppress(FileNotFoundError):
+                # Another process may have removed an empty `parent` that it had made. Some
+                # folders, such as /proc, have room for nothing and say so in the same way.
+                try:
                     folder.mkdir(mode=0o700)
+                    _chmod(folder, 0o700)  # whatever the umask is: it couldn't be removed
                     lock = _locked(folder, needed=False)
+                except FileNotFoundError:
+                    if attempt == _MOST_ATTEMPTS:
+                        raise
+                if lock is not None:
+                    break
             assert folder is not None
             yield folder
         finally:
@@ -465,6 +490,16 @@ def private_folder(beside: Path) -> Iterator[Path]:
                     shutil.rmtree(folder, ignore_errors=True)
                 if lock is not None:
                     os.close(lock)
+
+
+def _make_folders(folder: Path) -> None:
+    """Make `folder` and those above it. Raises InputError where a file or a dead link is one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as exc:
+        taken = next(path for path in (folder, *folder.parents) if _is_there(path))
+        what = "a link that leads nowhere" if not taken.exists() else "no folder"
+        raise InputError(f"cannot write into {taken}: it is {what}; choose another -o") from exc
 
 
 def _locked(folder: Path, needed: bool) -> int | None:

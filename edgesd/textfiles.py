@@ -42,7 +42,10 @@ def read_text(source: Path | BinaryIO, most_bytes: int = MOST_BYTES) -> str:
             raise InputError(f"{name} can't be read: {exc.strerror or exc}") from exc
     else:
         name = str(getattr(source, "name", "the file"))
-        raw = source.read(most_bytes + 1)
+        try:
+            raw = source.read(most_bytes + 1)
+        except OSError as exc:
+            raise InputError(f"{name} can't be read: {exc.strerror or exc}") from exc
     if len(raw) > most_bytes:
         raise InputError(f"{name} is larger than {most_bytes / 1e6:.0f} MB: is it the right file?")
     return decode_text(raw, name)

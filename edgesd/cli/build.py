@@ -178,7 +178,7 @@ def build_command(
         pool_attention=pool_attention,
     )
     finish = None
-    if host:
+    if host is not None:
         from edgesd.build.on_board import add_plans, check_board
         from edgesd.device.targets import get_target
 

@@ -77,12 +77,14 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in new releas
 STDOUT = Path("-")
 """What OutputPath makes of "-"; a file of that name is given as ./-."""
 
+_FILE_SUFFIXES = (".png", ".edgesd", ".html", ".json")
+
 
 class OutputPath(click.Path):
     """A file or folder to write. "-" is standard output, which most commands can't write to."""
 
     def __init__(self, stdout: bool = False, dir_okay: bool = True, file_okay: bool = True) -> None:
-        super().__init__(path_type=Path, dir_okay=dir_okay, file_okay=file_okay)
+        super().__init__(path_type=Path, dir_okay=dir_okay, file_okay=file_okay, readable=False)
         self._stdout = stdout
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
@@ -98,6 +100,13 @@ class OutputPath(click.Path):
         if str(value) == "":
             raise click.BadParameter("an empty name: give a file or folder", ctx, param)
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if str(value).endswith("/") and path.suffix in _FILE_SUFFIXES and not path.is_dir():
+            raise click.BadParameter(
+                f"{value} is a folder's name, by the slash at its end: leave the slash out for a "
+                f"{path.suffix} file",
+                ctx,
+                param,
+            )
         return Path.cwd() / path if path == STDOUT else path
 
 

@@ -58,9 +58,9 @@ def finalize_command(
         return
     if bundle is None:
         raise click.UsageError("Missing argument 'BUNDLE'.")
-    if host and (output is None or plans):
+    if host is not None and (output is None or plans):
         raise click.UsageError("--on writes another bundle: name it by -o, and leave --plans out")
-    if output and not host:
+    if output and host is None:
         raise click.UsageError("-o goes with --on: plans of this machine are kept in --plans")
     from edgesd.engines.plans import Finalized, plans_folder, prepare_plans, read_plan
     from edgesd.runtime.bundle import open_bundle
@@ -69,7 +69,7 @@ def finalize_command(
     opened = open_bundle(bundle)
     reporter = Reporter(quiet=as_json)
     with reporter.bar():
-        if host and output:
+        if host is not None and output:
             from edgesd.build.on_board import finalize_on
 
             found = finalize_on(host, opened, output, board_progress(reporter))

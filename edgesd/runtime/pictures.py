@@ -16,6 +16,7 @@ from edgesd.files import (
     atomic_write,
     check_writable,
     free_names,
+    is_special,
     keep,
     save,
     write_free,
@@ -74,7 +75,7 @@ def check_output(out: Path | BinaryIO, count: int) -> None:
 
 
 def _is_one_file(out: Path) -> bool:
-    return out.suffix.lower() == ".png"
+    return out.suffix.lower() == ".png" or is_special(out)
 
 
 def _next_number(folder: Path) -> int:
@@ -109,11 +110,11 @@ def make_pictures(
 ) -> list[Picture]:
     """Make and write all `requests`, `batch` at a time. A file is written whole or not at all.
 
-    out: a .png for one picture, whose older file is replaced; a folder, where nothing is; or an
-    open file for one picture. preview_every: every so many steps, decode the unfinished latents
-    into NAME.preview.png (0: never), or the next free name; it goes when the picture is there, or
-    the work is interrupted. on_step gets the index of the batch's first picture, and the step.
-    on_note: told what the user should know.
+    out: a .png for one picture, whose older file is replaced, or a device or pipe; a folder, where
+    nothing is; or an open file for one picture. preview_every: every so many steps, decode the
+    unfinished latents into NAME.preview.png (0: never), or the next free name; it goes when the
+    picture is there, or the work is interrupted. on_step gets the index of the batch's first
+    picture, and the step. on_note: told what the user should know.
     Raises what `check_output` raises and UsageError for bad values before anything is run. A
     picture that can't be written then is kept elsewhere, and the error says where.
     """
@@ -177,7 +178,7 @@ def _most_bytes(request: Request) -> int:
 def _write_picture(content: bytes, out: Path, path: Path, request: Request) -> Picture:
     """Write to `path`; in a folder to another number where somebody else has taken that name."""
     if _is_one_file(out):
-        replaced = path.exists()
+        replaced = path.exists() and not is_special(path)
         save(path, content)
         return Picture(path, request, replaced)
     while True:

@@ -470,7 +470,7 @@ class Pipeline(Closing):
                 self._runners.clear()
 
     def _scheduler(self, request: Request) -> Scheduler:
-        assert request.scheduler and request.num_inference_steps is not None
+        assert request.scheduler is not None and request.num_inference_steps is not None
         try:
             scheduler = create_scheduler(request.scheduler, self.spec.scheduler.config)
             scheduler.set_timesteps(request.num_inference_steps)

@@ -125,6 +125,7 @@ def test_a_long_prompt_is_cut_with_a_warning(miniature: Bundle, tmp_path: Path) 
         (["-p", "x", "--size", "big"], "isn't a size"),
         (["-p", "x", "--scheduler", "dim"], "did you mean 'ddim'"),
         (["-p", "x", "--scheduler", "flow-euler"], "flow-euler"),
+        (["-p", "x", "--scheduler", ""], "unknown scheduler '': valid: ddim"),
         (["-p", "x", "--guidance", "nan"], "guidance must be"),
         (["-p", "x", "--guidance", "1e40"], "guidance must be"),
         (["-p", "x", "-o", "a.jpg"], "ending in .png"),

@@ -258,3 +258,11 @@ class TestBuild:
     def test_a_target_without_plans(self, tmp_path: Path) -> None:
         outcome = run_cli("build", "demo", "--target", "raspberry-pi-5", "--on", "pi@board")
         assert outcome.code == 2 and "raspberry-pi-5 takes none" in outcome.err
+
+
+def test_an_empty_address_is_no_address_and_nothing_is_built(tmp_path: Path) -> None:
+    out = tmp_path / "new"
+    outcome = run_cli("build", "demo", "--target", "jetson-orin-nano", "--on", "", "-o", out)
+    assert outcome.code == 2
+    assert_refused(outcome, "'' isn't a board's address")
+    assert not out.exists()

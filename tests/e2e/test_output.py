@@ -223,6 +223,37 @@ def test_a_dash_is_no_name(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "{bundle}", "-p", "a", "-o", "a.png/"),
+        ("pack", "{bundle}", "a.edgesd/"),
+        ("report", "{bundle}", "-o", "a.html/"),
+        ("bench", "{bundle}", "-o", "a.json/"),
+    ],
+)
+def test_a_name_that_ends_in_a_slash_replaces_no_file(
+    arguments: tuple[str, ...], miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    older = tmp_path / arguments[-1]
+    older.write_bytes(b"mine")
+    outcome = run_cli(*(word.format(bundle=miniature.path) for word in arguments))
+    assert outcome.code == 2
+    assert_refused(outcome, "is a folder's name, by the slash at its end")
+    assert older.read_bytes() == b"mine" and [*tmp_path.iterdir()] == [older]
+
+
+def test_a_picture_goes_into_a_device_as_it_is_named(miniature: Bundle, tmp_path: Path) -> None:
+    null = tmp_path / "nothing"
+    null.symlink_to("/dev/null")
+    drawing = ("generate", miniature.path, "-p", "a", "--steps", 1)
+    done = run_cli(*drawing, "-o", null)
+    assert done.code == 0 and "replaces" not in done.err
+    assert null.is_symlink() and [*tmp_path.iterdir()] == [null]
+    assert_refused(run_cli(*drawing, "-n", 2, "-o", null), "is one file for 2 pictures")
+
+
 def test_no_output_replaces_what_the_command_reads_or_writes_besides(
     miniature_file: Path, tmp_path: Path
 ) -> None:

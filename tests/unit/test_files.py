@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -277,6 +278,54 @@ def test_what_can_fail_is_tried_first(tmp_path: Path) -> None:
         check_writable(tmp_path / "file/a")
     check_writable(tmp_path / "new/folder/a", 1)
     assert not (tmp_path / "new").exists()
+
+
+def test_what_stands_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dead").symlink_to("nowhere")
+    for name, what in (("file", "no folder"), ("dead", "a link that leads nowhere")):
+        for below in ("a.png", "folder/a.png"):
+            with pytest.raises(InputError, match=f"write into {tmp_path / name}: it is {what}"):
+                check_writable(tmp_path / name / below)
+
+
+@pytest.mark.timeout(60)
+def test_a_folder_that_takes_no_files_is_refused_and_not_tried_for_ever(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot write /proc/a\.png"):
+        check_writable(Path("/proc/a.png"))
+
+
+def test_a_file_that_only_its_owner_may_replace_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o1777)
+    (tmp_path / "a.png").write_bytes(b"theirs")
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 4321)
+    with pytest.raises(InputError, match="another user's"):
+        check_file_place(tmp_path / "a.png")
+    check_file_place(tmp_path / "b.png")
+    tmp_path.chmod(0o777)
+    check_file_place(tmp_path / "a.png")
+
+
+def test_a_socket_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # their paths have 108 bytes at most
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("a.png")
+        with pytest.raises(InputError, match="can't be written into"):
+            check_file_place(Path("a.png"))
+
+
+def test_no_umask_leaves_a_private_folder_behind(tmp_path: Path) -> None:
+    before = os.umask(0o777)
+    try:
+        with private_folder(tmp_path / "a") as folder:
+            assert mode(folder) == 0o700
+    finally:
+        os.umask(before)
+    assert not list(tmp_path.iterdir())
 
 
 def no_entry(uid: int) -> None:

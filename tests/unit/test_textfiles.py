@@ -78,3 +78,11 @@ def test_json_with_a_mark_is_read_and_depth_is_no_fault(tmp_path: Path) -> None:
         path.write_bytes(raw)
         with pytest.raises(InputError, match="isn't valid JSON"):
             read_json(path)
+
+
+def test_a_read_that_fails_names_the_file() -> None:
+    with (
+        Path("/proc/self/mem").open("rb") as unreadable,
+        pytest.raises(InputError, match="/proc/self/mem can't be read: "),
+    ):
+        read_text(unreadable)
