@@ -107,7 +107,7 @@ def _check_tokens(own: Any, tokenizer: PromptTokenizer) -> None:
 
     def encode(input_ids: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
         seen.append(input_ids[0].tolist())
-        return (_embedding(input_ids.numpy(), own.unet.config.cross_attention_dim),)
+        return (_embedding(input_ids.numpy(), own.text_encoder.config.hidden_size),)
 
     own.text_encoder.forward = encode
     for prompt in _prompts(own.tokenizer):
@@ -198,7 +198,7 @@ def _few(values: list[float]) -> str:
 
 def _draw_theirs(own: Any, spec: PipelineSpec, steps: int, fed: _Fed) -> None:
     def encode(input_ids: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
-        return (_embedding(input_ids.numpy(), own.unet.config.cross_attention_dim),)
+        return (_embedding(input_ids.numpy(), own.text_encoder.config.hidden_size),)
 
     def predict(sample: torch.Tensor, timestep: Any, **given: Any) -> tuple[torch.Tensor]:
         cond = given.get("timestep_cond")

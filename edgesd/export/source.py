@@ -308,11 +308,12 @@ def check_no_pointer(path: Path) -> None:
 def choose_weights(names: Collection[str], stem: str) -> Weights | None:
     """The best complete set of weight files among `names`, or None.
 
-    Full precision before fp16, and safetensors before pickles (whose transformers stem is
-    pytorch_model); variants other than fp16 (non_ema, int8 ...) are left alone.
+    Full precision before fp16, as diffusers has it, and of one precision safetensors before pickles
+    (whose transformers stem is pytorch_model); variants other than fp16 (non_ema, int8 ...) are
+    left alone.
     """
-    for safetensors in (True, False):
-        for variant in (None, "fp16"):
+    for variant in (None, "fp16"):
+        for safetensors in (True, False):
             extension = "safetensors" if safetensors else "bin"
             base = "pytorch_model" if stem == "model" and not safetensors else stem
             infix = f".{variant}" if variant else ""

@@ -320,7 +320,8 @@ def test_choose_weights() -> None:
     stem = "diffusion_pytorch_model"
     full, half, pickle = f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem}.bin"
     assert choose_weights([pickle, half, full], stem) == Weights((full,), None, True)
-    assert choose_weights([pickle, half], stem) == Weights((half,), "fp16", True)
+    assert choose_weights([pickle, half], stem) == Weights((pickle,), None, False)
+    assert choose_weights([f"{stem}.fp16.bin", half], stem) == Weights((half,), "fp16", True)
     assert choose_weights([pickle, f"{stem}.non_ema.safetensors"], stem) == Weights(
         (pickle,), None, False
     )

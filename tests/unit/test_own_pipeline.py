@@ -119,6 +119,7 @@ def at(value: object, path: str) -> object:
             },
         ),
         ({"unet": {"time_cond_proj_dim": 32}}, {}),
+        ({"unet": {"cross_attention_dim": [128, 128, 128]}}, {}),
         ({"index": {"_class_name": "StableDiffusionImg2ImgPipeline"}}, {}),
         (
             {
@@ -137,7 +138,7 @@ def at(value: object, path: str) -> object:
             },
         ),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_values_are_those_of_diffusers_own_pipeline(
     changes: dict[str, dict[str, Any]], expected: dict[str, object], tmp_path: Path
@@ -242,9 +243,11 @@ def test_a_tokenizer_that_gives_other_ids_is_refused(spec: bytes, emoji_plan: Pl
         ({"unet": {"encoder_hid_dim": 32}}, "encoder_hid_dim=32 isn't supported"),
         ({"unet": {"class_embed_type": "timestep"}}, "class_embed_type='timestep'"),
         ({"unet": {"up_block_types": ["UpBlock2D"]}}, "makes no UNet2DConditionModel"),
-        ({"scheduler": {"beta_schedule": "none"}}, "scheduler: none is not implemented"),
+        ({"scheduler": {"beta_schedule": "none"}}, "beta_schedule = 'none': expected 'linear'"),
+        ({"vae": {"out_channels": 4}}, "out_channels=4: only pictures of three colours"),
+        ({"vae": {"in_channels": 1}}, "in_channels=1: only pictures of three colours"),
     ],
-    ids=range(14),
+    ids=range(16),
 )
 def test_what_is_not_drawn_as_diffusers_does_is_refused_by_name(
     changes: dict[str, dict[str, Any]], message: str, tmp_path: Path

@@ -47,6 +47,8 @@ _CLASSES = {
 """Component -> its library, and the classes of it that are taken."""
 _STEPS = {False: 20, True: 4}
 """Latent consistency model or not -> steps."""
+_COLOURS = 3
+"""Channels of a picture."""
 _UNSUPPORTED = (
     "class_embed_type",
     "num_class_embeds",
@@ -150,7 +152,8 @@ def _check_unet(name: str, unet: Mapping[str, Any], text: Mapping[str, Any]) -> 
             f"{name}: its UNet takes {channels} channels and returns {unet['out_channels']}"
             ": inpainting, depth and editing models aren't supported"
         )
-    if context != text["hidden_size"]:
+    widths = set(context) if isinstance(context, list | tuple) else {context}  # of each block
+    if widths != {text["hidden_size"]}:
         raise InputError(
             f"{name}: the UNet expects text embeddings of width {context}, and the text encoder "
             f"makes {text['hidden_size']}: do both belong to one model?"
@@ -187,6 +190,12 @@ def _latent_spec(
             f"{source.name}: the VAE has {vae['latent_channels']} latent channels and the UNet "
             f"{unet['in_channels']}: do both belong to one model?"
         )
+    for channels in ("in_channels", "out_channels"):
+        if vae[channels] != _COLOURS:
+            raise InputError(
+                f"{source.name}: its VAE has {channels}={vae[channels]}: only pictures of three "
+                "colours are supported"
+            )
     scaling = vae["scaling_factor"]
     if scaling is None or not math.isfinite(scaling) or scaling == 0:
         raise InputError(
