@@ -14,13 +14,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from edgesd.errors import EdgesdError, InputError, ParityError  # noqa: E402
 from edgesd.export.families import Plan  # noqa: E402
-from edgesd.export.families.modules import Unet  # noqa: E402
+from edgesd.export.families.modules import Unet, load_tokenizer  # noqa: E402
 from edgesd.export.own_pipeline import check_own_pipeline  # noqa: E402
 from edgesd.export.pipeline import plan_pipeline  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
@@ -404,3 +405,10 @@ def test_any_prompt_is_expanded_as_diffusers_does(
     expanded = own.maybe_convert_prompt(prompt, own.tokenizer)
     wanted = own.tokenizer(expanded, padding="max_length", truncation=True).input_ids
     assert tokenizer.encode(prompt)[0][0].tolist() == wanted
+
+
+def test_the_tokenizer_is_not_the_one_in_python_that_transformers_4_has_besides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transformers, "CLIPTokenizer", None)
+    assert load_tokenizer(EMOJI / "tokenizer").backend_tokenizer.encode("a").ids

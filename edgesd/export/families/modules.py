@@ -237,15 +237,16 @@ def with_sampler(pipeline: Any, sampler: str) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer as diffusers' pipelines use it. Raises InputError where its files are missing,
-    which transformers takes for a tokenizer without words."""
+    """The tokenizer as diffusers' pipelines use it: the one that knows tokenizer.json, which
+    transformers 4 has beside one in Python. Raises InputError where its files are missing, which
+    transformers takes for a tokenizer without words."""
     names = ("vocab.json", "merges.txt"), ("tokenizer.json",)
     if not any(all((folder / name).is_file() for name in files) for files in names):
         raise InputError(
             f"{folder} lacks the tokenizer's files, tokenizer.json or vocab.json and merges.txt: "
             "download the model again"
         )
-    cls: Any = transformers.CLIPTokenizer
+    cls: Any = transformers.CLIPTokenizerFast  # type: ignore[attr-defined]
     return cls.from_pretrained(str(folder), local_files_only=True)
 
 
