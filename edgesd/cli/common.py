@@ -107,7 +107,15 @@ class OutputPath(click.Path):
                 ctx,
                 param,
             )
-        return Path.cwd() / path if path == STDOUT else path
+        if path.is_absolute():
+            return path
+        try:
+            here = Path.cwd()
+        except FileNotFoundError as exc:
+            raise InputError(
+                f"the current folder was removed, and {path} was to be in it: go to another one"
+            ) from exc
+        return here / path if path == STDOUT else path
 
 
 @contextmanager

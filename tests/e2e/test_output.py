@@ -244,6 +244,27 @@ def test_a_name_that_ends_in_a_slash_replaces_no_file(
     assert older.read_bytes() == b"mine" and [*tmp_path.iterdir()] == [older]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "{bundle}", "-p", "a"),
+        ("pack", "{bundle}", "x.edgesd"),
+        ("build", "demo", "--target", "x86-64-cpu", "-o", "x.edgesd"),
+        ("keys", "new", "x"),
+    ],
+)
+def test_a_current_folder_that_was_removed_is_named(
+    arguments: tuple[str, ...], miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    outcome = run_cli(*(word.format(bundle=miniature.path) for word in arguments))
+    assert outcome.code == 3
+    assert_refused(outcome, "the current folder was removed")
+
+
 def test_a_picture_goes_into_a_device_as_it_is_named(miniature: Bundle, tmp_path: Path) -> None:
     null = tmp_path / "nothing"
     null.symlink_to("/dev/null")
