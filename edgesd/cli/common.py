@@ -501,6 +501,8 @@ def fail(error: BaseException, debug: bool) -> int:
         say_lines("".join(traceback.format_exception(error)).rstrip(), err=True)
     if isinstance(error, ModuleNotFoundError):
         error = missing_package(error) or error
+    if _caused_by_interrupt(error):
+        error = KeyboardInterrupt()
     if isinstance(error, EdgesdError):
         message, code = str(error), error.exit_code
     elif isinstance(error, MemoryError):
@@ -514,3 +516,11 @@ def fail(error: BaseException, debug: bool) -> int:
         code = 1
     say_error(message)
     return code
+
+
+def _caused_by_interrupt(error: BaseException) -> bool:
+    """Whether Ctrl-C is behind it: in the import of a compiled module it becomes an ImportError."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__
+    return cause is not None

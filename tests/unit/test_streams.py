@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from edgesd.cli import common
+from edgesd.errors import MissingDependencyError
 from edgesd.processes import module_command
 from edgesd.runtime.bundle import Bundle
 from tests.marks import utf8_names
@@ -113,3 +114,15 @@ def test_an_interrupt_while_edgesd_is_imported_is_one_line() -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (130, "edgesd: interrupted\n")
+
+
+def test_an_interrupt_within_an_import_is_no_missing_package(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stopped = ImportError("initialization failed")
+    stopped.__cause__ = KeyboardInterrupt()
+    told = MissingDependencyError("onnxruntime can't be imported")
+    assert common.fail(told, debug=False) == 5
+    told.__cause__ = stopped
+    assert common.fail(told, debug=False) == 130
+    assert "interrupted" in capsys.readouterr().err
