@@ -89,6 +89,7 @@ def made(miniature: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.integration
 def test_what_is_measured(made: Path, miniature: Bundle) -> None:
     (bench,) = read_bench(made)
     assert bench.version == BENCH_VERSION
@@ -106,6 +107,7 @@ def test_what_is_measured(made: Path, miniature: Bundle) -> None:
     assert len(set(bench.pictures)) == 3
 
 
+@pytest.mark.integration
 def test_the_page_stands_alone(made: Path) -> None:
     page = made.with_suffix(".html").read_text()
     assert page.count("data:image/png;base64,") == 3
@@ -113,6 +115,7 @@ def test_the_page_stands_alone(made: Path) -> None:
     assert 'name="viewport"' in page
 
 
+@pytest.mark.integration
 def test_what_a_hostile_prompt_does_to_the_page(made: Path) -> None:
     (bench,) = read_bench(made)
     asked = msgspec.structs.replace(bench.asked, prompt="<script>alert(1)</script>")
@@ -121,6 +124,7 @@ def test_what_a_hostile_prompt_does_to_the_page(made: Path) -> None:
     assert "<script" not in page and "&lt;b&gt; is emulated" in page
 
 
+@pytest.mark.integration
 def test_compare(made: Path, tmp_path: Path) -> None:
     outcome = run_cli("bench", "compare", made, made)
     assert outcome.code == 0
@@ -242,6 +246,7 @@ class TestDetached:
             detached.follow("../x", ["true"], lambda line: None)
 
 
+@pytest.mark.integration
 def test_the_json_reads_back(made: Path) -> None:
     found = read_bench(made)
     assert msgspec.json.decode(msgspec.json.encode(found), type=list[Bench]) == found

@@ -68,6 +68,7 @@ def test_loop_overhead_of_the_miniature(
     assert all(name in printed for name in names)
 
 
+@pytest.mark.integration
 def test_steps_beside_others_of_the_miniature(
     miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

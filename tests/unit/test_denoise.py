@@ -103,6 +103,7 @@ def test_binding_checks_names_and_shapes_once() -> None:
         runner.bind({"sample": (1, 4, 4, 4)})
 
 
+@pytest.mark.integration
 def test_guidance_embedding_equals_diffusers() -> None:
     torch = pytest.importorskip("torch")
     from diffusers import StableDiffusionPipeline

@@ -108,6 +108,7 @@ def test_a_worker_that_fails(code: str, words: str, pretend) -> None:
     assert second.prompt == "another" and second.problem
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("code", "words"),
     [
@@ -131,6 +132,7 @@ def test_a_worker_that_floods_or_never_answers(code: str, words: str, pretend) -
     assert len(found.problem) < 400
 
 
+@pytest.mark.integration
 def test_a_worker_that_reads_nothing_is_ended(pretend, monkeypatch: pytest.MonkeyPatch) -> None:
     prompter = pretend("")._replace(grammar="x" * 10**6)  # more than a pipe holds
     code = "import time; time.sleep(60)"
@@ -212,6 +214,7 @@ def test_one_answer_and_then_none(pretend) -> None:
     assert second.prompt == "another" and second.problem and "status 0" in second.problem
 
 
+@pytest.mark.integration
 def test_a_worker_that_takes_too_long_is_killed(pretend, tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     code = f"open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"

@@ -22,6 +22,8 @@ from edgesd.errors import BoardError
 from tests.boards import Server, sshd
 from tests.unit.test_board import FILES, items, on
 
+pytestmark = pytest.mark.integration
+
 T = TypeVar("T")
 
 
