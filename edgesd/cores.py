@@ -47,7 +47,12 @@ def physical_cores(cores: list[int], root: Path = Path("/")) -> list[int]:
 def thread_cores(root: Path = Path("/")) -> list[int]:
     """Cores for the threads of one operator: the fast ones that this process may use, no more than
     its control groups' quota of processor time keeps busy, and at least one."""
-    cores, quota = physical_cores(fast_cores(root), root), cpu_quota(root)
+    return _kept_busy(physical_cores(fast_cores(root), root), root)
+
+
+def _kept_busy(cores: list[int], root: Path) -> list[int]:
+    """As many of `cores` as the quota keeps busy."""
+    quota = cpu_quota(root)
     return cores if quota is None else cores[: max(1, int(quota))]
 
 
@@ -58,7 +63,9 @@ def library_settings(environ: Mapping[str, str], root: Path = Path("/")) -> dict
     settings = {}
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(environ):
         settings["GOMP_SPINCOUNT"] = str(OPENMP_SPINS)
-    threads = len(thread_cores(root))
-    if "OMP_NUM_THREADS" not in environ and threads < len(physical_cores(fast_cores(root), root)):
-        settings["OMP_NUM_THREADS"] = str(threads)
+    if "OMP_NUM_THREADS" not in environ:
+        cores = physical_cores(fast_cores(root), root)
+        threads = len(_kept_busy(cores, root))
+        if threads < len(cores):
+            settings["OMP_NUM_THREADS"] = str(threads)
     return settings

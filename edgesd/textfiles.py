@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,22 +34,19 @@ def read_text(source: Path | BinaryIO, most_bytes: int = MOST_BYTES) -> str:
 
     Raises InputError when it can't be read, is larger than `most_bytes`, or isn't UTF-8.
     """
-    if isinstance(source, Path):
-        name = str(source)
-        try:
-            with source.open("rb") as file:
-                raw = file.read(most_bytes + 1)
-        except OSError as exc:
-            raise InputError(f"{name} can't be read: {exc.strerror or exc}") from exc
-    else:
-        name = str(getattr(source, "name", "the file"))
-        try:
-            raw = source.read(most_bytes + 1)
-        except OSError as exc:
-            raise InputError(f"{name} can't be read: {exc.strerror or exc}") from exc
+    name = _name_of(source)
+    try:
+        with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+            raw = file.read(most_bytes + 1)
+    except OSError as exc:
+        raise InputError(f"{name} can't be read: {exc.strerror or exc}") from exc
     if len(raw) > most_bytes:
         raise InputError(f"{name} is larger than {most_bytes / 1e6:.0f} MB: is it the right file?")
     return decode_text(raw, name)
+
+
+def _name_of(source: Path | BinaryIO) -> str:
+    return str(source if isinstance(source, Path) else getattr(source, "name", "the file"))
 
 
 def decode_text(raw: bytes, name: str) -> str:
@@ -76,10 +74,9 @@ def read_lines(
     lines = lines_of(read_text(source, most_bytes))
     for number, line in enumerate(lines, 1):
         if len(line) * 4 > most_line_bytes and len(line.encode()) > most_line_bytes:
-            name = source if isinstance(source, Path) else getattr(source, "name", "the file")
             raise InputError(
-                f"{name}, line {number} has {len(line.encode())} bytes, and {most_line_bytes} are "
-                "the most: is it the right file?"
+                f"{_name_of(source)}, line {number} has {len(line.encode())} bytes, and "
+                f"{most_line_bytes} are the most: is it the right file?"
             )
     return lines
 
