@@ -97,6 +97,10 @@ class Installed(Spec, frozen=True):
     signer: str | None = None
 
 
+_BETTER_DISK = "bundles are deployed to a home folder on a disk with links and locks (ext4)"
+"""What helps where symbolic links or locks are missing. Not EDGESD_HOME: deploy sets it."""
+
+
 def home_folder() -> Path:
     """EDGESD_HOME, or ~/edgesd: where `edgesd deploy` puts everything. Raises InputError without
     a home folder."""
@@ -333,8 +337,7 @@ class Slots:
             if exc.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
             raise InputError(
-                f"{self.root} lies on a disk without symbolic links: bundles are deployed to a "
-                "home folder on a disk that has them (ext4)"
+                f"{self.root} lies on a disk without symbolic links: {_BETTER_DISK}"
             ) from exc
         new.replace(self.current)
         fsync_dir(self.root)
@@ -367,10 +370,7 @@ def _locked(lock: IO[str]) -> bool:
     except BlockingIOError:
         return False
     except OSError as exc:
-        raise InputError(
-            f"{lock.name} can't be locked ({exc.strerror}): set EDGESD_HOME to a folder on a disk "
-            "that has locks (ext4 has them)"
-        ) from exc
+        raise InputError(f"{lock.name} can't be locked ({exc.strerror}): {_BETTER_DISK}") from exc
     return True
 
 
