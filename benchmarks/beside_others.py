@@ -37,7 +37,7 @@ def onnxruntime_step(path: Path, theirs: bool) -> Any:
     import onnxruntime
 
     from edgesd.runtime import kernels
-    from edgesd.runtime.runners import onnxruntime as runner
+    from edgesd.runtime.backends import onnxruntime as runner
 
     bundle = open_bundle(path)
     spec = bundle.manifest.pipeline.components["unet"]

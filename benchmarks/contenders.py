@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from benchmarks.peer_files import QUANTIZED, SDCPP_TYPES, Inputs, Model, load_torch
 from edgesd.errors import EdgesdError
-from edgesd.spec import ComponentSpec
+from edgesd.spec.pipeline import ComponentSpec
 
 Array = npt.NDArray[np.float32]
 Step = Callable[[Inputs], Array]
@@ -74,8 +74,8 @@ def _edgesd(
     import onnxruntime
 
     from edgesd.runtime import kernels
+    from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
     from edgesd.runtime.bundle import GraphFile
-    from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 
     own = (graph / "kernels.onnx").exists() and how != "stock"
     library = kernels.library() if own else None

@@ -64,7 +64,7 @@ def measure(folder: Path, model: Model, precision: str, rounds: int) -> list[dic
     import onnxruntime
 
     from edgesd.runtime import kernels
-    from edgesd.runtime.runners.onnxruntime import session_options
+    from edgesd.runtime.backends.onnxruntime import session_options
 
     if kernels.library() is None:
         raise MissingDependencyError("edgesd's own kernels aren't there: edgesd kernels build")

@@ -19,14 +19,14 @@ import numpy as np
 
 from benchmarks.common import Spread, environment, parser, run, spread, table, write_json
 from edgesd.errors import InputError
+from edgesd.runtime.backends.base import Runner
+from edgesd.runtime.backends.fake import FakeRunner
+from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.denoise import Conditioning, denoise
 from edgesd.runtime.noise import TorchNoise
-from edgesd.runtime.runners import Runner
-from edgesd.runtime.runners.fake import FakeRunner
-from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.schedulers import SCHEDULERS, create_scheduler
-from edgesd.spec import PipelineSpec
+from edgesd.spec.pipeline import PipelineSpec
 
 GUIDANCE = 4.0
 

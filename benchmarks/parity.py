@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from benchmarks.common import environment, parser, run, table, write_json
 from edgesd.evaluate.psnr import max_abs_difference, psnr
 from edgesd.runtime.bundle import Bundle, open_bundle
-from edgesd.runtime.pictures import read_prompts
+from edgesd.runtime.images import read_prompts
 from edgesd.runtime.pipeline import Pipeline, Request, Settings
 
 PROMPTS = (

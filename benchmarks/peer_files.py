@@ -24,7 +24,8 @@ import numpy.typing as npt
 
 from edgesd.errors import EdgesdError
 from edgesd.files import atomic_dir
-from edgesd.spec import ComponentSpec, Dim, TensorSpec
+from edgesd.spec.base import Dim
+from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
 Inputs = dict[str, npt.NDArray[np.float32]]
 TOKENS = 77
@@ -238,7 +239,7 @@ def rounded(folder: Path, precision: str, layers: Any = None) -> tuple[Any, Any]
 
     from edgesd.export.quantize.layers import find_layers, matrix_of
     from edgesd.export.quantize.quantize import rounded_layer
-    from edgesd.spec import parse_scheme
+    from edgesd.spec.scheme import parse_scheme
 
     graph, scheme = ir.load(folder / "edgesd" / "model.onnx"), parse_scheme(precision)
     if layers is None:

@@ -23,13 +23,13 @@ from typing import Any
 import msgspec
 
 from benchmarks.common import environment, parser, run, table, write_json
-from edgesd.build.planner import Wish, make_plan
 from edgesd.errors import EdgesdError
 from edgesd.processes import module_command
+from edgesd.recipes.planner import Wish, make_plan
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.memory import MEMORY_MODES
 from edgesd.runtime.rates import read_rates
-from edgesd.spec import Rates
+from edgesd.spec.rates import Rates
 
 
 def draw(bundle: Path, mode: str, size: int, steps: int, kernels: bool) -> tuple[int, float]:

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgesd.spec import OPTIMIZERS
+from edgesd.spec.options import OPTIMIZERS
 
 from .common import table
 

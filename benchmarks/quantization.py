@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.common import environment, paired_ratio, parser, run, spread, table, write_json
-from edgesd.build import DEMO, QuantOptions, build
 from edgesd.errors import EdgesdError
 from edgesd.evaluate.perceptual import Perceptual, open_perceptual
 from edgesd.evaluate.quality import compare, draw, draw_cached, requests_for, summarise
+from edgesd.recipes import DEMO, QuantOptions, build
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.pictures import read_prompts
+from edgesd.runtime.images import read_prompts
 from edgesd.runtime.pipeline import Pipeline, Request
-from edgesd.spec import Quality
+from edgesd.spec.quality import Quality
 
 TARGET = "x86-64-cpu"
 FEW = {"num_inference_steps": 8, "scheduler": "dpmpp-2m"}

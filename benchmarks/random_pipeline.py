@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from edgesd.build import demo_model
+from edgesd.recipes import demo_model
 
 
 def write_pipeline(folder: Path, tiny_vae: bool = False, channels: int = 320) -> None:

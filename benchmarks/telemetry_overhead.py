@@ -19,8 +19,8 @@ from typing import NamedTuple
 from benchmarks.common import environment, paired_ratio, parser, run, spread, table, write_json
 from benchmarks.loop_overhead import lap
 from edgesd.device.telemetry import Sampler
+from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import Bundle, open_bundle
-from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 
 
 class Pair(NamedTuple):

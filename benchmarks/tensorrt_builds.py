@@ -22,16 +22,16 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.common import environment, parser, run, table, write_json
-from edgesd.build import QuantOptions, build
 from edgesd.engines.tensorrt import BACKEND, BuildSpec, PlanReport, build_plan
-from edgesd.engines.tensorrt_lint import lint
 from edgesd.export.backends import lower_quantized
+from edgesd.export.backends.tensorrt_lint import lint
 from edgesd.export.calibrate import LayerStats
 from edgesd.export.external_data import GRAPH_FILE, write_model
 from edgesd.export.quantize.layers import find_layers, matrix_of
 from edgesd.export.quantize.quantize import Method, quantize_layer
+from edgesd.recipes import QuantOptions, build
 from edgesd.runtime.bundle import open_bundle
-from edgesd.spec import parse_scheme
+from edgesd.spec.scheme import parse_scheme
 
 TARGET = "jetson-agx-orin-64gb"
 PRECISIONS = ("fp16", "w8a8", "w4a16-g64-lr32")

@@ -20,8 +20,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from benchmarks.common import parser, run, table, write_json
 from edgesd.engines.tensorrt import BuildSpec, build_plan
-from edgesd.engines.tensorrt_lint import lint
 from edgesd.errors import EdgesdError
+from edgesd.export.backends.tensorrt_lint import lint
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 SM = "sm_86"

@@ -26,7 +26,9 @@ import numpy.typing as npt
 from benchmarks.common import environment, parser, run, spread, table, write_json
 from edgesd.errors import EdgesdError
 from edgesd.files import atomic_dir
-from edgesd.spec import ComponentSpec, Halves, LatentSpec, TensorSpec, parse_scheme
+from edgesd.spec.bundle import Halves
+from edgesd.spec.pipeline import ComponentSpec, LatentSpec, TensorSpec
+from edgesd.spec.scheme import parse_scheme
 
 Array = npt.NDArray[np.float32]
 COMPONENT = "vae_decoder"
@@ -131,10 +133,10 @@ def decode(folder: Path, mode: str, latents: Array, kernels: bool, answer: Conne
     import edgesd.runtime.pipeline  # noqa: F401
     from edgesd.runtime import kernels as own
     from edgesd.runtime import tiles
+    from edgesd.runtime.backends.base import Runner, run_once
+    from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
     from edgesd.runtime.bundle import GraphFile
     from edgesd.runtime.memory import give_back, peak_bytes
-    from edgesd.runtime.runners import Runner, run_once
-    from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
 
     halves = msgspec.json.decode((folder / "halves.json").read_bytes(), type=Halves)
     library = own.library() if kernels else None

@@ -21,7 +21,7 @@ from edgesd.processes import module_command
 VERSIONS = ("10.3.0", "10.13.3.9", "10.16.1.11", "11.4.0.106")
 
 NEEDED = (
-    # edgesd/runtime/runners/tensorrt.py
+    # edgesd/runtime/backends/tensorrt.py
     "DataType.FLOAT.itemsize",
     "ICudaEngine.create_execution_context",
     "ICudaEngine.get_tensor_dtype",

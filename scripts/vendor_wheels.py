@@ -12,8 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from edgesd.build.wheels import download_wheels, kernels_for
 from edgesd.errors import EdgesdError
+from edgesd.remote.wheels import download_wheels, kernels_for
 
 EXTRAS = ("cuda-bindings<13",)
 """For Jetsons, beside what every board gets."""

@@ -17,9 +17,10 @@ import asyncssh
 import msgspec
 import onnx
 
-from edgesd.engines.slots import Slots
+from edgesd.device.slots import Slots
 from edgesd.engines.tensorrt import BuildSpec, PlanReport, Progress
-from edgesd.spec import Environment, Machine
+from edgesd.spec.bundle import Environment
+from edgesd.spec.target import Machine
 from tests.support import PATIENCE_SECONDS
 
 JETSON = Environment("tensorrt", "10.3.0", "sm_87", None)

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from filelock import FileLock
 
-from edgesd.spec import GraphSet
+from edgesd.spec.bundle import GraphSet
 
 Export = Callable[..., GraphSet]
 """A function such as `export_pipeline`."""

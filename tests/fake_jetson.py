@@ -16,7 +16,7 @@ from edgesd.cli import main
 from edgesd.engines import plans
 from edgesd.errors import EdgesdError
 from edgesd.runtime.cuda import Gpu
-from edgesd.spec import Machine
+from edgesd.spec.target import Machine
 from tests import fake_tensorrt
 from tests.boards import Builder
 

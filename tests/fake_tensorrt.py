@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from edgesd.runtime.runners.onnxruntime import session_options
+from edgesd.runtime.backends.onnxruntime import session_options
 
 
 class Logger:

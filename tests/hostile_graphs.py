@@ -19,7 +19,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from edgesd.runtime import kernels
-from edgesd.runtime.runners.onnxruntime import session_options
+from edgesd.runtime.backends.onnxruntime import session_options
 
 FLOAT, FLOAT16, INT8, UINT8, INT4 = (
     getattr(TensorProto, name) for name in ("FLOAT", "FLOAT16", "INT8", "UINT8", "INT4")

@@ -20,14 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 from edgesd.cli import main
 from edgesd.engines.bundle import file_entries, update_manifest, write_manifest
 from edgesd.runtime.bundle import Bundle, open_bundle
-from edgesd.spec import (
-    SCHEMA_VERSION,
-    BundleManifest,
+from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, Engine, Licence, Parity
+from edgesd.spec.pipeline import (
     ComponentSpec,
-    Engine,
     LatentSpec,
-    Licence,
-    Parity,
     PipelineSpec,
     SchedulerSpec,
     ShapeSpec,

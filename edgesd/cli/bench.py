@@ -27,7 +27,7 @@ from edgesd.cli.common import (
 from edgesd.errors import BoardError, EdgesdError
 
 if TYPE_CHECKING:
-    from edgesd.evaluate.bench import Bench
+    from edgesd.device.bench import Bench
     from edgesd.runtime.memory import MemoryMode
 
 _RETRIES = 60
@@ -130,8 +130,8 @@ def run_command(
     as_json: bool,
 ) -> None:
     """Draw with BUNDLE again and again, and measure: what `edgesd bench BUNDLE` stands for."""
-    from edgesd.evaluate.page import check_page_path
     from edgesd.files import check_file_place, save
+    from edgesd.pages.page import check_page_path
     from edgesd.runtime.bundle import open_bundle
 
     if detached:
@@ -146,8 +146,8 @@ def run_command(
     found: list[Bench] = []
     failure: Exception | None = None
     if hosts:
-        from edgesd.build.bench_hosts import bench_on
-        from edgesd.device.hosts import on_each
+        from edgesd.remote.bench_hosts import bench_on
+        from edgesd.remote.hosts import on_each
 
         options = [f"--runs={runs}", f"--warm-up={warm_up}", f"--prompt={prompt}", f"--seed={seed}"]
         options += [f"--threads={threads}", f"--interval={interval}"]
@@ -172,8 +172,8 @@ def run_command(
                 raise
             failure = exc  # once the others' figures are shown
     else:
+        from edgesd.device.bench import Plan, measure
         from edgesd.device.detect import check_machine, detect_machine
-        from edgesd.evaluate.bench import Plan, measure
         from edgesd.runtime.pipeline import Request, Settings
         from edgesd.runtime.signature import check_trusted
 
@@ -192,7 +192,7 @@ def run_command(
         if output:
             save(output, msgspec.json.encode(found))
         if html:
-            from edgesd.evaluate.bench_page import bench_html
+            from edgesd.pages.bench_page import bench_html
 
             save(html, bench_html(found).encode())
     except EdgesdError as exc:
@@ -215,8 +215,8 @@ def compare_command(before: Path, after: Path, as_json: bool) -> None:
 
     Files of several boards are compared board by board, in their order.
     """
+    from edgesd.device.bench import compare, read_bench
     from edgesd.errors import InputError
-    from edgesd.evaluate.bench import compare, read_bench
 
     one, other = read_bench(before), read_bench(after)
     if len(one) != len(other):

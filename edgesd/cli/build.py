@@ -21,7 +21,8 @@ from edgesd.cli.common import (
     scheduler_option,
 )
 from edgesd.errors import EdgesdError
-from edgesd.spec import METHODS, Precision
+from edgesd.spec.options import METHODS
+from edgesd.spec.scheme import Precision
 
 
 @click.command("build")
@@ -154,7 +155,7 @@ def build_command(
     OWNER/NAME. Each network is compared with its source before the bundle is written; of a
     quantized bundle the pictures are, too, and `edgesd report` shows them.
     """
-    from edgesd.build import QuantOptions, build, default_output
+    from edgesd.recipes import QuantOptions, build, default_output
 
     if batch and not size:
         raise click.UsageError("--batch fixes the rows of static graphs: give --size, too")
@@ -179,8 +180,8 @@ def build_command(
     )
     finish = None
     if host is not None:
-        from edgesd.build.on_board import add_plans, check_board
         from edgesd.device.targets import get_target
+        from edgesd.remote.on_board import add_plans, check_board
 
         if get_target(target).backends[0] != "tensorrt":
             raise click.UsageError(f"--on builds TensorRT plans, and {target} takes none")
@@ -248,6 +249,6 @@ def _raise_unfinished(error: EdgesdError | None, path: Path, host: str | None) -
 
 
 def _prompts(path: Path | None) -> tuple[str, ...] | None:
-    from edgesd.runtime.pictures import read_prompts
+    from edgesd.runtime.images import read_prompts
 
     return None if path is None else tuple(read_prompts(path))

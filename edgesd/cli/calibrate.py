@@ -11,7 +11,7 @@ import msgspec
 from edgesd.cli.common import OutputPath, Reporter, json_option, print_json, say
 
 if TYPE_CHECKING:
-    from edgesd.spec import Rates
+    from edgesd.spec.rates import Rates
 
 
 @click.command("calibrate", short_help="Measure how fast this machine, or a board, is.")
@@ -84,10 +84,11 @@ def calibrate_command(
 
 def _on_board(host: str, threads: int) -> tuple[Rates, str | None]:
     """Rates of a board, and which target it is."""
-    from edgesd.device import board as boards
-    from edgesd.device.hosts import on_each
     from edgesd.errors import EdgesdError
-    from edgesd.spec import Machine, Rates
+    from edgesd.remote import board as boards
+    from edgesd.remote.hosts import on_each
+    from edgesd.spec.rates import Rates
+    from edgesd.spec.target import Machine
 
     async def ask(board: boards.Board) -> tuple[Rates, str | None]:
         told = await boards.edgesd(board, "calibrate", "--json", "--threads", str(threads))

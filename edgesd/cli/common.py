@@ -26,8 +26,8 @@ from edgesd.text import shown, shown_json, shown_lines
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from edgesd.build.on_board import Progress as BoardProgress
     from edgesd.engines.plans import Plans
+    from edgesd.remote.on_board import Progress as BoardProgress
     from edgesd.runtime.bundle import Bundle
 
 _T = TypeVar("_T")
@@ -435,8 +435,8 @@ class Reporter:
 
 def each_host(hosts: Sequence[str], arguments: Sequence[str]) -> None:
     """Run `edgesd ARGUMENTS` on every host, and print what each prints."""
-    from edgesd.device import board as boards
-    from edgesd.device.hosts import on_each
+    from edgesd.remote import board as boards
+    from edgesd.remote.hosts import on_each
 
     def show(host: str, told: str) -> None:
         for line in told.splitlines():
@@ -488,7 +488,7 @@ def plan_progress(reporter: Reporter) -> Callable[[str, str, int, int], None]:
 
 def board_progress(reporter: Reporter) -> BoardProgress:
     """Shows what a board says, and what goes there and comes back."""
-    from edgesd.build.on_board import Progress as BoardProgress
+    from edgesd.remote.on_board import Progress as BoardProgress
 
     return BoardProgress(reporter.line, reporter.update_bytes)
 

@@ -32,11 +32,11 @@ PROMPTS = (
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 def demo_command(output: Path, seed: int) -> None:
     """Build the embedded pipeline for this computer and draw eight pictures with it."""
-    from edgesd.build import DEMO, build, demo_sha256, demo_target
     from edgesd.cli.generate import draw
     from edgesd.errors import BundleError
+    from edgesd.recipes import DEMO, build, demo_sha256, demo_target
     from edgesd.runtime.bundle import open_bundle
-    from edgesd.runtime.pictures import check_output, contact_sheet, expand_requests
+    from edgesd.runtime.images import check_output, contact_sheet, expand_requests
     from edgesd.runtime.pipeline import Pipeline, Request, Settings
 
     reporter = Reporter()

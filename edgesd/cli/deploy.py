@@ -12,9 +12,9 @@ from edgesd.cli.common import Reporter, json_option, print_json, show_each
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from edgesd.build.deploy import Deployed
-    from edgesd.device.board import Board
-    from edgesd.engines.slots import Installed
+    from edgesd.device.slots import Installed
+    from edgesd.remote.board import Board
+    from edgesd.remote.deploy import Deployed
 
 
 @click.command("deploy", short_help="Bring BUNDLE, and edgesd itself, onto boards over SSH.")
@@ -42,8 +42,8 @@ def deploy_command(
     verifies every byte and draws a test picture before it switches, so that what is active is
     always whole. The board needs python3 and sshd, no network.
     """
-    from edgesd.build import deploy
-    from edgesd.device.hosts import on_each
+    from edgesd.remote import deploy
+    from edgesd.remote.hosts import on_each
     from edgesd.runtime.bundle import SUFFIX, open_bundle
 
     reporter = Reporter(quiet=as_json)

@@ -56,11 +56,11 @@ def prompter_command(
     Each picture is held against the text of the prompt which its pair has, and against its picture,
     drawn from another seed by the same bundle. No judge here knows beauty.
     """
-    from edgesd.build import demo_judge
     from edgesd.evaluate.agreement import open_agreement
     from edgesd.evaluate.perceptual import open_perceptual
     from edgesd.evaluate.prompter import judge
     from edgesd.export.prompter.pairs import read_pairs
+    from edgesd.recipes import demo_judge
     from edgesd.runtime.bundle import open_bundle
     from edgesd.runtime.prompter import in_form
 

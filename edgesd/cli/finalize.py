@@ -70,7 +70,7 @@ def finalize_command(
     reporter = Reporter(quiet=as_json)
     with reporter.bar():
         if host is not None and output:
-            from edgesd.build.on_board import finalize_on
+            from edgesd.remote.on_board import finalize_on
 
             found = finalize_on(host, opened, output, board_progress(reporter))
         else:

@@ -30,8 +30,8 @@ from edgesd.errors import BundleError, EdgesdError
 if TYPE_CHECKING:
     from edgesd.runtime.bundle import Bundle
     from edgesd.runtime.denoise import GuidanceMode, Step
+    from edgesd.runtime.images import Picture
     from edgesd.runtime.memory import MemoryMode
-    from edgesd.runtime.pictures import Picture
     from edgesd.runtime.pipeline import Pipeline, Request
 
 
@@ -146,7 +146,7 @@ def generate_command(
     """
     from edgesd.device.detect import check_machine, detect_machine
     from edgesd.runtime.bundle import open_bundle
-    from edgesd.runtime.pictures import check_output, expand_requests, read_prompts
+    from edgesd.runtime.images import check_output, expand_requests, read_prompts
     from edgesd.runtime.pipeline import Pipeline, Request, Settings
     from edgesd.runtime.signature import check_trusted
 
@@ -233,7 +233,7 @@ def draw(
     reporter: Reporter | None = None,
 ) -> list[Picture]:
     """Make and write `requests`, showing each step and, at the end, the files and the times."""
-    from edgesd.runtime.pictures import make_pictures
+    from edgesd.runtime.images import make_pictures
 
     reporter = reporter or Reporter(quiet=as_json)
     warned: set[str] = set()

@@ -135,7 +135,7 @@ def list_command(hosts: tuple[str, ...]) -> None:
 
 def _stopped_by(key: PublicKey, remove: bool) -> str:
     """Why the active bundle of this machine, which runs now, doesn't any more; "" where it does."""
-    from edgesd.engines.slots import Slots
+    from edgesd.device.slots import Slots
     from edgesd.errors import EdgesdError
     from edgesd.runtime.signature import SYSTEM_KEYS, check_trusted, keys_file, signer, trusted_keys
 

@@ -10,7 +10,7 @@ import click
 from edgesd.cli.common import Bytes, Finite, Size, json_option, print_json, say
 
 if TYPE_CHECKING:
-    from edgesd.build.planner import BuildPlan
+    from edgesd.recipes.planner import BuildPlan
 
 
 @click.command("plan", short_help="Predict what a bundle of MODEL would take.")
@@ -69,8 +69,8 @@ def plan_command(
     from edgesd.export.pipeline import require_build_tools
 
     require_build_tools()
-    from edgesd.build.planner import Wish, make_plan
     from edgesd.device.targets import get_target
+    from edgesd.recipes.planner import Wish, make_plan
     from edgesd.runtime.rates import find_rates
 
     wish = Wish(

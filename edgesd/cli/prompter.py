@@ -18,7 +18,7 @@ from edgesd.cli.common import (
     say,
     say_error,
 )
-from edgesd.spec import ADAPTER_STARTS, GRIDS, MERGED_TYPES, OPTIMIZERS, PAIR_FORMATS
+from edgesd.spec.options import ADAPTER_STARTS, GRIDS, MERGED_TYPES, OPTIMIZERS, PAIR_FORMATS
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -283,7 +283,7 @@ def run_command(
 ) -> None:
     """Turn WISHES into prompts by PROMPTER: a bundle that brings one, or an exported folder."""
     from edgesd.runtime.bundle import open_bundle
-    from edgesd.runtime.pictures import read_prompts
+    from edgesd.runtime.images import read_prompts
     from edgesd.runtime.prompter import SPEC, enhance, prompter_in, prompter_of
     from edgesd.runtime.tokenizer import tokenizer_of
 

@@ -24,7 +24,7 @@ def report_command(bundle: Path, output: Path | None) -> None:
     The page is one file that loads nothing else. Nothing is measured anew: the figures are those
     that the build left in the bundle.
     """
-    from edgesd.evaluate.report import write_report
+    from edgesd.pages.report import write_report
     from edgesd.runtime.bundle import open_bundle
 
     opened = open_bundle(bundle)

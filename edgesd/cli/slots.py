@@ -10,7 +10,7 @@ import click
 from edgesd.cli.common import Reporter, json_option, print_json, say
 
 if TYPE_CHECKING:
-    from edgesd.engines.slots import Installed, Slot
+    from edgesd.device.slots import Installed, Slot
 
 _test_option = click.option(
     "--self-test/--no-self-test", default=True, help="Draw a picture in 2 steps before switching."
@@ -30,7 +30,7 @@ def slots_group() -> None:
 @json_option
 def show_command(wait: bool, as_json: bool) -> None:
     """Show both."""
-    from edgesd.engines.slots import Slots
+    from edgesd.device.slots import Slots
 
     found = Slots().show(wait)
     if as_json:
@@ -55,7 +55,7 @@ def install_command(
 
     MANIFEST, CHECKSUM: SHA-256 of its bundle.json and bundle.sha256.
     """
-    from edgesd.engines.slots import Slots
+    from edgesd.device.slots import Slots
 
     progress = _progress(Reporter())
     _tell(Slots().install(manifest, checksum, signature, self_test, progress), as_json)
@@ -66,7 +66,7 @@ def install_command(
 @json_option
 def rollback_command(self_test: bool, as_json: bool) -> None:
     """Make the other bundle active, once it is verified and has drawn a picture."""
-    from edgesd.engines.slots import Slots
+    from edgesd.device.slots import Slots
 
     _tell(Slots().rollback(self_test, _progress(Reporter())), as_json)
 
@@ -75,7 +75,7 @@ def rollback_command(self_test: bool, as_json: bool) -> None:
 @json_option
 def check_command(as_json: bool) -> None:
     """Verify every byte of the active bundle."""
-    from edgesd.engines.slots import Slots
+    from edgesd.device.slots import Slots
 
     slot = Slots().check(_progress(Reporter()))
     if as_json:

@@ -76,9 +76,9 @@ def watch_command(
 
 def _watch_hosts(hosts: tuple[str, ...], options: list[str]) -> None:
     """Print what `edgesd watch` prints on each host, as it comes."""
-    from edgesd.device import board as boards
-    from edgesd.device.board import Board
-    from edgesd.device.hosts import on_each
+    from edgesd.remote import board as boards
+    from edgesd.remote.board import Board
+    from edgesd.remote.hosts import on_each
 
     def show(board: Board, line: str) -> None:
         say(f"{board.name}: {line}" if len(hosts) > 1 else line)

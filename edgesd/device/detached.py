@@ -26,7 +26,7 @@ import msgspec
 from edgesd.errors import BoardError, InputError
 from edgesd.files import atomic_write, check_file_place, user_cache
 from edgesd.processes import module_command
-from edgesd.spec import Spec, decode_json
+from edgesd.spec.base import Spec, decode_json
 
 _KEY = re.compile(r"[0-9a-zA-Z_-]{1,64}")
 _POLL_SECONDS = 0.05

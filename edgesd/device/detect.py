@@ -18,7 +18,7 @@ from edgesd.cgroup import memory_groups
 from edgesd.device.capabilities import CPU_FLAGS, in_gb, normal_arch
 from edgesd.device.targets import all_targets, list_targets, usable_bytes
 from edgesd.errors import TargetError
-from edgesd.spec import Machine, Target
+from edgesd.spec.target import Machine, Target
 
 _ROOT = Path("/")
 _MODULE_ID = re.compile(r"p\d{4}-\d{4}")

@@ -23,7 +23,7 @@ import msgspec
 
 from edgesd.errors import InputError, ResourceError
 from edgesd.processes import find_program, module_command
-from edgesd.spec import Spec
+from edgesd.spec.base import Spec
 
 _ROOT = Path("/")
 

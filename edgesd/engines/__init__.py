@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from edgesd.engines import onnxruntime, tensorrt
-from edgesd.spec import Engine, Graph
+from edgesd.spec.bundle import Engine, Graph
 
 BACKENDS: dict[str, Callable[[Graph], Engine]] = {
     onnxruntime.BACKEND: onnxruntime.engine_from_graph,

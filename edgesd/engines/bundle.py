@@ -18,7 +18,7 @@ from edgesd.runtime.bundle import (
     archive_order,
     checksum_line,
 )
-from edgesd.spec import SCHEMA_VERSION, BundleManifest, FileEntry
+from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, FileEntry
 
 
 def file_entries(root: Path, leave_out: Collection[str] = ()) -> dict[str, FileEntry]:

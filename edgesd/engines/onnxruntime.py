@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgesd.spec import Engine, Graph
+from edgesd.spec.bundle import Engine, Graph
 
 BACKEND = "onnxruntime"
 

@@ -39,11 +39,13 @@ from edgesd.files import (
     sha256_file,
     user_cache,
 )
+from edgesd.runtime.backends.tensorrt import LoadedPlan
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.cuda import Gpu, find_gpu
-from edgesd.runtime.runners.tensorrt import LoadedPlan
 from edgesd.runtime.signature import check_trusted
-from edgesd.spec import Environment, Machine, Spec, decode_json
+from edgesd.spec.base import Spec, decode_json
+from edgesd.spec.bundle import Environment
+from edgesd.spec.target import Machine
 
 _WORKSPACE_PART = 4
 """A layer's workspace may take this part of the GPU's memory, which a Jetson shares."""

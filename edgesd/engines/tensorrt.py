@@ -15,15 +15,14 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
 from edgesd.engines import onnxruntime
 from edgesd.errors import EdgesdError, MissingDependencyError, ResourceError, TargetError
-from edgesd.files import private_folder
 from edgesd.processes import module_command
-from edgesd.spec import Engine, Environment, Graph, Spec
+from edgesd.spec.base import Spec
+from edgesd.spec.bundle import Engine, Environment, Graph
 
 BACKEND = "tensorrt"
 MODULES = ("tensorrt", "tensorrt_rtx")
@@ -114,47 +113,9 @@ def engine_from_graph(graph: Graph) -> Engine:
     return msgspec.structs.replace(onnxruntime.engine_from_graph(graph), backend=BACKEND)
 
 
-class Checked(NamedTuple):
-    """What `check_engine` found. words: for an engine's `checked`. built_for: where the plan that
-    was kept runs; None if none was."""
-
-    words: str
-    built_for: Environment | None = None
-
-
 def plan_path(component: str) -> str:
     """Where in a bundle the plan of a component lies."""
     return f"{PLANS}/{component}{PLAN_SUFFIX}"
-
-
-def check_engine(root: Path, engine: Engine, sm: str | None) -> Checked:
-    """Lint a graph and, where TensorRT-RTX is installed, build it for `sm` or a GPU like it.
-
-    root: the bundle's folder. A plan for `sm` itself is kept, as `plan_path`; one for a GPU like it
-    is a check, no more. Raises EdgesdError, naming the node, when either refuses the graph.
-    """
-    from edgesd.engines.tensorrt_lint import check_graph
-
-    graph, component = root / engine.path, engine.component
-    check_graph(graph, component)
-    only_linted = Checked("passed edgesd's lint")
-    if sm is None or importlib.util.find_spec(CHECK_MODULE) is None:
-        return only_linted
-    near = CHECK_SM.get(sm, sm)
-    with private_folder(graph.parent) as temporary:
-        spec = BuildSpec(component, CHECK_MODULE, near)
-        try:
-            report = build_plan(graph, spec, temporary / "plan")
-        except ResourceError as exc:  # this machine's fault, not the graph's
-            _log.warning("%s", exc)
-            return only_linted
-        words = f"built for {near} by {CHECK_MODULE} {report.environment.version}"
-        if near != sm:
-            return Checked(words)
-        kept = root / plan_path(component)
-        kept.parent.mkdir(exist_ok=True)
-        (temporary / "plan").replace(kept)
-    return Checked(words, report.environment)
 
 
 def trtexec_script(engines: Mapping[str, Engine]) -> str:

@@ -22,7 +22,7 @@ from edgesd.engines.tensorrt import BuildSpec, Failure, PlanReport, Result, Step
 from edgesd.files import atomic_write
 from edgesd.runtime.cuda import find_gpu
 from edgesd.runtime.memory import peak_bytes
-from edgesd.spec import Environment
+from edgesd.spec.bundle import Environment
 
 _EVERY_SECONDS = 0.5
 _MEMORY = re.compile(r"out ?of ?memory|bad_alloc|OutOfMemory|cudaErrorMemoryAllocation", re.I)

@@ -22,7 +22,7 @@ from PIL import Image
 from edgesd.errors import InputError
 from edgesd.evaluate.psnr import Picture, pixels_of
 from edgesd.files import atomic_write
-from edgesd.spec import Spec, decode_json
+from edgesd.spec.base import Spec, decode_json
 from edgesd.textfiles import read_text
 
 Rows = npt.NDArray[np.float32]

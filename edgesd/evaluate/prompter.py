@@ -24,7 +24,7 @@ from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.pipeline import Pipeline, Request
 from edgesd.runtime.prompter import enhance, prompter_of
 from edgesd.runtime.tokenizer import tokenizer_of
-from edgesd.spec import Spec
+from edgesd.spec.base import Spec
 
 _RESAMPLES = 10_000
 _OTHER_SEEDS = 1_000_000

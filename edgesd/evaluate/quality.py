@@ -16,7 +16,7 @@ from edgesd.evaluate.psnr import psnr
 from edgesd.evaluate.ssim import ssim
 from edgesd.files import atomic_write
 from edgesd.runtime.pipeline import Pipeline, Request
-from edgesd.spec import PictureQuality, Quality
+from edgesd.spec.quality import PictureQuality, Quality
 
 EQUAL_DB = 100.0
 """What two equal pictures count in a mean of PSNR."""

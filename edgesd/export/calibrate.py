@@ -36,7 +36,8 @@ from edgesd.runtime.denoise import Conditioning, denoise
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.schedulers import create_scheduler
 from edgesd.runtime.tokenizer import PromptTokenizer
-from edgesd.spec import CalibrationSpec, ComponentSpec
+from edgesd.spec.bundle import CalibrationSpec
+from edgesd.spec.pipeline import ComponentSpec
 
 Float = npt.NDArray[np.float32]
 

@@ -20,13 +20,13 @@ import torch
 from edgesd.errors import EdgesdError, ParityError
 from edgesd.export.families import Plan
 from edgesd.export.quiet import quiet
+from edgesd.runtime.backends.base import Array
+from edgesd.runtime.backends.fake import FakeRunner
 from edgesd.runtime.denoise import Conditioning, denoise
 from edgesd.runtime.noise import BatchNoise
-from edgesd.runtime.runners import Array
-from edgesd.runtime.runners.fake import FakeRunner
 from edgesd.runtime.schedulers import create_scheduler
 from edgesd.runtime.tokenizer import PromptTokenizer
-from edgesd.spec import ComponentSpec, PipelineSpec, TensorSpec
+from edgesd.spec.pipeline import ComponentSpec, PipelineSpec, TensorSpec
 from edgesd.text import first_sentence
 
 Float = npt.NDArray[np.float32]

@@ -14,8 +14,10 @@ from torch import nn
 
 from edgesd.errors import ParityError
 from edgesd.export.families import Component, Sizes
-from edgesd.runtime.runners.onnxruntime import session_options
-from edgesd.spec import Halves, Parity, Precision, TensorSpec
+from edgesd.runtime.backends.onnxruntime import session_options
+from edgesd.spec.bundle import Halves, Parity
+from edgesd.spec.pipeline import TensorSpec
+from edgesd.spec.scheme import Precision
 from edgesd.text import first_sentence
 
 Array = npt.NDArray[Any]

@@ -17,7 +17,9 @@ from edgesd.export.families import Component, Plan
 from edgesd.export.source import ModelSource
 from edgesd.files import atomic_dir, disk_errors
 from edgesd.runtime.tokenizer import PromptTokenizer
-from edgesd.spec import Graph, GraphSet, Halves, Precision, check_ranges
+from edgesd.spec.base import check_ranges
+from edgesd.spec.bundle import Graph, GraphSet, Halves
+from edgesd.spec.scheme import Precision
 
 if TYPE_CHECKING:
     from edgesd.export.parity import Case

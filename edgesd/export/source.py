@@ -23,8 +23,9 @@ from typing import Any
 from edgesd.errors import InputError, MissingDependencyError, unknown_name
 from edgesd.export.families import Family, families, family_of
 from edgesd.files import expanded, sha256_file, user_home
-from edgesd.runtime.pictures import read_prompts
-from edgesd.spec import Licence, is_file_name
+from edgesd.runtime.images import read_prompts
+from edgesd.spec.base import is_file_name
+from edgesd.spec.bundle import Licence
 from edgesd.text import first_sentence
 from edgesd.textfiles import read_json
 

@@ -19,7 +19,7 @@ from edgesd.export.passes.dims import NameDims
 from edgesd.export.passes.names import StableNames
 from edgesd.export.passes.tidy import Tidy
 from edgesd.export.quiet import quiet
-from edgesd.spec import ComponentSpec
+from edgesd.spec.pipeline import ComponentSpec
 from edgesd.text import first_sentence
 
 

@@ -7,8 +7,8 @@ import time
 import torch
 from torch import nn
 
-from edgesd.runtime.runners import BoundRunner
-from edgesd.spec import ComponentSpec
+from edgesd.runtime.backends.base import BoundRunner
+from edgesd.spec.pipeline import ComponentSpec
 
 
 class TorchRunner(BoundRunner):

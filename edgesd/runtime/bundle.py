@@ -1,6 +1,6 @@
 """Opens and verifies bundles: a folder, or the same files in one uncompressed tar (`.edgesd`).
 
-A bundle is `bundle.json` (the manifest, edgesd.spec.BundleManifest), `bundle.sha256` (the
+A bundle is `bundle.json` (the manifest, edgesd.spec.bundle.BundleManifest), `bundle.sha256` (the
 manifest's checksum, as `sha256sum -c` reads it), perhaps `bundle.sig` (runtime/signature.py) and
 exactly the files that the manifest lists.
 Opening checks the manifest's checksum and schema, and every file's presence and size; the bytes of
@@ -26,7 +26,8 @@ import msgspec
 
 from edgesd.errors import BundleError, InputError
 from edgesd.runtime.onnx_wire import relocate_external_data
-from edgesd.spec import SCHEMA_VERSION, BundleManifest, Engine, Half, decode_json, is_relative_path
+from edgesd.spec.base import decode_json, is_relative_path
+from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, Engine, Half
 
 MANIFEST = "bundle.json"
 CHECKSUM = "bundle.sha256"

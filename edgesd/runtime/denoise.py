@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgesd.errors import InputError
-from edgesd.runtime.runners import Runner
+from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.schedulers import Scheduler
 
 Float = npt.NDArray[np.float32]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.tiles import MARGIN, TILE, margin_of, tiles_of
-from edgesd.spec import ComponentSpec, Footprint, LatentSpec
+from edgesd.spec.bundle import Footprint
+from edgesd.spec.pipeline import ComponentSpec, LatentSpec
 
 _COPIES = 5
 """Of a picture's values in fp32, from the decoder's output to bytes."""

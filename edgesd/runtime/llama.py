@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from edgesd.errors import InputError, MissingDependencyError
 from edgesd.runtime.closing import Closing
-from edgesd.spec import Spec
+from edgesd.spec.base import Spec
 
 CONTEXT = 256
 """Tokens of a frame, its wish and the answer together, at most."""

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from edgesd.errors import BundleError
-from edgesd.spec import BundleManifest, ComponentSpec, TensorSpec
+from edgesd.spec.bundle import BundleManifest
+from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
 
 class _Network(NamedTuple):

@@ -6,7 +6,8 @@ import math
 
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.tiles import WINDOWS, decoder_bytes, head_bytes
-from edgesd.spec import Footprint, Half, LayerRecipe, parse_scheme
+from edgesd.spec.bundle import Footprint, Half, LayerRecipe
+from edgesd.spec.scheme import parse_scheme
 
 _LIVE_TENSORS = 18
 """Of a UNet's first block, at once."""

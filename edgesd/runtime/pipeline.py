@@ -23,6 +23,7 @@ from edgesd.errors import (
     UsageError,
 )
 from edgesd.runtime import kernels
+from edgesd.runtime.backends.base import Runner, run_once
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.closing import Closing
 from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
@@ -44,25 +45,19 @@ from edgesd.runtime.memory import (
 from edgesd.runtime.networks import check_networks
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.old_bundles import assumed_footprint
-from edgesd.runtime.runners import Runner, run_once
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
 from edgesd.runtime.signature import check_trusted
 from edgesd.runtime.tiles import TILE, WINDOWS, Tile, draw_tail, draw_tiles, margin_of
 from edgesd.runtime.tokenizer import Truncation, check_prompt, tokenizer_of
-from edgesd.spec import (
-    ComponentSpec,
-    Footprint,
-    Half,
-    Halves,
-    check_multiple,
-    number_format,
-)
+from edgesd.spec.bundle import Footprint, Half, Halves
+from edgesd.spec.pipeline import ComponentSpec, check_multiple
+from edgesd.spec.scheme import number_format
 
 if TYPE_CHECKING:
     from PIL import Image
     from typing_extensions import Self
 
-    from edgesd.runtime.runners.tensorrt import LoadedPlan
+    from edgesd.runtime.backends.tensorrt import LoadedPlan
 
 Float = npt.NDArray[np.float32]
 
@@ -540,7 +535,7 @@ class Pipeline(Closing):
     def _onnxruntime_runner(self, component: str, spec: ComponentSpec, half: Half | None) -> Runner:
         """A runner of one component, or of one of its halves, with edgesd's own kernels where they
         can be used."""
-        from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
+        from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 
         threads, stream = self.settings.threads, self.memory == "stream"
         if self._own_kernels(component):
@@ -569,8 +564,8 @@ class Pipeline(Closing):
         if self.settings.plan_of is None:
             raise TargetError("there are no plans for TensorRT")
         plan = self.settings.plan_of(component)
+        from edgesd.runtime.backends.tensorrt import TensorRtRunner
         from edgesd.runtime.device_memory import open_device_memory
-        from edgesd.runtime.runners.tensorrt import TensorRtRunner
 
         return TensorRtRunner(spec, plan.data, open_device_memory(), plan.module)
 

@@ -28,7 +28,8 @@ from edgesd.runtime.bundle import Bundle, OpenFile
 from edgesd.runtime.llama import Answer, Line, Refusal, Task
 from edgesd.runtime.signature import check_trusted
 from edgesd.runtime.tokenizer import PromptTokenizer
-from edgesd.spec import PrompterSpec, decode_json, is_file_name
+from edgesd.spec.base import decode_json, is_file_name
+from edgesd.spec.bundle import PrompterSpec
 from edgesd.textfiles import decode_text, read_text
 
 WISH_CHARACTERS = 300

@@ -25,10 +25,12 @@ from edgesd.files import disk_errors, user_cache
 from edgesd.runtime import kernels
 from edgesd.runtime.bundle import GraphFile
 from edgesd.runtime.memory import resident_bytes
-from edgesd.spec import ComponentSpec, Probe, Rate, Rates, decode_json
+from edgesd.spec.base import decode_json
+from edgesd.spec.pipeline import ComponentSpec
+from edgesd.spec.rates import Probe, Rate, Rates
 
 if TYPE_CHECKING:
-    from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
+    from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 
 PROBES = Path(__file__).with_name("probes.zip")
 INDEX = "probes.json"
@@ -155,7 +157,7 @@ def _write_weights(path: Path, size: int) -> None:
 
 
 def _runner(probe: Probe, graph: GraphFile, threads: int) -> OnnxRuntimeRunner:
-    from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
+    from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 
     spec = ComponentSpec(probe.name, probe.inputs, probe.outputs)
     library = kernels.library() if probe.scheme else None

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edgesd.runtime.runners import Runner, run_once
+from edgesd.runtime.backends.base import Runner, run_once
 
 Float = npt.NDArray[np.float32]
 Figures = npt.NDArray[np.float64]

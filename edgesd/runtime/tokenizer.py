@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgesd.errors import BundleError, InputError
 from edgesd.runtime.bundle import Bundle
-from edgesd.spec import Spec, decode_json
+from edgesd.spec.base import Spec, decode_json
 from edgesd.textfiles import MOST_LINE_BYTES
 
 TokenId = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]

@@ -12,12 +12,12 @@ import pytest
 from edgesd.engines.plans import Plans, environment_here
 from edgesd.engines.tensorrt import BuildSpec, build_plan
 from edgesd.errors import EdgesdError
+from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
+from edgesd.runtime.backends.tensorrt import TensorRtRunner
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.cuda import find_gpu
 from edgesd.runtime.device_memory import DeviceMemory, open_device_memory
 from edgesd.runtime.pipeline import DRAWING, Pipeline, Request, Settings
-from edgesd.runtime.runners.onnxruntime import OnnxRuntimeRunner
-from edgesd.runtime.runners.tensorrt import TensorRtRunner
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +40,7 @@ def gpu() -> None:
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The embedded pipeline for TensorRT."""
     pytest.importorskip("torch")
-    from edgesd.build import DEMO, QuantOptions, build
+    from edgesd.recipes import DEMO, QuantOptions, build
 
     folder = tmp_path_factory.mktemp("tensorrt")
     options = QuantOptions(work=folder / "work", quality_prompts=())

@@ -158,7 +158,7 @@ def test_without_the_build_extra_it_says_what_to_install(
 def test_a_model_too_large_for_the_board_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgesd.build.planner.PROCESS_BYTES", 400 << 20)
+    monkeypatch.setattr("edgesd.recipes.planner.PROCESS_BYTES", 400 << 20)
     monkeypatch.chdir(tmp_path)
     outcome = run_cli("build", "demo", "--target", "raspberry-pi-zero-2w")
     assert outcome.code == 5

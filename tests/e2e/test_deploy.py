@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgesd.build import deploy as deploying
 from edgesd.engines.bundle import update_manifest
+from edgesd.remote import deploy as deploying
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.signature import new_key
 from tests.boards import Pi, Server, sshd

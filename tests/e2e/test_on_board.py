@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgesd.engines import tensorrt
 from edgesd.engines.bundle import pack_bundle
 from edgesd.runtime.bundle import Bundle, open_bundle
 from tests import fake_tensorrt
@@ -212,7 +211,7 @@ class TestBuild:
     def _quick(self, kept_exports: object, monkeypatch: pytest.MonkeyPatch) -> None:
         """Without the export and TensorRT-RTX's check, which other tests see."""
         pytest.importorskip("torch")
-        monkeypatch.setattr(tensorrt, "CHECK_MODULE", "no_such_module")
+        monkeypatch.setattr("edgesd.export.backends.tensorrt.CHECK_MODULE", "no_such_module")
 
     def build(self, server: Server, out: Path, *more: object) -> object:
         return run_cli(

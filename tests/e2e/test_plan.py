@@ -12,16 +12,17 @@ import pytest
 
 pytest.importorskip("torch")
 
-from edgesd.build import DEMO, QuantOptions, build, demo_model
-from edgesd.build.planner import PROGRAM_BYTES, BuildPlan, Wish, make_plan
+from edgesd.export.cost.cpu_lowering import PART, lowered
+from edgesd.export.cost.workload import Workload, trace
 from edgesd.export.pipeline import plan_pipeline
 from edgesd.export.quantize.assign import planned
 from edgesd.export.source import resolve_source
-from edgesd.export.work_on_cpu import PART, lowered
-from edgesd.export.workload import Workload, trace
+from edgesd.recipes import DEMO, QuantOptions, build, demo_model
+from edgesd.recipes.planner import PROGRAM_BYTES, BuildPlan, Wish, make_plan
 from edgesd.runtime import kernels
 from edgesd.runtime.bundle import Bundle
-from edgesd.spec import Rate, Rates, parse_scheme
+from edgesd.spec.rates import Rate, Rates
+from edgesd.spec.scheme import parse_scheme
 from tests.support import assert_refused, run_cli
 
 pytestmark = pytest.mark.usefixtures("kept_exports", "own_kernels")

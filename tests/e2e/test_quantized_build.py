@@ -17,11 +17,11 @@ import onnx
 import pytest
 from PIL import Image
 
-from edgesd.build import DEMO, QuantOptions, build
-from edgesd.build.quantized import QuantizedBuild
 from edgesd.errors import MissingDependencyError, QualityError, UsageError
+from edgesd.recipes import DEMO, QuantOptions, build
+from edgesd.recipes.quantized import QuantizedBuild
 from edgesd.runtime.bundle import Bundle, open_bundle
-from edgesd.spec import FileEntry
+from edgesd.spec.bundle import FileEntry
 from tests.support import assert_refused, run_cli
 
 pytestmark = pytest.mark.usefixtures("kept_exports", "own_kernels")
@@ -208,7 +208,7 @@ def errors_as_sensitivities(self: QuantizedBuild, probes: object) -> dict[object
 def test_attention_is_pooled_where_pictures_allow(
     allowed: float, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgesd.build.quantized._POOLING_LOSS", allowed)
+    monkeypatch.setattr("edgesd.recipes.quantized._POOLING_LOSS", allowed)
     made = build(
         DEMO,
         "x86-64-cpu",
@@ -329,7 +329,7 @@ def test_killed_twenty_times_the_bytes_are_the_same(work: Path, tmp_path: Path) 
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from edgesd.build import QuantOptions, build\n"
+        "from edgesd.recipes import QuantOptions, build\n"
         "from edgesd.export import calibrate\n"
         "calibrate.SAVE_SECONDS = 0\n"
         "work, out = map(Path, sys.argv[1:])\n"

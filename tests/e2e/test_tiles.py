@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from edgesd.build import QuantOptions, build  # noqa: E402
 from edgesd.evaluate.psnr import psnr  # noqa: E402
+from edgesd.recipes import QuantOptions, build  # noqa: E402
 from edgesd.runtime.bundle import Bundle  # noqa: E402
 from edgesd.runtime.pipeline import Pipeline, Settings  # noqa: E402
 from tests.e2e.test_export import variant  # noqa: E402

@@ -35,7 +35,7 @@ def modules_after(code: str) -> set[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "import edgesd.runtime.runners.onnxruntime, edgesd.runtime.pictures",
+        "import edgesd.runtime.backends.onnxruntime, edgesd.runtime.images",
         "import edgesd.device.targets, edgesd.device.detect",
         "import edgesd.runtime.prompter_worker, edgesd.runtime.prompter",
         "import edgesd.cli",

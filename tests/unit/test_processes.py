@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from edgesd.build import wheels
 from edgesd.device import detached
+from edgesd.device.slots import Slots
 from edgesd.device.telemetry import Sampler
 from edgesd.engines import kernels
-from edgesd.engines.slots import Slots
 from edgesd.engines.tensorrt import BuildSpec, build_plan
 from edgesd.errors import EdgesdError
 from edgesd.processes import find_program, module_command
+from edgesd.remote import wheels
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.prompter import COMMAND
 from tests.support import run_cli

@@ -16,7 +16,8 @@ import msgspec
 
 from edgesd.device.capabilities import GB, in_gb
 from edgesd.errors import TargetError, UsageError, unknown_name
-from edgesd.spec import Target, number_format
+from edgesd.spec.scheme import number_format
+from edgesd.spec.target import Target
 
 OS_BYTES = 128 * 2**20
 """RAM that a headless operating system holds, whatever the board."""

@@ -1,7 +1,8 @@
 """Jetson Orin Nano modules: six Cortex-A78AE, an Ampere GPU, memory shared between the two."""
 
 from edgesd.device.capabilities import GB
-from edgesd.spec import TENSORRT_PRECISIONS, Target
+from edgesd.spec.scheme import TENSORRT_PRECISIONS
+from edgesd.spec.target import Target
 
 
 def _member(gigabytes: int, module_ids: tuple[str, ...]) -> Target:

@@ -1,7 +1,8 @@
 """Jetson Orin NX modules: six or eight Cortex-A78AE, an Ampere GPU, shared memory."""
 
 from edgesd.device.capabilities import GB
-from edgesd.spec import TENSORRT_PRECISIONS, Target
+from edgesd.spec.scheme import TENSORRT_PRECISIONS
+from edgesd.spec.target import Target
 
 
 def _member(gigabytes: int, cpu_count: int, module_ids: tuple[str, ...]) -> Target:

@@ -4,7 +4,8 @@ Unconfirmed until a board has been read: the CPU's capabilities and the model's 
 """
 
 from edgesd.device.capabilities import GB
-from edgesd.spec import TENSORRT_PRECISIONS, Target
+from edgesd.spec.scheme import TENSORRT_PRECISIONS
+from edgesd.spec.target import Target
 
 TARGETS = (
     Target(

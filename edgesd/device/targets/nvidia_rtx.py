@@ -4,7 +4,8 @@ memory_bytes is what a build may assume of the GPU's own memory, not the size of
 """
 
 from edgesd.device.capabilities import GB
-from edgesd.spec import TENSORRT_PRECISIONS, Target
+from edgesd.spec.scheme import TENSORRT_PRECISIONS
+from edgesd.spec.target import Target
 
 
 def _series(number: int, generation: str, sm: str) -> Target:

@@ -1,7 +1,7 @@
 """Raspberry Pi 4, 400 and Compute Module 4: four Cortex-A72 without int8 dot product."""
 
 from edgesd.device.capabilities import GB
-from edgesd.spec import Target
+from edgesd.spec.target import Target
 
 TARGETS = (
     Target(

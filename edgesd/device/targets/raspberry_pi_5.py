@@ -1,7 +1,7 @@
 """Raspberry Pi 5, 500 and Compute Module 5: four Cortex-A76, no GPU that inference can use."""
 
 from edgesd.device.capabilities import GB
-from edgesd.spec import Target
+from edgesd.spec.target import Target
 
 TARGETS = (
     Target(

@@ -1,7 +1,7 @@
 """Raspberry Pi Zero 2 W: four Cortex-A53 and half a GB."""
 
 from edgesd.device.capabilities import GB
-from edgesd.spec import Target
+from edgesd.spec.target import Target
 
 TARGETS = (
     Target(

@@ -4,7 +4,7 @@ memory_bytes and cpu_count are what a build may assume, not the size of a certai
 """
 
 from edgesd.device.capabilities import GB
-from edgesd.spec import Target
+from edgesd.spec.target import Target
 
 TARGETS = (
     Target(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import InputError
-from edgesd.spec import ComponentSpec, PipelineSpec
+from edgesd.spec.pipeline import ComponentSpec, PipelineSpec
 
 if TYPE_CHECKING:
     from torch import nn

@@ -23,7 +23,7 @@ from torch.nn import functional
 from edgesd.errors import InputError
 from edgesd.export.quiet import quiet
 from edgesd.export.source import ModelSource, Weights
-from edgesd.spec import LatentSpec
+from edgesd.spec.pipeline import LatentSpec
 from edgesd.text import first_sentence
 
 _TEXT_TO_IMAGE = {"StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline"}

@@ -24,9 +24,9 @@ from edgesd.errors import InputError, UsageError
 from edgesd.export.families import MAX_BATCH, Component, Family, Plan, Sizes
 from edgesd.export.quiet import quiet
 from edgesd.runtime.schedulers import create_scheduler, sampler_class, sampler_of
-from edgesd.spec import (
+from edgesd.spec.base import Dim
+from edgesd.spec.pipeline import (
     ComponentSpec,
-    Dim,
     LatentSpec,
     PipelineSpec,
     SchedulerSpec,

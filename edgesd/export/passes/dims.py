@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
-from edgesd.spec import ComponentSpec, TensorSpec
+from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
 
 class NameDims(Pass):

@@ -25,7 +25,8 @@ from edgesd.export.external_data import weight_bytes
 from edgesd.export.passes import Pass
 from edgesd.export.passes.group_norm import GroupNorm, group_norm
 from edgesd.export.passes.lowering import replace_node, shared_constant
-from edgesd.spec import ComponentSpec, Half, Halves, TensorSpec
+from edgesd.spec.bundle import Half, Halves
+from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
 FEATURES, STATISTICS, OWN, CORE, MOMENTS = "features", "statistics", "own", "core", "moments"
 COMPONENT = "vae_decoder"

@@ -25,7 +25,8 @@ from edgesd.files import (
 )
 from edgesd.runtime.llama import LlamaCppPython, bindings, silence
 from edgesd.runtime.prompter import FRAME, SPEC
-from edgesd.spec import PrompterSpec, Spec, decode_json
+from edgesd.spec.base import Spec, decode_json
+from edgesd.spec.bundle import PrompterSpec
 from edgesd.textfiles import read_text
 
 EXPORT = "export.json"

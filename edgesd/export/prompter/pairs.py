@@ -17,7 +17,7 @@ import msgspec
 from edgesd.errors import InputError
 from edgesd.files import atomic_write
 from edgesd.runtime.prompter import PROMPT_CHARACTERS, check_form, clean_wish
-from edgesd.spec import Spec, decode_json
+from edgesd.spec.base import Spec, decode_json
 from edgesd.textfiles import lines_of, read_text
 
 FORMAT = 1

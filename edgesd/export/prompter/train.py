@@ -38,7 +38,7 @@ from edgesd.export.prompter.starts import (
 from edgesd.files import atomic_path, atomic_write, check_writable, sha256_file
 from edgesd.runtime.memory import peak_bytes
 from edgesd.runtime.prompter import FRAME
-from edgesd.spec import Spec
+from edgesd.spec.base import Spec
 from edgesd.text import first_sentence
 
 REPORT = "training.json"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edgesd.export.quantize.layers import Activations, Layer
-from edgesd.spec import Scheme
+from edgesd.spec.scheme import Scheme
 
 _MIN_SCALE = 1e-8
 

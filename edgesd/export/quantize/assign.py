@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgesd.export.quantize.layers import Layer
-from edgesd.spec import GROUPS, Scheme
+from edgesd.spec.scheme import GROUPS, Scheme
 
 Choice = Scheme | None
 """A layer's scheme; None: fp16 weights, fp32 arithmetic."""

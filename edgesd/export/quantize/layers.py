@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from edgesd.errors import EdgesdError, UsageError
 from edgesd.files import atomic_write
-from edgesd.spec import Scheme, parse_scheme
+from edgesd.spec.scheme import Scheme, parse_scheme
 
 Float = npt.NDArray[np.float32]
 Half = npt.NDArray[np.float16]

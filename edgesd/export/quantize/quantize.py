@@ -25,7 +25,7 @@ from edgesd.export.quantize.gptq import gptq
 from edgesd.export.quantize.layers import Activations, Layer, QuantizedLayer
 from edgesd.export.quantize.rtn import group_scales, round_to_nearest
 from edgesd.export.quantize.svdquant import svdquant
-from edgesd.spec import Scheme
+from edgesd.spec.scheme import Scheme
 
 Float = npt.NDArray[np.float32]
 

@@ -39,7 +39,8 @@ from edgesd.export.quantize.layers import (
     weight_of,
 )
 from edgesd.export.quantize.quantize import Method, quantize_layer
-from edgesd.spec import Halves, Scheme
+from edgesd.spec.bundle import Halves
+from edgesd.spec.scheme import Scheme
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,216 @@
+"""What a network costs on a CPU: bytes on disk, memory, seconds. docs/planner.md derives each.
+
+All take a workload as ONNX Runtime runs it (export/cost/cpu_lowering.py) and the layers' schemes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgesd.export.cost.arena import arena_bytes
+from edgesd.export.cost.cpu_lowering import PART
+from edgesd.export.cost.workload import Operation, Workload
+from edgesd.export.quantize.assign import Choice
+from edgesd.export.quantize.layers import Layer
+from edgesd.runtime.rates import Speed
+
+NODE_BYTES = 16_000
+"""Memory of a session for each operation: ONNX Runtime's graph, kernels and their names."""
+
+NODE_FILE_BYTES = 700
+"""The same in the graph's file."""
+
+_PACKED_BLOCKS = 1.1
+"""MatMulNBits' packed weights, as a part of those on disk (scales become fp32)."""
+
+_UNPACKED, _UNPACKING = 2.1, 0.65
+"""Bytes for each 4-bit weight of a convolution in ONNX Runtime's own operators: those in 8 bits,
+unpacked and packed; what unpacking takes besides (measured)."""
+
+_PASSING = 1.5
+"""Bytes that are mapped in `stream` for each weight of the largest layer: what runs, and what of
+those before isn't given back yet (measured, the same in 4 and 8 bits)."""
+
+_PASSING_SECONDS, _NOT_PACKED = 1e-4, 1.4
+"""What `stream` costs: seconds for a layer of our kernels, whose pages come and go; and how much
+longer ONNX Runtime's operators take with weights that aren't packed (both measured on x86-64)."""
+
+_BLOCK = 64
+"""Keys of a block in our attention; its heads are padded to 16 values."""
+
+_TIMED = {
+    **dict.fromkeys(("mul", "sub", "div", "sigmoid", "quantize", "expand", "argmax"), "add"),
+    **dict.fromkeys(("tanh", "exp", "sin", "cos", "pow", "sqrt"), "gelu"),
+    **dict.fromkeys(("split", "embedding", "slice"), "copy"),
+}
+"""Kinds that take as long as another, which is measured."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one component takes. weights: what stays of them once loaded; loading: what there
+    is besides while they are loaded; streamed: what stays of them in `stream`; in_file: of that,
+    what lies in its file. activations: what runs touch; workspace: of our kernels, which they keep;
+    graph: of the session itself."""
+
+    weights: int
+    loading: int
+    streamed: int
+    in_file: int
+    activations: int
+    workspace: int
+    graph: int
+
+
+def layer_bytes(layer: Layer, choice: Choice, smoothed: bool = False) -> int:
+    """Bytes of a layer's weight on disk: QuantizedLayer.bytes() without its tensors.
+
+    smoothed: with a factor for each input channel (svdquant).
+    """
+    rows, columns = layer.rows, layer.columns
+    if choice is None:
+        return 2 * rows * columns
+    groups, width = 1, columns
+    if choice.weight_bits == 4:
+        groups = -(-columns // choice.group)
+        # MatMulNBits has whole groups: the last one is filled up.
+        width = groups * choice.group if layer.kind == "linear" else columns
+    rank = min(choice.rank, rows, columns)
+    smooth = 4 * layer.channels if smoothed and layer.kind != "embedding" else 0
+    branch = 2 * rank * (rows + columns)
+    return rows * width * choice.weight_bits // 8 + 2 * rows * groups + branch + smooth
+
+
+def file_bytes(
+    workload: Workload, choices: Mapping[Layer, Choice], per_weight: int, smoothed: bool
+) -> int:
+    """Bytes of a component's weights on disk. per_weight: of what isn't a quantized layer's."""
+    layers = sum(layer_bytes(layer, choice, smoothed) for layer, choice in choices.items())
+    rest = workload.parameters - sum(layer.rows * layer.columns for layer in choices)
+    return layers + per_weight * rest
+
+
+def half_bytes(workload: Workload, choices: Mapping[Layer, Choice]) -> int:
+    """Bytes on disk of the layers of a part of a network."""
+    layers = {op.layer for op in workload.operations if op.layer is not None}
+    return sum(_stored(layer, choices) for layer in layers)
+
+
+def _stored(layer: Layer, choices: Mapping[Layer, Choice]) -> int:
+    if layer in choices:
+        return layer_bytes(layer, choices[layer])
+    return 4 * layer.rows * layer.columns
+
+
+def memory(
+    workloads: Sequence[Workload], choices: Mapping[Layer, Choice], on_disk: int, behind: int = 0
+) -> Memory:
+    """Memory of a component. workloads: as lowered, one for each run in a row; they may differ in
+    size. on_disk: bytes of its weights' file. behind: bytes of what is made of the outputs while
+    the component is still loaded.
+
+    Our kernels use weights where they are mapped. ONNX Runtime's leave the file after loading:
+    what stays are packed copies, and of what it unpacks (Cast, DequantizeLinear) the results.
+    """
+    workload = workloads[0]
+    mapped = kept = unpacked = twice = loading = largest = 0
+    rest = on_disk
+    for op in workload.operations:
+        if op.layer is None or op.form == PART:
+            continue
+        count, choice = op.layer.rows * op.layer.columns, choices.get(op.layer)
+        stored = _stored(op.layer, choices)
+        rest -= stored
+        if op.layer.kind == "embedding":
+            continue  # rows of it alone are read
+        if op.form.startswith("own"):
+            mapped += stored
+            largest = max(largest, count)
+        elif op.form == "nbits":
+            kept += int(_PACKED_BLOCKS * stored)
+        elif op.form == "int8" and choice and choice.weight_bits == 4:
+            kept += int(_UNPACKED * count)
+            unpacked += int(_UNPACKED * count)
+            loading += int(_UNPACKING * count)
+        elif op.form == "int8":
+            kept += count
+        else:
+            kept += 4 * count
+            # 16 bits or codes are unpacked, and a convolution's weights laid out in blocks.
+            unpacked += 4 * count if op.layer in choices or op.kind == "conv" else 0
+            twice += stored if op.layer not in choices and op.kind == "conv" else 0
+    kept += max(0, rest)
+    passing = min(mapped, int(_PASSING * largest))
+    return Memory(
+        weights=kept + mapped,
+        loading=loading,
+        streamed=kept + twice + passing,
+        # ONNX Runtime's operators take from the file what they need not unpack.
+        in_file=kept - unpacked + twice + passing,
+        # Inputs and outputs are bound to arrays, and what comes out is copied.
+        activations=arena_bytes(workloads) + 2 * max(map(_outside, workloads)) + behind,
+        workspace=max(_workspace(op) for each in workloads for op in each.operations),
+        graph=NODE_BYTES * sum(op.form != PART for op in workload.operations),
+    )
+
+
+def _outside(workload: Workload) -> int:
+    return sum(workload.sizes[value] for value in (*workload.inputs, *workload.outputs))
+
+
+def _workspace(op: Operation) -> int:
+    """Bytes that our kernels take for one operation: its input in 8 bits; keys and values."""
+    if not op.form.startswith("own"):
+        return 0
+    if op.kind == "attention":
+        batch, heads, _, keys, width = op.heads
+        blocks = -(-keys // _BLOCK) * _BLOCK
+        return batch * heads * blocks * (-(-width // 4) * 4 + -(-(width + 1) // 16) * 16 + 8)
+    assert op.layer is not None
+    if op.kind == "linear":
+        return op.rows * op.layer.columns
+    # Each output pixel has a pixel of the input, but for strides, and padding at the edges.
+    pixels = op.rows * op.layer.strides[0] * op.layer.strides[1]
+    return pixels * op.layer.channels
+
+
+def seconds(workload: Workload, speed: Speed, streamed: bool = False) -> float:
+    """Of one run of a lowered workload: the sum over its operations. streamed: weights stay in
+    their file. Raises InputError."""
+    total = 0.0
+    for op in workload.operations:
+        took = _seconds(workload, op, speed)
+        if streamed and op.layer is not None and op.form.startswith("own"):
+            took += _PASSING_SECONDS
+        elif streamed and op.layer is not None and op.form in ("fp32", "int8", "nbits"):
+            took *= _NOT_PACKED
+        total += took
+    return total
+
+
+def _seconds(workload: Workload, op: Operation, speed: Speed) -> float:
+    if op.form == PART:
+        return 0.0
+    if op.kind == "attention":
+        batch, heads, queries, keys, width = op.heads
+        return speed.seconds("attention", op.form, (batch * heads, queries, keys, width))
+    if op.kind in ("conv", "linear"):
+        layer = op.layer
+        columns = layer.columns if layer else op.macs // max(1, op.rows)
+        outputs = layer.rows if layer else 1
+        return speed.seconds(op.kind, op.form, (op.rows, columns, outputs))
+    kind = _TIMED.get(op.kind, op.kind)
+    elements = max(1, sum(workload.sizes[value] for value in op.writes) // 4)
+    if not speed.knows(kind):
+        kind = "add"
+    return speed.seconds(kind, "", (elements,))
+
+
+def multiplications(workload: Workload) -> dict[str, int]:
+    """Multiplications of one run by kind of operation."""
+    found: dict[str, int] = {}
+    for op in workload.operations:
+        if op.macs:
+            found[op.kind] = found.get(op.kind, 0) + op.macs
+    return found

@@ -1,0 +1,369 @@
+"""The recipe: a checkpoint and a target in, a bundle out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+import edgesd
+from edgesd.device.capabilities import in_gb
+from edgesd.device.detect import detect_machine, explain_machine, runnable_targets
+from edgesd.device.targets import check_memory, check_request, get_target
+from edgesd.engines import BACKENDS, onnxruntime, tensorrt
+from edgesd.engines.bundle import file_entries, pack_bundle, update_manifest, write_manifest
+from edgesd.errors import BundleError, EdgesdError, InputError, TargetError, UsageError
+from edgesd.files import atomic_dir, atomic_write, check_new, check_writable, private_folder
+from edgesd.recipes.quantized import QuantizedBuild, QuantOptions, cache_folder
+from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
+from edgesd.runtime.memory import available_bytes
+from edgesd.runtime.prompter import read_prompter
+from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, GraphSet, PrompterSpec
+from edgesd.spec.pipeline import PipelineSpec
+from edgesd.spec.quality import Quality
+from edgesd.spec.scheme import Precision, number_format, parse_scheme
+from edgesd.spec.target import Target
+
+if TYPE_CHECKING:
+    from edgesd.export.families import Plan
+    from edgesd.export.pipeline import Progress
+    from edgesd.export.source import ModelSource
+
+__all__ = ["DEMO", "Built", "QuantOptions", "build", "default_output", "demo_judge", "demo_model"]
+
+DEMO = "demo"
+_MODELS = Path(edgesd.__file__).resolve().parent.parent / "models"
+"""Name of the embedded pipeline, where a model is asked for."""
+
+_log = logging.getLogger(__name__)
+
+PROMPTER = "prompter"
+"""Folder of a bundle that holds its prompter."""
+
+_PROMPTER_BYTES = 80 << 20
+
+_FIRST_RUN = "TensorRT's plans are built where they run, on the first run or by `edgesd finalize`"
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build made. `note`: one line the user should know of, or None. reference: the fp32
+    bundle of the same source that a quantized one was compared with. unfinished: why there are no
+    plans from the board that was to build them; the bundle is whole without."""
+
+    bundle: Bundle
+    path: Path
+    note: str | None
+    reference: Bundle | None = None
+    unfinished: EdgesdError | None = None
+
+
+def default_output(model: str, target: str, precision: str) -> Path:
+    """Where a build goes without -o: bundles/MODEL-TARGET-PRECISION."""
+    return Path("bundles") / f"{_name(model)}-{target}-{precision}"
+
+
+def _name(model: str) -> str:
+    return DEMO if model == DEMO else Path(model).resolve().name or "model"
+
+
+def demo_judge() -> Path | None:
+    """Folder of the judge of the embedded pipeline's pictures, or None outside a checkout."""
+    folder = _MODELS / "emoji-judge"
+    return folder if folder.is_dir() else None
+
+
+def demo_model() -> Path:
+    """Folder of the embedded pipeline. Raises InputError where it isn't at hand."""
+    folder = _MODELS / "emoji"
+    if not (folder / "model_index.json").is_file():
+        raise InputError(
+            "the embedded pipeline is part of the source checkout, not of the installed package: "
+            "clone edgesd and run there, or give the folder of a diffusers pipeline"
+        )
+    return folder
+
+
+def demo_sha256() -> str:
+    """Hash of the embedded pipeline, as its bundles carry it. Raises InputError."""
+    from edgesd.export.source import resolve_source
+
+    return resolve_source(demo_model()).sha256()
+
+
+def demo_target() -> str:
+    """The target that this machine is, or the plainest one of its architecture.
+
+    Raises TargetError on a machine that no target fits.
+    """
+    machine = detect_machine()
+    if machine.target:
+        return machine.target
+    runnable = runnable_targets(machine)
+    if not runnable:
+        raise TargetError(explain_machine(machine))
+    return runnable[0].name
+
+
+def build(
+    model: str,
+    target_name: str,
+    precision: Precision,
+    out: Path,
+    size: tuple[int, int] | None = None,
+    scheduler: str | None = None,
+    batch: int = 1,
+    progress: Progress | None = None,
+    quantization: QuantOptions | None = None,
+    backend: str | None = None,
+    finish: Callable[[Path], object] | None = None,
+    prompter: Path | None = None,
+    warn: Callable[[str], object] | None = None,
+) -> Built:
+    """Export `model`, check it against its source, and write the bundle `out`.
+
+    model: "demo", a diffusers folder, or a hub id. size: (width, height) in pixels for static
+    graphs, whose denoiser takes `batch` rows; None exports graphs for any size and batch (of
+    TensorRT: for one picture of the model's own size). scheduler: the bundle's default sampler, if
+    not the model's own. An `out` that ends in `.edgesd` is the one-file form. quantization: for a
+    precision that is a scheme. backend: whose graphs to make; None takes the target's best.
+    prompter: folder of an exported prompter that the bundle is to bring.
+    finish: adds to the folder of the finished bundle, such as plans from a board; what it raises
+    spoils nothing. warn: told before long work of what may go wrong.
+    Nothing is left at `out` on another error: UsageError, InputError, TargetError,
+    ParityError, QualityError, ResourceError.
+    """
+    from edgesd.export.pipeline import export_pipeline, plan_pipeline, require_build_tools
+
+    number_format(precision)
+    require_build_tools()
+    from edgesd.export.source import resolve_source
+    from edgesd.recipes.footprints import write_footprints
+    from edgesd.recipes.planner import Wish, check_plan, plan_source
+
+    target = get_target(target_name)
+    backend = target.backends[0] if backend is None else backend
+    check_request(target, precision, backend)
+    one_file = out.suffix == SUFFIX
+    check_new(out)
+    check_writable(out)
+    if quantization and precision not in ("fp32", "fp16"):
+        check_writable((quantization.work or cache_folder()) / "work")
+    if quantization and quantization.pool_attention:
+        _check_pooling(quantization, precision, backend)
+    source = resolve_source(str(demo_model()) if model == DEMO else model)
+    tuned = None if prompter is None else read_prompter(prompter)
+    if prompter and tuned:
+        # Its process ends before the image model is loaded: the larger of the two counts.
+        check_memory(target, _prompter_bytes(prompter, tuned), "the prompter")
+    method = (quantization or QuantOptions()).method
+    asked = Wish(
+        precision, size, method=method, fixed=size is not None, batch=batch, scheduler=scheduler
+    )
+    expected = plan_source(source, model, target, backend, asked)
+    check_plan(expected)
+    free = available_bytes()
+    if warn and free is not None and expected.build_bytes > free:
+        warn(
+            f"building takes about {in_gb(expected.build_bytes)} of memory, and {in_gb(free)} are "
+            "free here"
+        )
+    plan = plan_pipeline(source, size, scheduler, batch)
+    if backend == tensorrt.BACKEND and plan.pipeline.shape.dynamic:
+        plan = plan_pipeline(source, *fixed_shape(plan.pipeline))
+    if precision in ("fp32", "fp16"):
+        weights = sum(source.parameters(component) for component in source.family.weights)
+        check_writable(out, weights * (4 if precision == "fp32" else 2))
+    writer = _Writer(_name(model), target, backend)
+    reference: Bundle | None = None
+    notes: list[str] = []
+    unfinished: EdgesdError | None = None
+    with private_folder(out) if one_file else atomic_dir(out) as root:
+        if precision in ("fp32", "fp16"):
+            graphs = export_pipeline(
+                source, plan, root, precision, backend=backend, progress=progress
+            )
+            writer.write(root, graphs)
+        else:
+            options = quantization or QuantOptions()
+            work = options.work or cache_folder()
+            drawing = replace(writer, backend=onnxruntime.BACKEND)
+            reference = _reference(drawing, source, plan, work, progress)
+            scheme = parse_scheme(precision)
+            quantized = QuantizedBuild(
+                source, plan, reference, scheme, options, root, work, writer, progress
+            )
+            quantized.run()
+            notes += quantized.notes
+        if backend == tensorrt.BACKEND:
+            if precision != "fp32":
+                notes += _keep_in_fp32(root, source, quantization, progress)
+            notes += _check_engines(root, target, progress)
+        write_footprints(root, plan)
+        if prompter and tuned:
+            _add_prompter(root, prompter, tuned)
+        if finish:
+            try:
+                finish(root)
+                notes = [note for note in notes if note != _FIRST_RUN]
+            except EdgesdError as exc:
+                unfinished = exc
+        if progress:
+            progress("write", "bundle")
+        if one_file:
+            pack_bundle(open_bundle(root), out)
+    return Built(open_bundle(out), out, "; ".join(notes) or None, reference, unfinished)
+
+
+def _check_pooling(options: QuantOptions, precision: Precision, backend: str) -> None:
+    """Raise UsageError where pooled attention can't be had, or nobody would see what it loses."""
+    reason = None
+    if backend != onnxruntime.BACKEND:
+        reason = f"is for bundles of {onnxruntime.BACKEND}, and this one is for {backend}"
+    elif precision in ("fp32", "fp16"):
+        reason = f"is for quantized bundles, and {precision} isn't one: choose w8a8 or another"
+    elif options.quality_prompts == ():
+        reason = "is kept where pictures allow it, and none are drawn: leave --no-quality out"
+    if reason:
+        raise UsageError(f"--pool-attention {reason}")
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Makes manifests of bundles called `name`, for one target and backend."""
+
+    name: str
+    target: Target
+    backend: str
+
+    def write(self, root: Path, graphs: GraphSet, quality: Quality | None = None) -> None:
+        """Write the manifest of what is in `root` now."""
+        engines = {name: BACKENDS[self.backend](graph) for name, graph in graphs.graphs.items()}
+        if self.backend == tensorrt.BACKEND:
+            with atomic_write(root / tensorrt.SCRIPT) as file:
+                file.write(tensorrt.trtexec_script(engines).encode())
+        manifest = BundleManifest(
+            schema_version=SCHEMA_VERSION,
+            name=self.name,
+            target=self.target.name,
+            arch=self.target.arch,
+            backend=self.backend,
+            precision=graphs.precision,
+            pipeline=graphs.pipeline,
+            engines=engines,
+            licence=graphs.licence,
+            tools={
+                "edgesd": edgesd.__version__,
+                "python": platform.python_version(),
+                **graphs.tools,
+            },
+            files=file_entries(root, leave_out=(MANIFEST, CHECKSUM)),
+            recipe=graphs.recipe,
+            quality=quality,
+        )
+        write_manifest(root, manifest)
+
+
+def _prompter_bytes(folder: Path, spec: PrompterSpec) -> int:
+    """Memory that the prompter's process takes, about (measured: 72 MB besides its files)."""
+    return _PROMPTER_BYTES + sum((folder / name).stat().st_size for name in spec.files)
+
+
+def _add_prompter(root: Path, folder: Path, spec: PrompterSpec) -> None:
+    """Copy an exported prompter into the bundle folder `root`, and say so in its manifest."""
+    manifest = open_bundle(root).manifest
+    names = {name: f"{PROMPTER}/{name}" for name in spec.files}
+    (root / PROMPTER).mkdir()
+    for name, there in names.items():
+        shutil.copyfile(folder / name, root / there)
+    inside = msgspec.structs.replace(
+        spec,
+        base=names[spec.base],
+        adapter=names.get(spec.adapter or ""),
+        grammar=names.get(spec.grammar or ""),
+    )
+    changed = msgspec.structs.replace(manifest, prompter=inside)
+    update_manifest(root, changed, names.values())
+
+
+def _keep_in_fp32(
+    root: Path, source: ModelSource, options: QuantOptions | None, progress: Progress | None
+) -> list[str]:
+    """Let what exceeds fp16 compute in fp32; a note for each component that has such values."""
+    from edgesd.recipes import prompts
+    from edgesd.recipes.fp16_ranges import keep_in_fp32
+
+    if progress:
+        progress("draw, to find what exceeds fp16", "graphs")
+    given = options.calibration_prompts if options else None
+    prompt = (given or source.prompts("calibration") or prompts.CALIBRATION)[0]
+    return [
+        f"{len(values)} values of {component} come near fp16's end or exceed it (up to "
+        f"{max(values.values()):.2g}): they stay in fp32"
+        for component, values in keep_in_fp32(root, prompt).items()
+    ]
+
+
+def _check_engines(root: Path, target: Target, progress: Progress | None) -> list[str]:
+    """Lint the graphs in `root`, build them by TensorRT-RTX where it is, and note what was done.
+
+    Returns the note for a bundle whose plans have yet to be built.
+    """
+    from edgesd.export.backends.tensorrt import check_engine
+
+    manifest = open_bundle(root).manifest
+    sm = next((name for name in target.capabilities if name.startswith("sm_")), None)
+    engines = {}
+    for name, engine in manifest.engines.items():
+        if progress:
+            progress("compile", name)
+        found = check_engine(root, engine, sm)
+        engines[name] = msgspec.structs.replace(
+            engine,
+            checked=found.words,
+            built_for=found.built_for,
+            plan=tensorrt.plan_path(name) if found.built_for else None,
+        )
+    plans = [engine.plan for engine in engines.values() if engine.plan]
+    update_manifest(root, msgspec.structs.replace(manifest, engines=engines), plans)
+    return [] if all(engine.plan for engine in engines.values()) else [_FIRST_RUN]
+
+
+def _reference(
+    writer: _Writer, source: ModelSource, plan: Plan, work: Path, progress: Progress | None
+) -> Bundle:
+    """The fp32 bundle of the same plan, from the folder of what is kept if it is there."""
+    from edgesd.export.pipeline import export_pipeline, tool_versions
+
+    parts = (edgesd.__version__, sorted(tool_versions().items()), writer, plan.pipeline)
+    path = work / f"source-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+    if path.exists():
+        try:
+            found = open_bundle(path)
+            found.verify()
+            return found
+        except BundleError as exc:
+            _log.warning("%s: making it anew", exc)
+            shutil.rmtree(path)
+    with atomic_dir(path) as root:
+        writer.write(root, export_pipeline(source, plan, root, "fp32", progress=progress))
+    return open_bundle(path)
+
+
+def fixed_shape(pipeline: PipelineSpec) -> tuple[tuple[int, int], str, int]:
+    """Size, scheduler and rows of the same pipeline with fixed shapes: its own size, one picture.
+
+    A plan of fixed shapes needs least memory, to be built and to run.
+    """
+    guided = pipeline.guidance_scale > 1
+    distilled = pipeline.components["unet"].input("timestep_cond") is not None
+    shape = pipeline.shape
+    rows = 2 if guided and not distilled else 1
+    return (shape.width, shape.height), pipeline.scheduler.name, rows

@@ -1,0 +1,130 @@
+"""What of a graph that computes in fp16 must stay in fp32, found by drawing a picture with it.
+
+On a CPU, ONNX Runtime computes these graphs in fp32, and an overflow on the GPU wouldn't show in
+its pictures. So the largest magnitude of every fp16 value is recorded while the pipeline's own loop
+draws; where one comes near fp16's end, what makes and reads it is kept in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from edgesd.engines.bundle import update_manifest
+from edgesd.export.external_data import write_model
+from edgesd.export.passes.fp16_weights import MAX_HALF
+from edgesd.export.passes.fp32_region import Fp32Region
+from edgesd.export.passes.record_largest import LARGEST, RecordLargest
+from edgesd.runtime.backends.base import Runner
+from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
+from edgesd.runtime.bundle import Bundle, GraphFile, open_bundle
+from edgesd.runtime.pipeline import Pipeline, Request, Settings
+from edgesd.spec.pipeline import ComponentSpec, TensorSpec
+
+LIMIT = MAX_HALF / 2
+"""Other prompts and seeds reach other values: half of fp16's range is left to them."""
+
+STEPS = 4
+"""They span the schedule from its first timestep to its last."""
+
+Largest = dict[str, dict[str, float]]
+"""Component -> value -> largest magnitude."""
+
+
+def keep_in_fp32(root: Path, prompt: str) -> Largest:
+    """Rewrite the graphs of the bundle folder `root` whose values exceed `LIMIT` in a picture of
+    `prompt`; those values, and how large they were.
+
+    Not atomic: `root` is a folder that nobody else sees yet.
+    """
+    bundle = open_bundle(root)
+    largest = record(bundle, prompt)
+    beyond: Largest = {}
+    for component, values in largest.items():
+        found = {name: size for name, size in values.items() if not size <= LIMIT}
+        if not found:
+            continue
+        beyond[component] = found
+        path = root / bundle.manifest.engines[component].path
+        model = ir.load(path)
+        Fp32Region(found)(model)
+        write_model(model, path.parent)
+    if beyond:
+        engines = bundle.manifest.engines
+        changed = [name for c in beyond for name in bundle.engine_files(engines[c])]
+        update_manifest(root, bundle.manifest, changed)
+    return beyond
+
+
+def record(bundle: Bundle, prompt: str) -> Largest:
+    """Largest magnitudes of all fp16 values while `prompt` is drawn, and its picture encoded."""
+    with _Recording(bundle) as pipeline:
+        request = pipeline.complete(Request(prompt, seed=0))
+        assert request.num_inference_steps
+        steps = min(STEPS, request.num_inference_steps)
+        request = replace(request, num_inference_steps=steps)
+        requests = [
+            replace(request, seed=seed) for seed in range(pipeline.pictures_per_run(request))
+        ]
+        pictures = pipeline.generate(requests)
+        if "vae_encoder" in bundle.manifest.engines:
+            pipeline.encode(pictures)
+        return pipeline.largest
+
+
+class _Recording(Pipeline):
+    """A pipeline on the CPU that records what its networks compute."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle, Settings(memory="balanced", made_here=True))
+        self.largest: Largest = {}
+
+    def open_runner(self, component: str) -> Runner:
+        """See Pipeline."""
+        spec = self.spec.components[component]
+        kept = self.largest.setdefault(component, {})
+        return _recorder(spec, self.bundle.graph_file(component), kept)
+
+    def encode(self, pictures: Sequence[object]) -> None:
+        """Pictures through the encoder, one after the other."""
+        runner = self.open_runner("vae_encoder")
+        for picture in pictures:
+            pixels = np.asarray(picture, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+            runner.bind({"image": pixels.shape})
+            runner.inputs["image"][:] = pixels
+            runner.run()
+        runner.close()
+
+
+def _recorder(spec: ComponentSpec, graph: GraphFile, kept: dict[str, float]) -> Runner:
+    model = ir.serde.deserialize_model(onnx.load_model_from_string(graph.model))
+    recorded = RecordLargest()
+    if not recorded(model):
+        return OnnxRuntimeRunner(spec, graph)
+    output = TensorSpec(LARGEST, "float32", (len(recorded.names),))
+    raw = ir.serde.serialize_model(model).SerializeToString()
+    wider = msgspec.structs.replace(spec, outputs=(*spec.outputs, output))
+    return _Recorder(wider, graph._replace(model=raw), recorded.names, kept)
+
+
+class _Recorder(OnnxRuntimeRunner):
+    def __init__(
+        self, spec: ComponentSpec, graph: GraphFile, names: list[str], kept: dict[str, float]
+    ) -> None:
+        super().__init__(spec, graph, as_written=True)
+        self._names, self._kept = names, kept
+
+    def run(self) -> None:
+        """See Runner.run."""
+        super().run()
+        if LARGEST in self.outputs:  # after the first run; the array stays bound
+            self._largest = self.outputs.pop(LARGEST)
+        sizes = np.nan_to_num(self._largest, nan=np.inf, posinf=np.inf)
+        for name, size in zip(self._names, sizes, strict=True):
+            self._kept[name] = max(float(size), self._kept.get(name, 0.0))

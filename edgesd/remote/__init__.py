@@ -1,0 +1,1 @@
+"""From a workstation to boards: over SSH, without a heavy import."""

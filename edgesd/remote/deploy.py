@@ -1,0 +1,279 @@
+"""`edgesd deploy`: the runtime and a bundle onto a board, over SSH.
+
+What is on a board before is python3 and sshd. The runtime goes into a virtual environment, from
+wheels, without a network there; then `edgesd slots` there (device/slots.py) takes the bundle in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import edgesd
+from edgesd.device.capabilities import normal_arch
+from edgesd.device.slots import Installed, Slot
+from edgesd.errors import BoardError, TargetError
+from edgesd.files import sha256_file
+from edgesd.remote import board as boards
+from edgesd.remote.board import Board, Item
+from edgesd.remote.wheels import BOARD_PACKAGES, cached_wheels, fitting_wheels
+from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SIGNATURE, Bundle
+from edgesd.spec.base import Spec
+
+_HOME = "edgesd"
+"""Folder on the board, as engines.slots.home_folder says it."""
+_PYTHONS = ((3, 10), (3, 13))
+_SPARE_BYTES = 64 << 20
+"""Of the board's disk, left free."""
+_INSTALL_SECONDS = 3600.0
+_SHOW_SECONDS = 900.0
+"""For slots, which wait for another deploy to end."""
+_UNPACKED = 4
+"""A wheel takes about so many times its size once installed."""
+
+Say = Callable[[str], None]
+Moved = Callable[[str, int, int], None]
+"""Told what is sent ("runtime", "bundle"), bytes, of how many."""
+
+
+class Deployed(Spec, frozen=True):
+    """What a deploy came to.
+
+    sent_bytes: over the link. written_bytes: to the board's disk, counted: what was sent, and the
+    runtime once installed. runtime: "installed", or "kept". installed: None where this very bundle
+    was active already, and every byte of it right.
+    """
+
+    slot: Slot
+    runtime: str
+    sent_bytes: int
+    written_bytes: int
+    seconds: float
+    installed: Installed | None = None
+
+
+class _Here(NamedTuple):
+    """What a board is, before it has edgesd. glibc: the minor version of 2."""
+
+    python: str
+    arch: str
+    glibc: int
+    jetson: bool
+
+
+_ASK = """
+import json, os, platform, struct, sys
+libc, version = platform.libc_ver()
+print(json.dumps([list(sys.version_info[:2]), platform.machine(), 8 * struct.calcsize("P"), libc,
+                  version, os.path.exists("/etc/nv_tegra_release")]))
+"""
+
+
+class _Told(NamedTuple):
+    """What _ASK prints."""
+
+    python: tuple[int, int]
+    machine: str
+    bits: int
+    libc: str
+    version: str
+    jetson: bool
+
+
+_GLIBC = re.compile(r"2\.([0-9]{1,3})(?:\.[0-9]+)?")
+
+_INSTALL = """
+set -e
+cd "$1"; id="$2"; site="$3"; pip="$4"; shift 4
+exec 9>>lock  # what a lost link left at work here still holds it
+flock -w 600 9 || { echo "another deploy is at work: wait until it has ended" >&2; exit 1; }
+if [ -f "runtime/$id/whole" ]; then exit 0; fi
+rm -rf "runtime/$id"; mkdir -p runtime
+python3 -I -m venv --without-pip $site "runtime/$id"
+PYTHONPATH="wheels/$pip" "runtime/$id/bin/python" -m pip install --quiet --no-index \
+    --find-links wheels --no-cache-dir --disable-pip-version-check \
+    --root-user-action ignore "$@" >&2
+"runtime/$id/bin/edgesd" --version >&2
+sync "runtime/$id" 2>/dev/null || sync
+touch "runtime/$id/whole"
+"""
+
+_SWITCH = """
+set -e
+cd "$1"
+rm -f .bin.new; ln -s "runtime/$2/bin" .bin.new; mv -T .bin.new bin
+mkdir -p "$HOME/.local/bin"
+[ -e "$HOME/.local/bin/edgesd" ] || ln -sfn "$PWD/bin/edgesd" "$HOME/.local/bin/edgesd"
+for other in runtime/*; do [ "$other" = "runtime/$2" ] || rm -rf "$other"; done
+sync . 2>/dev/null || sync
+du -sk "runtime/$2"
+"""
+
+
+async def deploy(
+    board: Board,
+    bundle: Bundle,
+    wheels: Path | None = None,
+    self_test: bool = True,
+    say: Say = lambda text: None,
+    moved: Moved = lambda what, done, total: None,
+) -> Deployed:
+    """Bring the runtime and `bundle` onto the board, and make it the active one.
+
+    wheels: folder that they are chosen from; None asks pip's index, on this machine. Raises
+    TargetError when the board isn't one of the bundle's architecture or has no fit Python,
+    ResourceError when its disk is too small, BoardError with the board's own words when it refuses
+    the bundle, or the self-test fails there.
+    """
+    start = time.perf_counter()
+    here = await _look(board, bundle)
+    sent, written = await _runtime(board, bundle, here, wheels, say, moved)
+    state = "installed" if written else "kept"
+    active = await active_slot(board)
+    items, frame = _items(bundle)
+    signature = frame.get(SIGNATURE, "")
+    # An unsigned copy takes no signature away; "" where the active bundle can't be opened.
+    same = active is not None and active.manifest_sha256 == bundle.manifest_sha256
+    if active and same and signature not in ("", active.signature_sha256):
+        say("it is active already: bringing its signature")
+    elif same:
+        say("it is active already: verifying it there")
+        try:
+            slot = boards.decode(
+                board, await boards.edgesd(board, "slots", "check", "--json"), Slot
+            )
+            return Deployed(slot, state, sent, written, time.perf_counter() - start)
+        except BoardError as exc:
+            say(f"installing it anew, for this reason: {exc}")
+    count = boards.adding_up(moved, "bundle", sum(item.size for item in items.values()))
+    objects = f"{_HOME}/objects"
+    sent_now = await boards.send(board, objects, items, count, _SPARE_BYTES, others=True)
+    arguments = ["slots", "install", frame[MANIFEST], frame[CHECKSUM], "--json"]
+    if SIGNATURE in frame:
+        arguments += ["--signature", frame[SIGNATURE]]
+    if not self_test:
+        arguments.append("--no-self-test")
+    told = await boards.edgesd(board, *arguments, on_line=say)
+    installed = boards.decode(board, told, Installed)
+    return Deployed(
+        installed.slot,
+        state,
+        sent + sent_now,
+        written + sent_now,
+        time.perf_counter() - start,
+        installed,
+    )
+
+
+async def rollback(board: Board, self_test: bool = True, say: Say = lambda text: None) -> Installed:
+    """Make the bundle active again that was so before. Raises BoardError with the board's words."""
+    arguments = ["slots", "rollback", "--json", *([] if self_test else ["--no-self-test"])]
+    return boards.decode(board, await boards.edgesd(board, *arguments, on_line=say), Installed)
+
+
+async def active_slot(board: Board) -> Slot | None:
+    """The bundle that is active on the board, or None."""
+    told = await boards.edgesd(
+        board, "slots", "show", "--wait", "--json", limit_seconds=_SHOW_SECONDS
+    )
+    return next((slot for slot in boards.decode(board, told, list[Slot]) if slot.active), None)
+
+
+async def _look(board: Board, bundle: Bundle) -> _Here:
+    done = await boards.in_time(board, board.run(["python3", "-I", "-c", _ASK]), "python3")
+    if done.status == 127:
+        raise TargetError(
+            f"{board.name} has no python3: install it there (Debian: apt-get install python3)"
+        )
+    if done.status:
+        words = boards.excerpt(done.err) or f"it ended with status {done.status}"
+        raise BoardError(f"{board.name}: python3 doesn't work there: {words}")
+    (major, minor), machine, bits, libc, version, jetson = boards.decode(board, done.out, _Told)
+    manifest = bundle.manifest
+    arch = normal_arch(machine)
+    if bits != 64:
+        raise TargetError(f"{board.name} has a 32-bit Python: edgesd needs a 64-bit system")
+    if arch != normal_arch(manifest.arch):
+        raise TargetError(
+            f"{board.name} is {arch}, and {bundle.path.name} is for {manifest.target} "
+            f"({manifest.arch}): build it for a board of that architecture"
+        )
+    if libc != "glibc":
+        raise TargetError(
+            f"{board.name} has no glibc: the wheels that edgesd needs are made for it"
+        )
+    if not _PYTHONS[0] <= (major, minor) <= _PYTHONS[1]:
+        raise TargetError(
+            f"{board.name} has Python {major}.{minor}: edgesd needs 3.10 to 3.13 there"
+        )
+    glibc = _GLIBC.fullmatch(version)
+    if not glibc:
+        raise boards.strange(board, "python3", version)
+    return _Here(f"{major}.{minor}", arch, int(glibc[1]), jetson)
+
+
+async def _runtime(
+    board: Board, bundle: Bundle, here: _Here, wheels: Path | None, say: Say, moved: Moved
+) -> tuple[int, int]:
+    """Install the runtime that `bundle` needs, unless it is there; bytes sent and bytes written."""
+    extra = []
+    if bundle.manifest.backend == "tensorrt":
+        extra.append("cuda-bindings<13")
+    if bundle.manifest.prompter:
+        extra.append("xllamacpp")
+    if wheels is not None:
+        chosen = fitting_wheels(wheels, here.python, here.arch, here.glibc)
+    else:
+        own = any(engine.kernels for engine in bundle.manifest.engines.values())
+        chosen = cached_wheels(here.python, here.arch, extra, here.glibc, own, say)
+    items = {
+        path.name: Item(path.stat().st_size, sha256_file(path), partial(_pieces, path))
+        for path in chosen
+    }
+    said = sorted(f"{name} {item.sha256}" for name, item in items.items())
+    key = "\n".join([*said, here.python, str(here.jetson), *extra])
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    there = board.run(["test", "-f", f"{_HOME}/runtime/{name}/whole"])
+    if (await boards.in_time(board, there, "test")).status == 0:
+        await boards.ask(board, ["sh", "-c", _SWITCH, "switch", _HOME, name])
+        return 0, 0
+    total = sum(item.size for item in items.values())
+    count = boards.adding_up(moved, "runtime", total)
+    spare = _SPARE_BYTES + _UNPACKED * total
+    sent = await boards.send(board, f"{_HOME}/wheels", items, count, spare)
+    say(f"installing edgesd {edgesd.__version__} for Python {here.python} on {here.arch}")
+    pip = next(path.name for path in chosen if path.name.startswith("pip-"))
+    site = "--system-site-packages" if here.jetson else ""
+    packages = [p for p in (*BOARD_PACKAGES, *extra) if p != "pip"]
+    command = ["sh", "-c", _INSTALL, "install", _HOME, name, site, pip, *packages]
+    await boards.ask(board, command, say, _INSTALL_SECONDS)
+    told = await boards.ask(board, ["sh", "-c", _SWITCH, "switch", _HOME, name])
+    used = re.match(r"([0-9]{1,12})\s", told)
+    if not used:
+        raise boards.strange(board, "du", told)
+    return sent, sent + (int(used[1]) << 10)
+
+
+def _items(bundle: Bundle) -> tuple[dict[str, Item], dict[str, str]]:
+    """Every file of a bundle by its sha256; and the sha256 of those that no manifest lists."""
+    items = {
+        entry.sha256: Item(entry.bytes, entry.sha256, partial(bundle.verified_chunks, name))
+        for name, entry in bundle.manifest.files.items()
+    }
+    frame = {}
+    for name in bundle.frame:
+        raw = b"".join(bundle.chunks(name))
+        frame[name] = hashlib.sha256(raw).hexdigest()
+        items[frame[name]] = Item(len(raw), frame[name], partial(iter, [raw]))
+    return items, frame
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            yield piece

@@ -1,0 +1,129 @@
+"""Runners: one component on one backend, with inputs and outputs bound once.
+
+Every loop (device, calibration, evaluation) talks to this protocol alone, so that a torch module,
+an ONNX session, a TensorRT engine and a fake are interchangeable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgesd.errors import BundleError, InputError, ResourceError
+from edgesd.runtime.closing import Closing
+from edgesd.spec.pipeline import ComponentSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Array = npt.NDArray[np.generic]
+
+
+class Runner(Protocol):
+    """One loaded component.
+
+    `bind` allocates `inputs`, host arrays that the caller fills in place before each `run`; `run`
+    writes `outputs`, whose arrays stay the same from the second run on. `seconds` is the time spent
+    inside the engine so far. A context manager: leaving it frees the engine.
+    """
+
+    spec: ComponentSpec
+    inputs: dict[str, Array]
+    outputs: dict[str, Array]
+    seconds: float
+
+    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Allocate zeroed inputs of these shapes. Raises InputError when the spec forbids one."""
+
+    def run(self) -> None:
+        """Run once on `inputs`. Raises ResourceError when memory runs out."""
+
+    def close(self) -> None:
+        """Free the engine and the buffers."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def run_once(runner: Runner, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run on copies of `inputs`; what comes out is the runner's own, until its next run."""
+    runner.bind({name: array.shape for name, array in inputs.items()})
+    for name, array in inputs.items():
+        runner.inputs[name][:] = array
+    runner.run()
+    return runner.outputs
+
+
+class BoundRunner(Closing):
+    """What all runners share: checking shapes once, at the boundary, and the context manager."""
+
+    def __init__(self, spec: ComponentSpec) -> None:
+        self.spec = spec
+        self.inputs: dict[str, Array] = {}
+        self.outputs: dict[str, Array] = {}
+        self.seconds = 0.0
+
+    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """See Runner.bind. Keeps the arrays it has when the shapes are the same."""
+        expected = {tensor.name for tensor in self.spec.inputs}
+        if shapes.keys() != expected:
+            raise InputError(
+                f"{self.spec.name} takes the inputs {sorted(expected)}, not {sorted(shapes)}"
+            )
+        if {name: array.shape for name, array in self.inputs.items()} == dict(shapes):
+            return
+        sizes: dict[str, int] = {}
+        for tensor in self.spec.inputs:
+            shape = shapes[tensor.name]
+            fits = len(shape) == len(tensor.shape) and all(
+                size > 0 and (sizes.setdefault(dim, size) if isinstance(dim, str) else dim) == size
+                for dim, size in zip(tensor.shape, shape, strict=True)
+            )
+            if not fits:
+                raise InputError(
+                    f"{self.spec.name}: {tensor.name} has the shape {list(shape)}, but this bundle "
+                    f"takes {list(tensor.shape)}"
+                )
+        try:
+            self.inputs = {
+                tensor.name: np.zeros(shapes[tensor.name], tensor.dtype)
+                for tensor in self.spec.inputs
+            }
+        except MemoryError as exc:
+            raise ResourceError(
+                f"not enough memory for the inputs of {self.spec.name}: use a smaller --size or "
+                "--batch 1"
+            ) from exc
+        self.outputs = {}
+
+    def check_outputs(self, values: Sequence[object]) -> None:
+        """Raise BundleError unless `values` are arrays such as the spec says, in its order."""
+        for tensor, value in zip(self.spec.outputs, values, strict=True):
+            fits = (
+                isinstance(value, np.ndarray)
+                and value.dtype == tensor.dtype
+                and len(value.shape) == len(tensor.shape)
+                and all(
+                    isinstance(dim, str) or dim == size
+                    for dim, size in zip(tensor.shape, value.shape, strict=True)
+                )
+            )
+            if not fits:
+                raise BundleError(
+                    f"{self.spec.name}: its graph doesn't make {tensor.name} as its manifest says "
+                    f"({tensor.dtype} {list(tensor.shape)}): build the bundle again"
+                )
+
+    def close(self) -> None:
+        """See Runner.close."""
+        self.inputs, self.outputs = {}, {}

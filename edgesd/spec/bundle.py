@@ -1,0 +1,266 @@
+"""What a bundle is: `bundle.json` and what it holds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from edgesd.spec.base import (
+    MOST_DIMS,
+    Bytes,
+    Count,
+    Label,
+    Number,
+    Pixels,
+    RelativePath,
+    Sha256,
+    Size,
+    Spec,
+    Text,
+    Word,
+)
+from edgesd.spec.pipeline import ComponentSpec, PipelineSpec
+from edgesd.spec.quality import Quality
+from edgesd.spec.scheme import Precision
+
+SCHEMA_VERSION = 7
+"""Version of `bundle.json`. A reader refuses a newer one; it is raised on any change of meaning.
+
+2: `recipe` and `quality`, both optional; a file of version 1 is read as one without them. 3: the
+same for an engine's `checked`. 4: an engine's `plan`, and `built_for`, which was never set;
+`prompter`. 5: an engine's `kernels`, the latents'
+`halo`. 6: an engine's `halves`, the latents' `levels`, a recipe's `pooled_attention`. 7: footprints
+of engines and halves.
+"""
+
+
+class Parity(Spec, frozen=True):
+    """How far a converted component is from its torch source, on the same inputs.
+
+    max_abs: largest absolute difference over all outputs; rel_rms: RMS of the difference over
+    RMS of the source (dimensionless); tolerance: the largest rel_rms that passes the gate.
+    """
+
+    max_abs: Number
+    rel_rms: Number
+    tolerance: Number
+
+
+class LayerRecipe(Spec, frozen=True, omit_defaults=True):
+    """What became of one layer. Names are those of the source's modules, below its component.
+
+    kind: conv, linear or embedding. shape: of the source's weight, output channels first.
+    scheme: as it is now: "fp16", or a Scheme. method: one of METHODS, or "fp16". rank: of its
+    branch, at most the scheme's. bytes: its codes, scales and branch on disk. error: RMS of the
+    change of the layer's output over RMS of that output, on calibrated inputs (0 if not measured).
+    raised_from: the scheme that was planned, where it is another; reason: why it was raised.
+    """
+
+    name: Label
+    component: Label
+    kind: Label
+    shape: Annotated[tuple[Size, ...], Meta(max_length=MOST_DIMS)]
+    scheme: Label
+    method: Label
+    rank: Count
+    bytes: Bytes
+    error: float
+    raised_from: Label | None = None
+    reason: Text | None = None
+
+
+class CalibrationSpec(Spec, frozen=True):
+    """What activations were recorded on: the pipeline's own loop over a file of prompts."""
+
+    prompts: Count
+    prompts_sha256: Sha256
+    num_inference_steps: Count
+    guidance_scale: Number
+    scheduler: Word
+    height: Pixels
+    width: Pixels
+
+
+class QuantRecipe(Spec, frozen=True):
+    """How a pipeline was quantized. name: the scheme asked for, in canonical form.
+
+    simulated: some layer's number format is computed by no engine, but imitated in fp32.
+    pooled_attention: the largest self-attention has fewer keys and values
+    (export/passes/pooled_attention.py).
+    """
+
+    name: Label
+    simulated: bool
+    layers: tuple[LayerRecipe, ...]
+    calibration: CalibrationSpec | None = None
+    pooled_attention: bool = False
+
+
+class Footprint(Spec, frozen=True):
+    """Bytes that one graph takes in memory, traced when it was built (runtime/footprint.py).
+
+    weights: what stays of them once loaded, mapped or copied; loading: what there is besides while
+    they are loaded. streamed: what stays of them in `stream`; in_file: of that, what lies in the
+    bundle's file. graph: of the session itself. runs: for growing units (rows times height times
+    width of the input) what a run's activations take, and the workspace of edgesd's own kernels.
+    spread: how many times as much runs of several sizes take that follow one another.
+    """
+
+    weights: Bytes
+    loading: Bytes
+    streamed: Bytes
+    in_file: Bytes
+    graph: Bytes
+    runs: Annotated[tuple[tuple[Bytes, Bytes, Bytes], ...], Meta(max_length=64)]
+    spread: Annotated[float, Meta(ge=1, le=16)] = 1.0
+
+
+class Half(Spec, frozen=True):
+    """A graph of a part of a component, beside the whole one and with the same weights.
+
+    kernels: the same for edgesd's own kernels. weight_bytes: of its weights in their file. spec:
+    its inputs and outputs. footprint, kernels_footprint: of the two graphs; None in bundles of a
+    schema before 7.
+    """
+
+    path: RelativePath
+    spec: ComponentSpec
+    weight_bytes: Bytes
+    kernels: RelativePath | None = None
+    footprint: Footprint | None = None
+    kernels_footprint: Footprint | None = None
+
+
+class Halves(Spec, frozen=True):
+    """A full autoencoder's decoder in two graphs, of which the second can be run in tiles.
+
+    head: latents -> features. tail: features, and statistics of its group normalizations, to the
+    image (export/passes/tiled_decoder.py, runtime/tiles.py).
+    """
+
+    head: Half
+    tail: Half
+
+
+class Graph(Spec, frozen=True):
+    """A component as an ONNX file. Paths are relative to the folder that holds it.
+
+    kernels: the same for edgesd's own kernels, with the same weights. halves: see Halves.
+    """
+
+    component: str
+    path: str
+    precision: Precision
+    parity: Parity
+    kernels: str | None = None
+    halves: Halves | None = None
+
+
+class GraphSet(Spec, frozen=True):
+    """All graphs of a pipeline, in the folder `root`, with what else the pipeline needs.
+
+    assets: further files (tokenizer.json, model card, licences), relative to `root`.
+    """
+
+    root: str
+    pipeline: PipelineSpec
+    precision: Precision
+    graphs: dict[str, Graph]
+    assets: tuple[str, ...]
+    licence: Licence
+    tools: dict[str, str]
+    recipe: QuantRecipe | None = None
+
+
+class Licence(Spec, frozen=True):
+    """Licence of the weights: SPDX-like name as the model card states it, and its files."""
+
+    name: Text
+    files: tuple[RelativePath, ...] = ()
+
+
+class PrompterSpec(Spec, frozen=True):
+    """A small language model that turns a wish into a prompt. base, adapter: GGUF files, relative
+    to the bundle; adapter is None where it is merged. domain: what it was tuned for. form: what
+    code makes of its line, with "{}" in it. licence: the base model's name and licence. grammar:
+    file of the GBNF grammar of its line; None for any words."""
+
+    base: RelativePath
+    adapter: RelativePath | None
+    domain: Text
+    form: Text
+    licence: Text
+    grammar: RelativePath | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those that are there."""
+        return tuple(name for name in (self.base, self.adapter, self.grammar) if name)
+
+
+class Environment(Spec, frozen=True):
+    """Where a TensorRT plan was built, and the only place where it runs.
+
+    module: TensorRT's Python package. sm: the GPU's compute capability. l4t: a Jetson's release.
+    """
+
+    module: str
+    version: str
+    sm: str
+    l4t: str | None = None
+
+    def __str__(self) -> str:
+        release = f", L4T {self.l4t}" if self.l4t else ""
+        return f"{self.module} {self.version}, {self.sm}{release}"
+
+
+class Engine(Spec, frozen=True):
+    """What a runner loads for one component: a graph, and for TensorRT perhaps a plan of it.
+
+    plan: the bundle's file of a plan that was built beforehand, for the one environment `built_for`
+    (both or neither). checked: what a compiler made of the graph where it was built, which says
+    nothing of the board: "built for sm_86 by ...". kernels: the same graph for edgesd's own kernels
+    (runtime/kernels.py), taken where they can be used; it refers to the same weights. halves: see
+    Halves. footprint, kernels_footprint: of the two graphs, where known (a schema from 7 on).
+    """
+
+    component: Word
+    path: RelativePath
+    backend: Word
+    precision: Precision
+    parity: Parity
+    built_for: Environment | None = None
+    plan: RelativePath | None = None
+    checked: Text | None = None
+    kernels: RelativePath | None = None
+    halves: Halves | None = None
+    footprint: Footprint | None = None
+    kernels_footprint: Footprint | None = None
+
+
+class FileEntry(Spec, frozen=True):
+    """One file of a bundle."""
+
+    bytes: Bytes
+    sha256: Sha256
+
+
+class BundleManifest(Spec, frozen=True):
+    """bundle.json: everything a board must know before it loads a byte of weights."""
+
+    schema_version: Size
+    name: Annotated[str, Meta(min_length=1, max_length=1000)]
+    target: Word
+    arch: Word
+    backend: Word
+    precision: Precision
+    pipeline: PipelineSpec
+    engines: dict[Word, Engine]
+    licence: Licence
+    tools: dict[Text, Text]
+    files: dict[str, FileEntry]
+    required_capabilities: tuple[str, ...] = ()
+    recipe: QuantRecipe | None = None
+    quality: Quality | None = None
+    prompter: PrompterSpec | None = None

@@ -1,0 +1,336 @@
+"""The report: complete, escaped, self-contained, well-formed, and one line when it can't be."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgesd.engines.bundle import file_entries, pack_bundle, write_manifest
+from edgesd.errors import BundleError, InputError, UsageError
+from edgesd.pages.report import SIMULATED, report_html, write_report
+from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, open_bundle
+from edgesd.spec.bundle import CalibrationSpec, FileEntry, LayerRecipe, QuantRecipe
+from edgesd.spec.quality import PictureQuality, Quality
+from tests.support import assert_refused, run_cli
+
+VOID = {"meta", "img"}
+METRIC = "multi-scale gradient distance (stands in for LPIPS)"
+LAYERS = (
+    LayerRecipe("conv_in", "unet", "conv", (4, 4, 3, 3), "fp16", "rtn", 0, 288, 0.0,
+                "w4a8-g64-lr32", "3 < group: too few <inputs>"),
+    LayerRecipe("proj", "unet", "linear", (8, 4), "w4a8-g64-lr32", "svdquant", 32, 96, 0.034),
+    LayerRecipe("conv_out", "vae_decoder", "conv", (3, 4, 1, 1), "w8a8", "gptq", 0, 24, 2e-4,
+                "w4a8-g64-lr32", "error 0.2 above 0.1"),
+    LayerRecipe("table", "text_encoder", "embedding", (8, 8), "w8a16", "minmax", 0, 80, 0.0012),
+)  # fmt: skip
+RECIPE = QuantRecipe(
+    "w4a8-g64-lr32", True, LAYERS, CalibrationSpec(48, "c" * 64, 20, 5.0, "dpmpp-2m", 24, 32)
+)
+PICTURES = (
+    PictureQuality("a good cat", 1, 33.25, 0.98, 0.01, "quality/0-source.png", "quality/0.png"),
+    PictureQuality("<script>alert('x')</script> & \"co\"\0", 2, 21.5, 0.8, 0.2,
+                   "quality/1-source.png", "quality/1.webp"),
+    PictureQuality("an equal cat", 3, None, 1.0, 0.0),
+)  # fmt: skip
+QUALITY = Quality(
+    PICTURES, 4, 3.0, "ddim", 51.6, 21.5, 0.93, 0.07, METRIC, "ONNX Runtime, fp32", 20.0
+)
+
+
+class Outline(HTMLParser):
+    """Parses a page; fails where tags don't balance, and keeps what they say."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert "svg" in self.open  # HTML itself has no self-closing tags
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data
+
+    def images(self) -> list[np.ndarray]:
+        """Pixels of all embedded pictures, in order."""
+        sources = [str(attrs["src"]) for tag, attrs in self.tags if tag == "img"]
+        return [
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
+            for uri in sources
+        ]
+
+
+def reforge(folder: Path, **changes: object) -> Bundle:
+    """Change fields of the manifest in `folder`; its files are listed anew."""
+    manifest = open_bundle(folder).manifest
+    for name in (MANIFEST, CHECKSUM):
+        (folder / name).unlink()
+    changes = {"files": file_entries(folder)} | changes
+    write_manifest(folder, msgspec.structs.replace(manifest, **changes))
+    return open_bundle(folder)
+
+
+@pytest.fixture
+def folder(miniature: Bundle, tmp_path: Path) -> Path:
+    """A quantized bundle with the pictures of two prompts, 12x10 pixels."""
+    folder = Path(shutil.copytree(miniature.path, tmp_path / "forged-w4a8"))
+    manifest = msgspec.structs.replace(
+        miniature.manifest, precision="w4a8-g64-lr32", recipe=RECIPE, quality=QUALITY
+    )
+    rng = np.random.default_rng(0)
+    (folder / "quality").mkdir()
+    for picture in PICTURES[:2]:
+        pixels = rng.integers(40, 200, (10, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / str(picture.source))
+        pixels[2:5] += 20
+        Image.fromarray(pixels).save(folder / str(picture.ours), lossless=True)
+    for name in (MANIFEST, CHECKSUM):
+        (folder / name).unlink()
+    write_manifest(folder, msgspec.structs.replace(manifest, files=file_entries(folder)))
+    return folder
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(folder: Path) -> None:
+    page = report_html(open_bundle(folder))
+    outline = Outline(page)
+    for tag, attrs in outline.tags:
+        assert tag not in ("link", "iframe", "object", "base")
+        assert "href" not in attrs
+        assert not any(name.startswith("on") for name in attrs)
+        if "src" in attrs:
+            assert tag == "img" and str(attrs["src"]).startswith("data:image/")
+            assert attrs["alt"]
+        if tag == "th":
+            assert attrs["scope"] in ("col", "row")
+    assert not re.search(r"https?:|url\(|@import|\bimport\b", page)
+    assert page == report_html(open_bundle(folder))
+
+
+def test_only_its_own_script_may_run(folder: Path) -> None:
+    page = report_html(open_bundle(folder))
+    for tag in ("script", "style"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in page
+
+
+def test_everything_of_the_bundle_is_on_the_page(folder: Path) -> None:
+    page = report_html(open_bundle(folder))
+    text = Outline(page).text
+    for layer in LAYERS:
+        for value in (layer.name, layer.component, layer.kind, layer.scheme, layer.method):
+            assert value in text
+        assert not layer.reason or layer.reason in text
+    for picture in PICTURES:
+        assert picture.prompt.replace("\0", "\ufffd") in text
+    assert METRIC in text and "LPIPS (alex)" not in text
+    assert SIMULATED in text
+    assert "at least 20 dB was asked for: held" in text
+    assert "unet/conv_in" in text and "w4a8-g64-lr32 to fp16" in text
+    assert "ONNX Runtime, fp32" in text and "CC0-1.0" in text
+    assert "48 prompts" in text and "32x24" in text and "20 steps of dpmpp-2m" in text
+    weights = 4 * 4 * 9 + 8 * 4 + 3 * 4 + 8 * 8
+    assert f"{4 * weights / 1e6:.3g} MB (computed: 4 bytes per weight)" in text
+    assert page.count("<rect") == 3 and "1 not measured" in text
+
+
+def test_text_of_the_bundle_is_escaped(folder: Path) -> None:
+    hostile = "\"'><img src=x onerror=alert(1)>"
+    manifest = open_bundle(folder).manifest
+    quality = msgspec.structs.replace(QUALITY, metric=hostile, measured_on=hostile)
+    layer = LayerRecipe(
+        hostile, hostile, hostile, (1,), hostile, hostile, 0, 0, 1.0, hostile, hostile
+    )
+    bundle = reforge(
+        folder,
+        name=hostile,
+        precision=hostile,
+        tools={hostile: hostile},
+        licence=msgspec.structs.replace(manifest.licence, name=hostile),
+        recipe=msgspec.structs.replace(RECIPE, name=hostile, layers=(layer,)),
+        quality=quality,
+    )
+    page = report_html(bundle)
+    outline = Outline(page)
+    assert hostile in outline.text
+    assert [tag for tag, _ in outline.tags].count("script") == 1
+    assert "<script>alert" not in page and "<img src=x" not in page
+
+
+def test_pictures_come_worst_first_with_one_amplification(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    outline = Outline(report_html(bundle))
+    worst_source, worst_ours, worst_difference, source, _, difference = outline.images()
+    for name, pixels in (
+        ("quality/1-source.png", worst_source),
+        ("quality/1.webp", worst_ours),
+        ("quality/0-source.png", source),
+    ):
+        stored = Image.open(io.BytesIO(bundle.read(name))).convert("RGB")
+        assert np.array_equal(pixels, np.asarray(stored))
+    for amplified in (worst_difference, difference):  # 20 x 8 is below 255, 20 x 16 is above
+        assert set(amplified[2:5].ravel()) == {20 * 8}
+        assert not amplified[5:].any() and not amplified[:2].any()
+    assert "amplified 8 times" in outline.text
+
+
+def test_layers_come_by_error(folder: Path) -> None:
+    page = report_html(open_bundle(folder))
+    table = page[page.index("All layers") :]
+    places = [table.index(f">{name}</th>") for name in ("proj", "table", "conv_out", "conv_in")]
+    assert places == sorted(places)
+
+
+def test_a_floor_that_did_not_hold_is_said(folder: Path) -> None:
+    bundle = reforge(folder, quality=msgspec.structs.replace(QUALITY, min_psnr=30.0))
+    assert "at least 30 dB was asked for: not held" in Outline(report_html(bundle)).text
+    bundle = reforge(folder, quality=msgspec.structs.replace(QUALITY, min_psnr=None))
+    assert "no floor was asked for" in Outline(report_html(bundle)).text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"recipe": None}, "Nothing was quantized"),
+        ({"quality": None}, "Nothing was measured"),
+        (
+            {"recipe": msgspec.structs.replace(RECIPE, layers=(), calibration=None)},
+            "lists no layer",
+        ),
+        ({"recipe": msgspec.structs.replace(RECIPE, simulated=False)}, "conv_in"),
+        ({"quality": msgspec.structs.replace(QUALITY, pictures=())}, "no picture was compared"),
+        ({"quality": msgspec.structs.replace(QUALITY, pictures=PICTURES[2:])}, "all pictures are"),
+        (
+            {
+                "quality": msgspec.structs.replace(
+                    QUALITY, pictures=(msgspec.structs.replace(PICTURES[0], ours=None),)
+                )
+            },
+            "ours: not kept",
+        ),
+    ],
+)
+def test_what_is_missing_is_said(folder: Path, changes: dict[str, object], words: str) -> None:
+    text = Outline(report_html(reforge(folder, **changes))).text
+    assert words in text
+    simulated = changes.get("recipe", RECIPE)
+    assert (SIMULATED in text) == bool(simulated and simulated.simulated)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("error", [5e-324, 1e-9, 1.0, 1e308])
+def test_any_error_fits_the_chart(folder: Path, error: float) -> None:
+    layers = (msgspec.structs.replace(LAYERS[1], error=error), *LAYERS)
+    page = report_html(reforge(folder, recipe=msgspec.structs.replace(RECIPE, layers=layers)))
+    assert "<rect" in page and "nan" not in page and '="inf' not in page
+    Outline(page)
+
+
+def test_an_unquantized_bundle_has_a_report(miniature: Bundle) -> None:
+    text = Outline(report_html(miniature)).text
+    assert "Nothing was quantized: the weights are fp32" in text
+    assert "Nothing was measured" in text
+    assert f"edgesd build MODEL --target {miniature.manifest.target} --precision" in text
+    assert SIMULATED not in text
+
+
+@pytest.mark.parametrize("one_file", [False, True])
+def test_the_command_writes_beside_the_bundle(folder: Path, one_file: bool) -> None:
+    bundle = folder
+    if one_file:
+        bundle = folder.with_name("forged-w4a8.edgesd")
+        pack_bundle(open_bundle(folder), bundle)
+    page = folder.with_name("forged-w4a8-report.html")
+    page.write_text("somebody's own")
+    assert_refused(run_cli("report", bundle), "is no page of edgesd's: choose a name by -o")
+    assert page.read_text() == "somebody's own"
+    write_report(open_bundle(bundle), page)
+    outcome = run_cli("report", bundle)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert str(page) in outcome.out
+    assert page.read_text(encoding="utf-8") == report_html(open_bundle(folder))
+    assert run_cli("inspect", bundle).code == 0
+
+
+def test_the_output_is_a_page_outside_the_bundle(folder: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(folder)
+    write_report(bundle, tmp_path / "new" / "a.HTML")
+    with pytest.raises(UsageError, match=r"ending in \.html"):
+        write_report(bundle, folder / "bundle.json")
+    with pytest.raises(InputError, match="lies in the bundle"):
+        write_report(bundle, folder / "report.html")
+    (tmp_path / "b.html").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        write_report(bundle, tmp_path / "b.html")
+    assert_refused(
+        run_cli("report", folder, "-o", folder / "unet" / "a.html"), "lies in the bundle"
+    )
+    assert_refused(run_cli("report", tmp_path / "missing"), "no bundle at")
+    assert open_bundle(folder).manifest == bundle.manifest
+
+
+def _encoded(width: int, height: int, kind: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"not a picture", "quality/1.webp isn't a readable"),
+        (_encoded(12, 10)[:200], "quality/1.webp isn't a readable"),
+        (_encoded(12, 10, "WEBP")[:200], "quality/1.webp isn't a readable"),
+        (_encoded(12, 10, "GIF"), "quality/1.webp isn't a readable"),
+        (_encoded(10, 12), "12x10 and 10x12 pixels"),
+    ],
+    ids=["text", "half a PNG", "half a WebP", "GIF", "another size"],
+)
+def test_a_picture_that_cannot_be_shown_is_one_line(
+    folder: Path, content: bytes, words: str
+) -> None:
+    manifest = open_bundle(folder).manifest
+    (folder / "quality" / "1.webp").write_bytes(content)
+    damaged = FileEntry(len(content), hashlib.sha256(content).hexdigest())
+    files = manifest.files | {"quality/1.webp": damaged}
+    write_manifest(folder, msgspec.structs.replace(manifest, files=files))
+    outcome = run_cli("report", folder)
+    assert outcome.code == BundleError.exit_code
+    assert_refused(outcome, words, "build the bundle again")
+    assert not folder.with_name("forged-w4a8-report.html").exists()
+
+
+def test_an_altered_or_unlisted_picture_is_refused(folder: Path) -> None:
+    path = folder / "quality" / "0.png"
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    assert_refused(run_cli("report", folder), "quality/0.png was altered")
+    lost = msgspec.structs.replace(PICTURES[0], source="quality/lost.png")
+    quality = msgspec.structs.replace(QUALITY, pictures=(lost,))
+    with pytest.raises(BundleError, match=r"lists no quality/lost\.png"):
+        report_html(reforge(folder, quality=quality))

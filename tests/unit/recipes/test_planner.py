@@ -1,0 +1,248 @@
+"""plan, build and what is drawn give one answer; what plan advises is true."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from edgesd import build as recipes
+from edgesd.errors import TargetError
+from edgesd.export.source import ModelSource
+from edgesd.recipes import demo_model
+from edgesd.recipes.planner import BuildPlan, Wish, make_plan
+from tests.support import assert_refused, run_cli
+
+pytestmark = pytest.mark.integration
+
+MB = 1 << 20
+
+
+def sparse_model(folder: Path, blocks: tuple[int, ...], layers: int) -> Path:
+    """The embedded pipeline with a larger UNet, whose weights are a hole in a file: headers and
+    sizes are all that planning reads."""
+    import diffusers
+    import torch
+
+    shutil.copytree(demo_model(), folder)
+    shutil.rmtree(folder / "unet")
+    (folder / "unet").mkdir()
+    text = json.loads((folder / "text_encoder/config.json").read_text())
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=32,
+            in_channels=4,
+            out_channels=4,
+            cross_attention_dim=text["hidden_size"],
+            block_out_channels=blocks,
+            layers_per_block=layers,
+            down_block_types=("CrossAttnDownBlock2D",) * (len(blocks) - 1) + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (len(blocks) - 1),
+            attention_head_dim=8,
+        )
+    config = {**unet.config, "_class_name": "UNet2DConditionModel"}
+    (folder / "unet/config.json").write_text(json.dumps(config))
+    header, offset = {}, 0
+    for name, value in unet.state_dict().items():
+        end = offset + 2 * value.numel()
+        shape = list(value.shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with (folder / "unet/diffusion_pytorch_model.fp16.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + offset)
+    return folder
+
+
+SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
+    "small": ((320, 768), 1),  # 102 million weights, in few operations
+    "large": ((1280, 1920), 1),  # 848 million
+    "medium": ((128, 256, 512, 512), 2),  # 136 million
+    "sd15": ((320, 640, 1280, 1280), 2),  # 844 million: Stable Diffusion 1.5's UNet
+}
+
+
+class Models(dict[str, str]):
+    """Name -> folder of a pipeline, made when it is first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, name: str) -> str:
+        self[name] = str(sparse_model(self.root / name, *SHAPES[name]))
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gigabytes of zeros aren't hashed."""
+    monkeypatch.setattr(ModelSource, "sha256", lambda _: "0" * 64)
+
+
+class BegunError(Exception):
+    """A build was accepted, and began its work."""
+
+
+def accepts(model: str, target: str, out: Path, *options: Any, **named: Any) -> bool:
+    """Whether `build` begins."""
+    try:
+        recipes.build(model, target, *options, out=out, **named)
+    except BegunError:
+        return True
+    except TargetError as exc:
+        assert "MB" in str(exc), exc
+        return False
+    raise AssertionError("the build came to an end")
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(*_: object, **__: object) -> None:
+        raise BegunError
+
+    monkeypatch.setattr("edgesd.recipes._Writer", begin)
+
+
+TABLE = [
+    ("large", "raspberry-pi-5-1gb", "w4a8-g64", "fast"),
+    ("large", "raspberry-pi-5-1gb", "w8a8", "stream"),
+    ("large", "raspberry-pi-5-1gb", "fp16", None),
+    ("small", "raspberry-pi-zero-2w", "w8a8", "balanced"),
+    ("small", "jetson-orin-nano-4gb", "fp16", "fast"),
+    *(
+        pytest.param(*row, marks=pytest.mark.slow)
+        for row in (
+            ("sd15", "raspberry-pi-5-1gb", "w4a8-g64", "fast"),
+            ("sd15", "raspberry-pi-5-1gb", "w8a8", "stream"),
+            ("sd15", "raspberry-pi-5-1gb", "fp16", None),
+            ("sd15", "raspberry-pi-5-8gb", "fp32", "fast"),
+            ("medium", "raspberry-pi-zero-2w", "w4a8-g64", None),
+            ("medium", "raspberry-pi-zero-2w", "w8a8", "balanced"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "target", "precision", "mode"), TABLE)
+def test_build_accepts_what_plan_says_fits_and_nothing_else(
+    models: Models,
+    begun: None,
+    tmp_path: Path,
+    model: str,
+    target: str,
+    precision: str,
+    mode: str | None,
+) -> None:
+    plan = make_plan(models[model], target, Wish(precision))
+    assert plan.mode == mode
+    assert accepts(models[model], target, tmp_path / "b", precision) == (mode is not None)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "fits"),
+    [((256, 256), 1, True), ((512, 512), 1, False), ((256, 256), 8, False)],
+)
+def test_fixed_sizes_and_batches_count(
+    models: Models,
+    begun: None,
+    tmp_path: Path,
+    size: tuple[int, int],
+    batch: int,
+    fits: bool,
+) -> None:
+    target = "raspberry-pi-zero-2w"
+    wish = Wish("w8a8", size, fixed=True, batch=batch)
+    assert (make_plan(models["small"], target, wish).mode is not None) == fits
+    found = accepts(models["small"], target, tmp_path / "b", "w8a8", size=size, batch=batch)
+    assert found == fits
+
+
+def follow(plan: BuildPlan, model: str, wish: Wish, advice: str) -> BuildPlan:
+    """The plan of what a line of advice says."""
+    words = advice.split()
+    given = {
+        word[2:]: words[place + 1] for place, word in enumerate(words) if word.startswith("--")
+    }
+    size = tuple(int(n) for n in given["size"].split("x")) if "size" in given else wish.size
+    limit = wish.max_memory
+    if "max-memory" in given:
+        limit = int(given["max-memory"].removesuffix("MB")) * 10**6
+    changed = Wish(given.get("precision", wish.precision), size, max_memory=limit)  # type: ignore[arg-type]
+    return make_plan(model, given.get("target", plan.target), changed)
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "wish", "expected"),
+    [
+        ("large", "raspberry-pi-5-1gb", Wish("fp16"), "--precision w8a8"),
+        ("small", "raspberry-pi-zero-2w", Wish("w8a8", (512, 512)), "--size"),
+        ("large", "raspberry-pi-zero-2w", Wish("w8a8"), "--target"),
+        ("large", "raspberry-pi-5-1gb", Wish("w4a8-g64", max_memory=100 * MB), "--max-memory"),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                ("medium", "raspberry-pi-zero-2w", Wish("w4a8-g64"), "--precision w8a8"),
+                ("small", "raspberry-pi-zero-2w", Wish("fp32", (1024, 1024)), "w8a8 --size"),
+                ("sd15", "raspberry-pi-zero-2w", Wish("w8a8"), "--target"),
+            )
+        ),
+    ],
+)
+def test_all_advice_fits_when_it_is_followed(
+    models: Models, model: str, target: str, wish: Wish, expected: str
+) -> None:
+    plan = make_plan(models[model], target, wish)
+    assert plan.mode is None and any(expected in line for line in plan.advice), plan.advice
+    for line in plan.advice:
+        other = follow(plan, models[model], wish, line)
+        assert other.mode is not None, line
+        if " MB in " in line:
+            assert f"{other.memory[other.mode] / 1e6:.0f} MB in {other.mode} mode" in line
+
+
+def test_build_says_what_would_fit(models: Models, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    outcome = run_cli(
+        "build", models["large"], "--target", "raspberry-pi-5-1gb", "--precision", "fp16", "-o", out
+    )  # fmt: skip
+    assert outcome.code == 5 and not out.exists()
+    assert_refused(outcome, "has 805 MB for it", "--precision w8a8 fits")
+
+
+def test_a_build_that_needs_more_than_is_free_here_warns(
+    models: Models, begun: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    for free in (1 << 30, 64 << 30):
+        monkeypatch.setattr("edgesd.recipes.available_bytes", lambda free=free: free)
+        assert accepts(models["small"], "raspberry-pi-5", tmp_path / "b", "w8a8", warn=told.append)
+    assert len(told) == 1 and "1 GB are free here" in told[0]
+
+
+def test_both_halves_of_guidance_take_the_same_weights(models: Models) -> None:
+    """A network that is traced at two rows has the layers of the one at one row."""
+    one, two = (
+        make_plan(models["small"], "raspberry-pi-5", Wish("w4a8-g64", guidance=scale))
+        for scale in (1, 5)
+    )
+    assert two.memory["fast"] - one.memory["fast"] < 40 * MB
+    assert two.memory["balanced"] == one.memory["balanced"]
+
+
+def test_a_huge_size_is_planned_and_does_not_fit(models: Models) -> None:
+    plan = make_plan(models["small"], "raspberry-pi-5", Wish("w8a8", (16384, 16384)))
+    assert plan.mode is None and min(plan.memory.values()) > plan.usable_bytes

@@ -1,0 +1,114 @@
+"""The one loop: guidance, its two modes, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from edgesd.errors import InputError
+from edgesd.runtime.backends.base import Array
+from edgesd.runtime.backends.fake import FakeRunner
+from edgesd.runtime.denoise import (
+    Conditioning,
+    GuidanceMode,
+    Step,
+    denoise,
+    guidance_scale_embedding,
+)
+from edgesd.runtime.noise import BatchNoise
+from edgesd.runtime.schedulers import create_scheduler
+from edgesd.spec.pipeline import ComponentSpec, TensorSpec
+
+LATENT = ("batch", 4, "height", "width")
+SPEC = ComponentSpec(
+    "unet",
+    (
+        TensorSpec("sample", "float32", LATENT),
+        TensorSpec("timestep", "float32", (1,)),
+        TensorSpec("encoder_hidden_states", "float32", ("batch", 77, 8)),
+    ),
+    (TensorSpec("noise_pred", "float32", LATENT),),
+)
+
+
+def predict(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Depends on each input, and on each row alone."""
+    text = inputs["encoder_hidden_states"].mean(axis=(1, 2))[:, None, None, None]
+    return {"noise_pred": np.tanh(inputs["sample"] * 0.7 + text + inputs["timestep"] * 1e-3)}
+
+
+def run(mode: GuidanceMode, batch: int = 2, scale: float = 4.0, guided: bool = True) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    positive, negative = rng.standard_normal((2, batch, 77, 8)).astype(np.float32)
+    scheduler = create_scheduler("ddim", {"clip_sample": False})
+    scheduler.set_timesteps(5)
+    noise = BatchNoise(range(batch))
+    return denoise(
+        FakeRunner(SPEC, predict),
+        scheduler,
+        noise((batch, 4, 4, 4)),
+        Conditioning(positive, negative if guided else None),
+        scale,
+        noise,
+        mode=mode,
+    )
+
+
+def test_batched_and_sequential_guidance_agree() -> None:
+    np.testing.assert_allclose(run("batched"), run("sequential"), rtol=0, atol=1e-6)
+
+
+def test_guidance_scale_one_is_the_positive_prediction() -> None:
+    plain = run("batched", guided=False)
+    np.testing.assert_allclose(run("batched", scale=1.0), plain, rtol=0, atol=1e-5)
+    assert not np.allclose(run("batched", scale=3.0), plain, atol=1e-2)
+
+
+def test_steps_are_reported_in_order() -> None:
+    seen: list[Step] = []
+    scheduler = create_scheduler("euler", {})
+    scheduler.set_timesteps(3)
+    states = np.zeros((1, 77, 8), np.float32)
+    noise = BatchNoise([0])
+    denoise(
+        FakeRunner(SPEC, predict), scheduler, noise((1, 4, 4, 4)), Conditioning(states, None),
+        1.0, noise, on_step=seen.append,
+    )  # fmt: skip
+    assert [(step.index, step.count) for step in seen] == [(0, 3), (1, 3), (2, 3)]
+    assert all(step.seconds >= 0 for step in seen)
+
+
+def test_infinite_latents_are_refused_with_the_step() -> None:
+    runner = FakeRunner(SPEC, lambda inputs: {"noise_pred": inputs["sample"] * np.float32(np.nan)})
+    scheduler = create_scheduler("ddim", {})
+    scheduler.set_timesteps(3)
+    states = np.zeros((1, 77, 8), np.float32)
+    noise = BatchNoise([0])
+    with pytest.raises(InputError, match="no longer finite after step 1 of 3"):
+        denoise(runner, scheduler, noise((1, 4, 4, 4)), Conditioning(states, None), 1.0, noise)
+
+
+def test_binding_checks_names_and_shapes_once() -> None:
+    runner = FakeRunner(SPEC, predict)
+    good = {"sample": (1, 4, 4, 4), "timestep": (1,), "encoder_hidden_states": (1, 77, 8)}
+    runner.bind(good)
+    before = runner.inputs["sample"]
+    runner.bind(good)
+    assert runner.inputs["sample"] is before
+    with pytest.raises(InputError, match="encoder_hidden_states has the shape"):
+        runner.bind(good | {"encoder_hidden_states": (2, 77, 8)})
+    with pytest.raises(InputError, match="takes the inputs"):
+        runner.bind({"sample": (1, 4, 4, 4)})
+
+
+@pytest.mark.integration
+def test_guidance_embedding_equals_diffusers() -> None:
+    torch = pytest.importorskip("torch")
+    from diffusers import StableDiffusionPipeline
+
+    expected = StableDiffusionPipeline.get_guidance_scale_embedding(
+        None, torch.tensor([6.5]), embedding_dim=257
+    ).numpy()
+    np.testing.assert_allclose(guidance_scale_embedding(7.5, 257), expected, rtol=0, atol=5e-4)

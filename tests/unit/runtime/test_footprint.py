@@ -1,0 +1,269 @@
+"""What drawing takes in memory is fitted to each request, or refused before any work."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from edgesd.engines.bundle import update_manifest
+from edgesd.errors import ResourceError
+from edgesd.runtime import pipeline as pipelines
+from edgesd.runtime.bundle import Bundle, open_bundle
+from edgesd.runtime.footprint import (
+    Drawing,
+    Need,
+    Part,
+    computing,
+    decoder,
+    decoder_in_halves,
+    together,
+    whole,
+)
+from edgesd.runtime.images import make_pictures
+from edgesd.runtime.pipeline import Pipeline, Request, Settings
+from edgesd.spec.bundle import Footprint
+from tests.support import assert_refused, run_cli
+
+MB = 1 << 20
+PROCESS = 80 * MB
+FOOTPRINTS = {
+    "text_encoder": Footprint(10 * MB, 0, 1 * MB, 0, 0, ((1, 1 * MB, 0),)),
+    # 16x16 pixels are 8x8 latents.
+    "unet": Footprint(100 * MB, 0, 20 * MB, 10 * MB, 0, ((64, 10 * MB, 0),)),
+    "vae_decoder": Footprint(20 * MB, 0, 2 * MB, 0, 0, ((64, 10 * MB, 0),)),
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(miniature: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The miniature pipeline, which says that it takes as much as a large one."""
+    root = tmp_path_factory.mktemp("footprints") / "bundle"
+    shutil.copytree(miniature.path, root)
+    engines = {
+        name: msgspec.structs.replace(engine, footprint=FOOTPRINTS[name])
+        for name, engine in miniature.manifest.engines.items()
+    }
+    update_manifest(root, msgspec.structs.replace(miniature.manifest, engines=engines))
+    return open_bundle(root)
+
+
+@pytest.fixture(autouse=True)
+def process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process itself always takes the same."""
+    monkeypatch.setattr(pipelines, "resident_bytes", lambda: PROCESS)
+    monkeypatch.setattr(Pipeline, "_unimported", staticmethod(lambda: 0))
+
+
+def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(pipelines, "available_bytes", lambda: count)
+
+
+def request_of(pipeline: Pipeline, size: int = 16, **fields: Any) -> Request:
+    return pipeline.complete(Request("a red apple", 1, height=size, width=size, **fields))
+
+
+def mode(bundle: Bundle, limit: int, size: int = 16, count: int = 1, **fields: Any) -> str:
+    """The mode that is taken within `limit`, or "refused"."""
+    with Pipeline(bundle, Settings(max_memory=PROCESS + limit)) as pipeline:
+        try:
+            pipeline.fit(request_of(pipeline, size, **fields), count)
+        except ResourceError:
+            return "refused"
+        return pipeline.memory
+
+
+def test_a_run_takes_what_was_traced_and_in_proportion_between_and_beyond() -> None:
+    footprint = Footprint(0, 0, 0, 0, 0, ((100, 1000, 10), (200, 900, 20), (400, 3000, 40)))
+    assert computing(footprint, 100) == (1000, 10)
+    assert computing(footprint, 1) == (1000, 10)
+    assert computing(footprint, 200) == (1000, 20)  # a run takes no less than a smaller one
+    assert computing(footprint, 300) == (2000, 30)
+    assert computing(footprint, 800) == (6000, 80)
+    assert computing(Footprint(0, 0, 0, 0, 0, ()), 100) == (0, 0)
+
+
+def test_modes_add_components_up() -> None:
+    drawing = Drawing(8, 8, 2)
+    for name, footprint in FOOTPRINTS.items():
+        part = whole(footprint, 64 if name != "text_encoder" else 1, "fast")
+        assert part.resident == part.loaded == footprint.weights + footprint.runs[0][1]
+    parts = {"a": Part(5, 1, 4, 1), "b": Part(50, 20, 40, 3), "c": Part(7, 0, 6, 1)}
+    kept = drawing.kept_bytes
+    assert together(parts, 100, "fast", drawing).resident == 100 + kept + 4 + 40 + 6 + 3
+    balanced = together(parts, 100, "balanced", drawing)
+    assert balanced == Need(
+        150 + kept, 130 + kept, {"a": 105 + kept, "b": 150 + kept, "c": 107 + kept}
+    )
+    shown = Drawing(8, 8, 2, previews=True)
+    assert together(parts, 100, "balanced", shown).parts["c"] == 157 + kept
+
+
+def test_a_decoder_in_tiles_grows_with_the_picture_alone() -> None:
+    footprint = Footprint(1000, 0, 1000, 0, 0, ((32 * 32, 10**8, 0),))
+    small, large = (Drawing(n, n, 8) for n in (128, 256))
+    tiled = [decoder(footprint, d, "stream", 4).resident for d in (small, large)]
+    pictures = 5 * (large.picture_bytes - small.picture_bytes)
+    assert tiled[1] - tiled[0] == pictures
+    whole_ones = [decoder(footprint, d, "balanced", 4).resident for d in (small, large)]
+    assert whole_ones[1] - whole_ones[0] > 40 * 10**8
+    assert decoder(footprint, large, "stream", None).resident == whole_ones[1]
+
+
+def test_of_a_decoder_in_halves_the_larger_counts() -> None:
+    head = Footprint(0, 0, 100, 0, 0, ((64, 1000, 0),))
+    tail = Footprint(0, 0, 500, 0, 0, ((22 * 22, 4000, 0), (28 * 28, 9000, 0)))
+    drawing = Drawing(64, 64, 8)
+    features = 4 * 64 * 64
+    picture = 5 * drawing.picture_bytes
+    narrow, wide = (decoder_in_halves(head, tail, drawing, 4, n).resident for n in (22, 28))
+    assert (narrow, wide) == (4500 + features + picture, 9500 + features + picture)
+    wider = Footprint(0, 0, 10**9, 0, 0, ((64, 1000, 0),))
+    assert decoder_in_halves(wider, tail, drawing, 4, 22).resident > 10**9
+
+
+def test_the_mode_follows_the_limit(bundle: Bundle) -> None:
+    found = [mode(bundle, limit * MB) for limit in (1000, 200, 150, 60, 10)]
+    assert found == ["fast", "fast", "balanced", "stream", "refused"]
+
+
+def test_the_mode_follows_size_batch_and_guidance(bundle: Bundle) -> None:
+    limit = 220 * MB
+    assert mode(bundle, limit) == "fast"
+    assert mode(bundle, limit, size=32) == "balanced"
+    assert mode(bundle, limit, size=64) == "stream"
+    assert mode(bundle, limit, size=512) == "refused"
+    assert mode(bundle, limit, count=5) == "balanced"
+    assert mode(bundle, limit, count=31) == "refused"
+    assert mode(bundle, 174 * MB) == "balanced"  # two rows of the UNet in a run
+    assert mode(bundle, 174 * MB, guidance_scale=1.0) == "fast"
+
+
+def test_previews_count(bundle: Bundle) -> None:
+    settings = Settings(max_memory=PROCESS + 150 * MB)
+    with Pipeline(bundle, settings) as pipeline:
+        request = request_of(pipeline)
+        pipeline.fit(request, 1, previews=False)
+        assert pipeline.memory == "balanced"
+        pipeline.fit(request, 1, previews=True)
+        assert pipeline.memory == "stream"
+
+
+def test_later_requests_are_fitted_anew_and_draw_the_same(bundle: Bundle) -> None:
+    with Pipeline(bundle, Settings(max_memory=PROCESS + 220 * MB)) as pipeline:
+        pictures, modes = [], []
+        for size in (16, 64, 16, 32):
+            pictures.append(np.asarray(pipeline.generate([request_of(pipeline, size)])[0]))
+            modes.append(pipeline.memory)
+        assert modes == ["fast", "stream", "fast", "balanced"]
+        with pytest.raises(ResourceError):
+            pipeline.generate([request_of(pipeline, 512)])
+        again = np.asarray(pipeline.generate([request_of(pipeline)])[0])
+    with Pipeline(bundle, Settings(memory="fast")) as alone:
+        for size, picture in zip((16, 64, 16, 32), pictures, strict=True):
+            other = np.asarray(alone.generate([request_of(alone, size)])[0])
+            assert np.abs(picture.astype(int) - other).max() <= 1
+    assert np.array_equal(again, pictures[0])
+
+
+def test_what_is_refused_says_what_fits_and_that_is_true(bundle: Bundle) -> None:
+    settings = Settings(max_memory=PROCESS + 150 * MB)
+    with Pipeline(bundle, settings) as pipeline:
+        with pytest.raises(ResourceError) as caught:
+            pipeline.fit(request_of(pipeline, 64), 8)
+        told = str(caught.value)
+        assert told.startswith("64x64 pixels, 8 at a time, need about ")
+        allowed = int(told.partition("allow ")[2].partition(" MB")[0])
+        smaller = int(told.partition("--size ")[2].partition("x")[0])
+        pipeline.fit(request_of(pipeline, smaller), 8)
+    with Pipeline(bundle, Settings(max_memory=allowed * 10**6)) as pipeline:
+        pipeline.fit(request_of(pipeline, 64), 8)
+    less = Settings(max_memory=(allowed - 1) * 10**6)
+    with Pipeline(bundle, less) as pipeline, pytest.raises(ResourceError):
+        pipeline.fit(request_of(pipeline, 64), 8)
+
+
+def test_the_command_refuses_a_size_beyond_the_limit_before_any_work(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pipeline, "open_runner", lambda *_: pytest.fail("a network was loaded"))
+    base = ("generate", bundle.path, "-p", "a cat", "-o", tmp_path / "a.png")
+    refused = run_cli(*base, "--max-memory", "300MB", "--size", "256x256")
+    assert refused.code == 6 and not list(tmp_path.iterdir())
+    assert_refused(refused, "256x256 pixels need about", "--max-memory is 300 MB", "--size")
+
+
+def test_pictures_that_do_not_fit_are_refused_before_the_first_is_drawn(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pipeline, "open_runner", lambda *_: pytest.fail("a network was loaded"))
+    with Pipeline(bundle, Settings(max_memory=PROCESS + 100 * MB)) as pipeline:
+        requests = [Request("a cat", seed) for seed in range(33)]
+        with pytest.raises(ResourceError, match=r"32 at a time.*--batch 1"):
+            make_pictures(pipeline, requests, tmp_path / "out", 32)
+
+
+def test_without_a_limit_what_is_free_decides(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(count: int, size: int = 16, memory: Any = None) -> str:
+        free(monkeypatch, count)
+        with Pipeline(bundle, Settings(memory=memory)) as pipeline:
+            try:
+                pipeline.fit(request_of(pipeline, size), 1)
+            except ResourceError as exc:
+                assert "MB are free" in str(exc)
+                return "refused"
+            return pipeline.memory
+
+    assert [found(n * MB) for n in (1000, 190, 40, 10)] == ["fast", "balanced", "stream", "refused"]
+    assert found(190 * MB, 48) == "stream" and found(190 * MB, 512) == "refused"
+    assert found(100 * MB, memory="fast") == "refused"
+    # What lies in the bundle's file can be taken back: it doesn't count as held.
+    assert found(21 * MB) == "stream" and found(21 * MB, memory="stream") == "stream"
+
+
+def test_what_is_loaded_already_is_not_counted_again(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free(monkeypatch, 1000 * MB)
+    with Pipeline(bundle) as pipeline:
+        request = request_of(pipeline)
+        pipeline.generate([request])
+        free(monkeypatch, 100 * MB)  # as after loading
+        pipeline.fit(request, 1)
+        assert pipeline.memory == "fast"
+
+
+def test_where_nothing_is_known_of_the_machine_nothing_is_refused(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipelines, "available_bytes", lambda: None)
+    with Pipeline(bundle) as pipeline:
+        pipeline.fit(request_of(pipeline, 512), 1)
+        assert pipeline.memory == "fast"
+
+
+def test_bundles_that_do_not_say_it_are_held_to_an_estimate(miniature: Bundle) -> None:
+    assert all(engine.footprint is None for engine in miniature.manifest.engines.values())
+    assert mode(miniature, 1000 * MB) == "fast"
+    assert mode(miniature, 1000 * MB, size=4096) == "refused"
+    assert mode(miniature, 20 * MB) != "refused"
+
+
+def test_a_runner_of_another_survives_a_change_of_mode(bundle: Bundle) -> None:
+    with Pipeline(bundle, Settings(max_memory=PROCESS + 220 * MB)) as pipeline:
+        closed = []
+        runner = pipeline.open_runner("vae_decoder")
+        close = runner.close
+        runner.close = lambda: (closed.append(1), close())[1]  # type: ignore[method-assign]
+        pipeline.replace("vae_decoder", runner)
+        for size in (16, 64, 16):
+            pipeline.generate([request_of(pipeline, size)])
+        assert not closed
+        pipeline.restore("vae_decoder")
+        assert closed

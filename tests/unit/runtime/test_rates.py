@@ -1,0 +1,204 @@
+"""Rates: what is timed, what is made of it, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from edgesd.errors import InputError
+from edgesd.runtime import kernels, rates
+from edgesd.runtime.rates import Speed, find_rates, measure, rates_path, read_probes, read_rates
+from edgesd.spec.rates import Probe, Rate, Rates
+from edgesd.spec.target import Machine
+from tests.support import assert_refused, run_cli
+
+pytestmark = pytest.mark.integration
+
+
+def some(*found: Rate) -> Rates:
+    return Rates("a board", "1.0", None, 0, 1 << 20, found)
+
+
+def test_what_was_measured_comes_out_and_the_nearest_counts_most() -> None:
+    slow, fast = (
+        Rate("conv", "fp32", (64, 1152, 128), 0.1),
+        Rate("conv", "fp32", (4096, 2880, 320), 0.2),
+    )
+    speed = Speed(some(slow, fast))
+    for rate in (slow, fast):
+        assert speed.seconds("conv", "fp32", rate.size) == pytest.approx(rate.seconds, rel=1e-3)
+    per_unit = [rate.seconds / math.prod(rate.size) for rate in (slow, fast)]
+    between = speed.seconds("conv", "fp32", (512, 2304, 256)) / (512 * 2304 * 256)
+    assert min(per_unit) < between < max(per_unit)
+    near = speed.seconds("conv", "fp32", (8192, 2880, 320)) / (8192 * 2880 * 320)
+    assert near == pytest.approx(per_unit[1], rel=0.1)
+
+
+def test_a_kind_that_was_never_measured_is_an_error() -> None:
+    speed = Speed(some(Rate("add", "", (100,), 1e-6)))
+    assert speed.knows("add") and not speed.knows("conv")
+    with pytest.raises(InputError, match="no conv in own8"):
+        speed.seconds("conv", "own8", (1, 1, 1))
+
+
+def test_probes_cover_every_kernel_and_fit_their_graphs() -> None:
+    probes, graphs = read_probes()
+    kinds = {(probe.kind, probe.form) for probe in probes}
+    for kind, forms in {
+        "conv": ("fp32", "int8", "own8", "own4"),
+        "linear": ("fp32", "int8", "nbits", "own8", "own4"),
+        "attention": ("fp32", "own8"),
+    }.items():
+        assert {(kind, form) for form in forms} <= kinds
+    assert set(graphs) == {probe.graph for probe in probes}
+    assert all((probe.scheme is not None) == probe.form.startswith("own") for probe in probes)
+
+
+def few(kind: str, form: str, most: int) -> tuple[list[Probe], dict[str, bytes]]:
+    probes, graphs = read_probes()
+    chosen = [p for p in probes if (p.kind, p.form) == (kind, form) and math.prod(p.size) <= most]
+    return chosen, graphs
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("add", ""), ("group_norm", ""), ("linear", "int8"), ("linear", "nbits"), ("conv", "int8")],
+)
+def test_probes_run(kind: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = few(kind, form, 1 << 29)
+    assert chosen[0]
+    monkeypatch.setattr(rates, "read_probes", lambda: chosen)
+    monkeypatch.setattr(rates, "_RUNS", 1)
+    monkeypatch.setattr(rates, "_SECONDS", 0.0)
+    told: list[tuple[str, int, int]] = []
+    found = measure("here", 1, lambda *args: told.append(args))
+    assert [(r.kind, r.form, r.size) for r in found.rates[:-2]] == [
+        (p.kind, p.form, p.size) for p in chosen[0]
+    ]
+    assert [rate.kind for rate in found.rates[-2:]] == ["fresh", "read"]
+    assert all(rate.seconds > 0 for rate in found.rates) and found.process_bytes > 1 << 20
+    assert told[0] == (chosen[0][0].name, 0, len(chosen[0]))
+
+
+@pytest.mark.parametrize("form", ["own4", "own8"])
+def test_probes_of_our_kernels_run_where_these_do(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("conv", "linear", "attention"):
+        chosen = few(kind, form, 1 << 29)
+        if not chosen[0]:
+            continue  # attention has no 4 bits
+        monkeypatch.setattr(rates, "read_probes", lambda chosen=chosen: chosen)
+        monkeypatch.setattr(rates, "_SECONDS", 0.0)
+        found = measure("here", 1)
+        runs = [p for p in chosen[0] if p.scheme and kernels.usable([p.scheme])]
+        assert len(found.rates) == len(runs) + 2
+
+
+def test_rates_are_kept_by_target_and_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert find_rates("raspberry-pi-5") is None
+    path = rates_path("raspberry-pi-5")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(msgspec.json.encode(some(Rate("add", "", (100,), 1e-6))))
+    assert find_rates("raspberry-pi-5") == read_rates(path)
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"[1]", b"\xff"])
+def test_a_file_of_something_else_is_refused(text: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    path.write_bytes(text)
+    with pytest.raises(InputError, match="isn't a file of edgesd calibrate"):
+        read_rates(path)
+    with pytest.raises(InputError, match="isn't there"):
+        read_rates(tmp_path / "none.json")
+
+
+def test_calibrate_writes_what_plan_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = few("add", "", 1 << 29)
+    monkeypatch.setattr(rates, "read_probes", lambda: chosen)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = run_cli("calibrate", "--target", "raspberry-pi-5")
+    assert done.code == 0 and "add" in done.out
+    found = find_rates("raspberry-pi-5")
+    assert found is not None and {rate.kind for rate in found.rates} == {"add", "fresh", "read"}
+
+
+def test_calibrate_refuses_a_target_that_isnt_there() -> None:
+    assert_refused(run_cli("calibrate", "--target", "raspberry-pi-55"), "raspberry-pi-5")
+
+
+def test_calibrate_says_that_a_place_cannot_be_written_before_it_measures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measured(*_: object) -> Rates:
+        raise AssertionError("it measured")
+
+    monkeypatch.setattr(rates, "measure", measured)
+    assert_refused(run_cli("calibrate", "-o", "/proc/none/rates.json"), "/proc/none")
+
+
+def test_a_boards_rates_are_kept_under_its_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    here = Machine("aarch64", "Raspberry Pi 5", "raspberry-pi-5", 4 << 30, 4, ())
+
+    async def edgesd(board: object, *arguments: str) -> str:
+        asked.append(arguments)
+        found = some(Rate("add", "", (100,), 1e-6)) if arguments[0] == "calibrate" else here
+        return msgspec.json.encode(found).decode()
+
+    def on_each(hosts: list[str], work: Callable[..., Any]) -> dict[str, object]:
+        return {host: asyncio.run(work(SimpleNamespace(name=host))) for host in hosts}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("edgesd.remote.board.edgesd", edgesd)
+    monkeypatch.setattr("edgesd.remote.hosts.on_each", on_each)
+    done = run_cli("calibrate", "--host", "pi@board", "--threads", "3")
+    assert done.code == 0, done.err
+    assert asked[0] == ("calibrate", "--json", "--threads", "3")
+    assert find_rates("raspberry-pi-5") is not None and "raspberry-pi-5" in done.out
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        {"size": [0, 1, 1]},
+        {"size": []},
+        {"size": [-1, 1, 1]},
+        {"size": [10**400, 1, 1]},
+        {"seconds": 0},
+        {"seconds": -1.0},
+        {"seconds": 5e-324},
+    ],
+)
+def test_rates_that_can_not_be_are_refused(rate: dict[str, object], tmp_path: Path) -> None:
+    told = {
+        "machine": "a board",
+        "onnxruntime": "1",
+        "instruction_set": None,
+        "threads": 0,
+        "process_bytes": 1,
+        "rates": [{"kind": "conv", "form": "fp32", "size": [1, 1, 1], "seconds": 1e-6, **rate}],
+    }
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(told))
+    with pytest.raises(InputError, match="isn't a file of edgesd calibrate"):
+        read_rates(path)
+
+
+def test_rates_of_other_dimensions_are_as_good_as_none() -> None:
+    rates = Rates("a board", "1", None, 0, 1, (Rate("conv", "fp32", (5, 5), 1e-6),))
+    with pytest.raises(InputError, match="no conv in fp32"):
+        Speed(rates).seconds("conv", "fp32", (1, 2, 3))
