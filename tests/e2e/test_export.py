@@ -27,7 +27,7 @@ from edgesd.export.pipeline import export_pipeline, plan_pipeline  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.export.to_onnx import graph_from_module  # noqa: E402
 from edgesd.runtime.tokenizer import PromptTokenizer  # noqa: E402
-from edgesd.spec import GraphSet  # noqa: E402
+from edgesd.spec.bundle import GraphSet  # noqa: E402
 from tests.exports import Export  # noqa: E402
 
 EMOJI = Path(__file__).resolve().parents[2] / "models" / "emoji"

@@ -21,7 +21,7 @@ from edgesd.export.passes.check import CheckGraph  # noqa: E402
 from edgesd.export.passes.fp16_weights import Fp16Weights  # noqa: E402
 from edgesd.export.passes.no_shapes import NoShapes  # noqa: E402
 from edgesd.export.passes.tidy import Tidy  # noqa: E402
-from edgesd.spec import ComponentSpec, TensorSpec  # noqa: E402
+from edgesd.spec.pipeline import ComponentSpec, TensorSpec  # noqa: E402
 
 Array = npt.NDArray[np.float32]
 SPEC = ComponentSpec(

@@ -32,7 +32,9 @@ from edgesd.export.quantize.layers import (  # noqa: E402
 from edgesd.export.quantize.quantize import Method, quantize_layer  # noqa: E402
 from edgesd.export.to_onnx import graph_from_module  # noqa: E402
 from edgesd.runtime.backends.onnxruntime import session_options  # noqa: E402
-from edgesd.spec import ComponentSpec, Dim, TensorSpec, parse_scheme  # noqa: E402
+from edgesd.spec.base import Dim  # noqa: E402
+from edgesd.spec.pipeline import ComponentSpec, TensorSpec  # noqa: E402
+from edgesd.spec.scheme import parse_scheme  # noqa: E402
 from tests.quantizing import normal  # noqa: E402
 from tests.unit.export.passes.test_quantized_ort import record  # noqa: E402
 

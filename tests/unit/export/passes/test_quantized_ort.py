@@ -31,7 +31,7 @@ from edgesd.export.quantize.layers import (  # noqa: E402
 )
 from edgesd.export.quantize.quantize import Method, quantize_layer  # noqa: E402
 from edgesd.runtime.backends.onnxruntime import session_options  # noqa: E402
-from edgesd.spec import parse_scheme  # noqa: E402
+from edgesd.spec.scheme import parse_scheme  # noqa: E402
 from tests.quantizing import normal, patches  # noqa: E402
 
 Array = npt.NDArray[np.float32]

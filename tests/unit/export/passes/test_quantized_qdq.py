@@ -24,7 +24,7 @@ from edgesd.export.quantize.layers import (  # noqa: E402
     find_layers,
     spread,
 )
-from edgesd.spec import Scheme, parse_scheme  # noqa: E402
+from edgesd.spec.scheme import Scheme, parse_scheme  # noqa: E402
 from tests.quantizing import patches  # noqa: E402
 
 pytestmark = pytest.mark.integration

@@ -32,7 +32,7 @@ from edgesd.export.quantize.layers import (  # noqa: E402
     spread,
     weight_of,
 )
-from edgesd.spec import parse_scheme  # noqa: E402
+from edgesd.spec.scheme import parse_scheme  # noqa: E402
 from tests.quantizing import normal, patches  # noqa: E402
 
 Array = npt.NDArray[np.float32]

@@ -17,7 +17,7 @@ from edgesd.export.quantize import activations, rtn, svdquant  # noqa: E402
 from edgesd.export.quantize.gptq import DAMPING, gptq  # noqa: E402
 from edgesd.export.quantize.layers import Activations, Layer  # noqa: E402
 from edgesd.export.quantize.quantize import Method, layer_error, quantize_layer  # noqa: E402
-from edgesd.spec import parse_scheme  # noqa: E402
+from edgesd.spec.scheme import parse_scheme  # noqa: E402
 from tests.quantizing import normal  # noqa: E402
 
 Array = npt.NDArray[np.float32]
