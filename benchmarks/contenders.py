@@ -142,7 +142,7 @@ def _torch(folder: Path, model: Model, threads: int) -> tuple[Step, str]:
 
 
 def _sdcpp(folder: Path, threads: int) -> tuple[Step, str]:
-    """stable-diffusion.cpp draws one endless picture on a thread, and waits before each step."""
+    """stable-diffusion.cpp generates one endless image on a thread, and waits before each step."""
     import stable_diffusion_cpp
 
     model = stable_diffusion_cpp.StableDiffusion(
@@ -157,12 +157,12 @@ def _sdcpp(folder: Path, threads: int) -> tuple[Step, str]:
         done.put(None)
         go.get()
 
-    def draw() -> None:
+    def generate() -> None:
         model.generate_image(
             "a red apple", sample_steps=1000, cfg_scale=1.0, progress_callback=between
         )
 
-    threading.Thread(target=draw, daemon=True).start()
+    threading.Thread(target=generate, daemon=True).start()
     done.get()  # before the first step
 
     def step(inputs: Inputs) -> Array:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernel_gains --folder FOLDER [--precision w8a8]
 
-The same random weights as `peers`, Stable Diffusion 1.5's size, 512x512, one picture. Each line
+The same random weights as `peers`, Stable Diffusion 1.5's size, 512x512, one image. Each line
 adds one part to the line above; steps of all lines alternate, and ratios are of the line above in
 the same round. FOLDER is that of `peers` (11 GB), and gets another 5 for the time of the run.
 """

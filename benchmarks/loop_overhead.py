@@ -67,7 +67,7 @@ def fitting_schedulers(spec: PipelineSpec) -> list[str]:
 
 
 def lap(runner: Runner, spec: PipelineSpec, scheduler_name: str, steps: int) -> Lap:
-    """Run the loop once for one picture of the bundle's own size, on random embeddings."""
+    """Run the loop once for one image of the bundle's own size, on random embeddings."""
     rng = np.random.default_rng(0)
     states = runner.spec.input("encoder_hidden_states")
     if states is None:

@@ -1,9 +1,9 @@
-"""Are the pictures of a bundle those of its source?
+"""Are the images of a bundle those of its source?
 
     python -m benchmarks.parity FOLDER BUNDLE
 
-Draws the same prompts with the same seeds twice, with diffusers' StableDiffusionPipeline from
-FOLDER in fp32 and with edgesd from BUNDLE, and compares the 8-bit pictures: 20 steps of the
+Generates the same prompts with the same seeds twice, with diffusers' StableDiffusionPipeline from
+FOLDER in fp32 and with edgesd from BUNDLE, and compares the 8-bit images: 20 steps of the
 model's own scheduler, and 8 steps of DPM-Solver++ (diffusers' DPMSolverMultistepScheduler made
 from the same config).
 """
@@ -57,7 +57,7 @@ CASES = (
 
 
 class Row(NamedTuple):
-    """One picture. psnr_db is infinite when both sides drew it alike."""
+    """One image. psnr_db is infinite when both sides generated it alike."""
 
     case: str
     prompt: str
@@ -67,13 +67,13 @@ class Row(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Of one case. mean_db leaves out identical pictures, whose PSNR is infinite."""
+    """Of one case. mean_db leaves out identical images, whose PSNR is infinite."""
 
     case: str
     minimum_db: float
     mean_db: float
     identical: int
-    pictures: int
+    images: int
     max_abs_difference: int
 
 
@@ -86,7 +86,7 @@ def compare(
     guidance: float,
     threads: int,
 ) -> Iterator[Row]:
-    """Draw each prompt on both sides, one picture at a time; prompt k has the seed `seed` + k."""
+    """Generate each prompt on both sides, one image at a time; prompt k has the seed `seed` + k."""
     import diffusers
     import torch
 
@@ -187,7 +187,7 @@ def main() -> None:
             "precision": bundle.manifest.precision,
             "guidance": given.guidance,
             "summary": [jsonable(summary._asdict()) for summary in summaries],
-            "pictures": [jsonable(row._asdict()) for row in rows],
+            "images": [jsonable(row._asdict()) for row in rows],
         },
     )
 

@@ -44,7 +44,7 @@ class Model:
     config: dict[str, Any] = field(default_factory=dict)
 
     def spec(self, static: bool = False) -> ComponentSpec:
-        """As in a bundle that draws any size, or, if `static`, in one of this size only."""
+        """As in a bundle that generates any size, or, if `static`, in one of this size only."""
         sample: tuple[Dim, ...] = ("batch", 4, "height", "width")
         if static:
             sample = (1, 4, self.latent, self.latent)
@@ -63,7 +63,7 @@ class Model:
         )
 
     def inputs(self) -> Inputs:
-        """One picture without guidance: sample [1, 4, latent, latent], timestep [1], states."""
+        """One image without guidance: sample [1, 4, latent, latent], timestep [1], states."""
         rng = np.random.default_rng(0)
         return {
             "sample": rng.standard_normal((1, 4, self.latent, self.latent), dtype=np.float32),

@@ -3,7 +3,7 @@
     python -m benchmarks.peers --folder FOLDER --install
     python -m benchmarks.peers --folder FOLDER --contenders edgesd openvino torch
 
-Stable Diffusion 1.5's UNet at its true size with random weights, 512x512 pixels, one picture, no
+Stable Diffusion 1.5's UNet at its true size with random weights, 512x512 pixels, one image, no
 guidance: the same weights and inputs for all, and outputs must agree (stable-diffusion.cpp doesn't
 show them). --install gets the peers from PyPI into this environment; stable-diffusion.cpp is
 compiled, with GGML_LLAMAFILE=ON. edgesd-PRECISION+stock runs without our own kernels, +stream lets

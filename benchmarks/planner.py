@@ -3,9 +3,9 @@
     python -m benchmarks.planner --rates FILE --pair MODEL BUNDLE [--pair ...] [--sizes 256 512]
 
 Each BUNDLE was built from the folder MODEL (benchmarks/random_pipeline.py makes some). Every
-configuration of bundle, size and memory mode draws pictures, each in a process of its own, and its
-median counts; with --stock once more without edgesd's own kernels. FILE is edgesd calibrate's, of
-this machine.
+configuration of bundle, size and memory mode generates images, each in a process of its own, and
+its median counts; with --stock once more without edgesd's own kernels. FILE is edgesd calibrate's,
+of this machine.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from edgesd.runtime.rates import read_rates
 from edgesd.spec.rates import Rates
 
 
-def draw(bundle: Path, mode: str, size: int, steps: int, kernels: bool) -> tuple[int, float]:
-    """Peak resident bytes and seconds, without loading, of one picture in a new process."""
+def generate(bundle: Path, mode: str, size: int, steps: int, kernels: bool) -> tuple[int, float]:
+    """Peak resident bytes and seconds, without loading, of one image in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         command = module_command("edgesd", "generate", str(bundle), "-p", "a red apple")
         command += ["--seed", "1", "--memory", mode, "--size", str(size), "--steps", str(steps)]
@@ -68,9 +68,11 @@ def rows(
                 plan = make_plan(model, manifest.target, wish, "onnxruntime")
                 assert plan.seconds is not None
                 for mode in MEMORY_MODES:
-                    drawn = [draw(bundle.path, mode, size, steps, kernels) for _ in range(repeats)]
+                    generated = [
+                        generate(bundle.path, mode, size, steps, kernels) for _ in range(repeats)
+                    ]
                     peak, seconds = (
-                        statistics.median(values) for values in zip(*drawn, strict=True)
+                        statistics.median(values) for values in zip(*generated, strict=True)
                     )
                     found.append(
                         {
@@ -98,7 +100,7 @@ def main() -> None:
     arguments.add_argument("--sizes", type=int, nargs="+", default=[256, 512], help="in pixels")
     arguments.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
     arguments.add_argument("--stock", action="store_true", help="also without our own kernels")
-    arguments.add_argument("--repeats", type=int, default=3, help="pictures of each (default: 3)")
+    arguments.add_argument("--repeats", type=int, default=3, help="images of each (default: 3)")
     given = arguments.parse_args()
     pairs = [(model, open_bundle(Path(bundle))) for model, bundle in given.pair]
     rates = read_rates(given.rates)

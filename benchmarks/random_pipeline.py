@@ -3,7 +3,7 @@
 python -m benchmarks.random_pipeline FOLDER [--tiny-vae] [--channels N]
 
 The networks' configurations are those of the published model; the tokenizer is the embedded
-model's, whose ids are a part of CLIP's. Weights are fp16, 2.1 GB. What it draws is noise.
+model's, whose ids are a part of CLIP's. Weights are fp16, 2.1 GB. What it generates is noise.
 """
 
 from __future__ import annotations

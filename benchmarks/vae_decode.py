@@ -42,13 +42,14 @@ SPEC = ComponentSpec(
 
 
 class Decoded(NamedTuple):
-    """One decoding: seconds without loading, with loading, peak RSS, times the tail drew it all."""
+    """One decoding: seconds without loading, with loading, peak RSS, times the tail generated it
+    all."""
 
     seconds: float
     with_loading: float
     peak_bytes: int
     passes: int
-    picture: Array
+    image: Array
 
 
 def make_graphs(folder: Path, precision: str, autoencoder: Path | None) -> None:
@@ -151,7 +152,7 @@ def decode(folder: Path, mode: str, latents: Array, kernels: bool, answer: Conne
     passes = 0
     if mode == "whole":
         with opened(SPEC, "kernels.onnx" if kernels else "model.onnx", False) as runner:
-            picture = np.array(run_once(runner, {"latents": latents})["image"][0])
+            image = np.array(run_once(runner, {"latents": latents})["image"][0])
             seconds = runner.seconds
     else:
         files = [
@@ -171,11 +172,11 @@ def decode(folder: Path, mode: str, latents: Array, kernels: bool, answer: Conne
 
         tiles.difference = counting
         with opened(halves.tail.spec, files[1], True) as tail:
-            picture = tiles.draw_tail(tail, features, SCALE)
+            image = tiles.decode_tail(tail, features, SCALE)
             seconds += tail.seconds
         passes = counted
     loaded = time.perf_counter() - began
-    answer.send(Decoded(seconds, loaded, peak_bytes(), passes, picture))
+    answer.send(Decoded(seconds, loaded, peak_bytes(), passes, image))
     answer.close()
 
 
@@ -189,14 +190,14 @@ def _apart(work: Callable[..., None], *arguments: Any) -> Decoded:
     try:
         found: Decoded = ours.recv()
     except EOFError as exc:
-        raise EdgesdError("a decoding ended without a picture: see above") from exc
+        raise EdgesdError("a decoding ended without an image: see above") from exc
     finally:
         process.join()
     return found
 
 
 def psnr(found: Array, wanted: Array) -> float:
-    """In dB, of values from -1 to 1; what lies outside is cut off, as in pictures."""
+    """In dB, of values from -1 to 1; what lies outside is cut off, as in images."""
     error = float(np.mean((found.clip(-1, 1) - wanted.clip(-1, 1)).astype(np.float64) ** 2))
     return -10 * math.log10(error / 4) if error else math.inf
 
@@ -235,8 +236,8 @@ def measure(
 
 
 def _decibels(found: Decoded, wanted: list[Decoded] | None) -> float | None:
-    """None for equal pictures, and where there is nothing to compare with."""
-    value = math.inf if wanted is None else psnr(found.picture, wanted[0].picture)
+    """None for equal images, and where there is nothing to compare with."""
+    value = math.inf if wanted is None else psnr(found.image, wanted[0].image)
     return value if math.isfinite(value) else None
 
 
@@ -274,7 +275,7 @@ def main() -> None:
     rows = measure(folders, latents, given.modes, given.rounds)
     print(
         table(
-            ("pixels", "", "", "s", "peak RSS MB", "drawn", "PSNR to fp32", "to its whole"),
+            ("pixels", "", "", "s", "peak RSS MB", "generated", "PSNR to fp32", "to its whole"),
             (
                 (
                     row["size"],

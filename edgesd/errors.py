@@ -106,7 +106,7 @@ class ParityError(EdgesdError):
 
 
 class QualityError(EdgesdError):
-    """The pictures of a quantized pipeline are further from their source's than was allowed."""
+    """The images of a quantized pipeline are further from their source's than was allowed."""
 
     exit_code = 7
 

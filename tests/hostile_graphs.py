@@ -457,7 +457,7 @@ CASES: dict[str, tuple[Graph, str]] = {
     "conv": (conv(16, 16), "ran"),
     "attention": (attention(4, 16), "ran"),
     "no rows": (linear(64, 64, rows=(0,)), "ran"),
-    "no pictures": (conv(16, 16, batch=0), "ran"),
+    "no images": (conv(16, 16, batch=0), "ran"),
     "N of more codes": (
         with_attributes(linear(64, 64), N=4096),
         "codes is [64, 64], not of",
@@ -519,7 +519,7 @@ CASES: dict[str, tuple[Graph, str]] = {
         with_attributes(conv(16, 16), kernel_shape=[3, 5]),
         "K isn't a multiple of kernel_shape [3, 5]",
     ),
-    "a kernel larger than the picture": (
+    "a kernel larger than the image": (
         conv(16, 16, size=(2, 2), pads=(0, 0, 0, 0)),
         "smaller than the kernel",
     ),
@@ -528,13 +528,13 @@ CASES: dict[str, tuple[Graph, str]] = {
         with_attributes(conv(16, 16), upsample=2**33),
         "upsample is 8589934592",
     ),
-    "a picture of no pixels": (conv(16, 16, size=(0, 8), kernel=(1, 1)), "x is [1, 16, 0, 8], not"),
+    "an image of no pixels": (conv(16, 16, size=(0, 8), kernel=(1, 1)), "x is [1, 16, 0, 8], not"),
     "groups that don't fit": (
         with_attributes(conv(16, 16, normalized=True), groups=3),
         "C isn't a multiple of the groups",
     ),
     "gamma alone": (put(conv(16, 16, normalized=True), 8, None), "there is no beta"),
-    "an offset of one picture": (
+    "an offset of one image": (
         put(conv(16, 16, batch=2, offset=True), 6, Tensor(FLOAT, (1, 16, 1, 1), constant=False)),
         "offset is [1, 16, 1, 1], not of 32",
     ),

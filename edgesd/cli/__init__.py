@@ -57,10 +57,10 @@ def cli(debug: bool) -> None:
     """Build text-to-image pipelines for edge boards, and run them there.
 
     \b
-    edgesd demo                                   build the embedded pipeline and draw with it
+    edgesd demo                                   build the embedded pipeline and generate with it
     edgesd build MODEL --target raspberry-pi-5    make a bundle for a board
     edgesd deploy BUNDLE pi@board                 bring it there, with edgesd itself
-    edgesd generate BUNDLE -p "a red apple"       draw, on the board
+    edgesd generate BUNDLE -p "a red apple"       generate, on the board
     """
 
 

@@ -56,8 +56,8 @@ class _RunByDefault(click.Group):
 
 @click.group("bench", cls=_RunByDefault, short_help="Measure BUNDLE, here or on boards over SSH.")
 def bench_group() -> None:
-    """Draw with BUNDLE again and again, and measure: per picture, component and step; memory, heat
-    and energy, too.
+    """Generate with BUNDLE again and again, and measure: per image, component and step; memory,
+    heat and energy, too.
 
     With --host the bundle must be the active one there (edgesd deploy); a board goes on when the
     link is lost, and the same command joins it again. `edgesd bench compare` shows two results of
@@ -74,20 +74,20 @@ def bench_group() -> None:
     type=click.IntRange(1, 1000),
     default=5,
     show_default=True,
-    help="Pictures that count.",
+    help="Images that count.",
 )
 @click.option(
     "--warm-up",
     type=click.IntRange(1, 100),
     default=1,
     show_default=True,
-    help="Pictures before those that count; the first one loads.",
+    help="Images before those that count; the first one loads.",
 )
-@click.option("-p", "--prompt", default=_PROMPT, show_default=True, help="What to draw.")
+@click.option("-p", "--prompt", default=_PROMPT, show_default=True, help="What to generate.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 @click.option("--steps", type=int, help="Denoising steps. [default: the bundle's]")
 @click.option("--guidance", type=float, help="Guidance scale. [default: the bundle's]")
-@click.option("--size", type=Size(), help="Picture size in pixels. [default: the bundle's]")
+@click.option("--size", type=Size(), help="Image size in pixels. [default: the bundle's]")
 @scheduler_option("Sampler")
 @click.option("--threads", type=click.IntRange(0, 256), default=0, help="[default: all cores]")
 @memory_options
@@ -129,7 +129,7 @@ def run_command(
     detached: str | None,
     as_json: bool,
 ) -> None:
-    """Draw with BUNDLE again and again, and measure: what `edgesd bench BUNDLE` stands for."""
+    """Generate with BUNDLE again and again, and measure: what `edgesd bench BUNDLE` stands for."""
     from edgesd.files import check_file_place, save
     from edgesd.pages.page import check_page_path
     from edgesd.runtime.bundle import open_bundle
@@ -248,7 +248,7 @@ def forget_command(key: str) -> None:
 
 
 def _plain(name: str, done: int, total: int) -> None:
-    """Progress for whoever listens to a board: a line for each picture."""
+    """Progress for whoever listens to a board: a line for each image."""
     if done == total:
         say(f"{name}: done", err=True)
 
@@ -278,7 +278,7 @@ def _show(bench: Bench) -> None:
         say("emulated: these times are not a board's")
     size = f"{bench.asked.width}x{bench.asked.height}, {bench.asked.num_inference_steps} steps"
     say(f"{'':20}{'median':>10}{'p90':>10}{'spread':>10}   {size}, n = {bench.asked.runs}")
-    rows = {"picture": found.picture, "step": found.step, **found.components}
+    rows = {"image": found.image, "step": found.step, **found.components}
     for name, one in rows.items():
         say(f"{name:20}{one.median:10.4f}{one.p90:10.4f}{one.spread:10.4f} s")
     say(f"{'load':20}{sum(found.load.values()):10.3f} s")
@@ -288,7 +288,7 @@ def _show(bench: Bench) -> None:
     if found.hottest_celsius is not None:
         say(f"{'hottest':20}{found.hottest_celsius:10.1f} C")
     if found.watts and found.joules is not None:
-        say(f"{'power':20}{found.watts.median:10.2f} W, {found.joules:.1f} J per picture")
+        say(f"{'power':20}{found.watts.median:10.2f} W, {found.joules:.1f} J per image")
     else:
         say(f"{'power':20}{'unknown':>10}: this machine doesn't tell")
     if found.throttled:

@@ -41,20 +41,20 @@ from edgesd.spec.scheme import Precision
     "--min-psnr",
     type=Finite(0, 100),
     metavar="DB",
-    help="Least PSNR in dB of the worst picture against the source's: layers are raised until it "
+    help="Least PSNR in dB of the worst image against the source's: layers are raised until it "
     "holds, or the build fails.",
 )
 @click.option(
     "--max-size",
     type=Finite(0, 1, min_open=True),
     metavar="PART",
-    help="Largest bundle, as a part of the fp32 one (0.2): ranks and bits go where pictures gain.",
+    help="Largest bundle, as a part of the fp32 one (0.2): ranks and bits go where images gain.",
 )
 @click.option(
     "--max-time",
     type=Finite(0, min_open=True),
     metavar="PART",
-    help="The same for the estimated time of a picture.",
+    help="The same for the estimated time of an image.",
 )
 @click.option(
     "--method",
@@ -76,16 +76,16 @@ from edgesd.spec.scheme import Precision
 @click.option(
     "--quality-prompts",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Prompts to compare pictures of; their places are the seeds. [default: the model's "
+    help="Prompts to compare images of; their places are the seeds. [default: the model's "
     "prompts/quality.txt]",
 )
 @click.option(
     "--pool-attention",
     is_flag=True,
     help="On CPUs, quantized: average keys and values of the largest self-attention over 2x2 "
-    "latents, which is faster, if the worst pictures lose at most 1 dB by it.",
+    "latents, which is faster, if the worst images lose at most 1 dB by it.",
 )
-@click.option("--no-quality", is_flag=True, help="Don't draw and compare pictures.")
+@click.option("--no-quality", is_flag=True, help="Don't generate and compare images.")
 @click.option(
     "--work",
     type=OutputPath(file_okay=False),
@@ -96,14 +96,14 @@ from edgesd.spec.scheme import Precision
 @click.option(
     "--size",
     type=Size(),
-    help="Fix the picture's size in pixels (static graphs), to any that diffusers draws. Without "
-    "it the bundle draws any multiple of all the UNet's levels (mostly 64 pixels), and any number "
-    "of pictures at a time.",
+    help="Fix the image's size in pixels (static graphs), to any that diffusers generates. Without "
+    "it the bundle generates any multiple of all the UNet's levels (mostly 64 pixels), and any "
+    "number of images at a time.",
 )
 @click.option(
     "--batch",
     type=click.IntRange(1),
-    help="With --size: rows of the static UNet. A picture takes two of them in batched guidance, "
+    help="With --size: rows of the static UNet. An image takes two of them in batched guidance, "
     "one otherwise.  [default: 1]",
 )
 @scheduler_option("Default sampler of the bundle")
@@ -153,7 +153,7 @@ def build_command(
 
     MODEL is `demo` (the embedded pipeline), the folder of a diffusers pipeline, or a hub id such as
     OWNER/NAME. Each network is compared with its source before the bundle is written; of a
-    quantized bundle the pictures are, too, and `edgesd report` shows them.
+    quantized bundle the images are, too, and `edgesd report` shows them.
     """
     from edgesd.recipes import QuantOptions, build, default_output
 
@@ -163,7 +163,7 @@ def build_command(
     out = output or default_output(model, target, precision)
     if no_quality and any(limit is not None for limit in (min_psnr, max_size, max_time)):
         raise click.UsageError(
-            "--min-psnr, --max-size and --max-time are held by drawing pictures: "
+            "--min-psnr, --max-size and --max-time are held by drawing images: "
             "leave --no-quality out"
         )
     options = QuantOptions(
@@ -227,12 +227,12 @@ def build_command(
     if manifest.quality:
         q = manifest.quality
         say(
-            f"pictures against the source's, {len(q.pictures)} prompts, {q.num_inference_steps} "
+            f"images against the source's, {len(q.images)} prompts, {q.num_inference_steps} "
             f"steps: PSNR {q.psnr_mean:.1f} dB (least {q.psnr_min:.1f}), SSIM {q.ssim_mean:.3f}, "
             f"{q.metric} {q.distance_mean:.4f}"
         )
     if manifest.recipe and manifest.recipe.simulated:
-        say("note: simulated: no engine computes in this format; the pictures are right")
+        say("note: simulated: no engine computes in this format; the images are right")
     if built.note:
         say(f"note: {built.note}")
     say(f"bundle for {manifest.target}: {built.path}")

@@ -38,7 +38,7 @@ def calibrate_command(
     host: str | None, target: str | None, output: Path | None, threads: int, as_json: bool
 ) -> None:
     """Time each kind of operation alone, at sizes of real networks, so that `edgesd plan` can tell
-    how long a picture takes there. A minute or two on a PC, some minutes on a board; nothing else
+    how long an image takes there. A minute or two on a PC, some minutes on a board; nothing else
     should run meanwhile."""
     from edgesd.device.detect import detect_machine
     from edgesd.device.targets import get_target

@@ -120,7 +120,7 @@ class OutputPath(click.Path):
 
 @contextmanager
 def binary_stdout() -> Iterator[BinaryIO]:
-    """Standard output for a picture; what is printed meanwhile goes to standard error.
+    """Standard output for an image; what is printed meanwhile goes to standard error.
 
     Raises InputError when it is closed, UsageError when it is a terminal.
     """
@@ -375,7 +375,7 @@ class Reporter:
         self._bar.console.print(shown(text), highlight=False, markup=False, emoji=False)
 
     def bar(self) -> AbstractContextManager[object]:
-        """A context in which `update` draws a bar, where there is a terminal."""
+        """A context in which `update` generates a bar, where there is a terminal."""
         if not self.fancy:
             return nullcontext()
         from rich.console import Console

@@ -20,19 +20,19 @@ PROMPTS = (
 )
 
 
-@click.command("demo", short_help="Build the embedded pipeline and draw with it.")
+@click.command("demo", short_help="Build the embedded pipeline and generate with it.")
 @click.option(
     "-o",
     "--output",
     type=OutputPath(file_okay=False),
     default=Path("out/demo"),
     show_default=True,
-    help="Folder for the bundle and the pictures; those of an earlier run stay.",
+    help="Folder for the bundle and the images; those of an earlier run stay.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 def demo_command(output: Path, seed: int) -> None:
-    """Build the embedded pipeline for this computer and draw eight pictures with it."""
-    from edgesd.cli.generate import draw
+    """Build the embedded pipeline for this computer and generate eight images with it."""
+    from edgesd.cli.generate import generate
     from edgesd.errors import BundleError
     from edgesd.recipes import DEMO, build, demo_sha256, demo_target
     from edgesd.runtime.bundle import open_bundle
@@ -42,7 +42,7 @@ def demo_command(output: Path, seed: int) -> None:
     reporter = Reporter()
     target = demo_target()
     bundle = output / f"bundle-{target}-{demo_sha256()[:8]}"
-    check_output(output / "pictures", len(PROMPTS))
+    check_output(output / "images", len(PROMPTS))
     built = not bundle.exists()
     if not built:
         try:
@@ -62,8 +62,8 @@ def demo_command(output: Path, seed: int) -> None:
     requests = expand_requests(Request("", seed), PROMPTS, 1)
     settings = Settings(plan_of=plans_of(opened, reporter), made_here=built)
     with Pipeline(opened, settings) as pipeline:
-        made = draw(pipeline, requests, output / "pictures", reporter=reporter)
-    paths = [picture.path for picture in made if picture.path]
-    sheet = contact_sheet(paths, output / "pictures.png", columns=4)
-    say(f"the pictures: {output / 'pictures'}/*.png, all on one sheet: {sheet}")
+        made = generate(pipeline, requests, output / "images", reporter=reporter)
+    paths = [image.path for image in made if image.path]
+    sheet = contact_sheet(paths, output / "images.png", columns=4)
+    say(f"the images: {output / 'images'}/*.png, all on one sheet: {sheet}")
     say(f'next: edgesd generate {bundle} -p "a purple star" -o star.png')

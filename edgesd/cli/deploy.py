@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     help="Folder of wheels for the boards. [default: got by pip, here]",
 )
 @click.option(
-    "--self-test/--no-self-test", default=True, help="Draw a picture in 2 steps before switching."
+    "--self-test/--no-self-test",
+    default=True,
+    help="Generate an image in 2 steps before switching.",
 )
 @json_option
 def deploy_command(
@@ -39,7 +41,7 @@ def deploy_command(
     """Bring BUNDLE onto one or more boards, with edgesd itself, and make it the active one there.
 
     Only what a board lacks is sent; a link that was lost costs nothing that had arrived. The board
-    verifies every byte and draws a test picture before it switches, so that what is active is
+    verifies every byte and generates a test image before it switches, so that what is active is
     always whole. The board needs python3 and sshd, no network.
     """
     from edgesd.remote import deploy
@@ -110,6 +112,6 @@ def _deployed(host: str, done: Deployed) -> str:
     return (
         f"{host}: active in slot {done.slot.slot}: {done.slot.name} {done.slot.precision}{test}{by}"
         f"; runtime {done.runtime}; sent {done.sent_bytes / 1e6:.1f} MB, wrote "
-        f"{done.written_bytes / 1e6:.1f} MB, {done.seconds:.0f} s. Draw there: edgesd/bin/edgesd "
-        'generate edgesd/current -p "a red apple"'
+        f"{done.written_bytes / 1e6:.1f} MB, {done.seconds:.0f} s. Generate there: "
+        'edgesd/bin/edgesd generate edgesd/current -p "a red apple"'
     )

@@ -38,7 +38,7 @@ def eval_group() -> None:
     "--judge",
     "folder",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Judge of pictures and texts: a CLIP model's folder, or one with judge.json. [default: "
+    help="Judge of images and texts: a CLIP model's folder, or one with judge.json. [default: "
     "for emoji the small one in a checkout of edgesd]",
 )
 @lpips_option
@@ -51,10 +51,11 @@ def prompter_command(
     lpips: Path | None,
     as_json: bool,
 ) -> None:
-    """Does BUNDLE's prompter help? Draws held-out wishes as they are, and the prompts made of them.
+    """Does BUNDLE's prompter help? Generates held-out wishes as they are, and the prompts made of
+    them.
 
-    Each picture is held against the text of the prompt which its pair has, and against its picture,
-    drawn from another seed by the same bundle. No judge here knows beauty.
+    Each image is held against the text of the prompt which its pair has, and against its image,
+    generated from another seed by the same bundle. No judge here knows beauty.
     """
     from edgesd.evaluate.agreement import open_agreement
     from edgesd.evaluate.perceptual import open_perceptual
@@ -78,7 +79,7 @@ def prompter_command(
         return
     say(f"{len(judged.wishes)} held-out wishes; means with 95 % intervals; {judged.metric}")
     for name, wish, prompt in (
-        ("distance to the wanted picture", judged.distance_wish, judged.distance_prompt),
+        ("distance to the wanted image", judged.distance_wish, judged.distance_prompt),
         ("nearest to the wanted one of all", judged.nearest_wish, judged.nearest_prompt),
     ):
         say(
@@ -99,7 +100,7 @@ def prompter_command(
 
 
 def _print_agreement(agreed: Agreed) -> None:
-    say(f"agreement of picture and text; {agreed.judge}")
+    say(f"agreement of image and text; {agreed.judge}")
     for name, wish, prompt, wanted in (
         ("score", agreed.score_wish, agreed.score_prompt, agreed.score_wanted),
         ("found", agreed.found_wish, agreed.found_prompt, agreed.found_wanted),

@@ -30,14 +30,14 @@ from edgesd.errors import BundleError, EdgesdError
 if TYPE_CHECKING:
     from edgesd.runtime.bundle import Bundle
     from edgesd.runtime.denoise import GuidanceMode, Step
-    from edgesd.runtime.images import Picture
+    from edgesd.runtime.images import SavedImage
     from edgesd.runtime.memory import MemoryMode
     from edgesd.runtime.pipeline import Pipeline, Request
 
 
-@click.command("generate", short_help="Draw pictures with BUNDLE.")
+@click.command("generate", short_help="Generate images with BUNDLE.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", "prompts", multiple=True, help="What to draw; may be repeated.")
+@click.option("-p", "--prompt", "prompts", multiple=True, help="What to generate; may be repeated.")
 @click.option(
     "--prompts",
     "prompt_file",
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
     type=click.IntRange(1, 100_000),
     default=1,
     show_default=True,
-    help="Pictures per prompt; their seeds count up.",
+    help="Images per prompt; their seeds count up.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**64 - 1),
-    help="Seed of the first picture. [default: a random one, which is printed]",
+    help="Seed of the first image. [default: a random one, which is printed]",
 )
 @click.option("--steps", type=int, help="Denoising steps. [default: the bundle's]")
 @click.option(
@@ -63,23 +63,23 @@ if TYPE_CHECKING:
     type=float,
     help="Classifier-free guidance scale; 1 is none. [default: the bundle's]",
 )
-@click.option("--negative", default="", help="What not to draw.")
-@click.option("--size", type=Size(), help="Picture size in pixels. [default: the bundle's]")
+@click.option("--negative", default="", help="What not to generate.")
+@click.option("--size", type=Size(), help="Image size in pixels. [default: the bundle's]")
 @scheduler_option("Sampler")
 @click.option(
     "--batch",
     type=click.IntRange(1, 1024),
     default=1,
     show_default=True,
-    help="Pictures drawn at a time.",
+    help="Images generated at a time.",
 )
 @click.option(
     "-o",
     "--output",
     type=OutputPath(stdout=True),
-    default=Path("pictures"),
+    default=Path("images"),
     show_default=True,
-    help="A .png, whose older file is replaced; a folder, whose pictures are numbered on; or - for "
+    help="A .png, whose older file is replaced; a folder, whose images are numbered on; or - for "
     "standard output.",
 )
 @click.option(
@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     type=click.IntRange(0),
     default=0,
     metavar="K",
-    help="Write NAME.preview.png every K steps, until the picture is there. [default: never]",
+    help="Write NAME.preview.png every K steps, until the image is there. [default: never]",
 )
 @memory_options
 @click.option(
@@ -139,10 +139,10 @@ def generate_command(
     any_machine: bool,
     as_json: bool,
 ) -> None:
-    """Draw pictures with BUNDLE (a folder, or a .edgesd file).
+    """Generate images with BUNDLE (a folder, or a .edgesd file).
 
-    No picture of an earlier run is replaced, unless -o names its file. One that can't be written
-    when it is drawn is kept in the cache or the temporary folder, and the error says where.
+    No image of an earlier run is replaced, unless -o names its file. One that can't be written
+    when it is generated is kept in the cache or the temporary folder, and the error says where.
     """
     from edgesd.device.detect import check_machine, detect_machine
     from edgesd.runtime.bundle import open_bundle
@@ -166,7 +166,7 @@ def generate_command(
     if show_prompt and not enhance:
         raise click.UsageError("--show-prompt goes with --enhance")
     if output == STDOUT and (as_json or preview):
-        raise click.UsageError("-o - writes the picture alone: leave --json and --preview out")
+        raise click.UsageError("-o - writes the image alone: leave --json and --preview out")
     with binary_stdout() if output == STDOUT else nullcontext(output) as out:
         check_output(out, len(texts) * count)
         if enhance:
@@ -187,7 +187,7 @@ def generate_command(
             threads, memory, guidance_mode, plans, not no_fallback, max_memory=max_memory
         )
         with Pipeline(opened, settings) as pipeline:
-            draw(
+            generate(
                 pipeline,
                 expand_requests(template, texts, count),
                 out,
@@ -212,18 +212,18 @@ def _enhanced(
     try:
         prompter = prompter_of(bundle)
     except (EdgesdError, OSError) as exc:
-        reporter.warn(f"the prompter can't be used ({exc}): the wish itself is drawn")
+        reporter.warn(f"the prompter can't be used ({exc}): the wish itself is generated")
         return wishes
     found = enhance(prompter, wishes, tokenizer_of(bundle), threads)
     for problem in dict.fromkeys(result.problem for result in found if result.problem):
-        reporter.warn(f"the prompter failed ({problem}): the wish itself is drawn")
+        reporter.warn(f"the prompter failed ({problem}): the wish itself is generated")
     if show:
         for result in found:
             reporter.line(f"{result.wish!r} -> {result.prompt!r}")
     return [result.prompt for result in found]
 
 
-def draw(
+def generate(
     pipeline: Pipeline,
     requests: list[Request],
     output: Path | BinaryIO,
@@ -231,9 +231,9 @@ def draw(
     preview_every: int = 0,
     as_json: bool = False,
     reporter: Reporter | None = None,
-) -> list[Picture]:
+) -> list[SavedImage]:
     """Make and write `requests`, showing each step and, at the end, the files and the times."""
-    from edgesd.runtime.images import make_pictures
+    from edgesd.runtime.images import make_images
 
     reporter = reporter or Reporter(quiet=as_json)
     warned: set[str] = set()
@@ -254,25 +254,25 @@ def draw(
                     f"{cut.cut_tokens} were cut: {shorten(cut.text, 200)}"
                 )
         last = min(first + batch, len(requests))
-        name = f"picture {last}" if last == first + 1 else f"pictures {first + 1}-{last}"
+        name = f"image {last}" if last == first + 1 else f"images {first + 1}-{last}"
         reporter.update(
             f"{name} of {len(requests)}", step.index + 1, step.count, f"{step.seconds:.3f} s/step"
         )
 
-    def on_picture(picture: Picture) -> None:
-        older = "; it replaces an older file" if picture.replaced else ""
-        name = picture.path or "standard output"
-        reporter.line(f"{name}  (seed {picture.request.seed}{older})")
+    def on_image(image: SavedImage) -> None:
+        older = "; it replaces an older file" if image.replaced else ""
+        name = image.path or "standard output"
+        reporter.line(f"{name}  (seed {image.request.seed}{older})")
 
     with reporter.bar():
-        made = make_pictures(
+        made = make_images(
             pipeline,
             requests,
             output,
             batch,
             preview_every,
             on_step,
-            on_picture,
+            on_image,
             reporter.warn,
         )
     warn_of_fallbacks()
@@ -280,10 +280,10 @@ def draw(
     if as_json:
         print_json(
             {
-                "pictures": [
-                    {"path": printable(picture.path), **dataclasses.asdict(picture.request)}
-                    for picture in made
-                    if picture.path is not None
+                "images": [
+                    {"path": printable(image.path), **dataclasses.asdict(image.request)}
+                    for image in made
+                    if image.path is not None
                 ],
                 "load_seconds": timings.load,
                 "run_seconds": timings.run,
@@ -297,7 +297,7 @@ def draw(
         )
         return made
     reporter.line(
-        f"{len(made)} picture{'s' * (len(made) != 1)} in {timings.total:.1f} s, "
+        f"{len(made)} image{'s' * (len(made) != 1)} in {timings.total:.1f} s, "
         f"{statistics.median(timings.steps):.3f} s per step, "
         f"peak memory {timings.peak_memory_bytes / 1e6:.0f} MB"
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="fp32, fp16, or a scheme: w8a8, w4a8-g64.",
 )
-@click.option("--size", type=Size(), help="Picture size in pixels. [default: the model's]")
+@click.option("--size", type=Size(), help="Image size in pixels. [default: the model's]")
 @click.option(
     "--steps", type=click.IntRange(1, 1000), help="Denoising steps. [default: the model's]"
 )
@@ -64,7 +64,7 @@ def plan_command(
     """Predict what a bundle of MODEL would take on a board, before anything is built.
 
     Size on disk, peak memory of each network and each --memory mode, memory of the build, and time
-    of a picture, where the board was calibrated. MODEL as in `edgesd build`.
+    of an image, where the board was calibrated. MODEL as in `edgesd build`.
     """
     from edgesd.export.pipeline import require_build_tools
 
@@ -125,7 +125,7 @@ def _show(plan: BuildPlan) -> None:
     if plan.rates is None:
         say("time isn't known: edgesd calibrate --host USER@BOARD measures such a board")
     else:
-        say(f"seconds are of one picture, without loading, by rates of {plan.rates}")
+        say(f"seconds are of one image, without loading, by rates of {plan.rates}")
     say(f"building takes about {plan.build_bytes / 1e9:.1f} GB of memory")
     for line in plan.advice:
         say(f"instead: {line}")

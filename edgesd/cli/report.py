@@ -19,7 +19,7 @@ from edgesd.cli.common import OutputPath, say
     "page but edgesd's is replaced]",
 )
 def report_command(bundle: Path, output: Path | None) -> None:
-    """Write an HTML page on BUNDLE: its pictures beside its source's, its layers, its sizes.
+    """Write an HTML page on BUNDLE: its images beside its source's, its layers, its sizes.
 
     The page is one file that loads nothing else. Nothing is measured anew: the figures are those
     that the build left in the bundle.

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from edgesd.device.slots import Installed, Slot
 
 _test_option = click.option(
-    "--self-test/--no-self-test", default=True, help="Draw a picture in 2 steps before switching."
+    "--self-test/--no-self-test",
+    default=True,
+    help="Generate an image in 2 steps before switching.",
 )
 
 
@@ -65,7 +67,7 @@ def install_command(
 @_test_option
 @json_option
 def rollback_command(self_test: bool, as_json: bool) -> None:
-    """Make the other bundle active, once it is verified and has drawn a picture."""
+    """Make the other bundle active, once it is verified and has generated an image."""
     from edgesd.device.slots import Slots
 
     _tell(Slots().rollback(self_test, _progress(Reporter())), as_json)
@@ -101,7 +103,7 @@ def _progress(reporter: Reporter) -> Callable[[str, int, int], None]:
     def progress(what: str, done: int, total: int) -> None:
         if what not in said:
             said.add(what)
-            reporter.line("drawing a test picture" if what == "self-test" else "verifying")
+            reporter.line("drawing a test image" if what == "self-test" else "verifying")
         if what == "verify":
             reporter.update_bytes(what, done, total)
 

@@ -1,6 +1,6 @@
-"""How fast a bundle draws on this machine, and what that costs in memory, heat and energy.
+"""How fast a bundle generates on this machine, and what that costs in memory, heat and energy.
 
-Light: this runs on boards. What it finds is a `Bench`, one JSON object, with its pictures and every
+Light: this runs on boards. What it finds is a `Bench`, one JSON object, with its images and every
 sample in it.
 """
 
@@ -37,7 +37,7 @@ _LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "pillow")
 _FIRST_SAMPLE_SECONDS = 15
 
 Progress = Callable[[str, int, int], None]
-"""Told what is drawn ("warm-up", "run 2"), steps done, of how many."""
+"""Told what is generated ("warm-up", "run 2"), steps done, of how many."""
 
 
 class Stats(Spec, frozen=True):
@@ -52,7 +52,7 @@ class Stats(Spec, frozen=True):
 
 
 class Run(Spec, frozen=True):
-    """One picture. start, end: seconds on the samples' clock. load, run: seconds by component
+    """One image. start, end: seconds on the samples' clock. load, run: seconds by component
     (load: of what had to be loaded for it). steps: wall time of each."""
 
     seed: int
@@ -64,12 +64,12 @@ class Run(Spec, frozen=True):
 
     @property
     def seconds(self) -> float:
-        """Wall time of the picture, from prompt to pixels."""
+        """Wall time of the image, from prompt to pixels."""
         return self.end - self.start
 
 
 class Asked(Spec, frozen=True):
-    """What was drawn. threads: 0 for all cores."""
+    """What was generated. threads: 0 for all cores."""
 
     prompt: str
     seed: int
@@ -89,14 +89,14 @@ class Summary(Spec, frozen=True):
     """The figures. Seconds, bytes, degrees Celsius, MHz, watts, joules; None: this machine doesn't
     tell.
 
-    load: by component, of the first picture, from a file system whose cache was emptied of the
+    load: by component, of the first image, from a file system whose cache was emptied of the
     bundle. peak_memory_bytes: of the process. idle_watts: before anything was loaded. joules: per
-    picture, all of the board's; joules_above_idle: without what it takes doing nothing. throttled:
+    image, all of the board's; joules_above_idle: without what it takes doing nothing. throttled:
     what held the board back during the runs and the warm-up; throttled_at: seconds since sampling
     began when it was first seen.
     """
 
-    picture: Stats
+    image: Stats = msgspec.field(name="picture")
     step: Stats
     components: dict[str, Stats]
     load: dict[str, float]
@@ -115,7 +115,7 @@ class Summary(Spec, frozen=True):
 
 class Bench(Spec, frozen=True):
     """One benchmark. emulated: the times are not a board's. began: UTC, ISO 8601. host: where it
-    ran, as it was named. pictures: PNG files, of the runs in order."""
+    ran, as it was named. images: PNG files, of the runs in order."""
 
     version: int
     edgesd: str
@@ -137,7 +137,7 @@ class Bench(Spec, frozen=True):
     warm_up: tuple[Run, ...]
     runs: tuple[Run, ...]
     samples: tuple[Sample, ...]
-    pictures: tuple[bytes, ...]
+    images: tuple[bytes, ...] = msgspec.field(name="pictures")
     host: str | None = None
 
     @property
@@ -148,7 +148,7 @@ class Bench(Spec, frozen=True):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. warm_up: pictures before those that count, at least 1: the first one loads.
+    """What to measure. warm_up: images before those that count, at least 1: the first one loads.
     interval: seconds between samples. idle: seconds of doing nothing before."""
 
     request: Request
@@ -175,33 +175,33 @@ def stats(values: Sequence[float]) -> Stats:
 def measure(
     bundle: Bundle, settings: Settings, plan: Plan, progress: Progress = lambda *_: None
 ) -> Bench:
-    """Draw with `bundle` again and again, one picture at a time, each from a seed of its own.
+    """Generate with `bundle` again and again, one image at a time, each from a seed of its own.
 
     The prompt is encoded anew each time. Raises UsageError for a bad plan, else as
     Pipeline.generate.
     """
     if plan.warm_up < 1 or plan.runs < 1:
-        raise UsageError("a benchmark needs at least one picture to warm up, and one that counts")
+        raise UsageError("a benchmark needs at least one image to warm up, and one that counts")
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
     _empty_cache(bundle)
     with Sampler(plan.interval, os.getpid()) as sampler, Pipeline(bundle, settings) as pipeline:
         request = pipeline.complete(plan.request)
         _wait(sampler, plan.idle)
         ready = time.monotonic() - sampler.zero
-        pictures: list[bytes] = []
+        images: list[bytes] = []
 
-        def draw(name: str, seed: int) -> Run:
+        def generate(name: str, seed: int) -> Run:
             pipeline.timings = Timings()
             pipeline.forget_prompts()
             start = time.monotonic()
-            picture = pipeline.generate(
+            image = pipeline.generate(
                 [replace(request, seed=seed)],
                 lambda step: progress(name, step.index + 1, step.count),
             )[0]
             end = time.monotonic()
             out = BytesIO()
-            picture.save(out, "PNG")
-            pictures.append(out.getvalue())
+            image.save(out, "PNG")
+            images.append(out.getvalue())
             timings = pipeline.timings
             return Run(
                 seed,
@@ -212,10 +212,10 @@ def measure(
                 tuple(timings.steps),
             )
 
-        warm = [draw("warm-up", request.seed) for _ in range(plan.warm_up)]
-        pictures.clear()
+        warm = [generate("warm-up", request.seed) for _ in range(plan.warm_up)]
+        images.clear()
         seeds = [(request.seed + index) % 2**64 for index in range(plan.runs)]
-        runs = [draw(f"run {index + 1} of {plan.runs}", s) for index, s in enumerate(seeds)]
+        runs = [generate(f"run {index + 1} of {plan.runs}", s) for index, s in enumerate(seeds)]
         peak = pipeline.timings.peak_memory_bytes
         memory, fallbacks = pipeline.memory, dict(pipeline.fallbacks)
         time.sleep(plan.interval)  # a last sample, behind the last run
@@ -256,7 +256,7 @@ def measure(
         warm_up=tuple(warm),
         runs=tuple(runs),
         samples=tuple(sampler.samples),
-        pictures=tuple(pictures),
+        images=tuple(images),
     )
 
 
@@ -282,7 +282,7 @@ def summarize(
     held = [sample for sample in working if sample.limits]
     names = {name for run in runs for name in run.run}
     return Summary(
-        picture=stats([run.seconds for run in runs]),
+        image=stats([run.seconds for run in runs]),
         step=stats([step for run in runs for step in run.steps]),
         components={
             name: stats([run.run[name] for run in runs if name in run.run])
@@ -357,11 +357,11 @@ def compare(before: Bench, after: Bench) -> dict[str, tuple[float, float]]:
     for name in ("num_inference_steps", "width", "height", "guidance_scale"):
         one, other = getattr(before.asked, name), getattr(after.asked, name)
         if one != other:
-            raise UsageError(f"they drew different pictures: {name} was {one} and {other}")
+            raise UsageError(f"they generated different images: {name} was {one} and {other}")
     a, b = before.summary, after.summary
     rows: dict[str, tuple[float | None, float | None]] = {
-        "s per picture": (a.picture.median, b.picture.median),
-        "s per picture, p90": (a.picture.p90, b.picture.p90),
+        "s per image": (a.image.median, b.image.median),
+        "s per image, p90": (a.image.p90, b.image.p90),
         "s per step": (a.step.median, b.step.median),
     }
     for name in a.components.keys() & b.components.keys():
@@ -370,7 +370,7 @@ def compare(before: Bench, after: Bench) -> dict[str, tuple[float, float]]:
         "s to load": (sum(a.load.values()), sum(b.load.values())),
         "MB of memory": (a.peak_memory_bytes / 1e6, b.peak_memory_bytes / 1e6),
         "MB on disk": (before.bundle_bytes / 1e6, after.bundle_bytes / 1e6),
-        "J per picture": (a.joules, b.joules),
+        "J per image": (a.joules, b.joules),
         "W": (_median(a.watts), _median(b.watts)),
         "C at most": (a.hottest_celsius, b.hottest_celsius),
     }

@@ -6,9 +6,9 @@ Below `home_folder()`:
     slots/a  slots/b   bundles, of hard links to objects: what both have is on the card once
     current            symbolic link to the active slot
 
-A bundle is put together beside the slots, verified, and drawn with. Only then it takes the place of
-the slot that isn't active, and `current` is switched by one rename: whatever is killed or cut, and
-whenever, `current` leads to the whole old bundle or to the whole new one.
+A bundle is put together beside the slots, verified, and generated with. Only then it takes the
+place of the slot that isn't active, and `current` is switched by one rename: whatever is killed or
+cut, and whenever, `current` leads to the whole old bundle or to the whole new one.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Slots:
     def rollback(
         self, self_test: bool = True, progress: Progress = lambda what, done, total: None
     ) -> Installed:
-        """Make the other slot active again, once it was verified and drawn with.
+        """Make the other slot active again, once it was verified and generated with.
 
         Raises InputError when there is no other, else as `install`.
         """
@@ -310,20 +310,20 @@ class Slots:
         return str(signer) if signer else None
 
     def _self_test(self, path: Path, progress: Progress) -> SelfTest:
-        """Draw one picture in few steps, in a process of its own, which may crash."""
+        """Generate one image in few steps, in a process of its own, which may crash."""
         progress("self-test", 0, 1)
         memory = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
         with tempfile.TemporaryDirectory(prefix="edgesd-", dir=memory) as folder:
-            picture = Path(folder) / "test.png"
+            image = Path(folder) / "test.png"
             command = module_command("edgesd", "generate", str(path), "-p", _TEST_PROMPT)
-            command += ["--steps", str(_TEST_STEPS), "--seed", "0", "-o", str(picture)]
+            command += ["--steps", str(_TEST_STEPS), "--seed", "0", "-o", str(image)]
             # The machine was checked, and the one in a test may be a fake.
             command += ["--any-machine", "--json"]
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
             if done.returncode:
                 raise BoardError(f"the self-test failed, nothing was switched: {_ended(done)}")
             told = msgspec.json.decode(done.stdout, type=_Generated)
-            _check_picture(picture)
+            _check_image(image)
         progress("self-test", 1, 1)
         step = max(told.step_seconds)
         return SelfTest(told.total_seconds, step, told.peak_memory_bytes, emulated())
@@ -391,9 +391,9 @@ def _ended(done: subprocess.CompletedProcess[str]) -> str:
     return lines[-1].removeprefix("edgesd: ") if lines else f"status {done.returncode}"
 
 
-def _check_picture(path: Path) -> None:
+def _check_image(path: Path) -> None:
     from PIL import Image
 
-    with Image.open(path) as picture:
-        if all(low == high for low, high in picture.convert("RGB").getextrema()):
-            raise BoardError("the self-test drew one flat colour: nothing was switched")
+    with Image.open(path) as image:
+        if all(low == high for low, high in image.convert("RGB").getextrema()):
+            raise BoardError("the self-test generated one flat colour: nothing was switched")

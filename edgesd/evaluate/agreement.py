@@ -1,6 +1,6 @@
-"""Do a picture and a text agree? By CLIP where its weights are at hand, else by a small judge.
+"""Do an image and a text agree? By CLIP where its weights are at hand, else by a small judge.
 
-CLIP score: 100 times the cosine of CLIP's embeddings of picture and text, at least 0 (Hessel et al.
+CLIP score: 100 times the cosine of CLIP's embeddings of image and text, at least 0 (Hessel et al.
 2021, arXiv 2104.08718, eq. 1, with the factor of 100 that has become usual). The small judge is of
 the same kind but was trained on the emoji set alone (scripts/demo_model/train_agreement.py): it
 knows that set's words and drawing style and nothing else, and its figures are no CLIP scores.
@@ -20,7 +20,7 @@ import onnxruntime
 from PIL import Image
 
 from edgesd.errors import InputError
-from edgesd.evaluate.psnr import Picture, pixels_of
+from edgesd.evaluate.psnr import ImageLike, pixels_of
 from edgesd.files import atomic_write
 from edgesd.spec.base import Spec, decode_json
 from edgesd.textfiles import read_text
@@ -34,29 +34,29 @@ _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 
 
 class Agreement(Protocol):
-    """Pictures and texts in one space. name: what to print beside figures. is_clip: whether they
+    """Images and texts in one space. name: what to print beside figures. is_clip: whether they
     are CLIP scores, which may be set beside those of others."""
 
     name: str
     is_clip: bool
 
-    def pictures(self, pictures: Sequence[Picture]) -> Rows:
-        """8-bit RGB pictures [H, W, 3] -> unit rows [N, D]."""
+    def images(self, images: Sequence[ImageLike]) -> Rows:
+        """8-bit RGB images [H, W, 3] -> unit rows [N, D]."""
 
     def texts(self, texts: Sequence[str]) -> Rows:
         """Texts -> unit rows [N, D]."""
 
 
 class JudgeSpec(Spec, frozen=True):
-    """judge.json. side: of the pictures, in pixels; words: known, the first has the id 1.
+    """judge.json. side: of the images, in pixels; words: known, the first has the id 1.
 
-    recall_seen, recall_held: how often a picture's own caption is the nearest of `captions`, over
-    the set's pictures that it was trained on and over `held` that it wasn't.
+    recall_seen, recall_held: how often an image's own caption is the nearest of `captions`, over
+    the set's images that it was trained on and over `held` that it wasn't.
     """
 
     side: int
     words: tuple[str, ...]
-    pictures: int
+    images: int = msgspec.field(name="pictures")
     recall_seen: float
     recall_held: float
     held: int
@@ -96,12 +96,12 @@ class SmallJudge:
             raise InputError(f"{folder} can't be read as a judge: {exc}") from exc
         self.name = "contrastive judge trained on the emoji set; not CLIP"
 
-    def pictures(self, pictures: Sequence[Picture]) -> Rows:
+    def images(self, images: Sequence[ImageLike]) -> Rows:
         """See Agreement."""
         size = (self._spec.side, self._spec.side)
         scaled = [
             np.asarray(Image.fromarray(pixels_of(one)).resize(size, Image.Resampling.BOX))
-            for one in pictures
+            for one in images
         ]
         return self._run(0, np.stack(scaled).transpose(0, 3, 1, 2).astype(np.float32) / 255)
 
@@ -139,10 +139,10 @@ def word_ids(texts: Sequence[str], words: Sequence[str]) -> npt.NDArray[np.int64
     return found
 
 
-def write_judge(folder: Path, spec: JudgeSpec, pictures: bytes, captions: bytes) -> None:
+def write_judge(folder: Path, spec: JudgeSpec, images: bytes, captions: bytes) -> None:
     """Write a small judge: its two ONNX models and what it is."""
     folder.mkdir(parents=True, exist_ok=True)
     document = msgspec.json.format(msgspec.json.encode(spec), indent=1)
-    for name, content in (*zip(_TOWERS, (pictures, captions), strict=True), (JUDGE, document)):
+    for name, content in (*zip(_TOWERS, (images, captions), strict=True), (JUDGE, document)):
         with atomic_write(folder / name) as file:
             file.write(content)

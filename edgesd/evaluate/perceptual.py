@@ -1,4 +1,4 @@
-"""How far two pictures, or two sets of them, are apart to a network that looks at pictures.
+"""How far two images, or two sets of them, are apart to a network that looks at images.
 
 torch is loaded by `open_perceptual` and not before.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgesd.errors import InputError, MissingDependencyError
-from edgesd.evaluate.psnr import Picture, pixel_pair, pixels_of
+from edgesd.evaluate.psnr import ImageLike, pixel_pair, pixels_of
 
 if TYPE_CHECKING:
     from edgesd.export.perceptual_nets import PerceptualNet
@@ -45,20 +45,20 @@ class Perceptual:
         self.is_standard = is_standard
         self._net = net
 
-    def distance(self, first: Picture, second: Picture) -> float:
-        """0 for equal pictures [H, W, 3], more the more they differ; without a unit.
+    def distance(self, first: ImageLike, second: ImageLike) -> float:
+        """0 for equal images [H, W, 3], more the more they differ; without a unit.
 
-        Pictures are taken at their own size; only those whose shorter side is less than 32 pixels
+        Images are taken at their own size; only those whose shorter side is less than 32 pixels
         (LPIPS) or 64 (the stand-in) are enlarged to that, bilinearly. It doesn't matter which comes
-        first. Raises InputError for anything but two 8-bit RGB pictures of one size.
+        first. Raises InputError for anything but two 8-bit RGB images of one size.
         """
         return self._net.distance(*pixel_pair(first, second))
 
-    def features(self, picture: Picture) -> FloatArray:
-        """Picture [H, W, 3] -> float32 [D], pooled over space: 256 for LPIPS' AlexNet, 1280 for the
-        stand-in. For `frechet_distance`. Raises InputError for anything but an 8-bit RGB picture.
+    def features(self, image: ImageLike) -> FloatArray:
+        """Image [H, W, 3] -> float32 [D], pooled over space: 256 for LPIPS' AlexNet, 1280 for the
+        stand-in. For `frechet_distance`. Raises InputError for anything but an 8-bit RGB image.
         """
-        return self._net.embedding(pixels_of(picture))
+        return self._net.embedding(pixels_of(image))
 
 
 def open_perceptual(weights: Path | None = None) -> Perceptual:

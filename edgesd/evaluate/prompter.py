@@ -1,9 +1,9 @@
-"""Does the prompter help? Pictures of held-out wishes beside those of the prompts made of them.
+"""Does the prompter help? Images of held-out wishes beside those of the prompts made of them.
 
-For each wish the pairs say which prompt was meant. Two judges: one that holds a picture against the
+For each wish the pairs say which prompt was meant. Two judges: one that holds an image against the
 text of that prompt (CLIP, or the small one of evaluate.agreement), and the image model itself: its
-picture of that prompt, drawn from another seed, is what a picture should be like, by perceptual
-distance, and by whether of all such pictures it is the nearest. Neither says anything of taste.
+image of that prompt, generated from another seed, is what an image should be like, by perceptual
+distance, and by whether of all such images it is the nearest. Neither says anything of taste.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy.typing as npt
 from edgesd.errors import UsageError
 from edgesd.evaluate.agreement import Agreement
 from edgesd.evaluate.perceptual import Perceptual
-from edgesd.evaluate.psnr import Picture
-from edgesd.evaluate.quality import draw, requests_for
+from edgesd.evaluate.psnr import ImageLike
+from edgesd.evaluate.quality import generate, requests_for
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.pipeline import Pipeline, Request
 from edgesd.runtime.prompter import enhance, prompter_of
@@ -28,10 +28,10 @@ from edgesd.spec.base import Spec
 
 _RESAMPLES = 10_000
 _OTHER_SEEDS = 1_000_000
-"""Added to a seed for the picture that others are held against."""
+"""Added to a seed for the image that others are held against."""
 
 Progress = Callable[[str, int, int], None]
-"""Told of what is drawn, pictures done, and of how many."""
+"""Told of what is generated, images done, and of how many."""
 
 
 class Interval(Spec, frozen=True):
@@ -44,7 +44,7 @@ class Interval(Spec, frozen=True):
 
 
 class WishJudged(Spec, frozen=True):
-    """One wish. wanted: the prompt that its pair has; distances: of its picture and of the
+    """One wish. wanted: the prompt that its pair has; distances: of its image and of the
     prompter's to that prompt's; nearest: whether that is the nearest of all. seconds: the model's.
     """
 
@@ -60,12 +60,12 @@ class WishJudged(Spec, frozen=True):
 
 
 class Agreed(Spec, frozen=True):
-    """What a text-image judge says, of the pictures of wishes, of prompts, and of the wanted
+    """What a text-image judge says, of the images of wishes, of prompts, and of the wanted
     prompts themselves (the most there is to be had of this image model).
 
     score_: 100 times the cosine with the wanted prompt's text, at least 0; found_: share whose
     wanted text is the nearest of all wanted ones; gain: the prompts' scores less the wishes'.
-    chance: score of the wanted pictures with others' texts.
+    chance: score of the wanted images with others' texts.
     """
 
     judge: str
@@ -83,7 +83,7 @@ class PrompterJudged(Spec, frozen=True):
     """All wishes. exact: share of prompts that are the wanted ones. gain: of a wish, its distance
     less the prompt's: above 0 where the prompter helps. words, wish_words: of prompts and of
     wishes, mean. seconds: the model's for a wish, median; process_bytes: most memory of its
-    process. agreement: by a judge of pictures and texts, if there was one."""
+    process. agreement: by a judge of images and texts, if there was one."""
 
     metric: str
     wishes: tuple[WishJudged, ...]
@@ -107,7 +107,7 @@ def judge(
     agreement: Agreement | None = None,
     progress: Progress | None = None,
 ) -> PrompterJudged:
-    """Draw every wish of `pairs` (wish, wanted prompt) as it is and enhanced, and judge.
+    """Generate every wish of `pairs` (wish, wanted prompt) as it is and enhanced, and judge.
 
     Raises UsageError for fewer than two different prompts, BundleError for a bundle without a
     prompter.
@@ -117,7 +117,7 @@ def judge(
     wishes = [wish for wish, _ in pairs]
     found = enhance(prompter_of(bundle), wishes, tokenizer_of(bundle))
     prompts = [result.prompt for result in found]
-    drawn = {}
+    generated = {}
     with Pipeline(bundle) as pipeline:
         for what, texts in (
             ("wanted", [wanted for _, wanted in pairs]),
@@ -132,10 +132,10 @@ def judge(
                 if progress:
                     progress(what, done, total)
 
-            drawn[what] = draw(pipeline, requests, told)
+            generated[what] = generate(pipeline, requests, told)
     features = {
-        what: np.stack([perceptual.features(picture) for picture in pictures])
-        for what, pictures in drawn.items()
+        what: np.stack([perceptual.features(image) for image in images])
+        for what, images in generated.items()
     }
     near = {
         what: _nearest(features[what], features["wanted"], [wanted for _, wanted in pairs])
@@ -146,8 +146,8 @@ def judge(
             wish=wish,
             wanted=wanted,
             prompt=result.prompt,
-            distance_wish=perceptual.distance(drawn["wishes"][at], drawn["wanted"][at]),
-            distance_prompt=perceptual.distance(drawn["prompts"][at], drawn["wanted"][at]),
+            distance_wish=perceptual.distance(generated["wishes"][at], generated["wanted"][at]),
+            distance_prompt=perceptual.distance(generated["prompts"][at], generated["wanted"][at]),
             nearest_wish=near["wishes"][at],
             nearest_prompt=near["prompts"][at],
             seconds=result.seconds,
@@ -168,21 +168,23 @@ def judge(
         wish_words=statistics.fmean(len(w.wish.split()) for w in judged),
         seconds=statistics.median(w.seconds for w in judged),
         process_bytes=max(result.bytes for result in found),
-        agreement=agreed(agreement, drawn, [wanted for _, wanted in pairs]) if agreement else None,
+        agreement=agreed(agreement, generated, [wanted for _, wanted in pairs])
+        if agreement
+        else None,
     )
 
 
 def agreed(
-    judge: Agreement, drawn: Mapping[str, Sequence[Picture]], wanted: Sequence[str]
+    judge: Agreement, generated: Mapping[str, Sequence[ImageLike]], wanted: Sequence[str]
 ) -> Agreed:
-    """Hold pictures against texts. drawn: "wishes", "prompts" and "wanted", one picture for each
+    """Hold images against texts. generated: "wishes", "prompts" and "wanted", one image for each
     of the texts `wanted`."""
     names = list(dict.fromkeys(wanted))
     own = np.array([names.index(name) for name in wanted])
     texts = judge.texts(names)
     score, found = {}, {}
-    for what, pictures in drawn.items():
-        cosines = judge.pictures(pictures) @ texts.T
+    for what, images in generated.items():
+        cosines = judge.images(images) @ texts.T
         score[what] = 100 * np.maximum(cosines[np.arange(len(own)), own], 0)
         found[what] = cosines.argmax(axis=1) == own
         if what == "wanted":

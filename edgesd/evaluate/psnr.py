@@ -1,4 +1,4 @@
-"""How far two pictures are apart, pixel by pixel."""
+"""How far two images are apart, pixel by pixel."""
 
 from __future__ import annotations
 
@@ -11,57 +11,57 @@ from PIL import Image
 from edgesd.errors import InputError
 
 Pixels = npt.NDArray[np.uint8]
-Picture = Image.Image | Pixels
+ImageLike = Image.Image | Pixels
 """An RGB image, or its pixels [H, W, 3] in 0 to 255."""
 
 _PEAK = 255.0
 
 
-def psnr(first: Picture, second: Picture) -> float:
-    """Peak signal-to-noise ratio in dB of two pictures [H, W, 3] of 8 bits.
+def psnr(first: ImageLike, second: ImageLike) -> float:
+    """Peak signal-to-noise ratio in dB of two images [H, W, 3] of 8 bits.
 
     10 log10(255^2 / MSE), where MSE is the mean over all pixels and channels of the squared
-    difference; infinite for equal pictures. It doesn't matter which comes first.
-    Raises InputError for anything but two 8-bit RGB pictures of one size.
+    difference; infinite for equal images. It doesn't matter which comes first.
+    Raises InputError for anything but two 8-bit RGB images of one size.
     """
     mean_squared = mean_squared_error(first, second)
     return math.inf if mean_squared == 0 else 10 * math.log10(_PEAK**2 / mean_squared)
 
 
-def mean_squared_error(first: Picture, second: Picture) -> float:
+def mean_squared_error(first: ImageLike, second: ImageLike) -> float:
     """Mean over all pixels and channels of the squared difference. Raises InputError as `psnr`."""
     return float(np.mean(_difference(first, second).astype(np.float64) ** 2))
 
 
-def max_abs_difference(first: Picture, second: Picture) -> int:
+def max_abs_difference(first: ImageLike, second: ImageLike) -> int:
     """The largest difference of any channel of any pixel, 0 to 255. Raises InputError as `psnr`."""
     return int(np.abs(_difference(first, second)).max())
 
 
-def _difference(first: Picture, second: Picture) -> npt.NDArray[np.int16]:
+def _difference(first: ImageLike, second: ImageLike) -> npt.NDArray[np.int16]:
     """first - second [H, W, 3]."""
     a, b = pixel_pair(first, second)
     return np.subtract(a, b, dtype=np.int16)
 
 
-def pixel_pair(first: Picture, second: Picture) -> tuple[Pixels, Pixels]:
+def pixel_pair(first: ImageLike, second: ImageLike) -> tuple[Pixels, Pixels]:
     """The pixels of both, each [H, W, 3]. Raises InputError as `psnr`."""
     a, b = pixels_of(first), pixels_of(second)
     if a.shape != b.shape:
         raise InputError(
-            f"pictures of {_size(a)} and {_size(b)} pixels can't be compared: expected one size"
+            f"images of {_size(a)} and {_size(b)} pixels can't be compared: expected one size"
         )
     return a, b
 
 
-def pixels_of(picture: Picture) -> Pixels:
-    """The pixels [H, W, 3]. Raises InputError for anything but an 8-bit RGB picture."""
-    if isinstance(picture, Image.Image) and picture.mode != "RGB":
-        raise InputError(f"a picture of mode {picture.mode} can't be compared: convert it to RGB")
-    pixels = np.asarray(picture)
+def pixels_of(image: ImageLike) -> Pixels:
+    """The pixels [H, W, 3]. Raises InputError for anything but an 8-bit RGB image."""
+    if isinstance(image, Image.Image) and image.mode != "RGB":
+        raise InputError(f"an image of mode {image.mode} can't be compared: convert it to RGB")
+    pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
         raise InputError(
-            f"a picture of {pixels.dtype} {list(pixels.shape)} can't be compared: "
+            f"an image of {pixels.dtype} {list(pixels.shape)} can't be compared: "
             "expected uint8 [height, width, 3]"
         )
     return pixels

@@ -1,4 +1,4 @@
-"""How far a bundle's pictures are from its source's: same prompts, same seeds, same steps."""
+"""How far a bundle's images are from its source's: same prompts, same seeds, same steps."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from edgesd.evaluate.psnr import psnr
 from edgesd.evaluate.ssim import ssim
 from edgesd.files import atomic_write
 from edgesd.runtime.pipeline import Pipeline, Request
-from edgesd.spec.quality import PictureQuality, Quality
+from edgesd.spec.quality import ImageQuality, Quality
 
 EQUAL_DB = 100.0
-"""What two equal pictures count in a mean of PSNR."""
+"""What two equal images count in a mean of PSNR."""
 
 _BATCH_PIXELS = 8 * 256 * 256
 _MAX_BATCH = 8
 
 Progress = Callable[[int, int], None]
-"""Told of pictures drawn, and of how many."""
+"""Told of images generated, and of how many."""
 
 
 def requests_for(prompts: Sequence[str], **settings: object) -> list[Request]:
@@ -33,49 +33,49 @@ def requests_for(prompts: Sequence[str], **settings: object) -> list[Request]:
     return [Request(prompt, seed, **settings) for seed, prompt in enumerate(prompts)]  # type: ignore[arg-type]
 
 
-def draw(
+def generate(
     pipeline: Pipeline,
     requests: Sequence[Request],
     progress: Progress | None = None,
     together: bool = False,
 ) -> list[Image.Image]:
-    """The pictures of all requests, one by one, as `edgesd generate` does; of a bundle with a fixed
+    """The images of all requests, one by one, as `edgesd generate` does; of a bundle with a fixed
     number of rows as many at a time as these make.
 
-    together: several at a time where they are small, which is faster. Pictures that are drawn
+    together: several at a time where they are small, which is faster. Images that are generated
     together share the ranges of dynamically quantized activations: figures would be worse.
     """
     shape = pipeline.spec.shape
     batch = 1
     if not shape.dynamic:
-        batch = pipeline.pictures_per_run(requests[0]) if requests else 1
+        batch = pipeline.images_per_run(requests[0]) if requests else 1
     elif together:
         batch = max(1, min(_MAX_BATCH, _BATCH_PIXELS // (shape.height * shape.width)))
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for start in range(0, len(requests), batch):
         group = list(requests[start : start + batch])
         filled = group if shape.dynamic else group + group[-1:] * (batch - len(group))
-        pictures += pipeline.generate(filled)[: len(group)]
+        images += pipeline.generate(filled)[: len(group)]
         if progress:
-            progress(len(pictures), len(requests))
-    return pictures
+            progress(len(images), len(requests))
+    return images
 
 
-def draw_cached(
+def generate_cached(
     pipeline: Pipeline,
     requests: Sequence[Request],
     folder: Path,
     progress: Progress | None = None,
 ) -> list[Image.Image]:
-    """The pictures of an fp32 bundle, kept in `folder`, whose name says what they depend on."""
+    """The images of an fp32 bundle, kept in `folder`, whose name says what they depend on."""
     paths = [folder / f"{index:04d}.png" for index in range(len(requests))]
     if all(path.is_file() for path in paths):
         return [_open(path) for path in paths]
-    pictures = draw(pipeline, requests, progress, together=True)
-    for path, picture in zip(paths, pictures, strict=True):
+    images = generate(pipeline, requests, progress, together=True)
+    for path, image in zip(paths, images, strict=True):
         with atomic_write(path) as file:
-            picture.save(file, "PNG")
-    return pictures
+            image.save(file, "PNG")
+    return images
 
 
 def compare(
@@ -83,13 +83,13 @@ def compare(
     source: Sequence[Image.Image],
     ours: Sequence[Image.Image],
     perceptual: Perceptual,
-) -> tuple[PictureQuality, ...]:
-    """Every pair of pictures measured, in the requests' order. Raises InputError as `psnr`."""
+) -> tuple[ImageQuality, ...]:
+    """Every pair of images measured, in the requests' order. Raises InputError as `psnr`."""
     found = []
     for request, first, second in zip(requests, source, ours, strict=True):
         value = psnr(first, second)
         found.append(
-            PictureQuality(
+            ImageQuality(
                 prompt=request.prompt,
                 seed=request.seed,
                 psnr=None if math.isinf(value) else value,
@@ -101,50 +101,50 @@ def compare(
 
 
 def summarise(
-    pictures: tuple[PictureQuality, ...],
+    images: tuple[ImageQuality, ...],
     pipeline: Pipeline,
     request: Request,
     perceptual: Perceptual,
     min_psnr: float | None,
 ) -> Quality:
-    """The Quality of pictures that were all drawn like `request`. Raises InputError for none."""
-    if not pictures:
+    """The Quality of images that were all generated like `request`. Raises InputError for none."""
+    if not images:
         raise InputError("no prompts to measure quality with: give a file with at least one")
-    values = [decibels(picture) for picture in pictures]
+    values = [decibels(image) for image in images]
     request = pipeline.complete(request)
     assert request.guidance_scale is not None and request.num_inference_steps and request.scheduler
     return Quality(
-        pictures=pictures,
+        images=images,
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         scheduler=request.scheduler,
         psnr_mean=float(np.mean(values)),
         psnr_min=min(values),
-        ssim_mean=float(np.mean([p.ssim for p in pictures])),
-        distance_mean=float(np.mean([p.distance for p in pictures])),
+        ssim_mean=float(np.mean([p.ssim for p in images])),
+        distance_mean=float(np.mean([p.distance for p in images])),
         metric=perceptual.name,
         measured_on=arithmetic(),
         min_psnr=min_psnr,
     )
 
 
-def decibels(picture: PictureQuality) -> float:
-    """A picture's PSNR in dB, EQUAL_DB for equal ones: what means and minima are taken of."""
-    return EQUAL_DB if picture.psnr is None else picture.psnr
+def decibels(image: ImageQuality) -> float:
+    """An image's PSNR in dB, EQUAL_DB for equal ones: what means and minima are taken of."""
+    return EQUAL_DB if image.psnr is None else image.psnr
 
 
-def worst_first(pictures: Sequence[PictureQuality]) -> list[int]:
-    """Places of `pictures` by rising PSNR; equal pictures last."""
-    return sorted(range(len(pictures)), key=lambda index: rank(pictures[index]))
+def worst_first(images: Sequence[ImageQuality]) -> list[int]:
+    """Places of `images` by rising PSNR; equal images last."""
+    return sorted(range(len(images)), key=lambda index: rank(images[index]))
 
 
-def rank(picture: PictureQuality) -> float:
-    """What pictures are ordered by: PSNR in dB, and above any of it for equal ones."""
-    return 1e9 if picture.psnr is None else picture.psnr
+def rank(image: ImageQuality) -> float:
+    """What images are ordered by: PSNR in dB, and above any of it for equal ones."""
+    return 1e9 if image.psnr is None else image.psnr
 
 
 def arithmetic() -> str:
-    """What drew the pictures, and that its int8 sums are exact."""
+    """What generated the images, and that its int8 sums are exact."""
     import onnxruntime
 
     # The runner asks for exact sums where the processor's int8 instructions would saturate.
@@ -153,8 +153,8 @@ def arithmetic() -> str:
 
 def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            picture: Image.Image = image.convert("RGB")
-            return picture
+        with Image.open(path) as file:
+            image: Image.Image = file.convert("RGB")
+            return image
     except OSError as exc:
         raise InputError(f"{path} can't be read ({exc}): remove it and run again") from exc

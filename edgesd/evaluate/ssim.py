@@ -1,4 +1,4 @@
-"""How alike the structure of two pictures is: local brightness, contrast and correlation."""
+"""How alike the structure of two images is: local brightness, contrast and correlation."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import numpy as np
 import numpy.typing as npt
 
 from edgesd.errors import InputError
-from edgesd.evaluate.psnr import Picture, pixel_pair
+from edgesd.evaluate.psnr import ImageLike, pixel_pair
 
 WINDOW = 11
-"""Width of the Gaussian window in pixels, and the smallest side of a picture."""
+"""Width of the Gaussian window in pixels, and the smallest side of an image."""
 _SIGMA = 1.5
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 _Plane = npt.NDArray[np.float64]
 
 
-def ssim(first: Picture, second: Picture) -> float:
-    """Mean structural similarity of two pictures [H, W, 3] of 8 bits: 1 for equal ones, else less.
+def ssim(first: ImageLike, second: ImageLike) -> float:
+    """Mean structural similarity of two images [H, W, 3] of 8 bits: 1 for equal ones, else less.
 
     Wang et al. 2004, eq. 13, with its constants: means, variances and covariance under a Gaussian
     window of 11x11 pixels and sigma 1.5, K1 = 0.01, K2 = 0.03, L = 255; only where the window lies
     wholly inside. Each channel by itself; the mean over places and channels. It doesn't matter
-    which picture comes first.
-    Raises InputError as `psnr`, and for pictures of fewer than 11 pixels on a side.
+    which image comes first.
+    Raises InputError as `psnr`, and for images of fewer than 11 pixels on a side.
     """
     pixels_a, pixels_b = pixel_pair(first, second)
     height, width, _ = pixels_a.shape
     if min(height, width) < WINDOW:
         raise InputError(
-            f"SSIM of pictures of {width}x{height} pixels can't be taken: "
+            f"SSIM of images of {width}x{height} pixels can't be taken: "
             f"expected {WINDOW}x{WINDOW} or more"
         )
     a, b = pixels_a.astype(np.float64), pixels_b.astype(np.float64)

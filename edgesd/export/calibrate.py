@@ -1,9 +1,9 @@
-"""Records what flows into each layer while the pipeline's own loop draws calibration prompts.
+"""Records what flows into each layer while the pipeline's own loop generates calibration prompts.
 
 Components run in the order of the pipeline, each on what the one before made: text encoder,
 denoiser (`runtime/denoise.py` with a torch-backed runner, one step of the schedule after the
 other), decoder, encoder. One component is in memory at a time. Statistics are streamed: with more
-prompts only the outputs grow (latents, pictures). The state is written now and then, so that a
+prompts only the outputs grow (latents, images). The state is written now and then, so that a
 run that was interrupted goes on from there and ends with the same bytes.
 """
 
@@ -136,7 +136,8 @@ class Calibration:
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """What is to be recorded. Prompts are drawn one at a time, seeds counting from `first_seed`."""
+    """What is to be recorded. Prompts are generated one at a time, seeds counting from
+    `first_seed`."""
 
     prompts: tuple[str, ...]
     num_inference_steps: int
@@ -394,7 +395,7 @@ def _run_unet(
     embeddings: Float,
     report: Progress,
 ) -> Float:
-    """Draw every prompt with the denoising loop; the final latents [prompts, C, h, w]."""
+    """Generate every prompt with the denoising loop; the final latents [prompts, C, h, w]."""
     spec = plan.pipeline
     scheduler = create_scheduler(how.scheduler, spec.scheduler.config)
     scheduler.set_timesteps(how.num_inference_steps)

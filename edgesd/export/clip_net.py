@@ -24,7 +24,7 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 class ClipNet:
     """A CLIP model (Radford et al. 2021, arXiv 2103.00020), fp32 on the CPU.
 
-    Pictures are scaled bicubically to the model's size by their shorter side and cut to their
+    Images are scaled bicubically to the model's size by their shorter side and cut to their
     middle; texts are cut at the model's length. Raises InputError when the folder can't be read.
     """
 
@@ -51,11 +51,11 @@ class ClipNet:
         self.name = f"CLIP ({config.vision_config.patch_size} px patches at {self._side} px)"
 
     @torch.inference_mode()
-    def pictures(self, pictures: Sequence[Any]) -> npt.NDArray[np.float32]:
-        """8-bit RGB pictures [H, W, 3] -> unit rows [N, D]."""
+    def images(self, images: Sequence[Any]) -> npt.NDArray[np.float32]:
+        """8-bit RGB images [H, W, 3] -> unit rows [N, D]."""
         found = []
-        for at in range(0, len(pictures), _AT_A_TIME):
-            pixels = torch.stack([self._prepared(one) for one in pictures[at : at + _AT_A_TIME]])
+        for at in range(0, len(images), _AT_A_TIME):
+            pixels = torch.stack([self._prepared(one) for one in images[at : at + _AT_A_TIME]])
             vision = self._model.vision_model(pixel_values=pixels).pooler_output
             found.append(_unit(self._model.visual_projection(vision)))
         return torch.cat(found).numpy()
@@ -76,10 +76,10 @@ class ClipNet:
             found.append(_unit(self._model.text_projection(text)))
         return torch.cat(found).numpy()
 
-    def _prepared(self, picture: npt.NDArray[np.uint8]) -> torch.Tensor:
-        values = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
-        part = self._side / min(picture.shape[:2])
-        size = [max(self._side, round(part * n)) for n in picture.shape[:2]]
+    def _prepared(self, image: npt.NDArray[np.uint8]) -> torch.Tensor:
+        values = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
+        part = self._side / min(image.shape[:2])
+        size = [max(self._side, round(part * n)) for n in image.shape[:2]]
         scaled = torch.nn.functional.interpolate(
             values, size, mode="bicubic", antialias=True, align_corners=False
         )

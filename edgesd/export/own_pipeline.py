@@ -1,7 +1,7 @@
 """The gate before the networks: a plan must feed them what diffusers' own pipeline feeds them.
 
 Parity compares a graph with its module on inputs that follow from the plan: it can't see a plan
-that is wrong. Here diffusers' pipeline draws, and edgesd's loop beside it, with networks that
+that is wrong. Here diffusers' pipeline generates, and edgesd's loop beside it, with networks that
 compute next to nothing and write down what they are given: token ids, the sample and its size,
 timesteps, the embedding of the guidance scale, and the latents that are decoded.
 """
@@ -78,8 +78,8 @@ def check_own_pipeline(plan: Plan, tokenizer: PromptTokenizer) -> None:
         raise
     except Exception as exc:  # diffusers and the libraries below it, each with its own exceptions
         raise ParityError(
-            f"{spec.source}: diffusers' own {type(own).__name__} can't draw with what is planned: "
-            f"{first_sentence(exc)}"
+            f"{spec.source}: diffusers' own {type(own).__name__} can't generate with what is "
+            f"planned: {first_sentence(exc)}"
         ) from exc
 
 
@@ -139,16 +139,16 @@ def _predict(sample: Float, states: Float, cond: Float | None) -> Float:
 
 
 def _check_drawing(own: Any, spec: PipelineSpec, tokenizer: PromptTokenizer, steps: int) -> None:
-    """One picture of `steps` steps by both, at the plan's guidance and with what is drawn where
+    """One image of `steps` steps by both, at the plan's guidance and with what is generated where
     nobody says otherwise."""
     theirs, ours = _Fed(), _Fed()
     problem: EdgesdError | None = None
     try:
-        _draw_ours(spec, tokenizer, steps, ours)
+        _generate_ours(spec, tokenizer, steps, ours)
     except EdgesdError as exc:
         problem = exc
     try:
-        _draw_theirs(own, spec, steps, theirs)
+        _generate_theirs(own, spec, steps, theirs)
     except Exception:
         if problem is not None and steps != spec.num_inference_steps:
             return  # a number of steps that neither has
@@ -156,12 +156,12 @@ def _check_drawing(own: Any, spec: PipelineSpec, tokenizer: PromptTokenizer, ste
     if problem is not None:
         if not np.isfinite(theirs.samples[-1]).all():
             return
-        raise ParityError(f"{steps} steps: diffusers draws them, edgesd doesn't: {problem}")
+        raise ParityError(f"{steps} steps: diffusers generates them, edgesd doesn't: {problem}")
     size, wanted = (fed.samples[0].shape[-2:] for fed in (ours, theirs))
     if size != wanted:
         scale = spec.latent.scale_factor
         raise ParityError(
-            f"the picture's size is {size[1] * scale}x{size[0] * scale} pixels, in diffusers "
+            f"the image's size is {size[1] * scale}x{size[0] * scale} pixels, in diffusers "
             f"{wanted[1] * scale}x{wanted[0] * scale}"
         )
     same = len(ours.timesteps) == len(theirs.timesteps)
@@ -196,7 +196,7 @@ def _few(values: list[float]) -> str:
     return f"{shown}{', ...' if len(values) > 4 else ''} ({len(values)})"
 
 
-def _draw_theirs(own: Any, spec: PipelineSpec, steps: int, fed: _Fed) -> None:
+def _generate_theirs(own: Any, spec: PipelineSpec, steps: int, fed: _Fed) -> None:
     def encode(input_ids: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
         return (_embedding(input_ids.numpy(), own.text_encoder.config.hidden_size),)
 
@@ -213,7 +213,7 @@ def _draw_theirs(own: Any, spec: PipelineSpec, steps: int, fed: _Fed) -> None:
 
     own.text_encoder.forward, own.unet.forward, own.vae.decode = encode, predict, decode
     size: dict[str, int] = {}
-    if not spec.shape.dynamic or not _draws_by_itself(own):
+    if not spec.shape.dynamic or not _generates_by_itself(own):
         size = {"height": spec.shape.height, "width": spec.shape.width}
     own(
         _PROMPTS[1],
@@ -225,14 +225,14 @@ def _draw_theirs(own: Any, spec: PipelineSpec, steps: int, fed: _Fed) -> None:
     )
 
 
-def _draws_by_itself(own: Any) -> bool:
+def _generates_by_itself(own: Any) -> bool:
     """Whether the pipeline has a default size: that of latent consistency models takes one number
     only."""
     takes_two = hasattr(own, "_is_unet_config_sample_size_int")
     return takes_two or isinstance(own.unet.config.sample_size, int)
 
 
-def _draw_ours(spec: PipelineSpec, tokenizer: PromptTokenizer, steps: int, fed: _Fed) -> None:
+def _generate_ours(spec: PipelineSpec, tokenizer: PromptTokenizer, steps: int, fed: _Fed) -> None:
     unet, latent = spec.components["unet"], spec.latent
     width = unet.inputs[2].shape[-1]
     assert isinstance(width, int)

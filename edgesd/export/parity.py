@@ -29,7 +29,7 @@ TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3}
 
 QUANTIZED_TOLERANCE = 0.5
 """The same for quantized graphs: beyond it something is wrong, however few the bits. Whether a
-graph is good enough its pictures say."""
+graph is good enough its images say."""
 
 
 def example_inputs(component: Component, sizes: Sizes, seed: int) -> dict[str, Array]:
@@ -93,7 +93,7 @@ def check_halves(
     library: Path | None = None,
 ) -> Parity:
     """The same for the halves of a decoder below the folder `root`, one after the other, each
-    picture in one tile. library: takes their graphs for edgesd's own kernels."""
+    image in one tile. library: takes their graphs for edgesd's own kernels."""
     files = [
         root / (half.kernels if library and half.kernels else half.path)
         for half in (halves.head, halves.tail)
@@ -105,13 +105,13 @@ def check_halves(
         head, tail = (_session(file, library) for file in files)
 
         def run(inputs: dict[str, Array]) -> Sequence[Array]:
-            pictures = []
+            images = []
             for row in inputs["latents"]:
                 features = head.run(None, {"latents": row[None]})[0]
                 core = np.array([0, 0, *features.shape[2:]])
                 fed = {"features": features, "statistics": none, "core": core}
-                pictures.append(tail.run(None, {**fed, "own": np.ones(1, np.float32)})[0])
-            return [np.concatenate(pictures)]
+                images.append(tail.run(None, {**fed, "own": np.ones(1, np.float32)})[0])
+            return [np.concatenate(images)]
 
         return run
 

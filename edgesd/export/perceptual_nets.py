@@ -34,12 +34,12 @@ _TIMEOUT_S = 3.0
 
 
 class PerceptualNet(ABC):
-    """Compares pictures by the feature maps of a network for image classification.
+    """Compares images by the feature maps of a network for image classification.
 
     distance = sum over stages k of mean over space of sum over channels c of
     w_kc (unit(f_k(first)) - unit(f_k(second)))^2, where unit() divides by the norm over channels
-    (Zhang et al. 2018, arXiv 1801.03924, eq. 1). float32 on the CPU, one picture at a time, at the
-    picture's own size; one whose shorter side is below `minimum_side` pixels is enlarged to that
+    (Zhang et al. 2018, arXiv 1801.03924, eq. 1). float32 on the CPU, one image at a time, at the
+    image's own size; one whose shorter side is below `minimum_side` pixels is enlarged to that
     (bilinear, same proportions), as it would vanish before the last stage.
     """
 
@@ -47,7 +47,7 @@ class PerceptualNet(ABC):
     channel_weights: list[Tensor]  # [C_k] for each stage
 
     def distance(self, first: Pixels, second: Pixels) -> float:
-        """Of two pictures [H, W, 3] of one size: 0 for equal ones, without a unit."""
+        """Of two images [H, W, 3] of one size: 0 for equal ones, without a unit."""
         with torch.inference_mode():
             total = torch.zeros(())
             stages = zip(
@@ -57,14 +57,14 @@ class PerceptualNet(ABC):
                 total += ((_unit(a) - _unit(b)) ** 2).mean(dim=(0, 2, 3)) @ weights
         return float(total)
 
-    def embedding(self, picture: Pixels) -> npt.NDArray[np.float32]:
-        """Picture [H, W, 3] -> [D]: the last feature map, averaged over space."""
+    def embedding(self, image: Pixels) -> npt.NDArray[np.float32]:
+        """Image [H, W, 3] -> [D]: the last feature map, averaged over space."""
         with torch.inference_mode():
-            pooled = self._maps(picture)[1].mean(dim=(0, 2, 3))
+            pooled = self._maps(image)[1].mean(dim=(0, 2, 3))
         return np.asarray(pooled.numpy())
 
-    def _maps(self, picture: Pixels) -> tuple[list[Tensor], Tensor]:
-        sample = torch.tensor(picture, dtype=torch.float32).permute(2, 0, 1)[None]
+    def _maps(self, image: Pixels) -> tuple[list[Tensor], Tensor]:
+        sample = torch.tensor(image, dtype=torch.float32).permute(2, 0, 1)[None]
         shorter = min(sample.shape[2:])
         if shorter < self.minimum_side:
             size = [round(side * self.minimum_side / shorter) for side in sample.shape[2:]]
@@ -94,7 +94,7 @@ class Lpips(PerceptualNet):
         (10, 256, 256, 3, 1, 1),
     )
     _POOL_BEFORE = (3, 6)
-    # of the picture in -1 to 1, per channel
+    # of the image in -1 to 1, per channel
     _SHIFT = (-0.030, -0.088, -0.188)
     _SCALE = (0.458, 0.448, 0.450)
 

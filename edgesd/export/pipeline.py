@@ -107,7 +107,7 @@ def plan_pipeline(
     size: (width, height) in pixels for static graphs, whose denoiser takes `batch` rows; None for
     any batch and any multiple of the model's granularity. scheduler: another sampler than the
     model's own. Raises InputError for a model that isn't supported, UsageError for a size it
-    can't draw, MissingDependencyError without edgesd[build], whose libraries read the configs.
+    can't generate, MissingDependencyError without edgesd[build], whose libraries read the configs.
     """
     require_build_tools()
     source.check_configs()
@@ -118,7 +118,9 @@ def plan_pipeline(
     try:
         check_ranges(plan.pipeline)
     except InputError as exc:
-        raise InputError(f"{source.name}: its configs ask for what can't be drawn: {exc}") from exc
+        raise InputError(
+            f"{source.name}: its configs ask for what can't be generated: {exc}"
+        ) from exc
     return plan
 
 

@@ -439,7 +439,7 @@ struct QuantConv {
     const int64_t wide = shape[3] * upsample + pads[1] + pads[3];
     if (high < kernel_shape[0] || wide < kernel_shape[1])
       throw Failure("x of " + text_of(shape) + " is smaller than the kernel");
-    count_of({high, wide, channels});  // of the picture in bytes
+    count_of({high, wide, channels});  // of the image in bytes
     const Shape out{shape[0], weight.n, (high - kernel_shape[0]) / strides[0] + 1,
                     (wide - kernel_shape[1]) / strides[1] + 1};
     const int64_t outputs = count_of(out);

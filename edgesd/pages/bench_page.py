@@ -1,4 +1,4 @@
-"""Benchmarks as one HTML page, with plots and the pictures in it."""
+"""Benchmarks as one HTML page, with plots and the images in it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def bench_html(benches: Sequence[Bench]) -> str:
         sections += [
             section_of(f"{where}times", _times(bench) + _steps(bench)),
             section_of(f"{where}over time", _telemetry(bench)),
-            section_of(f"{where}pictures", _pictures(bench)),
+            section_of(f"{where}images", _images(bench)),
             section_of(f"{where}what was measured", _facts(bench)),
         ]
     return html_page(f"{title}: edgesd benchmark", sections)
@@ -68,9 +68,9 @@ def _head(benches: Sequence[Bench], title: str) -> str:
     tiles, notices = "", ""
     for bench in benches:
         found = bench.summary
-        n = counted(bench.asked.runs, "picture")
+        n = counted(bench.asked.runs, "image")
         times = [
-            ("a picture", _seconds(found.picture.median), f"median of {n}"),
+            ("an image", _seconds(found.image.median), f"median of {n}"),
             ("a step", _seconds(found.step.median), f"p90 {_seconds(found.step.p90)}"),
         ]
         figures = [
@@ -79,7 +79,7 @@ def _head(benches: Sequence[Bench], title: str) -> str:
             ("throttled", "yes" if found.throttled else "no", ", ".join(found.throttled)),
         ]
         if found.joules is not None:
-            figures.append(("energy", f"{found.joules:.1f} J", "per picture"))
+            figures.append(("energy", f"{found.joules:.1f} J", "per image"))
         name = f"{bench.title}: " if len(benches) > 1 else ""
         tiles += "".join(
             f"<div><dt>{escaped(name + what)}</dt><dd><strong>{escaped(value)}</strong>"
@@ -110,7 +110,7 @@ def _times(bench: Bench) -> str:
         Column("seconds"),
         *(Column(name, numeric=True) for name in ("median", "p90", "least", "most", "spread", "n")),
     ]
-    rows = {"picture": found.picture, "step": found.step, **found.components}
+    rows = {"image": found.image, "step": found.step, **found.components}
 
     def row(name: str, of: Stats) -> list[Cell]:
         values = (of.median, of.p90, of.minimum, of.maximum, of.spread)
@@ -158,16 +158,16 @@ def _telemetry(bench: Bench) -> str:
         plots = (
             f'<p class="notice">{escaped(held)}, from {found.throttled_at:.1f} s on.</p>' + plots
         )
-    return plots + '<p class="note">Shaded: pictures that count.</p>\n'
+    return plots + '<p class="note">Shaded: images that count.</p>\n'
 
 
-def _pictures(bench: Bench) -> str:
+def _images(bench: Bench) -> str:
     small = ' class="gallery sharp"' if bench.asked.width < 257 else ' class="gallery"'
     cards = "".join(
         '<figure class="card"><img alt="" src="data:image/png;base64,'
-        f'{base64.b64encode(picture).decode()}"><figcaption>seed {run.seed}, '
+        f'{base64.b64encode(image).decode()}"><figcaption>seed {run.seed}, '
         f"{_seconds(run.seconds)}</figcaption></figure>\n"
-        for run, picture in zip(bench.runs, bench.pictures, strict=True)
+        for run, image in zip(bench.runs, bench.images, strict=True)
     )
     return f'<p dir="auto">{escaped(bench.asked.prompt)}</p>\n<div{small}>{cards}</div>\n'
 
@@ -188,7 +188,7 @@ def _facts(bench: Bench) -> str:
             ("manifest", bench.manifest_sha256),
             ("on disk", megabytes(bench.bundle_bytes)),
             (
-                "pictures",
+                "images",
                 f"{asked.width}x{asked.height}, {asked.num_inference_steps} steps of "
                 f"{asked.scheduler}, guidance {asked.guidance_scale:g}, one at a time, "
                 f"{asked.warm_up} to warm up",
@@ -216,11 +216,11 @@ class _Plot:
         self._top = most + (most - self._base or 1) * 0.05
 
     def x(self, value: float) -> float:
-        """Across, in the picture's units."""
+        """Across, in the image's units."""
         return _LEFT + (value - self._low) / self._span * (_WIDTH - _LEFT - _RIGHT)
 
     def y(self, value: float) -> float:
-        """Down, in the picture's units."""
+        """Down, in the image's units."""
         part = (value - self._base) / (self._top - self._base)
         return _HEIGHT - _BOTTOM - part * (_HEIGHT - _TOP - _BOTTOM)
 

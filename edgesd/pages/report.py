@@ -1,6 +1,6 @@
 """The report on a bundle: one HTML page that needs nothing but itself, and works without scripts.
 
-All of it comes from the manifest and the pictures that the build kept. The same bundle gives the
+All of it comes from the manifest and the images that the build kept. The same bundle gives the
 same page, byte for byte.
 """
 
@@ -38,19 +38,19 @@ from edgesd.pages.page import (
 )
 from edgesd.runtime.bundle import SUFFIX, Bundle
 from edgesd.spec.bundle import BundleManifest, LayerRecipe, QuantRecipe
-from edgesd.spec.quality import PictureQuality, Quality
+from edgesd.spec.quality import ImageQuality, Quality
 
 SIMULATED = (
-    "simulated: no engine computes in this format; the pictures are right, speed and memory are not"
+    "simulated: no engine computes in this format; the images are right, speed and memory are not"
 )
 POOLED = "the largest has a quarter of its keys and values, means of 2x2 latents"
 FORMATS = {"PNG": "image/png", "WEBP": "image/webp"}
-"""Formats that kept pictures may have, and their media types."""
+"""Formats that kept images may have, and their media types."""
 MAX_AMPLIFICATION = 64
 """Largest factor of the difference maps: 64 makes a difference of 4 of 255 white."""
 
 _PIXELATED_BELOW = 257
-"""Pictures smaller than this, in pixels, are scaled up with their pixels kept sharp."""
+"""Images smaller than this, in pixels, are scaled up with their pixels kept sharp."""
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -86,9 +86,9 @@ def write_report(bundle: Bundle, path: Path | None = None) -> Path:
 
 
 def report_html(bundle: Bundle) -> str:
-    """The report on `bundle` as an HTML page with its pictures, styles and script inside.
+    """The report on `bundle` as an HTML page with its images, styles and script inside.
 
-    Raises BundleError when a picture is missing, altered, can't be decoded, or differs in size
+    Raises BundleError when an image is missing, altered, can't be decoded, or differs in size
     from the one that it is compared with.
     """
     manifest = bundle.manifest
@@ -96,7 +96,7 @@ def report_html(bundle: Bundle) -> str:
     sections = (
         _head(bundle),
         _quality(manifest),
-        _pictures(bundle),
+        _images(bundle),
         _layers(manifest),
         _calibration(manifest.recipe),
     )
@@ -119,7 +119,7 @@ def _head(bundle: Bundle) -> str:
             (
                 "PSNR, mean",
                 f"{quality.psnr_mean:.1f} dB",
-                counted(len(quality.pictures), "picture"),
+                counted(len(quality.images), "image"),
             ),
             ("PSNR, worst", f"{quality.psnr_min:.1f} dB", _floor(quality)),
         ]
@@ -133,7 +133,7 @@ def _head(bundle: Bundle) -> str:
         ("Precision", manifest.precision),
         ("Simulated", (SIMULATED if recipe.simulated else "no") if recipe else None),
         ("Attention", POOLED if recipe and recipe.pooled_attention else None),
-        ("Picture size", size),
+        ("Image size", size),
         ("Licence", f"{licence.name} ({', '.join(licence.files) or 'no file'})"),
         ("Tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
     )
@@ -216,17 +216,17 @@ def _quality(manifest: BundleManifest) -> str:
     if not quality:
         return section_of(
             "Quality",
-            "<p>Nothing was measured: this bundle says nothing of how far its pictures are from "
+            "<p>Nothing was measured: this bundle says nothing of how far its images are from "
             f"those of its source. {_how_to(manifest)}</p>\n",
         )
     decibels = f"mean {quality.psnr_mean:.2f} dB, worst {quality.psnr_min:.2f} dB"
     steps = counted(quality.num_inference_steps, "step")
     facts = (
-        ("PSNR", f"{decibels} (equal pictures count as 100 dB)"),
-        ("SSIM", f"mean {quality.ssim_mean:.4f} (1 for equal pictures)"),
-        (quality.metric, f"mean {quality.distance_mean:.4f} (0 for equal pictures)"),
+        ("PSNR", f"{decibels} (equal images count as 100 dB)"),
+        ("SSIM", f"mean {quality.ssim_mean:.4f} (1 for equal images)"),
+        (quality.metric, f"mean {quality.distance_mean:.4f} (0 for equal images)"),
         ("Floor", _floor(quality)),
-        ("Worst prompt", _worst(quality.pictures)),
+        ("Worst prompt", _worst(quality.images)),
         ("Drawn with", f"{steps} of {quality.scheduler}, guidance {quality.guidance_scale:g}"),
         ("Measured on", quality.measured_on),
     )
@@ -240,17 +240,17 @@ def _quality(manifest: BundleManifest) -> str:
     )
     rows = [
         [
-            Cell(_prompt(picture)),
-            Cell(str(picture.seed), picture.seed),
-            Cell(_psnr(picture), rank(picture)),
-            Cell(f"{picture.ssim:.4f}", picture.ssim),
-            Cell(f"{picture.distance:.4f}", picture.distance),
-            Cell("yes" if picture.source or picture.ours else "no"),
+            Cell(_prompt(image)),
+            Cell(str(image.seed), image.seed),
+            Cell(_psnr(image), rank(image)),
+            Cell(f"{image.ssim:.4f}", image.ssim),
+            Cell(f"{image.distance:.4f}", image.distance),
+            Cell("yes" if image.source or image.ours else "no"),
         ]
-        for picture in (quality.pictures[index] for index in worst_first(quality.pictures))
+        for image in (quality.images[index] for index in worst_first(quality.images))
     ]
     return section_of(
-        "Quality", fact_list(facts) + table_of("All pictures, worst first", columns, rows)
+        "Quality", fact_list(facts) + table_of("All images, worst first", columns, rows)
     )
 
 
@@ -261,25 +261,25 @@ def _floor(quality: Quality) -> str:
     return f"at least {quality.min_psnr:g} dB was asked for: {held}"
 
 
-def _worst(pictures: Sequence[PictureQuality]) -> str:
-    if not pictures:
-        return "no picture was compared"
-    worst = pictures[worst_first(pictures)[0]]
+def _worst(images: Sequence[ImageQuality]) -> str:
+    if not images:
+        return "no image was compared"
+    worst = images[worst_first(images)[0]]
     if worst.psnr is None:
-        return "none: all pictures are equal to the source's"
+        return "none: all images are equal to the source's"
     return f"{_prompt(worst)} (seed {worst.seed}, {_psnr(worst)} dB)"
 
 
-def _pictures(bundle: Bundle) -> str:
+def _images(bundle: Bundle) -> str:
     quality = bundle.manifest.quality
     if not quality:
         return ""
-    ordered = [quality.pictures[index] for index in worst_first(quality.pictures)]
-    kept = [picture for picture in ordered if picture.source or picture.ours]
+    ordered = [quality.images[index] for index in worst_first(quality.images)]
+    kept = [image for image in ordered if image.source or image.ours]
     if not kept:
-        text = "<p>The bundle keeps no pictures: there are only their figures above.</p>\n"
-        return section_of("Pictures", text)
-    differences = [_difference(bundle, picture) for picture in kept]
+        text = "<p>The bundle keeps no images: there are only their figures above.</p>\n"
+        return section_of("Images", text)
+    differences = [_difference(bundle, image) for image in kept]
     factor = _amplification(_difference_counts(differences))
     intro = (
         f"<p>Worst PSNR first. The difference is |ours - source| per channel, amplified {factor} "
@@ -287,29 +287,29 @@ def _pictures(bundle: Bundle) -> str:
         "</p>\n"
     )
     cards = "\n".join(
-        _card(bundle, picture, difference, quality.metric, factor)
-        for picture, difference in zip(kept, differences, strict=True)
+        _card(bundle, image, difference, quality.metric, factor)
+        for image, difference in zip(kept, differences, strict=True)
     )
-    return section_of("Pictures", f'{intro}<div class="cards">\n{cards}\n</div>\n')
+    return section_of("Images", f'{intro}<div class="cards">\n{cards}\n</div>\n')
 
 
 def _card(
-    bundle: Bundle, picture: PictureQuality, difference: Pixels | None, metric: str, factor: int
+    bundle: Bundle, image: ImageQuality, difference: Pixels | None, metric: str, factor: int
 ) -> str:
     """One prompt: source, ours and their difference side by side."""
-    prompt = _prompt(picture)
+    prompt = _prompt(image)
     figures = []
     for name, kind, who in (
-        (picture.source, "source", "the source"),
-        (picture.ours, "ours", "this bundle"),
+        (image.source, "source", "the source"),
+        (image.ours, "ours", "this bundle"),
     ):
         if name is None:
             figures.append(f'<p class="absent">{kind}: not kept</p>')
             continue
         data = bundle.read(name)
-        image = _decode(bundle, name, data)
+        opened = _decode(bundle, name, data)
         alt = f"Drawn by {who}: {prompt}"
-        figures.append(_figure(kind, kind, alt, data, FORMATS[str(image.format)], image.size))
+        figures.append(_figure(kind, kind, alt, data, FORMATS[str(opened.format)], opened.size))
     if difference is not None:
         amplified = np.minimum(difference.astype(np.uint16) * factor, 255).astype(np.uint8)
         data, (height, width) = _png(amplified), amplified.shape[:2]
@@ -317,8 +317,8 @@ def _card(
         caption = f"difference x{factor}"
         figures.append(_figure("difference", caption, alt, data, "image/png", (width, height)))
     seed_and_scores = (
-        f"seed {picture.seed}, PSNR {_psnr(picture, ' dB')}, SSIM {picture.ssim:.4f}, "
-        f"{metric} {picture.distance:.4f}"
+        f"seed {image.seed}, PSNR {_psnr(image, ' dB')}, SSIM {image.ssim:.4f}, "
+        f"{metric} {image.distance:.4f}"
     )
     return (
         f'<article class="card">\n<h3 dir="auto">{escaped(prompt)}</h3>\n'
@@ -422,7 +422,7 @@ def _calibration(recipe: QuantRecipe | None) -> str:
         ("Recorded on", f"{counted(prompts, 'prompt')}, drawn by the pipeline's own loop"),
         ("Prompts' sha256", calibration.prompts_sha256),
         ("Drawn with", f"{loop}, guidance {calibration.guidance_scale:g}"),
-        ("Picture size", f"{calibration.width}x{calibration.height}"),
+        ("Image size", f"{calibration.width}x{calibration.height}"),
     )
     return section_of("Calibration", fact_list(facts))
 
@@ -435,11 +435,11 @@ def _how_to(manifest: BundleManifest) -> str:
     )
 
 
-# --- pictures ---------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------
 
 
 def _decode(bundle: Bundle, name: str, data: bytes) -> Image.Image:
-    """`data`, the file `name`, as a loaded picture of whatever mode. Raises BundleError."""
+    """`data`, the file `name`, as a loaded image of whatever mode. Raises BundleError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -451,24 +451,24 @@ def _decode(bundle: Bundle, name: str, data: bytes) -> Image.Image:
     ) as exc:
         detail = "" if isinstance(exc, UnidentifiedImageError) else f" ({exc})"
         raise BundleError(
-            f"{bundle.path}: {name} isn't a readable PNG or WebP picture{detail}; "
+            f"{bundle.path}: {name} isn't a readable PNG or WebP image{detail}; "
             "build the bundle again"
         ) from exc
     return image
 
 
-def _difference(bundle: Bundle, picture: PictureQuality) -> Pixels | None:
+def _difference(bundle: Bundle, image: ImageQuality) -> Pixels | None:
     """|ours - source| [H, W, 3] of 8 bits; None where one isn't kept. Raises BundleError."""
-    if picture.source is None or picture.ours is None:
+    if image.source is None or image.ours is None:
         return None
     first, second = (
         np.asarray(_decode(bundle, name, bundle.read(name)).convert("RGB"))
-        for name in (picture.source, picture.ours)
+        for name in (image.source, image.ours)
     )
     if first.shape != second.shape:
         sizes = " and ".join(f"{array.shape[1]}x{array.shape[0]}" for array in (first, second))
         raise BundleError(
-            f"{bundle.path}: {picture.source} and {picture.ours} are of {sizes} pixels and can't "
+            f"{bundle.path}: {image.source} and {image.ours} are of {sizes} pixels and can't "
             "be compared; build the bundle again"
         )
     difference: Pixels = np.maximum(first, second) - np.minimum(first, second)
@@ -476,7 +476,7 @@ def _difference(bundle: Bundle, picture: PictureQuality) -> Pixels | None:
 
 
 def _difference_counts(differences: Iterable[Pixels | None]) -> npt.NDArray[np.int64]:
-    """How often each difference 0 to 255 occurs [256], over all channels of all pictures."""
+    """How often each difference 0 to 255 occurs [256], over all channels of all images."""
     counts = np.zeros(256, np.int64)
     for difference in differences:
         if difference is not None:
@@ -566,12 +566,12 @@ def _histogram(errors: Sequence[float]) -> str:
 # --- pieces of HTML ---------------------------------------------------------------------------
 
 
-def _psnr(picture: PictureQuality, unit: str = "") -> str:
-    return "equal" if picture.psnr is None else f"{picture.psnr:.2f}{unit}"
+def _psnr(image: ImageQuality, unit: str = "") -> str:
+    return "equal" if image.psnr is None else f"{image.psnr:.2f}{unit}"
 
 
-def _prompt(picture: PictureQuality) -> str:
-    return picture.prompt or "(empty prompt)"
+def _prompt(image: ImageQuality) -> str:
+    return image.prompt or "(empty prompt)"
 
 
 def _fp32_bytes(layers: Iterable[LayerRecipe]) -> int:

@@ -75,7 +75,7 @@ def _name(model: str) -> str:
 
 
 def demo_judge() -> Path | None:
-    """Folder of the judge of the embedded pipeline's pictures, or None outside a checkout."""
+    """Folder of the judge of the embedded pipeline's images, or None outside a checkout."""
     folder = _MODELS / "emoji-judge"
     return folder if folder.is_dir() else None
 
@@ -131,7 +131,7 @@ def build(
 
     model: "demo", a diffusers folder, or a hub id. size: (width, height) in pixels for static
     graphs, whose denoiser takes `batch` rows; None exports graphs for any size and batch (of
-    TensorRT: for one picture of the model's own size). scheduler: the bundle's default sampler, if
+    TensorRT: for one image of the model's own size). scheduler: the bundle's default sampler, if
     not the model's own. An `out` that ends in `.edgesd` is the one-file form. quantization: for a
     precision that is a scheme. backend: whose graphs to make; None takes the target's best.
     prompter: folder of an exported prompter that the bundle is to bring.
@@ -230,7 +230,7 @@ def _check_pooling(options: QuantOptions, precision: Precision, backend: str) ->
     elif precision in ("fp32", "fp16"):
         reason = f"is for quantized bundles, and {precision} isn't one: choose w8a8 or another"
     elif options.quality_prompts == ():
-        reason = "is kept where pictures allow it, and none are drawn: leave --no-quality out"
+        reason = "is kept where images allow it, and none are generated: leave --no-quality out"
     if reason:
         raise UsageError(f"--pool-attention {reason}")
 
@@ -301,7 +301,7 @@ def _keep_in_fp32(
     from edgesd.recipes.fp16_ranges import keep_in_fp32
 
     if progress:
-        progress("draw, to find what exceeds fp16", "graphs")
+        progress("generate, to find what exceeds fp16", "graphs")
     given = options.calibration_prompts if options else None
     prompt = (given or source.prompts("calibration") or prompts.CALIBRATION)[0]
     return [
@@ -358,7 +358,7 @@ def _reference(
 
 
 def fixed_shape(pipeline: PipelineSpec) -> tuple[tuple[int, int], str, int]:
-    """Size, scheduler and rows of the same pipeline with fixed shapes: its own size, one picture.
+    """Size, scheduler and rows of the same pipeline with fixed shapes: its own size, one image.
 
     A plan of fixed shapes needs least memory, to be built and to run.
     """

@@ -1,7 +1,7 @@
 """What a pipeline's graphs take in memory, traced: what `plan` predicts and bundles carry.
 
 Networks are made on shapes alone (export/cost/workload.py); export/cost/costs.py says what a
-workload costs. How footprints add up for a picture is runtime/footprint.py's.
+workload costs. How footprints add up for an image is runtime/footprint.py's.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Networks:
         return self._traced[name, shape]
 
     def latents(self, width: int, height: int) -> tuple[int, int]:
-        """Height and width in latents of a picture's in pixels."""
+        """Height and width in latents of an image's in pixels."""
         unit = self.pipeline.latent.scale_factor
         return height // unit, width // unit
 
@@ -137,7 +137,7 @@ class Networks:
 
     def _shapes(self, name: str) -> list[Shape]:
         """Where a component is traced: a quarter, one, four and sixteen times its own area; and
-        at several pictures at a time."""
+        at several images at a time."""
         height, width, rows = self.own_shape(name)
         shape = self.pipeline.shape
         if not shape.dynamic:

@@ -1,8 +1,8 @@
-"""What of a graph that computes in fp16 must stay in fp32, found by drawing a picture with it.
+"""What of a graph that computes in fp16 must stay in fp32, found by drawing an image with it.
 
 On a CPU, ONNX Runtime computes these graphs in fp32, and an overflow on the GPU wouldn't show in
-its pictures. So the largest magnitude of every fp16 value is recorded while the pipeline's own loop
-draws; where one comes near fp16's end, what makes and reads it is kept in fp32.
+its images. So the largest magnitude of every fp16 value is recorded while the pipeline's own loop
+generates; where one comes near fp16's end, what makes and reads it is kept in fp32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Largest = dict[str, dict[str, float]]
 
 
 def keep_in_fp32(root: Path, prompt: str) -> Largest:
-    """Rewrite the graphs of the bundle folder `root` whose values exceed `LIMIT` in a picture of
+    """Rewrite the graphs of the bundle folder `root` whose values exceed `LIMIT` in an image of
     `prompt`; those values, and how large they were.
 
     Not atomic: `root` is a folder that nobody else sees yet.
@@ -63,18 +63,16 @@ def keep_in_fp32(root: Path, prompt: str) -> Largest:
 
 
 def record(bundle: Bundle, prompt: str) -> Largest:
-    """Largest magnitudes of all fp16 values while `prompt` is drawn, and its picture encoded."""
+    """Largest magnitudes of all fp16 values while `prompt` is generated, and its image encoded."""
     with _Recording(bundle) as pipeline:
         request = pipeline.complete(Request(prompt, seed=0))
         assert request.num_inference_steps
         steps = min(STEPS, request.num_inference_steps)
         request = replace(request, num_inference_steps=steps)
-        requests = [
-            replace(request, seed=seed) for seed in range(pipeline.pictures_per_run(request))
-        ]
-        pictures = pipeline.generate(requests)
+        requests = [replace(request, seed=seed) for seed in range(pipeline.images_per_run(request))]
+        images = pipeline.generate(requests)
         if "vae_encoder" in bundle.manifest.engines:
-            pipeline.encode(pictures)
+            pipeline.encode(images)
         return pipeline.largest
 
 
@@ -91,11 +89,11 @@ class _Recording(Pipeline):
         kept = self.largest.setdefault(component, {})
         return _recorder(spec, self.bundle.graph_file(component), kept)
 
-    def encode(self, pictures: Sequence[object]) -> None:
-        """Pictures through the encoder, one after the other."""
+    def encode(self, images: Sequence[object]) -> None:
+        """Images through the encoder, one after the other."""
         runner = self.open_runner("vae_encoder")
-        for picture in pictures:
-            pixels = np.asarray(picture, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+        for image in images:
+            pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
             runner.bind({"image": pixels.shape})
             runner.inputs["image"][:] = pixels
             runner.run()

@@ -67,7 +67,7 @@ _KERNELS = {
 class ComponentCost(Spec, frozen=True):
     """One component. bytes: of its files; macs: multiplications of one run of one row, by kind of
     operation. By --memory mode: memory: peak of the process while it is loaded and runs alone;
-    runs: in a picture; seconds: of all these runs, None where rates aren't known."""
+    runs: in an image; seconds: of all these runs, None where rates aren't known."""
 
     bytes: int
     macs: dict[str, int]
@@ -81,7 +81,7 @@ class BuildPlan(Spec, frozen=True):
 
     memory: peak resident set of `edgesd generate` in each mode (or of the GPU); usable_bytes: what
     the target, or the limit asked for, allows; mode: the fastest that fits, None for none.
-    seconds: of a picture by mode, without loading; None where the target was never calibrated.
+    seconds: of an image by mode, without loading; None where the target was never calibrated.
     rates: which machine they were measured on. advice: what would fit where this doesn't.
     """
 
@@ -109,7 +109,7 @@ class BuildPlan(Spec, frozen=True):
 class Wish:
     """What is to be planned; None takes the model's own. max_memory: bytes, instead of the
     target's RAM. rates: how fast the target is. fixed: of graphs for `size` alone, whose denoiser
-    takes `batch` rows; others draw any size, and so are those for TensorRT. scheduler: the
+    takes `batch` rows; others generate any size, and so are those for TensorRT. scheduler: the
     bundle's default sampler."""
 
     precision: Precision
@@ -125,7 +125,7 @@ class Wish:
 
 
 def make_plan(model: str, target_name: str, wish: Wish, backend: str | None = None) -> BuildPlan:
-    """Predict what `edgesd build model --target target_name` makes, and what a picture takes.
+    """Predict what `edgesd build model --target target_name` makes, and what an image takes.
 
     Raises UsageError, InputError and TargetError as `build` does for what it can't make.
     """
@@ -150,7 +150,8 @@ def plan_source(
 
 
 def check_plan(plan: BuildPlan) -> None:
-    """Raise TargetError for a bundle that can't draw on its target in any mode, with what could."""
+    """Raise TargetError for a bundle that can't generate on its target in any mode, with what
+    could."""
     if plan.mode is not None:
         return
     least = min(plan.memory, key=lambda mode: plan.memory[mode])
@@ -186,7 +187,7 @@ class _Planner:
         self.networks = self._networks_of(None)
 
     def _networks_of(self, size: tuple[int, int] | None) -> Networks:
-        """Those of a bundle that draws `size` (width, height) alone; None: any."""
+        """Those of a bundle that generates `size` (width, height) alone; None: any."""
         if size not in self._known:
             batch = self.wish.batch
             if size is not None and self.gpu and size != self.wish.size:
@@ -196,13 +197,13 @@ class _Planner:
         return self._known[size]
 
     def _fix(self, size: tuple[int, int] | None) -> None:
-        """Take the networks of what would be built for pictures of `size`."""
+        """Take the networks of what would be built for images of `size`."""
         shape = self._known[None].pipeline.shape
         fixed = (self.wish.fixed and size is not None) or self.gpu
         self.networks = self._networks_of((size or (shape.width, shape.height)) if fixed else None)
 
     def plan(self, precision: Precision, size: tuple[int, int] | None) -> BuildPlan:
-        """The plan of one precision and size. Raises UsageError for what can't be drawn."""
+        """The plan of one precision and size. Raises UsageError for what can't be generated."""
         wish = self.wish
         spec = self._known[None].pipeline
         width, height = size or (spec.shape.width, spec.shape.height)
@@ -232,12 +233,14 @@ class _Planner:
             needs[mode] = self._need(found, mode, (tall, wide), guided)
         for name, component in found.items():
             one = self.networks.trace(name, self.networks.own_shape(name))
-            drawn = self.modes if name in DRAWING else ()
+            generated = self.modes if name in DRAWING else ()
             graphs = NODE_FILE_BYTES * len(one.operations) * (2 if own else 1)
-            runs: dict[str, int] = {mode: self._runs(name, mode, steps, guided) for mode in drawn}
-            took: dict[str, tuple[float, float] | None] = dict.fromkeys(drawn)
+            runs: dict[str, int] = {
+                mode: self._runs(name, mode, steps, guided) for mode in generated
+            }
+            took: dict[str, tuple[float, float] | None] = dict.fromkeys(generated)
             units = 1 if name == "text_encoder" else tall * wide
-            for mode in drawn:
+            for mode in generated:
                 if self.speed is not None:
                     run = self._workloads(name, component, mode, (tall, wide), guided, own)
                     took[mode] = _seconds(self.speed, *run, units, mode == "stream")
@@ -248,7 +251,7 @@ class _Planner:
             costs[name] = ComponentCost(
                 bytes=component.on_disk + graphs,
                 macs=multiplications(at_size),
-                memory={mode: needs[mode].parts[name] for mode in drawn},
+                memory={mode: needs[mode].parts[name] for mode in generated},
                 runs=runs,
                 seconds={
                     mode: None if once is None else once[0] * runs[mode] + once[1]
@@ -368,14 +371,14 @@ class _Planner:
         return computes(isa, [precision])
 
     def _rows(self, guided: bool) -> tuple[int, ...]:
-        """Rows of the denoiser's runs for one picture: one by one, or both halves of guidance."""
+        """Rows of the denoiser's runs for one image: one by one, or both halves of guidance."""
         shape = self.networks.pipeline.shape
         if not shape.dynamic:
             return (shape.batch,)
         return (1, 2) if guided else (1,)
 
     def _shapes(self, name: str, size: tuple[int, int], guided: bool) -> list[Shape]:
-        """What a component is run at for a picture of `size` in latents; (): as it was built."""
+        """What a component is run at for an image of `size` in latents; (): as it was built."""
         spec, (height, width) = self.networks.pipeline, size
         if not spec.shape.dynamic or name not in ("unet", "vae_decoder"):
             return [self.networks.own_shape(name)]
@@ -394,7 +397,7 @@ class _Planner:
         return found
 
     def _drawing(self, mode: MemoryMode, size: tuple[int, int], guided: bool) -> Drawing:
-        """One picture, or as many as a fixed number of rows draws, of `size` in latents."""
+        """One image, or as many as a fixed number of rows generates, of `size` in latents."""
         spec = self.networks.pipeline
         rows = self._rows(guided)
         values = text_values(spec.components["text_encoder"])
@@ -411,7 +414,7 @@ class _Planner:
         size: tuple[int, int],
         guided: bool,
     ) -> Need:
-        """Memory of a picture of `size` (height, width) in latents, as the pipeline counts it."""
+        """Memory of an image of `size` (height, width) in latents, as the pipeline counts it."""
         spec = self.networks.pipeline
         return drawing_need(
             spec.latent,
@@ -425,7 +428,7 @@ class _Planner:
         )
 
     def _runs(self, name: str, mode: MemoryMode, steps: int, guided: bool) -> int:
-        """How often a component runs in a picture."""
+        """How often a component runs in an image."""
         rows = 2 if guided else 1
         if name == "unet":
             return steps * (1 if mode == "fast" else rows)

@@ -30,4 +30,4 @@ QUALITY = (
     "a snowy village at night, warm windows",
     "close-up portrait of a woman with freckles",
 )
-"""Few: at full size on a CPU a picture takes minutes."""
+"""Few: at full size on a CPU an image takes minutes."""

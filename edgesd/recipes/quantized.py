@@ -1,7 +1,8 @@
-"""The recipe for a quantized bundle: calibrate, quantize, draw, compare, raise what was too coarse.
+"""The recipe for a quantized bundle: calibrate, quantize, generate, compare, raise what was too
+coarse.
 
 The source's fp32 bundle is built first, into the cache; calibration, every quantized layer and the
-pictures to compare with are kept there, too, under names that hash what they depend on. A run
+images to compare with are kept there, too, under names that hash what they depend on. A run
 that was interrupted goes on where it stopped.
 """
 
@@ -48,10 +49,10 @@ if TYPE_CHECKING:
     from edgesd.export.quantize.store import LayerStore
     from edgesd.export.source import ModelSource
 
-PICTURES = "quality"
-"""Folder of a bundle for the pictures that a report shows."""
+IMAGES = "quality"
+"""Folder of a bundle for the images that a report shows."""
 
-KEPT_PICTURES = 6
+KEPT_IMAGES = 6
 """Pairs kept in the bundle, the worst ones: for the report."""
 
 _LARGE = 100_000_000
@@ -62,24 +63,24 @@ Probes = tuple[int, ...]
 """Places of requests."""
 
 _PROBES = 6
-"""Prompts that a layer's effect on the picture is measured with."""
+"""Prompts that a layer's effect on the image is measured with."""
 _ROUNDS = 8
-"""Times that layers are raised and everything is drawn anew, at most."""
+"""Times that layers are raised and everything is generated anew, at most."""
 _MARGIN = 1.15
 """Raised layers must take this much more error away than is missing."""
 
 _KERNELS_LOSS = 1.0
-"""What the worst pictures may lose by edgesd's own kernels, in dB of their mean PSNR."""
+"""What the worst images may lose by edgesd's own kernels, in dB of their mean PSNR."""
 
 _POOLING_LOSS = 1.0
-"""What the worst pictures may lose by pooled attention, in dB of their mean PSNR."""
+"""What the worst images may lose by pooled attention, in dB of their mean PSNR."""
 _POOLED = "unet"
 """The component whose attention can be pooled."""
 
-_PICTURE_BYTES = 0.7
-"""Bytes per pixel of a kept picture, about: what --max-size sets aside."""
+_IMAGE_BYTES = 0.7
+"""Bytes per pixel of a kept image, about: what --max-size sets aside."""
 _ENTRY_BYTES = 200
-"""Bytes in the manifest of a kept picture's file, of a picture's figures, of a layer's reason."""
+"""Bytes in the manifest of a kept image's file, of an image's figures, of a layer's reason."""
 
 _log = logging.getLogger(__name__)
 
@@ -91,10 +92,10 @@ class QuantOptions:
     method: rtn, gptq or svdquant. static: recorded activation ranges instead of those at hand.
     calibration_prompts, quality_prompts: None takes the model's own, or general ones.
     steps: of the loop in calibration and comparison; None is the model's default. guidance: same.
-    min_psnr: floor in dB for the worst picture. max_size: of the bundle, as a part of the fp32 one.
-    max_time: the same for the estimated time of a picture. work: folder for intermediate results.
+    min_psnr: floor in dB for the worst image. max_size: of the bundle, as a part of the fp32 one.
+    max_time: the same for the estimated time of an image. work: folder for intermediate results.
     lpips: folder with the weights of LPIPS. pool_attention: fewer keys and values in the largest
-    self-attention, where pictures allow.
+    self-attention, where images allow.
     """
 
     method: str = "svdquant"
@@ -194,7 +195,7 @@ class QuantizedBuild:
         self._kernels = self.backend == onnxruntime.BACKEND and (
             ensure_library(lambda part: self.report(f"compile {part}", "kernels")) is not None
         )
-        # Attention in 8 bits is kept where pictures show that it may be.
+        # Attention in 8 bits is kept where images show that it may be.
         self._attention = self._kernels and self.perceptual is not None
 
     def run(self) -> None:
@@ -205,7 +206,7 @@ class QuantizedBuild:
         self._write()
         if self.perceptual is None:
             return
-        source = self._source_pictures()
+        source = self._source_images()
         for round_ in range(_ROUNDS):
             ours, measured = self._measure(source, self.perceptual)
             self.report(
@@ -220,9 +221,9 @@ class QuantizedBuild:
         if self.options.pool_attention:
             ours, measured = self._gate_pooling(source, ours, measured, self.perceptual)
         self._gate_kernels(source, measured)
-        if self.options.max_size is not None:  # what room is left for pictures the manifest decides
+        if self.options.max_size is not None:  # what room is left for images the manifest decides
             self._write_manifest(self.root, self.graph_set(), measured)
-        quality = self._keep_pictures(source, ours, measured)
+        quality = self._keep_images(source, ours, measured)
         self._write_manifest(self.root, self.graph_set(), quality)
         if self._room() < 0:
             raise UsageError(
@@ -300,7 +301,7 @@ class QuantizedBuild:
 
     def _write(self) -> None:
         """All components' graphs as chosen, into `root`, each run once beside its source; and the
-        manifest of a bundle whose pictures weren't measured."""
+        manifest of a bundle whose images weren't measured."""
         from edgesd.export.external_data import GRAPH_FILE, KERNELS_FILE
         from edgesd.export.parity import check_halves, check_parity, graph_cases
 
@@ -359,20 +360,20 @@ class QuantizedBuild:
 
     # Measuring.
 
-    def _pictures_folder(self) -> Path:
+    def _images_folder(self) -> Path:
         complete = [msgspec.json.encode(vars(request)) for request in self.requests]
         tools = {**self.reference.manifest.tools, "sha": self.plan.pipeline.source_sha256}
         shape = self.plan.pipeline.shape
         key = hashlib.sha256(repr((complete, sorted(tools.items()), shape)).encode())
-        return self.work / f"pictures-{key.hexdigest()[:16]}"
+        return self.work / f"images-{key.hexdigest()[:16]}"
 
-    def _source_pictures(self) -> list[Image.Image]:
+    def _source_images(self) -> list[Image.Image]:
         with Pipeline(self.reference, Settings(made_here=True)) as pipeline:
-            return quality_.draw_cached(
-                pipeline, self.requests, self._pictures_folder(), self._drawn("source pictures")
+            return quality_.generate_cached(
+                pipeline, self.requests, self._images_folder(), self._generated("source images")
             )
 
-    def _drawn(self, what: str) -> quality_.Progress:
+    def _generated(self, what: str) -> quality_.Progress:
         return lambda done, total: self.report(f"{done}/{total}", what)
 
     def _measure(
@@ -380,7 +381,7 @@ class QuantizedBuild:
     ) -> tuple[list[Image.Image], Quality]:
         own = Settings(kernels=False, made_here=True)
         with Pipeline(open_bundle(self.root), own) as pipeline:
-            ours = quality_.draw(pipeline, self.requests, self._drawn("quantized pictures"))
+            ours = quality_.generate(pipeline, self.requests, self._generated("quantized images"))
             pairs = quality_.compare(self.requests, source, ours, perceptual)
             measured = quality_.summarise(
                 pairs, pipeline, self.requests[0], perceptual, self.options.min_psnr
@@ -394,8 +395,8 @@ class QuantizedBuild:
         measured: Quality,
         perceptual: Perceptual,
     ) -> tuple[list[Image.Image], Quality]:
-        """Pool the largest self-attention if the worst pictures, whichever they are then, lose
-        little by it and the floor holds. Pictures and figures of the graphs that are kept."""
+        """Pool the largest self-attention if the worst images, whichever they are then, lose
+        little by it and the floor holds. Images and figures of the graphs that are kept."""
         floor, without = self.options.min_psnr, _worst_mean(measured)
         try:
             self._pool(True)
@@ -404,7 +405,7 @@ class QuantizedBuild:
         else:
             pooled, found = self._measure(source, perceptual)
             figures = (
-                f"the worst pictures have a mean PSNR of {_worst_mean(found):.1f} dB (least "
+                f"the worst images have a mean PSNR of {_worst_mean(found):.1f} dB (least "
                 f"{found.psnr_min:.1f}) with it, {without:.1f} ({measured.psnr_min:.1f}) without"
             )
             self.report("pooled attention", figures)
@@ -426,19 +427,21 @@ class QuantizedBuild:
         self._write()
 
     def _gate_kernels(self, source: Sequence[Image.Image], measured: Quality) -> None:
-        """Keep the graphs for edgesd's own kernels if the worst pictures are as near the source's
+        """Keep the graphs for edgesd's own kernels if the worst images are as near the source's
         with them; else without attention in 8 bits, or else not at all."""
-        worst = quality_.worst_first(measured.pictures)[:_PROBES]
-        without = [quality_.decibels(measured.pictures[index]) for index in worst]
+        worst = quality_.worst_first(measured.images)[:_PROBES]
+        without = [quality_.decibels(measured.images[index]) for index in worst]
         least = statistics.mean(without) - _KERNELS_LOSS
         while any(graph.kernels for graph in self.graphs.values()):
             with Pipeline(open_bundle(self.root), Settings(made_here=True)) as pipeline:
-                drawn = quality_.draw(
-                    pipeline, [self.requests[i] for i in worst], self._drawn("pictures by kernels")
+                generated = quality_.generate(
+                    pipeline,
+                    [self.requests[i] for i in worst],
+                    self._generated("images by kernels"),
                 )
             found = [
-                min(psnr(source[index], picture), quality_.EQUAL_DB)
-                for index, picture in zip(worst, drawn, strict=True)
+                min(psnr(source[index], image), quality_.EQUAL_DB)
+                for index, image in zip(worst, generated, strict=True)
             ]
             self.report(
                 "kernels",
@@ -451,28 +454,28 @@ class QuantizedBuild:
             self._written.clear()
             self._write()
 
-    def _keep_pictures(
+    def _keep_images(
         self, source: Sequence[Image.Image], ours: Sequence[Image.Image], measured: Quality
     ) -> Quality:
         """Write the worst pairs, as many as --max-size has room for, into the bundle, for its
         report; `measured` with their names."""
         room = self._room()
-        pictures = list(measured.pictures)
-        for index in quality_.worst_first(pictures)[:KEPT_PICTURES]:
+        images = list(measured.images)
+        for index in quality_.worst_first(images)[:KEPT_IMAGES]:
             files: dict[str, bytes] = {}
-            for side, picture in (("source", source[index]), ("ours", ours[index])):
+            for side, image in (("source", source[index]), ("ours", ours[index])):
                 encoded = io.BytesIO()
-                picture.save(encoded, "WEBP", lossless=True, method=6)
+                image.save(encoded, "WEBP", lossless=True, method=6)
                 files[side] = encoded.getvalue()
             room -= sum(len(data) + _ENTRY_BYTES for data in files.values())
             if room < 0:
                 break
-            names = {side: f"{PICTURES}/{index:03d}-{side}.webp" for side in files}
+            names = {side: f"{IMAGES}/{index:03d}-{side}.webp" for side in files}
             for side, data in files.items():
                 with atomic_write(self.root / names[side]) as file:
                     file.write(data)
-            pictures[index] = msgspec.structs.replace(pictures[index], **names)
-        return msgspec.structs.replace(measured, pictures=tuple(pictures))
+            images[index] = msgspec.structs.replace(images[index], **names)
+        return msgspec.structs.replace(measured, images=tuple(images))
 
     def _room(self) -> float:
         """Bytes that --max-size leaves beside what is in `root`; infinite without it."""
@@ -487,13 +490,13 @@ class QuantizedBuild:
     # Choosing.
 
     def sensitivities(self, probes: Probes) -> dict[Layer, float]:
-        """Mean squared error of pictures when that layer alone is quantized as planned.
+        """Mean squared error of images when that layer alone is quantized as planned.
 
         probes: which of `requests`. Kept on disk: that takes one small drawing per layer.
         """
         requests = [self.requests[index] for index in probes]
         key = hashlib.sha256(
-            repr((self.store.folder.name, self._pictures_folder().name, probes)).encode()
+            repr((self.store.folder.name, self._images_folder().name, probes)).encode()
         ).hexdigest()[:16]
         path = self.work / f"sensitivity-{self.scheme}-{key}.json"
         known = _read_figures(path)
@@ -504,8 +507,8 @@ class QuantizedBuild:
         }
         unknown = [layer for layer in drawing if _name(layer) not in known]
         if unknown:
-            pictures = self._source_pictures()
-            source = [pictures[index] for index in probes]
+            images = self._source_images()
+            source = [images[index] for index in probes]
             with Pipeline(self.reference, Settings(made_here=True)) as pipeline:
                 for number, layer in enumerate(unknown):
                     self.report(f"sensitivity {number + 1}/{len(unknown)}", layer.component)
@@ -530,12 +533,12 @@ class QuantizedBuild:
             self.store.variant(component, {layer: choice}), self.store.graphs / component
         )
         pipeline.replace(component, OnnxRuntimeRunner(spec, graph))
-        ours = quality_.draw(pipeline, requests, together=True)
+        ours = quality_.generate(pipeline, requests, together=True)
         pipeline.restore(component)
         return statistics.fmean(map(mean_squared_error, source, ours))
 
     def layer_options(self, probes: Probes) -> dict[Layer, list[Option]]:
-        """Every layer's options, with the squared error each would make in the picture: measured
+        """Every layer's options, with the squared error each would make in the image: measured
         for the planned one, and in proportion to the squared error of the layer's output else."""
         from edgesd.export.quantize.assign import Option, options_of, relative_time
 
@@ -549,7 +552,7 @@ class QuantizedBuild:
             if base is not None and known:
                 unit = measured[layer] / max(self.store.summary(layer, base).error, 1e-9) ** 2
             out[layer] = []
-            # What doesn't draw has nothing to gain from a branch, which others need.
+            # What doesn't generate has nothing to gain from a branch, which others need.
             plain = base and Scheme(base.weight_bits, base.activation_bits, base.group)
             for choice in options_of(layer, base) if known else [plain, base]:
                 found = None if choice is None else self.store.summary(layer, choice)
@@ -576,10 +579,10 @@ class QuantizedBuild:
             return max_bytes, max_time
         self._write()
         chosen = sum(self._layer_recipe(*item).bytes for item in self.choices.items())
-        # What isn't a layer's is in `root`, but for pictures, their figures, and layers' reasons.
+        # What isn't a layer's is in `root`, but for images, their figures, and layers' reasons.
         shape = self.plan.pipeline.shape
-        kept = 2 * min(KEPT_PICTURES, len(self.prompts)) * shape.height * shape.width
-        later = int(_PICTURE_BYTES * kept) + _ENTRY_BYTES * (len(self.prompts) + len(self.choices))
+        kept = 2 * min(KEPT_IMAGES, len(self.prompts)) * shape.height * shape.width
+        later = int(_IMAGE_BYTES * kept) + _ENTRY_BYTES * (len(self.prompts) + len(self.choices))
         return self._room() + chosen - later, max_time
 
     def _spend(self) -> None:
@@ -629,13 +632,13 @@ class QuantizedBuild:
         """Give layers better schemes until the error that is too much should be gone, the best gain
         for its cost first. False when nothing is left to raise within the budgets.
 
-        What counts is the error in the pictures that were worst at first. Where the budgets leave
+        What counts is the error in the images that were worst at first. Where the budgets leave
         too little to raise, layers that matter less to them may pay.
         """
         from edgesd.export.quantize.assign import assign, total_loss
 
         if not self._worst:
-            self._worst = tuple(sorted(quality_.worst_first(measured.pictures)[:_PROBES]))
+            self._worst = tuple(sorted(quality_.worst_first(measured.images)[:_PROBES]))
         max_bytes, max_time = self._budget()
         options = self.layer_options(self._worst)
         before = dict(self.choices)
@@ -652,8 +655,8 @@ class QuantizedBuild:
             self._choose(
                 layer,
                 option.choice,
-                f"worst picture at {measured.psnr_min:.1f} dB where {floor:g} was asked for; "
-                f"alone, it makes a mean squared error of {losses[layer]:.2g} in the picture",
+                f"worst image at {measured.psnr_min:.1f} dB where {floor:g} was asked for; "
+                f"alone, it makes a mean squared error of {losses[layer]:.2g} in the image",
             )
         return before != self.choices
 
@@ -661,7 +664,7 @@ class QuantizedBuild:
         probes = self._worst or self._first_probes()
         sensitive = sorted(self.sensitivities(probes).items(), key=lambda item: -item[1])[:5]
         names = ", ".join(_name(layer) for layer, _ in sensitive)
-        worst = measured.pictures[quality_.worst_first(measured.pictures)[0]]
+        worst = measured.images[quality_.worst_first(measured.images)[0]]
         return (
             f"{self.scheme} reaches {measured.psnr_min:.1f} dB at worst ({worst.prompt!r}), not "
             f"the {floor:g} of --min-psnr, with every layer raised that helps; most sensitive: "
@@ -674,8 +677,8 @@ def _name(layer: Layer) -> str:
 
 
 def _worst_mean(measured: Quality) -> float:
-    """Mean PSNR in dB of the worst pictures."""
-    values = sorted(map(quality_.decibels, measured.pictures))
+    """Mean PSNR in dB of the worst images."""
+    values = sorted(map(quality_.decibels, measured.images))
     return statistics.mean(values[:_PROBES])
 
 

@@ -59,7 +59,7 @@ def denoise(
     mode: GuidanceMode = "batched",
     on_step: Callable[[Step], None] | None = None,
 ) -> Float:
-    """Take latents [B, C, h, w], unit-variance noise, to a picture's latents of the same shape.
+    """Take latents [B, C, h, w], unit-variance noise, to an image's latents of the same shape.
 
     scheduler: `set_timesteps` has been called. noise: draws for stochastic schedulers.
     Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, eq. 6, in diffusers' form)

@@ -1,7 +1,7 @@
 """What drawing takes in memory: one estimate for `plan`, `build` and the pipeline itself.
 
 A Footprint tells of one graph what it takes (spec.Footprint); these functions add graphs up for a
-memory mode, a size, a number of pictures at a time and the denoiser's rows. All figures are bytes.
+memory mode, a size, a number of images at a time and the denoiser's rows. All figures are bytes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from edgesd.spec.bundle import Footprint
 from edgesd.spec.pipeline import ComponentSpec, LatentSpec
 
 _COPIES = 5
-"""Of a picture's values in fp32, from the decoder's output to bytes."""
+"""Of an image's values in fp32, from the decoder's output to bytes."""
 
 _TEXT_COPIES = 10
-"""Of a prompt's embedding, both halves of guidance (measured with 16 pictures at a time)."""
+"""Of a prompt's embedding, both halves of guidance (measured with 16 images at a time)."""
 
 _MARGIN = 0.13
 """What estimates were too low by at most, as a part of what drawing adds to the process."""
@@ -27,9 +27,9 @@ _MARGIN = 0.13
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is drawn at a time. height, width: of the latents; scale: pixels of a latent; count:
-    pictures; rows: of the denoiser's runs; text_values: of one prompt's embedding; previews:
-    whether unfinished pictures are decoded, while the denoiser is loaded."""
+    """What is generated at a time. height, width: of the latents; scale: pixels of a latent; count:
+    images; rows: of the denoiser's runs; text_values: of one prompt's embedding; previews:
+    whether unfinished images are decoded, while the denoiser is loaded."""
 
     height: int
     width: int
@@ -40,15 +40,15 @@ class Drawing:
     previews: bool = False
 
     @property
-    def picture_bytes(self) -> int:
-        """Of one picture's values in fp32."""
+    def image_bytes(self) -> int:
+        """Of one image's values in fp32."""
         return 4 * 3 * self.height * self.width * self.scale**2
 
     @property
     def kept_bytes(self) -> int:
-        """Of what is kept of all pictures: embeddings with and without the prompt, joined and
-        copied for each run; pictures of 8 bits."""
-        return self.count * (_TEXT_COPIES * 4 * self.text_values + self.picture_bytes // 4)
+        """Of what is kept of all images: embeddings with and without the prompt, joined and
+        copied for each run; images of 8 bits."""
+        return self.count * (_TEXT_COPIES * 4 * self.text_values + self.image_bytes // 4)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def whole(
 
 def decoder(footprint: Footprint, drawing: Drawing, mode: MemoryMode, margin: int | None) -> Part:
     """A decoder, in tiles where weights are streamed and it has a margin (AutoencoderTiny)."""
-    behind = _COPIES * drawing.picture_bytes
+    behind = _COPIES * drawing.image_bytes
     height, width = drawing.height, drawing.width
     if mode != "stream" or margin is None:
         return whole(footprint, height * width, mode, behind)
@@ -128,7 +128,7 @@ def decoder_in_halves(
     height, width = drawing.height, drawing.width
     first = whole(head, height * width, "stream", features * height * width)
     tile = min(height, window) * min(width, window)
-    behind = _COPIES * drawing.picture_bytes + features * height * width
+    behind = _COPIES * drawing.image_bytes + features * height * width
     several = max(height, width) > window - 2 * MARGIN
     second = whole(tail, tile, "stream", behind, several)
     return max(first, second, key=lambda part: part.resident)

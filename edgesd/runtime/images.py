@@ -1,4 +1,4 @@
-"""Makes a list of pictures and writes them, with how they were made in each file."""
+"""Makes a list of images and writes them, with how they were made in each file."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 _OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".edgesd")
 
 _MOST_PROMPTS = 100_000
-_MOST_PICTURES = 1_000_000
-"""Of one run: each is planned before the first is drawn."""
+_MOST_IMAGES = 1_000_000
+"""Of one run: each is planned before the first is generated."""
 
 _NUMBERED = re.compile(r"(\d{3,9})-.*\.png", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that was written, and the complete request it was made from.
+class SavedImage:
+    """An image that was written, and the complete request it was made from.
 
     path: None for standard output. replaced: there was an older file of that name.
     """
@@ -51,22 +51,22 @@ class Picture:
 
 
 def check_output(out: Path | BinaryIO, count: int) -> None:
-    """Whether `count` pictures can be written to `out`, before long work is done in vain.
+    """Whether `count` images can be written to `out`, before long work is done in vain.
 
     Raises UsageError when several are to go into one file, InputError when `out` is a file where a
     folder is needed, or the reverse, and what `check_writable` raises.
     """
     if not isinstance(out, Path):
         if count != 1:
-            raise UsageError(f"standard output is one file for {count} pictures: give a folder")
+            raise UsageError(f"standard output is one file for {count} images: give a folder")
         return
     if out.suffix.lower() in _OTHER_FORMATS:
-        raise UsageError(f"-o {out}: pictures are written as PNG; give a name ending in .png")
+        raise UsageError(f"-o {out}: images are written as PNG; give a name ending in .png")
     if _is_one_file(out):
         if count != 1:
-            raise UsageError(f"-o {out} is one file for {count} pictures: give a folder")
+            raise UsageError(f"-o {out} is one file for {count} images: give a folder")
         if out.is_dir():
-            raise InputError(f"{out} is a folder: give another name for the picture")
+            raise InputError(f"{out} is a folder: give another name for the image")
         check_writable(out)
         return
     if out.exists() and not out.is_dir():
@@ -79,7 +79,7 @@ def _is_one_file(out: Path) -> bool:
 
 
 def _next_number(folder: Path) -> int:
-    """One more than the highest number of a picture in `folder`."""
+    """One more than the highest number of an image in `folder`."""
     names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
     matches = map(_NUMBERED.fullmatch, names)
     return max((int(match[1]) + 1 for match in matches if match), default=0)
@@ -90,7 +90,7 @@ def _numbered(folder: Path, number: int, request: Request) -> Path:
 
 
 def plan_paths(out: Path, requests: Sequence[Request]) -> list[Path]:
-    """File names for the pictures: `out` itself for one `.png`, else files in the folder `out`,
+    """File names for the images: `out` itself for one `.png`, else files in the folder `out`,
     numbered on from those that are there."""
     if _is_one_file(out):
         return [out]
@@ -98,25 +98,25 @@ def plan_paths(out: Path, requests: Sequence[Request]) -> list[Path]:
     return [_numbered(out, first + index, request) for index, request in enumerate(requests)]
 
 
-def make_pictures(
+def make_images(
     pipeline: Pipeline,
     requests: Sequence[Request],
     out: Path | BinaryIO,
     batch: int = 1,
     preview_every: int = 0,
     on_step: Callable[[int, Step], None] | None = None,
-    on_picture: Callable[[Picture], None] | None = None,
+    on_image: Callable[[SavedImage], None] | None = None,
     on_note: Callable[[str], None] | None = None,
-) -> list[Picture]:
+) -> list[SavedImage]:
     """Make and write all `requests`, `batch` at a time. A file is written whole or not at all.
 
-    out: a .png for one picture, whose older file is replaced, or a device or pipe; a folder, where
-    nothing is; or an open file for one picture. preview_every: every so many steps, decode the
+    out: a .png for one image, whose older file is replaced, or a device or pipe; a folder, where
+    nothing is; or an open file for one image. preview_every: every so many steps, decode the
     unfinished latents into NAME.preview.png (0: never), or the next free name; it goes when the
-    picture is there, or the work is interrupted. on_step gets the index of the batch's first
-    picture, and the step. on_note: told what the user should know.
+    image is there, or the work is interrupted. on_step gets the index of the batch's first
+    image, and the step. on_note: told what the user should know.
     Raises what `check_output` raises and UsageError for bad values before anything is run. A
-    picture that can't be written then is kept elsewhere, and the error says where.
+    image that can't be written then is kept elsewhere, and the error says where.
     """
     check_output(out, len(requests))
     requests = [pipeline.complete(request) for request in requests]
@@ -128,7 +128,7 @@ def make_pictures(
     else:
         paths = []
     previews = _Previews(on_note or (lambda text: None))
-    written: list[Picture] = []
+    written: list[SavedImage] = []
     try:
         for first in range(0, len(requests), batch):
             group, group_paths = requests[first : first + batch], paths[first : first + batch]
@@ -151,7 +151,7 @@ def make_pictures(
             for index, request in enumerate(group):
                 try:
                     if isinstance(out, Path):
-                        made = _write_picture(contents[index], out, group_paths[index], request)
+                        made = _write_image(contents[index], out, group_paths[index], request)
                         previews.remove(group_paths[index])
                     else:
                         made = _write_out(contents[index], out, request)
@@ -161,8 +161,8 @@ def make_pictures(
                     also = f"; and of the same batch {', '.join(kept)}" if kept else ""
                     raise type(exc)(f"{exc}{also}") from exc
                 written.append(made)
-                if on_picture:
-                    on_picture(made)
+                if on_image:
+                    on_image(made)
     finally:
         try:
             previews.remove_all()
@@ -175,46 +175,46 @@ def _most_bytes(request: Request) -> int:
     return (request.width or 0) * (request.height or 0) * 3
 
 
-def _write_picture(content: bytes, out: Path, path: Path, request: Request) -> Picture:
+def _write_image(content: bytes, out: Path, path: Path, request: Request) -> SavedImage:
     """Write to `path`; in a folder to another number where somebody else has taken that name."""
     if _is_one_file(out):
         replaced = path.exists() and not is_special(path)
         save(path, content)
-        return Picture(path, request, replaced)
+        return SavedImage(path, request, replaced)
     while True:
         try:
             save(path, content, new=True)
         except ExistsError:
             path = _numbered(out, _next_number(out), request)
             continue
-        return Picture(path, request)
+        return SavedImage(path, request)
 
 
-def _write_out(content: bytes, out: BinaryIO, request: Request) -> Picture:
+def _write_out(content: bytes, out: BinaryIO, request: Request) -> SavedImage:
     try:
         rest = memoryview(content)
         while rest:
             rest = rest[out.write(rest) :]
         out.flush()
     except OSError as exc:
-        kept = keep("picture.png", content)
-        where = f"; the picture is kept as {kept}" if kept else ""
+        kept = keep("image.png", content)
+        where = f"; the image is kept as {kept}" if kept else ""
         raise InputError(f"cannot write to standard output: {exc.strerror}{where}") from exc
-    return Picture(None, request)
+    return SavedImage(None, request)
 
 
 class _Previews:
-    """Unfinished pictures beside those that they become. Only what was written here is replaced or
+    """Unfinished images beside those that they become. Only what was written here is replaced or
     removed: a file of the user's may have the same name, or take it meanwhile."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
         self._shown: dict[Path, tuple[Path, tuple[bytes, ...]]] = {}
-        """Picture -> its preview, and what may be in that: a signal may come at any moment."""
+        """Image -> its preview, and what may be in that: a signal may come at any moment."""
         self._failed = False
 
     def show(self, image: Image.Image, path: Path) -> None:
-        """Write `image` for the picture `path`. What fails costs the preview, not the picture."""
+        """Write `image` for the image `path`. What fails costs the preview, not the image."""
         if self._failed:
             return
         content = png_bytes(image, {})
@@ -250,7 +250,7 @@ class _Previews:
             return None
 
     def remove(self, path: Path) -> None:
-        """The picture `path` is there."""
+        """The image `path` is there."""
         name = self._ours(path)
         if name is not None:
             try:
@@ -260,13 +260,13 @@ class _Previews:
         self._shown.pop(path, None)
 
     def remove_all(self) -> None:
-        """No more pictures come."""
+        """No more images come."""
         for path in [*self._shown]:
             self.remove(path)
 
 
 def text_chunks(pipeline: Pipeline, request: Request) -> dict[str, str]:
-    """What a picture's PNG says of its making: enough to make it again."""
+    """What an image's PNG says of its making: enough to make it again."""
     manifest = pipeline.bundle.manifest
     return {
         "Software": f"edgesd {manifest.tools.get('edgesd', '')}".strip(),
@@ -297,7 +297,7 @@ def png_bytes(image: Image.Image, chunks: dict[str, str]) -> bytes:
 
 
 def contact_sheet(paths: Sequence[Path], out: Path, columns: int) -> Path:
-    """Write the pictures at `paths`, all of one size, side by side to `out`, or where that exists
+    """Write the images at `paths`, all of one size, side by side to `out`, or where that exists
     to the next free name, which is returned."""
     from PIL import Image
 
@@ -331,9 +331,9 @@ def expand_requests(template: Request, prompts: Sequence[str], count: int) -> li
 
     Raises UsageError for more than can be planned.
     """
-    if len(prompts) * count > _MOST_PICTURES:
+    if len(prompts) * count > _MOST_IMAGES:
         raise UsageError(
-            f"{len(prompts)} prompts times {count} are more than {_MOST_PICTURES} pictures: draw "
+            f"{len(prompts)} prompts times {count} are more than {_MOST_IMAGES} images: generate "
             "them in several runs"
         )
     return [
@@ -345,4 +345,4 @@ def expand_requests(template: Request, prompts: Sequence[str], count: int) -> li
 
 def _slug(prompt: str) -> str:
     ascii_text = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")[:40].strip("-") or "picture"
+    return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")[:40].strip("-") or "image"

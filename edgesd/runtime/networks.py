@@ -41,7 +41,7 @@ _TYPES = {"input_ids": ("int64", "int32"), "core": ("int64",)}
 
 def check_networks(manifest: BundleManifest) -> None:
     """Raise BundleError unless text encoder, UNet and decoder, and the decoder's halves, are there,
-    have the inputs and outputs that pictures are drawn with, and fit the pipeline's latents."""
+    have the inputs and outputs that images are generated with, and fit the pipeline's latents."""
     pipeline = manifest.pipeline
     for name in _NETWORKS:
         if name not in pipeline.components:

@@ -1,4 +1,4 @@
-"""From a bundle and a prompt to pictures, on the device."""
+"""From a bundle and a prompt to images, on the device."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.old_bundles import assumed_footprint
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
 from edgesd.runtime.signature import check_trusted
-from edgesd.runtime.tiles import TILE, WINDOWS, Tile, draw_tail, draw_tiles, margin_of
+from edgesd.runtime.tiles import TILE, WINDOWS, Tile, decode_tail, decode_tiles, margin_of
 from edgesd.runtime.tokenizer import Truncation, check_prompt, tokenizer_of
 from edgesd.spec.bundle import Footprint, Half, Halves
 from edgesd.spec.pipeline import ComponentSpec, check_multiple
@@ -63,7 +63,7 @@ Float = npt.NDArray[np.float32]
 
 _FAMILIES = ("sd",)
 DRAWING = ("text_encoder", "unet", "vae_decoder")
-"""Components that draw: others take no part in a picture."""
+"""Components that generate: others take no part in an image."""
 
 _MAX_GUIDANCE = 1000
 _HEADROOM_BYTES = 64 << 20
@@ -78,7 +78,7 @@ CUDA_BYTES = 400 << 20
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to make; None takes the bundle's own default.
+    """One image to make; None takes the bundle's own default.
 
     height, width: pixels. guidance_scale <= 1 turns guidance off. scheduler: one of our names.
     """
@@ -99,10 +99,10 @@ class Settings:
 
     max_memory: bytes that the process may take, mapped weights included; None for what is free.
     threads: per operator, 0 for all cores. plan_of: component -> its plan for TensorRT on this
-    machine, built if need be (engines.plans). fallback: a bundle for TensorRT is drawn on the CPU
-    where there is no plan, or it fails. kernels: edgesd's own, where the bundle and this machine
-    have them. made_here: the bundle was just built by this program, so that nobody need have signed
-    it.
+    machine, built if need be (engines.plans). fallback: a bundle for TensorRT is generated on the
+    CPU where there is no plan, or it fails. kernels: edgesd's own, where the bundle and this
+    machine have them. made_here: the bundle was just built by this program, so that nobody need
+    have signed it.
     """
 
     threads: int = 0
@@ -136,18 +136,19 @@ Listener = Callable[[Step], None]
 class Pipeline(Closing):
     """A bundle's networks, loaded when first needed. A context manager: leaving it frees them.
 
-    Components stay loaded between pictures unless memory is short, when each is released after
+    Components stay loaded between images unless memory is short, when each is released after
     its use. `truncations` tells of every prompt what was cut; `fallbacks` of every component that
     runs on the CPU instead of TensorRT why. `memory` is the mode of the last request that was
     fitted (`fit`): of one that needs more, the next mode may leave less in memory.
 
     Raises BundleError for a bundle that this machine doesn't trust (runtime.signature), or whose
-    networks aren't what pictures are drawn with.
+    networks aren't what images are generated with.
 
     Threads may share a pipeline: it does one thing at a time, and whoever calls meanwhile waits,
-    `close` included. Pipelines of their own draw side by side. Within `on_step`, on the thread that
-    draws, `decode` shows a preview; what would change the networks that are drawing (`generate`,
-    `replace`, `restore`, `close` ...) raises UsageError there, as every use after `close` does.
+    `close` included. Pipelines of their own generate side by side. Within `on_step`, on the thread
+    that generates, `decode` shows a preview; what would change the networks that are drawing
+    (`generate`, `replace`, `restore`, `close` ...) raises UsageError there, as every use after
+    `close` does.
     """
 
     def __init__(self, bundle: Bundle, settings: Settings | None = None) -> None:
@@ -157,7 +158,7 @@ class Pipeline(Closing):
         if self.spec.family not in _FAMILIES:
             raise BundleError(
                 f"{bundle.path} holds a pipeline of the family {self.spec.family!r}; this version "
-                f"draws with: {', '.join(_FAMILIES)}"
+                f"generates with: {', '.join(_FAMILIES)}"
             )
         if not self.settings.made_here:
             check_trusted(bundle)
@@ -207,7 +208,8 @@ class Pipeline(Closing):
         Raises UsageError naming the value, what is valid, and the nearest valid choice, or once the
         pipeline is closed.
         """
-        self._check_open()  # without a turn: what is asked for can be checked while another draws
+        # Without a turn: a request can be checked while another thread generates.
+        self._check_open()
         spec, shape = self.spec, self.spec.shape
         request = replace(
             request,
@@ -241,10 +243,10 @@ class Pipeline(Closing):
     def guidance_mode(
         self, request: Request, count: int, memory: MemoryMode | None = None
     ) -> GuidanceMode:
-        """How `count` pictures like the completed `request` are drawn in one batch, in the mode
+        """How `count` images like the completed `request` are generated in one batch, in the mode
         that was fitted last, or in `memory`.
 
-        A picture takes two rows of the UNet in batched guidance, one otherwise. Raises UsageError
+        An image takes two rows of the UNet in batched guidance, one otherwise. Raises UsageError
         when the bundle's rows, or the mode asked for in the settings, don't allow that.
         """
         shape, asked = self.spec.shape, self.settings.guidance_mode
@@ -267,8 +269,8 @@ class Pipeline(Closing):
             )
         return fits[0] if (memory or self.memory) == "fast" else fits[-1]
 
-    def pictures_per_run(self, request: Request) -> int:
-        """Pictures like `request` that a bundle with a fixed number of rows draws at a time."""
+    def images_per_run(self, request: Request) -> int:
+        """Images like `request` that a bundle with a fixed number of rows generates at a time."""
         rows = self.spec.shape.batch
         return rows // 2 if self._guided(self.complete(request)) and rows % 2 == 0 else rows
 
@@ -278,13 +280,13 @@ class Pipeline(Closing):
         on_step: Listener | None = None,
         previews: bool = False,
     ) -> list[Image.Image]:
-        """Make one picture per request, all in one batch.
+        """Make one image per request, all in one batch.
 
-        The requests may differ in prompt, negative prompt and seed only. Picture k depends on its
+        The requests may differ in prompt, negative prompt and seed only. Image k depends on its
         own request alone, not on the batch it was made in (up to the backend's rounding; where
-        activations are quantized dynamically, the pictures of a batch share their ranges).
+        activations are quantized dynamically, the images of a batch share their ranges).
         on_step is told of each step; what it raises ends the drawing, not the pipeline. previews:
-        whether it decodes unfinished pictures, which takes memory of its own.
+        whether it decodes unfinished images, which takes memory of its own.
         Raises UsageError for requests that can't share a batch, once the pipeline is closed, and
         within on_step; ResourceError when memory is short.
         """
@@ -313,7 +315,7 @@ class Pipeline(Closing):
                 negative_prompt=first.negative_prompt,
             )
             if same != first:
-                raise UsageError("the pictures of one batch must share steps, size and scheduler")
+                raise UsageError("the images of one batch must share steps, size and scheduler")
         count = len(requests)
         assert first.guidance_scale is not None and first.height and first.width
 
@@ -345,29 +347,29 @@ class Pipeline(Closing):
         )
         self.timings.add(self.timings.run, "unet", unet.seconds - before)
         self._release("unet")
-        pictures = self._pictures(latents)
+        images = self._images(latents)
         self.timings.total += time.perf_counter() - start
         self.timings.peak_memory_bytes = peak_bytes()
-        return pictures
+        return images
 
     def decode(self, latents: Float) -> list[Image.Image]:
-        """Latents [B, C, h, w] -> B pictures of h, w times the latent scale factor, 8-bit RGB.
+        """Latents [B, C, h, w] -> B images of h, w times the latent scale factor, 8-bit RGB.
 
         Also shows unfinished latents, for a preview. Raises UsageError once the pipeline is closed.
         """
         with self._turn(while_drawing=True):
-            return self._pictures(latents)
+            return self._images(latents)
 
-    def _pictures(self, latents: Float) -> list[Image.Image]:
+    def _images(self, latents: Float) -> list[Image.Image]:
         from PIL import Image
 
-        pictures = []
+        images = []
         for row in latents:  # one at a time: the decoder is what sets the memory peak
             image = self._decoded(row)
             pixels = np.clip(image.transpose(1, 2, 0) * 127.5 + 127.5, 0, 255)
-            pictures.append(Image.fromarray(pixels.round().astype(np.uint8)))
+            images.append(Image.fromarray(pixels.round().astype(np.uint8)))
         self._release("vae_decoder")
-        return pictures
+        return images
 
     def _decoded(self, latents: Float) -> Float:
         """Latents [C, h, w] -> values [3, H, W] from -1 to 1; in tiles where weights are streamed,
@@ -382,7 +384,7 @@ class Pipeline(Closing):
             return self._image(runner, seen)
 
         if self.memory == "stream" and spec.halo is not None and self.spec.shape.dynamic:
-            return draw_tiles(decode, latents, spec.scale_factor, TILE, margin_of(spec.halo))
+            return decode_tiles(decode, latents, spec.scale_factor, TILE, margin_of(spec.halo))
         return self._image(runner, latents[None])
 
     def _image(self, runner: Runner, latents: Float) -> Float:
@@ -411,7 +413,7 @@ class Pipeline(Closing):
         with self._open_half(halves.tail) as tail:
             scale = self.spec.latent.scale_factor
             try:
-                picture = draw_tail(tail, features, scale, self._window)
+                image = decode_tail(tail, features, scale, self._window)
             except ValueError as exc:  # its tiles have other sizes than those of the features
                 raise BundleError(
                     f"the halves of vae_decoder don't fit each other ({exc}): build the bundle "
@@ -419,7 +421,7 @@ class Pipeline(Closing):
                 ) from exc
             self.timings.add(self.timings.run, "vae_decoder", tail.seconds)
         give_back()
-        return picture
+        return image
 
     def _open_half(self, half: Half) -> Runner:
         start = time.perf_counter()
@@ -428,8 +430,9 @@ class Pipeline(Closing):
         return runner
 
     def replace(self, component: str, runner: Runner) -> None:
-        """Draw with another runner for one component from now on; the one before is freed. Raises
-        UsageError, as `restore` and `forget_prompts` do, within on_step and once it is closed."""
+        """Generate with another runner for one component from now on; the one before is freed.
+        Raises UsageError, as `restore` and `forget_prompts` do, within on_step and once it is
+        closed."""
         with self._turn():
             before = self._runners.pop(component, None)
             if before is not None:
@@ -439,21 +442,21 @@ class Pipeline(Closing):
             self._replaced.add(component)
 
     def restore(self, component: str) -> None:
-        """Draw with the bundle's own engine again; it is loaded when first needed."""
+        """Generate with the bundle's own engine again; it is loaded when first needed."""
         with self._turn():
             self._runners.pop(component).close()
             self._replaced.discard(component)
             self._embeddings.clear()
 
     def forget_prompts(self) -> None:
-        """Encode every prompt anew from now on, as for a picture on its own."""
+        """Encode every prompt anew from now on, as for an image on its own."""
         with self._turn():
             self._embeddings.clear()
 
     def close(self) -> None:
         """Free all components, for good; twice is as good as once.
 
-        Waits for what another thread draws. Raises UsageError within on_step.
+        Waits for what another thread generates. Raises UsageError within on_step.
         """
         with self._lock:
             if self._closed:
@@ -575,7 +578,7 @@ class Pipeline(Closing):
             give_back()
 
     def fit(self, request: Request, count: int, previews: bool = False) -> None:
-        """Choose how to draw `count` pictures like the completed `request` at a time, so that it
+        """Choose how to generate `count` images like the completed `request` at a time, so that it
         fits into memory: `memory` is the fastest mode that does.
 
         Raises ResourceError, before anything is loaded, where it doesn't fit in any mode (or in the
@@ -585,9 +588,9 @@ class Pipeline(Closing):
             self._fit(request, count, previews)
 
     def estimate(self, request: Request, count: int, previews: bool = False) -> int:
-        """Bytes of the process at most, mapped files included, while `count` pictures like the
-        completed `request` are drawn at a time in the mode that is set."""
-        drawing = self._drawn(request, count, self.memory, previews)
+        """Bytes of the process at most, mapped files included, while `count` images like the
+        completed `request` are generated at a time in the mode that is set."""
+        drawing = self._generated(request, count, self.memory, previews)
         return self._need(self.memory, drawing, self._window).resident
 
     @property
@@ -620,13 +623,13 @@ class Pipeline(Closing):
     def _fitting(
         self, request: Request, count: int, previews: bool, only: MemoryMode | None = None
     ) -> tuple[MemoryMode, int, Drawing] | None:
-        """The fastest mode that fits, the decoder's window in it, and what is drawn at a time.
+        """The fastest mode that fits, the decoder's window in it, and what is generated at a time.
         only: this mode, instead of what the settings ask for."""
         asked, limit = only or self.settings.memory, self.settings.max_memory
         free = available_bytes() if limit is None else None
         tried = []
         for mode in (asked,) if asked else MEMORY_MODES:
-            drawing = self._drawn(request, count, mode, previews)
+            drawing = self._generated(request, count, mode, previews)
             for window in WINDOWS if mode == "stream" else WINDOWS[:1]:
                 tried.append((mode, window, drawing, self._need(mode, drawing, window)))
         if limit is None and free is None:  # it can't be told: as asked, or the fastest
@@ -653,7 +656,9 @@ class Pipeline(Closing):
         def least(request: Request, count: int, previews: bool) -> int:
             found = []
             for mode in (asked,) if asked else MEMORY_MODES:
-                need = self._need(mode, self._drawn(request, count, mode, previews), min(WINDOWS))
+                need = self._need(
+                    mode, self._generated(request, count, mode, previews), min(WINDOWS)
+                )
                 within = with_margin(need.resident, self._process)
                 found.append(within if limit is not None else self._more(need, mode))
             return min(found)
@@ -693,8 +698,8 @@ class Pipeline(Closing):
             f"{(available_bytes() or 0) / 1e6:.0f} MB are free: {cures}"
         )
 
-    def _drawn(self, request: Request, count: int, mode: MemoryMode, previews: bool) -> Drawing:
-        """What a completed request draws at a time in a mode."""
+    def _generated(self, request: Request, count: int, mode: MemoryMode, previews: bool) -> Drawing:
+        """What a completed request generates at a time in a mode."""
         assert request.height and request.width
         scale = self.spec.latent.scale_factor
         rows = count * (2 if self.guidance_mode(request, count, mode) == "batched" else 1)

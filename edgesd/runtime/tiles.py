@@ -1,15 +1,15 @@
-"""Latents -> picture in tiles, for decoders whose activations are larger than the memory.
+"""Latents -> image in tiles, for decoders whose activations are larger than the memory.
 
-AutoencoderTiny's decoder sees only so far: tiles with a margin are decoded like pictures.
+AutoencoderTiny's decoder sees only so far: tiles with a margin are decoded like images.
 
-A full autoencoder's has attention over all latents, and group normalization over the whole picture.
+A full autoencoder's has attention over all latents, and group normalization over the whole image.
 It is run in halves (spec.Halves): the head, all before the first upsampling, on all latents; the
 tail on tiles of the features that the head makes. Each normalization of the tail takes the
-picture's mean and mean square from outside. They are found like this:
+image's mean and mean square from outside. They are found like this:
 
 1. The tail runs on a mosaic of the features, small enough for one tile. A normalization takes the
    mosaic's own figures plus a correction, none at first.
-2. The picture is drawn in tiles with the figures that were taken; the tiles' own, together, are
+2. The image is generated in tiles with the figures that were taken; the tiles' own, together, are
    what they should have been.
 3. If those differ by more than TOLERANCE, what is between them and the mosaic's own is the next
    correction. A normalization depends on those before it, and in the mosaic in nearly the same
@@ -39,16 +39,16 @@ WINDOWS, MARGIN = (28, 22), 3
 short; and the margins: about half of what the tail sees, 7."""
 
 TOLERANCE = 0.01
-"""How far, in standard deviations, figures may be from the picture's: RMS over all groups."""
+"""How far, in standard deviations, figures may be from the image's: RMS over all groups."""
 MAX_PASSES, _USUAL_PASSES = 4, 2
-"""Times that a picture is drawn at most, and mostly."""
+"""Times that an image is generated at most, and mostly."""
 
 _LIVE_TENSORS = 4
 _LIVE_IN_HEAD = 10
 """Tensors that are in memory at once, about: see `decoder_bytes`."""
 
 _PATCHES = 3
-"""A mosaic has as many rows and columns of patches. Of 2 they miss too much of the picture, and of
+"""A mosaic has as many rows and columns of patches. Of 2 they miss too much of the image, and of
 4 they consist of borders."""
 
 _EPSILON = 1e-6
@@ -100,60 +100,60 @@ def tiles_of(size: int, most: int, margin: int) -> list[Tile]:
     return [Tile(a, b, max(0, a - margin), min(size, b + margin)) for a, b in pairwise(edges)]
 
 
-def draw_tiles(
+def decode_tiles(
     decode: Callable[[Float, Tile, Tile], Float],
     latents: Float,
     scale: int,
     most: int,
     margin: int,
-    picture: Float | None = None,
+    image: Float | None = None,
 ) -> Float:
     """Latents (or features) [C, h, w] -> [3, h * scale, w * scale].
 
     decode: makes what a tile with its margins [1, C, ...] becomes [3, ...], margins included; it is
-    told which rows and columns those are. picture: to draw over.
+    told which rows and columns those are. image: to generate over.
     """
     _, height, width = latents.shape
-    if picture is None:
-        picture = np.empty((3, height * scale, width * scale), np.float32)
+    if image is None:
+        image = np.empty((3, height * scale, width * scale), np.float32)
     for rows in tiles_of(height, most, margin):
         for columns in tiles_of(width, most, margin):
             seen = latents[None, :, rows.first : rows.last, columns.first : columns.last]
             part = decode(seen, rows, columns)
             top, left = (rows.begin - rows.first) * scale, (columns.begin - columns.first) * scale
             tall, wide = (tile.end - tile.begin for tile in (rows, columns))
-            picture[
+            image[
                 :,
                 rows.begin * scale : rows.end * scale,
                 columns.begin * scale : columns.end * scale,
             ] = part[:, top : top + tall * scale, left : left + wide * scale]
-    return picture
+    return image
 
 
-def draw_tail(tail: Runner, features: Float, scale: int, window: int = WINDOWS[0]) -> Float:
+def decode_tail(tail: Runner, features: Float, scale: int, window: int = WINDOWS[0]) -> Float:
     """Features [C, h, w] of a decoder's head -> values [3, H, W], by its tail, of which no tile is
     larger than window x window. See the module."""
     _, height, width = features.shape
     if height <= window and width <= window:
-        image, _ = _tail(tail, features[None], None, 1)
-        return np.array(image, np.float32)
+        values, _ = _tail(tail, features[None], None, 1)
+        return np.array(values, np.float32)
     mosaic = _mosaic(features, window)
-    picture = np.empty((3, height * scale, width * scale), np.float32)
+    image = np.empty((3, height * scale, width * scale), np.float32)
     correction: Figures | None = None
     for _ in range(MAX_PASSES):
         _, own = _tail(tail, mosaic, correction, 1)
         taken = own if correction is None else own + correction
-        found = _draw(tail, features, taken, picture, window)
+        found = _decode_pass(tail, features, taken, image, window)
         if difference(taken, found) <= TOLERANCE:
             break
         correction = found - own
-    return picture
+    return image
 
 
 def tail_shapes(
     height: int, width: int, window: int = WINDOWS[0]
 ) -> tuple[list[tuple[int, int]], int]:
-    """Heights and widths that `draw_tail` runs the tail at in one drawing, and how many drawings
+    """Heights and widths that `decode_tail` runs the tail at in one drawing, and how many drawings
     there are as a rule."""
     if height <= window and width <= window:
         return [(height, width)], 1
@@ -178,19 +178,21 @@ def _deviation(figures: Figures) -> Figures:
     return np.sqrt(variance)
 
 
-def _draw(tail: Runner, features: Float, taken: Figures, picture: Float, window: int) -> Figures:
-    """Draw `picture` with the figures `taken`; what they should have been."""
+def _decode_pass(
+    tail: Runner, features: Float, taken: Figures, image: Float, window: int
+) -> Figures:
+    """Decode `image` with the figures `taken`; what they should have been."""
     _, height, width = features.shape
-    scale = picture.shape[1] // height
+    scale = image.shape[1] // height
     found = np.zeros_like(taken)
 
     def decode(seen: Float, rows: Tile, columns: Tile) -> Float:
-        image, moments = _tail(tail, seen, taken, 0, rows, columns)
+        values, moments = _tail(tail, seen, taken, 0, rows, columns)
         part = (rows.end - rows.begin) * (columns.end - columns.begin) / (height * width)
         found[:] += part * moments
-        return image
+        return values
 
-    draw_tiles(decode, features, scale, window - 2 * MARGIN, MARGIN, picture)
+    decode_tiles(decode, features, scale, window - 2 * MARGIN, MARGIN, image)
     return found
 
 

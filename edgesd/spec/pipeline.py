@@ -67,7 +67,7 @@ class SchedulerSpec(Spec, frozen=True):
 
 
 class LatentSpec(Spec, frozen=True):
-    """How latents relate to pictures: [B, channels, H / scale_factor, W / scale_factor].
+    """How latents relate to images: [B, channels, H / scale_factor, W / scale_factor].
 
     latents = (encoded - shift_factor) * scaling_factor, as in diffusers' AutoencoderKL. halo: how
     far off, in latent pixels, a latent still changes a pixel; None where every one changes all.
@@ -89,7 +89,7 @@ class LatentSpec(Spec, frozen=True):
 
 
 class ShapeSpec(Spec, frozen=True):
-    """Picture sizes in pixels that the graphs accept.
+    """Image sizes in pixels that the graphs accept.
 
     dynamic: any multiple of `multiple_of`, height and width being the default, and up to `batch`
     rows of the denoiser. Otherwise this size only, and exactly `batch` rows.

@@ -38,7 +38,7 @@ class Scheme(Spec, frozen=True):
 
     @property
     def simulated(self) -> bool:
-        """Whether no engine computes in this format: the picture is right, speed and RAM aren't."""
+        """Whether no engine computes in this format: the image is right, speed and RAM aren't."""
         return self.activation_bits == 4
 
 

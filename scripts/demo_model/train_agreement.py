@@ -160,7 +160,7 @@ def main() -> None:
     spec = JudgeSpec(
         side=SIDE,
         words=tuple(words),
-        pictures=len(seen),
+        images=len(seen),
         recall_seen=recall(pictures[flat], [emoji[at] for at in flat], names, towers, words),
         recall_held=recall(pictures[unseen], [emoji[at] for at in unseen], names, towers, words),
         held=len(unseen),

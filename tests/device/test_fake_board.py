@@ -79,8 +79,8 @@ def test_deploy_generate_and_bench(host: str, bundle: Bundle, tmp_path: Path) ->
     told = json.loads(again.out)[host]
     assert told["runtime"] == "kept" and told["sent_bytes"] == 0
 
-    draw = "-p 'a star' --seed 3 --steps 3"
-    ssh(host, f"edgesd/bin/edgesd generate edgesd/current {draw} -o there.png")
+    generate = "-p 'a star' --seed 3 --steps 3"
+    ssh(host, f"edgesd/bin/edgesd generate edgesd/current {generate} -o there.png")
     here = tmp_path / "here.png"
     command = [sys.executable, "-m", "edgesd", "generate", str(bundle.path), "--any-machine"]
     arguments = ["-p", "a star", "--seed", "3", "--steps", "3", "-o", str(here)]

@@ -93,7 +93,7 @@ def test_a_component_computes_what_onnx_runtime_computes(
                 assert apart < 2e-2, name
 
 
-def test_a_picture_is_that_of_the_cpu(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_image_is_that_of_the_cpu(bundle: Bundle, tmp_path: Path) -> None:
     from edgesd.evaluate.psnr import psnr
 
     with Pipeline(bundle) as pipeline:

@@ -1,4 +1,4 @@
-"""edgesd build and demo on the embedded pipeline; the picture against diffusers' own."""
+"""edgesd build and demo on the embedded pipeline; the image against diffusers' own."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def bundle_of(demo: Path) -> Path:
     return bundle
 
 
-def test_demo_draws_eight_pictures_on_a_sheet(demo: Path) -> None:
-    pictures = sorted((demo / "pictures").iterdir())
-    assert len(pictures) == 8
-    side = Image.open(pictures[0]).width
-    assert Image.open(demo / "pictures.png").width > 4 * side
-    for path in pictures:
+def test_demo_generates_eight_images_on_a_sheet(demo: Path) -> None:
+    images = sorted((demo / "images").iterdir())
+    assert len(images) == 8
+    side = Image.open(images[0]).width
+    assert Image.open(demo / "images.png").width > 4 * side
+    for path in images:
         assert np.asarray(Image.open(path)).std() > 20  # not one flat colour
 
 
@@ -52,7 +52,7 @@ def test_demo_uses_its_bundle_again(demo: Path, tmp_path: Path) -> None:
     assert outcome.code == 0
     assert "using the bundle" in outcome.err
     assert (bundle_of(again) / "bundle.json").stat().st_mtime_ns == before
-    assert len(list((again / "pictures").iterdir())) == 16  # those of before stay
+    assert len(list((again / "images").iterdir())) == 16  # those of before stay
 
 
 def test_the_bundle_says_what_it_is(demo: Path) -> None:
@@ -70,7 +70,7 @@ def test_the_bundle_says_what_it_is(demo: Path) -> None:
     ("ours", "theirs", "steps"),
     [("ddim", None, 20), ("dpmpp-2m", "DPMSolverMultistepScheduler", 8)],
 )
-def test_same_seed_same_picture_as_diffusers(
+def test_same_seed_same_image_as_diffusers(
     demo: Path, tmp_path: Path, ours: str, theirs: str | None, steps: int
 ) -> None:
     import diffusers
@@ -122,7 +122,7 @@ def test_build_for_a_board_in_one_file(tmp_path: Path) -> None:
     assert_refused(run_cli("generate", out, *options, "--size", "128x128"), "64x64 pixels only")
 
 
-def test_static_rows_hold_both_halves_of_guidance_or_pictures(demo: Path, tmp_path: Path) -> None:
+def test_static_rows_hold_both_halves_of_guidance_or_images(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "static"
     outcome = run_cli(
         "build", "demo", "--target", "x86-64-cpu", "--size", "64x64", "--batch", 2, "-o", out
@@ -186,7 +186,7 @@ def test_bad_requests_are_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-def test_tiles_make_the_same_picture(demo: Path) -> None:
+def test_tiles_make_the_same_image(demo: Path) -> None:
     """The tiny autoencoder sees no further than its halo; no margin shows."""
     bundle = open_bundle(bundle_of(demo))
     halo, scale = bundle.manifest.pipeline.latent.halo, bundle.manifest.pipeline.latent.scale_factor

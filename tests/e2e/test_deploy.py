@@ -69,15 +69,15 @@ def active(pi: Pi) -> str:
     return bundle.manifest_sha256
 
 
-def test_deploy_and_draw(server: Server, pi: Pi, miniature: Bundle, tmp_path: Path) -> None:
+def test_deploy_and_generate(server: Server, pi: Pi, miniature: Bundle, tmp_path: Path) -> None:
     outcome = deploy(server, miniature)
     assert outcome.code == 0, outcome.err
-    assert "active in slot a" in outcome.err and "drawing a test picture" in outcome.err
+    assert "active in slot a" in outcome.err and "drawing a test image" in outcome.err
     assert active(pi) == miniature.manifest_sha256
-    draw = ("-p", "a", "--seed", "1", "--steps", "2")
+    generate = ("-p", "a", "--seed", "1", "--steps", "2")
     ours, theirs = tmp_path / "ours.png", tmp_path / "theirs.png"
-    assert run_cli("generate", miniature.path, *draw, "-o", ours).code == 0
-    assert run_cli("generate", pi.home / "edgesd/current", *draw, "-o", theirs).code == 0
+    assert run_cli("generate", miniature.path, *generate, "-o", ours).code == 0
+    assert run_cli("generate", pi.home / "edgesd/current", *generate, "-o", theirs).code == 0
     np.testing.assert_array_equal(np.asarray(Image.open(ours)), np.asarray(Image.open(theirs)))
 
 

@@ -92,13 +92,13 @@ class Case:
         root.mkdir()
         self.theirs = {root / "theirs.txt": b"theirs", root / "cat.preview.png": b"theirs"}
         self.wanted = root / {
-            "generate": "cat.png", "folder": "pictures", "pack": "b.edgesd", "sign": "b.edgesd",
+            "generate": "cat.png", "folder": "images", "pack": "b.edgesd", "sign": "b.edgesd",
             "bench": "bench.json", "report": "page.html", "install": "current",
         }[name]  # fmt: skip
-        draw = ["-p", "a cat", "--steps", "2", "--seed", "1"]
+        generate = ["-p", "a cat", "--steps", "2", "--seed", "1"]
         self.arguments = {
-            "generate": ["generate", bundle.path, *draw, "--preview", "1", "-o", self.wanted],
-            "folder": ["generate", bundle.path, *draw, "-n", "3", "--batch", "2", "-o",
+            "generate": ["generate", bundle.path, *generate, "--preview", "1", "-o", self.wanted],
+            "folder": ["generate", bundle.path, *generate, "-n", "3", "--batch", "2", "-o",
                        self.wanted],
             "pack": ["pack", bundle.path, self.wanted],
             "sign": ["keys", "sign", self.wanted, "--key", key],
@@ -138,8 +138,8 @@ class Case:
         if self.name in ("generate", "folder"):
             for kept in re.findall(r"kept as (\S+?\.png)", done.stderr):
                 Image.open(kept).load()
-            drawn = "seconds per step" in done.stderr or "s per step" in done.stderr
-            assert drawn == (done.returncode == 0), said
+            generated = "seconds per step" in done.stderr or "s per step" in done.stderr
+            assert generated == (done.returncode == 0), said
         if done.returncode == 0:
             assert self.wanted.exists(), said
         if self.name in ("pack", "sign", "install") and self.wanted.exists():
@@ -224,16 +224,16 @@ def without_modes(tmp_path: Path) -> Iterator[Path]:
 def test_a_mounted_disk_without_modes(
     without_modes: Path, miniature: Bundle, miniature_file: Path
 ) -> None:
-    picture, packed = without_modes / "a.png", without_modes / "b.edgesd"
+    image, packed = without_modes / "a.png", without_modes / "b.edgesd"
     shutil.copyfile(miniature_file, without_modes / "c.edgesd")
     for arguments in (
-        ("generate", miniature.path, "-p", "a cat", "--steps", 1, "-o", picture),
-        ("generate", miniature.path, "-p", "a cat", "--steps", 1, "-o", picture),
+        ("generate", miniature.path, "-p", "a cat", "--steps", 1, "-o", image),
+        ("generate", miniature.path, "-p", "a cat", "--steps", 1, "-o", image),
         ("generate", miniature.path, "-p", "a cat", "--steps", 1, "-o", without_modes),
         ("pack", miniature.path, packed),
     ):
         outcome = run_cli(*arguments)
         assert outcome.code == 0, outcome.err
-    Image.open(picture).load()
+    Image.open(image).load()
     open_bundle(packed).verify()
     assert len(list(without_modes.iterdir())) == 4

@@ -205,7 +205,7 @@ def test_lcm_like_has_guidance_as_an_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [None, (26, 18)], ids=["any size", "one size"])
-def test_sizes_that_no_level_divides_are_drawn_as_diffusers_does(
+def test_sizes_that_no_level_divides_are_generated_as_diffusers_does(
     size: tuple[int, int] | None, tmp_path: Path
 ) -> None:
     """The parity of each export is checked at such sizes: 9 x 13 latents, of two levels."""

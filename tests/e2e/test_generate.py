@@ -24,7 +24,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def test_one_picture_with_its_making_in_it(miniature: Bundle, tmp_path: Path) -> None:
+def test_one_image_with_its_making_in_it(miniature: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "apple.png"
     prompt = "a red apple, très beau 🍎"
     outcome = run_cli(
@@ -42,7 +42,7 @@ def test_one_picture_with_its_making_in_it(miniature: Bundle, tmp_path: Path) ->
     assert expected.items() <= image.text.items()  # type: ignore[attr-defined]
 
 
-def test_the_one_file_form_makes_the_same_picture(
+def test_the_one_file_form_makes_the_same_image(
     miniature: Bundle, miniature_file: Path, tmp_path: Path
 ) -> None:
     for name, bundle in (("a.png", miniature.path), ("b.png", miniature_file)):
@@ -51,7 +51,7 @@ def test_the_one_file_form_makes_the_same_picture(
     assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
 
 
-def test_many_pictures_from_files_and_flags(miniature: Bundle, tmp_path: Path) -> None:
+def test_many_images_from_files_and_flags(miniature: Bundle, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red apple\n\n  a blue cat  \n", encoding="utf-8")
     out = tmp_path / "out"
@@ -61,7 +61,7 @@ def test_many_pictures_from_files_and_flags(miniature: Bundle, tmp_path: Path) -
     )  # fmt: skip
     assert outcome.code == 0
     report = json.loads(outcome.out)
-    names = [Path(picture["path"]).name for picture in report["pictures"]]
+    names = [Path(image["path"]).name for image in report["images"]]
     assert names == [
         "000-a-cat-5.png", "001-a-cat-6.png", "002-a-red-apple-5.png",
         "003-a-red-apple-6.png", "004-a-blue-cat-5.png", "005-a-blue-cat-6.png",
@@ -72,7 +72,7 @@ def test_many_pictures_from_files_and_flags(miniature: Bundle, tmp_path: Path) -
     assert len(report["step_seconds"]) == 2 * 4
 
 
-def test_a_picture_does_not_depend_on_its_batch(miniature: Bundle, tmp_path: Path) -> None:
+def test_a_image_does_not_depend_on_its_batch(miniature: Bundle, tmp_path: Path) -> None:
     base = ("generate", miniature.path, "-p", "a cat", "-n", 3, "--seed", 5)
     base += ("--scheduler", "euler-a")
     assert run_cli(*base, "--batch", 3, "-o", tmp_path / "together").code == 0
@@ -88,18 +88,18 @@ def test_batches_too_large_for_both_halves_of_guidance(miniature: Bundle, tmp_pa
     assert len(list(tmp_path.iterdir())) == 40
 
 
-def test_preview_is_there_until_the_picture_is(
+def test_preview_is_there_until_the_image_is(
     miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, tuple[int, int]]] = []
     out = tmp_path / "a.png"
 
     def generate(self: Pipeline, *arguments: object) -> object:
-        made = drawn(self, *arguments)  # type: ignore[arg-type]
+        made = generated(self, *arguments)  # type: ignore[arg-type]
         seen.append({path.name: Image.open(path).size for path in tmp_path.iterdir()})
         return made
 
-    drawn = Pipeline.generate
+    generated = Pipeline.generate
     monkeypatch.setattr(Pipeline, "generate", generate)
     run_cli("generate", miniature.path, "-p", "a cat", "--steps", 4, "--preview", 3, "-o", out)
     assert seen == [{"a.preview.png": (16, 16)}]
@@ -132,7 +132,7 @@ def test_a_long_prompt_is_cut_with_a_warning(miniature: Bundle, tmp_path: Path) 
         (["-p", "x", "-o", "/proc/x/a.png"], "/proc/x"),
         (["-p", "x", "--guidance", "1", "--negative", "a\0b"], "NUL"),
         (["-p", "x", "--seed", "-1"], "seed"),
-        (["-p", "x", "-n", "2", "-o", "two.png"], "one file for 2 pictures"),
+        (["-p", "x", "-n", "2", "-o", "two.png"], "one file for 2 images"),
         (
             ["-p", "x", "-n", "64", "--batch", "64"],
             "up to 63 rows; 64 at a time need 128 (batched guidance)",
@@ -165,7 +165,7 @@ def test_prompt_file_must_be_text(miniature: Bundle, tmp_path: Path) -> None:
     assert_refused(run_cli("generate", miniature.path, "--prompts", path), "no prompt in it")
 
 
-def test_a_full_disk_leaves_the_old_picture(
+def test_a_full_disk_leaves_the_old_image(
     miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "a.png"
@@ -192,14 +192,16 @@ def test_too_little_memory_is_refused_before_loading(
 
 
 @pytest.mark.parametrize("memory", ["balanced", "stream"])
-def test_less_memory_draws_the_same_picture(memory: str, miniature: Bundle, tmp_path: Path) -> None:
-    pictures = []
+def test_less_memory_generates_the_same_image(
+    memory: str, miniature: Bundle, tmp_path: Path
+) -> None:
+    images = []
     for mode in ("fast", memory):
         out = tmp_path / f"{mode}.png"
         base = ("generate", miniature.path, "-p", "a cat", "--seed", "1", "--memory", mode)
         assert run_cli(*base, "-o", out).code == 0
-        pictures.append(pixels(out).astype(int))
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+        images.append(pixels(out).astype(int))
+    assert np.abs(images[0] - images[1]).max() <= 1
 
 
 def test_the_fastest_mode_that_fits_is_taken(miniature: Bundle, tmp_path: Path) -> None:
@@ -252,7 +254,7 @@ def test_ctrl_c_leaves_no_half_file(miniature: Bundle, tmp_path: Path, number: i
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr
-    assert process.stderr.readline()  # the first picture, or step, is there
+    assert process.stderr.readline()  # the first image, or step, is there
     time.sleep(0.3)
     process.send_signal(number)
     _, rest = process.communicate(timeout=PATIENCE_SECONDS)

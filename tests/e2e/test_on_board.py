@@ -83,20 +83,20 @@ def test_a_plan_of_the_bundle_is_used_where_it_was_built_for(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    made, wanted, drawn = tmp_path / "new", tmp_path / "wanted.png", tmp_path / "drawn.png"
+    made, wanted, generated = tmp_path / "new", tmp_path / "wanted.png", tmp_path / "generated.png"
     assert run_cli("finalize", bundle.path, "--on", host(server), "-o", made).code == 0
     monkeypatch.setenv("EDGESD_PLANS", str(tmp_path / "none yet"))
-    draw = ("generate", "-p", "a red apple", "--seed", "3", "--any-machine")
-    assert run_cli(*draw, miniature.path, "-o", wanted).code == 0
-    outcome = run_cli(*draw, made, "-o", drawn, "--no-fallback")
+    generate = ("generate", "-p", "a red apple", "--seed", "3", "--any-machine")
+    assert run_cli(*generate, miniature.path, "-o", wanted).code == 0
+    outcome = run_cli(*generate, made, "-o", generated, "--no-fallback")
     assert outcome.code == 0, outcome.err
     assert board.built == []  # the bundle brings them
-    np.testing.assert_array_equal(np.asarray(Image.open(wanted)), np.asarray(Image.open(drawn)))
+    np.testing.assert_array_equal(np.asarray(Image.open(wanted)), np.asarray(Image.open(generated)))
     told = run_cli("finalize", made)
     assert told.out.count("the bundle's own plan fits") == 3
 
     monkeypatch.setattr(fake_tensorrt, "__version__", "10.7.0")
-    outcome = run_cli(*draw, made, "-o", drawn, "--no-fallback")
+    outcome = run_cli(*generate, made, "-o", generated, "--no-fallback")
     assert outcome.code == 0, outcome.err
     assert len(board.built) == 3  # its own are for another TensorRT
     (said,) = caplog.messages

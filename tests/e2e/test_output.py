@@ -27,21 +27,21 @@ def edgesd(*arguments: object, **options: object) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, timeout=120, **options)  # type: ignore[call-overload, no-any-return]
 
 
-def draw(bundle: Bundle, out: Path, *options: object) -> list[str]:
-    """Draw, and the pictures' names."""
+def generate(bundle: Bundle, out: Path, *options: object) -> list[str]:
+    """Generate, and the images' names."""
     outcome = run_cli(
         "generate", bundle.path, "-p", "a cat", "--steps", 2, "--seed", 1, "-o", out, "--json",
         *options,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    return [Path(picture["path"]).name for picture in json.loads(outcome.out)["pictures"]]
+    return [Path(image["path"]).name for image in json.loads(outcome.out)["images"]]
 
 
-def test_pictures_of_an_earlier_run_stay(miniature: Bundle, tmp_path: Path) -> None:
-    assert draw(miniature, tmp_path) == ["000-a-cat-1.png"]
+def test_images_of_an_earlier_run_stay(miniature: Bundle, tmp_path: Path) -> None:
+    assert generate(miniature, tmp_path) == ["000-a-cat-1.png"]
     first = (tmp_path / "000-a-cat-1.png").read_bytes()
     (tmp_path / "007-mine.png").write_bytes(b"mine")
-    assert draw(miniature, tmp_path, "-n", 2) == ["008-a-cat-1.png", "009-a-cat-2.png"]
+    assert generate(miniature, tmp_path, "-n", 2) == ["008-a-cat-1.png", "009-a-cat-2.png"]
     assert (tmp_path / "000-a-cat-1.png").read_bytes() == first
     assert (tmp_path / "007-mine.png").read_bytes() == b"mine"
 
@@ -50,18 +50,18 @@ def test_a_name_that_another_run_took_meanwhile_is_left_to_it(
     miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = tmp_path / "000-a-cat-1.png"
-    drawn = Pipeline.generate
+    original = Pipeline.generate
 
-    def generate(self: Pipeline, *arguments: object) -> object:
+    def after_theirs(self: Pipeline, *arguments: object) -> object:
         taken.write_bytes(b"theirs")
-        return drawn(self, *arguments)  # type: ignore[arg-type]
+        return original(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Pipeline, "generate", generate)
-    assert draw(miniature, tmp_path) == ["001-a-cat-1.png"]
+    monkeypatch.setattr(Pipeline, "generate", after_theirs)
+    assert generate(miniature, tmp_path) == ["001-a-cat-1.png"]
     assert taken.read_bytes() == b"theirs"
 
 
-def test_a_named_picture_is_replaced_and_told(miniature: Bundle, tmp_path: Path) -> None:
+def test_a_named_image_is_replaced_and_told(miniature: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "cat.png"
     out.write_bytes(b"old")
     out.chmod(0o600)
@@ -85,10 +85,10 @@ def test_a_preview_takes_no_name_that_is_taken(miniature: Bundle, tmp_path: Path
 def test_a_preview_that_the_user_changed_is_theirs(
     miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = Pipeline.generate
+    generated = Pipeline.generate
 
     def generate(self: Pipeline, *arguments: object) -> object:
-        made = drawn(self, *arguments)  # type: ignore[arg-type]
+        made = generated(self, *arguments)  # type: ignore[arg-type]
         (tmp_path / "cat.preview.png").write_bytes(b"mine now")
         return made
 
@@ -117,15 +117,15 @@ def test_an_interrupt_leaves_no_preview(miniature: Bundle, tmp_path: Path, numbe
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_that_cannot_be_placed_is_kept(
+def test_a_image_that_cannot_be_placed_is_kept(
     miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "out"
-    drawn = Pipeline.generate
+    generated = Pipeline.generate
 
     def generate(self: Pipeline, *arguments: object) -> object:
-        made = drawn(self, *arguments)  # type: ignore[arg-type]
+        made = generated(self, *arguments)  # type: ignore[arg-type]
         if folder.exists():
             shutil.rmtree(folder)
         folder.write_bytes(b"a file now")
@@ -143,7 +143,7 @@ def test_a_picture_that_cannot_be_placed_is_kept(
     assert outcome.err.splitlines()[-1].startswith("edgesd: cannot write")
 
 
-def test_a_picture_on_standard_output(miniature: Bundle, tmp_path: Path) -> None:
+def test_a_image_on_standard_output(miniature: Bundle, tmp_path: Path) -> None:
     asked = ("generate", miniature.path, "-p", "a cat", "--seed", 1, "--steps", 2, "-o")
     done = edgesd(*asked, "-", cwd=tmp_path)
     assert done.returncode == 0 and b"standard output  (seed 1)" in done.stderr
@@ -158,7 +158,7 @@ def test_a_picture_on_standard_output(miniature: Bundle, tmp_path: Path) -> None
     [
         (("--json",), "leave --json and --preview out"),
         (("--preview", 1), "leave --json and --preview out"),
-        (("-n", 2), "standard output is one file for 2 pictures"),
+        (("-n", 2), "standard output is one file for 2 images"),
     ],
 )
 def test_what_standard_output_does_not_take(
@@ -169,7 +169,7 @@ def test_what_standard_output_does_not_take(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_terminal_gets_no_picture(miniature: Bundle, tmp_path: Path) -> None:
+def test_a_terminal_gets_no_image(miniature: Bundle, tmp_path: Path) -> None:
     terminal, inside = os.openpty()
     command = [sys.executable, "-c", "from edgesd.cli import main; main()", "generate"]
     command += [str(miniature.path), "-p", "x", "-o", "-"]
@@ -181,7 +181,7 @@ def test_a_terminal_gets_no_picture(miniature: Bundle, tmp_path: Path) -> None:
     assert done.returncode == 2 and b"send it to a file or a pipe" in done.stderr
 
 
-def test_a_reader_that_went_away_costs_no_picture(miniature: Bundle, tmp_path: Path) -> None:
+def test_a_reader_that_went_away_costs_no_image(miniature: Bundle, tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-c", "from edgesd.cli import main; main()", "generate"]
@@ -265,14 +265,14 @@ def test_a_current_folder_that_was_removed_is_named(
     assert_refused(outcome, "the current folder was removed")
 
 
-def test_a_picture_goes_into_a_device_as_it_is_named(miniature: Bundle, tmp_path: Path) -> None:
+def test_a_image_goes_into_a_device_as_it_is_named(miniature: Bundle, tmp_path: Path) -> None:
     null = tmp_path / "nothing"
     null.symlink_to("/dev/null")
     drawing = ("generate", miniature.path, "-p", "a", "--steps", 1)
     done = run_cli(*drawing, "-o", null)
     assert done.code == 0 and "replaces" not in done.err
     assert null.is_symlink() and [*tmp_path.iterdir()] == [null]
-    assert_refused(run_cli(*drawing, "-n", 2, "-o", null), "is one file for 2 pictures")
+    assert_refused(run_cli(*drawing, "-n", 2, "-o", null), "is one file for 2 images")
 
 
 def test_no_output_replaces_what_the_command_reads_or_writes_besides(

@@ -225,7 +225,7 @@ def test_a_full_autoencoder_is_planned_in_halves_where_it_is_streamed(tmp_path: 
         assert decoder.memory["stream"] < decoder.memory["balanced"]
         whole, tiled = decoder.seconds["balanced"], decoder.seconds["stream"]
         assert whole is not None and tiled is not None and 2 * whole < tiled < 8 * whole
-    # The whole grows with the picture; of the tiles only the picture and its features do.
+    # The whole grows with the image; of the tiles only the image and its features do.
     small, large = (plan.components["vae_decoder"].memory for plan in plans.values())
     assert large["balanced"] - small["balanced"] > 4 * (large["stream"] - small["stream"])
 

@@ -66,8 +66,8 @@ def test_the_bundle_says_how_it_was_quantized_and_how_good_it_is(
     assert schemes["mid_block.resnets.0.conv1"] == "w4a8-g64-lr8"
     assert schemes["embeddings.token_embedding"] == "w8a16"
     assert all(0 <= layer.error < 0.2 for layer in recipe.layers)
-    assert [picture.prompt for picture in measured.pictures] == list(PROMPTS)
-    assert [picture.seed for picture in measured.pictures] == [0, 1, 2]
+    assert [image.prompt for image in measured.images] == list(PROMPTS)
+    assert [image.seed for image in measured.images] == [0, 1, 2]
     assert "not LPIPS" in measured.metric
     assert measured.psnr_min <= measured.psnr_mean
     assert measured.psnr_min > 20  # two prompts calibrate little; machines differ by some dB
@@ -75,27 +75,25 @@ def test_the_bundle_says_how_it_was_quantized_and_how_good_it_is(
     assert four_bits.total_bytes() < 0.3 * source.total_bytes()
 
 
-def test_the_figures_are_those_of_the_pictures(four_bits: Bundle, work: Path) -> None:
+def test_the_figures_are_those_of_the_images(four_bits: Bundle, work: Path) -> None:
     from edgesd.evaluate.psnr import psnr
     from edgesd.runtime.pipeline import Pipeline, Request, Settings
 
     assert four_bits.manifest.quality is not None
-    picture = four_bits.manifest.quality.pictures[1]
-    request = Request(picture.prompt, picture.seed, num_inference_steps=4)
+    image = four_bits.manifest.quality.images[1]
+    request = Request(image.prompt, image.seed, num_inference_steps=4)
     both = []
     for bundle in (open_bundle(next(work.glob("source-*"))), four_bits):
         with Pipeline(bundle, Settings(kernels=False)) as pipeline:
             both.append(pipeline.generate([request])[0])
-    assert psnr(*both) == pytest.approx(picture.psnr, abs=0.05)
-    for name, image in zip((picture.source, picture.ours), both, strict=True):
+    assert psnr(*both) == pytest.approx(image.psnr, abs=0.05)
+    for name, again in zip((image.source, image.ours), both, strict=True):
         assert name is not None
         with Image.open(four_bits.path / name) as kept:
-            assert psnr(kept.convert("RGB"), image) > 45
+            assert psnr(kept.convert("RGB"), again) > 45
 
 
-def test_pictures_by_our_own_kernels_are_as_near_the_source_s(
-    four_bits: Bundle, work: Path
-) -> None:
+def test_images_by_our_own_kernels_are_as_near_the_source_s(four_bits: Bundle, work: Path) -> None:
     from edgesd.evaluate.psnr import psnr
     from edgesd.runtime.pipeline import Pipeline, Request
 
@@ -103,10 +101,10 @@ def test_pictures_by_our_own_kernels_are_as_near_the_source_s(
         pytest.skip("there was no compiler when it was built")
     assert four_bits.manifest.quality is not None
     found = []
-    for picture in four_bits.manifest.quality.pictures:
-        assert picture.source is not None and picture.psnr is not None
-        with Pipeline(four_bits) as pipeline, Image.open(four_bits.path / picture.source) as kept:
-            request = Request(picture.prompt, picture.seed, num_inference_steps=4)
+    for image in four_bits.manifest.quality.images:
+        assert image.source is not None and image.psnr is not None
+        with Pipeline(four_bits) as pipeline, Image.open(four_bits.path / image.source) as kept:
+            request = Request(image.prompt, image.seed, num_inference_steps=4)
             found.append(psnr(kept.convert("RGB"), pipeline.generate([request])[0]))
             assert not pipeline.fallbacks
     assert np.mean(found) > four_bits.manifest.quality.psnr_mean - 1
@@ -115,18 +113,18 @@ def test_pictures_by_our_own_kernels_are_as_near_the_source_s(
 def test_streamed_weights_are_the_same(four_bits: Bundle) -> None:
     from edgesd.runtime.pipeline import Pipeline, Request, Settings
 
-    drawn = []
+    generated = []
     for mode in ("fast", "stream", "fast"):
         with Pipeline(four_bits, Settings(memory=mode, guidance_mode="sequential")) as pipeline:
             request = Request("a rocket", 1, num_inference_steps=2)
-            drawn.append(np.asarray(pipeline.generate([request])[0]))
-    assert np.array_equal(drawn[0], drawn[1]) and np.array_equal(drawn[0], drawn[2])
+            generated.append(np.asarray(pipeline.generate([request])[0]))
+    assert np.array_equal(generated[0], generated[1]) and np.array_equal(generated[0], generated[2])
 
 
 def test_generate_inspect_and_report_take_it(four_bits: Bundle, tmp_path: Path) -> None:
-    out = tmp_path / "picture.png"
-    drawn = run_cli("generate", four_bits.path, "-p", "a rocket", "--steps", "2", "-o", out)
-    assert drawn.code == 0, drawn.err
+    out = tmp_path / "image.png"
+    generated = run_cli("generate", four_bits.path, "-p", "a rocket", "--steps", "2", "-o", out)
+    assert generated.code == 0, generated.err
     assert np.asarray(Image.open(out)).std() > 5
     said = run_cli("inspect", four_bits.path)
     assert said.code == 0
@@ -196,7 +194,7 @@ def test_four_bit_activations_are_called_a_simulation(work: Path, tmp_path: Path
 
 
 def errors_as_sensitivities(self: QuantizedBuild, probes: object) -> dict[object, float]:
-    """Stands in for 200 drawings: a layer does to the picture what it does to its output."""
+    """Stands in for 200 drawings: a layer does to the image what it does to its output."""
     return {
         layer: 0.0 if choice is None else 100 * self.store.get(layer, choice).error ** 2
         for layer, choice in self.planned.items()
@@ -205,7 +203,7 @@ def errors_as_sensitivities(self: QuantizedBuild, probes: object) -> dict[object
 
 @pytest.mark.slow
 @pytest.mark.parametrize("allowed", [0.0, 99.0])
-def test_attention_is_pooled_where_pictures_allow(
+def test_attention_is_pooled_where_images_allow(
     allowed: float, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgesd.recipes.quantized._POOLING_LOSS", allowed)
@@ -373,7 +371,7 @@ def test_killed_twenty_times_the_bytes_are_the_same(work: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_fixed_size_is_calibrated_and_measured(rows: int, work: Path, tmp_path: Path) -> None:
-    """One row: guidance one half after the other. Three: three pictures at a time."""
+    """One row: guidance one half after the other. Three: three images at a time."""
     out = tmp_path / "bundle"
     bundle = build(
         DEMO,
@@ -386,5 +384,5 @@ def test_a_fixed_size_is_calibrated_and_measured(rows: int, work: Path, tmp_path
     ).bundle
     assert bundle.manifest.pipeline.shape.batch == rows
     assert bundle.manifest.quality is not None
-    assert len(bundle.manifest.quality.pictures) == len(PROMPTS)
+    assert len(bundle.manifest.quality.images) == len(PROMPTS)
     assert bundle.manifest.quality.psnr_min > 20

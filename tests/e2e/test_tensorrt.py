@@ -1,4 +1,4 @@
-"""A bundle for TensorRT, from `edgesd finalize` to the picture: on fakes of the GPU and TensorRT,
+"""A bundle for TensorRT, from `edgesd finalize` to the image: on fakes of the GPU and TensorRT,
 and without either."""
 
 from __future__ import annotations
@@ -33,62 +33,62 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 @pytest.fixture
 def wanted(miniature: Bundle, tmp_path: Path) -> np.ndarray:
-    """The picture that ONNX Runtime draws of the same pipeline."""
+    """The image that ONNX Runtime generates of the same pipeline."""
     out = tmp_path / "wanted.png"
     run_cli("generate", miniature.path, "-p", "a red apple", "--seed", "3", "-o", out)
     return pixels(out)
 
 
-Draw = Callable[..., tuple[str, np.ndarray]]
+Generate = Callable[..., tuple[str, np.ndarray]]
 
 
 @pytest.fixture
-def draw(tmp_path: Path) -> Draw:
-    def drawn(path: Path, *more: object) -> tuple[str, np.ndarray]:
-        out = tmp_path / "picture.png"
+def generate(tmp_path: Path) -> Generate:
+    def generated(path: Path, *more: object) -> tuple[str, np.ndarray]:
+        out = tmp_path / "image.png"
         outcome = run_cli("generate", path, "-p", "a red apple", "--seed", "3", "-o", out, *more)
         assert outcome.code == 0, outcome.err
         return outcome.err, pixels(out)
 
-    return drawn
+    return generated
 
 
 def test_the_first_run_builds_plans_and_later_ones_find_them(
-    bundle: Bundle, board: Builder, draw: Draw, wanted: np.ndarray
+    bundle: Bundle, board: Builder, generate: Generate, wanted: np.ndarray
 ) -> None:
-    said, picture = draw(bundle.path)
+    said, image = generate(bundle.path)
     assert board.built == ["text_encoder", "unet", "vae_decoder"]
     assert "building the plan of unet for this machine, once" in said
     assert "on the CPU" not in said
-    np.testing.assert_array_equal(picture, wanted)
-    said, picture = draw(bundle.path)
+    np.testing.assert_array_equal(image, wanted)
+    said, image = generate(bundle.path)
     assert len(board.built) == 3 and "building" not in said
-    np.testing.assert_array_equal(picture, wanted)
+    np.testing.assert_array_equal(image, wanted)
 
 
 def test_a_one_file_bundle_is_built_from_in_place(
-    bundle: Bundle, board: Builder, draw: Draw, wanted: np.ndarray, tmp_path: Path
+    bundle: Bundle, board: Builder, generate: Generate, wanted: np.ndarray, tmp_path: Path
 ) -> None:
     path = tmp_path / "one.edgesd"
     pack_bundle(bundle, path)
-    _, picture = draw(path)
-    np.testing.assert_array_equal(picture, wanted)
-    draw(bundle.path)
+    _, image = generate(path)
+    np.testing.assert_array_equal(image, wanted)
+    generate(bundle.path)
     assert len(board.built) == 3  # the same files, the same plans
 
 
-def test_finalize_builds_them_ahead(bundle: Bundle, board: Builder, draw: Draw) -> None:
+def test_finalize_builds_them_ahead(bundle: Bundle, board: Builder, generate: Generate) -> None:
     outcome = run_cli("finalize", bundle.path)
     assert outcome.code == 0, outcome.err
     assert "unet" in outcome.out and "tensorrt 10.3.0, sm_87" in outcome.out
     assert len(board.built) == 3
-    draw(bundle.path)
+    generate(bundle.path)
     assert len(board.built) == 3
     told = json.loads(run_cli("finalize", bundle.path, "--json").out)
     assert told["unet"]["plan"]["report"]["environment"]["sm"] == "sm_87"
@@ -97,7 +97,7 @@ def test_finalize_builds_them_ahead(bundle: Bundle, board: Builder, draw: Draw) 
 
 @pytest.mark.parametrize("change", ["damaged", "cut", "no report", "other version"])
 def test_a_plan_that_does_not_hold_is_built_anew(
-    change: str, bundle: Bundle, board: Builder, draw: Draw, monkeypatch: pytest.MonkeyPatch
+    change: str, bundle: Bundle, board: Builder, generate: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_cli("finalize", bundle.path)
     told = json.loads(run_cli("finalize", bundle.path, "--json").out)
@@ -112,7 +112,7 @@ def test_a_plan_that_does_not_hold_is_built_anew(
         path.with_suffix(".json").unlink()
     else:
         monkeypatch.setattr(fake_tensorrt, "__version__", "10.16.1")
-    draw(bundle.path)
+    generate(bundle.path)
     expected = ["text_encoder", "unet", "vae_decoder"] if change == "other version" else ["unet"]
     assert board.built[3:] == expected
     assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]
@@ -130,14 +130,14 @@ def test_a_build_that_fails_falls_back_or_fails(
     words: str,
     bundle: Bundle,
     board: Builder,
-    draw: Draw,
+    generate: Generate,
     wanted: np.ndarray,
     tmp_path: Path,
 ) -> None:
     board.error = error
-    said, picture = draw(bundle.path)
+    said, image = generate(bundle.path)
     assert said.count("drawing on the CPU instead, by ONNX Runtime") == 1 and words in said
-    np.testing.assert_array_equal(picture, wanted)
+    np.testing.assert_array_equal(image, wanted)
     out = tmp_path / "none.png"
     outcome = run_cli("generate", bundle.path, "-p", "a cat", "--no-fallback", "-o", out)
     assert outcome.code == error.exit_code
@@ -147,23 +147,29 @@ def test_a_build_that_fails_falls_back_or_fails(
 
 
 def test_a_plan_that_does_not_load_falls_back(
-    bundle: Bundle, board: Builder, draw: Draw, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle,
+    board: Builder,
+    generate: Generate,
+    wanted: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_cli("finalize", bundle.path)
     monkeypatch.setattr(fake_tensorrt.Engine, "contexts", 0)
-    said, picture = draw(bundle.path)
+    said, image = generate(bundle.path)
     for component in ("text_encoder", "unet", "vae_decoder"):
         assert f"not enough GPU memory for {component}" in said
-    np.testing.assert_array_equal(picture, wanted)
+    np.testing.assert_array_equal(image, wanted)
     outcome = run_cli("generate", bundle.path, "-p", "a cat", "--no-fallback")
     assert_refused(outcome, "not enough GPU memory for text_encoder")
 
 
 @pytest.mark.skipif(not isinstance(plans.find_gpu(), str), reason="this machine has an NVIDIA GPU")
-def test_without_a_gpu(bundle: Bundle, draw: Draw, wanted: np.ndarray, tmp_path: Path) -> None:
-    said, picture = draw(bundle.path)
+def test_without_a_gpu(
+    bundle: Bundle, generate: Generate, wanted: np.ndarray, tmp_path: Path
+) -> None:
+    said, image = generate(bundle.path)
     assert "driver" in said and "drawing on the CPU instead" in said
-    np.testing.assert_array_equal(picture, wanted)
+    np.testing.assert_array_equal(image, wanted)
     outcome = run_cli("generate", bundle.path, "-p", "a cat", "--no-fallback")
     assert outcome.code == 5
     assert_refused(outcome, "driver")
@@ -178,7 +184,7 @@ def test_a_bundle_that_needs_no_plans(miniature: Bundle) -> None:
     assert_refused(outcome, "which needs no plans")
 
 
-def test_an_altered_bundle_is_refused_and_not_drawn_on_the_cpu(
+def test_an_altered_bundle_is_refused_and_not_generated_on_the_cpu(
     board: Builder, tmp_path: Path
 ) -> None:
     folder = write_bundle(tmp_path / "altered", backend="tensorrt").path

@@ -54,7 +54,7 @@ def decoded(bundle: Bundle, settings: Settings) -> np.ndarray:
         return np.asarray(pipeline.decode(LATENTS)[0])
 
 
-def test_a_streamed_picture_is_the_whole_one(bundle: Bundle) -> None:
+def test_a_streamed_image_is_the_whole_one(bundle: Bundle) -> None:
     latent, engine = bundle.manifest.pipeline.latent, bundle.manifest.engines["vae_decoder"]
     assert latent.levels == (32, 32, 16, 16) and latent.halo is None
     assert engine.halves is not None

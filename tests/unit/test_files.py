@@ -232,9 +232,9 @@ def test_work_that_cannot_be_placed_is_kept(
 
         patch.setattr(os, "fsync", full_once)
         with pytest.raises(ResourceError, match=r"kept as .*kept/a\.png"):
-            save(wanted, b"picture")
+            save(wanted, b"image")
     assert not wanted.exists()
-    assert (tmp_path / "cache/edgesd/kept/a.png").read_bytes() == b"picture"
+    assert (tmp_path / "cache/edgesd/kept/a.png").read_bytes() == b"image"
 
 
 def test_a_folder_that_was_taken_meanwhile_leaves_what_was_made(tmp_path: Path) -> None:

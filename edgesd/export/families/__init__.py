@@ -75,7 +75,7 @@ class Family:
     plan: reads the configs. Takes (width, height) in pixels for static graphs, or None for dynamic
         ones, the name of a scheduler, or None for the model's own, and the rows of a static
         denoiser. Raises InputError for a variant that isn't supported, UsageError for a size that
-        the model can't draw or an unknown scheduler.
+        the model can't generate or an unknown scheduler.
     """
 
     name: str
@@ -98,7 +98,7 @@ _KNOWN = {
     "^StableDiffusionXL": ("an SDXL pipeline", _NOT_YET),
     "^StableDiffusion3": ("a Stable Diffusion 3 pipeline", _NOT_YET),
     "^Flux": ("a FLUX pipeline", _NOT_YET),
-    "Video|^Wan|^LTX|^CogVideo|^Mochi": ("a video pipeline", ": edgesd draws pictures"),
+    "Video|^Wan|^LTX|^CogVideo|^Mochi": ("a video pipeline", ": edgesd generates images"),
 }
 """What is asked for and isn't taken: pattern of its class -> what it is, and what to do."""
 

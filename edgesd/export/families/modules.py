@@ -27,7 +27,7 @@ from edgesd.spec.pipeline import LatentSpec
 from edgesd.text import first_sentence
 
 _TEXT_TO_IMAGE = {"StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline"}
-"""Pipelines that begin with a picture -> the one that draws from prompts alone."""
+"""Pipelines that begin with an image -> the one that generates from prompts alone."""
 
 _NO_OPTIONS = ("_diffusers_version", "_name_or_path")
 """Of a scheduler's config."""
@@ -174,7 +174,7 @@ def _follow_skips(net: Any) -> None:
             plain = isinstance(layer, Upsample2D) and layer.use_conv and layer.name == "conv"
             if not plain or layer.norm is not None or not layer.interpolate:
                 raise InputError(
-                    f"the UNet's {type(layer).__name__} makes pictures of multiples of "
+                    f"the UNet's {type(layer).__name__} makes images of multiples of "
                     f"{2**net.num_upsamplers} latents only: give --size"
                 )
             block.upsamplers[index] = _Following(layer.conv)

@@ -48,7 +48,7 @@ _CLASSES = {
 _STEPS = {False: 20, True: 4}
 """Latent consistency model or not -> steps."""
 _COLOURS = 3
-"""Channels of a picture."""
+"""Channels of an image."""
 _UNSUPPORTED = (
     "class_embed_type",
     "num_class_embeds",
@@ -71,7 +71,7 @@ def plan(
     being the default. batch: rows of a static UNet; the other graphs take one row, since the
     runtime runs them row by row. scheduler: another sampler than the model's own. Raises InputError
     for a variant of the family, or a scheduler option, that isn't supported, UsageError for a size
-    that the model can't draw or an unknown scheduler.
+    that the model can't generate or an unknown scheduler.
     """
     for component, (library, valid) in _CLASSES.items():
         found, origin = source.class_of(component), source.library_of(component)
@@ -193,7 +193,7 @@ def _latent_spec(
     for channels in ("in_channels", "out_channels"):
         if vae[channels] != _COLOURS:
             raise InputError(
-                f"{source.name}: its VAE has {channels}={vae[channels]}: only pictures of three "
+                f"{source.name}: its VAE has {channels}={vae[channels]}: only images of three "
                 "colours are supported"
             )
     scaling = vae["scaling_factor"]
@@ -225,7 +225,7 @@ def _tiny_halo(blocks: Sequence[int]) -> int:
 def _shape_spec(
     size: tuple[int, int] | None, batch: int, unet: Mapping[str, Any], scale_factor: int
 ) -> ShapeSpec:
-    """Sizes that diffusers draws, multiples of `scale_factor`, and none in their place.
+    """Sizes that diffusers generates, multiples of `scale_factor`, and none in their place.
 
     Graphs for any size take multiples of all the UNet's levels, which is faster, or of
     `scale_factor` if the model's own size is none.

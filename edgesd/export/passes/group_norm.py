@@ -18,7 +18,7 @@ class GroupNorm(NamedTuple):
 
 
 def group_norm(last: ir.Node | None) -> GroupNorm | None:
-    """The group normalization of pictures whose last node is `last`: Reshape,
+    """The group normalization of images whose last node is `last`: Reshape,
     InstanceNormalization of ones and zeros, Reshape, Mul, Add. None for anything else, and where
     another node reads what lies between."""
     scaled, beta = _with_constant(last, "Add")

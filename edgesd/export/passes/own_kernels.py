@@ -3,7 +3,7 @@
 | layer                                  | becomes                                             |
 |----------------------------------------|-----------------------------------------------------|
 | linear with 8-bit inputs               | QuantLinear: each row of the input has a format     |
-| convolution with 8-bit inputs          | QuantConv: each picture of the input has a format   |
+| convolution with 8-bit inputs          | QuantConv: each image of the input has a format   |
 | attention that isn't causal            | QuantAttention, in 8 bits                           |
 | anything else                          | what QuantizedOrt makes of it                       |
 

@@ -53,7 +53,7 @@ class PooledAttention(Pass):
         wide = _latents_per_token(model, sample)
         found = [(wide[a.source], a) for a in _self_attentions(model) if a.source in wide]
         level = min((size for size, _ in found), default=0)
-        # The size of a picture is a multiple of the deepest level's: see families/sd.py; or it is
+        # The size of an image is a multiple of the deepest level's: see families/sd.py; or it is
         # any, and upsampling follows the sizes of what it is joined with.
         if level == 0 or max(wide.values()) % (2 * level) or not _halves_evenly(model, 2 * level):
             return False
@@ -80,7 +80,7 @@ def _latents_per_token(model: ir.Model, sample: ir.Value) -> dict[ir.Value, int]
     of convolutions multiply it, upsampling divides it."""
     wide = {sample: 1}
     for node in model.graph:
-        if node.op_type == "Shape":  # sizes aren't pictures
+        if node.op_type == "Shape":  # sizes aren't images
             continue
         size = next((wide[v] for v in node.inputs if v is not None and v in wide), None)
         if size is None:
@@ -136,7 +136,7 @@ def _linear(value: ir.Value | None) -> tuple[ir.Node | None, tuple[ir.Value, ...
 
 def _split_shape(model: ir.Model, sample: ir.Value, size: int) -> ir.Value:
     """The shape [0, h/2, 2, w/2, 2, -1] of tokens, two of which are `size` latents wide; computed
-    in the graph where the picture's size isn't known."""
+    in the graph where the image's size isn't known."""
     assert sample.shape is not None
     height, width = sample.shape[2], sample.shape[3]
     if isinstance(height, int) and isinstance(width, int):

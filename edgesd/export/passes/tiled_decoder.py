@@ -5,7 +5,7 @@
 | head | latents -> features: all before the first upsampling, attention included              |
 | tail | features, statistics, own, core -> image, moments: convolutions and upsampling        |
 
-A group normalization sees the whole picture. In the tail each takes the mean and the mean square of
+A group normalization sees the whole image. In the tail each takes the mean and the mean square of
 its groups from `statistics` [norms, 2, groups], to which `own` [1] times those of its own input are
 added: `moments`, as large, of the input within `core` (top, left, bottom, right in features). What
 is left sees a few features around.
@@ -73,7 +73,7 @@ class DecoderTail(Pass):
             if id(node) in parts:
                 continue
             if not _is_local(node):
-                raise EdgesdError(f"the decoder's {node.name} sees the whole picture")
+                raise EdgesdError(f"the decoder's {node.name} sees the whole image")
             for value in node.inputs:
                 known = value is None or value is cut or value.const_value is not None
                 if not known and id(value) not in inside:
@@ -330,7 +330,7 @@ def _scales(cut: ir.Value) -> dict[int, int]:
 
 
 def _one_row(value: ir.Value) -> None:
-    """Pictures are decoded one at a time."""
+    """Images are decoded one at a time."""
     if value.shape is not None:
         value.shape = ir.Shape([1, *value.shape.dims[1:]])
 

@@ -85,8 +85,8 @@ def static_ranges(ranges: Tensor) -> Activations:
     """8-bit ranges for each timestep, and one symmetric range over all, from recorded [T, 2].
 
     They hold every value that was recorded. Clipping them, with the clip chosen by the squared
-    error of inputs or of outputs on sampled rows, made pictures worse by 2 to 5 dB: the few large
-    values that it cuts off are large in the same places of every picture.
+    error of inputs or of outputs on sampled rows, made images worse by 2 to 5 dB: the few large
+    values that it cuts off are large in the same places of every image.
     """
     low, high = ranges[:, 0].clamp(max=0), ranges[:, 1].clamp(min=0)
     scale = ((high - low) / 255).clamp_min(_MIN_SCALE)

@@ -1,7 +1,7 @@
 """Mixed precision: which scheme each layer gets.
 
 `planned` is the rule before anything is measured. `assign` spends a budget of bytes where a
-picture gains most, given what each option of each layer does to the picture.
+image gains most, given what each option of each layer does to the image.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Choice = Scheme | None
 
 @dataclass(frozen=True)
 class Option:
-    """One way to represent a layer: its bytes on disk, its computing time in a picture (any unit),
-    and the squared error it makes in the picture (any unit), each the same for all layers."""
+    """One way to represent a layer: its bytes on disk, its computing time in an image (any unit),
+    and the squared error it makes in the image (any unit), each the same for all layers."""
 
     choice: Choice
     bytes: int
@@ -137,7 +137,7 @@ def within(chosen: Mapping[Layer, Option], max_bytes: float, max_time: float) ->
 
 
 def total_loss(chosen: Mapping[Layer, Option]) -> float:
-    """The squared error that all layers' options make in the picture together."""
+    """The squared error that all layers' options make in the image together."""
     return sum(option.loss for option in chosen.values())
 
 

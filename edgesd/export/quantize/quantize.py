@@ -35,7 +35,7 @@ VERSION = 4
 _ALPHAS = (0.25, 0.5, 0.75)
 _WORTHWHILE = 0.7
 """The error must fall to this part for smoothing to be worth it: it costs a multiplication per run,
-and a small gain on sampled rows is a loss in pictures (docs/quantization.md)."""
+and a small gain on sampled rows is a loss in images (docs/quantization.md)."""
 
 _ROUNDS = 4
 _BIG = 4 << 20

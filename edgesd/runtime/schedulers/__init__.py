@@ -82,7 +82,7 @@ def sampler_of(class_name: str, config: Mapping[str, Any]) -> str:
             continue
         _log.warning(
             "the model asks for %s, which edgesd doesn't have: %s is taken, the nearest to it. "
-            "Pictures show the same subjects and differ in details from diffusers'; %s",
+            "Images show the same subjects and differ in details from diffusers'; %s",
             class_name,
             name,
             _choice(),

@@ -35,7 +35,7 @@ class Scheduler(ABC):
     def set_timesteps(self, num_inference_steps: int, *, image_seq_len: int | None = None) -> None:
         """Lay out the timesteps and forget everything about earlier steps.
 
-        image_seq_len: number of latent patches of the picture; only a flow-matching schedule
+        image_seq_len: number of latent patches of the image; only a flow-matching schedule
         with dynamic shifting reads it. `timesteps` can be longer than `num_inference_steps`.
         Raises UsageError for a number of steps that this schedule can't make.
         """

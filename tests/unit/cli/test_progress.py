@@ -36,7 +36,7 @@ def test_bytes_are_shown_in_a_unit_that_fits(
 def test_a_total_of_nothing_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = Reporter()
     reporter.update_bytes("send", 0, 0)
-    reporter.update("draw", 0, 0, "s/step")
+    reporter.update("generate", 0, 0, "s/step")
     assert capsys.readouterr().err == ""
 
 
@@ -49,10 +49,10 @@ def test_plain_lines_keep_their_distance(
     reporter = Reporter()
     for n in range(25):
         clock = n / 10
-        reporter.update("draw", n, 25)
-    assert capsys.readouterr().err == "draw: 10/25\ndraw: 20/25\n"
+        reporter.update("generate", n, 25)
+    assert capsys.readouterr().err == "generate: 10/25\ndraw: 20/25\n"
 
 
 def test_a_quiet_reporter_shows_none(capsys: pytest.CaptureFixture[str]) -> None:
-    Reporter(quiet=True).update("draw", 1, 2)
+    Reporter(quiet=True).update("generate", 1, 2)
     assert capsys.readouterr().err == ""

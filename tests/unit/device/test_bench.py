@@ -65,7 +65,7 @@ def test_summary() -> None:
         sample(10, 3.0, celsius={"cpu": 99.0}),
     ]
     found = summarize([run(2.5, 3.5)], [run(4, 6), run(6, 8)], samples, 2.2, 123)
-    assert found.picture.median == 2 and found.step.count == 4
+    assert found.image.median == 2 and found.step.count == 4
     assert found.idle_watts == 3 and found.joules == pytest.approx(18)
     assert found.joules_above_idle == pytest.approx(12)
     assert found.hottest_celsius == 82
@@ -85,7 +85,7 @@ def made(miniature: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("-o", path, "--html", path.with_suffix(".html")),
     )
     assert outcome.code == 0, outcome.err
-    assert "picture " in outcome.out and "throttled" in outcome.out
+    assert "image " in outcome.out and "throttled" in outcome.out
     return path
 
 
@@ -94,7 +94,7 @@ def test_what_is_measured(made: Path, miniature: Bundle) -> None:
     (bench,) = read_bench(made)
     assert bench.version == BENCH_VERSION
     assert bench.manifest_sha256 == miniature.manifest_sha256
-    assert len(bench.runs) == len(bench.pictures) == 3
+    assert len(bench.runs) == len(bench.images) == 3
     assert [run.seed for run in bench.runs] == [0, 1, 2]
     assert all(len(run.steps) == 4 for run in bench.runs)
     assert set(bench.summary.components) == {"text_encoder", "unet", "vae_decoder"}
@@ -104,7 +104,7 @@ def test_what_is_measured(made: Path, miniature: Bundle) -> None:
         assert one.load == {}  # the warm-up has loaded
     assert bench.samples[0].seconds < bench.warm_up[0].start
     assert bench.summary.peak_memory_bytes > 10e6
-    assert len(set(bench.pictures)) == 3
+    assert len(set(bench.images)) == 3
 
 
 @pytest.mark.integration

@@ -182,10 +182,10 @@ def test_two_deploys_at_once(
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2)])
-def test_a_flat_picture_fails_the_self_test(size: tuple[int, int], tmp_path: Path) -> None:
+def test_a_flat_image_fails_the_self_test(size: tuple[int, int], tmp_path: Path) -> None:
     from PIL import Image
 
-    picture = Image.new("RGB", size, "gray")
-    picture.save(tmp_path / "flat.png")
+    image = Image.new("RGB", size, "gray")
+    image.save(tmp_path / "flat.png")
     with pytest.raises(BoardError, match="one flat colour"):
-        slots_module._check_picture(tmp_path / "flat.png")
+        slots_module._check_image(tmp_path / "flat.png")

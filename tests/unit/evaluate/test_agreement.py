@@ -1,4 +1,4 @@
-"""Judges of pictures and texts: the small one in the checkout, and CLIP on random weights."""
+"""Judges of images and texts: the small one in the checkout, and CLIP on random weights."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ assert FOLDER
 def disc(colour: tuple[int, int, int], size: int = 128) -> Image.Image:
     from PIL import ImageDraw
 
-    picture = Image.new("RGB", (size, size), "white")
-    ImageDraw.Draw(picture).ellipse((16, 16, size - 16, size - 16), fill=colour)
-    return picture
+    image = Image.new("RGB", (size, size), "white")
+    ImageDraw.Draw(image).ellipse((16, 16, size - 16, size - 16), fill=colour)
+    return image
 
 
 def test_words() -> None:
@@ -40,21 +40,21 @@ def test_the_small_judge_knows_colours_and_shapes() -> None:
     judge = open_agreement(FOLDER)
     assert not judge.is_clip and "not CLIP" in judge.name
     discs = {"blue circle": (30, 100, 220), "red circle": (220, 30, 50)}
-    pictures = judge.pictures([disc(colour) for colour in discs.values()])
+    images = judge.images([disc(colour) for colour in discs.values()])
     texts = judge.texts([*discs, "penguin", "castle"])
-    np.testing.assert_allclose(np.linalg.norm(pictures, axis=1), 1, atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-4)
-    assert (pictures @ texts.T).argmax(axis=1).tolist() == [0, 1]
-    many = judge.pictures([disc((30, 100, 220))] * 300)
-    np.testing.assert_allclose(many, np.repeat(pictures[:1], 300, axis=0), atol=1e-4)
+    assert (images @ texts.T).argmax(axis=1).tolist() == [0, 1]
+    many = judge.images([disc((30, 100, 220))] * 300)
+    np.testing.assert_allclose(many, np.repeat(images[:1], 300, axis=0), atol=1e-4)
 
 
-def test_pictures_are_held_against_texts() -> None:
+def test_images_are_held_against_texts() -> None:
     judge = open_agreement(FOLDER)
     blue, red = disc((30, 100, 220)), disc((220, 30, 50))
     wanted = ["blue circle", "red circle"]
-    drawn = {"wishes": [red, blue], "prompts": [blue, red], "wanted": [blue, red]}
-    found = agreed(judge, drawn, wanted)
+    generated = {"wishes": [red, blue], "prompts": [blue, red], "wanted": [blue, red]}
+    found = agreed(judge, generated, wanted)
     assert found.found_wish.mean == 0.0 and found.found_prompt.mean == 1.0
     assert found.gain.low > 0 and found.score_prompt == found.score_wanted
     assert found.chance == pytest.approx(found.score_wish.mean, abs=0.01)
@@ -96,14 +96,14 @@ def test_clip_is_what_transformers_computes(tmp_path: Path) -> None:
     texts = ["a red apple", "apple " * 60]
     chance = np.random.default_rng(0)
     noise = [chance.integers(0, 256, (48, 40, 3), dtype=np.uint8) for _ in range(2)]
-    pictures = [np.asarray(Image.fromarray(x).resize((80, 96), 3)) for x in noise]
+    images = [np.asarray(Image.fromarray(x).resize((80, 96), 3)) for x in noise]
     processor = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
-    inputs = processor(pictures, return_tensors="pt")
+    inputs = processor(images, return_tensors="pt")
     tokens = tokenizer(texts, padding=True, truncation=True, max_length=16, return_tensors="pt")
     with torch.no_grad():
         found = model(**inputs, **tokens)
-    cosines = judge.pictures(pictures) @ judge.texts(texts).T
+    cosines = judge.images(images) @ judge.texts(texts).T
     wanted = (found.image_embeds @ found.text_embeds.T).numpy()
     np.testing.assert_allclose(cosines, wanted, atol=5e-3)

@@ -18,7 +18,7 @@ def flat(value: int, height: int = 2, width: int = 5) -> np.ndarray:
     return np.full((height, width, 3), value, np.uint8)
 
 
-def test_equal_pictures_are_infinitely_alike() -> None:
+def test_equal_images_are_infinitely_alike() -> None:
     assert psnr(flat(7), flat(7)) == math.inf
     assert max_abs_difference(flat(7), flat(7)) == 0
 
@@ -28,7 +28,7 @@ def test_equal_pictures_are_infinitely_alike() -> None:
     # MSE 1: 20 log10(255) = 48.1308; MSE 100: 20 dB less; MSE 255^2: 0
     [(1, 48.130804), (10, 28.130804), (255, 0.0)],
 )
-def test_psnr_of_flat_pictures(difference: int, decibels: float) -> None:
+def test_psnr_of_flat_images(difference: int, decibels: float) -> None:
     assert psnr(flat(0), flat(difference)) == pytest.approx(decibels, abs=1e-6)
     assert psnr(flat(difference), flat(0)) == pytest.approx(decibels, abs=1e-6)
     assert max_abs_difference(flat(difference), flat(0)) == difference
@@ -43,12 +43,12 @@ def test_psnr_of_one_channel_of_one_pixel() -> None:
 
 
 def test_images_and_arrays_are_the_same() -> None:
-    picture = Image.fromarray(flat(10))
-    assert picture.mode == "RGB"
-    assert psnr(picture, flat(11)) == pytest.approx(48.130804, abs=1e-6)
+    image = Image.fromarray(flat(10))
+    assert image.mode == "RGB"
+    assert psnr(image, flat(11)) == pytest.approx(48.130804, abs=1e-6)
 
 
-def test_other_pictures_are_refused() -> None:
+def test_other_images_are_refused() -> None:
     with pytest.raises(InputError, match="5x2 and 5x3"):
         psnr(flat(0), flat(0, height=3))
     with pytest.raises(InputError, match="float64"):

@@ -80,7 +80,7 @@ def stand_in() -> Perceptual:
         return open_perceptual()
 
 
-def picture(height: int = 75, width: int = 98) -> np.ndarray:
+def image(height: int = 75, width: int = 98) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 2, y * 3, (x * y) % 256], axis=-1).astype(np.uint8)
 
@@ -123,7 +123,7 @@ def test_lpips_is_the_formula(
 ) -> None:
     lpips = open_perceptual(lpips_folder)
     assert lpips.name == "LPIPS (AlexNet, v0.1)" and lpips.is_standard
-    first = picture(*size)
+    first = image(*size)
     for second in (noisy(first, 20), 255 - first):
         wanted = plain_lpips(states, first, second)
         assert lpips.distance(first, second) == pytest.approx(wanted, rel=1e-4)
@@ -188,7 +188,7 @@ def test_cached_weights_are_used_offline(lpips_folder: Path) -> None:
     (cache / ALEXNET_FILE).write_bytes((lpips_folder / ALEXNET_FILE).read_bytes())
     opened = open_perceptual()
     assert opened.name == "LPIPS (AlexNet, v0.1)" and opened.is_standard
-    assert opened.distance(picture(), picture()) == 0
+    assert opened.distance(image(), image()) == 0
 
 
 @pytest.mark.parametrize("switch", ["EDGESD_OFFLINE", "HF_HUB_OFFLINE"])
@@ -272,8 +272,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, package: st
 
 
 def test_the_stand_in_is_efficientnet_lite0(stand_in: Perceptual) -> None:
-    # made with the network of efficientnet_lite_pytorch 0.1.0, whose padding goes by the picture
-    features = stand_in.features(picture())
+    # made with the network of efficientnet_lite_pytorch 0.1.0, whose padding goes by the image
+    features = stand_in.features(image())
     assert features.shape == (1280,) and features.dtype == np.float32
     assert features.sum() == pytest.approx(413.5327, rel=1e-3)
     largest = {113: 4.423034, 446: 4.5627747, 332: 4.581047, 116: 4.9498973, 714: 5.1028075}
@@ -281,7 +281,7 @@ def test_the_stand_in_is_efficientnet_lite0(stand_in: Perceptual) -> None:
 
 
 def test_properties_of_the_stand_in(stand_in: Perceptual) -> None:
-    first = picture(128, 128)
+    first = image(128, 128)
     distances = [stand_in.distance(first, noisy(first, sigma)) for sigma in (0, 2, 8, 32, 128)]
     assert distances[0] == 0 and distances == sorted(set(distances))
     other = noisy(first, 8)
@@ -291,21 +291,19 @@ def test_properties_of_the_stand_in(stand_in: Perceptual) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (20, 31), (64, 64)])
-def test_small_pictures_work(
-    lpips_folder: Path, stand_in: Perceptual, size: tuple[int, int]
-) -> None:
+def test_small_images_work(lpips_folder: Path, stand_in: Perceptual, size: tuple[int, int]) -> None:
     for metric in (stand_in, open_perceptual(lpips_folder)):
-        first = picture(*size)
+        first = image(*size)
         assert metric.distance(first, first) == 0
         assert 0 < metric.distance(first, 255 - first) < np.inf
         assert np.isfinite(metric.features(first)).all()
 
 
-def test_other_pictures_are_refused(stand_in: Perceptual) -> None:
+def test_other_images_are_refused(stand_in: Perceptual) -> None:
     with pytest.raises(InputError, match="98x75 and 98x76"):
-        stand_in.distance(picture(), picture(76))
+        stand_in.distance(image(), image(76))
     with pytest.raises(InputError, match="float64"):
-        stand_in.features(picture() / 255)  # type: ignore[arg-type]
+        stand_in.features(image() / 255)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="RGBA"):
         stand_in.features(Image.new("RGBA", (64, 64)))
 

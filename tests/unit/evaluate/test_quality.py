@@ -1,4 +1,4 @@
-"""How many pictures are drawn at a time when quality is measured."""
+"""How many images are generated at a time when quality is measured."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from edgesd.evaluate.quality import draw, requests_for
+from edgesd.evaluate.quality import generate, requests_for
 from edgesd.runtime.pipeline import Pipeline, Request
 from edgesd.spec.pipeline import ShapeSpec
 
 
 class Counting(Pipeline):
-    """Draws a picture of the seed's colour, and notes how many at a time."""
+    """Generates an image of the seed's colour, and notes how many at a time."""
 
     def __init__(self, rows: int | None, guided: bool) -> None:
         shape = ShapeSpec(64, 64, batch=rows or 63, dynamic=rows is None, multiple_of=8)
@@ -47,12 +47,12 @@ def test_a_fixed_number_of_rows_is_filled(
     rows: int | None, guided: bool, groups: list[int]
 ) -> None:
     pipeline = Counting(rows, guided)
-    pictures = draw(pipeline, requests_for([f"prompt {n}" for n in range(5)]))
-    assert [picture.getpixel((0, 0)) for picture in pictures] == [(n, 0, 0) for n in range(5)]
+    images = generate(pipeline, requests_for([f"prompt {n}" for n in range(5)]))
+    assert [image.getpixel((0, 0)) for image in images] == [(n, 0, 0) for n in range(5)]
     assert pipeline.groups == groups
 
 
-def test_small_pictures_are_drawn_together_where_figures_allow() -> None:
+def test_small_images_are_generated_together_where_figures_allow() -> None:
     pipeline = Counting(None, True)
-    assert len(draw(pipeline, requests_for(["a"] * 9), together=True)) == 9
+    assert len(generate(pipeline, requests_for(["a"] * 9), together=True)) == 9
     assert pipeline.groups == [8, 1]

@@ -10,7 +10,7 @@ from edgesd.errors import InputError
 from edgesd.evaluate.ssim import ssim
 
 
-def picture(height: int = 14, width: int = 17, seed: int = 0) -> np.ndarray:
+def image(height: int = 14, width: int = 17, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -42,19 +42,19 @@ def plain_ssim(first: np.ndarray, second: np.ndarray) -> float:
 
 @pytest.mark.parametrize("size", [(14, 17), (11, 11), (11, 20)])
 def test_it_is_the_formula(size: tuple[int, int]) -> None:
-    first = picture(*size)
-    for second in (picture(*size, seed=2), noisy(first, 20), 255 - first):
+    first = image(*size)
+    for second in (image(*size, seed=2), noisy(first, 20), 255 - first):
         assert ssim(first, second) == pytest.approx(plain_ssim(first, second), abs=1e-9)
 
 
-def test_flat_pictures_by_hand() -> None:
+def test_flat_images_by_hand() -> None:
     # no variance: (2 * 100 * 110 + 6.5025) / (100^2 + 110^2 + 6.5025)
     first, second = (np.full((12, 12, 3), value, np.uint8) for value in (100, 110))
     assert ssim(first, second) == pytest.approx(22006.5025 / 22106.5025, abs=1e-9)
 
 
-def test_equal_pictures_are_one_and_order_does_not_matter() -> None:
-    first, second = picture(), picture(seed=2)
+def test_equal_images_are_one_and_order_does_not_matter() -> None:
+    first, second = image(), image(seed=2)
     assert ssim(first, first) == pytest.approx(1, abs=1e-12)
     assert ssim(first, second) == ssim(second, first)
     assert ssim(Image.fromarray(first), second) == ssim(first, second)
@@ -68,10 +68,10 @@ def test_it_falls_with_noise() -> None:
     assert values[0] > 0.99 and values[-1] < 0.3
 
 
-def test_other_pictures_are_refused() -> None:
+def test_other_images_are_refused() -> None:
     with pytest.raises(InputError, match=r"40x10 pixels.*expected 11x11"):
-        ssim(picture(10, 40), picture(10, 40))
+        ssim(image(10, 40), image(10, 40))
     with pytest.raises(InputError, match="17x14 and 17x15"):
-        ssim(picture(), picture(15))
+        ssim(image(), image(15))
     with pytest.raises(InputError, match="float64"):
-        ssim(picture(), picture() / 255)  # type: ignore[arg-type]
+        ssim(image(), image() / 255)  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.integration
 EMOJI = Path(__file__).resolve().parents[3] / "models" / "emoji"
 HOW = CalibrationPlan(("a red apple", "a cat"), 2, 4.0, "ddim", 64, 64)
 CALLS = {"text_encoder": 3, "unet": 4, "vae_decoder": 2, "vae_encoder": 2}
-"""Runs of each network: an empty prompt and two; two prompts of two steps; two pictures."""
+"""Runs of each network: an empty prompt and two; two prompts of two steps; two images."""
 
 Seen = dict[tuple[str, str], list[torch.Tensor]]
 

@@ -245,12 +245,12 @@ def test_a_tokenizer_that_gives_other_ids_is_refused(spec: bytes, emoji_plan: Pl
         ({"unet": {"class_embed_type": "timestep"}}, "class_embed_type='timestep'"),
         ({"unet": {"up_block_types": ["UpBlock2D"]}}, "makes no UNet2DConditionModel"),
         ({"scheduler": {"beta_schedule": "none"}}, "beta_schedule = 'none': expected 'linear'"),
-        ({"vae": {"out_channels": 4}}, "out_channels=4: only pictures of three colours"),
-        ({"vae": {"in_channels": 1}}, "in_channels=1: only pictures of three colours"),
+        ({"vae": {"out_channels": 4}}, "out_channels=4: only images of three colours"),
+        ({"vae": {"in_channels": 1}}, "in_channels=1: only images of three colours"),
     ],
     ids=range(16),
 )
-def test_what_is_not_drawn_as_diffusers_does_is_refused_by_name(
+def test_what_is_not_generated_as_diffusers_does_is_refused_by_name(
     changes: dict[str, dict[str, Any]], message: str, tmp_path: Path
 ) -> None:
     folder = write_configs(tmp_path / "model", **changes)

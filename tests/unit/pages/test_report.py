@@ -20,7 +20,7 @@ from edgesd.errors import BundleError, InputError, UsageError
 from edgesd.pages.report import SIMULATED, report_html, write_report
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, open_bundle
 from edgesd.spec.bundle import CalibrationSpec, FileEntry, LayerRecipe, QuantRecipe
-from edgesd.spec.quality import PictureQuality, Quality
+from edgesd.spec.quality import ImageQuality, Quality
 from tests.support import assert_refused, run_cli
 
 VOID = {"meta", "img"}
@@ -36,14 +36,14 @@ LAYERS = (
 RECIPE = QuantRecipe(
     "w4a8-g64-lr32", True, LAYERS, CalibrationSpec(48, "c" * 64, 20, 5.0, "dpmpp-2m", 24, 32)
 )
-PICTURES = (
-    PictureQuality("a good cat", 1, 33.25, 0.98, 0.01, "quality/0-source.png", "quality/0.png"),
-    PictureQuality("<script>alert('x')</script> & \"co\"\0", 2, 21.5, 0.8, 0.2,
+IMAGES = (
+    ImageQuality("a good cat", 1, 33.25, 0.98, 0.01, "quality/0-source.png", "quality/0.png"),
+    ImageQuality("<script>alert('x')</script> & \"co\"\0", 2, 21.5, 0.8, 0.2,
                    "quality/1-source.png", "quality/1.webp"),
-    PictureQuality("an equal cat", 3, None, 1.0, 0.0),
+    ImageQuality("an equal cat", 3, None, 1.0, 0.0),
 )  # fmt: skip
 QUALITY = Quality(
-    PICTURES, 4, 3.0, "ddim", 51.6, 21.5, 0.93, 0.07, METRIC, "ONNX Runtime, fp32", 20.0
+    IMAGES, 4, 3.0, "ddim", 51.6, 21.5, 0.93, 0.07, METRIC, "ONNX Runtime, fp32", 20.0
 )
 
 
@@ -76,7 +76,7 @@ class Outline(HTMLParser):
             self.text += data
 
     def images(self) -> list[np.ndarray]:
-        """Pixels of all embedded pictures, in order."""
+        """Pixels of all embedded images, in order."""
         sources = [str(attrs["src"]) for tag, attrs in self.tags if tag == "img"]
         return [
             np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
@@ -96,18 +96,18 @@ def reforge(folder: Path, **changes: object) -> Bundle:
 
 @pytest.fixture
 def folder(miniature: Bundle, tmp_path: Path) -> Path:
-    """A quantized bundle with the pictures of two prompts, 12x10 pixels."""
+    """A quantized bundle with the images of two prompts, 12x10 pixels."""
     folder = Path(shutil.copytree(miniature.path, tmp_path / "forged-w4a8"))
     manifest = msgspec.structs.replace(
         miniature.manifest, precision="w4a8-g64-lr32", recipe=RECIPE, quality=QUALITY
     )
     rng = np.random.default_rng(0)
     (folder / "quality").mkdir()
-    for picture in PICTURES[:2]:
+    for image in IMAGES[:2]:
         pixels = rng.integers(40, 200, (10, 12, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / str(picture.source))
+        Image.fromarray(pixels).save(folder / str(image.source))
         pixels[2:5] += 20
-        Image.fromarray(pixels).save(folder / str(picture.ours), lossless=True)
+        Image.fromarray(pixels).save(folder / str(image.ours), lossless=True)
     for name in (MANIFEST, CHECKSUM):
         (folder / name).unlink()
     write_manifest(folder, msgspec.structs.replace(manifest, files=file_entries(folder)))
@@ -145,8 +145,8 @@ def test_everything_of_the_bundle_is_on_the_page(folder: Path) -> None:
         for value in (layer.name, layer.component, layer.kind, layer.scheme, layer.method):
             assert value in text
         assert not layer.reason or layer.reason in text
-    for picture in PICTURES:
-        assert picture.prompt.replace("\0", "\ufffd") in text
+    for image in IMAGES:
+        assert image.prompt.replace("\0", "\ufffd") in text
     assert METRIC in text and "LPIPS (alex)" not in text
     assert SIMULATED in text
     assert "at least 20 dB was asked for: held" in text
@@ -181,7 +181,7 @@ def test_text_of_the_bundle_is_escaped(folder: Path) -> None:
     assert "<script>alert" not in page and "<img src=x" not in page
 
 
-def test_pictures_come_worst_first_with_one_amplification(folder: Path) -> None:
+def test_images_come_worst_first_with_one_amplification(folder: Path) -> None:
     bundle = open_bundle(folder)
     outline = Outline(report_html(bundle))
     worst_source, worst_ours, worst_difference, source, _, difference = outline.images()
@@ -222,12 +222,12 @@ def test_a_floor_that_did_not_hold_is_said(folder: Path) -> None:
             "lists no layer",
         ),
         ({"recipe": msgspec.structs.replace(RECIPE, simulated=False)}, "conv_in"),
-        ({"quality": msgspec.structs.replace(QUALITY, pictures=())}, "no picture was compared"),
-        ({"quality": msgspec.structs.replace(QUALITY, pictures=PICTURES[2:])}, "all pictures are"),
+        ({"quality": msgspec.structs.replace(QUALITY, images=())}, "no image was compared"),
+        ({"quality": msgspec.structs.replace(QUALITY, images=IMAGES[2:])}, "all images are"),
         (
             {
                 "quality": msgspec.structs.replace(
-                    QUALITY, pictures=(msgspec.structs.replace(PICTURES[0], ours=None),)
+                    QUALITY, images=(msgspec.structs.replace(IMAGES[0], ours=None),)
                 )
             },
             "ours: not kept",
@@ -302,7 +302,7 @@ def _encoded(width: int, height: int, kind: str = "PNG") -> bytes:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"not a picture", "quality/1.webp isn't a readable"),
+        (b"not an image", "quality/1.webp isn't a readable"),
         (_encoded(12, 10)[:200], "quality/1.webp isn't a readable"),
         (_encoded(12, 10, "WEBP")[:200], "quality/1.webp isn't a readable"),
         (_encoded(12, 10, "GIF"), "quality/1.webp isn't a readable"),
@@ -310,9 +310,7 @@ def _encoded(width: int, height: int, kind: str = "PNG") -> bytes:
     ],
     ids=["text", "half a PNG", "half a WebP", "GIF", "another size"],
 )
-def test_a_picture_that_cannot_be_shown_is_one_line(
-    folder: Path, content: bytes, words: str
-) -> None:
+def test_a_image_that_cannot_be_shown_is_one_line(folder: Path, content: bytes, words: str) -> None:
     manifest = open_bundle(folder).manifest
     (folder / "quality" / "1.webp").write_bytes(content)
     damaged = FileEntry(len(content), hashlib.sha256(content).hexdigest())
@@ -324,13 +322,13 @@ def test_a_picture_that_cannot_be_shown_is_one_line(
     assert not folder.with_name("forged-w4a8-report.html").exists()
 
 
-def test_an_altered_or_unlisted_picture_is_refused(folder: Path) -> None:
+def test_an_altered_or_unlisted_image_is_refused(folder: Path) -> None:
     path = folder / "quality" / "0.png"
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
     path.write_bytes(data)
     assert_refused(run_cli("report", folder), "quality/0.png was altered")
-    lost = msgspec.structs.replace(PICTURES[0], source="quality/lost.png")
-    quality = msgspec.structs.replace(QUALITY, pictures=(lost,))
+    lost = msgspec.structs.replace(IMAGES[0], source="quality/lost.png")
+    quality = msgspec.structs.replace(QUALITY, images=(lost,))
     with pytest.raises(BundleError, match=r"lists no quality/lost\.png"):
         report_html(reforge(folder, quality=quality))

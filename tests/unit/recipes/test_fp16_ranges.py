@@ -1,4 +1,4 @@
-"""Values that fp16 can't hold: found while a picture is drawn, and kept in fp32.
+"""Values that fp16 can't hold: found while an image is generated, and kept in fp32.
 
 `onnx.reference` computes fp16 in fp16, as a GPU does and ONNX Runtime's CPU doesn't.
 """

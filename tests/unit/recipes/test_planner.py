@@ -1,4 +1,4 @@
-"""plan, build and what is drawn give one answer; what plan advises is true."""
+"""plan, build and what is generated give one answer; what plan advises is true."""
 
 from __future__ import annotations
 

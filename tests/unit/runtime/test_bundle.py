@@ -37,7 +37,7 @@ def folder(miniature: Bundle, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(miniature: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The picture that the undamaged bundle makes."""
+    """The image that the undamaged bundle makes."""
     out = tmp_path_factory.mktemp("reference") / "reference.png"
     assert run_cli("generate", miniature.path, "-p", "a cat", "--seed", 0, "-o", out).code == 0
     return out
@@ -126,7 +126,7 @@ def test_every_mutation_is_refused(
 
     out = tmp_path / "out.png"
     outcome = run_cli("generate", victim, "-p", "a cat", "--seed", 0, "-o", out)
-    if outcome.code == 0:  # then the byte matters to no picture
+    if outcome.code == 0:  # then the byte matters to no image
         assert "LICENSE" in done or not seed % 2
         assert out.read_bytes() == reference.read_bytes(), done
     else:

@@ -24,7 +24,7 @@ from edgesd.runtime.footprint import (
     together,
     whole,
 )
-from edgesd.runtime.images import make_pictures
+from edgesd.runtime.images import make_images
 from edgesd.runtime.pipeline import Pipeline, Request, Settings
 from edgesd.spec.bundle import Footprint
 from tests.support import assert_refused, run_cli
@@ -103,12 +103,12 @@ def test_modes_add_components_up() -> None:
     assert together(parts, 100, "balanced", shown).parts["c"] == 157 + kept
 
 
-def test_a_decoder_in_tiles_grows_with_the_picture_alone() -> None:
+def test_a_decoder_in_tiles_grows_with_the_image_alone() -> None:
     footprint = Footprint(1000, 0, 1000, 0, 0, ((32 * 32, 10**8, 0),))
     small, large = (Drawing(n, n, 8) for n in (128, 256))
     tiled = [decoder(footprint, d, "stream", 4).resident for d in (small, large)]
-    pictures = 5 * (large.picture_bytes - small.picture_bytes)
-    assert tiled[1] - tiled[0] == pictures
+    images = 5 * (large.image_bytes - small.image_bytes)
+    assert tiled[1] - tiled[0] == images
     whole_ones = [decoder(footprint, d, "balanced", 4).resident for d in (small, large)]
     assert whole_ones[1] - whole_ones[0] > 40 * 10**8
     assert decoder(footprint, large, "stream", None).resident == whole_ones[1]
@@ -119,9 +119,9 @@ def test_of_a_decoder_in_halves_the_larger_counts() -> None:
     tail = Footprint(0, 0, 500, 0, 0, ((22 * 22, 4000, 0), (28 * 28, 9000, 0)))
     drawing = Drawing(64, 64, 8)
     features = 4 * 64 * 64
-    picture = 5 * drawing.picture_bytes
+    image = 5 * drawing.image_bytes
     narrow, wide = (decoder_in_halves(head, tail, drawing, 4, n).resident for n in (22, 28))
-    assert (narrow, wide) == (4500 + features + picture, 9500 + features + picture)
+    assert (narrow, wide) == (4500 + features + image, 9500 + features + image)
     wider = Footprint(0, 0, 10**9, 0, 0, ((64, 1000, 0),))
     assert decoder_in_halves(wider, tail, drawing, 4, 22).resident > 10**9
 
@@ -153,21 +153,21 @@ def test_previews_count(bundle: Bundle) -> None:
         assert pipeline.memory == "stream"
 
 
-def test_later_requests_are_fitted_anew_and_draw_the_same(bundle: Bundle) -> None:
+def test_later_requests_are_fitted_anew_and_generate_the_same(bundle: Bundle) -> None:
     with Pipeline(bundle, Settings(max_memory=PROCESS + 220 * MB)) as pipeline:
-        pictures, modes = [], []
+        images, modes = [], []
         for size in (16, 64, 16, 32):
-            pictures.append(np.asarray(pipeline.generate([request_of(pipeline, size)])[0]))
+            images.append(np.asarray(pipeline.generate([request_of(pipeline, size)])[0]))
             modes.append(pipeline.memory)
         assert modes == ["fast", "stream", "fast", "balanced"]
         with pytest.raises(ResourceError):
             pipeline.generate([request_of(pipeline, 512)])
         again = np.asarray(pipeline.generate([request_of(pipeline)])[0])
     with Pipeline(bundle, Settings(memory="fast")) as alone:
-        for size, picture in zip((16, 64, 16, 32), pictures, strict=True):
+        for size, image in zip((16, 64, 16, 32), images, strict=True):
             other = np.asarray(alone.generate([request_of(alone, size)])[0])
-            assert np.abs(picture.astype(int) - other).max() <= 1
-    assert np.array_equal(again, pictures[0])
+            assert np.abs(image.astype(int) - other).max() <= 1
+    assert np.array_equal(again, images[0])
 
 
 def test_what_is_refused_says_what_fits_and_that_is_true(bundle: Bundle) -> None:
@@ -197,14 +197,14 @@ def test_the_command_refuses_a_size_beyond_the_limit_before_any_work(
     assert_refused(refused, "256x256 pixels need about", "--max-memory is 300 MB", "--size")
 
 
-def test_pictures_that_do_not_fit_are_refused_before_the_first_is_drawn(
+def test_images_that_do_not_fit_are_refused_before_the_first_is_generated(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Pipeline, "open_runner", lambda *_: pytest.fail("a network was loaded"))
     with Pipeline(bundle, Settings(max_memory=PROCESS + 100 * MB)) as pipeline:
         requests = [Request("a cat", seed) for seed in range(33)]
         with pytest.raises(ResourceError, match=r"32 at a time.*--batch 1"):
-            make_pictures(pipeline, requests, tmp_path / "out", 32)
+            make_images(pipeline, requests, tmp_path / "out", 32)
 
 
 def test_without_a_limit_what_is_free_decides(

@@ -23,12 +23,12 @@ from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, checksum_line, ope
 from edgesd.runtime.pipeline import Pipeline, Request, Settings
 from edgesd.runtime.prompter import read_prompter
 from edgesd.spec.bundle import CalibrationSpec, Half, Halves, LayerRecipe, PrompterSpec, QuantRecipe
-from edgesd.spec.quality import PictureQuality, Quality
+from edgesd.spec.quality import ImageQuality, Quality
 from tests.support import assert_refused, run_cli
 
 QUICK, MANY = 120, 5000
 MOST_PIXELS, MOST_STEPS = 1 << 16, 50
-"""What is drawn where a mutation left the bundle usable."""
+"""What is generated where a mutation left the bundle usable."""
 
 Path_ = tuple[Any, ...]
 
@@ -59,7 +59,7 @@ def rich(bundle: Bundle, root: Path) -> Path:
     halves = Halves(Half("vae_decoder/head.onnx", head, 1), Half("vae_decoder/head.onnx", tail, 1))
     layer = LayerRecipe("conv_in", "unet", "conv", (4, 4, 3, 3), "fp16", "fp16", 0, 9, 0.1)
     calibration = CalibrationSpec(2, "0" * 64, 2, 3.0, "ddim", 16, 16)
-    picture = PictureQuality("a cat", 1, 30.0, 0.9, 0.1, "one.png", "one.png")
+    image = ImageQuality("a cat", 1, 30.0, 0.9, 0.1, "one.png", "one.png")
     latent = msgspec.structs.replace(manifest.pipeline.latent, halo=9, levels=(8, 4))
     update_manifest(
         root,
@@ -69,9 +69,7 @@ def rich(bundle: Bundle, root: Path) -> Path:
             engines=manifest.engines
             | {"vae_decoder": msgspec.structs.replace(decoder, halves=halves, checked="by nobody")},
             recipe=QuantRecipe("w8a16", False, (layer,), calibration),
-            quality=Quality(
-                (picture,), 2, 3.0, "ddim", 30.0, 29.0, 0.9, 0.1, "LPIPS", "here", 20.0
-            ),
+            quality=Quality((image,), 2, 3.0, "ddim", 30.0, 29.0, 0.9, 0.1, "LPIPS", "here", 20.0),
             prompter=PrompterSpec(
                 "prompter/base.gguf", None, "cats", "{}", "MIT", "prompter/grammar.gbnf"
             ),
@@ -117,7 +115,7 @@ def use(path: Path, look: bool = True) -> str:
                     small = request.height * request.width <= MOST_PIXELS
                     if small and request.num_inference_steps <= MOST_STEPS:
                         pipeline.generate([request])
-                        done = "drawn"
+                        done = "generated"
     except EdgesdError as exc:
         assert len(str(exc).splitlines()) == 1 and len(str(exc)) < 2000, exc
     if look:

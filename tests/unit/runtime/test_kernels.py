@@ -359,15 +359,15 @@ def test_weights_that_are_let_go_come_back(kept: int | None, tmp_path: Path, lib
     write_model(own_model(proto, layers), tmp_path)
     feed = {"x": normal(1, 128, 8, 8), "time": normal(1, 128, 1, 1, seed=7)}
 
-    def drawn() -> list[Array]:
+    def generated() -> list[Array]:
         loaded = onnxruntime.InferenceSession(
             str(tmp_path / "model.onnx"), session_options(1, library), ["CPUExecutionProvider"]
         )
         return [answer(loaded, feed) for _ in range(3)]
 
-    wanted = drawn()
+    wanted = generated()
     with kernels.keeping_weights(kept):
-        assert all(np.array_equal(a, b) for a, b in zip(wanted, drawn(), strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(wanted, generated(), strict=True))
 
 
 def test_weights_of_another_thread_are_not_let_go(library: Path) -> None:
@@ -376,13 +376,13 @@ def test_weights_of_another_thread_are_not_let_go(library: Path) -> None:
     model = own(proto, list(quantized_block(proto, "w4a8-g32")))
     feed = {"x": normal(1, 128, 8, 8), "time": normal(1, 128, 1, 1, seed=7)}
 
-    def drawn() -> list[Array]:
+    def generated() -> list[Array]:
         loaded = session_of(model, library)
         return [answer(loaded, feed) for _ in range(2)]
 
-    wanted = drawn()
+    wanted = generated()
     with ThreadPoolExecutor(1) as pool, kernels.keeping_weights(0):
-        found = pool.submit(drawn).result(timeout=60)
+        found = pool.submit(generated).result(timeout=60)
     assert all(np.array_equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
@@ -433,7 +433,7 @@ def test_a_bundle_with_such_a_graph_ends_in_one_line(
     n: int, words: str, tmp_path: Path, library: Path
 ) -> None:
     if kernels.instruction_set() in kernels.ONLY_4_BITS:
-        pytest.skip("8-bit weights aren't drawn with these instructions")
+        pytest.skip("8-bit weights aren't generated with these instructions")
     folder, part = tmp_path / "bundle", "text_encoder/kernels.onnx"
     bundle = write_bundle(folder, *TARGET)
     proto = onnx.load(folder / "text_encoder/model.onnx")
@@ -454,15 +454,15 @@ def test_a_bundle_with_such_a_graph_ends_in_one_line(
         bundle.manifest, engines=engines, recipe=QuantRecipe("w8a8", False, (layer,))
     )
     update_manifest(folder, manifest, [part])
-    picture = tmp_path / "picture.png"
+    image = tmp_path / "image.png"
     done = subprocess.run(
-        [sys.executable, "-m", "edgesd", "generate", str(folder), "-p", "x", "-o", str(picture)],
+        [sys.executable, "-m", "edgesd", "generate", str(folder), "-p", "x", "-o", str(image)],
         env={**os.environ, "EDGESD_KERNELS": str(library)},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 4 and not picture.exists(), done.stderr
+    assert done.returncode == 4 and not image.exists(), done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("edgesd: text_encoder ") and words in line
 
@@ -484,7 +484,7 @@ extern "C" void* aligned_alloc(size_t alignment, size_t size) noexcept {
 """The C library's function, which gives threads beside the first one nothing when it is told so."""
 
 
-def drawn_without_memory(folder: Path, library: Path) -> None:
+def generated_without_memory(folder: Path, library: Path) -> None:
     """Runs in a process with NO_MEMORY. Prints ResourceError's words when a worker got no memory,
     and whether the next run gives what a run before gave."""
     import ctypes
@@ -529,7 +529,7 @@ def test_without_memory_in_a_worker_a_run_fails_and_the_process_goes_on(
     write_model(own_model(proto, layers), tmp_path)
     code = (
         "import sys; from pathlib import Path; from tests.unit.runtime import test_kernels\n"
-        "test_kernels.drawn_without_memory(Path(sys.argv[1]), Path(sys.argv[2]))"
+        "test_kernels.generated_without_memory(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), str(library)],

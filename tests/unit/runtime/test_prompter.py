@@ -177,7 +177,7 @@ def test_a_name_that_is_not_utf_8_is_a_problem_and_no_fault(pretend) -> None:
 
 
 @pytest.mark.parametrize("fault", ["form", "grammar", "base"])
-def test_a_bundle_s_broken_prompter_is_a_warning_and_the_wish_is_drawn(
+def test_a_bundle_s_broken_prompter_is_a_warning_and_the_wish_is_generated(
     fault: str, miniature: Bundle, tmp_path: Path
 ) -> None:
     folder = tmp_path / "bundle"
@@ -191,10 +191,10 @@ def test_a_bundle_s_broken_prompter_is_a_warning_and_the_wish_is_drawn(
     update_manifest(folder, changed, files)
     if fault == "base":
         (folder / files[0]).write_bytes(b"gguf")
-    picture = tmp_path / "picture.png"
-    options = ["--enhance", "--steps", 1, "--any-machine", "-o", picture]
+    image = tmp_path / "image.png"
+    options = ["--enhance", "--steps", 1, "--any-machine", "-o", image]
     outcome = run_cli("generate", folder, "-p", "a wish", *options)
-    assert outcome.code == 0 and picture.is_file(), outcome.err
+    assert outcome.code == 0 and image.is_file(), outcome.err
     assert "warning: the prompter can't be used" in outcome.err
     assert outcome.err.count("warning") == 1
 
@@ -300,7 +300,7 @@ def test_generate_enhances_and_says_so(with_prompter: Bundle, pretend, tmp_path:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_generate_draws_the_wish_where_the_prompter_fails(
+def test_generate_generates_the_wish_where_the_prompter_fails(
     with_prompter: Bundle, pretend, tmp_path: Path
 ) -> None:
     pretend("sys.exit(4)")
@@ -320,8 +320,8 @@ class Pixels:
 
     name = "pixels"
 
-    def features(self, picture) -> np.ndarray:
-        return np.asarray(picture, float).ravel() + 1
+    def features(self, image) -> np.ndarray:
+        return np.asarray(image, float).ravel() + 1
 
     def distance(self, first, second) -> float:
         return float(np.abs(np.asarray(first, float) - np.asarray(second, float)).mean())

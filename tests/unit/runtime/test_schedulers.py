@@ -313,7 +313,7 @@ def test_flow_euler(compare: Compare, options: dict[str, Any], steps: int) -> No
     compare("flow-euler", config, steps, **given_)
 
 
-def test_flow_euler_takes_its_shift_from_the_picture_size() -> None:
+def test_flow_euler_takes_its_shift_from_the_image_size() -> None:
     config = {"use_dynamic_shifting": True, "base_shift": 0.4, "max_shift": 1.3}
     scheduler = create_scheduler("flow-euler", config)
     assert isinstance(scheduler, FlowEuler)

@@ -1,4 +1,4 @@
-"""Threads may share a pipeline, and have pipelines of their own: every picture is what it would be
+"""Threads may share a pipeline, and have pipelines of their own: every image is what it would be
 alone."""
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def pipeline(miniature: Bundle) -> Iterator[Pipeline]:
 
 
 def pixels(pipeline: Pipeline, request: Request) -> bytes:
-    (picture,) = pipeline.generate([request])
-    return picture.tobytes()
+    (image,) = pipeline.generate([request])
+    return image.tobytes()
 
 
 def lone(bundle: Bundle, requests: list[Request]) -> list[bytes]:
-    """Each picture by a pipeline of its own."""
+    """Each image by a pipeline of its own."""
     found = []
     for request in requests:
         with Pipeline(bundle, Settings(threads=1)) as pipeline:
@@ -46,7 +46,7 @@ def lone(bundle: Bundle, requests: list[Request]) -> list[bytes]:
 
 
 def within_a_step(pipeline: Pipeline, act: Callable[[Step], object]) -> None:
-    """Draw, and call `act` after the first step."""
+    """Generate, and call `act` after the first step."""
 
     def on_step(step: Step) -> None:
         if step.index == 0:
@@ -55,12 +55,12 @@ def within_a_step(pipeline: Pipeline, act: Callable[[Step], object]) -> None:
     pipeline.generate(REQUESTS[:1], on_step)
 
 
-def test_nothing_is_drawn_where_nothing_is_asked_for(pipeline: Pipeline) -> None:
+def test_nothing_is_generated_where_nothing_is_asked_for(pipeline: Pipeline) -> None:
     assert pipeline.generate([]) == []
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "stream"])
-def test_threads_that_share_a_pipeline_get_their_own_pictures(
+def test_threads_that_share_a_pipeline_get_their_own_images(
     memory: MemoryMode, miniature: Bundle
 ) -> None:
     requests = [
@@ -77,24 +77,22 @@ def test_threads_that_share_a_pipeline_get_their_own_pictures(
     assert found == wanted
 
 
-def test_pipelines_of_two_threads_draw_side_by_side(miniature: Bundle) -> None:
-    """Each is inside a picture of its own while the other is: neither waits for the other's end."""
+def test_pipelines_of_two_threads_generate_side_by_side(miniature: Bundle) -> None:
+    """Each is inside an image of its own while the other is: neither waits for the other's end."""
     wanted = lone(miniature, REQUESTS[:2])
     both = threading.Barrier(2, timeout=LIMIT_S)
 
-    def draw(request: Request, memory: MemoryMode) -> bytes:
+    def generate(request: Request, memory: MemoryMode) -> bytes:
         with Pipeline(miniature, Settings(threads=1, memory=memory)) as pipeline:
-            (picture,) = pipeline.generate([request], lambda _: both.wait() and None)
-            return picture.tobytes()
+            (image,) = pipeline.generate([request], lambda _: both.wait() and None)
+            return image.tobytes()
 
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(draw, REQUESTS[:2], ("fast", "stream"), timeout=LIMIT_S))
+        found = list(pool.map(generate, REQUESTS[:2], ("fast", "stream"), timeout=LIMIT_S))
     assert found == wanted
 
 
-def test_close_waits_for_the_picture_of_another_thread(
-    pipeline: Pipeline, miniature: Bundle
-) -> None:
+def test_close_waits_for_the_image_of_another_thread(pipeline: Pipeline, miniature: Bundle) -> None:
     drawing, closing = threading.Event(), threading.Event()
 
     def on_step(step: Step) -> None:
@@ -102,12 +100,12 @@ def test_close_waits_for_the_picture_of_another_thread(
         assert closing.wait(LIMIT_S), "nobody closes"
 
     with ThreadPoolExecutor(2) as pool:
-        picture = pool.submit(pipeline.generate, REQUESTS[:1], on_step)
-        assert drawing.wait(LIMIT_S), "no step was drawn"
+        image = pool.submit(pipeline.generate, REQUESTS[:1], on_step)
+        assert drawing.wait(LIMIT_S), "no step was generated"
         closed = pool.submit(pipeline.close)
         assert not closed.done()
         closing.set()
-        assert picture.result(LIMIT_S)[0].tobytes() == lone(miniature, REQUESTS[:1])[0]
+        assert image.result(LIMIT_S)[0].tobytes() == lone(miniature, REQUESTS[:1])[0]
         closed.result(LIMIT_S)
     with pytest.raises(UsageError, match="closed"):
         pipeline.generate(REQUESTS[:1])
@@ -116,13 +114,13 @@ def test_close_waits_for_the_picture_of_another_thread(
 def test_what_waited_for_its_turn_is_told_that_the_pipeline_was_closed(pipeline: Pipeline) -> None:
     started = threading.Event()
 
-    def draw() -> object:
+    def generate() -> object:
         started.set()
         return pipeline.decode(np.zeros((1, 4, 8, 8), np.float32))
 
     with ThreadPoolExecutor(1) as pool:
         with pipeline._lock:
-            later = pool.submit(draw)
+            later = pool.submit(generate)
             assert started.wait(LIMIT_S), "the thread didn't start"
             pipeline.close()
         with pytest.raises(UsageError, match="closed"):
@@ -133,7 +131,7 @@ USES: dict[str, Callable[[Pipeline], object]] = {
     "generate": lambda p: p.generate(REQUESTS[:1]),
     "decode": lambda p: p.decode(np.zeros((1, 4, 8, 8), np.float32)),
     "complete": lambda p: p.complete(REQUESTS[0]),
-    "pictures_per_run": lambda p: p.pictures_per_run(REQUESTS[0]),
+    "images_per_run": lambda p: p.images_per_run(REQUESTS[0]),
     "open_runner": lambda p: p.open_runner("unet"),
     "replace": lambda p: p.replace("unet", FakeRunner(p.spec.components["unet"], dict)),
     "restore": lambda p: p.restore("unet"),
@@ -154,19 +152,21 @@ def test_nothing_is_done_after_close(use: Callable[[Pipeline], object], miniatur
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "stream"])
-def test_previews_within_a_step_change_no_picture(memory: MemoryMode, miniature: Bundle) -> None:
+def test_previews_within_a_step_change_no_image(memory: MemoryMode, miniature: Bundle) -> None:
     wanted = lone(miniature, REQUESTS[:1])
     previews = []
     with Pipeline(miniature, Settings(threads=1, memory=memory)) as pipeline:
-        (picture,) = pipeline.generate(
+        (image,) = pipeline.generate(
             REQUESTS[:1], lambda step: previews.append(pipeline.decode(step.latents))
         )
-    assert [picture.tobytes()] == wanted
-    assert previews[-1][0].tobytes() == picture.tobytes()
+    assert [image.tobytes()] == wanted
+    assert previews[-1][0].tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize("use", ["generate", "replace", "restore", "forget_prompts", "close"])
-def test_networks_that_draw_are_left_alone(use: str, pipeline: Pipeline, miniature: Bundle) -> None:
+def test_networks_that_generate_are_left_alone(
+    use: str, pipeline: Pipeline, miniature: Bundle
+) -> None:
     act = Pipeline.close if use == "close" else USES[use]
     with pytest.raises(UsageError, match="is drawing"):
         within_a_step(pipeline, lambda _: act(pipeline))

@@ -271,14 +271,14 @@ class TestCommands:
         assert_refused(run_cli("keys", "new", name), "aren't written over")
         assert "any bundle runs here" in run_cli("keys", "list").out
         assert run_cli("keys", "trust", f"{name}.pub").code == 0
-        draw = ("generate", bundle.path, "-p", "a", "--steps", "1", "-o", tmp_path / "a.png")
-        assert_refused(run_cli(*draw), "isn't signed", "edgesd keys sign")
+        generate = ("generate", bundle.path, "-p", "a", "--steps", "1", "-o", tmp_path / "a.png")
+        assert_refused(run_cli(*generate), "isn't signed", "edgesd keys sign")
         assert_refused(run_cli("keys", "check", bundle.path), "isn't signed")
         outcome = run_cli("keys", "sign", bundle.path, "--key", f"{name}.key")
         assert outcome.code == 0 and "is signed by SHA256:" in outcome.out
         assert "this machine trusts that key" in run_cli("keys", "check", bundle.path).out
         assert "signed by  SHA256:" in run_cli("inspect", bundle.path).out
-        outcome = run_cli(*draw)
+        outcome = run_cli(*generate)
         assert outcome.code == 0, outcome.err
         line = Path(f"{name}.pub").read_text().strip()
         assert run_cli("keys", "trust", line, "--remove").code == 0

@@ -30,17 +30,17 @@ def shell(command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("streams", [*CLOSED, "2>/dev/full", ">/dev/full", "2> >(exit)"])
-def test_a_picture_is_written_whatever_becomes_of_the_streams(
+def test_a_image_is_written_whatever_becomes_of_the_streams(
     streams: str, miniature_file: Path, tmp_path: Path
 ) -> None:
-    picture = tmp_path / "picture.png"
-    arguments = [str(miniature_file), "-p", "x", "--steps", "1", "-o", str(picture)]
+    image = tmp_path / "image.png"
+    arguments = [str(miniature_file), "-p", "x", "--steps", "1", "-o", str(image)]
     command = f"{EDGESD} generate {shlex.join(arguments)} --any-machine {streams}"
     done = shell(command)
     assert done.returncode == 0, done.stderr
     assert "fault" not in done.stderr and "Exception" not in done.stderr
-    assert picture.read_bytes().startswith(b"\x89PNG") and b"IEND" in picture.read_bytes()[-12:]
-    assert [path.name for path in tmp_path.iterdir()] == [picture.name]
+    assert image.read_bytes().startswith(b"\x89PNG") and b"IEND" in image.read_bytes()[-12:]
+    assert [path.name for path in tmp_path.iterdir()] == [image.name]
 
 
 @pytest.mark.parametrize("streams", CLOSED)

@@ -45,8 +45,8 @@ def test_tiles_of_what_sees_no_further_are_the_whole() -> None:
         assert seen.shape[2:] == (rows.last - rows.first, columns.last - columns.first)
         return np.repeat(np.repeat(seen[0, [0, 1, 0]], 2, 1), 2, 2)
 
-    picture = tiles.draw_tiles(decode, latents, 2, 3, 1)
-    assert (picture == latents[[0, 1, 0]].repeat(2, 1).repeat(2, 2)).all()
+    image = tiles.decode_tiles(decode, latents, 2, 3, 1)
+    assert (image == latents[[0, 1, 0]].repeat(2, 1).repeat(2, 2)).all()
 
 
 def test_figures_differ_by_means_and_deviations() -> None:
@@ -169,7 +169,7 @@ def test_halves_one_after_the_other_are_the_whole(decoder: Decoder) -> None:
 
 
 @pytest.mark.integration
-def test_statistics_of_a_large_picture_are_exact(decoder: Decoder) -> None:
+def test_statistics_of_a_large_image_are_exact(decoder: Decoder) -> None:
     """The fp32 sum of a million values, one after the other, would be off by 1e-4."""
     given = latents(64, 56)
     whole = decoder.run(None, latents=given)["image"]
@@ -213,9 +213,9 @@ def test_tiles_are_the_whole(decoder: Decoder, height: int, width: int, window: 
     path = decoder.root / decoder.halves.tail.path
     graph = GraphFile(path.read_bytes(), decoder.folder)
     with OnnxRuntimeRunner(decoder.halves.tail.spec, graph, 1, small=True) as tail:
-        picture = tiles.draw_tail(tail, features, 8, window)
-    assert picture.shape == whole.shape == (3, 8 * height, 8 * width)
-    decibels = -10 * np.log10(np.mean((picture - whole) ** 2) / 4)
+        image = tiles.decode_tail(tail, features, 8, window)
+    assert image.shape == whole.shape == (3, 8 * height, 8 * width)
+    decibels = -10 * np.log10(np.mean((image - whole) ** 2) / 4)
     assert decibels > 45
 
 
@@ -247,7 +247,7 @@ def test_what_can_not_be_split_is_left_alone(fields: dict[str, Any]) -> None:
     before = [node.name for node in model.graph]
     assert decoder_halves(model) is None
     assert [node.name for node in model.graph] == before
-    with pytest.raises(EdgesdError, match=r"sees the whole picture|no upsampling"):
+    with pytest.raises(EdgesdError, match=r"sees the whole image|no upsampling"):
         DecoderTail()(model)
 
 

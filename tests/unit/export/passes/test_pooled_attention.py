@@ -90,7 +90,7 @@ def exported(levels: tuple[str, ...], size: tuple[int, int] | None) -> onnx.Mode
 
 
 def graph(size: tuple[int, int] | None, levels: tuple[str, ...] = BOTH) -> ir.Model:
-    """Its graph, for pictures of any size or of a height and width in latents."""
+    """Its graph, for images of any size or of a height and width in latents."""
     return ir.serde.deserialize_model(exported(levels, size))
 
 
@@ -243,7 +243,7 @@ def test_quantized_layers_are_found_behind_the_means(
 
 
 def test_tokens_that_cannot_be_paired_are_left_alone() -> None:
-    """9 x 13 latents: a picture of 72 x 104 pixels, whose upsampling follows its skips."""
+    """9 x 13 latents: an image of 72 x 104 pixels, whose upsampling follows its skips."""
     model = graph((9, 13))
     rewrite = PooledAttention()
     assert not rewrite(model) and rewrite.pooled == ()
