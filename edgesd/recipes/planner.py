@@ -27,10 +27,10 @@ from edgesd.export.quantize.layers import Layer
 from edgesd.export.source import ModelSource, resolve_source
 from edgesd.recipes import DEMO, demo_model, fixed_shape
 from edgesd.recipes.footprints import Networks, Shape
-from edgesd.runtime.footprint import Drawing, Need, computing, drawing_need, text_values
+from edgesd.runtime.footprint import CUDA_BYTES, Drawing, Need, computing, drawing_need, text_values
 from edgesd.runtime.kernels import computes
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
-from edgesd.runtime.pipeline import CUDA_BYTES, DRAWING
+from edgesd.runtime.pipeline import DRAWING
 from edgesd.runtime.rates import Speed
 from edgesd.runtime.tiles import TILE, WINDOWS, margin_of, tail_shapes, tiles_of
 from edgesd.spec.base import Spec

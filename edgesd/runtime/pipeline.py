@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,6 @@ from edgesd.errors import (
     EdgesdError,
     InputError,
     MissingDependencyError,
-    ResourceError,
     TargetError,
     UsageError,
 )
@@ -27,29 +25,24 @@ from edgesd.runtime.backends.base import Runner, run_once
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.closing import Closing
 from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
-from edgesd.runtime.footprint import (
-    Drawing,
-    Need,
-    drawing_need,
-    text_values,
-    with_margin,
+from edgesd.runtime.fitting import (
+    Batch,
+    Budget,
+    Fit,
+    Fitting,
+    bundle_costs,
+    guidance_mode,
+    process_bytes,
+    unimported_bytes,
 )
-from edgesd.runtime.memory import (
-    MEMORY_MODES,
-    MemoryMode,
-    available_bytes,
-    give_back,
-    peak_bytes,
-    resident_bytes,
-)
+from edgesd.runtime.memory import MemoryMode, available_bytes, give_back, peak_bytes
 from edgesd.runtime.networks import check_networks
 from edgesd.runtime.noise import BatchNoise
-from edgesd.runtime.old_bundles import assumed_footprint
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
 from edgesd.runtime.signature import check_trusted
 from edgesd.runtime.tiles import TILE, WINDOWS, Tile, decode_tail, decode_tiles, margin_of
 from edgesd.runtime.tokenizer import Truncation, check_prompt, tokenizer_of
-from edgesd.spec.bundle import Footprint, Half, Halves
+from edgesd.spec.bundle import Half, Halves
 from edgesd.spec.pipeline import ComponentSpec, check_multiple
 from edgesd.spec.scheme import number_format
 
@@ -66,14 +59,6 @@ DRAWING = ("text_encoder", "unet", "vae_decoder")
 """Components that generate: others take no part in an image."""
 
 _MAX_GUIDANCE = 1000
-_HEADROOM_BYTES = 64 << 20
-"""Left for others where a mode is chosen by what is free."""
-
-_ONNXRUNTIME_BYTES = 36 << 20
-"""Of ONNX Runtime, its first session, and what turns a prompt into tokens (measured on x86-64)."""
-
-CUDA_BYTES = 400 << 20
-"""A process's share of CUDA and TensorRT, besides its plans. Assumed: no board was measured."""
 
 
 @dataclass(frozen=True)
@@ -173,13 +158,11 @@ class Pipeline(Closing):
         self._lock = threading.RLock()
         self._drawing = self._closed = False
         self._tokenizer = tokenizer_of(bundle)
-        self._window = WINDOWS[0]
-        # Bytes of a component's weights that stay mapped while weights are streamed.
-        self._weights_kept: dict[str, int] = {}
         self._replaced: set[str] = set()
-        self._fitted: tuple[MemoryMode, int, Drawing] | None = None
-        self._process = self._process_bytes()
-        self.memory: MemoryMode = self.settings.memory or "fast"
+        self._fit_now: Fit | None = None
+        self._process = process_bytes(
+            any(engine.backend == "tensorrt" for engine in bundle.manifest.engines.values())
+        )
 
     def __enter__(self) -> Self:
         with self._turn(while_drawing=True):
@@ -249,25 +232,9 @@ class Pipeline(Closing):
         An image takes two rows of the UNet in batched guidance, one otherwise. Raises UsageError
         when the bundle's rows, or the mode asked for in the settings, don't allow that.
         """
-        shape, asked = self.spec.shape, self.settings.guidance_mode
-        rows: dict[GuidanceMode, int] = {"batched": 2 * count, "sequential": count}
-        if not self._guided(request):
-            rows = {"sequential": count}
-        fits = (
-            [mode for mode, n in rows.items() if n == shape.batch]
-            if not shape.dynamic
-            else [mode for mode, n in rows.items() if n <= shape.batch]
-        )
-        if asked and len(rows) == 2:
-            fits = [mode for mode in fits if mode == asked]
-        if not fits:
-            most = "up to" if shape.dynamic else "exactly"
-            need = " or ".join(f"{n} ({mode} guidance)" for mode, n in rows.items())
-            raise UsageError(
-                f"this bundle's UNet takes {most} {shape.batch} rows; {count} at a time need {need}"
-                ": change --batch or --guidance-mode"
-            )
-        return fits[0] if (memory or self.memory) == "fast" else fits[-1]
+        fast = (memory or self.memory) == "fast"
+        asked = self.settings.guidance_mode
+        return guidance_mode(self.spec.shape, count, self._guided(request), fast, asked)
 
     def images_per_run(self, request: Request) -> int:
         """Images like `request` that a bundle with a fixed number of rows generates at a time."""
@@ -542,7 +509,7 @@ class Pipeline(Closing):
 
         threads, stream = self.settings.threads, self.memory == "stream"
         if self._own_kernels(component):
-            kept = self._weights_kept.get(component, self._weights_kept.get("unet", 0))
+            kept = self._fit_now.weights_kept.get(component, 0) if self._fit_now else 0
             graph = self.bundle.graph_file(component, kernels=True, half=half)
             try:
                 with kernels.keeping_weights(kept if stream else None):
@@ -590,8 +557,9 @@ class Pipeline(Closing):
     def estimate(self, request: Request, count: int, previews: bool = False) -> int:
         """Bytes of the process at most, mapped files included, while `count` images like the
         completed `request` are generated at a time in the mode that is set."""
-        drawing = self._generated(request, count, self.memory, previews)
-        return self._need(self.memory, drawing, self._window).resident
+        fitting = self._fitting()
+        drawing = fitting.drawing(self._batch(request, count, previews), self.memory)
+        return fitting.costs.need(self.memory, drawing, self._window).resident
 
     @property
     def process_bytes(self) -> int:
@@ -599,159 +567,41 @@ class Pipeline(Closing):
         return self._process
 
     def _fit(self, request: Request, count: int, previews: bool) -> None:
-        found = self._fitting(request, count, previews)
-        if found is None:
-            raise ResourceError(self._what_would_fit(request, count, previews))
-        changed = self._fitted is not None and found[:2] != self._fitted[:2]
-        # What a session took for another size, it keeps: together that may be more than either.
-        other = self._fitted is not None and self.settings.max_memory is not None
-        if changed or (other and found != self._fitted):
+        found = self._fitting().check(self._batch(request, count, previews))
+        before, self._fit_now = self._fit_now, found
+        changed = before is not None and (
+            (found.memory, found.window) != (before.memory, before.window)
+            # What a session took for another size, it keeps: together that may be more than either.
+            or (self.settings.max_memory is not None and found.drawing != before.drawing)
+        )
+        if changed:
             for component in self._runners.keys() - self._replaced:
                 self._runners.pop(component).close()
             give_back()
-        self._fitted = found
-        self.memory, self._window, drawing = found
-        limit = self.settings.max_memory
-        if limit is not None and self.memory == "stream":
-            # What is left of the limit keeps weights mapped.
-            parts = self._need("stream", drawing, self._window).parts
-            self._weights_kept = {
-                name: max(0, limit - with_margin(part, self._process))
-                for name, part in parts.items()
-            }
 
-    def _fitting(
-        self, request: Request, count: int, previews: bool, only: MemoryMode | None = None
-    ) -> tuple[MemoryMode, int, Drawing] | None:
-        """The fastest mode that fits, the decoder's window in it, and what is generated at a time.
-        only: this mode, instead of what the settings ask for."""
-        asked, limit = only or self.settings.memory, self.settings.max_memory
-        free = available_bytes() if limit is None else None
-        tried = []
-        for mode in (asked,) if asked else MEMORY_MODES:
-            drawing = self._generated(request, count, mode, previews)
-            for window in WINDOWS if mode == "stream" else WINDOWS[:1]:
-                tried.append((mode, window, drawing, self._need(mode, drawing, window)))
-        if limit is None and free is None:  # it can't be told: as asked, or the fastest
-            return tried[0][:3]
-        for mode, window, drawing, need in tried:
-            if limit is not None and with_margin(need.resident, self._process) <= limit:
-                return mode, window, drawing
-            if free is None:
-                continue
-            spare = 0 if asked or mode == "stream" else _HEADROOM_BYTES
-            if self._more(need, mode) + spare <= free:
-                return mode, window, drawing
-        return None
+    @property
+    def memory(self) -> MemoryMode:
+        """The mode that was fitted last; before any, the one that the settings ask for, or fast."""
+        return self._fit_now.memory if self._fit_now else self.settings.memory or "fast"
 
-    def _more(self, need: Need, mode: MemoryMode) -> int:
-        """What a drawing takes besides what the process has already, and can't be taken back."""
-        held = need.held if mode == "stream" else need.resident
-        return max(0, held - self._process + self._unimported() - self._loaded())
+    @property
+    def _window(self) -> int:
+        """Side in latents of a streamed decoder's tiles."""
+        return self._fit_now.window if self._fit_now else WINDOWS[0]
 
-    def _what_would_fit(self, request: Request, count: int, previews: bool) -> str:
-        """Why nothing fits, and what would: each is tried."""
-        asked, limit = self.settings.memory, self.settings.max_memory
+    def _fitting(self) -> Fitting:
+        """What is asked to fit, with what is free now."""
+        settings, streamed = self.settings, self.memory == "stream"
+        costs = bundle_costs(self.bundle, DRAWING, self._own_kernels, self._process, self._replaced)
+        free = available_bytes() if settings.max_memory is None else None
+        taken = self._process - unimported_bytes() + costs.loaded(self._runners, streamed)
+        budget = Budget(settings.max_memory, free, taken)
+        return Fitting(costs, budget, settings.memory, settings.guidance_mode)
 
-        def least(request: Request, count: int, previews: bool) -> int:
-            found = []
-            for mode in (asked,) if asked else MEMORY_MODES:
-                need = self._need(
-                    mode, self._generated(request, count, mode, previews), min(WINDOWS)
-                )
-                within = with_margin(need.resident, self._process)
-                found.append(within if limit is not None else self._more(need, mode))
-            return min(found)
-
-        ways = []
-        if count > 1 and self.spec.shape.dynamic and self._fitting(request, 1, previews):
-            ways.append("--batch 1")
-        if previews and self._fitting(request, count, False):
-            ways.append("no --preview")
-        if asked not in (None, "stream") and self._fitting(request, count, previews, "stream"):
-            ways.append("--memory stream")
-        shape = self.spec.shape
+    def _batch(self, request: Request, count: int, previews: bool) -> Batch:
+        """`count` images like a completed request."""
         assert request.height and request.width
-        for part in (3, 2, 1) if shape.dynamic else ():
-            step = shape.multiple_of
-            height, width = (
-                max(step, n * part // 4 // step * step) for n in (request.height, request.width)
-            )
-            smaller = replace(request, height=height, width=width)
-            if (height, width) != (request.height, request.width) and self._fitting(
-                smaller, count, previews
-            ):
-                ways.append(f"--size {width}x{height}")
-                break
-        needed = -(-least(request, count, previews) // 10**6)
-        several = f", {count} at a time," if count > 1 else ""
-        what = f"{request.width}x{request.height} pixels{several}"
-        if limit is not None:
-            cures = " or ".join([f"allow {needed} MB", *ways])
-            return (
-                f"{what} need about {needed} MB of memory, mapped weights included, and "
-                f"--max-memory is {limit / 1e6:.0f} MB: {cures}"
-            )
-        cures = " or ".join(["end other programs", *ways])
-        return (
-            f"{what} need about {needed} MB more of memory, and "
-            f"{(available_bytes() or 0) / 1e6:.0f} MB are free: {cures}"
-        )
-
-    def _generated(self, request: Request, count: int, mode: MemoryMode, previews: bool) -> Drawing:
-        """What a completed request generates at a time in a mode."""
-        assert request.height and request.width
-        scale = self.spec.latent.scale_factor
-        rows = count * (2 if self.guidance_mode(request, count, mode) == "batched" else 1)
-        values = text_values(self.spec.components["text_encoder"])
-        return Drawing(
-            request.height // scale, request.width // scale, scale, count, rows, values, previews
-        )
-
-    def _need(self, mode: MemoryMode, drawing: Drawing, window: int) -> Need:
-        """Memory of a drawing in a mode, with what the process has without any component."""
-        footprints = {name: self._footprint(name) for name in DRAWING}
-        split, halves = self.bundle.manifest.engines["vae_decoder"].halves, None
-        if split is not None and "vae_decoder" not in self._replaced:
-            head, tail = (self._footprint("vae_decoder", half) for half in (split.head, split.tail))
-            halves = head, tail
-        return drawing_need(
-            self.spec.latent,
-            footprints,
-            halves,
-            self._process,
-            mode,
-            drawing,
-            self.spec.shape.dynamic,
-            window,
-        )
-
-    def _footprint(self, component: str, half: Half | None = None) -> Footprint:
-        """What a component's graph takes, or that of one of its halves; of bundles that don't say
-        it, an estimate that is rather too large."""
-        described = half or self.bundle.manifest.engines[component]
-        own = self._own_kernels(component)
-        found = described.kernels_footprint if own else described.footprint
-        return found or assumed_footprint(self.bundle, component, half, own)
-
-    def _loaded(self) -> int:
-        """What components that are loaded take already: their weights, at least."""
-        total = 0
-        for component in self._runners.keys() & set(DRAWING):
-            footprint = self._footprint(component)
-            streamed = self.memory == "stream"
-            total += footprint.graph + (footprint.streamed if streamed else footprint.weights)
-        return total
-
-    def _process_bytes(self) -> int:
-        """What this process takes without any component, backends included."""
-        gpu = any(e.backend == "tensorrt" for e in self.bundle.manifest.engines.values())
-        return resident_bytes() + self._unimported() + (CUDA_BYTES if gpu else 0)
-
-    @staticmethod
-    def _unimported() -> int:
-        """Of the backend, if it has yet to be imported."""
-        return 0 if "onnxruntime" in sys.modules else _ONNXRUNTIME_BYTES
+        return Batch(request.height, request.width, count, self._guided(request), previews)
 
     def _guided(self, request: Request) -> bool:
         assert request.guidance_scale is not None

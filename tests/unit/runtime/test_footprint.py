@@ -12,6 +12,7 @@ import pytest
 
 from edgesd.engines.bundle import update_manifest
 from edgesd.errors import ResourceError
+from edgesd.runtime import fitting
 from edgesd.runtime import pipeline as pipelines
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.footprint import (
@@ -55,8 +56,9 @@ def bundle(miniature: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundl
 @pytest.fixture(autouse=True)
 def process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process itself always takes the same."""
-    monkeypatch.setattr(pipelines, "resident_bytes", lambda: PROCESS)
-    monkeypatch.setattr(Pipeline, "_unimported", staticmethod(lambda: 0))
+    monkeypatch.setattr(fitting, "resident_bytes", lambda: PROCESS)
+    for module in (fitting, pipelines):
+        monkeypatch.setattr(module, "unimported_bytes", lambda: 0)
 
 
 def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
