@@ -112,7 +112,7 @@ def measure(
         size=built.bundle.disk_bytes() / source.disk_bytes(),
         step_ms=1000 * spread(ours).median,
         step_ratio=paired_ratio(ours, theirs).median,
-        raised=sum(layer.raised_from is not None for layer in recipe.layers),
+        raised=sum(layer.planned_scheme is not None for layer in recipe.layers),
     )
     shutil.rmtree(out)
     return row

@@ -387,9 +387,9 @@ def _raised(layers: Iterable[LayerRecipe]) -> str:
     """What was raised, and why: one entry for each (from, to, reason) with its layers."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for layer in layers:
-        if layer.raised_from is not None or layer.reason is not None:
+        if layer.planned_scheme is not None or layer.reason is not None:
             key = (
-                layer.raised_from or layer.scheme,
+                layer.planned_scheme or layer.scheme,
                 layer.scheme,
                 layer.reason or "no reason given",
             )

@@ -19,7 +19,7 @@ from edgesd.export.cost.costs import half_bytes, memory
 from edgesd.export.cost.cpu_lowering import lowered
 from edgesd.export.cost.workload import Workload, halves, trace
 from edgesd.export.families import Plan
-from edgesd.export.quantize.assign import Choice
+from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 from edgesd.runtime.bundle import open_bundle
 from edgesd.runtime.tiles import TILE, WINDOWS, margin_of, tail_shapes
@@ -73,7 +73,7 @@ class Networks:
         self,
         name: str,
         precision: Precision,
-        choices: Mapping[Layer, Choice],
+        choices: Mapping[Layer, LayerScheme],
         on_disk: int,
         own: bool,
         gpu: bool = False,
@@ -107,7 +107,7 @@ class Networks:
         )
 
     def halves(
-        self, choices: Mapping[Layer, Choice], own: bool, at: Iterable[Shape] = ()
+        self, choices: Mapping[Layer, LayerScheme], own: bool, at: Iterable[Shape] = ()
     ) -> tuple[Footprint, Footprint]:
         """Of a full autoencoder's decoder in halves: its head, and its tail at each window. at: as
         in `footprint`, of the head."""
@@ -150,7 +150,7 @@ class Networks:
             found += [(height, width, 2), (height, width, 32)]
         return found
 
-    def _spread(self, choices: Mapping[Layer, Choice], own: bool) -> float:
+    def _spread(self, choices: Mapping[Layer, LayerScheme], own: bool) -> float:
         """How much more tiles of several sizes touch, one after another, than the largest."""
         halo = self.pipeline.latent.halo
         if halo is None or not self.pipeline.shape.dynamic:
@@ -181,7 +181,7 @@ def _with_layers_of(one: Workload, other: Workload) -> Workload:
 
 def choices_of(
     manifest: BundleManifest, component: str, layers: Sequence[Layer]
-) -> dict[Layer, Choice]:
+) -> dict[Layer, LayerScheme]:
     """The scheme that each layer of a component has in a bundle; none of those in fp32."""
     if manifest.recipe is None:
         return {}

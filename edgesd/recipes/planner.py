@@ -22,7 +22,7 @@ from edgesd.export.cost.cpu_lowering import lowered
 from edgesd.export.cost.workload import Workload, halves
 from edgesd.export.families import Plan
 from edgesd.export.pipeline import plan_pipeline, require_build_tools
-from edgesd.export.quantize.assign import Choice, planned
+from edgesd.export.quantize.assign import LayerScheme, planned
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.source import ModelSource, resolve_source
 from edgesd.recipes import DEMO, demo_model, fixed_shape
@@ -167,7 +167,7 @@ def check_plan(plan: BuildPlan) -> None:
 class _Component:
     """A component as it would be built. halves: footprints of a decoder's, where it has them."""
 
-    choices: Mapping[Layer, Choice]
+    choices: Mapping[Layer, LayerScheme]
     on_disk: int
     footprint: Footprint
     halves: tuple[Footprint, Footprint] | None
@@ -475,13 +475,13 @@ class _Planner:
             return [made(h, w) for h in tall for w in wide], component.footprint
         return [made(height, width)], component.footprint
 
-    def _choices(self, workload: Workload, precision: Precision) -> dict[Layer, Choice]:
+    def _choices(self, workload: Workload, precision: Precision) -> dict[Layer, LayerScheme]:
         if precision in ("fp32", "fp16"):
             return {}
         return dict(planned(workload.layers, parse_scheme(precision)))
 
     def _file_bytes(
-        self, workload: Workload, choices: Mapping[Layer, Choice], precision: Precision
+        self, workload: Workload, choices: Mapping[Layer, LayerScheme], precision: Precision
     ) -> int:
         smoothed = self.wish.method == "svdquant"
         return file_bytes(workload, choices, 2 if precision == "fp16" else 4, smoothed)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from edgesd.export.families import Plan
     from edgesd.export.parity import Case
     from edgesd.export.pipeline import Progress
-    from edgesd.export.quantize.assign import Choice, Option
+    from edgesd.export.quantize.assign import LayerScheme, Option
     from edgesd.export.quantize.layers import Layer
     from edgesd.export.quantize.store import LayerStore
     from edgesd.export.source import ModelSource
@@ -182,14 +182,14 @@ class QuantizedBuild:
         self.requests = quality_.requests_for(self.prompts, **settings)
         # What is missing for the comparison is said before the hour of quantizing.
         self.perceptual = open_perceptual(options.lpips) if self.prompts else None
-        self.raised: dict[Layer, tuple[Choice, str]] = {}
+        self.raised: dict[Layer, tuple[LayerScheme, str]] = {}
         self.graphs: dict[str, Graph] = {}
         self.assets = self._copy_assets()
         self.notes: list[str] = []
         self.store: LayerStore = self._store()
-        self.planned: dict[Layer, Choice] = planned(self.store.layers, scheme)
+        self.planned: dict[Layer, LayerScheme] = planned(self.store.layers, scheme)
         self.choices = dict(self.planned)
-        self._written: dict[str, dict[Layer, Choice]] = {}
+        self._written: dict[str, dict[Layer, LayerScheme]] = {}
         self._cases: dict[str, list[Case]] = {}
         self._worst: Probes = ()
         self._kernels = self.backend == onnxruntime.BACKEND and (
@@ -341,7 +341,7 @@ class QuantizedBuild:
         if changed:
             self._write_manifest(self.root, self.graph_set(), None)
 
-    def _layer_recipe(self, layer: Layer, choice: Choice) -> LayerRecipe:
+    def _layer_recipe(self, layer: Layer, choice: LayerScheme) -> LayerRecipe:
         planned, reason = self.raised.get(layer, (choice, None))
         found = None if choice is None else self.store.summary(layer, choice)
         return LayerRecipe(
@@ -354,7 +354,7 @@ class QuantizedBuild:
             rank=0 if found is None else found.rank,
             bytes=2 * layer.rows * layer.columns if found is None else found.bytes,
             error=0.0 if found is None else found.error,
-            raised_from=None if planned == choice else str(planned or "fp16"),
+            planned_scheme=None if planned == choice else str(planned or "fp16"),
             reason=reason,
         )
 
@@ -592,7 +592,7 @@ class QuantizedBuild:
         max_bytes, max_time = self._budget()
         # A budget decides on ranks and weights; activations keep the format that was asked for.
         options = {
-            layer: [o for o in found if _same_activations(o.choice, self.planned[layer])]
+            layer: [o for o in found if _same_activations(o.scheme, self.planned[layer])]
             for layer, found in self.layer_options(self._first_probes()).items()
         }
         least = sum(min(option.bytes for option in found) for found in options.values())
@@ -618,9 +618,9 @@ class QuantizedBuild:
                 f"--max-time {self.options.max_time:g}: allow more of one"
             )
         for layer, option in chosen.items():
-            self._choose(layer, option.choice, "the best use of the budget")
+            self._choose(layer, option.scheme, "the best use of the budget")
 
-    def _choose(self, layer: Layer, choice: Choice, reason: str) -> None:
+    def _choose(self, layer: Layer, choice: LayerScheme, reason: str) -> None:
         planned = self.planned[layer]
         if choice != self.choices[layer]:
             self.choices[layer] = choice
@@ -643,7 +643,7 @@ class QuantizedBuild:
         options = self.layer_options(self._worst)
         before = dict(self.choices)
         losses = {
-            layer: next((o.loss for o in options[layer] if o.choice == choice), 0.0)
+            layer: next((o.loss for o in options[layer] if o.scheme == choice), 0.0)
             for layer, choice in before.items()
         }
         missing = 10 ** ((floor - measured.psnr_min) / 10) * _MARGIN
@@ -654,7 +654,7 @@ class QuantizedBuild:
         for layer, option in chosen.items():
             self._choose(
                 layer,
-                option.choice,
+                option.scheme,
                 f"worst image at {measured.psnr_min:.1f} dB where {floor:g} was asked for; "
                 f"alone, it makes a mean squared error of {losses[layer]:.2g} in the image",
             )
@@ -682,7 +682,7 @@ def _worst_mean(measured: Quality) -> float:
     return statistics.mean(values[:_PROBES])
 
 
-def _same_activations(choice: Choice, planned: Choice) -> bool:
+def _same_activations(choice: LayerScheme, planned: LayerScheme) -> bool:
     if choice is None or planned is None:
         return choice == planned
     return choice.activation_bits == planned.activation_bits

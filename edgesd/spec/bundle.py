@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta
 
 from edgesd.spec.base import (
@@ -54,7 +55,7 @@ class LayerRecipe(Spec, frozen=True, omit_defaults=True):
     scheme: as it is now: "fp16", or a Scheme. method: one of METHODS, or "fp16". rank: of its
     branch, at most the scheme's. bytes: its codes, scales and branch on disk. error: RMS of the
     change of the layer's output over RMS of that output, on calibrated inputs (0 if not measured).
-    raised_from: the scheme that was planned, where it is another; reason: why it was raised.
+    planned_scheme: the one that was planned, where it is another; reason: why it was promoted.
     """
 
     name: Label
@@ -66,7 +67,7 @@ class LayerRecipe(Spec, frozen=True, omit_defaults=True):
     rank: Count
     bytes: Bytes
     error: float
-    raised_from: Label | None = None
+    planned_scheme: Label | None = msgspec.field(name="raised_from", default=None)
     reason: Text | None = None
 
 

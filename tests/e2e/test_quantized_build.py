@@ -254,10 +254,10 @@ def test_a_floor_raises_layers(work: Path, tmp_path: Path, monkeypatch: pytest.M
     raised = built(tmp_path / "raised", work, "w4a8-g64", min_psnr=floor).manifest
     assert raised.quality is not None and raised.recipe is not None
     assert raised.quality.psnr_min >= floor == raised.quality.min_psnr
-    changed = [layer for layer in raised.recipe.layers if layer.raised_from]
+    changed = [layer for layer in raised.recipe.layers if layer.planned_scheme]
     assert 0 < len(changed) < len(raised.recipe.layers)
     for layer in changed:
-        assert layer.raised_from != layer.scheme and layer.reason and "dB" in layer.reason
+        assert layer.planned_scheme != layer.scheme and layer.reason and "dB" in layer.reason
 
 
 def test_a_floor_out_of_reach_fails_and_names_layers(

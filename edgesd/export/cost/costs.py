@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from edgesd.export.cost.arena import arena_bytes
 from edgesd.export.cost.cpu_lowering import PART
 from edgesd.export.cost.workload import Operation, Workload
-from edgesd.export.quantize.assign import Choice
+from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 from edgesd.runtime.rates import Speed
 
@@ -63,7 +63,7 @@ class Memory:
     graph: int
 
 
-def layer_bytes(layer: Layer, choice: Choice, smoothed: bool = False) -> int:
+def layer_bytes(layer: Layer, choice: LayerScheme, smoothed: bool = False) -> int:
     """Bytes of a layer's weight on disk: QuantizedLayer.bytes() without its tensors.
 
     smoothed: with a factor for each input channel (svdquant).
@@ -83,7 +83,7 @@ def layer_bytes(layer: Layer, choice: Choice, smoothed: bool = False) -> int:
 
 
 def file_bytes(
-    workload: Workload, choices: Mapping[Layer, Choice], per_weight: int, smoothed: bool
+    workload: Workload, choices: Mapping[Layer, LayerScheme], per_weight: int, smoothed: bool
 ) -> int:
     """Bytes of a component's weights on disk. per_weight: of what isn't a quantized layer's."""
     layers = sum(layer_bytes(layer, choice, smoothed) for layer, choice in choices.items())
@@ -91,20 +91,23 @@ def file_bytes(
     return layers + per_weight * rest
 
 
-def half_bytes(workload: Workload, choices: Mapping[Layer, Choice]) -> int:
+def half_bytes(workload: Workload, choices: Mapping[Layer, LayerScheme]) -> int:
     """Bytes on disk of the layers of a part of a network."""
     layers = {op.layer for op in workload.operations if op.layer is not None}
     return sum(_stored(layer, choices) for layer in layers)
 
 
-def _stored(layer: Layer, choices: Mapping[Layer, Choice]) -> int:
+def _stored(layer: Layer, choices: Mapping[Layer, LayerScheme]) -> int:
     if layer in choices:
         return layer_bytes(layer, choices[layer])
     return 4 * layer.rows * layer.columns
 
 
 def memory(
-    workloads: Sequence[Workload], choices: Mapping[Layer, Choice], on_disk: int, behind: int = 0
+    workloads: Sequence[Workload],
+    choices: Mapping[Layer, LayerScheme],
+    on_disk: int,
+    behind: int = 0,
 ) -> Memory:
     """Memory of a component. workloads: as lowered, one for each run in a row; they may differ in
     size. on_disk: bytes of its weights' file. behind: bytes of what is made of the outputs while

@@ -13,7 +13,7 @@ from dataclasses import replace
 from edgesd.export.cost.workload import Operation, Workload
 from edgesd.export.passes.own_kernels import MAX_HEAD
 from edgesd.export.quantize.activations import activation_mode
-from edgesd.export.quantize.assign import Choice
+from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 
 PART = "part"
@@ -22,7 +22,7 @@ PART = "part"
 
 def lowered(
     workload: Workload,
-    choices: Mapping[Layer, Choice],
+    choices: Mapping[Layer, LayerScheme],
     kernels: bool,
     attention: bool,
     tail: bool = False,
@@ -41,7 +41,9 @@ def lowered(
 class _Stock:
     """ONNX Runtime's own operators: passes/quantized_ort.py."""
 
-    def __init__(self, workload: Workload, choices: Mapping[Layer, Choice], tail: bool) -> None:
+    def __init__(
+        self, workload: Workload, choices: Mapping[Layer, LayerScheme], tail: bool
+    ) -> None:
         self.source, self.choices, self.tail = workload, choices, tail
         self.sizes = list(workload.sizes)
         self.made: list[Operation] = []
@@ -88,7 +90,7 @@ class _Stock:
         spare = (self.sizes[op.reads[0]],) if blocks else ()
         return replace(op, form="fp32", spare=spare)
 
-    def eight_bits(self, op: Operation, choice: Choice) -> bool:
+    def eight_bits(self, op: Operation, choice: LayerScheme) -> bool:
         """Whether a layer's inputs are 8 bits: a timestep's vector stays as it is."""
         if op.layer is None or choice is None or op.kind not in ("conv", "linear"):
             return False
@@ -129,7 +131,7 @@ class _Own(_Stock):
     """edgesd's own kernels: passes/own_kernels.py. What a layer takes in is left out."""
 
     def __init__(
-        self, workload: Workload, choices: Mapping[Layer, Choice], attention: bool, tail: bool
+        self, workload: Workload, choices: Mapping[Layer, LayerScheme], attention: bool, tail: bool
     ) -> None:
         super().__init__(workload, choices, tail)
         self.attention = attention

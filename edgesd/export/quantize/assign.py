@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from edgesd.export.quantize.layers import Layer
 from edgesd.spec.scheme import GROUPS, Scheme
 
-Choice = Scheme | None
+LayerScheme = Scheme | None
 """A layer's scheme; None: fp16 weights, fp32 arithmetic."""
 
 
@@ -22,7 +22,7 @@ class Option:
     """One way to represent a layer: its bytes on disk, its computing time in an image (any unit),
     and the squared error it makes in the image (any unit), each the same for all layers."""
 
-    choice: Choice
+    scheme: LayerScheme
     bytes: int
     time: float
     loss: float
@@ -37,23 +37,23 @@ _PRICES = (1.0, 8.0, 1 / 8, 64.0, 1 / 64, 1e6, 1e-6)
 """Of a byte against time, in turn, until both budgets hold."""
 
 
-def relative_time(layer: Layer, choice: Choice, rows_per_run: int) -> float:
+def relative_time(layer: Layer, scheme: LayerScheme, rows_per_run: int) -> float:
     """Time of a layer in one run, in int8 multiplications; rows_per_run: of its matrix product."""
     products = float(rows_per_run * layer.rows * layer.columns)
-    if choice is None or choice.activation_bits == 16:
-        packed = choice is not None and choice.weight_bits == 4 and layer.kind == "linear"
+    if scheme is None or scheme.activation_bits == 16:
+        packed = scheme is not None and scheme.weight_bits == 4 and layer.kind == "linear"
         time = products * _TIME_PER_PRODUCT["nbits16" if packed else "fp32"]
-    elif choice.simulated:
+    elif scheme.simulated:
         time = products * _TIME_PER_PRODUCT["simulated"]
     else:
-        packed = choice.weight_bits == 4 and layer.kind == "linear"
+        packed = scheme.weight_bits == 4 and layer.kind == "linear"
         time = products * _TIME_PER_PRODUCT["nbits8" if packed else "int8"]
-    rank = 0 if choice is None else min(choice.rank, layer.rows, layer.columns)
+    rank = 0 if scheme is None else min(scheme.rank, layer.rows, layer.columns)
     branch = rows_per_run * rank * (layer.rows + layer.columns)
     return time + branch * _TIME_PER_PRODUCT["fp32"]
 
 
-def planned(layers: Sequence[Layer], scheme: Scheme) -> dict[Layer, Choice]:
+def planned(layers: Sequence[Layer], scheme: Scheme) -> dict[Layer, LayerScheme]:
     """The scheme of every layer before anything is measured.
 
     A component's first and last convolution stay in fp16: they are its way in and out, see or make
@@ -70,32 +70,32 @@ def planned(layers: Sequence[Layer], scheme: Scheme) -> dict[Layer, Choice]:
     }
 
 
-def options_of(layer: Layer, choice: Choice) -> list[Choice]:
-    """`choice` and what a layer may get in its place: smaller ranks, groups of half the size,
+def options_of(layer: Layer, scheme: LayerScheme) -> list[LayerScheme]:
+    """`scheme` and what a layer may get in its place: smaller ranks, groups of half the size,
     16-bit activations, then more bits, up to fp16."""
-    if choice is None or layer.kind == "embedding":
-        return [choice, None] if choice else [None]
-    limit = min(choice.rank, layer.rows, layer.columns)
-    ranks = {rank for part in (8, 4, 2) if (rank := choice.rank // part) < limit}
-    groups, activations = [choice.group], [choice.activation_bits]
-    if choice.weight_bits == 4 and choice.group // 2 in GROUPS:
-        groups.append(choice.group // 2)
-    if choice.weight_bits == 4 and choice.activation_bits == 8:
+    if scheme is None or layer.kind == "embedding":
+        return [scheme, None] if scheme else [None]
+    limit = min(scheme.rank, layer.rows, layer.columns)
+    ranks = {rank for part in (8, 4, 2) if (rank := scheme.rank // part) < limit}
+    groups, activations = [scheme.group], [scheme.activation_bits]
+    if scheme.weight_bits == 4 and scheme.group // 2 in GROUPS:
+        groups.append(scheme.group // 2)
+    if scheme.weight_bits == 4 and scheme.activation_bits == 8:
         activations.append(16)
-    out: list[Choice] = [
-        Scheme(choice.weight_bits, bits, group, rank)
+    out: list[LayerScheme] = [
+        Scheme(scheme.weight_bits, bits, group, rank)
         for bits in activations
         for group in groups
-        for rank in sorted({0, choice.rank, *ranks})
+        for rank in sorted({0, scheme.rank, *ranks})
     ]
-    step = choice
-    while (upper := raised(step)) is not None:
+    step = scheme
+    while (upper := promoted(step)) is not None:
         out.append(upper)
         step = upper
     return [*out, None]
 
 
-def raised(scheme: Scheme) -> Choice:
+def promoted(scheme: Scheme) -> LayerScheme:
     """The next better scheme; None for fp16, above 8-bit weights and 16-bit activations."""
     if scheme.activation_bits == 4:
         return Scheme(scheme.weight_bits, 8, scheme.group, scheme.rank)
@@ -109,7 +109,7 @@ def assign(
     max_bytes: float = math.inf,
     max_time: float = math.inf,
     max_loss: float = 0.0,
-    start: Mapping[Layer, Choice] | None = None,
+    start: Mapping[Layer, LayerScheme] | None = None,
 ) -> dict[Layer, Option]:
     """The cheapest options whose total loss is at most `max_loss`, within both budgets.
 
@@ -147,7 +147,7 @@ def _assign_at(
     max_bytes: float,
     max_time: float,
     max_loss: float,
-    start: Mapping[Layer, Choice] | None,
+    start: Mapping[Layer, LayerScheme] | None,
 ) -> dict[Layer, Option]:
     bytes_unit = max(sum(min(o.bytes for o in found) for found in options.values()), 1)
     time_unit = max(sum(min(o.time for o in found) for found in options.values()), 1e-30)
@@ -158,7 +158,7 @@ def _assign_at(
     hulls = {layer: _hull(found, cost) for layer, found in options.items()}
     if start is not None:
         for layer in hulls:
-            first = next((o for o in options[layer] if o.choice == start[layer]), None)
+            first = next((o for o in options[layer] if o.scheme == start[layer]), None)
             if first is not None:
                 better = [o for o in options[layer] if o.loss < first.loss]
                 hulls[layer] = [first, *_hull_above(first, better, cost)]

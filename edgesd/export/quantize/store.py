@@ -28,7 +28,7 @@ from edgesd.export.passes.own_kernels import PARTS
 from edgesd.export.passes.pooled_attention import PooledAttention
 from edgesd.export.passes.tiled_decoder import COMPONENT, decoder_halves, describe_halves
 from edgesd.export.quantize import quantize
-from edgesd.export.quantize.assign import Choice
+from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import (
     Layer,
     QuantizedLayer,
@@ -104,21 +104,21 @@ class LayerStore:
             self._summaries[layer, scheme] = found
         return self._summaries[layer, scheme]
 
-    def quantized_model(self, component: str, choices: Mapping[Layer, Choice]) -> ir.Model:
+    def quantized_model(self, component: str, schemes: Mapping[Layer, LayerScheme]) -> ir.Model:
         """A component's graph with its layers as chosen; one that isn't named stays fp32."""
         model = self._model(component)
-        layers, half = self._chosen(component, choices)
+        layers, half = self._chosen(component, schemes)
         lower_quantized(model, layers, half, self.timesteps(component), self.backend)
         NoShapes()(model)
         return model
 
     def kernels_model(
-        self, component: str, choices: Mapping[Layer, Choice], attention: bool
+        self, component: str, schemes: Mapping[Layer, LayerScheme], attention: bool
     ) -> ir.Model | None:
         """The same for edgesd's own kernels; None where they have nothing to do. attention: in 8
         bits, too."""
         model = self._model(component)
-        layers, half = self._chosen(component, choices)
+        layers, half = self._chosen(component, schemes)
         timesteps = self.timesteps(component)
         if not lower_to_kernels(model, layers, half, timesteps, _parts(attention)):
             return None
@@ -133,52 +133,52 @@ class LayerStore:
         return model
 
     def _chosen(
-        self, component: str, choices: Mapping[Layer, Choice]
+        self, component: str, schemes: Mapping[Layer, LayerScheme]
     ) -> tuple[dict[str, QuantizedLayer], set[str]]:
         """Quantized layers by node, and names of the weights that stay in 16 bits."""
-        mine = {layer: choice for layer, choice in choices.items() if layer.component == component}
+        mine = {layer: scheme for layer, scheme in schemes.items() if layer.component == component}
         layers = {
-            layer.node: self.get(layer, choice)
-            for layer, choice in mine.items()
-            if choice is not None
+            layer.node: self.get(layer, scheme)
+            for layer, scheme in mine.items()
+            if scheme is not None
         }
         weights = [
-            weight_of(self._nodes[layer]) for layer, choice in mine.items() if choice is None
+            weight_of(self._nodes[layer]) for layer, scheme in mine.items() if scheme is None
         ]
         return layers, {weight.name for weight in weights if weight and weight.name}
 
     def write(
         self,
         component: str,
-        choices: Mapping[Layer, Choice],
+        schemes: Mapping[Layer, LayerScheme],
         folder: Path,
         kernels: bool = False,
         attention: bool = False,
     ) -> Halves | None:
         """Write a component's graph as folder/model.onnx and weights.bin; with `kernels` also its
         kernels.onnx, if it has one. For ONNX Runtime also a decoder's halves, which it returns."""
-        own = self.kernels_model(component, choices, attention) if kernels else None
+        own = self.kernels_model(component, schemes, attention) if kernels else None
         others = {} if own is None else {KERNELS_FILE: own}
         splits = component == COMPONENT and self.backend == ONNXRUNTIME
-        stock = self._halves(component, choices, None) if splits else ()
+        stock = self._halves(component, schemes, None) if splits else ()
         halves: Halves | None = None
         if stock:
             others |= zip(HALF_FILES, stock, strict=True)
             if own is not None:
-                ours = self._halves(component, choices, _parts(attention))
+                ours = self._halves(component, schemes, _parts(attention))
                 others |= zip(KERNELS_HALF_FILES, ours, strict=True)
             names = () if own is None else KERNELS_HALF_FILES
             halves = describe_halves(component, stock, HALF_FILES, names)
-        write_model(self.quantized_model(component, choices), folder, others)
+        write_model(self.quantized_model(component, schemes), folder, others)
         return halves
 
     def _halves(
-        self, component: str, choices: Mapping[Layer, Choice], parts: Collection[str] | None
+        self, component: str, schemes: Mapping[Layer, LayerScheme], parts: Collection[str] | None
     ) -> tuple[ir.Model, ...]:
         """Head and tail of a decoder, with layers as chosen; nothing where it can't be split.
         parts: of edgesd's own kernels (OwnKernels); None for ONNX Runtime's operators."""
         found = decoder_halves(_load(self.graphs, component)) or ()
-        layers, half = self._chosen(component, choices)
+        layers, half = self._chosen(component, schemes)
         for model in found:
             nodes = {node.name for node in model.graph}
             mine = {name: layer for name, layer in layers.items() if name in nodes}
@@ -189,9 +189,9 @@ class LayerStore:
             NoShapes()(model)
         return found
 
-    def variant(self, component: str, choices: Mapping[Layer, Choice]) -> bytes:
+    def variant(self, component: str, schemes: Mapping[Layer, LayerScheme]) -> bytes:
         """A component's graph as bytes; what isn't quantized refers to the fp32 graph's weights."""
-        proto = ir.serde.serialize_model(self.quantized_model(component, choices))
+        proto = ir.serde.serialize_model(self.quantized_model(component, schemes))
         found: bytes = proto.SerializeToString()
         return found
 

@@ -13,7 +13,7 @@ from edgesd.export.quantize.assign import (
     assign,
     options_of,
     planned,
-    raised,
+    promoted,
     relative_time,
     within,
 )
@@ -41,7 +41,7 @@ def test_ends_stay_in_fp16_and_embeddings_get_eight_bits() -> None:
 
 def test_the_ladder_ends_in_fp16() -> None:
     steps = [parse_scheme("w4a4-g64-lr8")]
-    while (upper := raised(steps[-1])) is not None:
+    while (upper := promoted(steps[-1])) is not None:
         steps.append(upper)
     assert [str(step) for step in steps] == ["w4a4-g64-lr8", "w4a8-g64-lr8", "w8a8", "w8a16"]
 
@@ -50,7 +50,7 @@ def test_options_have_smaller_ranks_and_groups_and_better_schemes() -> None:
     line = layer("line", shape=(16, 128))
 
     def names(scheme: str) -> list[str]:
-        return [str(choice or "fp16") for choice in options_of(line, parse_scheme(scheme))]
+        return [str(found or "fp16") for found in options_of(line, parse_scheme(scheme))]
 
     # A branch of rank 16 is the whole layer: larger ones are the planned scheme itself.
     ranks = ("", "-lr4", "-lr8", "-lr32")
@@ -110,9 +110,9 @@ def test_it_stops_at_the_loss_that_is_allowed() -> None:
 
 def test_a_start_is_never_made_worse() -> None:
     options = random_options(2, 20, 4)
-    start = {key: found[1].choice for key, found in options.items()}
+    start = {key: found[1].scheme for key, found in options.items()}
     same = assign(options, max_loss=float("inf"), start=start)
-    assert {key: o.choice for key, o in same.items()} == start
+    assert {key: o.scheme for key, o in same.items()} == start
     better = assign(options, start=start)
     for key, option in better.items():
         assert option.loss <= options[key][1].loss
