@@ -26,7 +26,7 @@ import numpy.typing as npt
 from benchmarks.common import environment, parser, run, spread, table, write_json
 from edgesd.errors import EdgesdError
 from edgesd.files import atomic_dir
-from edgesd.spec.bundle import Halves
+from edgesd.spec.bundle import SplitDecoder
 from edgesd.spec.pipeline import ComponentSpec, LatentSpec, TensorSpec
 from edgesd.spec.scheme import parse_scheme
 
@@ -58,20 +58,20 @@ def make_graphs(folder: Path, precision: str, autoencoder: Path | None) -> None:
 
     from edgesd.export.backends import lower, lower_quantized, lower_to_kernels
     from edgesd.export.external_data import (
-        HALF_FILES,
         KERNELS_FILE,
-        KERNELS_HALF_FILES,
+        KERNELS_SPLIT_FILES,
+        SPLIT_FILES,
         write_model,
     )
-    from edgesd.export.passes.tiled_decoder import copied, decoder_halves, describe_halves
+    from edgesd.export.passes.tiled_decoder import copied, describe_split, split_decoder
     from edgesd.export.quantize.layers import find_layers, matrix_of
     from edgesd.export.quantize.quantize import rounded_layer
 
     model = _exported(autoencoder)
-    parts = decoder_halves(model)
+    parts = split_decoder(model)
     if parts is None:
-        raise EdgesdError(f"the decoder in {autoencoder} can't be run in halves")
-    graphs = dict(zip(("model.onnx", *HALF_FILES), (model, *parts), strict=True))
+        raise EdgesdError(f"the decoder in {autoencoder} can't be split")
+    graphs = dict(zip(("model.onnx", *SPLIT_FILES), (model, *parts), strict=True))
     if precision in ("fp32", "fp16"):
         for graph in graphs.values():
             lower(graph, precision, "onnxruntime")
@@ -87,17 +87,17 @@ def make_graphs(folder: Path, precision: str, autoencoder: Path | None) -> None:
             there = {node.name for node in graph.graph}
             return {name: layer for name, layer in layers.items() if name in there}
 
-        names = KERNELS_HALF_FILES
+        names = KERNELS_SPLIT_FILES
         own = [copied(graph) for graph in graphs.values()]
         for graph in graphs.values():
             lower_quantized(graph, mine(graph), set(), None, "onnxruntime")
         for name, graph in zip((KERNELS_FILE, *names), own, strict=True):
             lower_to_kernels(graph, mine(graph), set(), None, ("behind", "before"))
             graphs[name] = graph
-    halves = describe_halves("", [graphs[name] for name in HALF_FILES], HALF_FILES, names)
+    split = describe_split("", [graphs[name] for name in SPLIT_FILES], SPLIT_FILES, names)
     with atomic_dir(folder) as out:
         write_model(graphs.pop("model.onnx"), out, graphs)
-        (out / "halves.json").write_bytes(msgspec.json.encode(halves))
+        (out / "split.json").write_bytes(msgspec.json.encode(split))
 
 
 def _exported(autoencoder: Path | None) -> Any:
@@ -139,7 +139,7 @@ def decode(folder: Path, mode: str, latents: Array, kernels: bool, answer: Conne
     from edgesd.runtime.bundle import GraphFile
     from edgesd.runtime.memory import give_back, peak_bytes
 
-    halves = msgspec.json.decode((folder / "halves.json").read_bytes(), type=Halves)
+    split = msgspec.json.decode((folder / "split.json").read_bytes(), type=SplitDecoder)
     library = own.library() if kernels else None
 
     def opened(spec: ComponentSpec, name: str, small: bool) -> Runner:
@@ -156,10 +156,10 @@ def decode(folder: Path, mode: str, latents: Array, kernels: bool, answer: Conne
             seconds = runner.seconds
     else:
         files = [
-            Path(half.kernels if kernels and half.kernels else half.path).name
-            for half in (halves.head, halves.tail)
+            Path(part.kernels if kernels and part.kernels else part.path).name
+            for part in (split.head, split.tail)
         ]
-        with opened(halves.head.spec, files[0], True) as head:
+        with opened(split.head.spec, files[0], True) as head:
             features = np.array(run_once(head, {"latents": latents})["features"][0])
             seconds = head.seconds
         give_back()
@@ -171,7 +171,7 @@ def decode(folder: Path, mode: str, latents: Array, kernels: bool, answer: Conne
             return difference(taken, found)
 
         tiles.difference = counting
-        with opened(halves.tail.spec, files[1], True) as tail:
+        with opened(split.tail.spec, files[1], True) as tail:
             image = tiles.decode_tail(tail, features, SCALE)
             seconds += tail.seconds
         passes = counted

@@ -16,5 +16,5 @@ def engine_from_graph(graph: Graph) -> Engine:
         precision=graph.precision,
         parity=graph.parity,
         kernels=graph.kernels,
-        halves=graph.halves,
+        split=graph.split,
     )

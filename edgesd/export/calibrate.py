@@ -60,7 +60,7 @@ SAMPLE_ROWS = 1024
 SAVE_SECONDS = 20.0
 """Between two states on disk at least; the last one of a component is always written."""
 
-_MAX_HALF = float(torch.finfo(torch.float16).max)
+_MAX_FP16 = float(torch.finfo(torch.float16).max)
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -311,7 +311,7 @@ class _Recorder:
             return
         # A different phase each time, so that the sample isn't always the same corner.
         at = (torch.arange(take) * len(rows) // take + used * 7) % len(rows)
-        kept[used : used + take] = rows[at].clamp(-_MAX_HALF, _MAX_HALF).half()
+        kept[used : used + take] = rows[at].clamp(-_MAX_FP16, _MAX_FP16).half()
         self.tensors[f"{layer.name}:row_steps"][used : used + take] = self.step
         self.tensors[f"{layer.name}:used"] += take
 

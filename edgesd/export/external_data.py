@@ -14,9 +14,9 @@ from edgesd.files import atomic_write
 GRAPH_FILE = "model.onnx"
 KERNELS_FILE = "kernels.onnx"
 """The same component's graph for edgesd's own kernels."""
-HALF_FILES = ("head.onnx", "tail.onnx")
-"""Its halves (passes/tiled_decoder.py)."""
-KERNELS_HALF_FILES = ("head-kernels.onnx", "tail-kernels.onnx")
+SPLIT_FILES = ("head.onnx", "tail.onnx")
+"""A decoder's head and tail (passes/tiled_decoder.py)."""
+KERNELS_SPLIT_FILES = ("head-kernels.onnx", "tail-kernels.onnx")
 WEIGHTS_FILE = "weights.bin"
 
 EXTERNAL_BYTES = 1024

@@ -15,7 +15,7 @@ from torch import nn
 from edgesd.errors import ParityError
 from edgesd.export.families import Component, Sizes
 from edgesd.runtime.backends.onnxruntime import session_options
-from edgesd.spec.bundle import Halves, Parity
+from edgesd.spec.bundle import Parity, SplitDecoder
 from edgesd.spec.pipeline import TensorSpec
 from edgesd.spec.scheme import Precision
 from edgesd.text import first_sentence
@@ -84,21 +84,21 @@ def check_parity(
     return _check(load, component, cases, precision)
 
 
-def check_halves(
+def check_split(
     root: Path,
-    halves: Halves,
+    split: SplitDecoder,
     component: Component,
     cases: Sequence[Case],
     precision: Precision,
     library: Path | None = None,
 ) -> Parity:
-    """The same for the halves of a decoder below the folder `root`, one after the other, each
+    """The same for head and tail of a decoder below the folder `root`, one after the other, each
     image in one tile. library: takes their graphs for edgesd's own kernels."""
     files = [
-        root / (half.kernels if library and half.kernels else half.path)
-        for half in (halves.head, halves.tail)
+        root / (part.kernels if library and part.kernels else part.path)
+        for part in (split.head, split.tail)
     ]
-    statistics = next(t for t in halves.tail.spec.inputs if t.name == "statistics")
+    statistics = next(t for t in split.tail.spec.inputs if t.name == "statistics")
     none = np.zeros([int(dim) for dim in statistics.shape], statistics.dtype)
 
     def load() -> Callable[[dict[str, Array]], Sequence[Array]]:

@@ -18,7 +18,7 @@ from edgesd.export.source import ModelSource
 from edgesd.files import atomic_dir, disk_errors
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.base import check_ranges
-from edgesd.spec.bundle import Graph, GraphSet, Halves
+from edgesd.spec.bundle import Graph, GraphSet, SplitDecoder
 from edgesd.spec.scheme import Precision
 
 if TYPE_CHECKING:
@@ -132,16 +132,16 @@ def _export(
     report: Progress,
 ) -> Graph:
     from edgesd.export.external_data import GRAPH_FILE
-    from edgesd.export.parity import check_halves, check_parity
+    from edgesd.export.parity import check_parity, check_split
 
     start = time.perf_counter()
-    cases, halves = _write_graph(component, root / component.name, precision, backend, report)
+    cases, split = _write_graph(component, root / component.name, precision, backend, report)
     gc.collect()  # the module is in reference cycles: free it before the graph is loaded
     report("check", component.name)
     path = f"{component.name}/{GRAPH_FILE}"
     parity = check_parity(root / path, component, cases, precision)
-    if halves is not None:
-        check_halves(root, halves, component, cases, precision)
+    if split is not None:
+        check_split(root, split, component, cases, precision)
     _log.info(
         "%s: %.1f s, relative RMS %.1e, peak memory of the process %d MB",
         component.name,
@@ -149,7 +149,7 @@ def _export(
         parity.rel_rms,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
     )
-    return Graph(component.name, path, precision, parity, halves=halves)
+    return Graph(component.name, path, precision, parity, split=split)
 
 
 def _write_graph(
@@ -158,13 +158,13 @@ def _write_graph(
     precision: Precision,
     backend: str,
     report: Progress,
-) -> tuple[list[Case], Halves | None]:
+) -> tuple[list[Case], SplitDecoder | None]:
     """Write one component; returns what its source computes, taken before it was changed, and the
-    halves of a decoder that has them."""
+    split decoder where it is one."""
     from edgesd.export.backends import ONNXRUNTIME, lower
-    from edgesd.export.external_data import HALF_FILES, write_model
+    from edgesd.export.external_data import SPLIT_FILES, write_model
     from edgesd.export.parity import reference_cases
-    from edgesd.export.passes.tiled_decoder import COMPONENT, decoder_halves, describe_halves
+    from edgesd.export.passes.tiled_decoder import COMPONENT, describe_split, split_decoder
     from edgesd.export.to_onnx import graph_from_module
 
     report("load", component.name)
@@ -173,12 +173,12 @@ def _write_graph(
     report("export", component.name)
     model = graph_from_module(module, component, "ort-mha")
     splits = component.name == COMPONENT and backend == ONNXRUNTIME
-    parts = (decoder_halves(model) if splits else None) or ()
+    parts = (split_decoder(model) if splits else None) or ()
     for each in (model, *parts):
         lower(each, precision, backend)
-    halves = describe_halves(component.name, parts, HALF_FILES) if parts else None
-    write_model(model, folder, dict(zip(HALF_FILES, parts, strict=False)))
-    return cases, halves
+    split = describe_split(component.name, parts, SPLIT_FILES) if parts else None
+    write_model(model, folder, dict(zip(SPLIT_FILES, parts, strict=False)))
+    return cases, split
 
 
 def _copy_licence(source: ModelSource, root: Path) -> list[str]:

@@ -15,9 +15,9 @@ import msgspec
 from edgesd.engines import onnxruntime
 from edgesd.engines.bundle import update_manifest
 from edgesd.export.cost.arena import arena_bytes
-from edgesd.export.cost.costs import half_bytes, memory
+from edgesd.export.cost.costs import memory, part_bytes
 from edgesd.export.cost.cpu_lowering import lowered
-from edgesd.export.cost.workload import Workload, halves, trace
+from edgesd.export.cost.workload import Workload, split_workload, trace
 from edgesd.export.families import Plan
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
@@ -106,26 +106,26 @@ class Networks:
             takes.weights, takes.loading, takes.streamed, in_file, takes.graph, every, spread
         )
 
-    def halves(
+    def split(
         self, choices: Mapping[Layer, LayerScheme], own: bool, at: Iterable[Shape] = ()
     ) -> tuple[Footprint, Footprint]:
-        """Of a full autoencoder's decoder in halves: its head, and its tail at each window. at: as
-        in `footprint`, of the head."""
+        """Of a full autoencoder's decoder that is split: its head, and its tail at each window.
+        at: as in `footprint`, of the head."""
 
-        def made(shape: Shape, half: int) -> Workload:
-            part = halves(self.trace("vae_decoder", shape))[half]
-            return lowered(part, choices, own, own, tail=half == 1)
+        def made(shape: Shape, which: int) -> Workload:
+            part = split_workload(self.trace("vae_decoder", shape))[which]
+            return lowered(part, choices, own, own, tail=which == 1)
 
         found = []
         windows = sorted(WINDOWS)
         tails = [[(h, w, 1) for h, w in tail_shapes(4 * n, 4 * n, n)[0]] for n in windows]
         heads = sorted(set(at) or self._shapes("vae_decoder"))
-        for half, series in enumerate(([[shape] for shape in heads], tails)):
+        for which, series in enumerate(([[shape] for shape in heads], tails)):
             runs = {}
             for index, shapes in enumerate(series):
-                parts = [made(shape, half) for shape in shapes]
-                takes = memory(parts, choices, half_bytes(parts[0], choices))
-                units = windows[index] ** 2 if half else shapes[0][0] * shapes[0][1]
+                parts = [made(shape, which) for shape in shapes]
+                takes = memory(parts, choices, part_bytes(parts[0], choices))
+                units = windows[index] ** 2 if which else shapes[0][0] * shapes[0][1]
                 runs[units] = takes.activations, takes.workspace
             every = tuple((units, *runs[units]) for units in sorted(runs))
             found.append(
@@ -204,17 +204,17 @@ def write_footprints(root: Path, plan: Plan) -> None:
         choices = choices_of(manifest, name, workload.layers)
         on_disk = manifest.files[f"{name}/weights.bin"].bytes
         gpu = engine.backend != onnxruntime.BACKEND
-        split = engine.halves
+        split = engine.split
         for own, field in ((False, "footprint"), (True, "kernels_footprint")):
             if own and engine.kernels is None:
                 continue
             found[field] = networks.footprint(name, engine.precision, choices, on_disk, own, gpu)
             if split is not None:
-                head, tail = networks.halves(choices, own)
+                head, tail = networks.split(choices, own)
                 split = msgspec.structs.replace(
                     split,
                     head=msgspec.structs.replace(split.head, **{field: head}),
                     tail=msgspec.structs.replace(split.tail, **{field: tail}),
                 )
-        engines[name] = msgspec.structs.replace(engine, halves=split, **found)
+        engines[name] = msgspec.structs.replace(engine, split=split, **found)
     update_manifest(root, msgspec.structs.replace(manifest, engines=engines))

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from edgesd.engines.bundle import update_manifest
 from edgesd.export.external_data import write_model
-from edgesd.export.passes.fp16_weights import MAX_HALF
+from edgesd.export.passes.fp16_weights import MAX_FP16
 from edgesd.export.passes.fp32_region import Fp32Region
 from edgesd.export.passes.record_largest import LARGEST, RecordLargest
 from edgesd.runtime.backends.base import Runner
@@ -27,7 +27,7 @@ from edgesd.runtime.bundle import Bundle, GraphFile, open_bundle
 from edgesd.runtime.pipeline import Pipeline, Request, Settings
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
-LIMIT = MAX_HALF / 2
+LIMIT = MAX_FP16 / 2
 """Other prompts and seeds reach other values: half of fp16's range is left to them."""
 
 STEPS = 4

@@ -19,7 +19,7 @@ from edgesd.engines import onnxruntime, tensorrt
 from edgesd.errors import TargetError
 from edgesd.export.cost.costs import NODE_FILE_BYTES, file_bytes, multiplications, seconds
 from edgesd.export.cost.cpu_lowering import lowered
-from edgesd.export.cost.workload import Workload, halves
+from edgesd.export.cost.workload import Workload, split_workload
 from edgesd.export.families import Plan
 from edgesd.export.pipeline import plan_pipeline, require_build_tools
 from edgesd.export.quantize.assign import LayerScheme, planned
@@ -165,12 +165,13 @@ def check_plan(plan: BuildPlan) -> None:
 
 @dataclass(frozen=True)
 class _Component:
-    """A component as it would be built. halves: footprints of a decoder's, where it has them."""
+    """A component as it would be built. split: footprints of the head and tail of a decoder that
+    has them."""
 
     choices: Mapping[Layer, LayerScheme]
     on_disk: int
     footprint: Footprint
-    halves: tuple[Footprint, Footprint] | None
+    split: tuple[Footprint, Footprint] | None
 
 
 class _Planner:
@@ -227,7 +228,7 @@ class _Planner:
             made = self.networks.footprint(name, precision, choices, on_disk, own, self.gpu, at)
             split = None
             if name == "vae_decoder" and spec.latent.levels and spec.shape.dynamic:
-                split = self.networks.halves(choices, own, at)
+                split = self.networks.split(choices, own, at)
             found[name] = _Component(choices, on_disk, made, split)
         for mode in self.modes:
             needs[mode] = self._need(found, mode, (tall, wide), guided)
@@ -419,7 +420,7 @@ class _Planner:
         return drawing_need(
             spec.latent,
             {name: components[name].footprint for name in DRAWING},
-            components["vae_decoder"].halves,
+            components["vae_decoder"].split,
             self._base(),
             mode,
             self._drawing(mode, size, guided),
@@ -458,14 +459,16 @@ class _Planner:
             return [
                 made(height, width, rows[-1] if mode == "fast" else rows[0])
             ], component.footprint
-        if mode == "stream" and component.halves is not None:
-            head = halves(self.networks.trace(name, (height, width, 1)))[0]
+        if mode == "stream" and component.split is not None:
+            head = split_workload(self.networks.trace(name, (height, width, 1)))[0]
             shapes, drawings = tail_shapes(height, width)
             tails = [
-                lowered(halves(self.networks.trace(name, (h, w, 1)))[1], choices, own, own, True)
+                lowered(
+                    split_workload(self.networks.trace(name, (h, w, 1)))[1], choices, own, own, True
+                )
                 for h, w in shapes
             ]
-            return [lowered(head, choices, own, own), *tails * drawings], component.halves[1]
+            return [lowered(head, choices, own, own), *tails * drawings], component.split[1]
         halo = spec.latent.halo
         if mode == "stream" and halo is not None and spec.shape.dynamic:
             tall, wide = (

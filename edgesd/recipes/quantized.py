@@ -303,7 +303,7 @@ class QuantizedBuild:
         """All components' graphs as chosen, into `root`, each run once beside its source; and the
         manifest of a bundle whose images weren't measured."""
         from edgesd.export.external_data import GRAPH_FILE, KERNELS_FILE
-        from edgesd.export.parity import check_halves, check_parity, graph_cases
+        from edgesd.export.parity import check_parity, check_split, graph_cases
 
         changed = False
         for component in self.plan.components:
@@ -315,7 +315,7 @@ class QuantizedBuild:
             folder = self.root / name
             shutil.rmtree(folder, ignore_errors=True)
             own = self._kernels and kernels.usable(str(choice) for choice in mine.values())
-            halves = self.store.write(name, mine, folder, own, self._attention)
+            split = self.store.write(name, mine, folder, own, self._attention)
             self.report("check", name)
             if name not in self._cases:
                 self._cases[name] = graph_cases(self.store.graphs / name / GRAPH_FILE, component)
@@ -324,18 +324,18 @@ class QuantizedBuild:
             second = folder / KERNELS_FILE
             if second.exists():
                 check_parity(second, component, cases, precision, kernels.library())
-            if halves is not None:
-                check_halves(self.root, halves, component, cases, precision)
+            if split is not None:
+                check_split(self.root, split, component, cases, precision)
                 if second.exists():
                     library = kernels.library()
-                    check_halves(self.root, halves, component, cases, precision, library)
+                    check_split(self.root, split, component, cases, precision, library)
             self.graphs[name] = Graph(
                 component=name,
                 path=f"{name}/{GRAPH_FILE}",
                 precision=precision,
                 parity=parity,
                 kernels=f"{name}/{KERNELS_FILE}" if second.exists() else None,
-                halves=halves,
+                split=split,
             )
             self._written[name], changed = mine, True
         if changed:

@@ -27,7 +27,7 @@ import msgspec
 from edgesd.errors import BundleError, InputError
 from edgesd.runtime.onnx_wire import relocate_external_data
 from edgesd.spec.base import decode_json, is_relative_path
-from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, Engine, Half
+from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, DecoderPart, Engine
 
 MANIFEST = "bundle.json"
 CHECKSUM = "bundle.sha256"
@@ -360,19 +360,19 @@ class Bundle:
         return sum(self.manifest.files[name].bytes for name in files)
 
     def graph_file(
-        self, component: str, kernels: bool = False, half: Half | None = None
+        self, component: str, kernels: bool = False, part: DecoderPart | None = None
     ) -> GraphFile:
         """Verify one component's files and return what an ONNX session loads.
 
-        kernels: its graph for edgesd's own kernels, where the engine has one. half: of its halves,
-        the graph of this one.
+        kernels: its graph for edgesd's own kernels, where the engine has one. part: head or tail
+        of a decoder, instead of all of it.
 
         References to the weights are moved to the files that were hashed, which are memory-mapped.
         Raises BundleError if a file was altered, or the graph refers to anything but files that lie
         beside it.
         """
         engine = self.manifest.engines[component]
-        graphs = half or engine
+        graphs = part or engine
         path = graphs.kernels if kernels and graphs.kernels else graphs.path
         model = self.read(path)
         self.verify(self.engine_files(engine))
@@ -494,10 +494,10 @@ def read_manifest(path: Path, raw: bytes) -> BundleManifest:
     for engine in manifest.engines.values():
         if engine.path not in manifest.files or "/" not in engine.path:
             raise BundleError(f"{path}: {MANIFEST} doesn't list {engine.path}")
-        halves = (engine.halves.head, engine.halves.tail) if engine.halves else ()
+        parts = (engine.split.head, engine.split.tail) if engine.split else ()
         for beside in (
             engine.kernels,
-            *(name for half in halves for name in (half.path, half.kernels)),
+            *(name for part in parts for name in (part.path, part.kernels)),
         ):
             if beside is not None and (
                 beside not in manifest.files

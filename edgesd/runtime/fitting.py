@@ -24,7 +24,7 @@ from edgesd.runtime.footprint import (
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode, resident_bytes
 from edgesd.runtime.old_bundles import assumed_footprint
 from edgesd.runtime.tiles import WINDOWS
-from edgesd.spec.bundle import Footprint, Half
+from edgesd.spec.bundle import DecoderPart, Footprint
 from edgesd.spec.pipeline import PipelineSpec, ShapeSpec
 
 HEADROOM_BYTES = 64 << 20
@@ -45,12 +45,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Costs:
-    """What the networks of a pipeline take. footprints: by component. halves: of the decoder, where
-    it can be run in them. process: bytes of the process without any component."""
+    """What the networks of a pipeline take. footprints: by component. split: of the decoder's
+    head and tail, where it can be run so. process: bytes of the process without any component."""
 
     pipeline: PipelineSpec
     footprints: Mapping[str, Footprint]
-    halves: tuple[Footprint, Footprint] | None
+    split: tuple[Footprint, Footprint] | None
     process: int
 
     def need(self, mode: MemoryMode, drawing: Drawing, window: int = max(WINDOWS)) -> Need:
@@ -58,7 +58,7 @@ class Costs:
         return drawing_need(
             self.pipeline.latent,
             self.footprints,
-            self.halves,
+            self.split,
             self.process,
             mode,
             drawing,
@@ -142,20 +142,20 @@ def bundle_costs(
 ) -> Costs:
     """What a bundle's networks take; of bundles that don't say it, an estimate that is rather too
     large. own_kernels: whether a component's graph for edgesd's own kernels is run. whole: the
-    components that aren't run in halves."""
+    components that aren't split."""
 
-    def footprint(component: str, half: Half | None = None) -> Footprint:
-        described, own = half or bundle.manifest.engines[component], own_kernels(component)
+    def footprint(component: str, part: DecoderPart | None = None) -> Footprint:
+        described, own = part or bundle.manifest.engines[component], own_kernels(component)
         found = described.kernels_footprint if own else described.footprint
-        return found or assumed_footprint(bundle, component, half, own)
+        return found or assumed_footprint(bundle, component, part, own)
 
-    halves = None
+    parts = None
     for component in components:
-        split = bundle.manifest.engines[component].halves
+        split = bundle.manifest.engines[component].split
         if split is not None and component not in whole:
-            halves = footprint(component, split.head), footprint(component, split.tail)
+            parts = footprint(component, split.head), footprint(component, split.tail)
     footprints = {component: footprint(component) for component in components}
-    return Costs(bundle.manifest.pipeline, footprints, halves, process)
+    return Costs(bundle.manifest.pipeline, footprints, parts, process)
 
 
 @dataclass(frozen=True)

@@ -127,10 +127,10 @@ def decoder(footprint: Footprint, drawing: Drawing, mode: MemoryMode, margin: in
     return whole(footprint, max(sides[0]) * max(sides[1]), mode, behind, several)
 
 
-def decoder_in_halves(
+def decoder_in_parts(
     head: Footprint, tail: Footprint, drawing: Drawing, features: int, window: int
 ) -> Part:
-    """A full autoencoder's decoder that is streamed (runtime/tiles.py): one half is there at a
+    """A full autoencoder's decoder that is streamed (runtime/tiles.py): one part is there at a
     time. features: bytes of what the head makes of one latent; window: side of a tile."""
     height, width = drawing.height, drawing.width
     first = whole(head, height * width, "stream", features * height * width)
@@ -149,23 +149,23 @@ def with_margin(estimate: int, process: int) -> int:
 def drawing_need(
     latent: LatentSpec,
     footprints: Mapping[str, Footprint],
-    halves: tuple[Footprint, Footprint] | None,
+    split: tuple[Footprint, Footprint] | None,
     process: int,
     mode: MemoryMode,
     drawing: Drawing,
     tiled: bool,
     window: int,
 ) -> Need:
-    """A drawing by a text encoder, a UNet and a decoder. halves: of the decoder, where it is run in
+    """A drawing by a text encoder, a UNet and a decoder. split: of the decoder, where it is run in
     them. tiled: whether the decoder takes tiles of any size. process, window: as in `together` and
-    `decoder_in_halves`."""
+    `decoder_in_parts`."""
     parts = {
         "text_encoder": whole(footprints["text_encoder"], 1, mode),
         "unet": whole(footprints["unet"], drawing.height * drawing.width * drawing.rows, mode),
     }
-    if mode == "stream" and halves is not None:
+    if mode == "stream" and split is not None:
         features = 4 * (latent.levels or (0,))[0]
-        parts["vae_decoder"] = decoder_in_halves(*halves, drawing, features, window)
+        parts["vae_decoder"] = decoder_in_parts(*split, drawing, features, window)
     else:
         margin = margin_of(latent.halo) if tiled and latent.halo is not None else None
         parts["vae_decoder"] = decoder(footprints["vae_decoder"], drawing, mode, margin)

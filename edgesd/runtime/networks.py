@@ -40,16 +40,16 @@ _TYPES = {"input_ids": ("int64", "int32"), "core": ("int64",)}
 
 
 def check_networks(manifest: BundleManifest) -> None:
-    """Raise BundleError unless text encoder, UNet and decoder, and the decoder's halves, are there,
+    """Raise BundleError unless text encoder, UNet, decoder and the decoder's two parts are there,
     have the inputs and outputs that images are generated with, and fit the pipeline's latents."""
     pipeline = manifest.pipeline
     for name in _NETWORKS:
         if name not in pipeline.components:
             raise BundleError(f"{manifest.name} has no {name}: build the bundle again")
     found = {name: (pipeline.components[name], network) for name, network in _NETWORKS.items()}
-    halves = manifest.engines["vae_decoder"].halves
-    if halves is not None:
-        found |= {"head": (halves.head.spec, _HEAD), "tail": (halves.tail.spec, _TAIL)}
+    split = manifest.engines["vae_decoder"].split
+    if split is not None:
+        found |= {"head": (split.head.spec, _HEAD), "tail": (split.tail.spec, _TAIL)}
     for name, (spec, network) in found.items():
         for problem in _problems(spec, network):
             raise BundleError(f"{name} in the manifest has {problem}: build the bundle again")

@@ -6,7 +6,7 @@ import math
 
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.tiles import WINDOWS, decoder_bytes, head_bytes
-from edgesd.spec.bundle import Footprint, Half, LayerRecipe
+from edgesd.spec.bundle import DecoderPart, Footprint, LayerRecipe
 from edgesd.spec.scheme import parse_scheme
 
 _LIVE_TENSORS = 18
@@ -28,10 +28,12 @@ _GRAPH_FACTOR = 40
 _MOST_OF_A_GRAPH = 64 << 20
 
 
-def assumed_footprint(bundle: Bundle, component: str, half: Half | None, own: bool) -> Footprint:
+def assumed_footprint(
+    bundle: Bundle, component: str, part: DecoderPart | None, own: bool
+) -> Footprint:
     """An estimate that is rather too large, by what the manifest says of layers and latents.
 
-    own: of the graph for edgesd's own kernels. half: of one half of the decoder.
+    own: of the graph for edgesd's own kernels. part: of the decoder's head or tail.
     """
     recipe, engine = bundle.manifest.recipe, bundle.manifest.engines[component]
     layers = [] if recipe is None else [la for la in recipe.layers if la.component == component]
@@ -47,15 +49,15 @@ def assumed_footprint(bundle: Bundle, component: str, half: Half | None, own: bo
     else:
         weights = streamed = on_disk * (2 if engine.precision == "fp16" else 1)
         in_file = 0 if engine.precision == "fp16" else streamed
-    if half is not None:
+    if part is not None:
         copies = 1 if own or engine.precision == "fp32" else 3 if engine.precision == "fp16" else 5
-        weights = streamed = copies * half.weight_bytes
+        weights = streamed = copies * part.weight_bytes
         in_file = 0 if copies > 1 else streamed
-    graph = min(_MOST_OF_A_GRAPH, _GRAPH_FACTOR * bundle.size((half or engine).path))
-    halves = engine.halves
-    tail = half is not None and halves is not None and half == halves.tail
+    graph = min(_MOST_OF_A_GRAPH, _GRAPH_FACTOR * bundle.size((part or engine).path))
+    split = engine.split
+    tail = part is not None and split is not None and part == split.tail
     units = max(WINDOWS) ** 2 if tail else 1
-    touched = _activations(bundle, component, half is not None, bool(layers) and not own)
+    touched = _activations(bundle, component, part is not None, bool(layers) and not own)
     if tail:
         side = max(WINDOWS)
         touched = decoder_bytes(bundle.manifest.pipeline.latent.levels or (0,), side, side)

@@ -42,7 +42,7 @@ from edgesd.runtime.schedulers import Scheduler, create_scheduler
 from edgesd.runtime.signature import check_trusted
 from edgesd.runtime.tiles import TILE, WINDOWS, Tile, decode_tail, decode_tiles, margin_of
 from edgesd.runtime.tokenizer import Truncation, check_prompt, tokenizer_of
-from edgesd.spec.bundle import Half, Halves
+from edgesd.spec.bundle import DecoderPart, SplitDecoder
 from edgesd.spec.pipeline import ComponentSpec, check_multiple
 from edgesd.spec.scheme import number_format
 
@@ -342,9 +342,9 @@ class Pipeline(Closing):
         """Latents [C, h, w] -> values [3, H, W] from -1 to 1; in tiles where weights are streamed,
         if the bundle's decoder can be run so."""
         spec = self.spec.latent
-        halves = self._halves()
-        if halves is not None:
-            return self._decoded_in_halves(halves, latents)
+        split = self._split()
+        if split is not None:
+            return self._decoded_in_parts(split, latents)
         runner = self._load("vae_decoder")
 
         def decode(seen: Float, rows: Tile, columns: Tile) -> Float:
@@ -366,33 +366,33 @@ class Pipeline(Closing):
             )
         return image
 
-    def _halves(self) -> Halves | None:
+    def _split(self) -> SplitDecoder | None:
         """Those that the decoder is run in; None where it is run as a whole."""
         if self.memory != "stream" or "vae_decoder" in self._replaced:
             return None
-        return self.bundle.manifest.engines["vae_decoder"].halves
+        return self.bundle.manifest.engines["vae_decoder"].split
 
-    def _decoded_in_halves(self, halves: Halves, latents: Float) -> Float:
-        """See runtime.tiles. Only one half is in memory at a time."""
-        with self._open_half(halves.head) as head:
+    def _decoded_in_parts(self, split: SplitDecoder, latents: Float) -> Float:
+        """See runtime.tiles. Only one part is in memory at a time."""
+        with self._open_part(split.head) as head:
             features = self._run(head, {"latents": latents[None]})[0]
         give_back()
-        with self._open_half(halves.tail) as tail:
+        with self._open_part(split.tail) as tail:
             scale = self.spec.latent.scale_factor
             try:
                 image = decode_tail(tail, features, scale, self._window)
             except ValueError as exc:  # its tiles have other sizes than those of the features
                 raise BundleError(
-                    f"the halves of vae_decoder don't fit each other ({exc}): build the bundle "
+                    f"head and tail of vae_decoder don't fit each other ({exc}): build the bundle "
                     "again"
                 ) from exc
             self.timings.add(self.timings.run, "vae_decoder", tail.seconds)
         give_back()
         return image
 
-    def _open_half(self, half: Half) -> Runner:
+    def _open_part(self, part: DecoderPart) -> Runner:
         start = time.perf_counter()
-        runner = self._onnxruntime_runner("vae_decoder", half.spec, half)
+        runner = self._onnxruntime_runner("vae_decoder", part.spec, part)
         self.timings.add(self.timings.load, "vae_decoder", time.perf_counter() - start)
         return runner
 
@@ -468,7 +468,7 @@ class Pipeline(Closing):
         """Run one row through a component of one output; a copy of what comes out."""
         before = runner.seconds
         (output,) = run_once(runner, inputs).values()
-        component = runner.spec.name.partition(".")[0]  # of a half: vae_decoder.head
+        component = runner.spec.name.partition(".")[0]  # of a part: vae_decoder.head
         self.timings.add(self.timings.run, component, runner.seconds - before)
         return np.array(output, np.float32)
 
@@ -502,25 +502,27 @@ class Pipeline(Closing):
         # Graphs for TensorRT are of standard operators, which ONNX Runtime has, too.
         return self._onnxruntime_runner(component, spec, None)
 
-    def _onnxruntime_runner(self, component: str, spec: ComponentSpec, half: Half | None) -> Runner:
-        """A runner of one component, or of one of its halves, with edgesd's own kernels where they
+    def _onnxruntime_runner(
+        self, component: str, spec: ComponentSpec, part: DecoderPart | None
+    ) -> Runner:
+        """A runner of one component, or of its head or tail, with edgesd's own kernels where they
         can be used."""
         from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 
         threads, stream = self.settings.threads, self.memory == "stream"
         if self._own_kernels(component):
             kept = self._fit_now.weights_kept.get(component, 0) if self._fit_now else 0
-            graph = self.bundle.graph_file(component, kernels=True, half=half)
+            graph = self.bundle.graph_file(component, kernels=True, part=part)
             try:
                 with kernels.keeping_weights(kept if stream else None):
                     return OnnxRuntimeRunner(
-                        spec, graph, threads, library=kernels.library(), small=half is not None
+                        spec, graph, threads, library=kernels.library(), small=part is not None
                     )
             except MissingDependencyError as exc:
                 self.fallbacks[component] = f"{exc}: drawing without edgesd's own kernels"
-        graph = self.bundle.graph_file(component, half=half)
+        graph = self.bundle.graph_file(component, part=part)
         return OnnxRuntimeRunner(
-            spec, graph, threads, weights_in_file=stream, small=half is not None
+            spec, graph, threads, weights_in_file=stream, small=part is not None
         )
 
     def _own_kernels(self, component: str) -> bool:

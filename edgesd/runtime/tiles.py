@@ -3,9 +3,9 @@
 AutoencoderTiny's decoder sees only so far: tiles with a margin are decoded like images.
 
 A full autoencoder's has attention over all latents, and group normalization over the whole image.
-It is run in halves (spec.Halves): the head, all before the first upsampling, on all latents; the
-tail on tiles of the features that the head makes. Each normalization of the tail takes the
-image's mean and mean square from outside. They are found like this:
+It is run in two parts (spec.bundle.SplitDecoder): the head, all before the first upsampling, on all
+latents; the tail on tiles of the features that the head makes. Each normalization of the tail takes
+the image's mean and mean square from outside. They are found like this:
 
 1. The tail runs on a mosaic of the features, small enough for one tile. A normalization takes the
    mosaic's own figures plus a correction, none at first.

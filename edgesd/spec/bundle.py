@@ -32,7 +32,7 @@ SCHEMA_VERSION = 7
 same for an engine's `checked`. 4: an engine's `plan`, and `built_for`, which was never set;
 `prompter`. 5: an engine's `kernels`, the latents'
 `halo`. 6: an engine's `halves`, the latents' `levels`, a recipe's `pooled_attention`. 7: footprints
-of engines and halves.
+of engines and of a decoder's head and tail.
 """
 
 
@@ -117,7 +117,7 @@ class Footprint(Spec, frozen=True):
     spread: Annotated[float, Meta(ge=1, le=16)] = 1.0
 
 
-class Half(Spec, frozen=True):
+class DecoderPart(Spec, frozen=True):
     """A graph of a part of a component, beside the whole one and with the same weights.
 
     kernels: the same for edgesd's own kernels. weight_bytes: of its weights in their file. spec:
@@ -133,21 +133,21 @@ class Half(Spec, frozen=True):
     kernels_footprint: Footprint | None = None
 
 
-class Halves(Spec, frozen=True):
+class SplitDecoder(Spec, frozen=True):
     """A full autoencoder's decoder in two graphs, of which the second can be run in tiles.
 
     head: latents -> features. tail: features, and statistics of its group normalizations, to the
     image (export/passes/tiled_decoder.py, runtime/tiles.py).
     """
 
-    head: Half
-    tail: Half
+    head: DecoderPart
+    tail: DecoderPart
 
 
 class Graph(Spec, frozen=True):
     """A component as an ONNX file. Paths are relative to the folder that holds it.
 
-    kernels: the same for edgesd's own kernels, with the same weights. halves: see Halves.
+    kernels: the same for edgesd's own kernels, with the same weights. split: see SplitDecoder.
     """
 
     component: str
@@ -155,7 +155,7 @@ class Graph(Spec, frozen=True):
     precision: Precision
     parity: Parity
     kernels: str | None = None
-    halves: Halves | None = None
+    split: SplitDecoder | None = msgspec.field(name="halves", default=None)
 
 
 class GraphSet(Spec, frozen=True):
@@ -222,8 +222,8 @@ class Engine(Spec, frozen=True):
     plan: the bundle's file of a plan that was built beforehand, for the one environment `built_for`
     (both or neither). checked: what a compiler made of the graph where it was built, which says
     nothing of the board: "built for sm_86 by ...". kernels: the same graph for edgesd's own kernels
-    (runtime/kernels.py), taken where they can be used; it refers to the same weights. halves: see
-    Halves. footprint, kernels_footprint: of the two graphs, where known (a schema from 7 on).
+    (runtime/kernels.py), taken where they can be used; it refers to the same weights. split: see
+    SplitDecoder. footprint, kernels_footprint: of the two graphs, where known (a schema from 7 on).
     """
 
     component: Word
@@ -235,7 +235,7 @@ class Engine(Spec, frozen=True):
     plan: RelativePath | None = None
     checked: Text | None = None
     kernels: RelativePath | None = None
-    halves: Halves | None = None
+    split: SplitDecoder | None = msgspec.field(name="halves", default=None)
     footprint: Footprint | None = None
     kernels_footprint: Footprint | None = None
 

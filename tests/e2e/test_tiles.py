@@ -57,8 +57,8 @@ def decoded(bundle: Bundle, settings: Settings) -> np.ndarray:
 def test_a_streamed_image_is_the_whole_one(bundle: Bundle) -> None:
     latent, engine = bundle.manifest.pipeline.latent, bundle.manifest.engines["vae_decoder"]
     assert latent.levels == (32, 32, 16, 16) and latent.halo is None
-    assert engine.halves is not None
-    assert (engine.halves.tail.kernels is None) == (engine.kernels is None)
+    assert engine.split is not None
+    assert (engine.split.tail.kernels is None) == (engine.kernels is None)
     for kernels in (False, True):
         whole = decoded(bundle, Settings(memory="fast", kernels=kernels))
         tiled = decoded(bundle, Settings(memory="stream", kernels=kernels))

@@ -37,20 +37,20 @@ def lower(model: ir.Model, precision: Precision, backend: str) -> None:
         if precision == "fp16":
             Fp16Compute()(model)
     elif precision == "fp16":
-        half = Fp16Weights()
-        half(model)
-        for name in half.kept:
+        stored = Fp16Weights()
+        stored(model)
+        for name in stored.kept:
             _log.warning("%s: %s exceeds fp16 and stays in fp32", model.graph.name, name)
 
 
 def lower_quantized(
     model: ir.Model,
     layers: Mapping[str, QuantizedLayer],
-    half: Collection[str],
+    fp16_weights: Collection[str],
     timesteps: npt.NDArray[np.float32] | None,
     backend: str,
 ) -> None:
-    """The same with `layers` (by node name) quantized, and the weights called `half` in fp16.
+    """The same with `layers` (by node name) quantized. fp16_weights: names of those in fp16.
 
     timesteps [T]: those that static ranges were recorded at; None where there are none.
     """
@@ -58,14 +58,14 @@ def lower_quantized(
         lower(model, "fp16", backend)
         QuantizedQdq(layers)(model)
     else:
-        Fp16Weights(only=half)(model)
+        Fp16Weights(only=fp16_weights)(model)
         QuantizedOrt(layers, timesteps)(model)
 
 
 def lower_to_kernels(
     model: ir.Model,
     layers: Mapping[str, QuantizedLayer],
-    half: Collection[str],
+    fp16_weights: Collection[str],
     timesteps: npt.NDArray[np.float32] | None,
     parts: Collection[str] = PARTS,
 ) -> bool:
@@ -73,7 +73,7 @@ def lower_to_kernels(
 
     parts: see OwnKernels.
     """
-    Fp16Weights(only=half)(model)
+    Fp16Weights(only=fp16_weights)(model)
     OwnKernels(layers, timesteps, parts)(model)
     return has_kernels(model)
 

@@ -91,7 +91,7 @@ def file_bytes(
     return layers + per_weight * rest
 
 
-def half_bytes(workload: Workload, choices: Mapping[Layer, LayerScheme]) -> int:
+def part_bytes(workload: Workload, choices: Mapping[Layer, LayerScheme]) -> int:
     """Bytes on disk of the layers of a part of a network."""
     layers = {op.layer for op in workload.operations if op.layer is not None}
     return sum(_stored(layer, choices) for layer in layers)

@@ -97,7 +97,7 @@ class Workload:
         return found
 
 
-def halves(workload: Workload) -> tuple[Workload, Workload]:
+def split_workload(workload: Workload) -> tuple[Workload, Workload]:
     """A decoder's, before and behind the first upsampling: as passes/tiled_decoder.py cuts it."""
     cut = next(i for i, op in enumerate(workload.operations) if op.kind == "resize")
     features = workload.operations[cut].reads[:1]

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
-from edgesd.export.passes.fp16_weights import MAX_HALF, half_tensor
+from edgesd.export.passes.fp16_weights import MAX_FP16, fp16_tensor
 
 EXACT_INPUTS = ("timestep",)
 _LAST_EXACT = ("Sin", "Cos")
@@ -40,10 +40,10 @@ class Fp16Compute(Pass):
             if tensor is None or tensor.dtype != ir.DataType.FLOAT or not tensor.size:
                 continue
             largest = float(np.abs(tensor.numpy()).max())
-            if not largest <= MAX_HALF:
+            if not largest <= MAX_FP16:
                 raise EdgesdError(
                     f"{model.graph.name}: {name} holds {largest:.3g}, and fp16 ends at "
-                    f"{MAX_HALF:.0f}: build it in fp32"
+                    f"{MAX_FP16:.0f}: build it in fp32"
                 )
         for node in model.graph:
             if node.op_type in ("Cast", "CastLike"):
@@ -103,7 +103,7 @@ class Fp16Compute(Pass):
         if exact:
             return
         value.dtype = ir.DataType.FLOAT16
-        value.const_value = half_tensor(tensor, value.name or "")
+        value.const_value = fp16_tensor(tensor, value.name or "")
 
     def _cast(
         self,

@@ -16,7 +16,7 @@ from edgesd.export.passes import Pass
 MIN_ELEMENTS = 1024
 """Smaller tensors stay in fp32: they save nothing."""
 
-MAX_HALF = float(np.finfo(np.float16).max)
+MAX_FP16 = float(np.finfo(np.float16).max)
 
 
 class Fp16Weights(Pass):
@@ -42,10 +42,10 @@ class Fp16Weights(Pass):
                 continue
             if len(tensor.shape) < 2 or tensor.size < MIN_ELEMENTS:
                 continue
-            if max(abs(float(tensor.numpy().max())), abs(float(tensor.numpy().min()))) > MAX_HALF:
+            if max(abs(float(tensor.numpy().max())), abs(float(tensor.numpy().min()))) > MAX_FP16:
                 kept.append(name)
                 continue
-            casts.append(_store_half(value, tensor))
+            casts.append(_store_fp16(value, tensor))
         first = next(iter(model.graph), None)
         if first is not None:
             model.graph.insert_before(first, casts)
@@ -53,7 +53,7 @@ class Fp16Weights(Pass):
         return bool(casts)
 
 
-def _store_half(value: ir.Value, tensor: ir.TensorProtocol) -> ir.Node:
+def _store_fp16(value: ir.Value, tensor: ir.TensorProtocol) -> ir.Node:
     """Make `value` an fp16 initializer; returns the Cast that gives its fp32 users theirs."""
     name = value.name or ""
     cast = ir.node(
@@ -65,15 +65,15 @@ def _store_half(value: ir.Value, tensor: ir.TensorProtocol) -> ir.Node:
         if node is not cast:
             node.replace_input_with(index, out)
     value.dtype = ir.DataType.FLOAT16
-    value.const_value = half_tensor(tensor, name)
+    value.const_value = fp16_tensor(tensor, name)
     return cast
 
 
-def half_tensor(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+def fp16_tensor(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
     """`tensor` in fp16, made when it is read."""
 
-    def half() -> ir.TensorProtocol:
+    def converted() -> ir.TensorProtocol:
         return ir.tensor(tensor.numpy().astype(np.float16), name=name)
 
     shape = ir.Shape(tensor.shape.numpy())
-    return ir.LazyTensor(half, dtype=ir.DataType.FLOAT16, shape=shape, name=name)
+    return ir.LazyTensor(converted, dtype=ir.DataType.FLOAT16, shape=shape, name=name)

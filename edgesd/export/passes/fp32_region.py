@@ -10,7 +10,7 @@ from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
 from edgesd.export.passes.lowering import replace_node
 
-HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
+FP16, FP32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
 
 class Types:
@@ -57,19 +57,19 @@ class Fp32Region(Pass):
         graph = model.graph
         types = Types(graph)
         region = self._region(graph)
-        halves = {value for node in region for value in node.outputs if types[value] == HALF}
+        fp16_values = {value for node in region for value in node.outputs if types[value] == FP16}
         for value in {v: None for node in region for v in node.inputs if v is not None}:
-            if value in halves or types[value] != HALF:
+            if value in fp16_values or types[value] != FP16:
                 continue
             users = [(user, at) for user, at in value.uses() if user in region]
             if value.const_value is not None:
                 self._constant(graph, value, users)
             else:
-                self._cast(graph, value, users, SINGLE)
-        for value in halves:
-            value.type = ir.TensorType(SINGLE)
+                self._cast(graph, value, users, FP32)
+        for value in fp16_values:
+            value.type = ir.TensorType(FP32)
             users = [(user, at) for user, at in value.uses() if user not in region]
-            self._cast(graph, value, users, HALF)
+            self._cast(graph, value, users, FP16)
         for node in region:
             if node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()) in _FLOATS:
                 same = ir.node("Identity", [node.inputs[0]], name=node.name)
@@ -95,9 +95,7 @@ class Fp32Region(Pass):
         assert value.const_value is not None
         name = f"{value.name}/fp32"
         tensor = ir.tensor(value.const_value.numpy().astype("float32"), name=name)
-        exact = ir.Value(
-            name=name, shape=value.shape, type=ir.TensorType(SINGLE), const_value=tensor
-        )
+        exact = ir.Value(name=name, shape=value.shape, type=ir.TensorType(FP32), const_value=tensor)
         graph.initializers.add(exact)
         for user, at in users:
             user.replace_input_with(at, exact)
@@ -114,7 +112,7 @@ class Fp32Region(Pass):
         if not users:
             return
         cast = ir.node("Cast", [value], {"to": to})
-        cast.name = f"{value.name}/{'to_fp32' if to == SINGLE else 'to_fp16'}/region"
+        cast.name = f"{value.name}/{'to_fp32' if to == FP32 else 'to_fp16'}/region"
         out = cast.outputs[0]
         out.name, out.shape, out.type = cast.name, value.shape, ir.TensorType(to)
         for user, at in users:
@@ -126,4 +124,4 @@ class Fp32Region(Pass):
             graph.insert_before(graph[0], cast)
 
 
-_FLOATS = (HALF, SINGLE)
+_FLOATS = (FP16, FP32)

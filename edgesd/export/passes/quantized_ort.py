@@ -24,7 +24,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgesd.errors import EdgesdError
-from edgesd.export.passes.fp16_weights import MAX_HALF
+from edgesd.export.passes.fp16_weights import MAX_FP16
 from edgesd.export.passes.lowering import (
     Array,
     LayerLowering,
@@ -220,7 +220,7 @@ class OrtLowering(LayerLowering):
         with np.errstate(divide="ignore"):
             steps = scale[:, None] / self.q.scales.astype(np.float32)
         # A code that isn't 0 makes at most 127 steps: what is out of range belongs to zeros.
-        steps = steps.clip(1 / 256, MAX_HALF).astype(np.float16)
+        steps = steps.clip(1 / 256, MAX_FP16).astype(np.float16)
         codes = self.const("codes", self.q.codes.T, ir.DataType.INT4)
         return codes, self.const("steps", steps.T), scale
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgesd.export.passes import Pass
-from edgesd.export.passes.fp32_region import HALF, SINGLE, Types
+from edgesd.export.passes.fp32_region import FP16, FP32, Types
 from edgesd.export.passes.lowering import shared_constant
 
 LARGEST = "largest_magnitudes"
@@ -27,7 +27,7 @@ class RecordLargest(Pass):
         """See the class. A graph without fp16 values is left as it is."""
         graph = model.graph
         types = Types(graph)
-        values = [out for node in graph for out in node.outputs if types[out] == HALF]
+        values = [out for node in graph for out in node.outputs if types[out] == FP16]
         self.names = [value.name or "" for value in values]
         if not values:
             return False
@@ -36,7 +36,7 @@ class RecordLargest(Pass):
         for value in values:
             size = ir.node("Abs", [value])
             most = ir.node("ReduceMax", [size.outputs[0]], {"keepdims": 0})
-            wide = ir.node("Cast", [most.outputs[0]], {"to": SINGLE})
+            wide = ir.node("Cast", [most.outputs[0]], {"to": FP32})
             part = ir.node("Reshape", [wide.outputs[0], one])
             producer = value.producer()
             assert producer is not None
@@ -46,6 +46,6 @@ class RecordLargest(Pass):
         graph.append(joined)
         out = joined.outputs[0]
         out.name = LARGEST
-        out.type, out.shape = ir.TensorType(SINGLE), ir.Shape([len(parts)])
+        out.type, out.shape = ir.TensorType(FP32), ir.Shape([len(parts)])
         graph.outputs.append(out)
         return True

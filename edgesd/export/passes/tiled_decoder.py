@@ -1,6 +1,6 @@
-"""A full autoencoder's decoder in two halves, so that the second can be run in tiles.
+"""A full autoencoder's decoder as a head and a tail, so that the tail can be run in tiles.
 
-| half | graph                                                                                 |
+| part | graph                                                                                 |
 |------|---------------------------------------------------------------------------------------|
 | head | latents -> features: all before the first upsampling, attention included              |
 | tail | features, statistics, own, core -> image, moments: convolutions and upsampling        |
@@ -25,7 +25,7 @@ from edgesd.export.external_data import weight_bytes
 from edgesd.export.passes import Pass
 from edgesd.export.passes.group_norm import GroupNorm, group_norm
 from edgesd.export.passes.lowering import replace_node, shared_constant
-from edgesd.spec.bundle import Half, Halves
+from edgesd.spec.bundle import DecoderPart, SplitDecoder
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
 FEATURES, STATISTICS, OWN, CORE, MOMENTS = "features", "statistics", "own", "core", "moments"
@@ -68,7 +68,7 @@ class DecoderTail(Pass):
         norms = [norm for node in behind if (norm := group_norm(node)) is not None]
         if not norms or len({norm.groups for norm in norms}) != 1:
             raise EdgesdError("the decoder has no group normalization behind its first upsampling")
-        parts = {id(part) for node in behind if group_norm(node) for part in _parts(node)}
+        parts = {id(part) for node in behind if group_norm(node) for part in _nodes_of(node)}
         for node in behind:
             if id(node) in parts:
                 continue
@@ -109,7 +109,7 @@ class DecoderTail(Pass):
         return True
 
 
-def decoder_halves(model: ir.Model) -> tuple[ir.Model, ir.Model] | None:
+def split_decoder(model: ir.Model) -> tuple[ir.Model, ir.Model] | None:
     """Head and tail of an exported decoder, which is left as it is; weights are shared.
 
     None where it can't be split: AutoencoderTiny's, which has no group normalization, those with
@@ -127,21 +127,21 @@ def decoder_halves(model: ir.Model) -> tuple[ir.Model, ir.Model] | None:
     return head, tail
 
 
-def describe_halves(
+def describe_split(
     folder: str, parts: Sequence[ir.Model], files: Sequence[str], kernels: Sequence[str] = ()
-) -> Halves:
+) -> SplitDecoder:
     """What a bundle says of the two, once they are lowered. files, kernels: their names in
     `folder`, those of the graphs for edgesd's own kernels where there are some."""
     head, tail = (
-        Half(
+        DecoderPart(
             f"{folder}/{files[index]}",
-            _spec(half),
-            weight_bytes(half),
+            _spec(part),
+            weight_bytes(part),
             f"{folder}/{kernels[index]}" if kernels else None,
         )
-        for index, half in enumerate(parts)
+        for index, part in enumerate(parts)
     )
-    return Halves(head, tail)
+    return SplitDecoder(head, tail)
 
 
 def copied(model: ir.Model) -> ir.Model:
@@ -291,7 +291,7 @@ def _behind(cut: ir.Value) -> list[ir.Node]:
     return nodes
 
 
-def _parts(add: ir.Node) -> list[ir.Node]:
+def _nodes_of(add: ir.Node) -> list[ir.Node]:
     """The nodes of the group normalization that ends with `add`."""
     norm = group_norm(add)
     assert norm is not None

@@ -24,7 +24,7 @@ from edgesd.files import atomic_write
 from edgesd.spec.scheme import Scheme, parse_scheme
 
 Float = npt.NDArray[np.float32]
-Half = npt.NDArray[np.float16]
+Float16 = npt.NDArray[np.float16]
 Codes = npt.NDArray[np.int8]
 
 MIN_WEIGHTS = 1024
@@ -186,11 +186,11 @@ class QuantizedLayer:
     scheme: Scheme
     method: str
     codes: Codes
-    scales: Half
+    scales: Float16
     group: int
     smooth: Float | None = None
-    down: Half | None = None
-    up: Half | None = None
+    down: Float16 | None = None
+    up: Float16 | None = None
     activations: Activations = Activations()
     error: float = 0.0
 
@@ -226,7 +226,7 @@ class QuantizedLayer:
         return size
 
 
-def dequantize(codes: Codes, scales: Half, group: int) -> Float:
+def dequantize(codes: Codes, scales: Float16, group: int) -> Float:
     """Codes [N, K] times their groups' scales [N, G] -> [N, K]."""
     columns = codes.shape[1]
     wide = np.repeat(scales.astype(np.float32), group, axis=1)[:, :columns]

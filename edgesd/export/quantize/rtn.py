@@ -56,5 +56,5 @@ def round_to_nearest(weight: Tensor, scales: Tensor, group: int, bits: int) -> T
 
 def _usable(scale: Tensor) -> Tensor:
     """Rounded to float16, as it is stored; 1 where it would be zero or too small for it."""
-    half = scale.clamp_max(65504.0).half().float()
-    return torch.where(half > 0, half, torch.ones_like(half))
+    rounded = scale.clamp_max(65504.0).half().float()
+    return torch.where(rounded > 0, rounded, torch.ones_like(rounded))

@@ -18,15 +18,15 @@ from edgesd.export.backends import ONNXRUNTIME, lower_quantized, lower_to_kernel
 from edgesd.export.calibrate import Calibration
 from edgesd.export.external_data import (
     GRAPH_FILE,
-    HALF_FILES,
     KERNELS_FILE,
-    KERNELS_HALF_FILES,
+    KERNELS_SPLIT_FILES,
+    SPLIT_FILES,
     write_model,
 )
 from edgesd.export.passes.no_shapes import NoShapes
 from edgesd.export.passes.own_kernels import PARTS
 from edgesd.export.passes.pooled_attention import PooledAttention
-from edgesd.export.passes.tiled_decoder import COMPONENT, decoder_halves, describe_halves
+from edgesd.export.passes.tiled_decoder import COMPONENT, describe_split, split_decoder
 from edgesd.export.quantize import quantize
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import (
@@ -39,7 +39,7 @@ from edgesd.export.quantize.layers import (
     weight_of,
 )
 from edgesd.export.quantize.quantize import Method, quantize_layer
-from edgesd.spec.bundle import Halves
+from edgesd.spec.bundle import SplitDecoder
 from edgesd.spec.scheme import Scheme
 
 _log = logging.getLogger(__name__)
@@ -107,8 +107,8 @@ class LayerStore:
     def quantized_model(self, component: str, schemes: Mapping[Layer, LayerScheme]) -> ir.Model:
         """A component's graph with its layers as chosen; one that isn't named stays fp32."""
         model = self._model(component)
-        layers, half = self._chosen(component, schemes)
-        lower_quantized(model, layers, half, self.timesteps(component), self.backend)
+        layers, fp16_weights = self._chosen(component, schemes)
+        lower_quantized(model, layers, fp16_weights, self.timesteps(component), self.backend)
         NoShapes()(model)
         return model
 
@@ -118,9 +118,9 @@ class LayerStore:
         """The same for edgesd's own kernels; None where they have nothing to do. attention: in 8
         bits, too."""
         model = self._model(component)
-        layers, half = self._chosen(component, schemes)
+        layers, fp16_weights = self._chosen(component, schemes)
         timesteps = self.timesteps(component)
-        if not lower_to_kernels(model, layers, half, timesteps, _parts(attention)):
+        if not lower_to_kernels(model, layers, fp16_weights, timesteps, _parts(attention)):
             return None
         NoShapes()(model)
         return model
@@ -154,38 +154,39 @@ class LayerStore:
         folder: Path,
         kernels: bool = False,
         attention: bool = False,
-    ) -> Halves | None:
+    ) -> SplitDecoder | None:
         """Write a component's graph as folder/model.onnx and weights.bin; with `kernels` also its
-        kernels.onnx, if it has one. For ONNX Runtime also a decoder's halves, which it returns."""
+        kernels.onnx, if it has one. For ONNX Runtime also a decoder's head and tail, which are
+        returned."""
         own = self.kernels_model(component, schemes, attention) if kernels else None
         others = {} if own is None else {KERNELS_FILE: own}
         splits = component == COMPONENT and self.backend == ONNXRUNTIME
-        stock = self._halves(component, schemes, None) if splits else ()
-        halves: Halves | None = None
+        stock = self._split_graphs(component, schemes, None) if splits else ()
+        split: SplitDecoder | None = None
         if stock:
-            others |= zip(HALF_FILES, stock, strict=True)
+            others |= zip(SPLIT_FILES, stock, strict=True)
             if own is not None:
-                ours = self._halves(component, schemes, _parts(attention))
-                others |= zip(KERNELS_HALF_FILES, ours, strict=True)
-            names = () if own is None else KERNELS_HALF_FILES
-            halves = describe_halves(component, stock, HALF_FILES, names)
+                ours = self._split_graphs(component, schemes, _parts(attention))
+                others |= zip(KERNELS_SPLIT_FILES, ours, strict=True)
+            names = () if own is None else KERNELS_SPLIT_FILES
+            split = describe_split(component, stock, SPLIT_FILES, names)
         write_model(self.quantized_model(component, schemes), folder, others)
-        return halves
+        return split
 
-    def _halves(
+    def _split_graphs(
         self, component: str, schemes: Mapping[Layer, LayerScheme], parts: Collection[str] | None
     ) -> tuple[ir.Model, ...]:
         """Head and tail of a decoder, with layers as chosen; nothing where it can't be split.
         parts: of edgesd's own kernels (OwnKernels); None for ONNX Runtime's operators."""
-        found = decoder_halves(_load(self.graphs, component)) or ()
-        layers, half = self._chosen(component, schemes)
+        found = split_decoder(_load(self.graphs, component)) or ()
+        layers, fp16_weights = self._chosen(component, schemes)
         for model in found:
             nodes = {node.name for node in model.graph}
             mine = {name: layer for name, layer in layers.items() if name in nodes}
             if parts is None:
-                lower_quantized(model, mine, half, None, self.backend)
+                lower_quantized(model, mine, fp16_weights, None, self.backend)
             else:
-                lower_to_kernels(model, mine, half, None, parts)
+                lower_to_kernels(model, mine, fp16_weights, None, parts)
             NoShapes()(model)
         return found
 

@@ -91,12 +91,12 @@ def svdquant(
     `rounds` takes the branch that is best for the codes at hand, then codes for what is left.
     """
     metric = Metric(blocks, noise)
-    up, down = _half(low_rank(weight, rank, metric))
+    up, down = _rounded_to_fp16(low_rank(weight, rank, metric))
     best: tuple[float, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
     for index in range(rounds):
         chosen = last if index + 1 == rounds else quantize
         codes, scales, residual = chosen(weight - up @ down)
-        up, down = _half(_repair(weight, residual, rank, blocks, noise, metric))
+        up, down = _rounded_to_fp16(_repair(weight, residual, rank, blocks, noise, metric))
         loss = _loss(weight, residual, up @ down, blocks, noise)
         if best is None or loss < best[0]:
             best = loss, (codes, scales, up, down)
@@ -177,5 +177,5 @@ def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return up * size, down / size[:, None]
 
 
-def _half(factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _rounded_to_fp16(factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return factors[0].half().float(), factors[1].half().float()

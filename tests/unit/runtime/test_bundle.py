@@ -332,7 +332,7 @@ def test_a_bundle_of_version_5_has_no_halves(folder: Path) -> None:
     (folder / MANIFEST).write_bytes(raw)
     (folder / CHECKSUM).write_bytes(checksum_line(raw))
     bundle = open_bundle(folder)
-    assert bundle.manifest.engines["vae_decoder"].halves is None
+    assert bundle.manifest.engines["vae_decoder"].split is None
     with Pipeline(bundle, Settings(memory="stream")) as pipeline:
         assert pipeline.decode(np.zeros((1, 4, 40, 40), np.float32))[0].size == (80, 80)
 

@@ -21,7 +21,7 @@ from edgesd.runtime.footprint import (
     Part,
     computing,
     decoder,
-    decoder_in_halves,
+    decoder_in_parts,
     together,
     whole,
 )
@@ -122,10 +122,10 @@ def test_of_a_decoder_in_halves_the_larger_counts() -> None:
     drawing = Drawing(64, 64, 8)
     features = 4 * 64 * 64
     image = 5 * drawing.image_bytes
-    narrow, wide = (decoder_in_halves(head, tail, drawing, 4, n).resident for n in (22, 28))
+    narrow, wide = (decoder_in_parts(head, tail, drawing, 4, n).resident for n in (22, 28))
     assert (narrow, wide) == (4500 + features + image, 9500 + features + image)
     wider = Footprint(0, 0, 10**9, 0, 0, ((64, 1000, 0),))
-    assert decoder_in_halves(wider, tail, drawing, 4, 22).resident > 10**9
+    assert decoder_in_parts(wider, tail, drawing, 4, 22).resident > 10**9
 
 
 def test_the_mode_follows_the_limit(bundle: Bundle) -> None:

@@ -22,7 +22,14 @@ from edgesd.files import sha256_file
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, checksum_line, open_bundle
 from edgesd.runtime.pipeline import Pipeline, Request, Settings
 from edgesd.runtime.prompter import read_prompter
-from edgesd.spec.bundle import CalibrationSpec, Half, Halves, LayerRecipe, PrompterSpec, QuantRecipe
+from edgesd.spec.bundle import (
+    CalibrationSpec,
+    DecoderPart,
+    LayerRecipe,
+    PrompterSpec,
+    QuantRecipe,
+    SplitDecoder,
+)
 from edgesd.spec.quality import ImageQuality, Quality
 from tests.support import assert_refused, run_cli
 
@@ -56,7 +63,9 @@ def rich(bundle: Bundle, root: Path) -> Path:
         ),
         outputs=(*spec.outputs, msgspec.structs.replace(flat, name="moments")),
     )
-    halves = Halves(Half("vae_decoder/head.onnx", head, 1), Half("vae_decoder/head.onnx", tail, 1))
+    split = SplitDecoder(
+        DecoderPart("vae_decoder/head.onnx", head, 1), DecoderPart("vae_decoder/head.onnx", tail, 1)
+    )
     layer = LayerRecipe("conv_in", "unet", "conv", (4, 4, 3, 3), "fp16", "fp16", 0, 9, 0.1)
     calibration = CalibrationSpec(2, "0" * 64, 2, 3.0, "ddim", 16, 16)
     image = ImageQuality("a cat", 1, 30.0, 0.9, 0.1, "one.png", "one.png")
@@ -67,7 +76,7 @@ def rich(bundle: Bundle, root: Path) -> Path:
             manifest,
             pipeline=msgspec.structs.replace(manifest.pipeline, latent=latent),
             engines=manifest.engines
-            | {"vae_decoder": msgspec.structs.replace(decoder, halves=halves, checked="by nobody")},
+            | {"vae_decoder": msgspec.structs.replace(decoder, split=split, checked="by nobody")},
             recipe=QuantRecipe("w8a16", False, (layer,), calibration),
             quality=Quality((image,), 2, 3.0, "ddim", 30.0, 29.0, 0.9, 0.1, "LPIPS", "here", 20.0),
             prompter=PrompterSpec(

@@ -1,4 +1,4 @@
-"""Decoding in tiles: a full autoencoder's decoder in halves, against the whole."""
+"""Decoding in tiles: a full autoencoder's decoder in head and tail, against the whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgesd.runtime.backends.base import run_once
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import GraphFile
 from edgesd.runtime.tiles import Tile, tiles_of
-from edgesd.spec.bundle import Half, Halves
+from edgesd.spec.bundle import DecoderPart, SplitDecoder
 from edgesd.spec.pipeline import ComponentSpec, LatentSpec, TensorSpec
 
 Array = npt.NDArray[np.float32]
@@ -108,32 +108,32 @@ class Decoder:
     """A decoder as a bundle has it, below `root`."""
 
     def __init__(self, root: Path) -> None:
-        from edgesd.export.external_data import HALF_FILES, write_model
-        from edgesd.export.passes.tiled_decoder import decoder_halves, describe_halves
+        from edgesd.export.external_data import SPLIT_FILES, write_model
+        from edgesd.export.passes.tiled_decoder import describe_split, split_decoder
         from edgesd.export.to_onnx import graph_from_module
 
         self.root, self.component = root, component()
         self.model = graph_from_module(self.component.load(), self.component, "ort-mha")
-        parts = decoder_halves(self.model)
+        parts = split_decoder(self.model)
         assert parts is not None
-        self.halves: Halves = describe_halves("vae_decoder", parts, HALF_FILES)
+        self.split: SplitDecoder = describe_split("vae_decoder", parts, SPLIT_FILES)
         self.folder = root / "vae_decoder"
-        write_model(self.model, self.folder, dict(zip(HALF_FILES, parts, strict=True)))
+        write_model(self.model, self.folder, dict(zip(SPLIT_FILES, parts, strict=True)))
 
-    def run(self, half: Half | None, **inputs: Array) -> dict[str, Array]:
-        spec = self.component.spec if half is None else half.spec
-        path = self.root / (half.path if half else "vae_decoder/model.onnx")
+    def run(self, part: DecoderPart | None, **inputs: Array) -> dict[str, Array]:
+        spec = self.component.spec if part is None else part.spec
+        path = self.root / (part.path if part else "vae_decoder/model.onnx")
         graph = GraphFile(path.read_bytes(), self.folder)
         with OnnxRuntimeRunner(spec, graph, 1) as runner:
             return {name: np.array(value) for name, value in run_once(runner, inputs).items()}
 
     def features(self, latents: Array) -> Array:
-        return self.run(self.halves.head, latents=latents)["features"]
+        return self.run(self.split.head, latents=latents)["features"]
 
     def tail(self, features: Array, statistics: Array, own: float) -> dict[str, Array]:
         core = np.array([0, 0, *features.shape[2:]])
         fed = {"features": features, "statistics": statistics, "core": core}
-        return self.run(self.halves.tail, own=np.array([own], np.float32), **fed)
+        return self.run(self.split.tail, own=np.array([own], np.float32), **fed)
 
     @property
     def nothing(self) -> Array:
@@ -164,8 +164,8 @@ def test_halves_one_after_the_other_are_the_whole(decoder: Decoder) -> None:
     assert off(own["image"], whole) < 1e-4
     given_back = decoder.tail(features, own["moments"], 0)
     assert off(given_back["image"], whole) < 1e-4
-    half = decoder.tail(features, own["moments"] / 2, 0.5)
-    assert off(half["image"], whole) < 1e-4
+    part = decoder.tail(features, own["moments"] / 2, 0.5)
+    assert off(part["image"], whole) < 1e-4
 
 
 @pytest.mark.integration
@@ -182,8 +182,8 @@ def test_moments_are_those_of_the_core(decoder: Decoder) -> None:
     features = decoder.features(latents(8, 8))
     core = np.array([1, 2, 5, 8])
     inputs = {"features": features, "statistics": decoder.nothing, "own": np.ones(1, np.float32)}
-    moments = decoder.run(decoder.halves.tail, core=core, **inputs)["moments"]
-    assert decoder.halves.tail.spec.outputs[1].shape == moments.shape == (19, 2, 8)
+    moments = decoder.run(decoder.split.tail, core=core, **inputs)["moments"]
+    assert decoder.split.tail.spec.outputs[1].shape == moments.shape == (19, 2, 8)
     conv = next(node for node in decoder.model.graph if node.op_type == "Resize")
     first = next(node for node in decoder.model.graph if node.inputs[0] is conv.outputs[0])
     weight, bias = (value.const_value.numpy() for value in first.inputs[1:])
@@ -198,8 +198,8 @@ def test_moments_are_those_of_the_core(decoder: Decoder) -> None:
 @pytest.mark.integration
 def test_halves_share_the_weights(decoder: Decoder) -> None:
     size = (decoder.folder / "weights.bin").stat().st_size
-    halves = decoder.halves.head.weight_bytes + decoder.halves.tail.weight_bytes
-    assert 0.8 * size < halves < 1.2 * size
+    split = decoder.split.head.weight_bytes + decoder.split.tail.weight_bytes
+    assert 0.8 * size < split < 1.2 * size
 
 
 @pytest.mark.integration
@@ -210,9 +210,9 @@ def test_tiles_are_the_whole(decoder: Decoder, height: int, width: int, window: 
     given = latents(height, width, seed=1)
     whole = decoder.run(None, latents=given)["image"][0]
     features = decoder.features(given)[0]
-    path = decoder.root / decoder.halves.tail.path
+    path = decoder.root / decoder.split.tail.path
     graph = GraphFile(path.read_bytes(), decoder.folder)
-    with OnnxRuntimeRunner(decoder.halves.tail.spec, graph, 1, small=True) as tail:
+    with OnnxRuntimeRunner(decoder.split.tail.spec, graph, 1, small=True) as tail:
         image = tiles.decode_tail(tail, features, 8, window)
     assert image.shape == whole.shape == (3, 8 * height, 8 * width)
     decibels = -10 * np.log10(np.mean((image - whole) ** 2) / 4)
@@ -239,13 +239,13 @@ def test_tiles_are_the_whole(decoder: Decoder, height: int, width: int, window: 
 )
 def test_what_can_not_be_split_is_left_alone(fields: dict[str, Any]) -> None:
     from edgesd.errors import EdgesdError
-    from edgesd.export.passes.tiled_decoder import DecoderTail, decoder_halves
+    from edgesd.export.passes.tiled_decoder import DecoderTail, split_decoder
     from edgesd.export.to_onnx import graph_from_module
 
     made = component(**fields)
     model = graph_from_module(made.load(), made, "ort-mha")
     before = [node.name for node in model.graph]
-    assert decoder_halves(model) is None
+    assert split_decoder(model) is None
     assert [node.name for node in model.graph] == before
     with pytest.raises(EdgesdError, match=r"sees the whole image|no upsampling"):
         DecoderTail()(model)
@@ -253,8 +253,8 @@ def test_what_can_not_be_split_is_left_alone(fields: dict[str, Any]) -> None:
 
 @pytest.mark.integration
 def test_graphs_of_one_size_are_left_alone() -> None:
-    from edgesd.export.passes.tiled_decoder import decoder_halves
+    from edgesd.export.passes.tiled_decoder import split_decoder
     from edgesd.export.to_onnx import graph_from_module
 
     made = component(fixed=True)
-    assert decoder_halves(graph_from_module(made.load(), made, "ort-mha")) is None
+    assert split_decoder(graph_from_module(made.load(), made, "ort-mha")) is None

@@ -92,9 +92,9 @@ def test_weights_go_to_one_aligned_file(weight: Array, tmp_path: Path) -> None:
 
 def test_fp16_weights(weight: Array, tmp_path: Path) -> None:
     model = linear(weight)
-    half = Fp16Weights()
-    assert half(model)
-    assert half.kept == ()
+    fp16_weights = Fp16Weights()
+    assert fp16_weights(model)
+    assert fp16_weights.kept == ()
     assert model.graph.initializers["w"].dtype == ir.DataType.FLOAT16
     assert model.graph.initializers["bias"].dtype == ir.DataType.FLOAT
     write_model(model, tmp_path)
@@ -126,9 +126,9 @@ def test_shapes_of_values_in_between_are_dropped(weight: Array, tmp_path: Path) 
 def test_fp16_keeps_what_overflows(weight: Array, value: float) -> None:
     weight[3, 4] = value
     model = linear(weight)
-    half = Fp16Weights()
-    assert not half(model)
-    assert half.kept == ("w",)
+    fp16_weights = Fp16Weights()
+    assert not fp16_weights(model)
+    assert fp16_weights.kept == ("w",)
     assert model.graph.initializers["w"].dtype == ir.DataType.FLOAT
 
 
