@@ -1,0 +1,202 @@
+"""What docs/architecture.md promises and no type checker sees: who imports what, and which names
+are spelled where."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "peft", "safetensors")
+
+COMPONENTS = {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+TENSORS = {"input_ids", "encoder_hidden_states", "timestep_cond", "noise_pred"}
+"""Inputs and outputs of networks. `sample` and `timestep` are ways to fill an input, too."""
+KNOW_NETWORKS = (
+    "edgesd/export/families",
+    "edgesd/runtime/flow.py",
+    "edgesd/runtime/old_bundles.py",
+    "edgesd/spec/pipeline.py",
+)
+_STILL_NAME_NETWORKS = {
+    "edgesd/export/calibrate.py",
+    "edgesd/export/own_pipeline.py",
+    "edgesd/export/passes/tiled_decoder.py",
+    "edgesd/export/quantize/store.py",
+    "edgesd/recipes/__init__.py",
+    "edgesd/recipes/footprints.py",
+    "edgesd/recipes/fp16_ranges.py",
+    "edgesd/recipes/planner.py",
+    "edgesd/recipes/quantized.py",
+    "edgesd/runtime/denoise.py",
+    "edgesd/runtime/fitting.py",
+    "edgesd/runtime/footprint.py",
+    "edgesd/runtime/networks.py",
+    "edgesd/runtime/pipeline.py",
+}
+"""These files do so today; the list may only become shorter."""
+
+BACKENDS = {"onnxruntime", "tensorrt"}
+BACKEND_CONSTANTS = {"BACKEND", "ONNXRUNTIME", "TENSORRT"}
+KNOW_BACKENDS = ("edgesd/runtime/backends", "edgesd/export/backends", "edgesd/engines")
+_STILL_COMPARE_BACKENDS = {
+    "edgesd/cli/build.py",
+    "edgesd/export/pipeline.py",
+    "edgesd/export/quantize/store.py",
+    "edgesd/recipes/__init__.py",
+    "edgesd/recipes/footprints.py",
+    "edgesd/recipes/planner.py",
+    "edgesd/recipes/quantized.py",
+    "edgesd/remote/deploy.py",
+    "edgesd/runtime/fitting.py",
+    "edgesd/runtime/pipeline.py",
+}
+"""These files do so today; the list may only become shorter."""
+
+LIGHT = (
+    "edgesd/runtime/noise.py",
+    "edgesd/device/slots.py",
+    "edgesd/engines/plans.py",
+    "edgesd/remote/ssh.py",
+    "edgesd/spec/base.py",
+    *(f"edgesd/{p.name}" for p in (ROOT / "edgesd").glob("*.py") if not p.name.startswith("__")),
+)
+"""A module of each light package, and all that lie in none."""
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after `code`."""
+    report = "import json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{report}"], check=True, capture_output=True, text=True
+    )
+    return set(json.loads(done.stdout))
+
+
+def trees(leave_out: tuple[str, ...]) -> Iterator[tuple[str, ast.Module]]:
+    """Path and syntax tree of each module of edgesd that isn't below `leave_out`."""
+    for path in sorted((ROOT / "edgesd").rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if not any(name == one or name.startswith(f"{one}/") for one in leave_out):
+            yield name, ast.parse(path.read_text("utf-8"))
+
+
+def strings(tree: ast.Module) -> Iterator[ast.Constant]:
+    """String literals that are neither docstrings nor stand alone in a line."""
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+            yield node
+
+
+def names_backend(node: ast.expr) -> bool:
+    """Whether an operand of a comparison is a backend's name, or a collection that has one."""
+    if isinstance(node, ast.Constant):
+        return node.value in BACKENDS
+    if isinstance(node, ast.Attribute):
+        return node.attr in BACKEND_CONSTANTS
+    if isinstance(node, ast.Name):
+        return node.id in BACKEND_CONSTANTS
+    if isinstance(node, ast.Tuple | ast.List | ast.Set):
+        return any(names_backend(one) for one in node.elts)
+    return False
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import edgesd.runtime.backends.onnxruntime, edgesd.runtime.images",
+        "import edgesd.device.targets, edgesd.device.detect, edgesd.device.slots",
+        "import edgesd.runtime.prompter_worker, edgesd.runtime.prompter",
+        "import edgesd.engines.plans, edgesd.engines.tensorrt_worker",
+        "import edgesd.remote.deploy, edgesd.remote.on_board",
+        "import edgesd.cli",
+    ],
+)
+def test_light_packages_import_nothing_heavy(code: str) -> None:
+    assert not modules_after(code) & {*HEAVY, "onnx_ir", "onnxruntime", "pydantic", "scipy"}
+
+
+def test_help_loads_no_numpy() -> None:
+    assert "numpy" not in modules_after("import edgesd.cli")
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A copy of the source tree, with the contracts."""
+    shutil.copytree(
+        ROOT / "edgesd", tmp_path / "edgesd", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+    return tmp_path
+
+
+def contracts(root: Path) -> tuple[int, str]:
+    """Exit status and output of lint-imports for the source tree `root`."""
+    code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--no-cache", "--no-logo"],
+        cwd=root,
+        env={"PYTHONPATH": str(root), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_contracts_hold(copied: Path) -> None:
+    status, output = contracts(copied)
+    assert status == 0, output
+    assert " 0 broken" in output
+
+
+@pytest.mark.parametrize("heavy", ["onnx_ir", "edgesd.export.attention"])
+def test_heavy_imports_in_light_packages_break_a_contract(heavy: str, copied: Path) -> None:
+    line = "from __future__ import annotations\n"
+    for module in LIGHT:
+        path = copied / module
+        text = path.read_text("utf-8")
+        assert text.count(line) == 1
+        path.write_text(text.replace(line, f"{line}\nimport {heavy}\n"), "utf-8")
+    status, output = contracts(copied)
+    assert status == 1, output
+    for module in LIGHT:
+        name = module.removesuffix(".py").replace("/", ".")
+        assert f"{name} -> {heavy}" in output, output
+
+
+def test_components_and_their_tensors_are_named_in_families_and_flow_alone() -> None:
+    spelled = {
+        f"{name}:{node.lineno}: {node.value!r}"
+        for name, tree in trees(KNOW_NETWORKS)
+        for node in strings(tree)
+        if node.value in COMPONENTS | TENSORS and name not in _STILL_NAME_NETWORKS
+    }
+    assert not spelled
+
+
+def test_no_backend_s_name_is_compared_with_outside_the_backends() -> None:
+    compared = {
+        f"{name}:{node.lineno}"
+        for name, tree in trees(KNOW_BACKENDS)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare)
+        and any(isinstance(op, ast.Eq | ast.NotEq | ast.In | ast.NotIn) for op in node.ops)
+        and any(names_backend(side) for side in (node.left, *node.comparators))
+        and name not in _STILL_COMPARE_BACKENDS
+    }
+    assert not compared
+
+
+def test_the_unit_tests_mirror_the_packages() -> None:
+    unit = ROOT / "tests" / "unit"
+    folders = {path.parent.relative_to(unit) for path in unit.rglob("test_*.py")}
+    for folder in folders:
+        assert any((root / folder).is_dir() for root in (ROOT / "edgesd", ROOT)), folder
