@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgesd.errors import EdgesdError, InputError
-from edgesd.export.families import Component, Plan
+from edgesd.export.families import Component, ExportSpec
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.torch_runner import TorchRunner
 from edgesd.files import atomic_path, atomic_write
@@ -169,7 +169,7 @@ def calibration_key(plan: CalibrationPlan, source_sha256: str) -> str:
 
 
 def calibrate(
-    plan: Plan,
+    plan: ExportSpec,
     layers: Sequence[Layer],
     how: CalibrationPlan,
     tokenizer: PromptTokenizer,
@@ -389,7 +389,7 @@ def _run_stage(
 def _run_unet(
     folder: Path,
     component: Component,
-    plan: Plan,
+    plan: ExportSpec,
     layers: Sequence[Layer],
     how: CalibrationPlan,
     embeddings: Float,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from edgesd.errors import EdgesdError, ParityError
-from edgesd.export.families import Plan
+from edgesd.export.families import ExportSpec
 from edgesd.export.quiet import quiet
 from edgesd.runtime.backends.base import Array
 from edgesd.runtime.backends.fake import FakeRunner
@@ -59,7 +59,7 @@ class _Fed:
     decoded: Float | None = None
 
 
-def check_own_pipeline(plan: Plan, tokenizer: PromptTokenizer) -> None:
+def check_own_pipeline(plan: ExportSpec, tokenizer: PromptTokenizer) -> None:
     """Hold `plan`, and the tokenizer made for it, to diffusers' own pipeline of the same source.
 
     Raises ParityError that names what differs: token ids, default size, timesteps, guidance, what

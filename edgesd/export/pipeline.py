@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from edgesd.errors import InputError, MissingDependencyError
-from edgesd.export.families import Component, Plan
+from edgesd.export.families import Component, ExportSpec
 from edgesd.export.source import ModelSource
 from edgesd.files import atomic_dir, disk_errors
 from edgesd.runtime.tokenizer import PromptTokenizer
@@ -40,7 +40,7 @@ class Progress(Protocol):
 
 def export_pipeline(
     source: ModelSource,
-    plan: Plan,
+    plan: ExportSpec,
     out_dir: Path,
     precision: Precision = "fp32",
     *,
@@ -96,12 +96,12 @@ def tool_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _TOOLS}
 
 
-def plan_pipeline(
+def export_spec(
     source: ModelSource,
     size: tuple[int, int] | None = None,
     scheduler: str | None = None,
     batch: int = 1,
-) -> Plan:
+) -> ExportSpec:
     """What `source` becomes, from its configs alone; hashes its weights.
 
     size: (width, height) in pixels for static graphs, whose denoiser takes `batch` rows; None for

@@ -32,7 +32,7 @@ from edgesd.spec.scheme import Precision, number_format, parse_scheme
 from edgesd.spec.target import Target
 
 if TYPE_CHECKING:
-    from edgesd.export.families import Plan
+    from edgesd.export.families import ExportSpec
     from edgesd.export.pipeline import Progress
     from edgesd.export.source import ModelSource
 
@@ -140,7 +140,7 @@ def build(
     Nothing is left at `out` on another error: UsageError, InputError, TargetError,
     ParityError, QualityError, ResourceError.
     """
-    from edgesd.export.pipeline import export_pipeline, plan_pipeline, require_build_tools
+    from edgesd.export.pipeline import export_pipeline, export_spec, require_build_tools
 
     number_format(precision)
     require_build_tools()
@@ -175,9 +175,9 @@ def build(
             f"building takes about {in_gb(expected.build_bytes)} of memory, and {in_gb(free)} are "
             "free here"
         )
-    plan = plan_pipeline(source, size, scheduler, batch)
+    plan = export_spec(source, size, scheduler, batch)
     if backend == tensorrt.BACKEND and plan.pipeline.shape.dynamic:
-        plan = plan_pipeline(source, *fixed_shape(plan.pipeline))
+        plan = export_spec(source, *fixed_shape(plan.pipeline))
     if precision in ("fp32", "fp16"):
         weights = sum(source.parameters(component) for component in source.family.weights)
         check_writable(out, weights * (4 if precision == "fp32" else 2))
@@ -337,7 +337,7 @@ def _check_engines(root: Path, target: Target, progress: Progress | None) -> lis
 
 
 def _reference(
-    writer: _Writer, source: ModelSource, plan: Plan, work: Path, progress: Progress | None
+    writer: _Writer, source: ModelSource, plan: ExportSpec, work: Path, progress: Progress | None
 ) -> Bundle:
     """The fp32 bundle of the same plan, from the folder of what is kept if it is there."""
     from edgesd.export.pipeline import export_pipeline, tool_versions

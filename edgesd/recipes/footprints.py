@@ -18,7 +18,7 @@ from edgesd.export.cost.arena import arena_bytes
 from edgesd.export.cost.costs import memory, part_bytes
 from edgesd.export.cost.cpu_lowering import lowered
 from edgesd.export.cost.workload import Workload, split_workload, trace
-from edgesd.export.families import Plan
+from edgesd.export.families import ExportSpec
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 from edgesd.runtime.bundle import open_bundle
@@ -40,7 +40,7 @@ _ON_GPU = {
 class Networks:
     """The components of a plan, traced at any size; each is traced once at one."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ExportSpec) -> None:
         self.pipeline = plan.pipeline
         self.components = {component.name: component for component in plan.components}
         self._traced: dict[tuple[str, Shape], Workload] = {}
@@ -193,7 +193,7 @@ def choices_of(
     }
 
 
-def write_footprints(root: Path, plan: Plan) -> None:
+def write_footprints(root: Path, plan: ExportSpec) -> None:
     """Let the manifest of the bundle folder `root` say what its graphs take. Raises EdgesdError."""
     manifest = open_bundle(root).manifest
     networks = Networks(plan)

@@ -20,8 +20,8 @@ from edgesd.errors import TargetError
 from edgesd.export.cost.costs import NODE_FILE_BYTES, file_bytes, multiplications, seconds
 from edgesd.export.cost.cpu_lowering import lowered
 from edgesd.export.cost.workload import Workload, split_workload
-from edgesd.export.families import Plan
-from edgesd.export.pipeline import plan_pipeline, require_build_tools
+from edgesd.export.families import ExportSpec
+from edgesd.export.pipeline import export_spec, require_build_tools
 from edgesd.export.quantize.assign import LayerScheme, planned
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.source import ModelSource, resolve_source
@@ -193,7 +193,7 @@ class _Planner:
             batch = self.wish.batch
             if size is not None and self.gpu and size != self.wish.size:
                 _, _, batch = fixed_shape(self._known[None].pipeline)
-            plan: Plan = plan_pipeline(self.source, size, self.wish.scheduler, batch)
+            plan: ExportSpec = export_spec(self.source, size, self.wish.scheduler, batch)
             self._known[size] = Networks(plan)
         return self._known[size]
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from edgesd.evaluate.perceptual import Perceptual
-    from edgesd.export.families import Plan
+    from edgesd.export.families import ExportSpec
     from edgesd.export.parity import Case
     from edgesd.export.pipeline import Progress
     from edgesd.export.quantize.assign import LayerScheme, Option
@@ -138,7 +138,7 @@ class QuantizedBuild:
     def __init__(
         self,
         source: ModelSource,
-        plan: Plan,
+        plan: ExportSpec,
         reference: Bundle,
         scheme: Scheme,
         options: QuantOptions,

@@ -23,7 +23,7 @@ from edgesd.errors import EdgesdError, InputError, ParityError  # noqa: E402
 from edgesd.export import parity  # noqa: E402
 from edgesd.export.external_data import write_model  # noqa: E402
 from edgesd.export.families import Component  # noqa: E402
-from edgesd.export.pipeline import export_pipeline, plan_pipeline  # noqa: E402
+from edgesd.export.pipeline import export_pipeline, export_spec  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.export.to_onnx import graph_from_module  # noqa: E402
 from edgesd.runtime.tokenizer import PromptTokenizer  # noqa: E402
@@ -66,7 +66,7 @@ def emoji(
     source = resolve_source(EMOJI)
     graphs = kept_exports(
         source,
-        plan_pipeline(source),
+        export_spec(source),
         tmp_path_factory.mktemp("export") / "emoji",
         progress=lambda stage, component: stages.append((stage, component)),
     )
@@ -170,7 +170,7 @@ def test_sd2_like_with_kl_autoencoder_in_fp16(tmp_path: Path) -> None:
     config = model / "tokenizer" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "pad_token": "!"}))
     source = resolve_source(model)
-    graphs = export_pipeline(source, plan_pipeline(source, (16, 32)), tmp_path / "out", "fp16")
+    graphs = export_pipeline(source, export_spec(source, (16, 32)), tmp_path / "out", "fp16")
     for graph in graphs.graphs.values():
         assert graph.precision == "fp16" and graph.parity.rel_rms < 5e-3
     shape = graphs.pipeline.shape
@@ -222,7 +222,7 @@ def test_sizes_that_no_level_divides_are_generated_as_diffusers_does(
         vae,
         diffusers.DDIMScheduler(),
     )
-    plan = plan_pipeline(resolve_source(model), size)
+    plan = export_spec(resolve_source(model), size)
     shape = plan.pipeline.shape
     assert (shape.width, shape.height, shape.multiple_of) == (26, 18, 2)
     unet = next(c for c in plan.components if c.name == "unet")
@@ -244,7 +244,7 @@ class TestFailures:
         monkeypatch.setitem(parity.TOLERANCE, "fp32", 1e-12)
         source = resolve_source(EMOJI)
         with pytest.raises(ParityError, match=r"text_encoder \(fp32\) differs .*1e-12"):
-            export_pipeline(source, plan_pipeline(source), tmp_path / "out")
+            export_pipeline(source, export_spec(source), tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
     def test_exporter(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,14 +265,14 @@ class TestFailures:
         path = model / "unet" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": "big"}))
         with pytest.raises(InputError, match="sample_size is 'big'"):
-            plan_pipeline(resolve_source(model))
+            export_spec(resolve_source(model))
 
     def test_tokenizer_is_broken(self, tmp_path: Path) -> None:
         model = Path(shutil.copytree(EMOJI, tmp_path / "model"))
         (model / "tokenizer" / "tokenizer.json").write_text("{")
         source = resolve_source(model)
         with pytest.raises(InputError, match=r"cannot read .*/tokenizer"):
-            plan_pipeline(source)
+            export_spec(source)
 
 
 def test_importing_the_package_is_light() -> None:

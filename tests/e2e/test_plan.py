@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 
 from edgesd.export.cost.cpu_lowering import PART, lowered
 from edgesd.export.cost.workload import Workload, trace
-from edgesd.export.pipeline import plan_pipeline
+from edgesd.export.pipeline import export_spec
 from edgesd.export.quantize.assign import planned
 from edgesd.export.source import resolve_source
 from edgesd.recipes import DEMO, QuantOptions, build, demo_model
@@ -43,7 +43,7 @@ def bundle(
 
 @pytest.fixture(scope="module")
 def workloads() -> dict[str, Workload]:
-    plan = plan_pipeline(resolve_source(demo_model()))
+    plan = export_spec(resolve_source(demo_model()))
     return {c.name: trace(c, c.sizes[0]) for c in plan.components}
 
 

@@ -53,7 +53,7 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportSpec:
     """What a checkpoint becomes: the pipeline as a whole, and its networks in export order.
 
     own: makes diffusers' own pipeline of it, with the plan's scheduler, and networks that lie on
@@ -82,7 +82,7 @@ class Family:
     class_names: tuple[str, ...]
     weights: Mapping[str, str]
     configs: tuple[str, ...]
-    plan: Callable[[ModelSource, tuple[int, int] | None, str | None, int], Plan]
+    plan: Callable[[ModelSource, tuple[int, int] | None, str | None, int], ExportSpec]
 
 
 _MODULES = ("sd",)

@@ -21,7 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import InputError, UsageError
-from edgesd.export.families import MAX_BATCH, Component, Family, Plan, Sizes
+from edgesd.export.families import MAX_BATCH, Component, ExportSpec, Family, Sizes
 from edgesd.export.quiet import quiet
 from edgesd.runtime.schedulers import create_scheduler, sampler_class, sampler_of
 from edgesd.spec.base import Dim
@@ -64,7 +64,7 @@ def plan(
     size: tuple[int, int] | None = None,
     scheduler: str | None = None,
     batch: int = 1,
-) -> Plan:
+) -> ExportSpec:
     """Read the configs of an SD 1.x/2.x pipeline, as diffusers' own pipeline has them.
 
     size: (width, height) in pixels for static graphs; None for dynamic ones, the model's own size
@@ -106,7 +106,7 @@ def plan(
     steps = int(hints.get("num_inference_steps", _STEPS[_is_lcm(source)]))
     guidance = inspect.signature(own.__call__).parameters["guidance_scale"].default
     create_scheduler(name, config).set_timesteps(steps)  # refuses here what the board would
-    return Plan(
+    return ExportSpec(
         PipelineSpec(
             family=FAMILY.name,
             source=source.name,

@@ -24,8 +24,8 @@ from edgesd.export.calibrate import (  # noqa: E402
     calibrate,
     calibration_key,
 )
-from edgesd.export.families import Plan  # noqa: E402
-from edgesd.export.pipeline import plan_pipeline  # noqa: E402
+from edgesd.export.families import ExportSpec  # noqa: E402
+from edgesd.export.pipeline import export_spec  # noqa: E402
 from edgesd.export.quantize.layers import Layer  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.export.tokenizer import write_tokenizer  # noqa: E402
@@ -52,12 +52,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def plan() -> Plan:
-    return plan_pipeline(resolve_source(EMOJI))
+def plan() -> ExportSpec:
+    return export_spec(resolve_source(EMOJI))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> PromptTokenizer:
+def tokenizer(plan: ExportSpec, tmp_path_factory: pytest.TempPathFactory) -> PromptTokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(EMOJI / "tokenizer", folder, plan.pipeline.max_tokens)
     return PromptTokenizer(
@@ -66,7 +66,7 @@ def tokenizer(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> PromptTok
 
 
 @pytest.fixture(scope="module")
-def layers(plan: Plan) -> list[Layer]:
+def layers(plan: ExportSpec) -> list[Layer]:
     """Some layers of each network, made from its modules: of each kind, stride and kernel."""
     found = []
     for component in plan.components:
@@ -96,7 +96,7 @@ def layers(plan: Plan) -> list[Layer]:
     return found
 
 
-def watched(plan: Plan, layers: list[Layer], seen: Seen) -> Plan:
+def watched(plan: ExportSpec, layers: list[Layer], seen: Seen) -> ExportSpec:
     """The same plan, whose modules keep all inputs of the layers."""
 
     def loading(component: Any) -> Callable[[], torch.nn.Module]:
@@ -124,7 +124,7 @@ def watched(plan: Plan, layers: list[Layer], seen: Seen) -> Plan:
 
 @pytest.fixture(scope="module")
 def recorded(
-    plan: Plan,
+    plan: ExportSpec,
     layers: list[Layer],
     tokenizer: PromptTokenizer,
     tmp_path_factory: pytest.TempPathFactory,
@@ -246,7 +246,7 @@ def test_the_sample_holds_rows_of_every_run(
 
 
 def test_what_is_told_and_written(
-    recorded: tuple[Calibration, Seen, list[tuple[str, int, int]]], plan: Plan
+    recorded: tuple[Calibration, Seen, list[tuple[str, int, int]]], plan: ExportSpec
 ) -> None:
     calibration, _, told = recorded
     assert told[:4] == [("text_encoder", n, 3) for n in range(4)]
@@ -280,7 +280,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(
-    plan: Plan,
+    plan: ExportSpec,
     layers: list[Layer],
     tokenizer: PromptTokenizer,
     tmp_path_factory: pytest.TempPathFactory,
@@ -298,7 +298,7 @@ def whole(
 def test_a_run_that_was_interrupted_ends_with_the_same_bytes(
     component: str,
     at: int,
-    plan: Plan,
+    plan: ExportSpec,
     few: list[Layer],
     tokenizer: PromptTokenizer,
     whole: dict[str, bytes],
@@ -324,7 +324,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(
 
 
 def test_a_finished_run_is_not_repeated(
-    plan: Plan,
+    plan: ExportSpec,
     few: list[Layer],
     tokenizer: PromptTokenizer,
     whole: dict[str, bytes],
@@ -343,7 +343,7 @@ def test_a_finished_run_is_not_repeated(
 
 
 def test_layers_that_a_finished_run_left_out_are_recorded(
-    plan: Plan, few: list[Layer], tokenizer: PromptTokenizer, tmp_path: Path
+    plan: ExportSpec, few: list[Layer], tokenizer: PromptTokenizer, tmp_path: Path
 ) -> None:
     calibrate(plan, few[:2], HOW, tokenizer, tmp_path)
     found = calibrate(plan, few, HOW, tokenizer, tmp_path)
@@ -369,7 +369,7 @@ def _without_done(data: bytes) -> bytes:
 )  # fmt: skip
 def test_a_damaged_state_is_recorded_again(
     damage: Callable[[bytes], bytes],
-    plan: Plan,
+    plan: ExportSpec,
     few: list[Layer],
     tokenizer: PromptTokenizer,
     whole: dict[str, bytes],
@@ -406,7 +406,7 @@ def test_statistics_that_cannot_be_read(
 def test_weights_that_are_not_finite(
     component: str,
     bad: float,
-    plan: Plan,
+    plan: ExportSpec,
     tokenizer: PromptTokenizer,
     whole: dict[str, bytes],
     tmp_path: Path,
@@ -436,7 +436,7 @@ def test_weights_that_are_not_finite(
 
 
 def test_the_prompt_that_is_at_fault_is_counted_right(
-    plan: Plan, tokenizer: PromptTokenizer, tmp_path: Path
+    plan: ExportSpec, tokenizer: PromptTokenizer, tmp_path: Path
 ) -> None:
     calls = 0
     (encoder,) = (c for c in plan.components if c.name == "text_encoder")
@@ -460,7 +460,9 @@ def test_the_prompt_that_is_at_fault_is_counted_right(
         calibrate(broken, [], HOW, tokenizer, tmp_path)
 
 
-def test_a_prompt_that_is_no_text(plan: Plan, tokenizer: PromptTokenizer, tmp_path: Path) -> None:
+def test_a_prompt_that_is_no_text(
+    plan: ExportSpec, tokenizer: PromptTokenizer, tmp_path: Path
+) -> None:
     with pytest.raises(InputError) as caught:
         calibrate(plan, [], replace(HOW, prompts=("a\0b",)), tokenizer, tmp_path)
     assert len(str(caught.value).splitlines()) == 1
@@ -557,7 +559,7 @@ def test_the_key_is_of_all_that_matters(monkeypatch: pytest.MonkeyPatch) -> None
     assert key not in keys and len(keys) == len(others) + 2
 
 
-def test_a_torch_module_behind_the_runner_protocol(plan: Plan) -> None:
+def test_a_torch_module_behind_the_runner_protocol(plan: ExportSpec) -> None:
     (component,) = (c for c in plan.components if c.name == "vae_decoder")
     module = component.load()
     with TorchRunner(component.spec, module) as runner:

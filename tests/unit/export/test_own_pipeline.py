@@ -20,10 +20,10 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from edgesd.errors import EdgesdError, InputError, ParityError  # noqa: E402
-from edgesd.export.families import Plan  # noqa: E402
+from edgesd.export.families import ExportSpec  # noqa: E402
 from edgesd.export.families.modules import Unet, load_tokenizer  # noqa: E402
 from edgesd.export.own_pipeline import check_own_pipeline  # noqa: E402
-from edgesd.export.pipeline import plan_pipeline  # noqa: E402
+from edgesd.export.pipeline import export_spec  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.export.tokenizer import write_tokenizer  # noqa: E402
 from edgesd.runtime.schedulers import SCHEDULERS, create_scheduler  # noqa: E402
@@ -42,16 +42,16 @@ KL = {
 SAMPLERS = sorted(SCHEDULERS.keys() - {"flow-euler"})
 
 
-def planned(folder: Path, **options: Any) -> Plan:
-    return plan_pipeline(resolve_source(folder), **options)
+def planned(folder: Path, **options: Any) -> ExportSpec:
+    return export_spec(resolve_source(folder), **options)
 
 
-def tokenizer_of(folder: Path, plan: Plan) -> PromptTokenizer:
+def tokenizer_of(folder: Path, plan: ExportSpec) -> PromptTokenizer:
     names = write_tokenizer(folder / "tokenizer", folder / "written", plan.pipeline.max_tokens)
     return PromptTokenizer(*((folder / "written" / name).read_bytes() for name in names))
 
 
-def check(folder: Path, **options: Any) -> Plan:
+def check(folder: Path, **options: Any) -> ExportSpec:
     """The plan of a folder, held to diffusers' own pipeline."""
     plan = planned(folder, **options)
     check_own_pipeline(plan, tokenizer_of(folder, plan))
@@ -59,7 +59,7 @@ def check(folder: Path, **options: Any) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def emoji_plan() -> Plan:
+def emoji_plan() -> ExportSpec:
     return planned(EMOJI)
 
 
@@ -182,16 +182,16 @@ def test_own_options_hold_and_defaults_are_not_handed_on() -> None:
     assert own.timesteps[-1] == 1 and other.timesteps[-1] == 0
 
 
-def with_(plan: Plan, **fields: Any) -> Plan:
+def with_(plan: ExportSpec, **fields: Any) -> ExportSpec:
     return replace(plan, pipeline=msgspec.structs.replace(plan.pipeline, **fields))
 
 
-def scheduler(plan: Plan, **options: Any) -> Plan:
+def scheduler(plan: ExportSpec, **options: Any) -> ExportSpec:
     old = plan.pipeline.scheduler
     return with_(plan, scheduler=msgspec.structs.replace(old, config=old.config | options))
 
 
-def part(plan: Plan, name: str, **fields: Any) -> Plan:
+def part(plan: ExportSpec, name: str, **fields: Any) -> ExportSpec:
     return with_(plan, **{name: msgspec.structs.replace(getattr(plan.pipeline, name), **fields)})
 
 
@@ -208,7 +208,10 @@ def part(plan: Plan, name: str, **fields: Any) -> Plan:
     ids=range(6),
 )
 def test_a_plan_that_feeds_something_else_is_refused(
-    spoil: Callable[[Plan], Plan], message: str, emoji_plan: Plan, emoji_tokenizer: PromptTokenizer
+    spoil: Callable[[ExportSpec], ExportSpec],
+    message: str,
+    emoji_plan: ExportSpec,
+    emoji_tokenizer: PromptTokenizer,
 ) -> None:
     with pytest.raises(ParityError, match=message) as caught:
         check_own_pipeline(spoil(emoji_plan), emoji_tokenizer)
@@ -222,7 +225,7 @@ def test_a_plan_that_feeds_something_else_is_refused(
         b'{"max_length": 60, "pad_id": 4095, "bos_id": 4094, "eos_id": 4095}',
     ],
 )
-def test_a_tokenizer_that_gives_other_ids_is_refused(spec: bytes, emoji_plan: Plan) -> None:
+def test_a_tokenizer_that_gives_other_ids_is_refused(spec: bytes, emoji_plan: ExportSpec) -> None:
     tokenizer = PromptTokenizer((EMOJI / "tokenizer/tokenizer.json").read_bytes(), spec)
     with pytest.raises(ParityError, match=r"tokenizer: .* diffusers feeds 77"):
         check_own_pipeline(emoji_plan, tokenizer)
@@ -298,7 +301,7 @@ def test_any_plan_that_is_made_is_what_diffusers_feeds(
 
 @pytest.mark.parametrize("size", [(104, 72), (72, 136), (8, 8)])
 def test_any_multiple_of_a_latent_can_be_built_alone(
-    size: tuple[int, int], emoji_plan: Plan
+    size: tuple[int, int], emoji_plan: ExportSpec
 ) -> None:
     plan = planned(EMOJI, size=size)
     shape = plan.pipeline.shape

@@ -13,7 +13,7 @@ import pytest
 
 from edgesd.errors import EdgesdError, InputError, UsageError
 from edgesd.export import source as source_module
-from edgesd.export.pipeline import plan_pipeline
+from edgesd.export.pipeline import export_spec
 from edgesd.export.source import Weights, choose_weights, resolve_source
 
 EMOJI = Path(__file__).resolve().parents[3] / "models" / "emoji"
@@ -454,7 +454,7 @@ def test_scheduler_options_are_those_of_diffusers_pipeline(model: Path) -> None:
     edit_json(path, steps_offset=0, clip_sample=True, timestep_spacing="leading")
     with pytest.warns(FutureWarning, match="should be set to"):
         expected = pipeline_class.from_pretrained(str(model)).scheduler.config
-    found = plan_pipeline(resolve_source(model)).pipeline.scheduler.config
+    found = export_spec(resolve_source(model)).pipeline.scheduler.config
     assert {name: found[name] for name in found if name != "_class_name"} == {
         name: expected[name] for name in found if name != "_class_name"
     }
@@ -467,13 +467,13 @@ def test_another_sampler_for_a_scheduler_that_there_is_none_for(
     index = json.loads((model / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
     (model / "model_index.json").write_text(json.dumps(index))
-    plan = plan_pipeline(resolve_source(model))
+    plan = export_spec(resolve_source(model))
     assert plan.pipeline.scheduler.name == "dpmpp-2m" and "UniPC" in caplog.text
     caplog.clear()
-    plan = plan_pipeline(resolve_source(model), None, "dpmpp-2m")
+    plan = export_spec(resolve_source(model), None, "dpmpp-2m")
     assert plan.pipeline.scheduler.name == "dpmpp-2m" and not caplog.records
     with pytest.raises(UsageError, match="did you mean 'dpmpp-2m'"):
-        plan_pipeline(resolve_source(model), None, "dpmpp")
+        export_spec(resolve_source(model), None, "dpmpp")
 
 
 @pytest.mark.parametrize(
@@ -485,15 +485,15 @@ def test_a_scheduler_whose_packages_diffusers_lacks_has_its_nearest(
 ) -> None:
     edit_json(model / "model_index.json", scheduler=["diffusers", class_name])
     edit_json(model / "scheduler" / "scheduler_config.json", _class_name=class_name)
-    assert plan_pipeline(resolve_source(model)).pipeline.scheduler.name == taken
-    assert plan_pipeline(resolve_source(model), None, "ddim").pipeline.scheduler.name == "ddim"
+    assert export_spec(resolve_source(model)).pipeline.scheduler.name == taken
+    assert export_spec(resolve_source(model), None, "ddim").pipeline.scheduler.name == "ddim"
 
 
 def test_an_option_that_no_package_helps_is_refused_with_what_is_taken(model: Path) -> None:
     edit_json(model / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
     edit_json(model / "scheduler" / "scheduler_config.json", use_beta_sigmas=True)
     with pytest.raises(InputError, match="use_beta_sigmas = True: expected false; use_karras"):
-        plan_pipeline(resolve_source(model))
+        export_spec(resolve_source(model))
 
 
 @pytest.mark.parametrize("gone", [["."], ["tokenizer.json", "vocab.json"]])
@@ -502,20 +502,20 @@ def test_a_tokenizer_without_its_files_is_told_as_one(gone: list[str], model: Pa
         path = model / "tokenizer" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(InputError, match=r"tokenizer lacks .* tokenizer.json or vocab.json and"):
-        plan_pipeline(resolve_source(model))
+        export_spec(resolve_source(model))
 
 
 def test_what_the_board_would_refuse_is_refused_at_once(model: Path) -> None:
     edit_json(model / "scheduler" / "scheduler_config.json", prediction_type="noise")
     with pytest.raises(InputError, match="prediction_type"):
-        plan_pipeline(resolve_source(model))
+        export_spec(resolve_source(model))
 
 
 def test_latent_consistency_models_have_their_own_defaults(model: Path) -> None:
     (model / "edgesd.json").unlink()
-    assert plan_pipeline(resolve_source(model)).pipeline.num_inference_steps == 20
+    assert export_spec(resolve_source(model)).pipeline.num_inference_steps == 20
     edit_json(model / "model_index.json", _class_name="LatentConsistencyModelPipeline")
-    pipeline = plan_pipeline(resolve_source(model)).pipeline
+    pipeline = export_spec(resolve_source(model)).pipeline
     assert (pipeline.num_inference_steps, pipeline.guidance_scale) == (4, 8.5)
 
 
@@ -550,7 +550,7 @@ def test_parameters_are_counted_without_loading(model: Path) -> None:
 def test_absurd_numbers_are_refused_at_once(file: str, fields: dict[str, Any], model: Path) -> None:
     edit(model / file, **fields)
     with pytest.raises(EdgesdError) as caught:
-        plan_pipeline(resolve_source(model))
+        export_spec(resolve_source(model))
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -558,7 +558,7 @@ def test_absurd_numbers_are_refused_at_once(file: str, fields: dict[str, Any], m
 def test_a_config_that_is_no_json_is_refused(raw: str, model: Path) -> None:
     (model / "unet/config.json").write_bytes(raw.encode("utf-8", "surrogatepass"))
     with pytest.raises(InputError, match=r"unet/config\.json") as caught:
-        plan_pipeline(resolve_source(model))
+        export_spec(resolve_source(model))
     assert len(str(caught.value).splitlines()) == 1
 
 
