@@ -39,7 +39,7 @@ from edgesd.files import (
     sha256_file,
     user_cache,
 )
-from edgesd.runtime.backends.tensorrt import LoadedPlan
+from edgesd.runtime.backends.base import LoadedPlan
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.cuda import Gpu, find_gpu
 from edgesd.runtime.signature import check_trusted

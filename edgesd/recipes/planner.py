@@ -27,7 +27,8 @@ from edgesd.export.quantize.layers import Layer
 from edgesd.export.source import ModelSource, resolve_source
 from edgesd.recipes import DEMO, demo_model, fixed_shape
 from edgesd.recipes.footprints import Networks, Shape
-from edgesd.runtime.footprint import CUDA_BYTES, Drawing, Need, computing, drawing_need, text_values
+from edgesd.runtime.backends import get_backend
+from edgesd.runtime.footprint import Drawing, Need, computing, drawing_need, text_values
 from edgesd.runtime.kernels import computes
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
 from edgesd.runtime.pipeline import DRAWING
@@ -492,7 +493,7 @@ class _Planner:
     def _base(self) -> int:
         rates = self.wish.rates
         process = rates.process_bytes if rates else PROCESS_BYTES
-        return process + PROGRAM_BYTES + (CUDA_BYTES if self.gpu else 0)
+        return process + PROGRAM_BYTES + get_backend(self.backend).process_bytes
 
     def _build_bytes(self, pixels: int) -> int:
         largest = max(self.source.parameters(name) for name in self.source.family.weights)

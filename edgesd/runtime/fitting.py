@@ -5,16 +5,14 @@ Nothing here changes anything: what is asked comes in as values, and the answer 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from edgesd.errors import ResourceError, UsageError
+from edgesd.runtime.backends.base import Backend
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.denoise import GuidanceMode
 from edgesd.runtime.footprint import (
-    CUDA_BYTES,
-    ONNXRUNTIME_BYTES,
     Drawing,
     Need,
     drawing_need,
@@ -123,14 +121,15 @@ def guidance_mode(
     return fits[0] if fast else fits[-1]
 
 
-def unimported_bytes() -> int:
-    """Of ONNX Runtime, if it has yet to be imported."""
-    return 0 if "onnxruntime" in sys.modules else ONNXRUNTIME_BYTES
+def unimported_bytes(backends: Iterable[Backend]) -> int:
+    """Of the libraries of backends, if they have yet to be imported."""
+    return max((backend.unimported_bytes() for backend in backends), default=0)
 
 
-def process_bytes(gpu: bool) -> int:
-    """What this process takes without any component, backends included. gpu: TensorRT's, too."""
-    return resident_bytes() + unimported_bytes() + (CUDA_BYTES if gpu else 0)
+def process_bytes(backends: Collection[Backend]) -> int:
+    """What this process takes without any component, backends included."""
+    for_good = sum(backend.process_bytes for backend in backends)
+    return resident_bytes() + unimported_bytes(backends) + for_good
 
 
 def bundle_costs(

@@ -25,13 +25,6 @@ _MARGIN = 0.13
 """What estimates were too low by at most, as a part of what drawing adds to the process."""
 
 
-ONNXRUNTIME_BYTES = 36 << 20
-"""Of ONNX Runtime, its first session, and what turns a prompt into tokens (measured on x86-64)."""
-
-CUDA_BYTES = 400 << 20
-"""A process's share of CUDA and TensorRT, besides its plans. Assumed: no board was measured."""
-
-
 @dataclass(frozen=True)
 class Drawing:
     """What is generated at a time. height, width: of the latents; scale: pixels of a latent; count:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -14,14 +15,11 @@ import numpy.typing as npt
 
 from edgesd.errors import (
     BundleError,
-    EdgesdError,
     InputError,
-    MissingDependencyError,
-    TargetError,
     UsageError,
 )
-from edgesd.runtime import kernels
-from edgesd.runtime.backends.base import Runner, run_once
+from edgesd.runtime.backends import get_backend
+from edgesd.runtime.backends.base import Backend, LoadedPlan, Runner, RunnerOptions, run_once
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.closing import Closing
 from edgesd.runtime.denoise import Conditioning, GuidanceMode, Step, denoise
@@ -43,14 +41,12 @@ from edgesd.runtime.signature import check_trusted
 from edgesd.runtime.tiles import TILE, WINDOWS, Tile, decode_tail, decode_tiles, margin_of
 from edgesd.runtime.tokenizer import Truncation, check_prompt, tokenizer_of
 from edgesd.spec.bundle import DecoderPart, SplitDecoder
-from edgesd.spec.pipeline import ComponentSpec, check_multiple
+from edgesd.spec.pipeline import check_multiple
 from edgesd.spec.scheme import number_format
 
 if TYPE_CHECKING:
     from PIL import Image
     from typing_extensions import Self
-
-    from edgesd.runtime.backends.tensorrt import LoadedPlan
 
 Float = npt.NDArray[np.float32]
 
@@ -160,9 +156,8 @@ class Pipeline(Closing):
         self._tokenizer = tokenizer_of(bundle)
         self._replaced: set[str] = set()
         self._fit_now: Fit | None = None
-        self._process = process_bytes(
-            any(engine.backend == "tensorrt" for engine in bundle.manifest.engines.values())
-        )
+        self._backends = {get_backend(e.backend) for e in bundle.manifest.engines.values()}
+        self._process = process_bytes(self._backends)
 
     def __enter__(self) -> Self:
         with self._turn(while_drawing=True):
@@ -392,7 +387,7 @@ class Pipeline(Closing):
 
     def _open_part(self, part: DecoderPart) -> Runner:
         start = time.perf_counter()
-        runner = self._onnxruntime_runner("vae_decoder", part.spec, part)
+        runner = self._opened_runner("vae_decoder", part)
         self.timings.add(self.timings.load, "vae_decoder", time.perf_counter() - start)
         return runner
 
@@ -485,61 +480,26 @@ class Pipeline(Closing):
         with self._turn(while_drawing=True):
             return self._opened_runner(component)
 
-    def _opened_runner(self, component: str) -> Runner:
-        engine, spec = self.bundle.manifest.engines[component], self.spec.components[component]
-        if engine.backend == "tensorrt":
-            try:
-                return self._tensorrt_runner(component, spec)
-            except EdgesdError as exc:
-                if not self.settings.fallback or isinstance(exc, BundleError):
-                    raise
-                self.fallbacks[component] = str(exc)
-        elif engine.backend != "onnxruntime":
-            raise TargetError(
-                f"{component} was built for the backend {engine.backend!r}; this version runs: "
-                "onnxruntime, tensorrt"
-            )
-        # Graphs for TensorRT are of standard operators, which ONNX Runtime has, too.
-        return self._onnxruntime_runner(component, spec, None)
-
-    def _onnxruntime_runner(
-        self, component: str, spec: ComponentSpec, part: DecoderPart | None
-    ) -> Runner:
-        """A runner of one component, or of its head or tail, with edgesd's own kernels where they
-        can be used."""
-        from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
-
-        threads, stream = self.settings.threads, self.memory == "stream"
-        if self._own_kernels(component):
-            kept = self._fit_now.weights_kept.get(component, 0) if self._fit_now else 0
-            graph = self.bundle.graph_file(component, kernels=True, part=part)
-            try:
-                with kernels.keeping_weights(kept if stream else None):
-                    return OnnxRuntimeRunner(
-                        spec, graph, threads, library=kernels.library(), small=part is not None
-                    )
-            except MissingDependencyError as exc:
-                self.fallbacks[component] = f"{exc}: drawing without edgesd's own kernels"
-        graph = self.bundle.graph_file(component, part=part)
-        return OnnxRuntimeRunner(
-            spec, graph, threads, weights_in_file=stream, small=part is not None
+    def _opened_runner(self, component: str, part: DecoderPart | None = None) -> Runner:
+        kept = self._fit_now.weights_kept if self._fit_now else {}
+        options = RunnerOptions(
+            threads=self.settings.threads,
+            streamed=self.memory == "stream",
+            kept_bytes=kept.get(component, 0),
+            kernels=self.settings.kernels,
+            plan_of=self.settings.plan_of,
+            fallback=self.settings.fallback,
+            on_fallback=partial(self.fallbacks.__setitem__, component),
         )
+        return self._backend(component).open_runner(self.bundle, component, options, part)
+
+    def _backend(self, component: str) -> Backend:
+        return get_backend(self.bundle.manifest.engines[component].backend)
 
     def _own_kernels(self, component: str) -> bool:
         """Whether the component's graph for edgesd's own kernels is there and can run here."""
-        engine, recipe = self.bundle.manifest.engines[component], self.bundle.manifest.recipe
-        if not self.settings.kernels or engine.kernels is None or recipe is None:
-            return False
-        return kernels.usable(la.scheme for la in recipe.layers if la.component == component)
-
-    def _tensorrt_runner(self, component: str, spec: ComponentSpec) -> Runner:
-        if self.settings.plan_of is None:
-            raise TargetError("there are no plans for TensorRT")
-        plan = self.settings.plan_of(component)
-        from edgesd.runtime.backends.tensorrt import TensorRtRunner
-        from edgesd.runtime.device_memory import open_device_memory
-
-        return TensorRtRunner(spec, plan.data, open_device_memory(), plan.module)
+        backend = self._backend(component)
+        return self.settings.kernels and backend.own_kernels(self.bundle, component)
 
     def _release(self, component: str) -> None:
         if self.memory != "fast" and component in self._runners.keys() - self._replaced:
@@ -596,7 +556,9 @@ class Pipeline(Closing):
         settings, streamed = self.settings, self.memory == "stream"
         costs = bundle_costs(self.bundle, DRAWING, self._own_kernels, self._process, self._replaced)
         free = available_bytes() if settings.max_memory is None else None
-        taken = self._process - unimported_bytes() + costs.loaded(self._runners, streamed)
+        taken = (
+            self._process - unimported_bytes(self._backends) + costs.loaded(self._runners, streamed)
+        )
         budget = Budget(settings.max_memory, free, taken)
         return Fitting(costs, budget, settings.memory, settings.guidance_mode)
 

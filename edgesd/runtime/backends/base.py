@@ -1,4 +1,4 @@
-"""Runners: one component on one backend, with inputs and outputs bound once.
+"""Backends and their runners: one component, with inputs and outputs bound once.
 
 Every loop (device, calibration, evaluation) talks to this protocol alone, so that a torch module,
 an ONNX session, a TensorRT engine and a fake are interchangeable.
@@ -6,19 +6,25 @@ an ONNX session, a TensorRT engine and a fake are interchangeable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from edgesd.errors import BundleError, InputError, ResourceError
 from edgesd.runtime.closing import Closing
+from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
 from edgesd.spec.pipeline import ComponentSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from edgesd.runtime.bundle import Bundle
+    from edgesd.spec.bundle import DecoderPart
 
 Array = npt.NDArray[np.generic]
 
@@ -127,3 +133,72 @@ class BoundRunner(Closing):
     def close(self) -> None:
         """See Runner.close."""
         self.inputs, self.outputs = {}, {}
+
+
+class LoadedPlan(NamedTuple):
+    """The bytes of a compiled engine that fits this machine, and the Python package that runs
+    it."""
+
+    data: bytes
+    module: str
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """How a backend opens runners.
+
+    threads: per operator, 0 for all cores. streamed: weights stay in their file, but for
+    `kept_bytes` of them. kernels: whether edgesd's own may be used. plan_of: component -> its plan
+    for this machine, built if need be (engines.plans); None without plans. fallback: whether
+    another backend may stand in for one that can't run the component here. on_fallback: takes the
+    reason where something slower runs than the bundle was built for.
+    """
+
+    threads: int = 0
+    streamed: bool = False
+    kept_bytes: int = 0
+    kernels: bool = True
+    plan_of: Callable[[str], LoadedPlan] | None = None
+    fallback: bool = True
+    on_fallback: Callable[[str], object] = lambda reason: None
+
+
+class Backend(ABC):
+    """What runs engines of one kind on this machine.
+
+    name: as manifests and targets have it. needs_plans: its engines are compiled for the machine
+    that runs them (engines.plans). memory_modes: those that differ for it, the fastest first.
+    process_bytes: what it takes of a process for good, besides components and what
+    `unimported_bytes` counts. board_packages: what must be installed on a board besides the
+    runtime's own packages.
+    """
+
+    name: ClassVar[str]
+    needs_plans: ClassVar[bool] = False
+    memory_modes: ClassVar[tuple[MemoryMode, ...]] = MEMORY_MODES
+    process_bytes: ClassVar[int] = 0
+    board_packages: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def open_runner(
+        self,
+        bundle: Bundle,
+        component: str,
+        options: RunnerOptions,
+        part: DecoderPart | None = None,
+    ) -> Runner:
+        """A runner of a component, or of one `part` of it; it is the caller's to close.
+
+        Raises BundleError when the engine can't be loaded, ResourceError when memory runs out,
+        MissingDependencyError or TargetError when this machine can't run it.
+        """
+
+    def own_kernels(self, bundle: Bundle, component: str) -> bool:
+        """Whether `open_runner` takes the component's graph for edgesd's own kernels here, unless
+        the options forbid them."""
+        return False
+
+    def unimported_bytes(self) -> int:
+        """Memory that this process will take for the libraries of the backend; 0 once they are
+        imported."""
+        return 0

@@ -5,21 +5,24 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from edgesd.errors import BundleError, MissingDependencyError, ResourceError, TargetError
-from edgesd.runtime.backends.base import BoundRunner
+from edgesd.errors import (
+    BundleError,
+    EdgesdError,
+    MissingDependencyError,
+    ResourceError,
+    TargetError,
+)
+from edgesd.runtime import device_memory
+from edgesd.runtime.backends import onnxruntime
+from edgesd.runtime.backends.base import Backend, BoundRunner, Runner, RunnerOptions
+from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.device_memory import Buffer, DeviceMemory
+from edgesd.spec.bundle import DecoderPart
 from edgesd.spec.pipeline import ComponentSpec
-
-
-class LoadedPlan(NamedTuple):
-    """The bytes of a plan that fits this machine, and the Python package that runs it."""
-
-    data: bytes
-    module: str
 
 
 class TensorRtRunner(BoundRunner):
@@ -134,6 +137,49 @@ class TensorRtRunner(BoundRunner):
                     f"the plan of {self.spec.name} has {name} in {size} bytes a value, not in "
                     f"{tensor.dtype}: build it again"
                 )
+
+
+class TensorRt(Backend):
+    """Runs plans. Where that can't be done, ONNX Runtime takes the graphs: they are of standard
+    operators."""
+
+    name = "tensorrt"
+    needs_plans = True
+    memory_modes = ("fast", "balanced")
+    process_bytes = 400 << 20  # of CUDA and TensorRT; assumed: no board was measured
+    board_packages = ("cuda-bindings<13",)
+
+    def open_runner(
+        self,
+        bundle: Bundle,
+        component: str,
+        options: RunnerOptions,
+        part: DecoderPart | None = None,
+    ) -> Runner:
+        """See Backend."""
+        if part is not None:  # plans are of whole components
+            return onnxruntime.BACKEND.open_runner(bundle, component, options, part)
+        try:
+            return self._run_plan(bundle, component, options)
+        except EdgesdError as exc:
+            if not options.fallback or isinstance(exc, BundleError):
+                raise
+            options.on_fallback(str(exc))
+        return onnxruntime.BACKEND.open_runner(bundle, component, options)
+
+    def unimported_bytes(self) -> int:
+        """See Backend. ONNX Runtime's, which may have to stand in."""
+        return onnxruntime.BACKEND.unimported_bytes()
+
+    def _run_plan(self, bundle: Bundle, component: str, options: RunnerOptions) -> TensorRtRunner:
+        if options.plan_of is None:
+            raise TargetError("there are no plans for TensorRT")
+        plan = options.plan_of(component)
+        spec = bundle.manifest.pipeline.components[component]
+        return TensorRtRunner(spec, plan.data, device_memory.open_device_memory(), plan.module)
+
+
+BACKEND = TensorRt()
 
 
 def _import(module: str) -> Any:

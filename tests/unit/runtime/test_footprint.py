@@ -14,6 +14,7 @@ from edgesd.engines.bundle import update_manifest
 from edgesd.errors import ResourceError
 from edgesd.runtime import fitting
 from edgesd.runtime import pipeline as pipelines
+from edgesd.runtime.backends.onnxruntime import OnnxRuntime
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.footprint import (
     Drawing,
@@ -57,8 +58,7 @@ def bundle(miniature: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundl
 def process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process itself always takes the same."""
     monkeypatch.setattr(fitting, "resident_bytes", lambda: PROCESS)
-    for module in (fitting, pipelines):
-        monkeypatch.setattr(module, "unimported_bytes", lambda: 0)
+    monkeypatch.setattr(OnnxRuntime, "unimported_bytes", lambda backend: 0)
 
 
 def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
