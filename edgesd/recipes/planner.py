@@ -17,8 +17,9 @@ from edgesd.device.capabilities import in_gb
 from edgesd.device.targets import all_targets, check_request, get_target, usable_bytes
 from edgesd.engines import onnxruntime, tensorrt
 from edgesd.errors import TargetError
-from edgesd.export.cost.costs import NODE_FILE_BYTES, file_bytes, multiplications, seconds
+from edgesd.export.cost.costs import NODE_FILE_BYTES, file_bytes
 from edgesd.export.cost.cpu_lowering import lowered
+from edgesd.export.cost.times import multiplications, seconds
 from edgesd.export.cost.workload import Workload, split_workload
 from edgesd.export.families import ExportSpec
 from edgesd.export.pipeline import export_spec, require_build_tools

@@ -540,7 +540,8 @@ class QuantizedBuild:
     def layer_options(self, probes: Probes) -> dict[Layer, list[Option]]:
         """Every layer's options, with the squared error each would make in the image: measured
         for the planned one, and in proportion to the squared error of the layer's output else."""
-        from edgesd.export.quantize.assign import Option, options_of, relative_time
+        from edgesd.export.cost.times import relative_time
+        from edgesd.export.quantize.assign import Option, options_of
 
         measured = self.sensitivities(probes)
         out: dict[Layer, list[Option]] = {}
@@ -567,7 +568,7 @@ class QuantizedBuild:
 
     def _budget(self) -> tuple[float, float]:
         """Bytes that layers may take altogether, and time, by --max-size and --max-time."""
-        from edgesd.export.quantize.assign import relative_time
+        from edgesd.export.cost.times import relative_time
 
         max_bytes = max_time = math.inf
         if self.options.max_time is not None:

@@ -1,4 +1,4 @@
-"""What a network costs on a CPU: bytes on disk, memory, seconds. docs/planner.md derives each.
+"""What a network costs on a CPU in bytes, on disk and in memory. docs/planner.md derives each.
 
 All take a workload as ONNX Runtime runs it (export/cost/cpu_lowering.py) and the layers' schemes.
 """
@@ -12,8 +12,7 @@ from edgesd.export.cost.arena import arena_bytes
 from edgesd.export.cost.cpu_lowering import PART
 from edgesd.export.cost.workload import Operation, Workload
 from edgesd.export.quantize.assign import LayerScheme
-from edgesd.export.quantize.layers import Layer
-from edgesd.runtime.rates import Speed
+from edgesd.export.quantize.layers import Layer, layer_bytes
 
 NODE_BYTES = 16_000
 """Memory of a session for each operation: ONNX Runtime's graph, kernels and their names."""
@@ -32,19 +31,8 @@ _PASSING = 1.5
 """Bytes that are mapped in `stream` for each weight of the largest layer: what runs, and what of
 those before isn't given back yet (measured, the same in 4 and 8 bits)."""
 
-_PASSING_SECONDS, _NOT_PACKED = 1e-4, 1.4
-"""What `stream` costs: seconds for a layer of our kernels, whose pages come and go; and how much
-longer ONNX Runtime's operators take with weights that aren't packed (both measured on x86-64)."""
-
 _BLOCK = 64
 """Keys of a block in our attention; its heads are padded to 16 values."""
-
-_TIMED = {
-    **dict.fromkeys(("mul", "sub", "div", "sigmoid", "quantize", "expand", "argmax"), "add"),
-    **dict.fromkeys(("tanh", "exp", "sin", "cos", "pow", "sqrt"), "gelu"),
-    **dict.fromkeys(("split", "embedding", "slice"), "copy"),
-}
-"""Kinds that take as long as another, which is measured."""
 
 
 @dataclass(frozen=True)
@@ -61,25 +49,6 @@ class Memory:
     activations: int
     workspace: int
     graph: int
-
-
-def layer_bytes(layer: Layer, choice: LayerScheme, smoothed: bool = False) -> int:
-    """Bytes of a layer's weight on disk: QuantizedLayer.bytes() without its tensors.
-
-    smoothed: with a factor for each input channel (svdquant).
-    """
-    rows, columns = layer.rows, layer.columns
-    if choice is None:
-        return 2 * rows * columns
-    groups, width = 1, columns
-    if choice.weight_bits == 4:
-        groups = -(-columns // choice.group)
-        # MatMulNBits has whole groups: the last one is filled up.
-        width = groups * choice.group if layer.kind == "linear" else columns
-    rank = min(choice.rank, rows, columns)
-    smooth = 4 * layer.channels if smoothed and layer.kind != "embedding" else 0
-    branch = 2 * rank * (rows + columns)
-    return rows * width * choice.weight_bits // 8 + 2 * rows * groups + branch + smooth
 
 
 def file_bytes(
@@ -176,44 +145,3 @@ def _workspace(op: Operation) -> int:
     # Each output pixel has a pixel of the input, but for strides, and padding at the edges.
     pixels = op.rows * op.layer.strides[0] * op.layer.strides[1]
     return pixels * op.layer.channels
-
-
-def seconds(workload: Workload, speed: Speed, streamed: bool = False) -> float:
-    """Of one run of a lowered workload: the sum over its operations. streamed: weights stay in
-    their file. Raises InputError."""
-    total = 0.0
-    for op in workload.operations:
-        took = _seconds(workload, op, speed)
-        if streamed and op.layer is not None and op.form.startswith("own"):
-            took += _PASSING_SECONDS
-        elif streamed and op.layer is not None and op.form in ("fp32", "int8", "nbits"):
-            took *= _NOT_PACKED
-        total += took
-    return total
-
-
-def _seconds(workload: Workload, op: Operation, speed: Speed) -> float:
-    if op.form == PART:
-        return 0.0
-    if op.kind == "attention":
-        batch, heads, queries, keys, width = op.heads
-        return speed.seconds("attention", op.form, (batch * heads, queries, keys, width))
-    if op.kind in ("conv", "linear"):
-        layer = op.layer
-        columns = layer.columns if layer else op.macs // max(1, op.rows)
-        outputs = layer.rows if layer else 1
-        return speed.seconds(op.kind, op.form, (op.rows, columns, outputs))
-    kind = _TIMED.get(op.kind, op.kind)
-    elements = max(1, sum(workload.sizes[value] for value in op.writes) // 4)
-    if not speed.knows(kind):
-        kind = "add"
-    return speed.seconds(kind, "", (elements,))
-
-
-def multiplications(workload: Workload) -> dict[str, int]:
-    """Multiplications of one run by kind of operation."""
-    found: dict[str, int] = {}
-    for op in workload.operations:
-        if op.macs:
-            found[op.kind] = found.get(op.kind, 0) + op.macs
-    return found

@@ -28,29 +28,8 @@ class Option:
     loss: float
 
 
-_TIME_PER_PRODUCT = {"fp32": 3.0, "int8": 1.0, "nbits8": 2.5, "nbits16": 3.2, "simulated": 6.0}
-"""Of a multiplication in each kind of kernel, relative to int8: `benchmarks/quantization.py`
-measures them. Machines differ; what matters is that 16-bit activations and branches cost."""
-
-
 _PRICES = (1.0, 8.0, 1 / 8, 64.0, 1 / 64, 1e6, 1e-6)
 """Of a byte against time, in turn, until both budgets hold."""
-
-
-def relative_time(layer: Layer, scheme: LayerScheme, rows_per_run: int) -> float:
-    """Time of a layer in one run, in int8 multiplications; rows_per_run: of its matrix product."""
-    products = float(rows_per_run * layer.rows * layer.columns)
-    if scheme is None or scheme.activation_bits == 16:
-        packed = scheme is not None and scheme.weight_bits == 4 and layer.kind == "linear"
-        time = products * _TIME_PER_PRODUCT["nbits16" if packed else "fp32"]
-    elif scheme.simulated:
-        time = products * _TIME_PER_PRODUCT["simulated"]
-    else:
-        packed = scheme.weight_bits == 4 and layer.kind == "linear"
-        time = products * _TIME_PER_PRODUCT["nbits8" if packed else "int8"]
-    rank = 0 if scheme is None else min(scheme.rank, layer.rows, layer.columns)
-    branch = rows_per_run * rank * (layer.rows + layer.columns)
-    return time + branch * _TIME_PER_PRODUCT["fp32"]
 
 
 def planned(layers: Sequence[Layer], scheme: Scheme) -> dict[Layer, LayerScheme]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -216,14 +217,27 @@ class QuantizedLayer:
 
     def bytes(self) -> int:
         """Codes, scales, smoothing and branch on disk."""
-        width = self.codes.shape[1]
-        if self.scheme.weight_bits == 4 and self.layer.kind == "linear":
-            # MatMulNBits has whole groups: the last one is filled up.
-            width = self.scales.shape[1] * self.group
-        size: int = len(self.codes) * width * self.scheme.weight_bits // 8 + self.scales.nbytes
-        for part in (self.smooth, self.down, self.up):
-            size += 0 if part is None else part.nbytes
-        return size
+        scheme = msgspec.structs.replace(self.scheme, rank=self.rank)
+        return layer_bytes(self.layer, scheme, self.smooth is not None)
+
+
+def layer_bytes(layer: Layer, scheme: Scheme | None, smoothed: bool = False) -> int:
+    """Bytes on disk of a layer's weight: codes, scales, smoothing and branch; None: in fp16.
+
+    smoothed: with a factor for each input channel (svdquant).
+    """
+    rows, columns = layer.rows, layer.columns
+    if scheme is None:
+        return 2 * rows * columns
+    groups, width = 1, columns
+    if scheme.weight_bits == 4:
+        groups = -(-columns // scheme.group)
+        # MatMulNBits has whole groups: the last one is filled up.
+        width = groups * scheme.group if layer.kind == "linear" else columns
+    rank = min(scheme.rank, rows, columns)
+    smooth = 4 * layer.channels if smoothed and layer.kind != "embedding" else 0
+    branch = 2 * rank * (rows + columns)
+    return rows * width * scheme.weight_bits // 8 + 2 * rows * groups + branch + smooth
 
 
 def dequantize(codes: Codes, scales: Float16, group: int) -> Float:

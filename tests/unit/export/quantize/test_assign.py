@@ -14,7 +14,6 @@ from edgesd.export.quantize.assign import (
     options_of,
     planned,
     promoted,
-    relative_time,
     within,
 )
 from edgesd.export.quantize.layers import Layer
@@ -136,18 +135,3 @@ def test_where_the_cheapest_of_both_exceeds_one_budget_the_other_pays() -> None:
     for max_time in (2.0, 4.0):
         assert within(assign(options, max_time=max_time), math.inf, max_time)
     assert not within(assign(options, 20, 2.0), 20, 2.0)
-
-
-def test_a_branch_and_wide_activations_take_time() -> None:
-    line = layer("line")
-    times = [
-        relative_time(line, choice, 100)
-        for choice in (
-            parse_scheme("w8a8"),
-            parse_scheme("w4a8-g64"),
-            parse_scheme("w4a8-g64-lr8"),
-            None,
-        )
-    ]
-    assert times[0] < times[1] < times[2] and times[0] < times[3]
-    assert relative_time(line, parse_scheme("w8a8"), 200) == 2 * times[0]
