@@ -169,6 +169,8 @@ def test_heavy_imports_in_light_packages_break_a_contract(heavy: str, copied: Pa
     assert status == 1, output
     for module in LIGHT:
         name = module.removesuffix(".py").replace("/", ".")
+        package = ".".join(name.split(".")[:2])
+        assert f"{package} is not allowed to import {heavy.removesuffix('.attention')}:" in output
         assert f"{name} -> {heavy}" in output, output
 
 
