@@ -28,9 +28,9 @@ class Target(Spec, frozen=True):
     memory_bytes: RAM that the smallest such board has, shared with a GPU where there is one.
     memory_options: RAM of the other boards sold under this name; each makes a target NAME-8gb.
     capabilities: CPU or GPU features that a bundle may count on (dotprod, sm_87 ...).
-    backends: engine backends, best first. flasher: how its storage is written, if edgesd can.
-    families: names that stand for the smallest of their members. models, module_ids: how the board
-    is recognised (starts of the device-tree model; p3767-0003). No models: any machine of `arch`.
+    backends: engine backends, best first. families: names that stand for the smallest of their
+    members. models, module_ids: how the board is recognised (starts of the device-tree model;
+    p3767-0003). No models: any machine of `arch`.
     """
 
     name: str
@@ -45,4 +45,3 @@ class Target(Spec, frozen=True):
     families: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     module_ids: tuple[str, ...] = ()
-    flasher: str | None = None

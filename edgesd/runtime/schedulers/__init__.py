@@ -98,13 +98,13 @@ def sampler_class(name: str) -> str:
     return SCHEDULERS[name].diffusers_class
 
 
-def create_scheduler(name: str, config: Mapping[str, Any], *, eta: float = 0.0) -> Scheduler:
+def create_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
     """The sampler `name` with the options of a diffusers scheduler_config.json, which may belong
     to another class: then it is read as diffusers' from_config would.
 
-    eta: amount of noise that ddim adds (0 to 1). Raises UsageError for an unknown name or eta,
-    InputError for an option or value that isn't supported, and when a flow-matching schedule
-    would be mixed with the model of a discrete diffusion process, or the reverse.
+    Raises UsageError for an unknown name, InputError for an option or value that isn't supported,
+    and when a flow-matching schedule would be mixed with the model of a discrete diffusion process,
+    or the reverse.
     """
     source = config.get("_class_name")
     if source == sampler_class(name):  # its own options hold, whether its model gives them or not
@@ -114,8 +114,4 @@ def create_scheduler(name: str, config: Mapping[str, Any], *, eta: float = 0.0) 
             f"scheduler {name} doesn't fit a model made for {source}: flow-euler samples "
             "flow-matching models and only those"
         )
-    if name == DDIM.name:
-        return DDIM(config, eta)
-    if eta:
-        raise UsageError(f"eta is {eta}: scheduler {name} has none, only ddim does")
     return SCHEDULERS[name](config)  # type: ignore[call-arg]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from edgesd.errors import UsageError
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import LimitConfig, Noise, Scheduler, read_config
 from edgesd.runtime.schedulers.schedule import F32, Array, Prediction, Spacing
@@ -28,21 +27,16 @@ class DDIMConfig(LimitConfig, frozen=True, kw_only=True):
 class DDIM(Scheduler):
     """Eq. 12 of the paper, with a = alphas_cumprod at t and p the same at the step before:
 
-        x_prev = sqrt(p) x_0 + sqrt(1 - p - s**2) epsilon + s z
-        s = eta sqrt((1 - p) / (1 - a)) sqrt(1 - a / p)                          (eq. 16)
+        x_prev = sqrt(p) x_0 + sqrt(1 - p) epsilon
 
-    eta: 0 deterministic .. 1 as noisy as DDPM; z is drawn only when it is above 0. Raises
-    UsageError for another eta.
+    as diffusers has it with eta 0, its default: no noise is added.
     """
 
     name = "ddim"
     diffusers_class = "DDIMScheduler"
 
-    def __init__(self, config: Mapping[str, Any], eta: float = 0.0) -> None:
-        if not 0 <= eta <= 1:
-            raise UsageError(f"eta is {eta}: expected 0 (deterministic) to 1")
+    def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(DDIMConfig, config, self.name)
-        self.eta = eta
         self._table = c.table(zero_snr=c.rescale_betas_zero_snr)
         self._limit = schedule.x0_limiter(
             c.thresholding,
@@ -66,28 +60,24 @@ class DDIM(Scheduler):
         self.timesteps = timesteps
 
     def _step_weights(self, t: int, t_prev: int) -> tuple[float, ...]:
-        """x_0 and epsilon from (sample, model_output), then x_prev from (x_0, epsilon, z)."""
+        """x_0 and epsilon from (sample, model_output), then x_prev from (x_0, epsilon)."""
         prediction = self.config.prediction_type
         final = 1.0 if self.config.set_alpha_to_one else float(self._table[0])
         a = schedule.alpha_at(self._table, t)
         p = schedule.alpha_before(self._table, t_prev, final)
         alpha, sigma = schedule.signal_and_noise(a)
-        std = self.eta * math.sqrt(max((1 - p) / (1 - a) * (1 - a / p), 0.0))
         x0_s, x0_m = schedule.x0_weights(prediction, alpha, sigma)
         eps_s, eps_m = schedule.epsilon_weights(prediction, alpha, sigma)
-        direct, towards = math.sqrt(p), math.sqrt(max(1 - p - std * std, 0.0))
+        direct, towards = math.sqrt(p), math.sqrt(max(1 - p, 0.0))
         folded = (direct * x0_s + towards * eps_s, direct * x0_m + towards * eps_m)
-        return (*folded, std, x0_s, x0_m, eps_s * towards, eps_m * towards, direct)
+        return (*folded, x0_s, x0_m, eps_s * towards, eps_m * towards, direct)
 
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
         """See Scheduler."""
-        from_sample, from_output, std, x0_s, x0_m, eps_s, eps_m, direct = self._weights[i]
+        from_sample, from_output, x0_s, x0_m, eps_s, eps_m, direct = self._weights[i]
         if self._limit is None:
-            result = schedule.combine(from_sample, sample, from_output, model_output)
-        else:
-            x0 = self._limit(schedule.combine(x0_s, sample, x0_m, model_output))
-            result = schedule.combine(eps_s, sample, eps_m, model_output)
-            result += np.multiply(x0, direct)
-        if self.eta > 0:
-            result += np.multiply(noise(sample.shape), std)
+            return schedule.combine(from_sample, sample, from_output, model_output)
+        x0 = self._limit(schedule.combine(x0_s, sample, x0_m, model_output))
+        result = schedule.combine(eps_s, sample, eps_m, model_output)
+        result += np.multiply(x0, direct)
         return result

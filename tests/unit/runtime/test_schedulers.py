@@ -23,7 +23,6 @@ from edgesd.runtime.schedulers import (
     create_scheduler,
     sampler_of,
 )
-from edgesd.runtime.schedulers.ddim import DDIM
 from edgesd.runtime.schedulers.flow_euler import FlowEuler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -84,7 +83,6 @@ def reference(
     scheduler: Any,
     monkeypatch: pytest.MonkeyPatch,
     noise: Callable[[tuple[int, ...]], np.ndarray],
-    **step: Any,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """The same by diffusers, whose randn_tensor draws from `noise`."""
     import sys
@@ -104,7 +102,7 @@ def reference(
         if hasattr(scheduler, "scale_model_input"):
             scaled = scheduler.scale_model_input(sample, t)
         output = torch.from_numpy(model(scaled.numpy(), float(t)))
-        sample = scheduler.step(output, t, sample, return_dict=False, **step)[0]
+        sample = scheduler.step(output, t, sample, return_dict=False)[0]
         trace.append(sample.numpy())
     return trace, scheduler.timesteps.numpy()
 
@@ -120,21 +118,19 @@ class Compare:
         name: str,
         config: Mapping[str, Any],
         steps: int,
-        eta: float = 0.0,
         roundings: int = 0,
         **timesteps: Any,
     ) -> None:
         """roundings: float32 roundings of the largest sample so far that are let pass; where
         sigma starts in the thousands, they are all that diffusers' own sums leave certain."""
-        scheduler = create_scheduler(name, config, eta=eta)
+        scheduler = create_scheduler(name, config)
         mine = {k: v for k, v in timesteps.items() if k in ("mu", "sigmas")}
         scheduler.set_timesteps(steps, **mine)
         theirs = getattr(self.diffusers, CLASSES[name]).from_config(dict(config))
         theirs.set_timesteps(None if "sigmas" in timesteps else steps, **timesteps)
         with pytest.MonkeyPatch.context() as patch:
             noise = TorchNoise(SEED)
-            step = {"eta": eta} if eta else {}
-            want, want_timesteps = reference(self.torch, theirs, patch, noise, **step)
+            want, want_timesteps = reference(self.torch, theirs, patch, noise)
             left = noise((3,))
         noise = TorchNoise(SEED)
         got, got_timesteps = ours(scheduler, noise)
@@ -271,14 +267,6 @@ def test_epsilon_with_next_to_no_signal(compare: Compare, name: str) -> None:
     # The first step takes the sample from a sigma of 4096 down to 30 or so: rounding shows.
     config = SD | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     compare(name, config, 20)
-
-
-@pytest.mark.parametrize("eta", [0.3, 1.0])
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("clip", [False, True])
-def test_ddim_with_noise(compare: Compare, clip: bool, spacing: str, eta: float) -> None:
-    for steps in (1, 5, 20):
-        compare("ddim", SD | {"clip_sample": clip, "timestep_spacing": spacing}, steps, eta)
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -550,13 +538,6 @@ def test_flow_and_diffusion_are_not_mixed() -> None:
         create_scheduler("flow-euler", {"_class_name": "DDIMScheduler"})
 
 
-def test_eta() -> None:
-    with pytest.raises(UsageError, match="eta"):
-        create_scheduler("ddim", {}, eta=1.5)
-    with pytest.raises(UsageError, match="only ddim"):
-        create_scheduler("euler", {}, eta=0.5)
-
-
 def test_null_and_default_values_take_the_defaults() -> None:
     config = {
         "lambda_min_clipped": None,
@@ -610,8 +591,3 @@ def test_the_scaled_input_goes_where_it_is_wanted(name: str) -> None:
         out = np.empty(SHAPE, dtype)
         assert scheduler.scale_model_input(sample, 1, out=out) is out
         assert np.array_equal(out, scheduler.scale_model_input(sample, 1).astype(dtype))
-
-
-def test_ddim_is_a_scheduler_with_eta_of_its_own() -> None:
-    scheduler = create_scheduler("ddim", {}, eta=0.5)
-    assert isinstance(scheduler, DDIM) and scheduler.eta == 0.5
