@@ -28,8 +28,7 @@ from edgesd.processes import module_command
 from edgesd.recipes.planner import Wish, make_plan
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.memory import MEMORY_MODES
-from edgesd.runtime.rates import read_rates
-from edgesd.spec.rates import Rates
+from edgesd.runtime.rates import Rates, read_rates
 
 
 def generate(bundle: Path, mode: str, size: int, steps: int, kernels: bool) -> tuple[int, float]:

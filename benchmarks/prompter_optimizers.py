@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgesd.spec.options import OPTIMIZERS
+from edgesd.export.prompter.options import OPTIMIZERS
 
 from .common import table
 

@@ -22,9 +22,8 @@ from edgesd.export.passes.check import MAX_IR_VERSION, OPSET
 from edgesd.export.passes.no_shapes import NoShapes
 from edgesd.export.quantize.layers import find_layers, matrix_of
 from edgesd.export.quantize.quantize import rounded_layer
-from edgesd.runtime.rates import INDEX, PROBES, WEIGHTS
+from edgesd.runtime.rates import INDEX, PROBES, WEIGHTS, Probe
 from edgesd.spec.pipeline import TensorSpec
-from edgesd.spec.rates import Probe
 from edgesd.spec.scheme import parse_scheme
 
 FORMS: dict[str, tuple[str | None, bool]] = {

@@ -21,7 +21,7 @@ from edgesd.cli.common import (
     scheduler_option,
 )
 from edgesd.errors import EdgesdError
-from edgesd.spec.options import METHODS
+from edgesd.export.quantize.methods import METHODS
 from edgesd.spec.scheme import Precision
 
 

@@ -11,7 +11,7 @@ import msgspec
 from edgesd.cli.common import OutputPath, Reporter, json_option, print_json, say
 
 if TYPE_CHECKING:
-    from edgesd.spec.rates import Rates
+    from edgesd.runtime.rates import Rates
 
 
 @click.command("calibrate", short_help="Measure how fast this machine, or a board, is.")
@@ -87,7 +87,7 @@ def _on_board(host: str, threads: int) -> tuple[Rates, str | None]:
     from edgesd.errors import EdgesdError
     from edgesd.remote import board as boards
     from edgesd.remote.hosts import on_each
-    from edgesd.spec.rates import Rates
+    from edgesd.runtime.rates import Rates
     from edgesd.spec.target import Machine
 
     async def ask(board: boards.Board) -> tuple[Rates, str | None]:

@@ -18,7 +18,13 @@ from edgesd.cli.common import (
     say,
     say_error,
 )
-from edgesd.spec.options import ADAPTER_STARTS, GRIDS, MERGED_TYPES, OPTIMIZERS, PAIR_FORMATS
+from edgesd.export.prompter.options import (
+    ADAPTER_STARTS,
+    GRIDS,
+    MERGED_TYPES,
+    OPTIMIZERS,
+    PAIR_FORMATS,
+)
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 

@@ -33,12 +33,11 @@ from edgesd.runtime.footprint import Drawing, Need, computing, drawing_need, tex
 from edgesd.runtime.kernels import computes
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
 from edgesd.runtime.pipeline import DRAWING
-from edgesd.runtime.rates import Speed
+from edgesd.runtime.rates import Rates, Speed
 from edgesd.runtime.tiles import TILE, WINDOWS, margin_of, tail_shapes, tiles_of
 from edgesd.spec.base import Spec
 from edgesd.spec.bundle import Footprint
 from edgesd.spec.pipeline import check_multiple
-from edgesd.spec.rates import Rates
 from edgesd.spec.scheme import Precision, number_format, parse_scheme
 from edgesd.spec.target import Target
 

@@ -26,6 +26,7 @@ from edgesd.engines.kernels import ensure_library
 from edgesd.errors import InputError, ParityError, QualityError, UsageError
 from edgesd.evaluate import quality as quality_
 from edgesd.evaluate.psnr import mean_squared_error, psnr
+from edgesd.export.quantize.methods import METHODS
 from edgesd.files import atomic_write, environment_folder, user_cache
 from edgesd.runtime import kernels
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
@@ -33,7 +34,6 @@ from edgesd.runtime.bundle import Bundle, GraphFile, open_bundle
 from edgesd.runtime.pipeline import DRAWING, Pipeline, Request, Settings
 from edgesd.spec.base import decode_json
 from edgesd.spec.bundle import Graph, GraphSet, LayerRecipe, QuantRecipe
-from edgesd.spec.options import METHODS
 from edgesd.spec.quality import Quality
 from edgesd.spec.scheme import Scheme
 

@@ -52,7 +52,7 @@ class LayerRecipe(Spec, frozen=True, omit_defaults=True):
     """What became of one layer. Names are those of the source's modules, below its component.
 
     kind: conv, linear or embedding. shape: of the source's weight, output channels first.
-    scheme: as it is now: "fp16", or a Scheme. method: one of METHODS, or "fp16". rank: of its
+    scheme: as it is now: "fp16", or a Scheme. method: a method, or "fp16". rank: of its
     branch, at most the scheme's. bytes: its codes, scales and branch on disk. error: RMS of the
     change of the layer's output over RMS of that output, on calibrated inputs (0 if not measured).
     planned_scheme: the one that was planned, where it is another; reason: why it was promoted.

@@ -21,7 +21,7 @@ from edgesd.recipes import DEMO, QuantOptions, build, demo_model
 from edgesd.recipes.planner import PROGRAM_BYTES, BuildPlan, Wish, make_plan
 from edgesd.runtime import kernels
 from edgesd.runtime.bundle import Bundle
-from edgesd.spec.rates import Rate, Rates
+from edgesd.runtime.rates import Rate, Rates
 from edgesd.spec.scheme import parse_scheme
 from tests.support import assert_refused, run_cli
 

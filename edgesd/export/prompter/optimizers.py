@@ -27,7 +27,7 @@ _APOLLO = {**_GALORE, "scale": 1.0, "proj": "random", "scale_type": "channel"}
 
 
 def optimizer_of(kind: str, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """The optimizer `kind`, of spec.OPTIMIZERS, over all weights of `model`.
+    """The optimizer `kind`, of options.OPTIMIZERS, over all weights of `model`.
 
     The matrices of its blocks are projected; embeddings and norms get AdamW's full state. Raises
     MissingDependencyError without its package, or for galore8bit without CUDA.

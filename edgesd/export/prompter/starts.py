@@ -50,8 +50,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """start: one of spec.ADAPTER_STARTS. grid, iterations: LoftQ's, of spec.GRIDS. The update is
-    alpha / rank times the adapter's product."""
+    """start: one of options.ADAPTER_STARTS. grid, iterations: LoftQ's, of options.GRIDS. The
+    update is alpha / rank times the adapter's product."""
 
     rank: int
     alpha: int

@@ -61,7 +61,7 @@ LEARNING_RATES = {"lora": 1e-3, "adamw": 1e-4, "galore": 1e-3, "galore8bit": 1e-
 
 @dataclass(frozen=True)
 class Training:
-    """How to train. adapter: None to train all weights. optimizer: of spec.OPTIMIZERS; adapters
+    """How to train. adapter: None to train all weights. optimizer: of options.OPTIMIZERS; adapters
     take adamw. learning_rate: of the first step after warm-up; it falls to 0 as a cosine."""
 
     adapter: AdapterSettings | None

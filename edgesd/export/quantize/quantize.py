@@ -46,7 +46,7 @@ _BIG = 4 << 20
 class Method:
     """How codes are chosen. static: activation ranges are recorded ones, not those at hand.
 
-    name: one of spec.METHODS.
+    name: one of methods.METHODS.
     """
 
     name: str = "svdquant"

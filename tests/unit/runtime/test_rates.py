@@ -15,8 +15,17 @@ import pytest
 
 from edgesd.errors import InputError
 from edgesd.runtime import kernels, rates
-from edgesd.runtime.rates import Speed, find_rates, measure, rates_path, read_probes, read_rates
-from edgesd.spec.rates import Probe, Rate, Rates
+from edgesd.runtime.rates import (
+    Probe,
+    Rate,
+    Rates,
+    Speed,
+    find_rates,
+    measure,
+    rates_path,
+    read_probes,
+    read_rates,
+)
 from edgesd.spec.target import Machine
 from tests.support import assert_refused, run_cli
 

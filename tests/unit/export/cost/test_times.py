@@ -11,8 +11,7 @@ from edgesd.export.cost.times import RELATIVE_TIME, relative_time, seconds
 from edgesd.export.cost.workload import Operation, Workload
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
-from edgesd.runtime.rates import Speed
-from edgesd.spec.rates import Rate, Rates
+from edgesd.runtime.rates import Rate, Rates, Speed
 from edgesd.spec.scheme import parse_scheme
 
 LAYERS = [

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from edgesd.errors import InputError
 from edgesd.export.prompter.grammar import closed_grammar
+from edgesd.export.prompter.options import PAIR_FORMATS
 from edgesd.export.prompter.pairs import (
     Pair,
     boilerplate,
@@ -24,7 +25,6 @@ from edgesd.export.prompter.pairs import (
 )
 from edgesd.export.prompter.sources import SOURCES, from_emoji
 from edgesd.runtime.prompter import PROMPT_CHARACTERS, WISH_CHARACTERS, clean_wish
-from edgesd.spec.options import PAIR_FORMATS
 from tests.support import assert_refused, run_cli
 
 DOMAIN = Path(__file__).parents[4] / "models/emoji/prompts/domain.json"
