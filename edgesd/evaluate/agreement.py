@@ -97,7 +97,6 @@ class SmallJudge:
         self.name = "contrastive judge trained on the emoji set; not CLIP"
 
     def images(self, images: Sequence[ImageLike]) -> Rows:
-        """See Agreement."""
         size = (self._spec.side, self._spec.side)
         scaled = [
             np.asarray(Image.fromarray(pixels_of(one)).resize(size, Image.Resampling.BOX))

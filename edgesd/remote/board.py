@@ -369,7 +369,6 @@ class FolderBoard:
         on_line: OnLine | None = None,
         on_output: OnLine | None = None,
     ) -> Finished:
-        """See Board."""
         self._spend(0)
         try:
             process = await asyncio.create_subprocess_exec(
@@ -391,7 +390,6 @@ class FolderBoard:
         return Finished(process.returncode or 0, "" if on_output else texts[0], texts[1])
 
     async def put(self, path: str, chunks: Iterable[bytes], start: int = 0) -> None:
-        """See Board."""
         file = self.home / path
         with file.open("r+b" if file.exists() else "w+b") as out:
             out.seek(start)
@@ -405,7 +403,6 @@ class FolderBoard:
     async def get(
         self, path: str, size: int, out: BinaryIO, on_bytes: Callable[[int], None]
     ) -> None:
-        """See Board."""
         data = (self.home / path).read_bytes()
         self._spend(len(data))
         out.write(data[:size])

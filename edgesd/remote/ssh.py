@@ -266,7 +266,6 @@ class SshBoard:
         return Finished(status, out.text(), said.text())
 
     async def put(self, path: str, chunks: Iterable[bytes], start: int = 0) -> None:
-        """See Board."""
         said = Output(self.name, None, _ERROR_BYTES, _ANSWER_BYTES)
         nothing = Output(self.name, None, 0, _ANSWER_BYTES)
         command = ["sh", "-c", _PUT, "put", f"./{path}", str(start)]
@@ -282,7 +281,6 @@ class SshBoard:
     async def get(
         self, path: str, size: int, out: BinaryIO, on_bytes: Callable[[int], None]
     ) -> None:
-        """See Board."""
         at = 0
 
         def take(block: bytes) -> None:

@@ -116,7 +116,6 @@ class CudaBindingsMemory(Closing):
         self._graphs: list[Any] = []
 
     def buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Buffer:
-        """See DeviceMemory."""
         size = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
         flags = self._rt.cudaHostAllocMapped if self.shared else self._rt.cudaHostAllocDefault
         (pointer,) = self._check(self._rt.cudaHostAlloc(size, flags))
@@ -132,11 +131,9 @@ class CudaBindingsMemory(Closing):
         return Buffer(host, int(address), False)
 
     def upload(self, buffer: Buffer) -> None:
-        """See DeviceMemory."""
         self._copy(buffer, buffer.address, buffer.host.ctypes.data, "cudaMemcpyHostToDevice")
 
     def download(self, buffer: Buffer) -> None:
-        """See DeviceMemory."""
         self._copy(buffer, buffer.host.ctypes.data, buffer.address, "cudaMemcpyDeviceToHost")
 
     def _copy(self, buffer: Buffer, target: int, source: int, way: str) -> None:
@@ -146,15 +143,12 @@ class CudaBindingsMemory(Closing):
             self._check(self._rt.cudaMemcpyAsync(target, source, size, kind, self._stream))
 
     def stream(self) -> int:
-        """See DeviceMemory."""
         return int(self._stream)
 
     def synchronize(self) -> None:
-        """See DeviceMemory."""
         self._check(self._rt.cudaStreamSynchronize(self._stream))
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None] | None:
-        """See DeviceMemory."""
         mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._check(self._rt.cudaStreamBeginCapture(self._stream, mode))
         try:
@@ -176,7 +170,6 @@ class CudaBindingsMemory(Closing):
         return launch
 
     def close(self) -> None:
-        """See DeviceMemory."""
         self._rt.cudaStreamSynchronize(self._stream)
         for graph in self._graphs:
             self._rt.cudaGraphExecDestroy(graph)
@@ -217,7 +210,6 @@ class PyCudaMemory(Closing):
         self._kept: list[Any] = []
 
     def buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Buffer:
-        """See DeviceMemory."""
         flags = self._cuda.host_alloc_flags.DEVICEMAP if self.shared else 0
         try:
             host = self._cuda.pagelocked_zeros(shape, dtype, mem_flags=flags)
@@ -232,21 +224,17 @@ class PyCudaMemory(Closing):
         return Buffer(host, int(device), False)
 
     def upload(self, buffer: Buffer) -> None:
-        """See DeviceMemory."""
         if not buffer.shared:
             self._cuda.memcpy_htod_async(buffer.address, buffer.host, self._stream)
 
     def download(self, buffer: Buffer) -> None:
-        """See DeviceMemory."""
         if not buffer.shared:
             self._cuda.memcpy_dtoh_async(buffer.host, buffer.address, self._stream)
 
     def stream(self) -> int:
-        """See DeviceMemory."""
         return int(self._stream.handle)
 
     def synchronize(self) -> None:
-        """See DeviceMemory."""
         try:
             self._stream.synchronize()
         except self._cuda.Error as exc:
@@ -257,7 +245,6 @@ class PyCudaMemory(Closing):
         return None
 
     def close(self) -> None:
-        """See DeviceMemory."""
         if self._context is not None:
             self._stream.synchronize()
             self._kept.clear()
@@ -282,7 +269,6 @@ class NumpyMemory(Closing):
     _device: dict[int, Array] = field(default_factory=dict)
 
     def buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Buffer:
-        """See DeviceMemory."""
         host = np.zeros(shape, dtype)
         used = sum(array.nbytes for array in self._device.values())
         if used + host.nbytes > self.limit_bytes:
@@ -292,25 +278,20 @@ class NumpyMemory(Closing):
         return Buffer(host, device.ctypes.data, self.shared)
 
     def upload(self, buffer: Buffer) -> None:
-        """See DeviceMemory."""
         self.log.append("upload")
         self._device[buffer.address][...] = buffer.host
 
     def download(self, buffer: Buffer) -> None:
-        """See DeviceMemory."""
         self.log.append("download")
         buffer.host[...] = self._device[buffer.address]
 
     def stream(self) -> int:
-        """See DeviceMemory."""
         return id(self)
 
     def synchronize(self) -> None:
-        """See DeviceMemory."""
         self.log.append("synchronize")
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None] | None:
-        """See DeviceMemory."""
         if not self.captures:
             return None
         self.log.append("capture")
@@ -322,7 +303,6 @@ class NumpyMemory(Closing):
         return launch
 
     def close(self) -> None:
-        """See DeviceMemory."""
         self._device.clear()
 
 

@@ -167,7 +167,6 @@ class LlamaCppPython(Closing):
         return int(self._lib.llama_vocab_eos(self._vocabulary))
 
     def complete(self, text: str, grammar: str, max_tokens: int) -> str:
-        """See Llama."""
         lib = self._lib
         rules = lib.llama_sampler_init_grammar(self._vocabulary, grammar.encode(), b"root")
         if not rules:
@@ -245,7 +244,6 @@ class LlamaCppPython(Closing):
             lib.llama_batch_free(batch)
 
     def close(self) -> None:
-        """See Llama."""
         if self._context:
             self._lib.llama_free(self._context)
         if self._model:
@@ -292,7 +290,6 @@ class XLlamaCpp(Closing):
             raise InputError(f"{base} can't be loaded by llama.cpp: {exc}") from exc
 
     def complete(self, text: str, grammar: str, max_tokens: int) -> str:
-        """See Llama."""
         done = self._server.handle_completions(
             {
                 "prompt": text,
@@ -311,7 +308,6 @@ class XLlamaCpp(Closing):
         return str(done["choices"][0]["text"])
 
     def close(self) -> None:
-        """See Llama."""
         self._server = None
 
 

@@ -73,7 +73,6 @@ class DDIM(Scheduler):
         return (*folded, x0_s, x0_m, eps_s * towards, eps_m * towards, direct)
 
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
-        """See Scheduler."""
         from_sample, from_output, x0_s, x0_m, eps_s, eps_m, direct = self._weights[i]
         if self._limit is None:
             return schedule.combine(from_sample, sample, from_output, model_output)

@@ -187,7 +187,6 @@ class DPMSolverPlusPlus(Scheduler):
         return scale, main + share, -share, spread
 
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
-        """See Scheduler."""
         if i == 0:
             self._forget()
         from_sample, from_output = self._conversions[i]

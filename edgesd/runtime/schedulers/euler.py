@@ -123,7 +123,6 @@ class Euler(ExplodingScheduler):
         self.timesteps = timesteps
 
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
-        """See Scheduler."""
         return euler_step(model_output, sample, *self._weights[i])
 
 

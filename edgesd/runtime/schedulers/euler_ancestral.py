@@ -47,7 +47,6 @@ class EulerAncestral(ExplodingScheduler):
         self.timesteps = timesteps
 
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
-        """See Scheduler."""
         *weights, up = self._weights[i]
         result = euler_step(model_output, sample, *weights)
         result += np.multiply(noise(sample.shape), up)

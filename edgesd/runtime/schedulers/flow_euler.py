@@ -144,7 +144,6 @@ class FlowEuler(Scheduler):
         return shifted
 
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
-        """See Scheduler."""
         sigma, sigma_next = self._pairs[i]
         if not self.config.stochastic_sampling:
             return schedule.combine(1.0, sample, sigma_next - sigma, model_output)

@@ -82,7 +82,6 @@ class LCM(Scheduler):
         self.timesteps = timesteps
 
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
-        """See Scheduler."""
         x0_s, x0_m, skip, out, spread = self._weights[i]
         x0 = schedule.combine(x0_s, sample, x0_m, model_output)
         if self._limit is not None:
