@@ -50,7 +50,7 @@ def test_plain_lines_keep_their_distance(
     for n in range(25):
         clock = n / 10
         reporter.update("generate", n, 25)
-    assert capsys.readouterr().err == "generate: 10/25\ndraw: 20/25\n"
+    assert capsys.readouterr().err == "generate: 10/25\ngenerate: 20/25\n"
 
 
 def test_a_quiet_reporter_shows_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from edgesd import build as recipes
+from edgesd import recipes
 from edgesd.errors import TargetError
 from edgesd.export.source import ModelSource
 from edgesd.recipes import demo_model
