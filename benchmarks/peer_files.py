@@ -158,7 +158,7 @@ def load_torch(folder: Path) -> Any:
     """The torch module in `folder`/torch, with what it takes and returns as in a bundle."""
     from diffusers import UNet2DConditionModel
 
-    from edgesd.export.families.modules import Unet
+    from edgesd.export.families.parts.unet import Unet
 
     make: Any = UNet2DConditionModel
     net = make.from_pretrained(folder / "torch", local_files_only=True)

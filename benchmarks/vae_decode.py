@@ -106,7 +106,7 @@ def _exported(autoencoder: Path | None) -> Any:
     from diffusers import AutoencoderKL
 
     from edgesd.export.families import Component
-    from edgesd.export.families.modules import VaeDecoder
+    from edgesd.export.families.parts.vae import VaeDecoder
     from edgesd.export.to_onnx import graph_from_module
 
     make: Any = AutoencoderKL
@@ -124,7 +124,7 @@ def _exported(autoencoder: Path | None) -> Any:
     latent = LatentSpec(4, SCALE, net.config.scaling_factor)
     module = VaeDecoder(net.eval().requires_grad_(False), latent)
     size = {"batch": 2, "height": 16, "width": 24}
-    return graph_from_module(module, Component(SPEC, lambda: module, {}, (size,)), "ort-mha")
+    return graph_from_module(module, Component(SPEC, lambda: module, (size,)), "ort-mha")
 
 
 def decode(folder: Path, mode: str, latents: Array, kernels: bool, answer: Connection) -> None:

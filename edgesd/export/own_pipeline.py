@@ -1,8 +1,8 @@
-"""The gate before the networks: a plan must feed them what diffusers' own pipeline feeds them.
+"""The gate before the networks: they must be fed what diffusers' own pipeline feeds them.
 
-Parity compares a graph with its module on inputs that follow from the plan: it can't see a plan
-that is wrong. Here diffusers' pipeline generates, and edgesd's loop beside it, with networks that
-compute next to nothing and write down what they are given: token ids, the sample and its size,
+Parity compares a graph with its module on inputs that follow from the export spec: it can't see
+a spec that is wrong. Here diffusers' pipeline generates, and edgesd's loop beside it, with networks
+that compute next to nothing and write down what they are given: token ids, the sample and its size,
 timesteps, the embedding of the guidance scale, and the latents that are decoded.
 """
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from edgesd.errors import EdgesdError, ParityError
-from edgesd.export.families import ExportSpec
+from edgesd.export.families import ExportSpec, OwnPipeline
 from edgesd.export.quiet import quiet
 from edgesd.runtime.backends.base import Array
 from edgesd.runtime.backends.fake import FakeRunner
@@ -43,7 +43,7 @@ _TOGETHER = 6
 
 _SEED = 5
 _SECOND_COUNT = 7
-"""Of steps, beside the plan's own: spacings that agree for one count may differ for another."""
+"""Of steps, beside the model's own: spacings that agree for one count may differ for another."""
 
 _TOLERANCE = 1e-3
 """Of what is fed, relative to its largest value: samplers round in another order."""
@@ -59,16 +59,17 @@ class _Fed:
     decoded: Float | None = None
 
 
-def check_own_pipeline(plan: ExportSpec, tokenizer: PromptTokenizer) -> None:
-    """Hold `plan`, and the tokenizer made for it, to diffusers' own pipeline of the same source.
+def check_own_pipeline(export: ExportSpec, tokenizer: PromptTokenizer) -> None:
+    """Compare `export`, and the tokenizer made for it, with diffusers' own pipeline of its source.
 
     Raises ParityError that names what differs: token ids, default size, timesteps, guidance, what
     the UNet is given at some step, or the decoder.
     """
-    spec = plan.pipeline
-    own = plan.own()
-    own.set_progress_bar_config(disable=True)
-    own.__class__ = _on_cpu(type(own))
+    spec = export.pipeline
+    own = export.own()
+    pipeline = own.pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.__class__ = _on_cpu(type(pipeline))
     try:
         with quiet(), torch.inference_mode():
             _check_tokens(own, tokenizer)
@@ -78,8 +79,8 @@ def check_own_pipeline(plan: ExportSpec, tokenizer: PromptTokenizer) -> None:
         raise
     except Exception as exc:  # diffusers and the libraries below it, each with its own exceptions
         raise ParityError(
-            f"{spec.source}: diffusers' own {type(own).__name__} can't generate with what is "
-            f"planned: {first_sentence(exc)}"
+            f"{spec.source}: diffusers' own {type(pipeline).__name__} can't generate with this "
+            f"export: {first_sentence(exc)}"
         ) from exc
 
 
@@ -101,17 +102,18 @@ def _prompts(tokenizer: Any) -> Iterator[str]:
         yield "word " * 73 + " ".join(some)
 
 
-def _check_tokens(own: Any, tokenizer: PromptTokenizer) -> None:
-    """The ids that encode_prompt gives its text encoder."""
+def _check_tokens(own: OwnPipeline, tokenizer: PromptTokenizer) -> None:
+    """The ids that the pipeline gives its text encoder."""
     seen: list[list[int]] = []
+    encoder, theirs = own.encoders["text_encoder"], own.tokenizers["tokenizer"]
 
     def encode(input_ids: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
         seen.append(input_ids[0].tolist())
-        return (_embedding(input_ids.numpy(), own.text_encoder.config.hidden_size),)
+        return (_embedding(input_ids.numpy(), encoder.config.hidden_size),)
 
-    own.text_encoder.forward = encode
-    for prompt in _prompts(own.tokenizer):
-        own.encode_prompt(prompt, torch.device("cpu"), 1, False)
+    encoder.forward = encode
+    for prompt in _prompts(theirs):
+        own.encode(prompt)
         found = tokenizer.encode(prompt)[0][0].tolist()
         if found != seen[-1]:
             pairs = enumerate(zip(found, seen[-1], strict=False))
@@ -138,8 +140,10 @@ def _predict(sample: Float, states: Float, cond: Float | None) -> Float:
     return out
 
 
-def _check_drawing(own: Any, spec: PipelineSpec, tokenizer: PromptTokenizer, steps: int) -> None:
-    """One image of `steps` steps by both, at the plan's guidance and with what is generated where
+def _check_drawing(
+    own: OwnPipeline, spec: PipelineSpec, tokenizer: PromptTokenizer, steps: int
+) -> None:
+    """One image of `steps` steps by both, at the spec's guidance and with what is generated where
     nobody says otherwise."""
     theirs, ours = _Fed(), _Fed()
     problem: EdgesdError | None = None
@@ -196,9 +200,11 @@ def _few(values: list[float]) -> str:
     return f"{shown}{', ...' if len(values) > 4 else ''} ({len(values)})"
 
 
-def _generate_theirs(own: Any, spec: PipelineSpec, steps: int, fed: _Fed) -> None:
+def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, steps: int, fed: _Fed) -> None:
+    encoder = own.encoders["text_encoder"]
+
     def encode(input_ids: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
-        return (_embedding(input_ids.numpy(), own.text_encoder.config.hidden_size),)
+        return (_embedding(input_ids.numpy(), encoder.config.hidden_size),)
 
     def predict(sample: torch.Tensor, timestep: Any, **given: Any) -> tuple[torch.Tensor]:
         cond = given.get("timestep_cond")
@@ -211,11 +217,11 @@ def _generate_theirs(own: Any, spec: PipelineSpec, steps: int, fed: _Fed) -> Non
         fed.decoded = latents.numpy()
         return (torch.zeros(1, 3, 1, 1),)
 
-    own.text_encoder.forward, own.unet.forward, own.vae.decode = encode, predict, decode
+    encoder.forward, own.denoiser.forward, own.autoencoder.decode = encode, predict, decode
     size: dict[str, int] = {}
-    if not spec.shape.dynamic or not _generates_by_itself(own):
+    if not spec.shape.dynamic or not own.has_size:
         size = {"height": spec.shape.height, "width": spec.shape.width}
-    own(
+    own.pipeline(
         _PROMPTS[1],
         num_inference_steps=steps,
         guidance_scale=spec.guidance_scale,
@@ -223,13 +229,6 @@ def _generate_theirs(own: Any, spec: PipelineSpec, steps: int, fed: _Fed) -> Non
         output_type="pt",
         **size,
     )
-
-
-def _generates_by_itself(own: Any) -> bool:
-    """Whether the pipeline has a default size: that of latent consistency models takes one number
-    only."""
-    takes_two = hasattr(own, "_is_unet_config_sample_size_int")
-    return takes_two or isinstance(own.unet.config.sample_size, int)
 
 
 def _generate_ours(spec: PipelineSpec, tokenizer: PromptTokenizer, steps: int, fed: _Fed) -> None:

@@ -179,12 +179,6 @@ def _example(
     tensor: TensorSpec, component: Component, sizes: Sizes, rng: np.random.Generator
 ) -> Array:
     shape = [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape]
-    if tensor.dtype == "int64":
-        ids = rng.integers(0, component.vocab_size, shape)
-        ids[:, 0], ids[:, shape[1] // 2 :] = component.vocab_size - 2, component.vocab_size - 1
-        return ids.astype(np.int64)
-    if tensor.name == "timestep":
-        return rng.integers(1, 1000, shape).astype(np.float32)
-    if tensor.name == "image":
-        return rng.uniform(-1, 1, shape).astype(np.float32)
+    if tensor.name in component.examples:
+        return component.examples[tensor.name](rng, shape)
     return rng.standard_normal(shape, dtype=np.float32)

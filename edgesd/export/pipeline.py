@@ -40,14 +40,14 @@ class Progress(Protocol):
 
 def export_pipeline(
     source: ModelSource,
-    plan: ExportSpec,
+    spec: ExportSpec,
     out_dir: Path,
     precision: Precision = "fp32",
     *,
     backend: str = "onnxruntime",
     progress: Progress | None = None,
 ) -> GraphSet:
-    """Export all components of `source`, as planned, to the new (or empty) folder `out_dir`.
+    """Export the components of `spec`, read from `source`, to the new (or empty) folder `out_dir`.
 
     Writes COMPONENT/model.onnx and weights.bin for each component, tokenizer/tokenizer.json and
     tokenizer_spec.json, and licence/. One component is in memory at a time.
@@ -55,7 +55,7 @@ def export_pipeline(
     precision: "fp16" stores weights in 16 bits; inputs and outputs stay in fp32. backend: whose
     graphs to make (`backends`): for ONNX Runtime arithmetic stays in fp32, too.
 
-    Raises InputError for a model that can't be read, ParityError when the plan differs from
+    Raises InputError for a model that can't be read, ParityError when the spec differs from
     diffusers' own pipeline or a graph from its source, ResourceError when the disk is full,
     EdgesdError when the exporter fails, MissingDependencyError without edgesd[build]. `out_dir` is
     left as it was then.
@@ -70,19 +70,19 @@ def export_pipeline(
         from edgesd.export.tokenizer import write_tokenizer
 
         names = write_tokenizer(
-            source.root / "tokenizer", root / "tokenizer", plan.pipeline.max_tokens
+            source.root / "tokenizer", root / "tokenizer", spec.pipeline.max_tokens
         )
         assets += [f"tokenizer/{name}" for name in names]
         report("compare with diffusers' own", "pipeline")
         start = time.perf_counter()
         written = (root / asset for asset in assets[-2:])
-        check_own_pipeline(plan, PromptTokenizer(*(path.read_bytes() for path in written)))
+        check_own_pipeline(spec, PromptTokenizer(*(path.read_bytes() for path in written)))
         _log.info("pipeline: compared with diffusers' own, %.1f s", time.perf_counter() - start)
-        for component in plan.components:
+        for component in spec.components:
             graphs[component.name] = _export(component, root, precision, backend, report)
     return GraphSet(
         root=str(out_dir),
-        pipeline=plan.pipeline,
+        pipeline=spec.pipeline,
         precision=precision,
         graphs=graphs,
         assets=tuple(assets),
@@ -112,16 +112,16 @@ def export_spec(
     require_build_tools()
     source.check_configs()
     try:
-        plan = source.family.plan(source, size, scheduler, batch)
+        spec = source.family.export_spec(source, size, scheduler, batch)
     except (TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise InputError(f"{source.name}: its configs hold a value of a wrong type: {exc}") from exc
     try:
-        check_ranges(plan.pipeline)
+        check_ranges(spec.pipeline)
     except InputError as exc:
         raise InputError(
             f"{source.name}: its configs ask for what can't be generated: {exc}"
         ) from exc
-    return plan
+    return spec
 
 
 def _export(

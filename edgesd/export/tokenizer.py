@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from edgesd.errors import BundleError, InputError
-from edgesd.export.families.modules import load_tokenizer
+from edgesd.export.families.parts.clip import load_tokenizer
 from edgesd.export.quiet import quiet
 from edgesd.files import atomic_write
 from edgesd.runtime.tokenizer import PromptTokenizer, TokenizerSpec

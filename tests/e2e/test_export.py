@@ -199,7 +199,7 @@ def test_lcm_like_has_guidance_as_an_input(tmp_path: Path) -> None:
         diffusers.LCMScheduler(),
     )
     source = resolve_source(model)
-    unet = next(c for c in source.family.plan(source, None).components if c.name == "unet")
+    unet = next(c for c in source.family.export_spec(source, None).components if c.name == "unet")
     assert unet.spec.inputs[-1].shape == ("batch", 32)
     assert export_one(unet, tmp_path, "ort-mha")["MultiHeadAttention"] == 2
 
@@ -231,7 +231,7 @@ def test_sizes_that_no_level_divides_are_generated_as_diffusers_does(
 
 def test_standard_operators_only(tmp_path: Path) -> None:
     source = resolve_source(EMOJI)
-    text_encoder = source.family.plan(source, None).components[0]
+    text_encoder = source.family.export_spec(source, None).components[0]
     found = export_one(text_encoder, tmp_path, "sdpa")
     assert found["MultiHeadAttention"] == 0
     assert found["Softmax"] == 2
@@ -249,7 +249,7 @@ class TestFailures:
 
     def test_exporter(self, monkeypatch: pytest.MonkeyPatch) -> None:
         source = resolve_source(EMOJI)
-        part: Component = source.family.plan(source, None).components[0]
+        part: Component = source.family.export_spec(source, None).components[0]
 
         def fail(*args: Any, **kwargs: Any) -> None:
             raise RuntimeError("step 3 of 3\nmany lines") from ValueError("no such op\nmore")
@@ -291,7 +291,7 @@ from edgesd.export.pipeline import _export
 from edgesd.export.source import resolve_source
 root, out = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 source = resolve_source(root)
-unet = next(c for c in source.family.plan(source, None).components if c.name == "unet")
+unet = next(c for c in source.family.export_spec(source, None).components if c.name == "unet")
 graph = _export(unet, out, "fp32", "ort-mha", lambda stage, component: None)
 print(graph.parity.rel_rms, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

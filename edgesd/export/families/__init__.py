@@ -1,31 +1,38 @@
 """Model families: one file per family, found by `_class_name` in model_index.json.
 
-To add a family, write `families/<name>.py` with a `FAMILY: Family` and list it in `_MODULES`.
-A family reads configs only, as the libraries' own config objects have them: what is missing in a
-file, renamed or mended for its age is what diffusers and transformers make of it.
+To add a family, write `families/<name>.py` with a `FAMILY: Family` and list it in `_MODULES`; what
+it shares with others lies in `parts/`. A family reads configs only, as the libraries' own config
+objects have them: what is missing in a file, renamed or mended for its age is what diffusers and
+transformers make of it.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from edgesd.errors import InputError
+from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.spec.pipeline import ComponentSpec, PipelineSpec
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from edgesd.export.source import ModelSource
 
 MAX_BATCH = 63
 """Rows of a dynamic graph, at most. diffusers' upsampling takes another branch from 64 on."""
 
 Sizes = Mapping[str, int]
 """A value for each symbolic dimension of a component's inputs: batch, height, width."""
+
+
+Example = Callable[[np.random.Generator, Sequence[int]], npt.NDArray[Any]]
+"""Draws values of an input, of a shape, such as the pipeline feeds."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +42,16 @@ class Component:
     load: reads the weights and returns a torch module in fp32 whose forward takes the inputs of
         `spec` in order, and returns its output, or a tuple of them; load(weights=False) makes it
         of the config alone, for torch's meta device. Raises InputError.
-    multiples: what a symbolic dimension must be a multiple of (1 if absent).
     sizes: where parity is checked; all equal when the graph is static.
-    vocab_size: ids in int64 inputs stay below it.
+    multiples: what a symbolic dimension must be a multiple of (1 if absent).
+    examples: input -> its values where parity is checked; standard normal ones if absent.
     """
 
     spec: ComponentSpec
     load: Callable[..., nn.Module]
-    multiples: Mapping[str, int]
     sizes: tuple[Sizes, ...]
-    vocab_size: int = 0
+    multiples: Mapping[str, int] = field(default_factory=dict)
+    examples: Mapping[str, Example] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -53,16 +60,34 @@ class Component:
 
 
 @dataclass(frozen=True)
+class OwnPipeline:
+    """diffusers' own pipeline of a checkpoint, and where it calls its networks, which lie on
+    torch's meta device.
+
+    encoders: by the component's name. tokenizers: by the folder's name. encode: hands a prompt to
+    the pipeline's encoders. has_size: whether it knows a default size by itself.
+    """
+
+    pipeline: Any
+    encoders: Mapping[str, Any]
+    tokenizers: Mapping[str, Any]
+    denoiser: Any
+    autoencoder: Any
+    encode: Callable[[str], object]
+    has_size: bool
+
+
+@dataclass(frozen=True)
 class ExportSpec:
     """What a checkpoint becomes: the pipeline as a whole, and its networks in export order.
 
-    own: makes diffusers' own pipeline of it, with the plan's scheduler, and networks that lie on
-    torch's meta device: what the plan is held to (own_pipeline.py).
+    own: makes diffusers' own pipeline of it, with the same scheduler, which the pipeline is
+    compared with (own_pipeline.py).
     """
 
     pipeline: PipelineSpec
     components: tuple[Component, ...]
-    own: Callable[[], Any]
+    own: Callable[[], OwnPipeline]
 
 
 @dataclass(frozen=True)
@@ -72,8 +97,8 @@ class Family:
     class_names: values of `_class_name` in model_index.json that it takes.
     weights: folder of each network -> stem of its weight files.
     configs: folders whose json and text files are needed (scheduler, tokenizer).
-    plan: reads the configs. Takes (width, height) in pixels for static graphs, or None for dynamic
-        ones, the name of a scheduler, or None for the model's own, and the rows of a static
+    export_spec: reads the configs. Takes (width, height) in pixels for static graphs, or None for
+        dynamic ones, the name of a scheduler, or None for the model's own, and the rows of a static
         denoiser. Raises InputError for a variant that isn't supported, UsageError for a size that
         the model can't generate or an unknown scheduler.
     """
@@ -82,7 +107,7 @@ class Family:
     class_names: tuple[str, ...]
     weights: Mapping[str, str]
     configs: tuple[str, ...]
-    plan: Callable[[ModelSource, tuple[int, int] | None, str | None, int], ExportSpec]
+    export_spec: Callable[[Checkpoint, tuple[int, int] | None, str | None, int], ExportSpec]
 
 
 _MODULES = ("sd",)

@@ -24,7 +24,7 @@ EMOJI = Path(__file__).resolve().parents[3] / "models" / "emoji"
 
 def component(root: Path, name: str) -> Any:
     source = resolve_source(root)
-    return next(c for c in source.family.plan(source, None).components if c.name == name)
+    return next(c for c in source.family.export_spec(source, None).components if c.name == name)
 
 
 def outputs(module: Any, part: Any) -> Any:
@@ -59,7 +59,7 @@ def test_decoder_and_encoder_are_the_pipelines_own() -> None:
 def test_kl_autoencoder(tmp_path: Path) -> None:
     from diffusers import AutoencoderKL
 
-    from edgesd.export.families.modules import VaeDecoder, VaeEncoder
+    from edgesd.export.families.parts.vae import VaeDecoder, VaeEncoder
     from edgesd.spec.pipeline import LatentSpec
 
     torch.manual_seed(0)

@@ -21,7 +21,8 @@ from hypothesis import strategies as st  # noqa: E402
 
 from edgesd.errors import EdgesdError, InputError, ParityError  # noqa: E402
 from edgesd.export.families import ExportSpec  # noqa: E402
-from edgesd.export.families.modules import Unet, load_tokenizer  # noqa: E402
+from edgesd.export.families.parts.clip import load_tokenizer  # noqa: E402
+from edgesd.export.families.parts.unet import Unet  # noqa: E402
 from edgesd.export.own_pipeline import check_own_pipeline  # noqa: E402
 from edgesd.export.pipeline import export_spec  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
@@ -395,7 +396,7 @@ def inverted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PromptToken
     folder = write_configs(tmp_path_factory.mktemp("inverted") / "model")
     with_tokens(folder, ["<cat>", "<cat>_1", "<cat>_2", "<dog>"])
     plan = planned(folder)
-    return plan.own(), tokenizer_of(folder, plan)
+    return plan.own().pipeline, tokenizer_of(folder, plan)
 
 
 @settings(max_examples=150, deadline=None)

@@ -13,8 +13,11 @@ import pytest
 
 from edgesd.errors import EdgesdError, InputError, UsageError
 from edgesd.export import source as source_module
+from edgesd.export.families.checkpoint import Weights
 from edgesd.export.pipeline import export_spec
-from edgesd.export.source import Weights, choose_weights, resolve_source
+from edgesd.export.source import hub as hub_module
+from edgesd.export.source import resolve_source
+from edgesd.export.source.folder import choose_weights
 
 EMOJI = Path(__file__).resolve().parents[3] / "models" / "emoji"
 
@@ -30,7 +33,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(repo_id: str) -> Path:
         raise AssertionError(f"looked for {repo_id} on the network")
 
-    monkeypatch.setattr(source_module, "_download", refuse)
+    monkeypatch.setattr(source_module, "download", refuse)
 
 
 def edit(path: Path, **fields: Any) -> None:
@@ -39,7 +42,7 @@ def edit(path: Path, **fields: Any) -> None:
 
 def test_the_embedded_model() -> None:
     source = resolve_source(EMOJI)
-    plan = source.family.plan(source, None)
+    plan = source.family.export_spec(source, None)
     spec = plan.pipeline
     assert [c.name for c in plan.components] == [
         "text_encoder",
@@ -62,12 +65,12 @@ def test_the_embedded_model() -> None:
 
 def test_static_size() -> None:
     source = resolve_source(EMOJI)
-    plan = source.family.plan(source, (192, 128))
+    plan = source.family.export_spec(source, (192, 128))
     assert not plan.pipeline.shape.dynamic
     assert plan.pipeline.components["unet"].inputs[0].shape == (1, 4, 16, 24)
     assert plan.pipeline.components["vae_decoder"].outputs[0].shape == (1, 3, 128, 192)
     with pytest.raises(UsageError, match="width 100 isn't a multiple of 8: the nearest is 96"):
-        source.family.plan(source, (100, 64))
+        source.family.export_spec(source, (100, 64))
 
 
 @pytest.mark.parametrize("name", ["./none", "/none/at/all", "~/none", "none", "a/b/c", "", "x y/z"])
@@ -86,7 +89,7 @@ def test_a_typo_beside_a_folder_stays_local(
 
 
 def test_a_hub_id_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_module, "_download", lambda repo_id: EMOJI)
+    monkeypatch.setattr(source_module, "download", lambda repo_id: EMOJI)
     assert resolve_source("owner/name").name == "owner/name"
 
 
@@ -208,7 +211,7 @@ def test_a_pickle_with_more_than_tensors_is_told_as_one(model: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"a": torch.zeros(1), "b": PurePosixPath("x")}, folder / "pytorch_model.bin")
     source = resolve_source(model)
-    (component, *_) = source.family.plan(source, None, None, 1).components
+    (component, *_) = source.family.export_spec(source, None, None, 1).components
     with pytest.raises(InputError) as error:
         component.load()
     text = str(error.value)
@@ -241,7 +244,7 @@ def test_variants_that_are_not_supported(
     edit(model / file, **fields)
     source = resolve_source(model)
     with pytest.raises(InputError, match=message):
-        source.family.plan(source, None)
+        source.family.export_spec(source, None)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +262,7 @@ def test_missing_files(model: Path, missing: str) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     source = resolve_source(model)
     with pytest.raises(InputError, match=missing.split("/")[0]):
-        source.family.plan(source, None)
+        source.family.export_spec(source, None)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +338,7 @@ def test_choose_weights() -> None:
     assert choose_weights([], stem) is None
 
 
-reachable = source_module._reachable
+reachable = hub_module.reachable
 
 
 class TestDownload:
@@ -344,7 +347,7 @@ class TestDownload:
     @pytest.fixture
     def hub(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.undo()
-        monkeypatch.setattr(source_module, "_reachable", lambda url: True)
+        monkeypatch.setattr(hub_module, "reachable", lambda url: True)
         return pytest.importorskip("huggingface_hub")
 
     @pytest.mark.parametrize(
@@ -389,7 +392,7 @@ class TestDownload:
             server.bind(("127.0.0.1", 0))
             endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
             assert not reachable(endpoint)
-            monkeypatch.setattr(source_module, "_reachable", lambda url: reachable(endpoint))
+            monkeypatch.setattr(hub_module, "reachable", lambda url: reachable(endpoint))
             assert resolve_source("some-owner/cached").root == EMOJI
             with pytest.raises(InputError, match=r"none is not .* the hub can't be reached"):
                 resolve_source("some-owner/none")

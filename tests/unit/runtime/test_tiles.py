@@ -81,7 +81,7 @@ def component(fixed: bool = False, **fields: Any) -> Any:
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     from edgesd.export.families import Component
-    from edgesd.export.families.modules import VaeDecoder
+    from edgesd.export.families.parts.vae import VaeDecoder
 
     torch.manual_seed(0)
     options: dict[str, Any] = {
@@ -101,7 +101,7 @@ def component(fixed: bool = False, **fields: Any) -> Any:
     image = TensorSpec("image", "float32", (dims[0], 3, *dims[3:]))
     spec = ComponentSpec("vae_decoder", (latents,), (image,))
     size = {"batch": 1, "height": 8, "width": 12}
-    return Component(spec, lambda: module, {}, (size, {**size, "batch": 2}))
+    return Component(spec, lambda: module, (size, {**size, "batch": 2}))
 
 
 class Decoder:

@@ -154,7 +154,7 @@ class TestParity:
 
     @staticmethod
     def check(graph: Path, y: Array) -> float:
-        component = Component(SPEC, lambda: None, {}, ())  # type: ignore[arg-type, return-value]
+        component = Component(SPEC, lambda: None, ())  # type: ignore[arg-type, return-value]
         cases = [({"x": np.ones((2, 64), np.float32)}, (y,))]
         return check_parity(graph, component, cases, "fp32").rel_rms
 

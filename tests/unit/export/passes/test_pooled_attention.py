@@ -20,7 +20,7 @@ from torch import Tensor, nn  # noqa: E402
 from edgesd.export.backends import lower_quantized, lower_to_kernels  # noqa: E402
 from edgesd.export.external_data import write_model  # noqa: E402
 from edgesd.export.families import Component  # noqa: E402
-from edgesd.export.families.modules import Unet  # noqa: E402
+from edgesd.export.families.parts.unet import Unet  # noqa: E402
 from edgesd.export.passes.pooled_attention import PooledAttention  # noqa: E402
 from edgesd.export.quantize.layers import (  # noqa: E402
     QuantizedLayer,
@@ -85,7 +85,7 @@ def exported(levels: tuple[str, ...], size: tuple[int, int] | None) -> onnx.Mode
     example = {} if size else {"batch": 2, "height": 12, "width": 16}
     multiple = 2 ** (len(levels) - 1)
     net = unet(levels)
-    component = Component(spec, lambda: net, {"height": multiple, "width": multiple}, (example,))
+    component = Component(spec, lambda: net, (example,), {"height": multiple, "width": multiple})
     return ir.serde.serialize_model(graph_from_module(Unet(net), component, "ort-mha"))
 
 

@@ -1,58 +1,39 @@
-"""From what the user names as a model to a checked local folder.
-
-Takes a diffusers folder (with model_index.json) or a Hugging Face hub id (owner/name). Other
-kinds of input (single-file checkpoints, ONNX folders) would be told apart in `resolve_source`.
-"""
+"""A model in a diffusers folder: its configs, weights, licence, prompts and hints."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
 import math
 import re
-import socket
-import threading
-import urllib.parse
-import urllib.request
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgesd.errors import InputError, MissingDependencyError, unknown_name
+from edgesd.errors import InputError, unknown_name
 from edgesd.export.families import Family, families, family_of
-from edgesd.files import expanded, sha256_file, user_home
+from edgesd.export.families.checkpoint import Weights
+from edgesd.files import sha256_file
 from edgesd.runtime.images import read_prompts
 from edgesd.spec.base import is_file_name
 from edgesd.spec.bundle import Licence
 from edgesd.text import first_sentence
 from edgesd.textfiles import read_json
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_TEXT_FILE = (".json", ".txt", ".model")
-_LICENCES = "LICENSES"
-_NOTICE = re.compile(r"(licen[cs]e|notice|copying)([._-].*)?", re.IGNORECASE)
-_MODEL_CARD = "README.md"
+TEXT_FILE = (".json", ".txt", ".model")
+LICENCES = "LICENSES"
+NOTICE = re.compile(r"(licen[cs]e|notice|copying)([._-].*)?", re.IGNORECASE)
+MODEL_CARD = "README.md"
 _LARGE = ("vocab_size", "max_position_embeddings", "model_max_length")
 _LARGEST, _LARGEST_SIZE = 1 << 20, 1 << 14
 """Of those numbers in a component's config.json and of ids of tokens; of all others."""
-_HINTS = "edgesd.json"
+HINTS = "edgesd.json"
 _HINT_TYPES: dict[str, tuple[type, ...]] = {
     "num_inference_steps": (int,),
     "guidance_scale": (int, float),
 }
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The weight files of one network: names in its folder, and how diffusers must load them."""
-
-    files: tuple[str, ...]
-    variant: str | None
-    safetensors: bool
 
 
 @dataclass(frozen=True)
@@ -133,8 +114,8 @@ class ModelSource:
 
     def licence_files(self) -> tuple[Path, ...]:
         """LICENSE, NOTICE and the like in the model's folder, and all files in its LICENSES/."""
-        notices = [p for p in self.root.iterdir() if _NOTICE.fullmatch(p.name)]
-        found = sorted(p for p in [*notices, *(self.root / _LICENCES).glob("*")] if p.is_file())
+        notices = [p for p in self.root.iterdir() if NOTICE.fullmatch(p.name)]
+        found = sorted(p for p in [*notices, *(self.root / LICENCES).glob("*")] if p.is_file())
         for path in found:
             self._check_inside(path)
             if not is_file_name(path.name):
@@ -143,7 +124,7 @@ class ModelSource:
 
     def model_card(self) -> Path | None:
         """README.md, if there is one."""
-        path = self.root / _MODEL_CARD
+        path = self.root / MODEL_CARD
         if not path.is_file():
             return None
         self._check_inside(path)
@@ -194,7 +175,7 @@ class ModelSource:
 
         Raises InputError for another field, or a value that makes no sense.
         """
-        path = self.root / _HINTS
+        path = self.root / HINTS
         if not path.exists():
             return {}
         found = read_json_object(path)
@@ -239,32 +220,11 @@ class ModelSource:
             folder = self.root / folder_name
             if not folder.is_dir():
                 raise InputError(f"{folder} is missing: download the model again")
-            paths += [p for p in folder.iterdir() if p.suffix in _TEXT_FILE]
+            paths += [p for p in folder.iterdir() if p.suffix in TEXT_FILE]
         for path in paths:
             if not path.is_file():
                 raise InputError(f"{path} is missing: download the model again")
         return sorted(paths)
-
-
-def resolve_source(model: str | Path) -> ModelSource:
-    """Find a model: a local diffusers folder, or a hub id, which is downloaded to its cache.
-
-    What looks like a path (it exists, starts with . / or ~, or its parent folder exists) is never
-    looked up on the network. Raises InputError when the model can't be found, read or reached, or
-    is of no supported family; MissingDependencyError when a download needs edgesd[build].
-    """
-    name = str(model)
-    path = expanded(name)
-    if path.is_file():
-        raise InputError(_not_a_folder(path))
-    if path.is_dir():
-        return _open_folder(name, path)
-    if _looks_local(model):
-        raise InputError(
-            f"{name} doesn't exist: give a diffusers folder (with model_index.json), "
-            "or a hub id such as owner/name"
-        )
-    return _open_folder(name, _download(name))
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
@@ -350,15 +310,15 @@ def _lacking(folder: Path, names: Collection[str], stem: str) -> str:
     return f"{folder} has no weights: {expected}; download the model again"
 
 
-def _open_folder(name: str, root: Path) -> ModelSource:
+def open_folder(name: str, root: Path) -> ModelSource:
     if not (root / "model_index.json").is_file():
         raise InputError(_no_pipeline(root))
     index = read_json_object(root / "model_index.json")
-    class_name = _class_name(root / "model_index.json", index)
+    class_name = class_name_of(root / "model_index.json", index)
     return ModelSource(name, root, index, family_of(class_name, name))
 
 
-def _class_name(path: Path, index: Mapping[str, Any]) -> str:
+def class_name_of(path: Path, index: Mapping[str, Any]) -> str:
     """The pipeline's class. Raises InputError where there is none, or code of the model's own."""
     name = index.get("_class_name")
     if isinstance(name, str):
@@ -391,7 +351,7 @@ def _no_pipeline(root: Path) -> str:
     names = sorted(path.name for path in root.iterdir())
     inner = [name for name in names if (root / name / "model_index.json").is_file()]
     snapshots = sorted((root / "snapshots").glob("*/model_index.json"))
-    single = [name for name in names if Path(name).suffix.lower() in _SINGLE_FILE]
+    single = [name for name in names if Path(name).suffix.lower() in SINGLE_FILE]
     if "bundle.json" in names:
         return f"{root} is a bundle already: edgesd inspect shows what it is"
     if inner or snapshots:
@@ -408,16 +368,16 @@ def _no_pipeline(root: Path) -> str:
             "folder of the whole pipeline"
         )
     if single:
-        return _not_a_folder(root / single[0])
+        return not_a_folder(root / single[0])
     return (
         f"{root} has no model_index.json: expected a diffusers pipeline folder, as "
         "save_pretrained writes it"
     )
 
 
-def _not_a_folder(path: Path) -> str:
+def not_a_folder(path: Path) -> str:
     suffix = path.suffix.lower()
-    if suffix in _SINGLE_FILE:
+    if suffix in SINGLE_FILE:
         return (
             f"{path} is a single-file checkpoint, which isn't supported yet: convert it once with "
             "diffusers (StableDiffusionPipeline.from_single_file, then save_pretrained)"
@@ -430,106 +390,3 @@ def _not_a_folder(path: Path) -> str:
         **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".7z"), "an archive: unpack it first"),
     }
     return f"{path} is {what.get(suffix, 'a file: expected a diffusers folder')}"
-
-
-def _looks_local(model: str | Path) -> bool:
-    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
-        return True
-    return Path(model).suffix.lower() in _SINGLE_FILE or Path(model).parent.is_dir()
-
-
-def _download(repo_id: str) -> Path:
-    """Fetch just the files that the family needs; from the cache when the hub can't be reached."""
-    if user_home() is None:
-        raise InputError(f"downloading {repo_id} needs a home folder: set HOME to one")
-    try:
-        import huggingface_hub as hub
-        from huggingface_hub import constants, errors
-        from huggingface_hub.utils import logging as hub_logging
-    except ImportError as exc:
-        raise MissingDependencyError(
-            f"downloading {repo_id} needs huggingface_hub: pip install 'edgesd[build]'"
-        ) from exc
-    # The library retries, and reports each try; the one error line at the end says it all.
-    hub_logging.get_logger().setLevel(logging.ERROR)
-    offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
-    if offline is None and not _reachable(constants.ENDPOINT):
-        offline = "the hub can't be reached"
-    try:
-        if offline:  # its five tries would take half a minute
-            return Path(hub.snapshot_download(repo_id, local_files_only=True))
-        index_path = Path(hub.hf_hub_download(repo_id, "model_index.json"))
-        family = family_of(_class_name(index_path, read_json_object(index_path)), repo_id)
-        try:
-            patterns = _wanted(hub.list_repo_files(repo_id), family)
-        except errors.HfHubHTTPError:
-            raise  # the hub answered, and said no
-        except Exception:  # noqa: BLE001  each hub version raises those of its own HTTP library
-            return Path(hub.snapshot_download(repo_id, local_files_only=True))
-        return Path(hub.snapshot_download(repo_id, allow_patterns=patterns))
-    except errors.GatedRepoError as exc:
-        raise InputError(
-            f"{repo_id} is gated: accept its terms on the hub's web page, then run `hf auth login`"
-        ) from exc
-    except errors.RepositoryNotFoundError as exc:
-        raise InputError(
-            f"{repo_id} is neither a folder here nor a public model on the hub: check the spelling"
-            ", or run `hf auth login` if it is private"
-        ) from exc
-    except errors.LocalEntryNotFoundError as exc:
-        raise InputError(
-            f"{repo_id} is not a folder here, is not in the download cache, and "
-            f"{offline or 'the connection to the hub was lost'}: check the network, or give a "
-            "local folder"
-        ) from exc
-    except errors.EntryNotFoundError as exc:
-        raise InputError(
-            f"{repo_id} has no model_index.json: only diffusers pipelines are supported"
-        ) from exc
-    except InputError:
-        raise
-    except Exception as exc:  # each hub version raises the exceptions of its own HTTP library
-        raise InputError(f"cannot download {repo_id}: {first_sentence(exc)}") from exc
-
-
-def _reachable(url: str, seconds: float = 4.0) -> bool:
-    """Whether the server of `url`, or the proxy that leads to it, takes connections."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        proxies = urllib.request.getproxies()
-        proxy = proxies.get(parts.scheme) or proxies.get("all")
-        if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
-            parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError:  # an address that nobody can use
-        return False
-    if not host:
-        return False
-    found, done = threading.Event(), threading.Event()
-
-    def connect() -> None:
-        # UnicodeError: for what can't be a host's name.
-        with (
-            contextlib.suppress(OSError, UnicodeError),
-            socket.create_connection((host, port)),
-        ):
-            found.set()
-        done.set()
-
-    # In a thread, as looking up a name has no time limit.
-    threading.Thread(target=connect, daemon=True).start()
-    done.wait(seconds)
-    return found.is_set()
-
-
-def _wanted(files: Collection[str], family: Family) -> list[str]:
-    wanted = ["model_index.json", _MODEL_CARD, _HINTS]
-    wanted += [name for name in files if _NOTICE.fullmatch(name)] + [f"{_LICENCES}/*"]
-    wanted += [f"{folder}/*{suffix}" for folder in family.configs for suffix in _TEXT_FILE]
-    for component, stem in family.weights.items():
-        prefix = f"{component}/"
-        names = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
-        weights = choose_weights(names, stem)
-        wanted.append(f"{prefix}config.json")
-        wanted += [prefix + name for name in weights.files] if weights else []
-    return wanted

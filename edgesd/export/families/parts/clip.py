@@ -1,0 +1,88 @@
+"""CLIP's text encoder and its tokenizer.
+
+Graph: input_ids int64 [batch, tokens] -> encoder_hidden_states [batch, tokens, C], the last hidden
+state after the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+
+from edgesd.errors import InputError
+from edgesd.export.families import Component
+from edgesd.export.families.checkpoint import Checkpoint
+from edgesd.export.families.parts.shapes import dims, float_tensor, token_ids
+from edgesd.export.families.parts.weights import load_network
+from edgesd.spec.pipeline import ComponentSpec, ShapeSpec, TensorSpec
+
+
+class TextEncoder(nn.Module):
+    """input_ids [batch, tokens] -> last hidden state, after the final norm [batch, tokens, C]."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out: Tensor = self.net(input_ids=input_ids).last_hidden_state
+        return out
+
+
+def text_encoder(
+    source: Checkpoint, name: str, config: Mapping[str, Any], tokens: int, shape: ShapeSpec
+) -> Component:
+    """The component `name`, in a folder of that name. config: transformers' of the encoder."""
+
+    def load(weights: bool = True) -> nn.Module:
+        return TextEncoder(load_network(source, name, transformers.CLIPTextModel, weights))
+
+    batch = dims(shape, 1)[0]
+    return Component(
+        ComponentSpec(
+            name,
+            (TensorSpec("input_ids", "int64", (batch, tokens)),),
+            (float_tensor("encoder_hidden_states", batch, tokens, config["hidden_size"]),),
+        ),
+        load,
+        sizes=({"batch": 1}, {"batch": 2}) if shape.dynamic else ({}, {}),
+        examples={"input_ids": token_ids(config["vocab_size"])},
+    )
+
+
+def token_count(folder: Path, tokenizer: Any, config: Mapping[str, Any]) -> int:
+    """Tokens of a prompt with its padding: as many as diffusers' tokenizer gives.
+
+    folder: of the tokenizer. config: of the encoder that takes them. Raises InputError where the
+    two don't fit each other.
+    """
+    tokens, most = tokenizer.model_max_length, config["max_position_embeddings"]
+    if not 2 <= tokens <= most:
+        raise InputError(
+            f"{folder}/tokenizer_config.json: model_max_length is missing or isn't 2 to {most}, as "
+            f"many tokens as the text encoder takes: set it to {most}"
+        )
+    if (last := max(tokenizer.get_vocab().values())) >= config["vocab_size"]:
+        raise InputError(
+            f"{folder} gives token ids up to {last}, and the text encoder has embeddings for "
+            f"{config['vocab_size']} only: save the text encoder that these tokens were added to"
+        )
+    return int(tokens)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer as diffusers' pipelines use it: the one that knows tokenizer.json, which
+    transformers 4 has beside one in Python. Raises InputError where its files are missing, which
+    transformers takes for a tokenizer without words."""
+    names = ("vocab.json", "merges.txt"), ("tokenizer.json",)
+    if not any(all((folder / name).is_file() for name in files) for files in names):
+        raise InputError(
+            f"{folder} lacks the tokenizer's files, tokenizer.json or vocab.json and merges.txt: "
+            "download the model again"
+        )
+    cls: Any = transformers.CLIPTokenizerFast  # type: ignore[attr-defined]
+    return cls.from_pretrained(str(folder), local_files_only=True)

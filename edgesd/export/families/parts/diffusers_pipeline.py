@@ -1,0 +1,80 @@
+"""diffusers' own pipeline of a checkpoint, whose networks take no memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import diffusers
+from diffusers.utils import DummyObject
+
+from edgesd.errors import InputError
+from edgesd.export.families.checkpoint import Checkpoint
+from edgesd.export.families.parts.weights import shell
+from edgesd.export.quiet import quiet
+from edgesd.text import first_sentence
+
+_NO_OPTIONS = ("_diffusers_version", "_name_or_path")
+"""Of a scheduler's config."""
+
+
+def diffusers_pipeline(
+    source: Checkpoint,
+    class_name: str,
+    networks: Mapping[str, Any],
+    tokenizers: Mapping[str, Callable[[], Any]],
+    sampler: str,
+    **options: Any,
+) -> Any:
+    """diffusers' pipeline `class_name` of a model, as its constructor leaves the configs.
+
+    networks: component -> class; they are made of their configs alone, on torch's meta device.
+    tokenizers: component -> what makes it. sampler: class of the scheduler where diffusers has none
+    of the model's own name, or lacks a package that it needs. options: for the constructor. Raises
+    InputError for what the libraries can't make sense of.
+    """
+    scheduler: Any = getattr(diffusers, source.class_of("scheduler"), None)
+    if scheduler is None or isinstance(scheduler, DummyObject):
+        scheduler = getattr(diffusers, sampler)
+    made = {}
+    for part, cls in networks.items():
+        made[part] = _made(source, part, partial(shell, source, part, cls))
+    for part, make in tokenizers.items():
+        made[part] = _made(source, part, make)
+    made["scheduler"] = _made(
+        source,
+        "scheduler",
+        lambda: scheduler.from_pretrained(str(source.root / "scheduler"), local_files_only=True),
+    )
+    try:
+        with quiet():
+            cls = getattr(diffusers, class_name)
+            return cls(**made, **options)
+    except Exception as exc:  # many libraries read here, each with exceptions of its own
+        raise InputError(f"{source.name} makes no {class_name}: {first_sentence(exc)}") from exc
+
+
+def _made(source: Checkpoint, part: str, make: Callable[[], Any]) -> Any:
+    try:
+        with quiet():
+            return make()
+    except InputError:
+        raise
+    except Exception as exc:  # as above
+        raise InputError(f"cannot read {source.root / part}: {first_sentence(exc)}") from exc
+
+
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """All options of a scheduler, by diffusers' names, as JSON can hold them: what isn't finite
+    becomes None. `_use_default_values` lists those that its model doesn't give."""
+    config: dict[str, Any] = json.loads(scheduler.to_json_string())
+    used = sorted(scheduler.config.get("_use_default_values") or ())
+    config = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in config.items()
+        if key not in _NO_OPTIONS
+    }
+    return {**config, "_use_default_values": used} if used else config

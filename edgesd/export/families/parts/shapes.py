@@ -1,0 +1,67 @@
+"""Shapes of tensors, the sizes that graphs are checked at, and the values they are checked with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgesd.export.families import Example, Sizes
+from edgesd.spec.base import Dim
+from edgesd.spec.pipeline import ShapeSpec, TensorSpec
+
+
+def float_tensor(name: str, *shape: Dim) -> TensorSpec:
+    """An input or output in fp32."""
+    return TensorSpec(name, "float32", shape)
+
+
+def dims(shape: ShapeSpec, unit: int) -> tuple[Dim, Dim, Dim]:
+    """Batch, height, width of a tensor whose elements are `unit` pixels wide; one static row."""
+    if shape.dynamic:
+        return "batch", "height", "width"
+    return 1, shape.height // unit, shape.width // unit
+
+
+def sizes(shape: ShapeSpec, unit: int) -> tuple[Sizes, ...]:
+    """Where to check: the pipeline's own size, and a smaller oblong one in a batch of 2."""
+    if not shape.dynamic:
+        return {}, {}
+    step = shape.multiple_of
+    height = max(2 * step, shape.height // 2 // step * step)
+    return (
+        {"batch": 1, "height": shape.height // unit, "width": shape.width // unit},
+        {"batch": 2, "height": height // unit, "width": (height + step) // unit},
+    )
+
+
+def uniform(low: float, high: float) -> Example:
+    """Values from `low` to `high`."""
+
+    def draw(rng: np.random.Generator, shape: Sequence[int]) -> npt.NDArray[Any]:
+        return rng.uniform(low, high, shape).astype(np.float32)
+
+    return draw
+
+
+def timesteps(low: int, high: int) -> Example:
+    """Whole timesteps from `low` to below `high`."""
+
+    def draw(rng: np.random.Generator, shape: Sequence[int]) -> npt.NDArray[Any]:
+        return rng.integers(low, high, shape).astype(np.float32)
+
+    return draw
+
+
+def token_ids(vocab_size: int) -> Example:
+    """Ids [rows, tokens] of a prompt, padded from the middle on: CLIP's first and last tokens are
+    the vocabulary's last."""
+
+    def draw(rng: np.random.Generator, shape: Sequence[int]) -> npt.NDArray[Any]:
+        ids = rng.integers(0, vocab_size, shape)
+        ids[:, 0], ids[:, shape[1] // 2 :] = vocab_size - 2, vocab_size - 1
+        return ids.astype(np.int64)
+
+    return draw

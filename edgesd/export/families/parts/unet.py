@@ -1,0 +1,170 @@
+"""diffusers' UNet2DConditionModel.
+
+Graph, with h and w in latents: sample [batch, C, h, w], timestep [1], encoder_hidden_states
+[batch, tokens, D] (and timestep_cond [batch, G] where guidance is distilled) -> noise_pred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgesd.errors import InputError, UsageError
+from edgesd.export.families import MAX_BATCH, Component, Sizes
+from edgesd.export.families.checkpoint import Checkpoint
+from edgesd.export.families.parts.shapes import dims, float_tensor, sizes, timesteps
+from edgesd.export.families.parts.weights import load_network
+from edgesd.spec.pipeline import ComponentSpec, LatentSpec, ShapeSpec, check_multiple
+
+_TIMESTEPS = 1, 1000
+_NO_SIZE_IS_A_MULTIPLE = 40
+"""Upsamplings of a UNet that asks whether a size is a multiple of two to that power."""
+
+
+class Unet(nn.Module):
+    """sample [batch, 4, h, w], timestep [1], states [batch, tokens, C] -> noise_pred like sample.
+
+    timestep_cond [batch, D]: embedding of the guidance scale, for models distilled with it. follow:
+    upsampling makes the size of what it is joined with, which it else doubles to. diffusers' UNet
+    decides that by the sample, which a graph for any size can't: both give the same where the
+    sample's size is a multiple of all levels'.
+    """
+
+    def __init__(self, net: nn.Module, follow: bool = False) -> None:
+        super().__init__()
+        self.net = net
+        if follow:
+            _follow_skips(net)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        out: Tensor = self.net(
+            sample,
+            timestep,
+            encoder_hidden_states=encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            return_dict=False,
+        )[0]
+        return out
+
+
+def unet(
+    source: Checkpoint,
+    name: str,
+    config: Mapping[str, Any],
+    states: tuple[int, int],
+    shape: ShapeSpec,
+    latent: LatentSpec,
+) -> Component:
+    """The component `name`, in a folder of that name. config: diffusers' of the UNet. states:
+    tokens and width of the text embeddings."""
+    multiple = size_multiple(config)
+    follow = shape.dynamic and shape.multiple_of % (multiple * latent.scale_factor) != 0
+
+    def load(weights: bool = True) -> nn.Module:
+        net = load_network(source, name, diffusers.UNet2DConditionModel, weights)
+        return Unet(net, follow)
+
+    batch, height, width = dims(shape, latent.scale_factor)
+    if not shape.dynamic:
+        batch = shape.batch
+    inputs = [
+        float_tensor("sample", batch, latent.channels, height, width),
+        float_tensor("timestep", 1),
+        float_tensor("encoder_hidden_states", batch, *states),
+    ]
+    if dim := config["time_cond_proj_dim"]:
+        inputs.append(float_tensor("timestep_cond", batch, dim))
+    noise_pred = float_tensor("noise_pred", batch, latent.channels, height, width)
+    return Component(
+        ComponentSpec(name, tuple(inputs), (noise_pred,)),
+        load,
+        multiples={} if follow else {"height": multiple, "width": multiple},
+        sizes=_odd_sizes(shape, latent.scale_factor, multiple)
+        if follow
+        else sizes(shape, latent.scale_factor),
+        examples={"timestep": timesteps(*_TIMESTEPS)},
+    )
+
+
+def size_multiple(config: Mapping[str, Any]) -> int:
+    """Latent rows and columns that are a multiple of this are halved at each level but the last,
+    and doubled again."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+def shape_spec(
+    size: tuple[int, int] | None, batch: int, config: Mapping[str, Any], scale_factor: int
+) -> ShapeSpec:
+    """Sizes that diffusers generates, multiples of `scale_factor`, and none in their place.
+
+    size: (width, height) of static graphs. Graphs for any size take multiples of all the UNet's
+    levels, which is faster, or of `scale_factor` if the model's own size is none. Raises
+    InputError, UsageError.
+    """
+    step = size_multiple(config) * scale_factor
+    if size is None:
+        own = config["sample_size"]
+        sides = tuple(own) if isinstance(own, list | tuple) else (own, own)
+        if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+            raise InputError(
+                f"the UNet's sample_size is {own!r}, which says no default size: give --size"
+            )
+        height, width = (side * scale_factor for side in sides)
+        even = height % step == 0 and width % step == 0
+        return ShapeSpec(height, width, MAX_BATCH, True, step if even else scale_factor)
+    width, height = size
+    for what, value in (("height", height), ("width", width)):
+        check_multiple(what, value, scale_factor)
+    if not 1 <= batch <= MAX_BATCH:
+        raise UsageError(f"batch {batch} is out of range: expected 1 to {MAX_BATCH}")
+    even = height % step == 0 and width % step == 0
+    return ShapeSpec(height, width, batch, False, step if even else scale_factor)
+
+
+def _odd_sizes(shape: ShapeSpec, unit: int, multiple: int) -> tuple[Sizes, ...]:
+    """Where to check a UNet that takes any size: the smaller one is no multiple of any level's."""
+    rows = max(2 * multiple, shape.height // unit // 2) | 1
+    return (
+        {"batch": 1, "height": shape.height // unit, "width": shape.width // unit},
+        {"batch": 2, "height": rows, "width": rows + multiple + 1},
+    )
+
+
+class _Following(nn.Module):
+    """diffusers' Upsample2D, of which it takes the convolution, without its branches on sizes."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, hidden: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        """[batch, C, h, w] -> [batch, C', 2 h, 2 w], or as output_size says."""
+        scale = 2.0 if output_size is None else None
+        wide = functional.interpolate(hidden, output_size, scale, mode="nearest")
+        out: Tensor = self.conv(wide)
+        return out
+
+
+def _follow_skips(net: Any) -> None:
+    """Let a UNet forward the sizes of its skip connections whatever the sample's are."""
+    for block in net.up_blocks:
+        for index, layer in enumerate(block.upsamplers or ()):
+            plain = isinstance(layer, Upsample2D) and layer.use_conv and layer.name == "conv"
+            if not plain or layer.norm is not None or not layer.interpolate:
+                raise InputError(
+                    f"the UNet's {type(layer).__name__} makes images of multiples of "
+                    f"{2**net.num_upsamplers} latents only: give --size"
+                )
+            block.upsamplers[index] = _Following(layer.conv)
+    net.num_upsamplers = _NO_SIZE_IS_A_MULTIPLE

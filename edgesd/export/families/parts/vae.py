@@ -1,0 +1,173 @@
+"""Autoencoders: diffusers' AutoencoderKL and AutoencoderTiny.
+
+Graphs, with h and w in latents and H and W in pixels:
+
+    decoder  latents [batch, C, h, w] -> image [batch, 3, H, W] in about -1 to 1
+    encoder  image [batch, 3, H, W] in -1 to 1 -> mean, std (AutoencoderKL) or latents
+
+All latents are in the space that the denoiser works in: scaling is part of the graphs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import diffusers
+from torch import Tensor, nn
+
+from edgesd.errors import InputError
+from edgesd.export.families import Component
+from edgesd.export.families.checkpoint import Checkpoint
+from edgesd.export.families.parts.shapes import dims, float_tensor, sizes, uniform
+from edgesd.export.families.parts.weights import load_network
+from edgesd.spec.pipeline import ComponentSpec, LatentSpec, ShapeSpec
+
+_FOLDER = "vae"
+_TINY = "AutoencoderTiny"
+_COLOURS = 3
+"""Channels of an image."""
+
+
+class VaeDecoder(nn.Module):
+    """latents [batch, C, h, w], as the UNet makes them -> image [batch, 3, H, W] in about -1 to 1.
+
+    AutoencoderTiny, too, gives -1 to 1: diffusers' DecoderTiny ends with 2 x - 1.
+    """
+
+    def __init__(self, net: nn.Module, latent: LatentSpec) -> None:
+        super().__init__()
+        self.net = net
+        self.scale, self.shift = latent.scaling_factor, latent.shift_factor
+
+    def forward(self, latents: Tensor) -> Tensor:
+        if self.scale != 1:
+            latents = latents / self.scale
+        if self.shift:
+            latents = latents + self.shift
+        out: Tensor = self.net.decode(latents, return_dict=False)[0]  # type: ignore[operator]
+        return out
+
+
+class VaeEncoder(nn.Module):
+    """image [batch, 3, H, W] in -1 to 1 -> mean and std of the latents, each [batch, C, h, w].
+
+    AutoencoderTiny gives the latents themselves. All are scaled as the UNet expects them.
+    """
+
+    def __init__(self, net: nn.Module, latent: LatentSpec) -> None:
+        super().__init__()
+        self.net = net
+        self.scale, self.shift = latent.scaling_factor, latent.shift_factor
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        encoded = self.net.encode(image)  # type: ignore[operator]
+        if hasattr(encoded, "latents"):
+            return self._scaled(encoded.latents)
+        return self._scaled(encoded.latent_dist.mean), encoded.latent_dist.std * self.scale
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        if self.shift:
+            latents = latents - self.shift
+        return latents * self.scale if self.scale != 1 else latents
+
+
+def vae_decoder(source: Checkpoint, name: str, latent: LatentSpec, shape: ShapeSpec) -> Component:
+    """The component `name`: the decoder of the autoencoder in the folder vae."""
+
+    def load(weights: bool = True) -> nn.Module:
+        net = _autoencoder(source, weights)
+        net.encoder = net.quant_conv = None
+        return VaeDecoder(net, latent)
+
+    batch, height, width = dims(shape, latent.scale_factor)
+    _, rows, columns = dims(shape, 1)
+    return Component(
+        ComponentSpec(
+            name,
+            (float_tensor("latents", batch, latent.channels, height, width),),
+            (float_tensor("image", batch, _COLOURS, rows, columns),),
+        ),
+        load,
+        sizes=sizes(shape, latent.scale_factor),
+    )
+
+
+def vae_encoder(source: Checkpoint, name: str, latent: LatentSpec, shape: ShapeSpec) -> Component:
+    """The component `name`: the encoder of the autoencoder in the folder vae."""
+
+    def load(weights: bool = True) -> nn.Module:
+        net = _autoencoder(source, weights)
+        net.decoder = net.post_quant_conv = None
+        return VaeEncoder(net, latent)
+
+    batch, height, width = dims(shape, latent.scale_factor)
+    _, rows, columns = dims(shape, 1)
+    outputs = ("latents",) if _is_tiny(source) else ("mean", "std")
+    return Component(
+        ComponentSpec(
+            name,
+            (float_tensor("image", batch, _COLOURS, rows, columns),),
+            tuple(float_tensor(each, batch, latent.channels, height, width) for each in outputs),
+        ),
+        load,
+        multiples={"height": latent.scale_factor, "width": latent.scale_factor},
+        sizes=sizes(shape, 1),
+        examples={"image": uniform(-1, 1)},
+    )
+
+
+def latent_spec(
+    source: Checkpoint, config: Mapping[str, Any], channels: int, scale_factor: int
+) -> LatentSpec:
+    """What the denoiser works on. config: diffusers' of the autoencoder. channels: of the denoiser.
+
+    diffusers' Stable Diffusion pipelines scale latents, and leave an autoencoder's shift_factor,
+    latents_mean and latents_std alone. Raises InputError.
+    """
+    if config["latent_channels"] != channels:
+        raise InputError(
+            f"{source.name}: the VAE has {config['latent_channels']} latent channels and the UNet "
+            f"{channels}: do both belong to one model?"
+        )
+    for side in ("in_channels", "out_channels"):
+        if config[side] != _COLOURS:
+            raise InputError(
+                f"{source.name}: its VAE has {side}={config[side]}: only images of three "
+                "colours are supported"
+            )
+    scaling = config["scaling_factor"]
+    if scaling is None or not math.isfinite(scaling) or scaling == 0:
+        raise InputError(
+            f"{source.root}/{_FOLDER}/config.json: scaling_factor is {scaling}: expected a number "
+            "that latents are divided by, such as 0.18215"
+        )
+    tiny = _is_tiny(source)
+    return LatentSpec(
+        channels=config["latent_channels"],
+        scale_factor=scale_factor,
+        scaling_factor=float(scaling),
+        halo=_tiny_halo(config["num_decoder_blocks"]) if tiny else None,
+        levels=None if tiny else tuple(reversed(config["block_out_channels"])),
+    )
+
+
+def _is_tiny(source: Checkpoint) -> bool:
+    return source.class_of(_FOLDER) == _TINY
+
+
+def _autoencoder(source: Checkpoint, weights: bool) -> Any:
+    cls = getattr(diffusers, source.class_of(_FOLDER))
+    return load_network(source, _FOLDER, cls, weights)
+
+
+def _tiny_halo(blocks: Sequence[int]) -> int:
+    """Latent pixels that a pixel of AutoencoderTiny's decoder sees to each side: each level has a
+    convolution, and blocks of three; a pixel before upsampling is two behind it."""
+    reach = 1  # the last convolution
+    for level in reversed(range(len(blocks))):
+        reach += 3 * blocks[level] + 1
+        if level:
+            reach = -(-reach // 2)
+    return reach

@@ -1,0 +1,46 @@
+"""From what the user names as a model to a checked local folder.
+
+Takes a diffusers folder (with model_index.json) or a Hugging Face hub id (owner/name). Other
+kinds of input (single-file checkpoints, ONNX folders) would be told apart in `resolve_source`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from edgesd.errors import InputError
+from edgesd.export.source.folder import SINGLE_FILE, ModelSource, not_a_folder, open_folder
+from edgesd.export.source.hub import download
+from edgesd.files import expanded
+
+__all__ = ["ModelSource", "resolve_source"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve_source(model: str | Path) -> ModelSource:
+    """Find a model: a local diffusers folder, or a hub id, which is downloaded to its cache.
+
+    What looks like a path (it exists, starts with . / or ~, or its parent folder exists) is never
+    looked up on the network. Raises InputError when the model can't be found, read or reached, or
+    is of no supported family; MissingDependencyError when a download needs edgesd[build].
+    """
+    name = str(model)
+    path = expanded(name)
+    if path.is_file():
+        raise InputError(not_a_folder(path))
+    if path.is_dir():
+        return open_folder(name, path)
+    if _looks_local(model):
+        raise InputError(
+            f"{name} doesn't exist: give a diffusers folder (with model_index.json), "
+            "or a hub id such as owner/name"
+        )
+    return open_folder(name, download(name))
+
+
+def _looks_local(model: str | Path) -> bool:
+    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+        return True
+    return Path(model).suffix.lower() in SINGLE_FILE or Path(model).parent.is_dir()
