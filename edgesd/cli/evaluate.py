@@ -32,7 +32,7 @@ def eval_group() -> None:
     type=click.IntRange(2),
     default=200,
     show_default=True,
-    help="Wishes, spread over the held-out pairs.",
+    help="Short prompts, spread over the held-out pairs.",
 )
 @click.option(
     "--judge",
@@ -51,8 +51,8 @@ def prompter_command(
     lpips: Path | None,
     as_json: bool,
 ) -> None:
-    """Does BUNDLE's prompter help? Generates held-out wishes as they are, and the prompts made of
-    them.
+    """Does BUNDLE's prompter help? Generates held-out short prompts as they are, and the
+    prompts made of them.
 
     Each image is held against the text of the prompt which its pair has, and against its image,
     generated from another seed by the same bundle. No judge here knows beauty.
@@ -66,7 +66,9 @@ def prompter_command(
     from edgesd.runtime.prompter import in_form
 
     found = read_pairs(pairs)
-    chosen = [(pair.wish, in_form(found.form, pair.prompt)) for pair in found.some_held(count)]
+    chosen = [
+        (pair.user_prompt, in_form(found.form, pair.prompt)) for pair in found.some_held(count)
+    ]
     folder = folder or (demo_judge() if found.domain == "emoji" else None)
     agreement = open_agreement(folder) if folder else None
     reporter = Reporter(quiet=as_json)
@@ -77,14 +79,15 @@ def prompter_command(
     if as_json:
         print_json(judged)
         return
-    say(f"{len(judged.wishes)} held-out wishes; means with 95 % intervals; {judged.metric}")
-    for name, wish, prompt in (
-        ("distance to the wanted image", judged.distance_wish, judged.distance_prompt),
-        ("nearest to the wanted one of all", judged.nearest_wish, judged.nearest_prompt),
+    of = len(judged.user_prompts)
+    say(f"{of} held-out short prompts; means with 95 % intervals; {judged.metric}")
+    for name, short, prompt in (
+        ("distance to the wanted image", judged.distance_user_prompt, judged.distance_prompt),
+        ("nearest to the wanted one of all", judged.nearest_user_prompt, judged.nearest_prompt),
     ):
         say(
-            f"{name:33} wish {wish.mean:.3f} ({wish.low:.3f} to {wish.high:.3f})   prompt "
-            f"{prompt.mean:.3f} ({prompt.low:.3f} to {prompt.high:.3f})"
+            f"{name:33} short prompt {short.mean:.3f} ({short.low:.3f} to {short.high:.3f})   "
+            f"prompt {prompt.mean:.3f} ({prompt.low:.3f} to {prompt.high:.3f})"
         )
     gain, exact = judged.gain, judged.exact
     say(
@@ -94,18 +97,18 @@ def prompter_command(
     if judged.agreement:
         _print_agreement(judged.agreement)
     say(
-        f"{judged.wish_words:.1f} words a wish, {judged.words:.1f} a prompt; "
+        f"{judged.user_prompt_words:.1f} words a short prompt, {judged.words:.1f} a prompt; "
         f"{judged.seconds:.2f} s each, {judged.process_bytes / 1e6:.0f} MB"
     )
 
 
 def _print_agreement(agreed: Agreed) -> None:
     say(f"agreement of image and text; {agreed.judge}")
-    for name, wish, prompt, wanted in (
-        ("score", agreed.score_wish, agreed.score_prompt, agreed.score_wanted),
-        ("found", agreed.found_wish, agreed.found_prompt, agreed.found_wanted),
+    for name, short, prompt, wanted in (
+        ("score", agreed.score_user_prompt, agreed.score_prompt, agreed.score_wanted),
+        ("found", agreed.found_user_prompt, agreed.found_prompt, agreed.found_wanted),
     ):
-        parts = (("wish", wish), ("prompt", prompt), ("wanted prompt", wanted))
+        parts = (("short prompt", short), ("prompt", prompt), ("wanted prompt", wanted))
         say(
             f"{name:6}"
             + "   ".join(f"{what} {x.mean:.3f} ({x.low:.3f} to {x.high:.3f})" for what, x in parts)

@@ -110,9 +110,11 @@ if TYPE_CHECKING:
 @click.option(
     "--enhance",
     is_flag=True,
-    help="Let the bundle's prompter turn each prompt, a short wish, into a good one first.",
+    help="Let the bundle's prompter turn each short prompt into a full one first.",
 )
-@click.option("--show-prompt", is_flag=True, help="With --enhance: print what became of each wish.")
+@click.option(
+    "--show-prompt", is_flag=True, help="With --enhance: print the prompts that it makes."
+)
 @click.option("--any-machine", is_flag=True, help="Run a bundle that was built for another board.")
 @json_option
 def generate_command(
@@ -199,9 +201,9 @@ def generate_command(
 
 
 def _enhanced(
-    bundle: Bundle, wishes: list[str], threads: int, show: bool, reporter: Reporter
+    bundle: Bundle, user_prompts: list[str], threads: int, show: bool, reporter: Reporter
 ) -> list[str]:
-    """A prompt for each wish; a warning where the wish has to do."""
+    """A prompt for each short prompt; warns when one is used unchanged."""
     from edgesd.runtime.prompter import enhance, prompter_of
     from edgesd.runtime.tokenizer import tokenizer_of
 
@@ -212,14 +214,14 @@ def _enhanced(
     try:
         prompter = prompter_of(bundle)
     except (EdgesdError, OSError) as exc:
-        reporter.warn(f"the prompter can't be used ({exc}): the wish itself is generated")
-        return wishes
-    found = enhance(prompter, wishes, tokenizer_of(bundle), threads)
+        reporter.warn(f"the prompter can't be used ({exc}): the short prompt is used unchanged")
+        return user_prompts
+    found = enhance(prompter, user_prompts, tokenizer_of(bundle), threads)
     for problem in dict.fromkeys(result.problem for result in found if result.problem):
-        reporter.warn(f"the prompter failed ({problem}): the wish itself is generated")
+        reporter.warn(f"the prompter failed ({problem}): the short prompt is used unchanged")
     if show:
         for result in found:
-            reporter.line(f"{result.wish!r} -> {result.prompt!r}")
+            reporter.line(f"{result.user_prompt!r} -> {result.prompt!r}")
     return [result.prompt for result in found]
 
 

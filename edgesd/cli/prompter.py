@@ -29,9 +29,9 @@ from edgesd.export.prompter.options import (
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.group("prompter", short_help="Tune a small language model that turns wishes into prompts.")
+@click.group("prompter", short_help="Tune a small language model that improves short prompts.")
 def prompter_group() -> None:
-    """Tune a small language model that turns a wish into a prompt, and run it.
+    """Tune a small language model that turns a short prompt into a full one, and run it.
 
     \b
     edgesd prompter data models/emoji/prompts/domain.json --format emoji -o pairs.jsonl
@@ -84,7 +84,7 @@ def data_command(
     output: Path,
     as_json: bool,
 ) -> None:
-    """Make pairs of a wish and a prompt from SOURCE, split by subject."""
+    """Make pairs of a short prompt and a prompt from SOURCE, split by subject."""
     from edgesd.export.prompter.pairs import make_pairs, write_pairs
     from edgesd.export.prompter.sources import SOURCES
     from edgesd.files import check_file_place
@@ -268,34 +268,37 @@ def export_command(
 
 @prompter_group.command("run")
 @click.argument("prompter", type=click.Path(path_type=Path))
-@click.argument("wishes", nargs=-1)
-@click.option("--wishes", "wish_file", type=click.File("rb"), help="File of wishes, one per line.")
+@click.argument("prompts", nargs=-1)
+@click.option(
+    "--prompts", "prompts_file", type=click.File("rb"), help="File of short prompts, one per line."
+)
 @click.option(
     "--seconds",
     type=Finite(0, min_open=True),
     default=20.0,
     show_default=True,
-    help="For one wish, at most.",
+    help="For one short prompt, at most.",
 )
 @click.option("--threads", type=click.IntRange(0, 256), default=0, show_default=True)
 @json_option
 def run_command(
     prompter: Path,
-    wishes: tuple[str, ...],
-    wish_file: BinaryIO | None,
+    prompts: tuple[str, ...],
+    prompts_file: BinaryIO | None,
     seconds: float,
     threads: int,
     as_json: bool,
 ) -> None:
-    """Turn WISHES into prompts by PROMPTER: a bundle that brings one, or an exported folder."""
+    """Turn short PROMPTS into full ones by PROMPTER: a bundle that includes one, or an exported
+    folder."""
     from edgesd.runtime.bundle import open_bundle
     from edgesd.runtime.images import read_prompts
     from edgesd.runtime.prompter import SPEC, enhance, prompter_in, prompter_of
     from edgesd.runtime.tokenizer import tokenizer_of
 
-    texts = [*wishes, *(read_prompts(wish_file) if wish_file else ())]
+    texts = [*prompts, *(read_prompts(prompts_file) if prompts_file else ())]
     if not texts:
-        raise click.UsageError("no wish: give one, or --wishes FILE")
+        raise click.UsageError("no short prompt: give one, or --prompts FILE")
     tokenizer = None
     if (prompter / SPEC).is_file():
         found = prompter_in(prompter)
@@ -309,4 +312,4 @@ def run_command(
     for result in done:
         say(result.prompt)
         if result.problem:
-            say_error(f"warning: {result.problem}: the wish is the prompt")
+            say_error(f"warning: {result.problem}: the short prompt is used unchanged")

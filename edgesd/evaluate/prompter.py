@@ -1,9 +1,11 @@
-"""Does the prompter help? Images of held-out wishes beside those of the prompts made of them.
+"""Does the prompter help? Images of held-out short prompts beside those of the prompts made of
+them.
 
-For each wish the pairs say which prompt was meant. Two judges: one that holds an image against the
-text of that prompt (CLIP, or the small one of evaluate.agreement), and the image model itself: its
-image of that prompt, generated from another seed, is what an image should be like, by perceptual
-distance, and by whether of all such images it is the nearest. Neither says anything of taste.
+For each short prompt the pairs say which prompt was meant. Two judges: one that holds an image
+against the text of that prompt (CLIP, or the small one of evaluate.agreement), and the image model
+itself: its image of that prompt, generated from another seed, is what an image should be like, by
+perceptual distance, and by whether of all such images it is the nearest. Neither says anything of
+taste.
 """
 
 from __future__ import annotations
@@ -35,66 +37,66 @@ Progress = Callable[[str, int, int], None]
 
 
 class Interval(Spec, frozen=True):
-    """A mean, and the interval that holds it with 95 % (bootstrap over wishes, percentiles: Efron
-    and Tibshirani 1993, ch. 13)."""
+    """A mean, and the interval that holds it with 95 % (bootstrap over short prompts, percentiles:
+    Efron and Tibshirani 1993, ch. 13)."""
 
     mean: float
     low: float
     high: float
 
 
-class WishJudged(Spec, frozen=True):
-    """One wish. wanted: the prompt that its pair has; distances: of its image and of the
+class PromptJudged(Spec, frozen=True):
+    """One short prompt. wanted: the prompt that its pair has; distances: of its image and of the
     prompter's to that prompt's; nearest: whether that is the nearest of all. seconds: the model's.
     """
 
-    wish: str
+    user_prompt: str
     wanted: str
     prompt: str
-    distance_wish: float
+    distance_user_prompt: float
     distance_prompt: float
-    nearest_wish: bool
+    nearest_user_prompt: bool
     nearest_prompt: bool
     seconds: float
     problem: str | None
 
 
 class Agreed(Spec, frozen=True):
-    """What a text-image judge says, of the images of wishes, of prompts, and of the wanted
+    """What a text-image judge says, of the images of short prompts, of prompts, and of the wanted
     prompts themselves (the most there is to be had of this image model).
 
     score_: 100 times the cosine with the wanted prompt's text, at least 0; found_: share whose
-    wanted text is the nearest of all wanted ones; gain: the prompts' scores less the wishes'.
-    chance: score of the wanted images with others' texts.
+    wanted text is the nearest of all wanted ones; gain: the prompts' scores less the short
+    prompts'. chance: score of the wanted images with others' texts.
     """
 
     judge: str
-    score_wish: Interval
+    score_user_prompt: Interval
     score_prompt: Interval
     score_wanted: Interval
     gain: Interval
-    found_wish: Interval
+    found_user_prompt: Interval
     found_prompt: Interval
     found_wanted: Interval
     chance: float
 
 
 class PrompterJudged(Spec, frozen=True):
-    """All wishes. exact: share of prompts that are the wanted ones. gain: of a wish, its distance
-    less the prompt's: above 0 where the prompter helps. words, wish_words: of prompts and of
-    wishes, mean. seconds: the model's for a wish, median; process_bytes: most memory of its
-    process. agreement: by a judge of images and texts, if there was one."""
+    """All short prompts. exact: share of prompts that are the wanted ones. gain: of a short prompt,
+    its distance less the prompt's: above 0 where the prompter helps. words, wish_words: of prompts
+    and of short prompts, mean. seconds: the model's for a short prompt, median; process_bytes: most
+    memory of its process. agreement: by a judge of images and texts, if there was one."""
 
     metric: str
-    wishes: tuple[WishJudged, ...]
-    distance_wish: Interval
+    user_prompts: tuple[PromptJudged, ...]
+    distance_user_prompt: Interval
     distance_prompt: Interval
     gain: Interval
-    nearest_wish: Interval
+    nearest_user_prompt: Interval
     nearest_prompt: Interval
     exact: Interval
     words: float
-    wish_words: float
+    user_prompt_words: float
     seconds: float
     process_bytes: int
     agreement: Agreed | None
@@ -107,21 +109,22 @@ def judge(
     agreement: Agreement | None = None,
     progress: Progress | None = None,
 ) -> PrompterJudged:
-    """Generate every wish of `pairs` (wish, wanted prompt) as it is and enhanced, and judge.
+    """Generate every short prompt of `pairs` (short prompt, wanted prompt) as it is and enhanced,
+    and judge.
 
     Raises UsageError for fewer than two different prompts, BundleError for a bundle without a
     prompter.
     """
     if len({wanted for _, wanted in pairs}) < 2:
         raise UsageError("fewer than two different prompts: give more pairs")
-    wishes = [wish for wish, _ in pairs]
-    found = enhance(prompter_of(bundle), wishes, tokenizer_of(bundle))
+    user_prompts = [user_prompt for user_prompt, _ in pairs]
+    found = enhance(prompter_of(bundle), user_prompts, tokenizer_of(bundle))
     prompts = [result.prompt for result in found]
     generated = {}
     with Pipeline(bundle) as pipeline:
         for what, texts in (
             ("wanted", [wanted for _, wanted in pairs]),
-            ("wishes", wishes),
+            ("user_prompts", user_prompts),
             ("prompts", prompts),
         ):
             requests = requests_for(texts)
@@ -139,33 +142,35 @@ def judge(
     }
     near = {
         what: _nearest(features[what], features["wanted"], [wanted for _, wanted in pairs])
-        for what in ("wishes", "prompts")
+        for what in ("user_prompts", "prompts")
     }
     judged = [
-        WishJudged(
-            wish=wish,
+        PromptJudged(
+            user_prompt=user_prompt,
             wanted=wanted,
             prompt=result.prompt,
-            distance_wish=perceptual.distance(generated["wishes"][at], generated["wanted"][at]),
+            distance_user_prompt=perceptual.distance(
+                generated["user_prompts"][at], generated["wanted"][at]
+            ),
             distance_prompt=perceptual.distance(generated["prompts"][at], generated["wanted"][at]),
-            nearest_wish=near["wishes"][at],
+            nearest_user_prompt=near["user_prompts"][at],
             nearest_prompt=near["prompts"][at],
             seconds=result.seconds,
             problem=result.problem,
         )
-        for at, ((wish, wanted), result) in enumerate(zip(pairs, found, strict=True))
+        for at, ((user_prompt, wanted), result) in enumerate(zip(pairs, found, strict=True))
     ]
     return PrompterJudged(
         metric=perceptual.name,
-        wishes=tuple(judged),
-        distance_wish=interval([w.distance_wish for w in judged]),
+        user_prompts=tuple(judged),
+        distance_user_prompt=interval([w.distance_user_prompt for w in judged]),
         distance_prompt=interval([w.distance_prompt for w in judged]),
-        gain=interval([w.distance_wish - w.distance_prompt for w in judged]),
-        nearest_wish=interval([w.nearest_wish for w in judged]),
+        gain=interval([w.distance_user_prompt - w.distance_prompt for w in judged]),
+        nearest_user_prompt=interval([w.nearest_user_prompt for w in judged]),
         nearest_prompt=interval([w.nearest_prompt for w in judged]),
         exact=interval([w.prompt.casefold() == w.wanted.casefold() for w in judged]),
         words=statistics.fmean(len(w.prompt.split()) for w in judged),
-        wish_words=statistics.fmean(len(w.wish.split()) for w in judged),
+        user_prompt_words=statistics.fmean(len(w.user_prompt.split()) for w in judged),
         seconds=statistics.median(w.seconds for w in judged),
         process_bytes=max(result.bytes for result in found),
         agreement=agreed(agreement, generated, [wanted for _, wanted in pairs])
@@ -177,8 +182,8 @@ def judge(
 def agreed(
     judge: Agreement, generated: Mapping[str, Sequence[ImageLike]], wanted: Sequence[str]
 ) -> Agreed:
-    """Hold images against texts. generated: "wishes", "prompts" and "wanted", one image for each
-    of the texts `wanted`."""
+    """Hold images against texts. generated: "user_prompts", "prompts" and "wanted", one image for
+    each of the texts `wanted`."""
     names = list(dict.fromkeys(wanted))
     own = np.array([names.index(name) for name in wanted])
     texts = judge.texts(names)
@@ -192,11 +197,11 @@ def agreed(
             chance = float(100 * np.maximum(cosines, 0)[other].mean())
     return Agreed(
         judge=judge.name,
-        score_wish=interval(score["wishes"]),
+        score_user_prompt=interval(score["user_prompts"]),
         score_prompt=interval(score["prompts"]),
         score_wanted=interval(score["wanted"]),
-        gain=interval(score["prompts"] - score["wishes"]),
-        found_wish=interval(found["wishes"]),
+        gain=interval(score["prompts"] - score["user_prompts"]),
+        found_user_prompt=interval(found["user_prompts"]),
         found_prompt=interval(found["prompts"]),
         found_wanted=interval(found["wanted"]),
         chance=chance,

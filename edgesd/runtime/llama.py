@@ -19,7 +19,7 @@ from edgesd.runtime.closing import Closing
 from edgesd.spec.base import Spec
 
 CONTEXT = 256
-"""Tokens of a frame, its wish and the answer together, at most."""
+"""Tokens of a frame, its short prompt and the answer together, at most."""
 
 _ASKED, _MOST_ASKED = 64, 1024
 """Candidates that the grammar is asked about at first, and at once: each takes 0.6 kB."""
@@ -29,7 +29,8 @@ _AT_A_TIME = 32
 
 
 class Task(Spec, frozen=True):
-    """What the process reads: a model file, an adapter or "", framed wishes, and how to answer.
+    """What the process reads: a model file, an adapter or "", framed short prompts, and how to
+    answer.
 
     Answers are the likeliest ones: there is no chance in them, and so no seed.
     """
@@ -43,8 +44,8 @@ class Task(Spec, frozen=True):
 
 
 class Answer(Spec, frozen=True, tag="answer"):
-    """One wish's line, as the model wrote it. seconds: it took. problem: why there is none. bytes:
-    most memory of the process so far, its mapped files included."""
+    """One short prompt's line, as the model wrote it. seconds: it took. problem: why there is none.
+    bytes: most memory of the process so far, its mapped files included."""
 
     text: str
     seconds: float
@@ -312,7 +313,7 @@ class XLlamaCpp(Closing):
 
 
 def _too_long(tokens: int) -> str:
-    return f"the wish has {tokens} tokens: write a shorter one"
+    return f"the short prompt has {tokens} tokens: write a shorter one"
 
 
 def _name(path: Path) -> bytes:

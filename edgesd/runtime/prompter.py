@@ -1,9 +1,10 @@
-"""A wish becomes a prompt: a small language model in a process of its own, which ends before the
-image model is loaded.
+"""A short prompt becomes a prompt: a small language model in a process of its own, which ends
+before the image model is loaded.
 
-Nothing in a wish is an instruction. It is reduced to words and plain punctuation (`clean_wish`), so
-that no control token can be spelled in it, and the model may answer in one line of words alone (a
-grammar). Whatever fails, the wish itself is the prompt, with one line that says why.
+Nothing in a short prompt is an instruction. It is reduced to words and plain punctuation
+(`clean_user_prompt`), so that no control token can be spelled in it, and the model may answer in
+one line of words alone (a grammar). Whatever fails, the short prompt itself is the prompt, with one
+line that says why.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from edgesd.spec.base import decode_json, is_file_name
 from edgesd.spec.bundle import PrompterSpec
 from edgesd.textfiles import decode_text, read_text
 
-WISH_CHARACTERS = 300
-"""More of a wish isn't read: it is a short one."""
+USER_PROMPT_CHARACTERS = 300
+"""More of a short prompt isn't read."""
 
 PROMPT_CHARACTERS = 240
 """The model's line, at most; the text encoder's tokens are counted besides."""
@@ -50,7 +51,7 @@ MAX_TOKENS = 64
 COMMAND = tuple(module_command("edgesd.runtime.prompter_worker"))
 
 SECONDS = 20.0
-"""A process that isn't done with one wish by then is killed."""
+"""A process that isn't done with one short prompt by then is killed."""
 
 _PUNCTUATION = frozenset(" ,.'\u2019&-!?:;/()%")
 
@@ -89,27 +90,27 @@ def in_form(form: str, line: str) -> str:
 
 
 class Enhanced(NamedTuple):
-    """What became of a wish. problem: why `prompt` is the wish itself, or None. seconds: of the
-    model alone, without its start. bytes: most memory of its process so far, mapped model included;
-    0 where there was none."""
+    """What became of a short prompt. problem: why `prompt` is the short prompt itself, or None.
+    seconds: of the model alone, without its start. bytes: most memory of its process so far, mapped
+    model included; 0 where there was none."""
 
-    wish: str
+    user_prompt: str
     prompt: str
     seconds: float
     problem: str | None = None
     bytes: int = 0
 
 
-def clean_wish(wish: str) -> str:
-    """A wish as the model reads it: letters, digits and plain punctuation of any script, at most
-    WISH_CHARACTERS, single spaces.
+def clean_user_prompt(user_prompt: str) -> str:
+    """A short prompt as the model reads it: letters, digits and plain punctuation of any script, at
+    most USER_PROMPT_CHARACTERS, single spaces.
 
     No control token and no chat template has a form that survives: brackets, bars, braces and
     line breaks become spaces.
     """
-    text = unicodedata.normalize("NFKC", wish[: 4 * WISH_CHARACTERS])
+    text = unicodedata.normalize("NFKC", user_prompt[: 4 * USER_PROMPT_CHARACTERS])
     kept = (c if c in _PUNCTUATION or unicodedata.category(c)[0] in "LMN" else " " for c in text)
-    return " ".join("".join(kept).split())[:WISH_CHARACTERS].strip()
+    return " ".join("".join(kept).split())[:USER_PROMPT_CHARACTERS].strip()
 
 
 class Prompter(NamedTuple):
@@ -125,35 +126,37 @@ class Prompter(NamedTuple):
 
 def enhance(
     prompter: Prompter,
-    wishes: Sequence[str],
+    user_prompts: Sequence[str],
     tokenizer: PromptTokenizer | None = None,
     threads: int = 0,
     seconds: float = SECONDS,
 ) -> list[Enhanced]:
-    """A prompt for each wish, in order; the wish itself where anything fails.
+    """A prompt for each short prompt, in order; the short prompt itself where anything fails.
 
     tokenizer: of the text encoder; a prompt that doesn't fit it is cut at a word. seconds: for each
-    wish, and for the start; a process that takes longer is killed. The process has ended when this
-    returns.
+    short prompt, and for the start; a process that takes longer is killed. The process has ended
+    when this returns.
     """
-    cleaned = [clean_wish(wish) for wish in wishes]
-    asked = [wish for wish in cleaned if wish]
+    cleaned = [clean_user_prompt(user_prompt) for user_prompt in user_prompts]
+    asked = [user_prompt for user_prompt in cleaned if user_prompt]
     lines = _answers(prompter, asked, threads or len(thread_cores()), seconds)
     found = []
     problem: str | None = None
-    for wish, clean in zip(wishes, cleaned, strict=True):
+    for user_prompt, clean in zip(user_prompts, cleaned, strict=True):
         if not clean:
-            found.append(Enhanced(wish, wish, 0.0, "there are no words in it"))
+            found.append(Enhanced(user_prompt, user_prompt, 0.0, "there are no words in it"))
             continue
         if problem is None:
             line = next(lines, Refusal("it ended without an answer"))
             if isinstance(line, Answer):
                 prompt = _finish(line.text, prompter.spec.form, tokenizer)
                 unusable = line.problem or (None if prompt else "the model's answer was empty")
-                found.append(Enhanced(wish, prompt or wish, line.seconds, unusable, line.bytes))
+                found.append(
+                    Enhanced(user_prompt, prompt or user_prompt, line.seconds, unusable, line.bytes)
+                )
                 continue
             problem = line.message
-        found.append(Enhanced(wish, wish, 0.0, problem))
+        found.append(Enhanced(user_prompt, user_prompt, 0.0, problem))
     lines.close()
     return found
 
@@ -171,15 +174,15 @@ def _finish(text: str, form: str, tokenizer: PromptTokenizer | None) -> str:
 
 
 def _answers(
-    prompter: Prompter, wishes: Sequence[str], threads: int, seconds: float
+    prompter: Prompter, user_prompts: Sequence[str], threads: int, seconds: float
 ) -> Generator[Line, None, None]:
     """What the worker says; a Refusal is the last line, where it fails or takes too long."""
-    if not wishes:
+    if not user_prompts:
         return
     task = Task(
         base=str(prompter.base),
         adapter=str(prompter.adapter or ""),
-        frames=tuple(FRAME.format(wish) for wish in wishes),
+        frames=tuple(FRAME.format(user_prompt) for user_prompt in user_prompts),
         grammar=prompter.grammar,
         max_tokens=MAX_TOKENS,
         threads=threads,
@@ -196,8 +199,8 @@ def _answers(
         yield Refusal(f"it can't be started: {exc.strerror or exc}")
         return
     try:
-        talk = _Talk(worker, told, len(wishes))
-        for number in range(len(wishes)):
+        talk = _Talk(worker, told, len(user_prompts))
+        for number in range(len(user_prompts)):
             start = seconds if number == 0 else 0.0
             try:
                 raw = talk.lines.get(timeout=seconds + start)

@@ -1,6 +1,7 @@
-"""The process that answers wishes: python -m edgesd.runtime.prompter_worker, a Task on its input.
+"""The process that answers short prompts: python -m edgesd.runtime.prompter_worker, a Task on its
+input.
 
-Prints JSON lines (llama.Line), one per wish.
+Prints JSON lines (llama.Line), one per short prompt.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main() -> int:
             text, problem = "", None
             try:
                 text = llama.complete(frame, task.grammar, task.max_tokens)
-            except InputError as exc:  # of this wish alone
+            except InputError as exc:  # of this short prompt alone
                 problem = str(exc)
             answer = Answer(text, time.perf_counter() - start, problem, peak_bytes())
             lines.write(msgspec.json.encode(answer) + b"\n")

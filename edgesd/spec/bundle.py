@@ -182,10 +182,10 @@ class Licence(Spec, frozen=True):
 
 
 class PrompterSpec(Spec, frozen=True):
-    """A small language model that turns a wish into a prompt. base, adapter: GGUF files, relative
-    to the bundle; adapter is None where it is merged. domain: what it was tuned for. form: what
-    code makes of its line, with "{}" in it. licence: the base model's name and licence. grammar:
-    file of the GBNF grammar of its line; None for any words."""
+    """A small language model that turns a short prompt into a prompt. base, adapter: GGUF files,
+    relative to the bundle; adapter is None where it is merged. domain: what it was tuned for. form:
+    what code makes of its line, with "{}" in it. licence: the base model's name and licence.
+    grammar: file of the GBNF grammar of its line; None for any words."""
 
     base: RelativePath
     adapter: RelativePath | None

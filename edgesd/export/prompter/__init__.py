@@ -1,1 +1,2 @@
-"""The prompter on the workstation: pairs of a wish and a prompt, training, and what is deployed."""
+"""The prompter on the workstation: pairs of a short prompt and a prompt, training, and what is
+deployed."""

@@ -152,7 +152,7 @@ def llama_loss(base: Path, adapter: Path | None, pairs: PairSet) -> float:
     found = []
     with llama:
         for pair in pairs.some_held(HELD_PAIRS):
-            frame = llama.tokenize(FRAME.format(pair.wish))
+            frame = llama.tokenize(FRAME.format(pair.user_prompt))
             answer = [*llama.tokenize(f" {pair.prompt}\n"), llama.end()]
             found.append(llama.log_likelihoods(frame, answer))
     return float(-np.concatenate(found).mean())

@@ -1,7 +1,7 @@
 """What the options of `edgesd prompter` take: this imports nothing, so that --help is quick."""
 
 PAIR_FORMATS = ("captions", "templates", "coco", "mjhq", "sdci", "emoji")
-"""Files that pairs of a wish and a prompt are made from (sources.py)."""
+"""Files that pairs of a short prompt and a prompt are made from (sources.py)."""
 
 MERGED_TYPES = ("Q4_0", "Q4_1", "Q4_K_M", "Q8_0", "F16")
 """llama.cpp's types that a prompter's model and adapter may be merged into."""

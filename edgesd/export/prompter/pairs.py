@@ -1,4 +1,5 @@
-"""Pairs of a wish and a prompt: cleaned, without repetition, split by subject; and their file.
+"""Pairs of a short prompt and a prompt: cleaned, without repetition, split by subject; and their
+file.
 
 A file of pairs is JSON lines: a header, then a pair each. What (nearly) all prompts begin or end
 with isn't learned: it is the header's `form`, which code puts around what the model writes.
@@ -16,7 +17,7 @@ import msgspec
 
 from edgesd.errors import InputError
 from edgesd.files import atomic_write
-from edgesd.runtime.prompter import PROMPT_CHARACTERS, check_form, clean_wish
+from edgesd.runtime.prompter import PROMPT_CHARACTERS, check_form, clean_user_prompt
 from edgesd.spec.base import Spec, decode_json
 from edgesd.textfiles import lines_of, read_text
 
@@ -29,10 +30,10 @@ _SHARED = 0.9
 
 
 class Pair(Spec, frozen=True):
-    """A wish and the prompt for it. subject: what both are of; no subject is on both sides of the
-    split. held: kept out of training."""
+    """A short prompt and the prompt for it. subject: what both are of; no subject is on both sides
+    of the split. held: kept out of training."""
 
-    wish: str
+    user_prompt: str = msgspec.field(name="wish")
     prompt: str
     subject: str
     held: bool = False
@@ -82,10 +83,10 @@ def make_pairs(
     """
     found: dict[tuple[str, str], Pair] = {}
     for pair in raw:
-        wish, prompt = clean_wish(pair.wish), clean_prompt(pair.prompt)
-        if wish and prompt:
-            key = (wish.casefold(), prompt.casefold())
-            found.setdefault(key, Pair(wish, prompt, pair.subject))
+        user_prompt, prompt = clean_user_prompt(pair.user_prompt), clean_prompt(pair.prompt)
+        if user_prompt and prompt:
+            key = (user_prompt.casefold(), prompt.casefold())
+            found.setdefault(key, Pair(user_prompt, prompt, pair.subject))
     start, end = boilerplate([pair.prompt for pair in found.values()])
     subjects = {pair.subject for pair in found.values()}
     order = sorted(subjects, key=lambda subject: _fraction(f"{seed}:{subject}"))
@@ -111,7 +112,7 @@ def make_pairs(
 
 def clean_prompt(prompt: str) -> str:
     """A prompt as the model may write it: what its grammar has, one line, within its length."""
-    plain = clean_wish(prompt).replace("\u2019", "'")
+    plain = clean_user_prompt(prompt).replace("\u2019", "'")
     kept = "".join(c if c.isascii() and (c.isalnum() or c in " ,.'&-") else " " for c in plain)
     words = " ".join(kept.split()).strip(" ,.'&-")
     return words[:PROMPT_CHARACTERS].strip(" ,.'&-")

@@ -89,7 +89,7 @@ def _words(text: str) -> list[str]:
 
 
 def _short(text: str, rng: random.Random) -> str:
-    """A wish that may have led to a caption: two to four of its words, in order."""
+    """A short prompt that may have led to a caption: two to four of its words, in order."""
     words = _words(text)
     count = min(len(words), rng.randint(2, 4))
     places = sorted(rng.sample(range(len(words)), count))
@@ -120,20 +120,22 @@ def from_templates(path: Path, seed: int) -> Iterator[Pair]:
             f"{path} isn't a file of templates: it needs slots, subject and pairs ({exc!r})"
         ) from exc
     rng = random.Random(seed)
-    for wish, prompt in pairs:
-        used = sorted(set(re.findall(r"{(\w+)}", wish + prompt)))
+    for user_prompt, prompt in pairs:
+        used = sorted(set(re.findall(r"{(\w+)}", user_prompt + prompt)))
         if subject not in used or not set(used) <= slots.keys():
-            raise InputError(f"{path}: {wish!r} needs the slot {{{subject}}}, and only known ones")
+            raise InputError(
+                f"{path}: {user_prompt!r} needs the slot {{{subject}}}, and only known ones"
+            )
         rows = list(itertools.islice(itertools.product(*(slots[name] for name in used)), _MOST))
         rng.shuffle(rows)
         for row in rows:
             values = dict(zip(used, row, strict=True))
-            yield Pair(wish.format(**values), prompt.format(**values), values[subject])
+            yield Pair(user_prompt.format(**values), prompt.format(**values), values[subject])
 
 
 def from_coco(path: Path, seed: int) -> Iterator[Pair]:
     """COCO Captions (captions_train2017.json): of a picture's captions the longest is the prompt,
-    the others give wishes."""
+    the others give short prompts."""
     by_image: dict[str, list[str]] = {}
     try:
         for entry in _json(path)["annotations"]:

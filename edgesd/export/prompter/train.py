@@ -49,7 +49,7 @@ HELD_PAIRS = 256
 _SAVE_SECONDS = 60.0
 
 Row = tuple[list[int], list[int]]
-"""Token ids of the frame with the wish, and of the line to learn with its end."""
+"""Token ids of the frame with the short prompt, and of the line to learn with its end."""
 
 Progress = Callable[[str, int, int, float], None]
 """Told of a phase, steps done, of how many, and the loss (NaN where there is none yet)."""
@@ -253,7 +253,7 @@ def _losses_of_starts(
 def row(base: Base, pair: Pair) -> Row:
     """What is learned of one pair. Its set's form isn't: code adds it."""
     answer = [*base.encode(f" {pair.prompt}\n"), base.eos]
-    return base.encode(FRAME.format(pair.wish)), answer
+    return base.encode(FRAME.format(pair.user_prompt)), answer
 
 
 @torch.inference_mode()

@@ -53,11 +53,11 @@ def test_images_are_held_against_texts() -> None:
     judge = open_agreement(FOLDER)
     blue, red = disc((30, 100, 220)), disc((220, 30, 50))
     wanted = ["blue circle", "red circle"]
-    generated = {"wishes": [red, blue], "prompts": [blue, red], "wanted": [blue, red]}
+    generated = {"user_prompts": [red, blue], "prompts": [blue, red], "wanted": [blue, red]}
     found = agreed(judge, generated, wanted)
-    assert found.found_wish.mean == 0.0 and found.found_prompt.mean == 1.0
+    assert found.found_user_prompt.mean == 0.0 and found.found_prompt.mean == 1.0
     assert found.gain.low > 0 and found.score_prompt == found.score_wanted
-    assert found.chance == pytest.approx(found.score_wish.mean, abs=0.01)
+    assert found.chance == pytest.approx(found.score_user_prompt.mean, abs=0.01)
 
 
 def test_what_is_no_judge(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Wishes become prompts: in a process of its own, which may fail in any way."""
+"""Short prompts become prompts: in a process of its own, which may fail in any way."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
 ECHO = "for frame in task['frames']: say(' the ' + frame[6:-8] + '.\\n')"
 
 
-def test_every_wish_gets_its_prompt_in_its_form(pretend) -> None:
+def test_every_user_prompt_gets_its_prompt_in_its_form(pretend) -> None:
     found = enhance(pretend(ECHO, "icon of {}, flat"), ["sleepy <whale>", "red\nfox"])
-    assert [(e.wish, e.prompt, e.problem) for e in found] == [
+    assert [(e.user_prompt, e.prompt, e.problem) for e in found] == [
         ("sleepy <whale>", "icon of the sleepy whale, flat", None),
         ("red\nfox", "icon of the red fox, flat", None),
     ]
@@ -84,9 +84,12 @@ def test_every_wish_gets_its_prompt_in_its_form(pretend) -> None:
 
 def test_what_the_worker_is_told(pretend, tmp_path: Path) -> None:
     told = tmp_path / "told.json"
-    enhance(pretend(f"open({str(told)!r}, 'w').write(json.dumps(task)); " + "say('x')"), ["a wish"])
+    enhance(
+        pretend(f"open({str(told)!r}, 'w').write(json.dumps(task)); " + "say('x')"),
+        ["a short prompt"],
+    )
     task = json.loads(told.read_text())
-    assert task["frames"] == [FRAME.format("a wish")]
+    assert task["frames"] == [FRAME.format("a short prompt")]
     assert task["grammar"] == GRAMMAR and task["threads"] >= 1 and task["adapter"] == ""
 
 
@@ -103,8 +106,8 @@ def test_what_the_worker_is_told(pretend, tmp_path: Path) -> None:
     ],
 )
 def test_a_worker_that_fails(code: str, words: str, pretend) -> None:
-    first, second = enhance(pretend(code), ["a wish", "another"])
-    assert first.prompt == "a wish" and first.problem and words in first.problem
+    first, second = enhance(pretend(code), ["a short prompt", "another"])
+    assert first.prompt == "a short prompt" and first.problem and words in first.problem
     assert second.prompt == "another" and second.problem
 
 
@@ -125,10 +128,10 @@ def test_a_worker_that_fails(code: str, words: str, pretend) -> None:
 )
 def test_a_worker_that_floods_or_never_answers(code: str, words: str, pretend) -> None:
     for seconds in (0.4, 4.0, 40.0):  # on a busy machine it takes some to begin
-        (found,) = enhance(pretend(code), ["a wish"], seconds=seconds)
+        (found,) = enhance(pretend(code), ["a short prompt"], seconds=seconds)
         if found.problem and words in found.problem:
             break
-    assert found.prompt == "a wish" and found.problem and words in found.problem
+    assert found.prompt == "a short prompt" and found.problem and words in found.problem
     assert len(found.problem) < 400
 
 
@@ -137,12 +140,14 @@ def test_a_worker_that_reads_nothing_is_ended(pretend, monkeypatch: pytest.Monke
     prompter = pretend("")._replace(grammar="x" * 10**6)  # more than a pipe holds
     code = "import time; time.sleep(60)"
     monkeypatch.setattr(prompters, "COMMAND", (sys.executable, "-c", code))
-    (found,) = enhance(prompter, ["a wish"], seconds=0.4)
-    assert found.prompt == "a wish" and found.problem and "took more than" in found.problem
+    (found,) = enhance(prompter, ["a short prompt"], seconds=0.4)
+    assert found.prompt == "a short prompt" and found.problem and "took more than" in found.problem
 
 
 def test_an_answer_is_one_printable_line_of_bounded_length(pretend) -> None:
-    (found,) = enhance(pretend("say('a\\x1b[2J\\u202e fox\\n ' + 'b ' * 15000)"), ["a wish"])
+    (found,) = enhance(
+        pretend("say('a\\x1b[2J\\u202e fox\\n ' + 'b ' * 15000)"), ["a short prompt"]
+    )
     assert found.problem is None and found.prompt.startswith("a [2J fox b b")
     assert found.prompt.isprintable() and len(found.prompt) <= 1000
 
@@ -151,7 +156,7 @@ def test_an_answer_is_one_printable_line_of_bounded_length(pretend) -> None:
     "form", ["{{}} {0.x} {a}", "{:>9999999999} {}", "} {} {", "{} {!r:^}", "%s {} $x \\"]
 )
 def test_a_form_is_text_and_no_format_string(form: str, pretend) -> None:
-    (found,) = enhance(pretend("say(' fox')", form), ["a wish"])
+    (found,) = enhance(pretend("say(' fox')", form), ["a short prompt"])
     assert (found.prompt, found.problem) == (form.replace("{}", "fox"), None)
 
 
@@ -172,12 +177,12 @@ def test_a_prompter_s_description_that_is_none_is_one_line(content: str, tmp_pat
 
 def test_a_name_that_is_not_utf_8_is_a_problem_and_no_fault(pretend) -> None:
     prompter = pretend("say('x')")._replace(base=Path("caf\udce9/base.gguf"))
-    (found,) = enhance(prompter, ["a wish"])
-    assert found.prompt == "a wish" and found.problem and "isn't UTF-8" in found.problem
+    (found,) = enhance(prompter, ["a short prompt"])
+    assert found.prompt == "a short prompt" and found.problem and "isn't UTF-8" in found.problem
 
 
 @pytest.mark.parametrize("fault", ["form", "grammar", "base"])
-def test_a_bundle_s_broken_prompter_is_a_warning_and_the_wish_is_generated(
+def test_a_bundle_s_broken_prompter_is_a_warning_and_the_user_prompt_is_generated(
     fault: str, miniature: Bundle, tmp_path: Path
 ) -> None:
     folder = tmp_path / "bundle"
@@ -193,7 +198,7 @@ def test_a_bundle_s_broken_prompter_is_a_warning_and_the_wish_is_generated(
         (folder / files[0]).write_bytes(b"gguf")
     image = tmp_path / "image.png"
     options = ["--enhance", "--steps", 1, "--any-machine", "-o", image]
-    outcome = run_cli("generate", folder, "-p", "a wish", *options)
+    outcome = run_cli("generate", folder, "-p", "a short prompt", *options)
     assert outcome.code == 0 and image.is_file(), outcome.err
     assert "warning: the prompter can't be used" in outcome.err
     assert outcome.err.count("warning") == 1
@@ -204,12 +209,14 @@ def test_a_worker_that_cannot_be_started(
 ) -> None:
     prompter = pretend("")
     monkeypatch.setattr(prompters, "COMMAND", (str(tmp_path / "none"),))
-    (found,) = enhance(prompter, ["a wish"])
-    assert found.prompt == "a wish" and found.problem and "can't be started" in found.problem
+    (found,) = enhance(prompter, ["a short prompt"])
+    assert (
+        found.prompt == "a short prompt" and found.problem and "can't be started" in found.problem
+    )
 
 
 def test_one_answer_and_then_none(pretend) -> None:
-    first, second = enhance(pretend("say(' done')"), ["a wish", "another"])
+    first, second = enhance(pretend("say(' done')"), ["a short prompt", "another"])
     assert (first.prompt, first.problem) == ("done", None)
     assert second.prompt == "another" and second.problem and "status 0" in second.problem
 
@@ -220,18 +227,20 @@ def test_a_worker_that_takes_too_long_is_killed(pretend, tmp_path: Path) -> None
     code = f"open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     start = time.monotonic()
     for seconds in (0.5, 5.0, 50.0):  # on a busy machine it takes some to begin
-        (found,) = enhance(pretend(code), ["a wish"], seconds=seconds)
-        assert found.prompt == "a wish" and found.problem == f"it took more than {seconds:g} s"
+        (found,) = enhance(pretend(code), ["a short prompt"], seconds=seconds)
+        assert (
+            found.prompt == "a short prompt" and found.problem == f"it took more than {seconds:g} s"
+        )
         if pid.exists() and pid.read_text():
             break
     assert time.monotonic() - start < 500
     assert not Path(f"/proc/{pid.read_text()}").exists()
 
 
-def test_wishes_without_words_need_no_worker(pretend) -> None:
-    wishes = ["", "  ", "\U0001f433", "<|>"]
-    found = enhance(pretend("sys.exit(9)"), wishes)
-    assert [e.prompt for e in found] == wishes
+def test_user_prompts_without_words_need_no_worker(pretend) -> None:
+    user_prompts = ["", "  ", "\U0001f433", "<|>"]
+    found = enhance(pretend("sys.exit(9)"), user_prompts)
+    assert [e.prompt for e in found] == user_prompts
     assert {e.problem for e in found} == {"there are no words in it"}
 
 
@@ -292,15 +301,15 @@ def test_a_bundle_without_one(miniature: Bundle) -> None:
 def test_generate_enhances_and_says_so(with_prompter: Bundle, pretend, tmp_path: Path) -> None:
     pretend("say(' red apple')")
     common = ("generate", with_prompter.path, "--any-machine", "--seed", "3")
-    wish = (*common, "-p", "my wish", "--enhance", "--show-prompt")
-    outcome = run_cli(*wish, "-o", tmp_path / "a.png")
+    user_prompt = (*common, "-p", "my short prompt", "--enhance", "--show-prompt")
+    outcome = run_cli(*user_prompt, "-o", tmp_path / "a.png")
     assert outcome.code == 0, outcome.err
-    assert "'my wish' -> 'red apple'" in outcome.err
+    assert "'my short prompt' -> 'red apple'" in outcome.err
     assert run_cli(*common, "-p", "red apple", "-o", tmp_path / "b.png").code == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_generate_generates_the_wish_where_the_prompter_fails(
+def test_generate_generates_the_user_prompt_where_the_prompter_fails(
     with_prompter: Bundle, pretend, tmp_path: Path
 ) -> None:
     pretend("sys.exit(4)")
@@ -341,16 +350,16 @@ def test_a_prompter_that_knows_is_judged_to_help(with_prompter: Bundle, pretend)
     assert found.exact.mean == 1.0 and found.seconds == 0.5
     assert found.agreement and found.agreement.judge == by_text.name
     assert 0 <= found.agreement.score_wanted.mean <= 100
-    assert found.gain.mean > 0 and found.distance_prompt.mean < found.distance_wish.mean
+    assert found.gain.mean > 0 and found.distance_prompt.mean < found.distance_user_prompt.mean
     assert told[-1] == ("prompts", 3, 3)
-    assert [w.prompt for w in found.wishes] == [wanted for _, wanted in PAIRS]
+    assert [w.prompt for w in found.user_prompts] == [wanted for _, wanted in PAIRS]
 
 
 def test_a_prompter_that_fails_neither_helps_nor_harms(with_prompter: Bundle, pretend) -> None:
     pretend("sys.exit(1)")
     found = judge(with_prompter, PAIRS, Pixels())
     assert found.gain.mean == found.gain.low == found.gain.high == 0.0
-    assert found.exact.mean == 0.0 and all(w.problem for w in found.wishes)
+    assert found.exact.mean == 0.0 and all(w.problem for w in found.user_prompts)
 
 
 def test_a_judge_needs_something_to_tell_apart(with_prompter: Bundle) -> None:
@@ -416,22 +425,22 @@ def hostile(count: int) -> list[str]:
 
 def check_hostile(real: Prompter, count: int) -> None:
     allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ,.'&-")
-    wishes = hostile(count)
-    for found in enhance(real, wishes, seconds=PATIENCE):
+    user_prompts = hostile(count)
+    for found in enhance(real, user_prompts, seconds=PATIENCE):
         if found.problem is None:
             assert found.prompt and set(found.prompt) <= allowed
         else:
             known = ("no words in it", "answer was empty", "write a shorter one")
             assert found.problem.endswith(known)
-            assert found.prompt == found.wish
+            assert found.prompt == found.user_prompt
 
 
-def test_hostile_wishes(real: Prompter) -> None:
+def test_hostile_user_prompts(real: Prompter) -> None:
     check_hostile(real, len(HOSTILE))
 
 
 @pytest.mark.slow
-def test_500_hostile_wishes(real: Prompter) -> None:
+def test_500_hostile_user_prompts(real: Prompter) -> None:
     check_hostile(real, 500)
 
 
@@ -440,15 +449,16 @@ def test_a_closed_grammar_is_kept(real: Prompter) -> None:
 
     prompts = {"red apple", "red heart", "cat face", "cat", "spouting whale"}
     closed = real._replace(grammar=closed_grammar(prompts))
-    wishes = ["a crimson fruit", "whale", "say something else entirely"]
-    found = enhance(closed, wishes, seconds=PATIENCE)
+    user_prompts = ["a crimson fruit", "whale", "say something else entirely"]
+    found = enhance(closed, user_prompts, seconds=PATIENCE)
     assert {result.prompt for result in found} <= prompts
     assert not any(result.problem for result in found)
 
 
-def test_the_same_wish_gets_the_same_prompt(real: Prompter) -> None:
+def test_the_same_user_prompt_gets_the_same_prompt(real: Prompter) -> None:
     first, second, alone = (
-        enhance(real, wishes, seconds=PATIENCE) for wishes in (["a whale"] * 2, ["a whale"], [])
+        enhance(real, user_prompts, seconds=PATIENCE)
+        for user_prompts in (["a whale"] * 2, ["a whale"], [])
     )
     assert first[0].prompt == first[1].prompt == second[0].prompt
     assert alone == []
@@ -457,10 +467,12 @@ def test_the_same_wish_gets_the_same_prompt(real: Prompter) -> None:
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     a_llama()
     (tmp_path / "base.gguf").write_bytes(b"GGUF but not much more")
-    (found,) = enhance(Prompter(tmp_path / "base.gguf", None, PLAIN), ["a wish"], seconds=PATIENCE)
-    assert found.prompt == "a wish" and found.problem
-    (found,) = enhance(Prompter(tmp_path / "none.gguf", None, PLAIN), ["a wish"])
-    assert found.prompt == "a wish" and found.problem
+    (found,) = enhance(
+        Prompter(tmp_path / "base.gguf", None, PLAIN), ["a short prompt"], seconds=PATIENCE
+    )
+    assert found.prompt == "a short prompt" and found.problem
+    (found,) = enhance(Prompter(tmp_path / "none.gguf", None, PLAIN), ["a short prompt"])
+    assert found.prompt == "a short prompt" and found.problem
 
 
 def test_the_command(real: Prompter, tmp_path: Path) -> None:
