@@ -21,7 +21,8 @@ from edgesd.engines import BACKENDS, onnxruntime, tensorrt
 from edgesd.engines.bundle import file_entries, pack_bundle, update_manifest, write_manifest
 from edgesd.errors import BundleError, EdgesdError, InputError, TargetError, UsageError
 from edgesd.files import atomic_dir, atomic_write, check_new, check_writable, private_folder
-from edgesd.recipes.quantized import QuantizedBuild, QuantOptions, cache_folder
+from edgesd.recipes.notes import KeptInFp32, Note, PlansPending
+from edgesd.recipes.options import QuantOptions, cache_folder
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
 from edgesd.runtime.memory import available_bytes
 from edgesd.runtime.prompter import read_prompter
@@ -49,20 +50,23 @@ PROMPTER = "prompter"
 
 _PROMPTER_BYTES = 80 << 20
 
-_FIRST_RUN = "TensorRT's plans are built where they run, on the first run or by `edgesd finalize`"
-
 
 @dataclass(frozen=True)
 class Built:
-    """What a build made. `note`: one line the user should know of, or None. reference: the fp32
-    bundle of the same source that a quantized one was compared with. unfinished: why there are no
-    plans from the board that was to build them; the bundle is whole without."""
+    """What a build made. notes: what the user should know of. reference: the fp32 bundle of the
+    same source that a quantized one was compared with. unfinished: why there are no plans from the
+    board that was to build them; the bundle is whole without."""
 
     bundle: Bundle
     path: Path
-    note: str | None
+    notes: tuple[Note, ...] = ()
     reference: Bundle | None = None
     unfinished: EdgesdError | None = None
+
+    @property
+    def note(self) -> str | None:
+        """The notes in one line; None where there are none."""
+        return "; ".join(map(str, self.notes)) or None
 
 
 def default_output(model: str, target: str, precision: str) -> Path:
@@ -147,6 +151,7 @@ def build(
     from edgesd.export.source import resolve_source
     from edgesd.recipes.footprints import write_footprints
     from edgesd.recipes.planner import Wish, check_plan, plan_source
+    from edgesd.recipes.quantized import QuantizedBuild
 
     target = get_target(target_name)
     backend = target.backends[0] if backend is None else backend
@@ -183,7 +188,8 @@ def build(
         check_writable(out, weights * (4 if precision == "fp32" else 2))
     writer = _Writer(_name(model), target, backend)
     reference: Bundle | None = None
-    notes: list[str] = []
+    notes: list[Note] = []
+    plans_pending = False
     unfinished: EdgesdError | None = None
     with private_folder(out) if one_file else atomic_dir(out) as root:
         if precision in ("fp32", "fp16"):
@@ -200,26 +206,27 @@ def build(
             quantized = QuantizedBuild(
                 source, plan, reference, scheme, options, root, work, writer, progress
             )
-            quantized.run()
-            notes += quantized.notes
+            notes += quantized.run()
         if backend == tensorrt.BACKEND:
             if precision != "fp32":
                 notes += _keep_in_fp32(root, source, quantization, progress)
-            notes += _check_engines(root, target, progress)
+            plans_pending = not _check_engines(root, target, progress)
         write_footprints(root, plan)
         if prompter and tuned:
             _add_prompter(root, prompter, tuned)
         if finish:
             try:
                 finish(root)
-                notes = [note for note in notes if note != _FIRST_RUN]
+                plans_pending = False
             except EdgesdError as exc:
                 unfinished = exc
         if progress:
             progress("write", "bundle")
         if one_file:
             pack_bundle(open_bundle(root), out)
-    return Built(open_bundle(out), out, "; ".join(notes) or None, reference, unfinished)
+    if plans_pending:
+        notes.append(PlansPending())
+    return Built(open_bundle(out), out, tuple(notes), reference, unfinished)
 
 
 def _check_pooling(options: QuantOptions, precision: Precision, backend: str) -> None:
@@ -295,7 +302,7 @@ def _add_prompter(root: Path, folder: Path, spec: PrompterSpec) -> None:
 
 def _keep_in_fp32(
     root: Path, source: ModelSource, options: QuantOptions | None, progress: Progress | None
-) -> list[str]:
+) -> list[Note]:
     """Let what exceeds fp16 compute in fp32; a note for each component that has such values."""
     from edgesd.recipes import prompts
     from edgesd.recipes.fp16_ranges import keep_in_fp32
@@ -305,16 +312,15 @@ def _keep_in_fp32(
     given = options.calibration_prompts if options else None
     prompt = (given or source.prompts("calibration") or prompts.CALIBRATION)[0]
     return [
-        f"{len(values)} values of {component} come near fp16's end or exceed it (up to "
-        f"{max(values.values()):.2g}): they stay in fp32"
+        KeptInFp32(component, len(values), max(values.values()))
         for component, values in keep_in_fp32(root, prompt).items()
     ]
 
 
-def _check_engines(root: Path, target: Target, progress: Progress | None) -> list[str]:
+def _check_engines(root: Path, target: Target, progress: Progress | None) -> bool:
     """Lint the graphs in `root`, build them by TensorRT-RTX where it is, and note what was done.
 
-    Returns the note for a bundle whose plans have yet to be built.
+    Returns whether the plans of all are there.
     """
     from edgesd.export.backends.tensorrt import check_engine
 
@@ -333,7 +339,7 @@ def _check_engines(root: Path, target: Target, progress: Progress | None) -> lis
         )
     plans = [engine.plan for engine in engines.values() if engine.plan]
     update_manifest(root, msgspec.structs.replace(manifest, engines=engines), plans)
-    return [] if all(engine.plan for engine in engines.values()) else [_FIRST_RUN]
+    return all(engine.plan for engine in engines.values())
 
 
 def _reference(

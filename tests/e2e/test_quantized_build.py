@@ -19,7 +19,7 @@ from PIL import Image
 
 from edgesd.errors import MissingDependencyError, QualityError, UsageError
 from edgesd.recipes import DEMO, QuantOptions, build
-from edgesd.recipes.quantized import QuantizedBuild
+from edgesd.recipes.sensitivity import Sensitivities
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.spec.bundle import FileEntry
 from tests.support import assert_refused, run_cli
@@ -158,7 +158,7 @@ def test_what_comparing_lacks_is_said_before_calibration(
     def missing(folder: Path | None) -> None:
         raise MissingDependencyError("no weights to compare with")
 
-    monkeypatch.setattr("edgesd.evaluate.perceptual.open_perceptual", missing)
+    monkeypatch.setattr("edgesd.recipes.quantized.open_perceptual", missing)
     source = next(work.glob("source-*"))
     other = tmp_path / "work"
     shutil.copytree(source, other / source.name)
@@ -193,7 +193,7 @@ def test_four_bit_activations_are_called_a_simulation(work: Path, tmp_path: Path
     assert "simulated" in page.read_text()
 
 
-def errors_as_sensitivities(self: QuantizedBuild, probes: object) -> dict[object, float]:
+def errors_as_sensitivities(self: Sensitivities, probes: object) -> dict[object, float]:
     """Stands in for 200 drawings: a layer does to the image what it does to its output."""
     return {
         layer: 0.0 if choice is None else 100 * self.store.get(layer, choice).error ** 2
@@ -206,7 +206,7 @@ def errors_as_sensitivities(self: QuantizedBuild, probes: object) -> dict[object
 def test_attention_is_pooled_where_images_allow(
     allowed: float, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgesd.recipes.quantized._POOLING_LOSS", allowed)
+    monkeypatch.setattr("edgesd.recipes.gates.POOLING_LOSS", allowed)
     made = build(
         DEMO,
         "x86-64-cpu",
@@ -235,7 +235,7 @@ def test_attention_is_pooled_where_images_allow(
 def test_attention_that_cannot_be_pooled_is_said_before_calibration(
     four_bits: Bundle, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgesd.export.quantize.store.can_pool", lambda graphs, component: False)
+    monkeypatch.setattr("edgesd.recipes.quantized.can_pool", lambda graphs, component: False)
     source = next(work.glob("source-*"))
     other = tmp_path / "work"
     shutil.copytree(source, other / source.name)
@@ -247,7 +247,7 @@ def test_attention_that_cannot_be_pooled_is_said_before_calibration(
 
 @pytest.mark.slow
 def test_a_floor_raises_layers(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(QuantizedBuild, "sensitivities", errors_as_sensitivities)
+    monkeypatch.setattr(Sensitivities, "measure", errors_as_sensitivities)
     plain = built(tmp_path / "plain", work, "w4a8-g64").manifest
     assert plain.quality is not None
     floor = plain.quality.psnr_min + 2
@@ -263,7 +263,7 @@ def test_a_floor_raises_layers(work: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_a_floor_out_of_reach_fails_and_names_layers(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(QuantizedBuild, "sensitivities", errors_as_sensitivities)
+    monkeypatch.setattr(Sensitivities, "measure", errors_as_sensitivities)
     with pytest.raises(QualityError, match=r"w8a8 reaches .* not the 99 .*unet/") as caught:
         built(tmp_path / "out", work, "w8a8", method="rtn", min_psnr=99.0, max_size=0.29)
     assert caught.value.exit_code == 7
@@ -278,7 +278,7 @@ def test_a_floor_out_of_reach_fails_and_names_layers(
 def test_a_size_spends_ranks_where_they_pay(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(QuantizedBuild, "sensitivities", errors_as_sensitivities)
+    monkeypatch.setattr(Sensitivities, "measure", errors_as_sensitivities)
     bundle = built(tmp_path / "small", work, "w4a16-g64-lr16", max_size=0.21)
     source = open_bundle(next(work.glob("source-*")))
     assert 0.17 * source.disk_bytes() < bundle.disk_bytes() <= 0.21 * source.disk_bytes()

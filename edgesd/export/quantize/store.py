@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,22 @@ from edgesd.spec.scheme import Scheme
 
 _log = logging.getLogger(__name__)
 
+_FILES = {False: (GRAPH_FILE, *SPLIT_FILES), True: (KERNELS_FILE, *KERNELS_SPLIT_FILES)}
+"""For edgesd's own kernels or not: files of the whole graph, and of a decoder's head and tail."""
+_OTHERS = (KERNELS_FILE, *SPLIT_FILES, *KERNELS_SPLIT_FILES)
+"""In the order that their weights have behind those of the first graph."""
+
+
+@dataclass(frozen=True)
+class GraphForm:
+    """Which graphs of a component are made. kernels: besides, those for edgesd's own kernels.
+    attention: with these, attention in 8 bits. pooled: the largest self-attention has fewer keys
+    and values, where it can have."""
+
+    kernels: bool = False
+    attention: bool = False
+    pooled: bool = False
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -59,9 +75,8 @@ class Summary:
 class LayerStore:
     """Quantizes layers of the fp32 graphs below `graphs`, each once; `folder` keeps them.
 
-    nodes: see `find_nodes`. backend: whose graphs `quantized_model` makes. What is in `folder` from
-    an interrupted run is taken as it is: its name says what it depends on. pooled: whether graphs
-    made from now on have pooled attention, where it can be.
+    nodes: see `find_nodes`. backend: whose graphs are made. What is in `folder` from an interrupted
+    run is taken as it is: its name says what it depends on.
     """
 
     def __init__(
@@ -74,7 +89,7 @@ class LayerStore:
         backend: str = ONNXRUNTIME,
     ) -> None:
         self.graphs, self.calibration, self.method = graphs, calibration, method
-        self.backend, self.pooled = backend, False
+        self.backend = backend
         self.layers = list(nodes)
         self._nodes = nodes
         self._summaries: dict[tuple[Layer, Scheme], Summary] = {}
@@ -104,35 +119,48 @@ class LayerStore:
             self._summaries[layer, scheme] = found
         return self._summaries[layer, scheme]
 
-    def quantized_model(self, component: str, schemes: Mapping[Layer, LayerScheme]) -> ir.Model:
-        """A component's graph with its layers as chosen; one that isn't named stays fp32."""
-        model = self._model(component)
-        layers, fp16_weights = self._chosen(component, schemes)
-        lower_quantized(model, layers, fp16_weights, self.timesteps(component), self.backend)
-        NoShapes()(model)
-        return model
+    def rows_per_run(self, layer: Layer) -> int:
+        """Rows of the layer's matrix product in one run of its network."""
+        return self.calibration.rows_per_run(layer)
 
-    def kernels_model(
-        self, component: str, schemes: Mapping[Layer, LayerScheme], attention: bool
-    ) -> ir.Model | None:
-        """The same for edgesd's own kernels; None where they have nothing to do. attention: in 8
-        bits, too."""
-        model = self._model(component)
-        layers, fp16_weights = self._chosen(component, schemes)
-        timesteps = self.timesteps(component)
-        if not lower_to_kernels(model, layers, fp16_weights, timesteps, _parts(attention)):
-            return None
-        NoShapes()(model)
-        return model
+    def write(
+        self,
+        component: str,
+        schemes: Mapping[Layer, LayerScheme],
+        folder: Path,
+        form: GraphForm,
+    ) -> SplitDecoder | None:
+        """Write a component's graph, whose layers have `schemes` (those without one stay in fp32),
+        as folder/model.onnx and weights.bin, and beside it what `form` asks for, if there is any.
+        For ONNX Runtime also a decoder's head and tail, which it returns."""
+        layers, fp16_weights = self._quantized(component, schemes)
+        models: dict[str, ir.Model] = {}
+        for kernels in (False, True) if form.kernels else (False,):
+            parts = _parts(form.attention) if kernels else None
+            for name, model in zip(_FILES[kernels], self._graphs(component, form), strict=False):
+                whole = name in (GRAPH_FILE, KERNELS_FILE)
+                nodes = {node.name for node in model.graph}
+                inside = layers if whole else {n: q for n, q in layers.items() if n in nodes}
+                if not self._lower(model, component, inside, fp16_weights, parts) and whole:
+                    break
+                models[name] = model
+        split: SplitDecoder | None = None
+        stock = [models[name] for name in SPLIT_FILES if name in models]
+        if stock:
+            names = KERNELS_SPLIT_FILES if KERNELS_FILE in models else ()
+            split = describe_split(component, stock, SPLIT_FILES, names)
+        others = {name: models[name] for name in _OTHERS if name in models}
+        write_model(models[GRAPH_FILE], folder, others)
+        return split
 
-    def _model(self, component: str) -> ir.Model:
-        """The fp32 graph that layers are put into."""
+    def variant(self, component: str, schemes: Mapping[Layer, LayerScheme]) -> bytes:
+        """A component's graph as bytes; what isn't quantized refers to the fp32 graph's weights."""
         model = _load(self.graphs, component)
-        if self.pooled:
-            PooledAttention()(model)
-        return model
+        self._lower(model, component, *self._quantized(component, schemes), None)
+        serialized: bytes = ir.serde.serialize_model(model).SerializeToString()
+        return serialized
 
-    def _chosen(
+    def _quantized(
         self, component: str, schemes: Mapping[Layer, LayerScheme]
     ) -> tuple[dict[str, QuantizedLayer], set[str]]:
         """Quantized layers by node, and names of the weights that stay in 16 bits."""
@@ -147,54 +175,35 @@ class LayerStore:
         ]
         return layers, {weight.name for weight in weights if weight and weight.name}
 
-    def write(
+    def _graphs(self, component: str, form: GraphForm) -> Iterator[ir.Model]:
+        """The fp32 graphs that layers are put into: the whole one, a decoder's head and tail."""
+        model = _load(self.graphs, component)
+        if form.pooled:
+            PooledAttention()(model)
+        yield model
+        if component == COMPONENT and self.backend == ONNXRUNTIME:
+            yield from split_decoder(_load(self.graphs, component)) or ()
+
+    def _lower(
         self,
+        model: ir.Model,
         component: str,
-        schemes: Mapping[Layer, LayerScheme],
-        folder: Path,
-        kernels: bool = False,
-        attention: bool = False,
-    ) -> SplitDecoder | None:
-        """Write a component's graph as folder/model.onnx and weights.bin; with `kernels` also its
-        kernels.onnx, if it has one. For ONNX Runtime also a decoder's head and tail, which are
-        returned."""
-        own = self.kernels_model(component, schemes, attention) if kernels else None
-        others = {} if own is None else {KERNELS_FILE: own}
-        splits = component == COMPONENT and self.backend == ONNXRUNTIME
-        stock = self._split_graphs(component, schemes, None) if splits else ()
-        split: SplitDecoder | None = None
-        if stock:
-            others |= zip(SPLIT_FILES, stock, strict=True)
-            if own is not None:
-                ours = self._split_graphs(component, schemes, _parts(attention))
-                others |= zip(KERNELS_SPLIT_FILES, ours, strict=True)
-            names = () if own is None else KERNELS_SPLIT_FILES
-            split = describe_split(component, stock, SPLIT_FILES, names)
-        write_model(self.quantized_model(component, schemes), folder, others)
-        return split
+        layers: Mapping[str, QuantizedLayer],
+        fp16_weights: Collection[str],
+        parts: Collection[str] | None,
+    ) -> bool:
+        """Put `layers` into a graph; False where edgesd's own kernels have nothing to do in it.
 
-    def _split_graphs(
-        self, component: str, schemes: Mapping[Layer, LayerScheme], parts: Collection[str] | None
-    ) -> tuple[ir.Model, ...]:
-        """Head and tail of a decoder, with layers as chosen; nothing where it can't be split.
-        parts: of edgesd's own kernels (OwnKernels); None for ONNX Runtime's operators."""
-        found = split_decoder(_load(self.graphs, component)) or ()
-        layers, fp16_weights = self._chosen(component, schemes)
-        for model in found:
-            nodes = {node.name for node in model.graph}
-            mine = {name: layer for name, layer in layers.items() if name in nodes}
-            if parts is None:
-                lower_quantized(model, mine, fp16_weights, None, self.backend)
-            else:
-                lower_to_kernels(model, mine, fp16_weights, None, parts)
-            NoShapes()(model)
-        return found
-
-    def variant(self, component: str, schemes: Mapping[Layer, LayerScheme]) -> bytes:
-        """A component's graph as bytes; what isn't quantized refers to the fp32 graph's weights."""
-        proto = ir.serde.serialize_model(self.quantized_model(component, schemes))
-        found: bytes = proto.SerializeToString()
-        return found
+        parts: of these kernels (OwnKernels); None for the backend's own operators.
+        """
+        timesteps = self.timesteps(component)
+        used = True
+        if parts is None:
+            lower_quantized(model, layers, fp16_weights, timesteps, self.backend)
+        else:
+            used = lower_to_kernels(model, layers, fp16_weights, timesteps, parts)
+        NoShapes()(model)
+        return used
 
     def timesteps(self, component: str) -> npt.NDArray[np.float32] | None:
         """Timesteps that ranges were recorded at, for the denoiser; None for other components."""

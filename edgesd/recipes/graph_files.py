@@ -1,0 +1,96 @@
+"""The graphs of a quantized bundle: each written, and run once beside its source."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from edgesd.export.external_data import GRAPH_FILE, KERNELS_FILE
+from edgesd.export.families import Component
+from edgesd.export.parity import Case, check_parity, check_split, graph_cases
+from edgesd.export.quantize.assign import LayerScheme
+from edgesd.export.quantize.layers import Layer
+from edgesd.export.quantize.store import GraphForm, LayerStore, can_pool
+from edgesd.recipes.comparison import Report
+from edgesd.runtime import kernels
+from edgesd.spec.bundle import Graph, Parity, SplitDecoder
+from edgesd.spec.scheme import Precision
+
+
+class GraphFiles:
+    """The graphs of `components` in a bundle's folder `root`, made of the layers in `store`.
+
+    precision: as the bundle has it. graphs: those that are in `root` now.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        store: LayerStore,
+        components: Sequence[Component],
+        precision: Precision,
+        report: Report,
+    ) -> None:
+        self.root, self.store, self._components = root, store, components
+        self._precision, self._report = precision, report
+        self.graphs: dict[str, Graph] = {}
+        self._written: dict[str, tuple[Mapping[Layer, LayerScheme], GraphForm]] = {}
+        self._cases: dict[str, list[Case]] = {}
+
+    def write(self, schemes: Mapping[Layer, LayerScheme], form: GraphForm) -> None:
+        """Write the graphs that aren't there yet: layers have `schemes`.
+
+        Raises ParityError for a graph that is too far from its source.
+        """
+        for component in self._components:
+            name = component.name
+            mine = {la: scheme for la, scheme in schemes.items() if la.component == name}
+            wanted = mine, self._form_of(name, mine, form)
+            if self._written.get(name) != wanted:
+                self._written.pop(name, None)
+                self.graphs[name] = self._write(component, *wanted)
+                self._written[name] = wanted
+
+    def _form_of(
+        self, name: str, schemes: Mapping[Layer, LayerScheme], form: GraphForm
+    ) -> GraphForm:
+        """What of `form` matters to a component."""
+        own = form.kernels and kernels.usable(str(scheme) for scheme in schemes.values())
+        pooled = form.pooled and can_pool(self.store.graphs, name)
+        return GraphForm(own, own and form.attention, pooled)
+
+    def _write(
+        self, component: Component, schemes: Mapping[Layer, LayerScheme], form: GraphForm
+    ) -> Graph:
+        name = component.name
+        self._report("quantize", name)
+        folder = self.root / name
+        shutil.rmtree(folder, ignore_errors=True)
+        split = self.store.write(name, schemes, folder, form)
+        self._report("check", name)
+        if name not in self._cases:
+            self._cases[name] = graph_cases(self.store.graphs / name / GRAPH_FILE, component)
+        own = (folder / KERNELS_FILE).exists()
+        parity = self._check(component, GRAPH_FILE, split, None)
+        if own:
+            self._check(component, KERNELS_FILE, split, kernels.library())
+        return Graph(
+            component=name,
+            path=f"{name}/{GRAPH_FILE}",
+            precision=self._precision,
+            parity=parity,
+            kernels=f"{name}/{KERNELS_FILE}" if own else None,
+            split=split,
+        )
+
+    def _check(
+        self, component: Component, file: str, split: SplitDecoder | None, library: Path | None
+    ) -> Parity:
+        """Parity of the whole graph in `file`; a decoder's head and tail must pass, too."""
+        name = component.name
+        cases, precision = self._cases[name], self._precision
+        parity = check_parity(self.root / name / file, component, cases, precision, library)
+        if split is not None:
+            check_split(self.root, split, component, cases, precision, library)
+        return parity

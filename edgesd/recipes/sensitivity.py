@@ -1,0 +1,110 @@
+"""What quantizing one layer alone does to the image, measured by generating."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgesd.errors import InputError
+from edgesd.evaluate import quality as quality_
+from edgesd.evaluate.psnr import mean_squared_error
+from edgesd.export.quantize.assign import LayerScheme
+from edgesd.export.quantize.layers import Layer
+from edgesd.export.quantize.store import LayerStore
+from edgesd.files import atomic_write
+from edgesd.recipes.comparison import Comparison, Report
+from edgesd.recipes.search import Probes
+from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
+from edgesd.runtime.bundle import GraphFile
+from edgesd.runtime.pipeline import DRAWING, Pipeline, Request, Settings
+from edgesd.spec.base import decode_json
+from edgesd.spec.scheme import Scheme
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_log = logging.getLogger(__name__)
+
+
+class Sensitivities:
+    """Sensitivities of the layers in `planned`; they are kept below `work`: that takes generating a
+    few small images per layer. scheme: what was asked for, for the file's name."""
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        store: LayerStore,
+        planned: Mapping[Layer, LayerScheme],
+        scheme: Scheme,
+        work: Path,
+        report: Report,
+    ) -> None:
+        self.comparison, self.store, self.planned = comparison, store, planned
+        self._scheme, self._work, self._report = scheme, work, report
+
+    def measure(self, probes: Probes) -> dict[Layer, float]:
+        """Mean squared error of the images at the places `probes` when that layer alone is
+        quantized as planned; 0 for layers that no image depends on."""
+        path = self._work / f"sensitivity-{self._scheme}-{self._key(probes)}.json"
+        known = _read_figures(path)
+        generating = {
+            layer: scheme
+            for layer, scheme in self.planned.items()
+            if scheme is not None and layer.component in DRAWING
+        }
+        unknown = [layer for layer in generating if layer_name(layer) not in known]
+        if unknown:
+            requests = [self.comparison.requests[index] for index in probes]
+            source = [self.comparison.source_images[index] for index in probes]
+            with Pipeline(self.comparison.reference, Settings(made_here=True)) as pipeline:
+                for number, layer in enumerate(unknown):
+                    self._report(f"sensitivity {number + 1}/{len(unknown)}", layer.component)
+                    images = self._images_with(layer, generating[layer], pipeline, requests)
+                    errors = map(mean_squared_error, source, images)
+                    known[layer_name(layer)] = statistics.fmean(errors)
+                    with atomic_write(path) as file:
+                        file.write(msgspec.json.encode(known))
+        return {
+            layer: known[layer_name(layer)] if layer in generating else 0.0
+            for layer in self.planned
+        }
+
+    def _images_with(
+        self, layer: Layer, scheme: Scheme, pipeline: Pipeline, requests: Sequence[Request]
+    ) -> list[Image.Image]:
+        """Images of the source with one layer quantized."""
+        component = layer.component
+        spec = self.comparison.reference.manifest.pipeline.components[component]
+        graph = GraphFile(
+            self.store.variant(component, {layer: scheme}), self.store.graphs / component
+        )
+        pipeline.replace(component, OnnxRuntimeRunner(spec, graph))
+        images = quality_.generate(pipeline, requests, together=True)
+        pipeline.restore(component)
+        return images
+
+    def _key(self, probes: Probes) -> str:
+        parts = (self.store.folder.name, self.comparison.folder.name, probes)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def layer_name(layer: Layer) -> str:
+    """A layer's name in a pipeline: unet/mid_block.resnets.0.conv1."""
+    return f"{layer.component}/{layer.name}"
+
+
+def _read_figures(path: Path) -> dict[str, float]:
+    """What an earlier run has measured; nothing where the file is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return decode_json(path.read_bytes(), dict[str, float])
+    except InputError as exc:
+        _log.warning("%s is damaged (%s): measuring again", path, exc)
+        return {}
