@@ -23,11 +23,12 @@ import numpy as np
 import torch
 
 from edgesd.export.prompter.base import load_base
-from edgesd.export.prompter.gguf_files import Float, Layout, Update, dequantize
+from edgesd.export.prompter.gguf_files import Layout, Update, dequantize
 from edgesd.export.prompter.loftq import loftq, random_like
 from edgesd.export.prompter.pairs import read_pairs
 from edgesd.export.prompter.starts import AdapterSettings, adapted_layers, set_adapter, with_adapter
 from edgesd.export.prompter.train import Row, Training, fit, held_loss, row
+from edgesd.runtime.arrays import Float
 
 BITS = (4, 3, 2)
 STARTS = ("default", "loftq", "control")

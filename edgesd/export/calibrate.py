@@ -32,14 +32,13 @@ from edgesd.export.families import Component, ExportSpec
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.torch_runner import TorchRunner
 from edgesd.files import atomic_path, atomic_write
+from edgesd.runtime.arrays import Float
 from edgesd.runtime.denoise import Conditioning, denoise
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.schedulers import create_scheduler
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.bundle import CalibrationSpec
 from edgesd.spec.pipeline import ComponentSpec
-
-Float = npt.NDArray[np.float32]
 
 VERSION = 4
 """Part of the cache key: raised when the statistics change in meaning."""

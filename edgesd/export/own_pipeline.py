@@ -20,7 +20,7 @@ import torch
 from edgesd.errors import EdgesdError, ParityError
 from edgesd.export.families import ExportSpec, OwnPipeline
 from edgesd.export.quiet import quiet
-from edgesd.runtime.backends.base import Array
+from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.fake import FakeRunner
 from edgesd.runtime.denoise import Conditioning, denoise
 from edgesd.runtime.noise import BatchNoise
@@ -28,8 +28,6 @@ from edgesd.runtime.schedulers import create_scheduler
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.pipeline import ComponentSpec, PipelineSpec, TensorSpec
 from edgesd.text import first_sentence
-
-Float = npt.NDArray[np.float32]
 
 _PROMPTS = (
     "",

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from edgesd.errors import ParityError
 from edgesd.export.families import Component, Sizes
+from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends.onnxruntime import session_options
 from edgesd.spec.bundle import Parity, SplitDecoder
 from edgesd.spec.pipeline import TensorSpec
 from edgesd.spec.scheme import Precision
 from edgesd.text import first_sentence
 
-Array = npt.NDArray[Any]
 Case = tuple[dict[str, Array], tuple[Array, ...]]
 """Inputs by name, and what the source made of them, output by output."""
 

@@ -18,13 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgesd.errors import MissingDependencyError, ResourceError, TargetError
+from edgesd.runtime.arrays import Array
 from edgesd.runtime.closing import Closing
 from edgesd.runtime.cuda import find_gpu
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Array = npt.NDArray[Any]
 
 
 @dataclass

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edgesd.runtime.arrays import Float
 from edgesd.runtime.backends.base import Runner, run_once
 
-Float = npt.NDArray[np.float32]
 Figures = npt.NDArray[np.float64]
 """Mean and mean square of the input of each group normalization [norms, 2, groups]."""
 

@@ -10,15 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
 from edgesd.export.quantize.layers import QuantizedLayer, weight_of
-
-Array = npt.NDArray[Any]
+from edgesd.runtime.arrays import Array
 
 
 class QuantizedPass(Pass):

@@ -26,13 +26,13 @@ import onnx_ir as ir
 from edgesd.errors import EdgesdError
 from edgesd.export.passes.fp16_weights import MAX_FP16
 from edgesd.export.passes.lowering import (
-    Array,
     LayerLowering,
     QuantizedPass,
     check_opset_21,
     shared_constant,
 )
 from edgesd.export.quantize.layers import Activations, QuantizedLayer, pack_int4
+from edgesd.runtime.arrays import Array
 
 OPSET = 21
 """The oldest with int4 and with blocks."""

@@ -31,13 +31,13 @@ import onnx_ir as ir
 
 from edgesd.errors import EdgesdError
 from edgesd.export.passes.lowering import (
-    Array,
     LayerLowering,
     QuantizedPass,
     check_opset_21,
     shared_constant,
 )
 from edgesd.export.quantize.layers import QuantizedLayer, weight_of
+from edgesd.runtime.arrays import Array
 
 OPSET_INT4 = 21
 """The oldest in which DequantizeLinear takes int4 and blocks."""

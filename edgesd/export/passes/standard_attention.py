@@ -7,7 +7,8 @@ import onnx_ir as ir
 
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
-from edgesd.export.passes.lowering import Array, replace_node, shared_constant
+from edgesd.export.passes.lowering import replace_node, shared_constant
+from edgesd.runtime.arrays import Array
 
 MASKED = -1e4
 """Added to a score that doesn't count: exact in fp16, and its exponential is 0 in fp32."""

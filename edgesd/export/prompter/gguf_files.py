@@ -23,9 +23,8 @@ from edgesd.errors import InputError
 from edgesd.export.prompter.base import require_gguf
 from edgesd.export.prompter.gguf_header import check_header
 from edgesd.files import atomic_path
+from edgesd.runtime.arrays import Float
 from edgesd.text import first_sentence
-
-Float = npt.NDArray[np.float32]
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """What peft calls an adapter's weights."""

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from edgesd.export.prompter.gguf_files import Float, Update
+from edgesd.export.prompter.gguf_files import Update
+from edgesd.runtime.arrays import Float
 
 
 def loftq(

@@ -22,7 +22,6 @@ import torch
 from edgesd.errors import InputError, MissingDependencyError
 from edgesd.export.prompter.base import Base, load_base
 from edgesd.export.prompter.gguf_files import (
-    Float,
     Layout,
     Update,
     dequantize,
@@ -32,6 +31,7 @@ from edgesd.export.prompter.gguf_files import (
 )
 from edgesd.export.prompter.loftq import loftq, random_like
 from edgesd.export.quiet import quiet
+from edgesd.runtime.arrays import Float
 
 if TYPE_CHECKING:
     from peft import PeftModel

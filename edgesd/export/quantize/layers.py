@@ -22,9 +22,9 @@ from safetensors.numpy import save
 
 from edgesd.errors import EdgesdError, UsageError
 from edgesd.files import atomic_write
+from edgesd.runtime.arrays import Float
 from edgesd.spec.scheme import Scheme, parse_scheme
 
-Float = npt.NDArray[np.float32]
 Float16 = npt.NDArray[np.float16]
 Codes = npt.NDArray[np.int8]
 

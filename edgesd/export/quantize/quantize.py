@@ -25,9 +25,8 @@ from edgesd.export.quantize.gptq import gptq
 from edgesd.export.quantize.layers import Activations, Layer, QuantizedLayer
 from edgesd.export.quantize.rtn import group_scales, round_to_nearest
 from edgesd.export.quantize.svdquant import svdquant
+from edgesd.runtime.arrays import Float
 from edgesd.spec.scheme import Scheme
-
-Float = npt.NDArray[np.float32]
 
 VERSION = 4
 """Part of the cache key: raised when a method changes its results."""

@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from edgesd.errors import BundleError, InputError, ResourceError
+from edgesd.runtime.arrays import Array
 from edgesd.runtime.closing import Closing
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
 from edgesd.spec.pipeline import ComponentSpec
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from edgesd.runtime.bundle import Bundle
     from edgesd.spec.bundle import DecoderPart
-
-Array = npt.NDArray[np.generic]
 
 
 class Runner(Protocol):

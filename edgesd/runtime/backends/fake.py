@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from edgesd.runtime.backends.base import Array, BoundRunner
+from edgesd.runtime.arrays import Array
+from edgesd.runtime.backends.base import BoundRunner
 from edgesd.spec.pipeline import ComponentSpec
 
 Function = Callable[[Mapping[str, Array]], Mapping[str, Array]]

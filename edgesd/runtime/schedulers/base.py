@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 
 from edgesd.errors import InputError
-from edgesd.runtime.schedulers.schedule import F32, I64, Array, BetaSchedule, alphas_cumprod
+from edgesd.runtime.arrays import Array
+from edgesd.runtime.schedulers.schedule import F32, I64, BetaSchedule, alphas_cumprod
 
 Noise = Callable[[tuple[int, ...]], F32]
 """shape -> standard normal float32 values of that shape; TorchNoise and BatchNoise are such."""

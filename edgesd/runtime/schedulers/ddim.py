@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import LimitConfig, Noise, Scheduler, read_config
-from edgesd.runtime.schedulers.schedule import F32, Array, Prediction, Spacing
+from edgesd.runtime.schedulers.schedule import F32, Prediction, Spacing
 
 
 class DDIMConfig(LimitConfig, frozen=True, kw_only=True):

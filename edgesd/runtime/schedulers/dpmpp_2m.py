@@ -10,10 +10,11 @@ from typing import Any, Literal
 import numpy as np
 
 from edgesd.errors import InputError
+from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import LimitConfig, Noise, Scheduler, read_config, refusal
 from edgesd.runtime.schedulers.euler import refuse_beta_sigmas
-from edgesd.runtime.schedulers.schedule import F32, F64, I64, Array, FinalSigma, Prediction, Spacing
+from edgesd.runtime.schedulers.schedule import F32, F64, I64, FinalSigma, Prediction, Spacing
 
 
 class DPMConfig(LimitConfig, frozen=True, kw_only=True):

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import numpy as np
 
 from edgesd.errors import InputError
+from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import BetaConfig, Noise, Scheduler, read_config, refusal
-from edgesd.runtime.schedulers.schedule import F32, F64, Array, FinalSigma, Prediction, Spacing
+from edgesd.runtime.schedulers.schedule import F32, F64, FinalSigma, Prediction, Spacing
 
 
 class ExplodingConfig(BetaConfig, frozen=True, kw_only=True):

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import Noise, read_config
 from edgesd.runtime.schedulers.euler import ExplodingConfig, ExplodingScheduler, euler_step
-from edgesd.runtime.schedulers.schedule import F32, Array
+from edgesd.runtime.schedulers.schedule import F32
 
 
 class EulerAncestralConfig(ExplodingConfig, frozen=True, kw_only=True):

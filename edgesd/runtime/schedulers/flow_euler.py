@@ -12,10 +12,11 @@ import msgspec
 import numpy as np
 
 from edgesd.errors import InputError, UsageError
+from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import Noise, Scheduler, TrainTimesteps, read_config, refusal
 from edgesd.runtime.schedulers.euler import refuse_beta_sigmas
-from edgesd.runtime.schedulers.schedule import F32, F64, Array
+from edgesd.runtime.schedulers.schedule import F32, F64
 
 
 class FlowEulerConfig(msgspec.Struct, frozen=True, kw_only=True):

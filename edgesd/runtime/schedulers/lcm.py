@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from edgesd.errors import InputError
+from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import LimitConfig, Noise, Scheduler, read_config, refusal
-from edgesd.runtime.schedulers.schedule import F32, Array, BetaSchedule, Prediction
+from edgesd.runtime.schedulers.schedule import F32, BetaSchedule, Prediction
 
 _SIGMA_DATA = 0.5
 

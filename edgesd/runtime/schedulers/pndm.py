@@ -9,9 +9,10 @@ from typing import Any, Literal
 import numpy as np
 
 from edgesd.errors import UsageError
+from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import BetaConfig, Noise, Scheduler, read_config
-from edgesd.runtime.schedulers.schedule import F32, Array, Spacing
+from edgesd.runtime.schedulers.schedule import F32, Spacing
 
 _RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 _WARM_UP_TIMESTEPS = 4

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgesd.errors import InputError, UsageError
+from edgesd.runtime.arrays import Array
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
-Array = NDArray[Any]
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 Spacing = Literal["leading", "trailing", "linspace"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgesd.errors import InputError
-from edgesd.runtime.backends.base import Array
+from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends.fake import FakeRunner
 from edgesd.runtime.denoise import (
     Conditioning,
