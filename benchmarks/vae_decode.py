@@ -63,7 +63,7 @@ def make_graphs(folder: Path, precision: str, autoencoder: Path | None) -> None:
         SPLIT_FILES,
         write_model,
     )
-    from edgesd.export.passes.tiled_decoder import copied, describe_split, split_decoder
+    from edgesd.export.passes.tiled_decoder import describe_split, split_decoder
     from edgesd.export.quantize.layers import find_layers, matrix_of
     from edgesd.export.quantize.quantize import rounded_layer
 
@@ -88,7 +88,7 @@ def make_graphs(folder: Path, precision: str, autoencoder: Path | None) -> None:
             return {name: layer for name, layer in layers.items() if name in there}
 
         names = KERNELS_SPLIT_FILES
-        own = [copied(graph) for graph in graphs.values()]
+        own = [graph.clone() for graph in graphs.values()]
         for graph in graphs.values():
             lower_quantized(graph, mine(graph), set(), None, "onnxruntime")
         for name, graph in zip((KERNELS_FILE, *names), own, strict=True):

@@ -118,7 +118,7 @@ def split_decoder(model: ir.Model) -> tuple[ir.Model, ir.Model] | None:
     dims = [dim for value in model.graph.inputs for dim in value.shape or ()]
     if all(isinstance(dim, int) for dim in dims):
         return None
-    head, tail = copied(model), copied(model)
+    head, tail = model.clone(), model.clone()
     try:
         DecoderTail()(tail)
     except EdgesdError:
@@ -142,48 +142,6 @@ def describe_split(
         for index, part in enumerate(parts)
     )
     return SplitDecoder(head, tail)
-
-
-def copied(model: ir.Model) -> ir.Model:
-    """Another model of the same nodes and weights."""
-    made: dict[int, ir.Value] = {}
-
-    def value_of(value: ir.Value | None) -> ir.Value | None:
-        if value is None:
-            return None
-        if id(value) not in made:
-            made[id(value)] = ir.Value(
-                name=value.name, shape=value.shape, type=value.type, const_value=value.const_value
-            )
-        return made[id(value)]
-
-    nodes = [
-        ir.Node(
-            node.domain,
-            node.op_type,
-            [value_of(value) for value in node.inputs],
-            list(node.attributes.values()),
-            outputs=[value for out in node.outputs if (value := value_of(out)) is not None],
-            name=node.name,
-        )
-        for node in model.graph
-    ]
-    graph = ir.Graph(
-        [value for v in model.graph.inputs if (value := value_of(v)) is not None],
-        [value for v in model.graph.outputs if (value := value_of(v)) is not None],
-        nodes=nodes,
-        initializers=[
-            value for v in model.graph.initializers.values() if (value := value_of(v)) is not None
-        ],
-        opset_imports=dict(model.graph.opset_imports),
-        name=model.graph.name,
-    )
-    return ir.Model(
-        graph,
-        ir_version=model.ir_version,
-        producer_name=model.producer_name,
-        producer_version=model.producer_version,
-    )
 
 
 class _Statistics:
