@@ -237,8 +237,12 @@ def at(*path: Any) -> Callable[[dict[str, Any], Any], None]:
     return put
 
 
-NO_NOISE = {"num_train_timesteps": 4, "trained_betas": [1e-30] * 4}
-"""Betas that vanish in float32: steps are divided by the noise that there is."""
+NO_NOISE = {
+    "num_train_timesteps": 4,
+    "trained_betas": [1e-30] * 4,
+    "prediction_type": "sample",
+}
+"""Betas that vanish in float32: what is predicted is divided by the noise that there is."""
 UNET = ("pipeline", "components", "unet")
 REFUSED: dict[str, tuple[tuple[Any, ...], Any]] = {
     f"{'.'.join(map(str, path[-2:]))} {str(value)[:30]}": (path, value)
