@@ -19,7 +19,7 @@ from edgesd.errors import EdgesdError
 from edgesd.spec.pipeline import ComponentSpec
 
 Array = npt.NDArray[np.float32]
-Step = Callable[[Inputs], Array]
+Predict = Callable[[Inputs], Array]
 
 
 class Loaded(NamedTuple):
@@ -68,7 +68,7 @@ def serve(
 
 def _edgesd(
     graph: Path, spec: ComponentSpec, inputs: Inputs, threads: int, how: str = ""
-) -> tuple[Step, str]:
+) -> tuple[Predict, str]:
     """edgesd's own runner, as the device side uses it. how: "stock" without our own kernels,
     "stream" with weights let go after each layer."""
     import onnxruntime
@@ -96,7 +96,7 @@ def _edgesd(
     return step, f"onnxruntime {onnxruntime.__version__}, {isa} {how}".strip()
 
 
-def _openvino(folder: Path, threads: int) -> tuple[Step, str]:
+def _openvino(folder: Path, threads: int) -> tuple[Predict, str]:
     """A fixed size, one stream, and fp32 by hint: on a CPU with bf16 OpenVINO's default is bf16."""
     import openvino
     from openvino import properties
@@ -126,7 +126,7 @@ def _openvino(folder: Path, threads: int) -> tuple[Step, str]:
     return step, f"openvino {version}, precision {precision}, {used} threads"
 
 
-def _torch(folder: Path, model: Model, threads: int) -> tuple[Step, str]:
+def _torch(folder: Path, model: Model, threads: int) -> tuple[Predict, str]:
     """Eager, with diffusers' default attention: scaled_dot_product_attention."""
     import torch
 
@@ -141,7 +141,7 @@ def _torch(folder: Path, model: Model, threads: int) -> tuple[Step, str]:
     return step, f"torch {torch.__version__} eager, fp32, {torch.get_num_threads()} threads"
 
 
-def _sdcpp(folder: Path, threads: int) -> tuple[Step, str]:
+def _sdcpp(folder: Path, threads: int) -> tuple[Predict, str]:
     """stable-diffusion.cpp generates one endless image on a thread, and waits before each step."""
     import stable_diffusion_cpp
 
@@ -174,17 +174,17 @@ def _sdcpp(folder: Path, threads: int) -> tuple[Step, str]:
     return step, f"stable-diffusion-cpp-python {version}"
 
 
-def _quantized(name: str, how: str) -> Callable[[Path, Model, int], tuple[Step, str]]:
+def _quantized(name: str, how: str) -> Callable[[Path, Model, int], tuple[Predict, str]]:
     return lambda folder, model, threads: _edgesd(
         folder / name, model.spec(), model.inputs(), threads, how
     )
 
 
-def _gguf(name: str) -> Callable[[Path, Model, int], tuple[Step, str]]:
+def _gguf(name: str) -> Callable[[Path, Model, int], tuple[Predict, str]]:
     return lambda folder, _, threads: _sdcpp(folder / name, threads)
 
 
-CONTENDERS: dict[str, Callable[[Path, Model, int], tuple[Step, str]]] = {
+CONTENDERS: dict[str, Callable[[Path, Model, int], tuple[Predict, str]]] = {
     "edgesd": lambda folder, model, threads: _edgesd(
         folder / "edgesd", model.spec(), model.inputs(), threads
     ),

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from edgesd.errors import EdgesdError
+from edgesd.progress import Lines
 from edgesd.remote.wheels import download_wheels, kernels_for
 
 EXTRAS = ("cuda-bindings<13",)
@@ -38,7 +39,7 @@ def main() -> int:
             given.python,
             given.arch,
             [*EXTRAS, *given.extra],
-            library=kernels_for(given.arch, say),
+            library=kernels_for(given.arch, Lines(say)),
         )
     except EdgesdError as exc:
         print(f"vendor_wheels: {exc}", file=sys.stderr)

@@ -18,7 +18,8 @@ import msgspec
 import onnx
 
 from edgesd.device.slots import Slots
-from edgesd.engines.tensorrt import BuildSpec, PlanReport, Progress
+from edgesd.engines.tensorrt import BuildSpec, PlanReport
+from edgesd.progress import SILENT, Progress
 from edgesd.spec.bundle import Environment
 from edgesd.spec.target import Machine
 from tests.support import PATIENCE_SECONDS
@@ -46,14 +47,13 @@ class Builder:
         graph: Path,
         spec: BuildSpec,
         plan: Path,
-        progress: Progress | None = None,
+        progress: Progress = SILENT,
         weights: Path | None = None,
         opened: Sequence[int] = (),
     ) -> PlanReport:
         if self.error:
             raise self.error
-        if progress:
-            progress("Building engine", 1, 2)
+        progress.update("Building engine", 1, 2)
         model = onnx.load(graph, load_external_data=False)
         for tensor in model.graph.initializer:
             if tensor.external_data:

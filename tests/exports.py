@@ -11,12 +11,14 @@ from typing import Any
 import msgspec
 from filelock import FileLock
 
+from edgesd.progress import SILENT, Progress
 from edgesd.spec.bundle import GraphSet
+from tests.support import Recorded
 
 Export = Callable[..., GraphSet]
 """A function such as `export_pipeline`."""
 
-_Kept = tuple[GraphSet, list[tuple[str, str]]]
+_Kept = tuple[GraphSet, list[str]]
 
 
 class KeptExports:
@@ -36,25 +38,25 @@ class KeptExports:
         precision: str = "fp32",
         *,
         backend: str = "onnxruntime",
-        progress: Any = None,
+        progress: Progress = SILENT,
     ) -> GraphSet:
-        """See `export_pipeline`; progress is told what the export told when it was done."""
+        """See `export_pipeline`; the lines of progress are the first export's."""
         what = msgspec.json.encode((plan.pipeline, precision, backend))
         kept = self.folder / hashlib.sha256(what).hexdigest()[:16]
         with FileLock(f"{kept}.lock", timeout=500):
             if not (kept / "graphs.json").exists():
-                stages: list[tuple[str, str]] = []
+                told = Recorded()
                 found = self.export(
                     source,
                     plan,
                     kept / "graphs",
                     precision,
                     backend=backend,
-                    progress=lambda *stage: stages.append(stage),
+                    progress=told,
                 )
-                (kept / "graphs.json").write_bytes(msgspec.json.encode((found, stages)))
+                (kept / "graphs.json").write_bytes(msgspec.json.encode((found, told.lines)))
         shutil.copytree(kept / "graphs", out_dir, dirs_exist_ok=True)
-        graphs, stages = msgspec.json.decode((kept / "graphs.json").read_bytes(), type=_Kept)
-        for stage in stages if progress else ():
-            progress(*stage)
+        graphs, lines = msgspec.json.decode((kept / "graphs.json").read_bytes(), type=_Kept)
+        for line in lines:
+            progress.line(line)
         return msgspec.structs.replace(graphs, root=str(out_dir))

@@ -15,6 +15,7 @@ import msgspec
 from edgesd.cli import main
 from edgesd.engines import plans
 from edgesd.errors import EdgesdError
+from edgesd.progress import SILENT
 from edgesd.runtime.cuda import Gpu
 from edgesd.spec.target import Machine
 from tests import fake_tensorrt
@@ -28,7 +29,7 @@ class State(msgspec.Struct):
 
 
 class LoggedBuilder(Builder):
-    def __call__(self, graph, spec, plan, progress=None, weights=None, *more):  # type: ignore[no-untyped-def]
+    def __call__(self, graph, spec, plan, progress=SILENT, weights=None, *more):  # type: ignore[no-untyped-def]
         report = super().__call__(graph, spec, plan, progress, weights, *more)
         with (Path.home() / "built").open("a") as log:
             log.write(f"{spec.component}\n")

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgesd.cli import main
 from edgesd.engines.bundle import file_entries, update_manifest, write_manifest
+from edgesd.progress import Lines
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, Engine, Licence, Parity
 from edgesd.spec.pipeline import (
@@ -44,6 +45,21 @@ def wait_until(done: Callable[[], object], what: str, seconds: float = PATIENCE_
     while not done():
         assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
         time.sleep(0.01)
+
+
+class Recorded(Lines):
+    """Progress that is kept: its lines, and of each update the task, done and total."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.updates: list[tuple[str, int, int]] = []
+        super().__init__(self.lines.append)
+
+    def update(
+        self, task: str, done: int, total: int, note: str = "", *, in_bytes: bool = False
+    ) -> None:
+        """See Progress."""
+        self.updates.append((task, done, total))
 
 
 class Outcome(NamedTuple):

@@ -25,6 +25,7 @@ from edgesd.cli.common import (
     show_each,
 )
 from edgesd.errors import BoardError, EdgesdError
+from edgesd.progress import Lines, Prefixed
 
 if TYPE_CHECKING:
     from edgesd.device.bench import Bench
@@ -159,9 +160,7 @@ def run_command(
         options += [f"--max-memory={max_memory}"] if max_memory is not None else []
         results = on_each(
             hosts,
-            lambda board: bench_on(
-                board, opened, options, lambda text: reporter.line(f"{board.name}: {text}")
-            ),
+            lambda board: bench_on(board, opened, options, Prefixed(reporter, f"{board.name}: ")),
             _RETRIES,
             lambda host, error: reporter.line(f"{host}: {error} (joining it again)"),
         )
@@ -186,7 +185,7 @@ def run_command(
         plans = plans_of(opened, reporter)
         settings = Settings(threads, memory, None, plans, max_memory=max_memory)
         with reporter.bar():
-            progress = reporter.update if not as_json else _plain
+            progress = _Images() if as_json else reporter
             found = [measure(opened, settings, Plan(request, warm_up, runs, interval), progress)]
     try:
         if output:
@@ -247,10 +246,18 @@ def forget_command(key: str) -> None:
     forget(key)
 
 
-def _plain(name: str, done: int, total: int) -> None:
-    """Progress for whoever listens to a board: a line for each image."""
-    if done == total:
-        say(f"{name}: done", err=True)
+class _Images(Lines):
+    """Progress of a benchmark on a board, for those who follow it: a line for each image."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda text: say(text, err=True))
+
+    def update(
+        self, task: str, done: int, total: int, note: str = "", *, in_bytes: bool = False
+    ) -> None:
+        """See Progress."""
+        if done == total:
+            self.line(f"{task}: done")
 
 
 def _follow(key: str) -> None:

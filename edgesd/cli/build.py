@@ -12,7 +12,6 @@ from edgesd.cli.common import (
     OutputPath,
     Reporter,
     Size,
-    board_progress,
     json_option,
     lpips_option,
     print_json,
@@ -187,7 +186,7 @@ def build_command(
             raise click.UsageError(f"--on builds TensorRT plans, and {target} takes none")
         place = check_board(host, target).environment  # before long work
         reporter.line(f"{host} builds plans for {place}")
-        finish = partial(add_plans, host, progress=board_progress(reporter))
+        finish = partial(add_plans, host, progress=reporter)
     built = build(
         model,
         target,
@@ -196,7 +195,7 @@ def build_command(
         size,
         scheduler,
         batch or 1,
-        progress=lambda stage, component: reporter.line(f"{component}: {stage}"),
+        progress=reporter,
         quantization=options,
         finish=finish,
         prompter=prompter,

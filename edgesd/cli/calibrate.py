@@ -62,7 +62,7 @@ def calibrate_command(
         path = path or (rates_path(own) if own else None)
     else:
         with reporter.bar():
-            found = measure(machine.model, threads, reporter.update)
+            found = measure(machine.model, threads, reporter)
     failure = None
     try:
         if path is not None:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from edgesd.engines.plans import Plans
-    from edgesd.remote.on_board import Progress as BoardProgress
     from edgesd.runtime.bundle import Bundle
 
 _T = TypeVar("_T")
@@ -397,40 +396,30 @@ class Reporter:
         )
         return self._bar
 
-    def count_bytes(self, name: str, total: int) -> Callable[[str, int], None]:
-        """A progress callback (file, bytes) that adds up to `total`."""
-        done = 0
+    def update(
+        self, task: str, done: int, total: int, note: str = "", *, in_bytes: bool = False
+    ) -> None:
+        """Show that `done` of `total` parts of `task` are finished; nothing where there are none.
 
-        def progress(_file: str, count: int) -> None:
-            nonlocal done
-            done += count
-            self.update_bytes(name, done, total)
-
-        return progress
-
-    def update_bytes(self, name: str, done: int, total: int) -> None:
-        """As `update`, of bytes, in the largest unit of which `total` has ten or more."""
-        size, unit = next((found for found in _BYTE_UNITS if total >= 10 * found[0]), (1, "bytes"))
-        self.update(name, done // size, total // size, unit)
-
-    def update(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` units of `name` are finished; nothing where there are none.
-
-        Plain lines come at most once in LINE_SECONDS.
+        Bytes are shown in the largest unit of which `total` has ten or more. Plain lines come at
+        most once in LINE_SECONDS.
         """
         if total <= 0:
             return
-        name, note = shown(name), shown(note)
+        if in_bytes:
+            size, unit = next((one for one in _BYTE_UNITS if total >= 10 * one[0]), (1, "bytes"))
+            done, total, note = done // size, total // size, f"{unit} {note}".rstrip()
+        task, note = shown(task), shown(note)
         if self._bar:
             if not self._bar.task_ids:
-                self._bar.add_task(name, total=total, note=note)
-            task = self._bar.tasks[0]
-            if task.description != name:
-                self._bar.reset(task.id, description=name)
-            self._bar.update(task.id, completed=done, total=total, note=note)
+                self._bar.add_task(task, total=total, note=note)
+            bar = self._bar.tasks[0]
+            if bar.description != task:
+                self._bar.reset(bar.id, description=task)
+            self._bar.update(bar.id, completed=done, total=total, note=note)
         elif not self.quiet and time.monotonic() - self._shown_at >= LINE_SECONDS:
             self._shown_at = time.monotonic()
-            say(f"{name}: {done}/{total} {note}".rstrip(), err=True)
+            say(f"{task}: {done}/{total} {note}".rstrip(), err=True)
 
 
 def each_host(hosts: Sequence[str], arguments: Sequence[str]) -> None:
@@ -470,27 +459,7 @@ def plans_of(bundle: Bundle, reporter: Reporter) -> Plans:
     from edgesd.engines.plans import Plans, plans_folder
     from edgesd.runtime.pipeline import DRAWING
 
-    return Plans(bundle, plans_folder(), plan_progress(reporter), DRAWING)
-
-
-def plan_progress(reporter: Reporter) -> Callable[[str, str, int, int], None]:
-    """Shows the phases of building plans, each component's first one as a line."""
-    begun: set[str] = set()
-
-    def progress(component: str, phase: str, done: int, total: int) -> None:
-        if component not in begun:
-            begun.add(component)
-            reporter.line(f"building the plan of {component} for this machine, once: minutes")
-        reporter.update(f"{component}: {phase}", done, total)
-
-    return progress
-
-
-def board_progress(reporter: Reporter) -> BoardProgress:
-    """Shows what a board says, and what goes there and comes back."""
-    from edgesd.remote.on_board import Progress as BoardProgress
-
-    return BoardProgress(reporter.line, reporter.update_bytes)
+    return Plans(bundle, plans_folder(), reporter, DRAWING)
 
 
 def fail(error: BaseException, debug: bool) -> int:

@@ -57,7 +57,7 @@ def demo_command(output: Path, seed: int) -> None:
             target,
             "fp32",
             bundle,
-            progress=lambda stage, component: reporter.line(f"{component}: {stage}"),
+            progress=reporter,
         ).bundle
     requests = expand_requests(Request("", seed), PROMPTS, 1)
     settings = Settings(plan_of=plans_of(opened, reporter), made_here=built)

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from edgesd.cli.common import Reporter, json_option, print_json, show_each
+from edgesd.progress import Prefixed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from edgesd.device.slots import Installed
     from edgesd.remote.board import Board
     from edgesd.remote.deploy import Deployed
@@ -74,7 +73,8 @@ def deploy_command(
         with reporter.bar():
             if rollback:
                 going_back = on_each(
-                    hosts, lambda board: deploy.rollback(board, self_test, _say(reporter, board))
+                    hosts,
+                    lambda board: deploy.rollback(board, self_test, _prefixed(reporter, board)),
                 )
                 show_each(going_back, show_installed)
                 return
@@ -82,14 +82,7 @@ def deploy_command(
             deployed = on_each(
                 hosts,
                 lambda board: deploy.deploy(
-                    board,
-                    bundle,
-                    wheels,
-                    self_test,
-                    _say(reporter, board),
-                    lambda what, done, total: reporter.update_bytes(
-                        f"{board.name}: {what}", done, total
-                    ),
+                    board, bundle, wheels, self_test, _prefixed(reporter, board)
                 ),
             )
         show_each(deployed, show_deployed)
@@ -98,8 +91,8 @@ def deploy_command(
             print_json(found)
 
 
-def _say(reporter: Reporter, board: Board) -> Callable[[str], None]:
-    return lambda text: reporter.line(f"{board.name}: {text}")
+def _prefixed(reporter: Reporter, board: Board) -> Prefixed:
+    return Prefixed(reporter, f"{board.name}: ")
 
 
 def _deployed(host: str, done: Deployed) -> str:

@@ -73,9 +73,7 @@ def prompter_command(
     agreement = open_agreement(folder) if folder else None
     reporter = Reporter(quiet=as_json)
     with reporter.bar():
-        judged = judge(
-            open_bundle(bundle), chosen, open_perceptual(lpips), agreement, reporter.update
-        )
+        judged = judge(open_bundle(bundle), chosen, open_perceptual(lpips), agreement, reporter)
     if as_json:
         print_json(judged)
         return

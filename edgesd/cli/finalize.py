@@ -10,9 +10,7 @@ import click
 from edgesd.cli.common import (
     OutputPath,
     Reporter,
-    board_progress,
     json_option,
-    plan_progress,
     print_json,
     printable,
     say,
@@ -72,10 +70,10 @@ def finalize_command(
         if host is not None and output:
             from edgesd.remote.on_board import finalize_on
 
-            found = finalize_on(host, opened, output, board_progress(reporter))
+            found = finalize_on(host, opened, output, reporter)
         else:
             check_trusted(opened)
-            paths = prepare_plans(opened, plans or plans_folder(), plan_progress(reporter))
+            paths = prepare_plans(opened, plans or plans_folder(), reporter)
             found = {
                 name: Finalized(printable(path), read_plan(path)) if path else Finalized(None, None)
                 for name, path in paths.items()

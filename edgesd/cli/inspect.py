@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edgesd.cli.common import Reporter, json_option, print_json, say
+from edgesd.progress import count_bytes
 
 
 @click.command("inspect")
@@ -21,7 +22,7 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
     reporter = Reporter(quiet=as_json)
     total = opened.total_bytes()
     with reporter.bar():
-        opened.verify(progress=reporter.count_bytes("verify", total))
+        opened.verify(on_bytes=count_bytes(reporter, "verify", total))
     if as_json:
         print_json({"verified": True, "bytes": total, "manifest": manifest})
         return

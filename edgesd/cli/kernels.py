@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import json_option, print_json, say
+from edgesd.cli.common import Reporter, json_option, print_json, say
 
 
 @click.group("kernels", short_help="Compile edgesd's own kernels for CPUs.")
@@ -33,10 +33,7 @@ def build_command(arch: str | None, out: Path | None) -> None:
     than this machine's: apt install g++-aarch64-linux-gnu."""
     from edgesd.engines.kernels import build_library
 
-    def progress(name: str) -> None:
-        say(f"compiling for {name}", err=True)
-
-    say(build_library(arch or platform.machine(), out, progress))
+    say(build_library(arch or platform.machine(), out, Reporter()))
 
 
 @kernels_group.command("status", short_help="Which library is used here.")

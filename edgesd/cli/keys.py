@@ -10,6 +10,7 @@ import click
 
 from edgesd.cli.common import OutputPath, Reporter, each_host, hosts_option, say
 from edgesd.errors import InputError
+from edgesd.progress import count_bytes
 from edgesd.text import shown
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def sign_command(bundle: Path, key: Path) -> None:
         signature = sign(opened, key, _ask(f"passphrase of {key}"))
     reporter = Reporter()
     with reporter.bar():
-        sign_bundle(opened, signature, reporter.count_bytes("verify", opened.total_bytes()))
+        sign_bundle(opened, signature, count_bytes(reporter, "verify", opened.total_bytes()))
     say(f"{bundle} is signed by {signer(open_bundle(bundle))}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edgesd.cli.common import OutputPath, Reporter, say
+from edgesd.progress import count_bytes
 
 
 @click.command("pack", short_help="Write BUNDLE as one file.")
@@ -32,5 +33,5 @@ def pack_command(bundle: Path, output: Path) -> None:
     total = opened.total_bytes()
     check_writable(output, total)
     with reporter.bar():
-        pack_bundle(opened, output, reporter.count_bytes("pack", total))
+        pack_bundle(opened, output, count_bytes(reporter, "pack", total))
     say(f"{output}: {output.stat().st_size / 1e6:.1f} MB")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import BinaryIO
 
@@ -203,11 +202,8 @@ def train_command(
     training = Training(adapter, optim, steps, batch, rate, seed=seed)
     reporter = Reporter(quiet=as_json)
 
-    def progress(phase: str, done: int, total: int, loss: float) -> None:
-        reporter.update(phase, done, total, "" if math.isnan(loss) else f"loss {loss:.3f}")
-
     with reporter.bar():
-        report = train(base, found, sha256_file(pairs), output, training, progress)
+        report = train(base, found, sha256_file(pairs), output, training, reporter)
     if as_json:
         print_json(report)
         return
@@ -253,7 +249,7 @@ def export_command(
     from edgesd.export.prompter.pairs import read_pairs
 
     reporter = Reporter(quiet=as_json)
-    made = export(run, base, read_pairs(pairs), output, licence, merge, reporter.line)
+    made = export(run, base, read_pairs(pairs), output, licence, merge, reporter)
     if as_json:
         print_json(made)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
@@ -59,8 +58,7 @@ def install_command(
     """
     from edgesd.device.slots import Slots
 
-    progress = _progress(Reporter())
-    _tell(Slots().install(manifest, checksum, signature, self_test, progress), as_json)
+    _tell(Slots().install(manifest, checksum, signature, self_test, Reporter()), as_json)
 
 
 @slots_group.command("rollback")
@@ -70,7 +68,7 @@ def rollback_command(self_test: bool, as_json: bool) -> None:
     """Make the other bundle active, once it is verified and has generated an image."""
     from edgesd.device.slots import Slots
 
-    _tell(Slots().rollback(self_test, _progress(Reporter())), as_json)
+    _tell(Slots().rollback(self_test, Reporter()), as_json)
 
 
 @slots_group.command("check")
@@ -79,7 +77,7 @@ def check_command(as_json: bool) -> None:
     """Verify every byte of the active bundle."""
     from edgesd.device.slots import Slots
 
-    slot = Slots().check(_progress(Reporter()))
+    slot = Slots().check(Reporter())
     if as_json:
         print_json(slot)
     else:
@@ -95,19 +93,6 @@ def slot_line(slot: Slot) -> str:
         f"{slot.slot}  {state}  {slot.name}, {slot.precision}, for {slot.target}, "
         f"{slot.bytes / 1e6:.1f} MB, {slot.manifest_sha256[:16]}"
     )
-
-
-def _progress(reporter: Reporter) -> Callable[[str, int, int], None]:
-    said: set[str] = set()
-
-    def progress(what: str, done: int, total: int) -> None:
-        if what not in said:
-            said.add(what)
-            reporter.line("drawing a test image" if what == "self-test" else "verifying")
-        if what == "verify":
-            reporter.update_bytes(what, done, total)
-
-    return progress
 
 
 def _tell(installed: Installed, as_json: bool) -> None:

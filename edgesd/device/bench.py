@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -24,6 +24,7 @@ import edgesd
 from edgesd.device.detect import detect_machine, emulated
 from edgesd.device.telemetry import Sample, Sampler, board_watts, power_mode
 from edgesd.errors import InputError, UsageError
+from edgesd.progress import SILENT, Progress
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.pipeline import Pipeline, Request, Settings, Timings
@@ -36,7 +37,6 @@ BENCH_VERSION = 2
 _LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "pillow")
 _FIRST_SAMPLE_SECONDS = 15
 
-Progress = Callable[[str, int, int], None]
 """Told what is generated ("warm-up", "run 2"), steps done, of how many."""
 
 
@@ -172,9 +172,7 @@ def stats(values: Sequence[float]) -> Stats:
     )
 
 
-def measure(
-    bundle: Bundle, settings: Settings, plan: Plan, progress: Progress = lambda *_: None
-) -> Bench:
+def measure(bundle: Bundle, settings: Settings, plan: Plan, progress: Progress = SILENT) -> Bench:
     """Generate with `bundle` again and again, one image at a time, each from a seed of its own.
 
     The prompt is encoded anew each time. Raises UsageError for a bad plan, else as
@@ -196,7 +194,7 @@ def measure(
             start = time.monotonic()
             image = pipeline.generate(
                 [replace(request, seed=seed)],
-                lambda step: progress(name, step.index + 1, step.count),
+                lambda step: progress.update(name, step.index + 1, step.count),
             )[0]
             end = time.monotonic()
             out = BytesIO()

@@ -23,7 +23,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -40,6 +40,7 @@ from edgesd.files import (
     user_home,
 )
 from edgesd.processes import module_command
+from edgesd.progress import SILENT, Progress, count_bytes
 from edgesd.runtime.bundle import (
     CHECKSUM,
     MANIFEST,
@@ -58,7 +59,6 @@ _PATIENCE_SECONDS, _POLL_SECONDS = 600, 0.2
 """How long another deploy on the same board is waited for, and how often it is looked."""
 _SHARED_MEMORY = Path("/dev/shm")
 
-Progress = Callable[[str, int, int], None]
 """Told of what is done ("verify"), bytes or steps, of how many."""
 
 
@@ -140,7 +140,7 @@ class Slots:
         checksum: str,
         signature: str | None = None,
         self_test: bool = True,
-        progress: Progress = lambda what, done, total: None,
+        progress: Progress = SILENT,
     ) -> Installed:
         """Make the bundle active whose bundle.json, bundle.sha256 and bundle.sig are these objects.
 
@@ -167,9 +167,7 @@ class Slots:
             self._sweep()
             return Installed(self._look(into, True), tested, signer)
 
-    def rollback(
-        self, self_test: bool = True, progress: Progress = lambda what, done, total: None
-    ) -> Installed:
+    def rollback(self, self_test: bool = True, progress: Progress = SILENT) -> Installed:
         """Make the other slot active again, once it was verified and generated with.
 
         Raises InputError when there is no other, else as `install`.
@@ -184,7 +182,7 @@ class Slots:
             self._switch(into)
             return Installed(self._look(into, True), tested, signer)
 
-    def check(self, progress: Progress = lambda what, done, total: None) -> Slot:
+    def check(self, progress: Progress = SILENT) -> Slot:
         """The active slot, once every byte of it is verified. Raises BundleError, InputError."""
         active = self._active()
         if active is None:
@@ -289,21 +287,16 @@ class Slots:
 
     def _check(self, bundle: Bundle, progress: Progress) -> str | None:
         """Verify every byte; an object that is damaged is removed, so that it is sent anew."""
-        done, total = 0, bundle.total_bytes()
-
-        def hashed(_name: str, count: int) -> None:
-            nonlocal done
-            done += count
-            progress("verify", done, total)
-
         signer = check_trusted(bundle)
         manifest = bundle.manifest
         check_machine(
             manifest.target, manifest.arch, manifest.required_capabilities, detect_machine()
         )
+        progress.line("verifying")
+        on_bytes = count_bytes(progress, "verify", bundle.total_bytes())
         for name, entry in manifest.files.items():
             try:
-                bundle.verify([name], hashed)
+                bundle.verify([name], on_bytes)
             except BundleError:
                 (self._objects / entry.sha256).unlink(missing_ok=True)
                 raise
@@ -311,7 +304,7 @@ class Slots:
 
     def _self_test(self, path: Path, progress: Progress) -> SelfTest:
         """Generate one image in few steps, in a process of its own, which may crash."""
-        progress("self-test", 0, 1)
+        progress.line("generating a test image")
         memory = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
         with tempfile.TemporaryDirectory(prefix="edgesd-", dir=memory) as folder:
             image = Path(folder) / "test.png"
@@ -324,7 +317,6 @@ class Slots:
                 raise BoardError(f"the self-test failed, nothing was switched: {_ended(done)}")
             told = msgspec.json.decode(done.stdout, type=_Generated)
             _check_image(image)
-        progress("self-test", 1, 1)
         step = max(told.step_seconds)
         return SelfTest(told.total_seconds, step, told.peak_memory_bytes, emulated())
 

@@ -13,7 +13,7 @@ from edgesd.runtime.bundle import (
     MANIFEST,
     SIGNATURE,
     Bundle,
-    Progress,
+    OnBytes,
     archive_header,
     archive_order,
     checksum_line,
@@ -52,7 +52,7 @@ def update_manifest(root: Path, manifest: BundleManifest, changed: Iterable[str]
 def pack_bundle(
     bundle: Bundle,
     path: Path,
-    progress: Progress | None = None,
+    on_bytes: OnBytes | None = None,
     signature: bytes | None = None,
 ) -> None:
     """Write `bundle` in its one-file form to `path`: an uncompressed tar that is mapped in place.
@@ -75,20 +75,20 @@ def pack_bundle(
             out.write(archive_header(name, size))
             for chunk in chunks:
                 out.write(chunk)
-                if progress:
-                    progress(name, len(chunk))
+                if on_bytes:
+                    on_bytes(len(chunk))
             out.write(bytes(-size % 512))
         out.write(bytes(2 * 512))
 
 
-def sign_bundle(bundle: Bundle, signature: bytes, progress: Progress | None = None) -> None:
+def sign_bundle(bundle: Bundle, signature: bytes, on_bytes: OnBytes | None = None) -> None:
     """Put `signature` (runtime.signature.sign) into `bundle`, once every byte of it is verified.
 
     A one-file bundle is written anew. Raises BundleError when the bundle is damaged.
     """
     if bundle.path.is_dir():
-        bundle.verify(progress=progress)
+        bundle.verify(on_bytes=on_bytes)
         with atomic_write(bundle.path / SIGNATURE) as file:
             file.write(signature)
     else:
-        pack_bundle(bundle, bundle.path, progress, signature)
+        pack_bundle(bundle, bundle.path, on_bytes, signature)

@@ -7,12 +7,13 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgesd.errors import EdgesdError, InputError, MissingDependencyError, TargetError
 from edgesd.files import atomic_path
 from edgesd.processes import find_program
+from edgesd.progress import SILENT, Progress
 from edgesd.runtime import kernels as runtime_kernels
 from edgesd.runtime.kernels import (
     SOURCES,
@@ -41,10 +42,6 @@ _VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
 """Architecture -> instruction set -> what the compiler is told."""
 
 
-Progress = Callable[[str], None]
-"""Told what is compiled: "avx2, 3 of 4, about a minute in all, once"."""
-
-
 def find_compiler(arch: str) -> str | None:
     """A C++ compiler for `arch`, a cross compiler where this machine isn't one; None without."""
     names = [f"{arch}-linux-gnu-g++"]
@@ -53,10 +50,10 @@ def find_compiler(arch: str) -> str | None:
     return next(filter(None, map(find_program, names)), None)
 
 
-def ensure_library(progress: Progress | None = None) -> Path | None:
+def ensure_library(progress: Progress = SILENT) -> Path | None:
     """The library for this machine, compiled if need be; None where it can't be, or shall not be.
 
-    progress: told what is compiled. What stands in the way is logged: builds go on without it.
+    What stands in the way is logged: builds go on without it.
     """
     if runtime_kernels.library() is None and os.environ.get("EDGESD_KERNELS") is None:
         try:
@@ -67,7 +64,7 @@ def ensure_library(progress: Progress | None = None) -> Path | None:
     return runtime_kernels.library() if runtime_kernels.instruction_set() else None
 
 
-def build_library(arch: str, folder: Path | None = None, progress: Progress | None = None) -> Path:
+def build_library(arch: str, folder: Path | None = None, progress: Progress = SILENT) -> Path:
     """Compile the library for `arch` (x86_64, aarch64) into `folder`, by default the user's cache;
     what is there already, of the same sources, is taken. Takes about a minute.
 
@@ -99,7 +96,7 @@ def compile_library(
     compiler: str,
     arch: str,
     path: Path,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     flags: Sequence[str] = (),
 ) -> None:
     """Compile the library for `arch` into the file `path`. flags: beside those of _FLAGS, such as a
@@ -112,8 +109,10 @@ def compile_library(
         parts = [(name, own, "compute.cpp") for name, own in _VARIANTS[arch].items()]
         parts.append(("operators", (), "ops.cpp"))
         for number, (name, own, source) in enumerate(parts, 1):
-            if progress:
-                progress(f"{name}, {number} of {len(parts)}, about a minute in all, once")
+            progress.line(
+                f"compiling edgesd's kernels for {arch}: {name}, {number} of {len(parts)}, about a "
+                "minute in all, once"
+            )
             objects.append(Path(work) / f"{name}.o")
             _run(compiler, [*_FLAGS, *flags, *own, "-c", source, "-o", str(objects[-1])])
         linked = [*map(str, objects), "-shared", *(flags or _ALONE)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from edgesd.files import (
     sha256_file,
     user_cache,
 )
+from edgesd.progress import SILENT, Progress
 from edgesd.runtime.backends.base import LoadedPlan
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.cuda import Gpu, find_gpu
@@ -52,7 +53,6 @@ _WORKSPACE_PART = 4
 
 _log = logging.getLogger(__name__)
 
-Progress = Callable[[str, str, int, int], None]
 """Told of a component, a phase of its build, steps done, and of how many."""
 
 
@@ -128,7 +128,7 @@ def require_plans(bundle: Bundle) -> None:
 def prepare_plans(
     bundle: Bundle,
     folder: Path,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     components: Iterable[str] | None = None,
 ) -> dict[str, Path | None]:
     """The plans of a bundle's components, those that `folder` lacks built first; None for a plan
@@ -195,24 +195,21 @@ def _plan(
     here: Environment,
     workspace: int,
     folder: Path,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Path:
     spec = BuildSpec(component, here.module, workspace_bytes=workspace)
     path = folder / f"{_key(bundle, component, spec, here)}{PLAN_SUFFIX}"
     if _is_whole(path):
         return path
 
-    def step(phase: str, done: int, total: int) -> None:
-        if progress:
-            progress(component, phase, done, total)
-
     graph = bundle.graph_file(component)
-    step("read", 0, 1)
+    progress.line(f"building the plan of {component} for this machine, once: minutes")
+    progress.update(f"{component}: read", 0, 1)
     with private_folder(path) as temporary:
         model = temporary / "model.onnx"
         model.write_bytes(graph.model)
         opened = [file.fileno() for file in graph.files]
-        report = build_plan(model, spec, temporary / "plan", step, graph.folder, opened)
+        report = build_plan(model, spec, temporary / "plan", progress, graph.folder, opened)
         kept = Plan(component, sha256_file(temporary / "plan"), report)
         (temporary / "plan").replace(path)
     with atomic_write(path.with_suffix(".json")) as file:  # last: a plan without it is not whole

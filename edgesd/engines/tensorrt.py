@@ -13,7 +13,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,6 +21,7 @@ import msgspec
 from edgesd.engines import onnxruntime
 from edgesd.errors import EdgesdError, MissingDependencyError, ResourceError, TargetError
 from edgesd.processes import module_command
+from edgesd.progress import SILENT, Progress
 from edgesd.spec.base import Spec
 from edgesd.spec.bundle import Engine, Environment, Graph
 
@@ -43,7 +44,6 @@ _MIB = 1 << 20
 
 _log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
 """Told of a phase of the build, steps done, and of how many."""
 
 
@@ -132,7 +132,7 @@ def build_plan(
     graph: Path,
     spec: BuildSpec,
     plan: Path,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     weights: Path | None = None,
     opened: Sequence[int] = (),
 ) -> PlanReport:
@@ -165,7 +165,7 @@ def build_plan(
         try:
             worker.stdin.write(msgspec.json.encode(spec))
             worker.stdin.close()
-            last = _follow(worker, progress)
+            last = _follow(worker, progress, spec.component)
             worker.wait()
         except BaseException:
             worker.kill()
@@ -177,7 +177,7 @@ def build_plan(
     raise _failure(spec, worker.returncode, last, said)
 
 
-class Step(Spec, frozen=True, tag="step"):
+class PhaseStep(Spec, frozen=True, tag="step"):
     phase: str
     done: int
     total: int
@@ -194,20 +194,19 @@ class Result(Spec, frozen=True, tag="result"):
     report: PlanReport
 
 
-Line = Step | Failure | Result
+Line = PhaseStep | Failure | Result
 """What a worker prints, a JSON object per line."""
 
 
 def _follow(
-    worker: subprocess.Popen[bytes], progress: Progress | None
+    worker: subprocess.Popen[bytes], progress: Progress, component: str
 ) -> PlanReport | Failure | None:
     assert worker.stdout
     found: PlanReport | Failure | None = None
     for raw in worker.stdout:
         line = msgspec.json.decode(raw, type=Line)
-        if isinstance(line, Step):
-            if progress:
-                progress(line.phase, line.done, line.total)
+        if isinstance(line, PhaseStep):
+            progress.update(f"{component}: {line.phase}", line.done, line.total)
         else:
             found = line if isinstance(line, Failure) else line.report
     return found

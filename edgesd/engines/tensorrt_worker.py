@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from edgesd.device.detect import detect_machine
-from edgesd.engines.tensorrt import BuildSpec, Failure, PlanReport, Result, Step
+from edgesd.engines.tensorrt import BuildSpec, Failure, PhaseStep, PlanReport, Result
 from edgesd.files import atomic_write
 from edgesd.runtime.cuda import find_gpu
 from edgesd.runtime.memory import peak_bytes
@@ -177,7 +177,7 @@ def _monitor(trt: Any, lines: BinaryIO) -> Any:
             now = time.monotonic()
             if phase in self.totals and now - self.shown >= _EVERY_SECONDS:
                 self.shown = now
-                _print(lines, Step(phase, step + 1, self.totals[phase]))
+                _print(lines, PhaseStep(phase, step + 1, self.totals[phase]))
             return True
 
         def phase_finish(self, phase: str) -> None:

@@ -11,7 +11,7 @@ taste.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from edgesd.evaluate.agreement import Agreement
 from edgesd.evaluate.perceptual import Perceptual
 from edgesd.evaluate.psnr import ImageLike
 from edgesd.evaluate.quality import generate, requests_for
+from edgesd.progress import SILENT, Progress
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.pipeline import Pipeline, Request
 from edgesd.runtime.prompter import enhance, prompter_of
@@ -32,7 +33,6 @@ _RESAMPLES = 10_000
 _OTHER_SEEDS = 1_000_000
 """Added to a seed for the image that others are held against."""
 
-Progress = Callable[[str, int, int], None]
 """Told of what is generated, images done, and of how many."""
 
 
@@ -107,7 +107,7 @@ def judge(
     pairs: Sequence[tuple[str, str]],
     perceptual: Perceptual,
     agreement: Agreement | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> PrompterJudged:
     """Generate every short prompt of `pairs` (short prompt, wanted prompt) as it is and enhanced,
     and judge.
@@ -130,12 +130,7 @@ def judge(
             requests = requests_for(texts)
             if what == "wanted":
                 requests = [_other(request) for request in requests]
-
-            def told(done: int, total: int, what: str = what) -> None:
-                if progress:
-                    progress(what, done, total)
-
-            generated[what] = generate(pipeline, requests, told)
+            generated[what] = generate(pipeline, requests, progress, what)
     features = {
         what: np.stack([perceptual.features(image) for image in images])
         for what, images in generated.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from edgesd.evaluate.perceptual import Perceptual
 from edgesd.evaluate.psnr import psnr
 from edgesd.evaluate.ssim import ssim
 from edgesd.files import atomic_write
+from edgesd.progress import SILENT, Progress
 from edgesd.runtime.pipeline import Pipeline, Request
 from edgesd.spec.quality import ImageQuality, Quality
 
@@ -24,7 +25,6 @@ EQUAL_DB = 100.0
 _BATCH_PIXELS = 8 * 256 * 256
 _MAX_BATCH = 8
 
-Progress = Callable[[int, int], None]
 """Told of images generated, and of how many."""
 
 
@@ -36,7 +36,9 @@ def requests_for(prompts: Sequence[str], **settings: object) -> list[Request]:
 def generate(
     pipeline: Pipeline,
     requests: Sequence[Request],
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
+    task: str = "images",
+    *,
     together: bool = False,
 ) -> list[Image.Image]:
     """The images of all requests, one by one, as `edgesd generate` does; of a bundle with a fixed
@@ -56,8 +58,7 @@ def generate(
         group = list(requests[start : start + batch])
         filled = group if shape.dynamic else group + group[-1:] * (batch - len(group))
         images += pipeline.generate(filled)[: len(group)]
-        if progress:
-            progress(len(images), len(requests))
+        progress.update(task, len(images), len(requests))
     return images
 
 
@@ -65,13 +66,14 @@ def generate_cached(
     pipeline: Pipeline,
     requests: Sequence[Request],
     folder: Path,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
+    task: str = "images",
 ) -> list[Image.Image]:
     """The images of an fp32 bundle, kept in `folder`, whose name says what they depend on."""
     paths = [folder / f"{index:04d}.png" for index in range(len(requests))]
     if all(path.is_file() for path in paths):
         return [_open(path) for path in paths]
-    images = generate(pipeline, requests, progress, together=True)
+    images = generate(pipeline, requests, progress, task, together=True)
     for path, image in zip(paths, images, strict=True):
         with atomic_write(path) as file:
             image.save(file, "PNG")

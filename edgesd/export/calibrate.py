@@ -32,6 +32,7 @@ from edgesd.export.families import Component, ExportSpec
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.torch_runner import TorchRunner
 from edgesd.files import atomic_path, atomic_write
+from edgesd.progress import SILENT, Progress
 from edgesd.runtime.arrays import Float
 from edgesd.runtime.denoise import Conditioning, denoise
 from edgesd.runtime.noise import BatchNoise
@@ -62,7 +63,6 @@ SAVE_SECONDS = 20.0
 _MAX_FP16 = float(torch.finfo(torch.float16).max)
 
 _log = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
 """Told of a component, prompts done, and of how many."""
 
 
@@ -173,7 +173,7 @@ def calibrate(
     how: CalibrationPlan,
     tokenizer: PromptTokenizer,
     folder: Path,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Calibration:
     """Record statistics of `layers` into `folder`, or go on where a run before was interrupted.
 
@@ -182,7 +182,6 @@ def calibrate(
     """
     done = Calibration(folder, how.spec())
     by_name = {component.name: component for component in plan.components}
-    report = progress or (lambda component, at, total: None)
     folder.mkdir(parents=True, exist_ok=True)
 
     texts = ("", *how.prompts)
@@ -193,16 +192,16 @@ def calibrate(
         layers,
         [{"input_ids": row} for row in ids],
         ["the empty prompt", *_labels(len(how.prompts))],
-        report,
+        progress,
     )
-    latents = _run_unet(folder, by_name["unet"], plan, layers, how, embeddings, report)
+    latents = _run_unet(folder, by_name["unet"], plan, layers, how, embeddings, progress)
     images = _run_stage(
         folder,
         by_name["vae_decoder"],
         layers,
         [{"latents": row[None]} for row in latents],
         _labels(len(latents)),
-        report,
+        progress,
     )
     if "vae_encoder" in by_name:
         _run_stage(
@@ -211,7 +210,7 @@ def calibrate(
             layers,
             [{"image": np.clip(row[None], -1, 1)} for row in images],
             _labels(len(images)),
-            report,
+            progress,
         )
     return done
 
@@ -250,7 +249,7 @@ class _Stage:
             save_file({k: v.contiguous() for k, v in tensors.items()}, part, {"edgesd": meta})
 
 
-class _Recorder:
+class _StatsRecorder:
     """Hooks on a component's layers that add up statistics; `runs` are expected in all."""
 
     def __init__(
@@ -371,18 +370,18 @@ def _run_stage(
     layers: Sequence[Layer],
     inputs: list[dict[str, npt.NDArray[Any]]],
     labels: Sequence[str],
-    report: Progress,
+    progress: Progress,
 ) -> Float:
     """Run a component once for each of `inputs`, recording; its first output, one row for each."""
 
-    def run(runner: TorchRunner, index: int, recorder: _Recorder) -> Float:
+    def run(runner: TorchRunner, index: int, recorder: _StatsRecorder) -> Float:
         runner.bind({name: array.shape for name, array in inputs[index].items()})
         for name, array in inputs[index].items():
             runner.inputs[name][:] = array
         runner.run()
         return np.array(next(iter(runner.outputs.values()))[0], np.float32)
 
-    return _record_stage(folder, component, layers, labels, 1, len(inputs), run, report)
+    return _record_stage(folder, component, layers, labels, 1, len(inputs), run, progress)
 
 
 def _run_unet(
@@ -392,7 +391,7 @@ def _run_unet(
     layers: Sequence[Layer],
     how: CalibrationPlan,
     embeddings: Float,
-    report: Progress,
+    progress: Progress,
 ) -> Float:
     """Generate every prompt with the denoising loop; the final latents [prompts, C, h, w]."""
     spec = plan.pipeline
@@ -409,7 +408,7 @@ def _run_unet(
     shape = (1, spec.latent.channels, how.height // scale, how.width // scale)
     guided = how.guidance_scale > 1 and component.spec.input("timestep_cond") is None
 
-    def run(runner: TorchRunner, index: int, recorder: _Recorder) -> Float:
+    def run(runner: TorchRunner, index: int, recorder: _StatsRecorder) -> Float:
         scheduler = create_scheduler(how.scheduler, spec.scheduler.config)
         scheduler.set_timesteps(how.num_inference_steps)
         noise = BatchNoise([how.first_seed + index])
@@ -433,7 +432,7 @@ def _run_unet(
     count = len(how.prompts)
     labels = _labels(count)
     return _record_stage(
-        folder, component, layers, labels, len(timesteps), count * calls, run, report
+        folder, component, layers, labels, len(timesteps), count * calls, run, progress
     )
 
 
@@ -455,8 +454,8 @@ def _record_stage(
     labels: Sequence[str],
     steps: int,
     runs: int,
-    run: Callable[[TorchRunner, int, _Recorder], Float],
-    report: Progress,
+    run: Callable[[TorchRunner, int, _StatsRecorder], Float],
+    progress: Progress,
 ) -> Float:
     mine = [
         layer for layer in layers if layer.component == component.name and layer.kind != "embedding"
@@ -468,13 +467,13 @@ def _record_stage(
         return outputs_there
     module = component.load()
     outputs = list(tensors.pop("outputs").numpy()) if done else []
-    recorder = _Recorder(module, mine, steps, runs, tensors)
-    count = len(labels)
+    recorder = _StatsRecorder(module, mine, steps, runs, tensors)
+    count, task = len(labels), f"{component.name}: calibrate"
     saved = time.monotonic()
     try:
         with TorchRunner(_any_rows(component.spec), module) as runner:
             for index in range(done, count):
-                report(component.name, index, count)
+                progress.update(task, index, count)
                 outputs.append(run(runner, index, recorder))
                 if not np.isfinite(outputs[-1]).all():
                     raise InputError(
@@ -488,5 +487,5 @@ def _record_stage(
                     saved = time.monotonic()
     finally:
         recorder.close()
-    report(component.name, count, count)
+    progress.update(task, count, count)
     return np.stack(outputs)

@@ -10,12 +10,13 @@ import resource
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from edgesd.errors import InputError, MissingDependencyError
 from edgesd.export.families import Component, ExportSpec
 from edgesd.export.source import ModelSource
 from edgesd.files import atomic_dir, disk_errors
+from edgesd.progress import SILENT, Progress
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.base import check_ranges
 from edgesd.spec.bundle import Graph, GraphSet, SplitDecoder
@@ -32,12 +33,6 @@ _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript",
 _log = logging.getLogger(__name__)
 
 
-class Progress(Protocol):
-    """Told of each stage (load, export, check, tokenizer) of a component as it begins."""
-
-    def __call__(self, stage: str, component: str) -> None: ...
-
-
 def export_pipeline(
     source: ModelSource,
     spec: ExportSpec,
@@ -45,7 +40,7 @@ def export_pipeline(
     precision: Precision = "fp32",
     *,
     backend: str = "onnxruntime",
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> GraphSet:
     """Export the components of `spec`, read from `source`, to the new (or empty) folder `out_dir`.
 
@@ -61,11 +56,10 @@ def export_pipeline(
     left as it was then.
     """
     require_build_tools()
-    report = progress or _silent
     graphs = {}
     with atomic_dir(out_dir) as root:
         assets = _copy_licence(source, root)
-        report("tokenizer", "tokenizer")
+        progress.line("tokenizer: tokenizer")
         from edgesd.export.own_pipeline import check_own_pipeline
         from edgesd.export.tokenizer import write_tokenizer
 
@@ -73,13 +67,13 @@ def export_pipeline(
             source.root / "tokenizer", root / "tokenizer", spec.pipeline.max_tokens
         )
         assets += [f"tokenizer/{name}" for name in names]
-        report("compare with diffusers' own", "pipeline")
+        progress.line("pipeline: compare with diffusers' own")
         start = time.perf_counter()
         written = (root / asset for asset in assets[-2:])
         check_own_pipeline(spec, PromptTokenizer(*(path.read_bytes() for path in written)))
         _log.info("pipeline: compared with diffusers' own, %.1f s", time.perf_counter() - start)
         for component in spec.components:
-            graphs[component.name] = _export(component, root, precision, backend, report)
+            graphs[component.name] = _export(component, root, precision, backend, progress)
     return GraphSet(
         root=str(out_dir),
         pipeline=spec.pipeline,
@@ -129,15 +123,15 @@ def _export(
     root: Path,
     precision: Precision,
     backend: str,
-    report: Progress,
+    progress: Progress,
 ) -> Graph:
     from edgesd.export.external_data import GRAPH_FILE
     from edgesd.export.parity import check_parity, check_split
 
     start = time.perf_counter()
-    cases, split = _write_graph(component, root / component.name, precision, backend, report)
+    cases, split = _write_graph(component, root / component.name, precision, backend, progress)
     gc.collect()  # the module is in reference cycles: free it before the graph is loaded
-    report("check", component.name)
+    progress.line(f"{component.name}: check")
     path = f"{component.name}/{GRAPH_FILE}"
     parity = check_parity(root / path, component, cases, precision)
     if split is not None:
@@ -157,7 +151,7 @@ def _write_graph(
     folder: Path,
     precision: Precision,
     backend: str,
-    report: Progress,
+    progress: Progress,
 ) -> tuple[list[Case], SplitDecoder | None]:
     """Write one component; returns what its source computes, taken before it was changed, and the
     split decoder where it is one."""
@@ -167,10 +161,10 @@ def _write_graph(
     from edgesd.export.passes.tiled_decoder import COMPONENT, describe_split, split_decoder
     from edgesd.export.to_onnx import graph_from_module
 
-    report("load", component.name)
+    progress.line(f"{component.name}: load")
     module = component.load()
     cases = reference_cases(module, component)
-    report("export", component.name)
+    progress.line(f"{component.name}: export")
     model = graph_from_module(module, component, "ort-mha")
     splits = component.name == COMPONENT and backend == ONNXRUNTIME
     parts = (split_decoder(model) if splits else None) or ()
@@ -202,7 +196,3 @@ def require_build_tools() -> None:
             raise MissingDependencyError(
                 f"exporting a model needs {name}: pip install 'edgesd[build]'"
             )
-
-
-def _silent(stage: str, component: str) -> None:
-    pass

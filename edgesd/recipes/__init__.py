@@ -21,6 +21,7 @@ from edgesd.engines import BACKENDS, onnxruntime, tensorrt
 from edgesd.engines.bundle import file_entries, pack_bundle, update_manifest, write_manifest
 from edgesd.errors import BundleError, EdgesdError, InputError, TargetError, UsageError
 from edgesd.files import atomic_dir, atomic_write, check_new, check_writable, private_folder
+from edgesd.progress import SILENT, Progress
 from edgesd.recipes.notes import KeptInFp32, Note, PlansPending
 from edgesd.recipes.options import QuantOptions, cache_folder
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
@@ -34,7 +35,6 @@ from edgesd.spec.target import Target
 
 if TYPE_CHECKING:
     from edgesd.export.families import ExportSpec
-    from edgesd.export.pipeline import Progress
     from edgesd.export.source import ModelSource
 
 __all__ = ["DEMO", "Built", "QuantOptions", "build", "default_output", "demo_judge", "demo_model"]
@@ -124,7 +124,7 @@ def build(
     size: tuple[int, int] | None = None,
     scheduler: str | None = None,
     batch: int = 1,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     quantization: QuantOptions | None = None,
     backend: str | None = None,
     finish: Callable[[Path], object] | None = None,
@@ -220,8 +220,7 @@ def build(
                 plans_pending = False
             except EdgesdError as exc:
                 unfinished = exc
-        if progress:
-            progress("write", "bundle")
+        progress.line("bundle: write")
         if one_file:
             pack_bundle(open_bundle(root), out)
     if plans_pending:
@@ -301,14 +300,13 @@ def _add_prompter(root: Path, folder: Path, spec: PrompterSpec) -> None:
 
 
 def _keep_in_fp32(
-    root: Path, source: ModelSource, options: QuantOptions | None, progress: Progress | None
+    root: Path, source: ModelSource, options: QuantOptions | None, progress: Progress
 ) -> list[Note]:
     """Let what exceeds fp16 compute in fp32; a note for each component that has such values."""
     from edgesd.recipes import prompts
     from edgesd.recipes.fp16_ranges import keep_in_fp32
 
-    if progress:
-        progress("generate, to find what exceeds fp16", "graphs")
+    progress.line("graphs: checking fp16 ranges")
     given = options.calibration_prompts if options else None
     prompt = (given or source.prompts("calibration") or prompts.CALIBRATION)[0]
     return [
@@ -317,7 +315,7 @@ def _keep_in_fp32(
     ]
 
 
-def _check_engines(root: Path, target: Target, progress: Progress | None) -> bool:
+def _check_engines(root: Path, target: Target, progress: Progress) -> bool:
     """Lint the graphs in `root`, build them by TensorRT-RTX where it is, and note what was done.
 
     Returns whether the plans of all are there.
@@ -328,8 +326,7 @@ def _check_engines(root: Path, target: Target, progress: Progress | None) -> boo
     sm = next((name for name in target.capabilities if name.startswith("sm_")), None)
     engines = {}
     for name, engine in manifest.engines.items():
-        if progress:
-            progress("compile", name)
+        progress.line(f"{name}: compile")
         found = check_engine(root, engine, sm)
         engines[name] = msgspec.structs.replace(
             engine,
@@ -343,7 +340,7 @@ def _check_engines(root: Path, target: Target, progress: Progress | None) -> boo
 
 
 def _reference(
-    writer: _Writer, source: ModelSource, plan: ExportSpec, work: Path, progress: Progress | None
+    writer: _Writer, source: ModelSource, plan: ExportSpec, work: Path, progress: Progress
 ) -> Bundle:
     """The fp32 bundle of the same plan, from the folder of what is kept if it is there."""
     from edgesd.export.pipeline import export_pipeline, tool_versions

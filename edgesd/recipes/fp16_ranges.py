@@ -108,10 +108,10 @@ def _recorder(spec: ComponentSpec, graph: GraphFile, kept: dict[str, float]) -> 
     output = TensorSpec(LARGEST, "float32", (len(recorded.names),))
     raw = ir.serde.serialize_model(model).SerializeToString()
     wider = msgspec.structs.replace(spec, outputs=(*spec.outputs, output))
-    return _Recorder(wider, graph._replace(model=raw), recorded.names, kept)
+    return _RangeRecorder(wider, graph._replace(model=raw), recorded.names, kept)
 
 
-class _Recorder(OnnxRuntimeRunner):
+class _RangeRecorder(OnnxRuntimeRunner):
     def __init__(
         self, spec: ComponentSpec, graph: GraphFile, names: list[str], kept: dict[str, float]
     ) -> None:

@@ -12,7 +12,7 @@ from edgesd.export.parity import Case, check_parity, check_split, graph_cases
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.quantize.store import GraphForm, LayerStore, can_pool
-from edgesd.recipes.comparison import Report
+from edgesd.progress import Progress
 from edgesd.runtime import kernels
 from edgesd.spec.bundle import Graph, Parity, SplitDecoder
 from edgesd.spec.scheme import Precision
@@ -30,10 +30,10 @@ class GraphFiles:
         store: LayerStore,
         components: Sequence[Component],
         precision: Precision,
-        report: Report,
+        progress: Progress,
     ) -> None:
         self.root, self.store, self._components = root, store, components
-        self._precision, self._report = precision, report
+        self._precision, self._progress = precision, progress
         self.graphs: dict[str, Graph] = {}
         self._written: dict[str, tuple[Mapping[Layer, LayerScheme], GraphForm]] = {}
         self._cases: dict[str, list[Case]] = {}
@@ -64,11 +64,11 @@ class GraphFiles:
         self, component: Component, schemes: Mapping[Layer, LayerScheme], form: GraphForm
     ) -> Graph:
         name = component.name
-        self._report("quantize", name)
+        self._progress.line(f"{name}: quantize")
         folder = self.root / name
         shutil.rmtree(folder, ignore_errors=True)
         split = self.store.write(name, schemes, folder, form)
-        self._report("check", name)
+        self._progress.line(f"{name}: check")
         if name not in self._cases:
             self._cases[name] = graph_cases(self.store.graphs / name / GRAPH_FILE, component)
         own = (folder / KERNELS_FILE).exists()

@@ -21,7 +21,6 @@ from edgesd.evaluate.perceptual import open_perceptual
 from edgesd.export.backends import needs_static_ranges
 from edgesd.export.calibrate import CalibrationPlan, calibrate, calibration_key
 from edgesd.export.families import ExportSpec
-from edgesd.export.pipeline import Progress
 from edgesd.export.quantize.assign import planned
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.quantize.methods import METHODS
@@ -29,13 +28,13 @@ from edgesd.export.quantize.quantize import Method
 from edgesd.export.quantize.store import GraphForm, LayerStore, can_pool, find_nodes
 from edgesd.export.source import ModelSource
 from edgesd.files import atomic_write
+from edgesd.progress import Progress
 from edgesd.recipes import gates, prompts
 from edgesd.recipes.comparison import (
     ENTRY_BYTES,
     KEPT_IMAGES,
     Comparison,
     Measured,
-    Report,
     worst_places,
 )
 from edgesd.recipes.graph_files import GraphFiles
@@ -88,7 +87,7 @@ class QuantizedBuild:
         root: Path,
         work: Path,
         writer: ManifestWriter,
-        progress: Progress | None,
+        progress: Progress,
     ) -> None:
         if options.method not in METHODS:
             raise UsageError(f"unknown method {options.method!r}: valid: {', '.join(METHODS)}")
@@ -101,20 +100,18 @@ class QuantizedBuild:
             )
         self.plan, self.reference, self.scheme, self.options = plan, reference, scheme, options
         self.root, self.writer = root, writer
-        self.report: Report = progress or (lambda stage, component: None)
-        self.comparison = _comparison(source, reference, options, work, self.report)
+        self.progress = progress
+        self.comparison = _comparison(source, reference, options, work, progress)
         self.assets = _copy_assets(reference, root)
-        self.store = _store(source, plan, reference, options, work, writer.backend, self.report)
+        self.store = _store(source, plan, reference, options, work, writer.backend, progress)
         layers = planned(self.store.layers, scheme)
         measure = (
             _no_images
             if self.comparison is None
-            else Sensitivities(
-                self.comparison, self.store, layers, scheme, work, self.report
-            ).measure
+            else Sensitivities(self.comparison, self.store, layers, scheme, work, progress).measure
         )
-        self.search = SchemeSearch(scheme, layers, self.store, measure, DRAWING, self.report)
-        self.files = GraphFiles(root, self.store, plan.components, str(scheme), self.report)
+        self.search = SchemeSearch(scheme, layers, self.store, measure, DRAWING, progress)
+        self.files = GraphFiles(root, self.store, plan.components, str(scheme), progress)
 
     def run(self) -> list[Note]:
         """Fill `root`; what the user should know of. Raises QualityError, naming the worst layers,
@@ -139,7 +136,7 @@ class QuantizedBuild:
         """The graphs that are tried first. Attention in 8 bits stays where images show that it
         may."""
         own = self.writer.backend == onnxruntime.BACKEND and (
-            ensure_library(lambda part: self.report(f"compile {part}", "kernels")) is not None
+            ensure_library(self.progress) is not None
         )
         return GraphForm(kernels=own, attention=own and self.comparison is not None)
 
@@ -151,7 +148,7 @@ class QuantizedBuild:
         for left in reversed(range(_ROUNDS)):
             measured = comparison.measure(bundle)
             mean, least = measured.quality.psnr_mean, measured.quality.psnr_min
-            self.report("quality", f"PSNR {mean:.1f} dB, least {least:.1f}")
+            self.progress.line(f"quality: PSNR {mean:.1f} dB, least {least:.1f}")
             if floor is None or gates.holds_floor(least, floor):
                 break
             probes = probes or tuple(sorted(worst_places(measured)))
@@ -178,7 +175,7 @@ class QuantizedBuild:
             after = comparison.measure(bundle)
             accepted = gates.accept_pooling(before.worst, after.worst, floor)
             note = PoolingMeasured(accepted, before.worst, after.worst, floor)
-            self.report("pooled attention", note.figures)
+            self.progress.line(f"pooled attention: {note.figures}")
             if accepted:
                 return pooled, after, note
         self._write(assignment, form)
@@ -192,7 +189,7 @@ class QuantizedBuild:
         before, floor = measured.worst, self.options.min_psnr
         while any(graph.kernels for graph in self.files.graphs.values()):
             after = comparison.by_kernels(open_bundle(self.root), worst_places(measured))
-            self.report("kernels", f"PSNR {after.mean:.1f} dB, {before.mean:.1f} without")
+            self.progress.line(f"kernels: PSNR {after.mean:.1f} dB, {before.mean:.1f} without")
             if gates.accept_kernels(before, after, floor):
                 break
             form = replace(form, kernels=form.attention, attention=False)
@@ -281,7 +278,7 @@ def _no_images(probes: Probes) -> Mapping[Layer, float]:
 
 
 def _comparison(
-    source: ModelSource, reference: Bundle, options: QuantOptions, work: Path, report: Report
+    source: ModelSource, reference: Bundle, options: QuantOptions, work: Path, progress: Progress
 ) -> Comparison | None:
     """What images are compared with; None where none are wanted."""
     quality_prompts = options.quality_prompts
@@ -293,7 +290,7 @@ def _comparison(
         quality_prompts, num_inference_steps=options.steps, guidance_scale=options.guidance
     )
     perceptual = open_perceptual(options.lpips)
-    return Comparison(reference, requests, perceptual, work, options.min_psnr, report)
+    return Comparison(reference, requests, perceptual, work, options.min_psnr, progress)
 
 
 def _copy_assets(reference: Bundle, root: Path) -> tuple[str, ...]:
@@ -314,7 +311,7 @@ def _store(
     options: QuantOptions,
     work: Path,
     backend: str,
-    report: Report,
+    progress: Progress,
 ) -> LayerStore:
     """Calibrated layers of the source's graphs."""
     spec = plan.pipeline
@@ -325,10 +322,6 @@ def _store(
         reference.read("tokenizer/tokenizer.json"),
         reference.read("tokenizer/tokenizer_spec.json"),
     )
-
-    def progress(component: str, done: int, total: int) -> None:
-        if done < total:
-            report(f"calibrate {done + 1}/{total}", component)
 
     calibration = calibrate(plan, list(nodes), how, tokenizer, folder, progress)
     method = Method(options.method, options.static or needs_static_ranges(backend))

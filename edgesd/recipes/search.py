@@ -22,6 +22,7 @@ from edgesd.export.quantize.assign import (
 )
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.quantize.store import Summary
+from edgesd.progress import SILENT, Progress
 from edgesd.spec.bundle import LayerRecipe
 from edgesd.spec.scheme import Scheme
 
@@ -79,11 +80,11 @@ class SchemeSearch:
         layers: Layers,
         sensitivities: Callable[[Probes], Mapping[Layer, float]],
         generating: Collection[str],
-        report: Callable[[str, str], None] = lambda stage, component: None,
+        progress: Progress = SILENT,
     ) -> None:
         self.scheme, self.planned, self.layers = scheme, planned, layers
         self._sensitivities, self._generating = sensitivities, generating
-        self._report = report
+        self._progress = progress
 
     def spend(self, budget: Budget, probes: Probes) -> Assignment:
         """The schemes that make the best images within `budget`. Raises UsageError, with what the
@@ -166,7 +167,7 @@ class SchemeSearch:
         measured = self._sensitivities(probes)
         out: dict[Layer, list[Option]] = {}
         for layer, base in self.planned.items():
-            self._report("options", layer.component)
+            self._progress.line(f"{layer.component}: options")
             rows = self.layers.rows_per_run(layer)
             known = layer.component in self._generating
             unit = 0.0

@@ -18,7 +18,8 @@ from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.quantize.store import LayerStore
 from edgesd.files import atomic_write
-from edgesd.recipes.comparison import Comparison, Report
+from edgesd.progress import Progress
+from edgesd.recipes.comparison import Comparison
 from edgesd.recipes.search import Probes
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import GraphFile
@@ -43,10 +44,10 @@ class Sensitivities:
         planned: Mapping[Layer, LayerScheme],
         scheme: Scheme,
         work: Path,
-        report: Report,
+        progress: Progress,
     ) -> None:
         self.comparison, self.store, self.planned = comparison, store, planned
-        self._scheme, self._work, self._report = scheme, work, report
+        self._scheme, self._work, self._progress = scheme, work, progress
 
     def measure(self, probes: Probes) -> dict[Layer, float]:
         """Mean squared error of the images at the places `probes` when that layer alone is
@@ -64,7 +65,9 @@ class Sensitivities:
             source = [self.comparison.source_images[index] for index in probes]
             with Pipeline(self.comparison.reference, Settings(made_here=True)) as pipeline:
                 for number, layer in enumerate(unknown):
-                    self._report(f"sensitivity {number + 1}/{len(unknown)}", layer.component)
+                    self._progress.update(
+                        f"{layer.component}: sensitivity", number + 1, len(unknown)
+                    )
                     images = self._images_with(layer, generating[layer], pipeline, requests)
                     errors = map(mean_squared_error, source, images)
                     known[layer_name(layer)] = statistics.fmean(errors)

@@ -7,12 +7,13 @@ says what is measured, and whoever asks for the same again joins it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
 from edgesd.device.bench import Bench
 from edgesd.errors import TargetError
+from edgesd.progress import SILENT, Progress
 from edgesd.remote import board as boards
 from edgesd.remote.board import Board
 from edgesd.remote.deploy import active_slot
@@ -22,7 +23,7 @@ _ACTIVE = "edgesd/current"
 
 
 async def bench_on(
-    board: Board, bundle: Bundle, options: Sequence[str], say: Callable[[str], None]
+    board: Board, bundle: Bundle, options: Sequence[str], progress: Progress = SILENT
 ) -> Bench:
     """Measure `bundle` on the board; options: those of `edgesd bench`, but for where it runs.
 
@@ -38,7 +39,7 @@ async def bench_on(
     said = "\n".join([bundle.manifest_sha256, *options])
     key = f"bench-{hashlib.sha256(said.encode()).hexdigest()[:24]}"
     command = ["bench", "run", _ACTIVE, *options, "--json", "--detached", key]
-    told = await boards.edgesd(board, *command, on_line=say)
+    told = await boards.edgesd(board, *command, on_line=progress.line)
     found = boards.decode(board, told, tuple[Bench])[0]
     await boards.edgesd(board, "bench", "forget", key)
     return msgspec.structs.replace(found, host=board.name)

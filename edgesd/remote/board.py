@@ -189,28 +189,11 @@ def strange(board: Board, command: str, told: str) -> BoardError:
     )
 
 
-def adding_up(
-    moved: Callable[[str, int, int], None], what: str, total: int
-) -> Callable[[str, int], None]:
-    """What `send` tells of each file, added up: `moved` is told `what`, bytes so far, of `total`.
-
-    What arrived damaged and is sent again isn't counted beyond it.
-    """
-    done = 0
-
-    def count(_name: str, size: int) -> None:
-        nonlocal done
-        done += size
-        moved(what, min(done, total), total)
-
-    return count
-
-
 async def send(
     board: Board,
     folder: str,
     items: Mapping[str, Item],
-    on_bytes: Callable[[str, int], None] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
     spare_bytes: int = 0,
     others: bool = False,
 ) -> int:
@@ -241,7 +224,7 @@ async def send(
     await _check_space(board, folder, needed, spare_bytes if missing else 0)
     for name in items.keys() - missing.keys():
         if on_bytes:
-            on_bytes(name, items[name].size)
+            on_bytes(items[name].size)
     return sum(
         [await _send_one(board, folder, n, item, begun[n], on_bytes) for n, item in missing.items()]
     )
@@ -256,7 +239,7 @@ async def _send_one(
     name: str,
     item: Item,
     begun: int,
-    on_bytes: Callable[[str, int], None] | None,
+    on_bytes: Callable[[int], None] | None,
 ) -> int:
     part = f"{name}{_PART}"
     sent = 0
@@ -269,7 +252,7 @@ async def _send_one(
                 left = chunk[max(0, start - at) :]
                 at += len(chunk)
                 if on_bytes:
-                    on_bytes(name, len(chunk))
+                    on_bytes(len(chunk))
                 sent += len(left)
                 if left:
                     yield left

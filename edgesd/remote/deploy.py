@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from edgesd.device.capabilities import normal_arch
 from edgesd.device.slots import Installed, Slot
 from edgesd.errors import BoardError, TargetError
 from edgesd.files import sha256_file
+from edgesd.progress import SILENT, Progress, count_bytes
 from edgesd.remote import board as boards
 from edgesd.remote.board import Board, Item
 from edgesd.remote.wheels import BOARD_PACKAGES, cached_wheels, fitting_wheels
@@ -36,8 +37,6 @@ _SHOW_SECONDS = 900.0
 _UNPACKED = 4
 """A wheel takes about so many times its size once installed."""
 
-Say = Callable[[str], None]
-Moved = Callable[[str, int, int], None]
 """Told what is sent ("runtime", "bundle"), bytes, of how many."""
 
 
@@ -120,8 +119,7 @@ async def deploy(
     bundle: Bundle,
     wheels: Path | None = None,
     self_test: bool = True,
-    say: Say = lambda text: None,
-    moved: Moved = lambda what, done, total: None,
+    progress: Progress = SILENT,
 ) -> Deployed:
     """Bring the runtime and `bundle` onto the board, and make it the active one.
 
@@ -132,7 +130,7 @@ async def deploy(
     """
     start = time.perf_counter()
     here = await _look(board, bundle)
-    sent, written = await _runtime(board, bundle, here, wheels, say, moved)
+    sent, written = await _runtime(board, bundle, here, wheels, progress)
     state = "installed" if written else "kept"
     active = await active_slot(board)
     items, frame = _items(bundle)
@@ -140,17 +138,17 @@ async def deploy(
     # An unsigned copy takes no signature away; "" where the active bundle can't be opened.
     same = active is not None and active.manifest_sha256 == bundle.manifest_sha256
     if active and same and signature not in ("", active.signature_sha256):
-        say("it is active already: bringing its signature")
+        progress.line("it is active already: bringing its signature")
     elif same:
-        say("it is active already: verifying it there")
+        progress.line("it is active already: verifying it there")
         try:
             slot = boards.decode(
                 board, await boards.edgesd(board, "slots", "check", "--json"), Slot
             )
             return Deployed(slot, state, sent, written, time.perf_counter() - start)
         except BoardError as exc:
-            say(f"installing it anew, for this reason: {exc}")
-    count = boards.adding_up(moved, "bundle", sum(item.size for item in items.values()))
+            progress.line(f"installing it anew, for this reason: {exc}")
+    count = count_bytes(progress, "bundle", sum(item.size for item in items.values()))
     objects = f"{_HOME}/objects"
     sent_now = await boards.send(board, objects, items, count, _SPARE_BYTES, others=True)
     arguments = ["slots", "install", frame[MANIFEST], frame[CHECKSUM], "--json"]
@@ -158,7 +156,7 @@ async def deploy(
         arguments += ["--signature", frame[SIGNATURE]]
     if not self_test:
         arguments.append("--no-self-test")
-    told = await boards.edgesd(board, *arguments, on_line=say)
+    told = await boards.edgesd(board, *arguments, on_line=progress.line)
     installed = boards.decode(board, told, Installed)
     return Deployed(
         installed.slot,
@@ -170,10 +168,12 @@ async def deploy(
     )
 
 
-async def rollback(board: Board, self_test: bool = True, say: Say = lambda text: None) -> Installed:
+async def rollback(board: Board, self_test: bool = True, progress: Progress = SILENT) -> Installed:
     """Make the bundle active again that was so before. Raises BoardError with the board's words."""
     arguments = ["slots", "rollback", "--json", *([] if self_test else ["--no-self-test"])]
-    return boards.decode(board, await boards.edgesd(board, *arguments, on_line=say), Installed)
+    return boards.decode(
+        board, await boards.edgesd(board, *arguments, on_line=progress.line), Installed
+    )
 
 
 async def active_slot(board: Board) -> Slot | None:
@@ -218,7 +218,7 @@ async def _look(board: Board, bundle: Bundle) -> _Here:
 
 
 async def _runtime(
-    board: Board, bundle: Bundle, here: _Here, wheels: Path | None, say: Say, moved: Moved
+    board: Board, bundle: Bundle, here: _Here, wheels: Path | None, progress: Progress
 ) -> tuple[int, int]:
     """Install the runtime that `bundle` needs, unless it is there; bytes sent and bytes written."""
     extra = []
@@ -230,7 +230,7 @@ async def _runtime(
         chosen = fitting_wheels(wheels, here.python, here.arch, here.glibc)
     else:
         own = any(engine.kernels for engine in bundle.manifest.engines.values())
-        chosen = cached_wheels(here.python, here.arch, extra, here.glibc, own, say)
+        chosen = cached_wheels(here.python, here.arch, extra, here.glibc, own, progress)
     items = {
         path.name: Item(path.stat().st_size, sha256_file(path), partial(_pieces, path))
         for path in chosen
@@ -243,15 +243,15 @@ async def _runtime(
         await boards.ask(board, ["sh", "-c", _SWITCH, "switch", _HOME, name])
         return 0, 0
     total = sum(item.size for item in items.values())
-    count = boards.adding_up(moved, "runtime", total)
+    count = count_bytes(progress, "runtime", total)
     spare = _SPARE_BYTES + _UNPACKED * total
     sent = await boards.send(board, f"{_HOME}/wheels", items, count, spare)
-    say(f"installing edgesd {edgesd.__version__} for Python {here.python} on {here.arch}")
+    progress.line(f"installing edgesd {edgesd.__version__} for Python {here.python} on {here.arch}")
     pip = next(path.name for path in chosen if path.name.startswith("pip-"))
     site = "--system-site-packages" if here.jetson else ""
     packages = [p for p in (*BOARD_PACKAGES, *extra) if p != "pip"]
     command = ["sh", "-c", _INSTALL, "install", _HOME, name, site, pip, *packages]
-    await boards.ask(board, command, say, _INSTALL_SECONDS)
+    await boards.ask(board, command, progress.line, _INSTALL_SECONDS)
     told = await boards.ask(board, ["sh", "-c", _SWITCH, "switch", _HOME, name])
     used = re.match(r"([0-9]{1,12})\s", told)
     if not used:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -30,6 +28,7 @@ from edgesd.files import (
     private_folder,
     sha256_file,
 )
+from edgesd.progress import SILENT, Progress, count_bytes
 from edgesd.remote import board as boards
 from edgesd.remote.board import Board, Item, parse_address
 from edgesd.remote.ssh import connect
@@ -37,14 +36,6 @@ from edgesd.runtime.bundle import MANIFEST, SUFFIX, Bundle, open_bundle
 
 _INCOMING = ".cache/edgesd/incoming"
 """Folder on the board of bundles whose plans aren't all built yet."""
-
-
-class Progress(NamedTuple):
-    """line: told what the board says. moved: told what is moved ("send", "fetch"), bytes, of how
-    many."""
-
-    line: Callable[[str], None] = lambda text: None
-    moved: Callable[[str, int, int], None] = lambda what, done, total: None
 
 
 def check_board(host: str, target_name: str) -> Here:
@@ -64,7 +55,7 @@ def check_board(host: str, target_name: str) -> Here:
 def add_plans(
     host: str,
     root: Path,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Finalized]:
     """Build the plans of the bundle folder `root` on the board `host`, and put them into it.
 
@@ -73,12 +64,11 @@ def add_plans(
     """
     bundle = open_bundle(root)
     require_plans(bundle)
-    asked = progress or Progress()
 
     async def build() -> tuple[Here, dict[str, Finalized]]:
         async with connect(parse_address(host)) as board:
             here = await _look(board, bundle.manifest.target)
-            return here, await _build(board, bundle, root, asked)
+            return here, await _build(board, bundle, root, progress)
 
     here, found = asyncio.run(build())
     engines = {}
@@ -103,7 +93,7 @@ def finalize_on(
     host: str,
     bundle: Bundle,
     out: Path,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Finalized]:
     """Write `bundle` with plans that the board `host` builds to `out`, a folder or NAME.edgesd.
 
@@ -147,7 +137,7 @@ async def _build(
     raw = b"".join(bundle.chunks(MANIFEST))
     folder = f"{_INCOMING}/{hashlib.sha256(raw).hexdigest()[:16]}"
     total = sum(item.size for item in items.values())
-    await boards.send(board, folder, items, boards.adding_up(progress.moved, "send", total))
+    await boards.send(board, folder, items, count_bytes(progress, "send", total))
     await boards.edgesd(board, "finalize", folder, on_line=progress.line)
     told = await boards.edgesd(board, "finalize", folder, "--json")
     found = boards.decode(board, told, dict[str, Finalized])
@@ -163,7 +153,7 @@ async def _build(
 async def _fetch(board: Board, final: Finalized, root: Path, name: str, progress: Progress) -> None:
     assert final.path is not None and final.plan is not None
     path = root / plan_path(name)
-    total, done = final.plan.report.plan_bytes, 0
+    total = final.plan.report.plan_bytes
     if total <= 0:
         raise BoardError(f"{board.name} tells of a plan of {total} bytes, which can't be one")
     free = shutil.disk_usage(root).free
@@ -173,13 +163,8 @@ async def _fetch(board: Board, final: Finalized, root: Path, name: str, progress
             f"{free / 1e6:.0f} MB left: free some space, or choose another folder with -o"
         )
 
-    def fetched(count: int) -> None:
-        nonlocal done
-        done += count
-        progress.moved("fetch", done, total)
-
     with atomic_write(path) as file:
-        await board.get(final.path, total, file, fetched)
+        await board.get(final.path, total, file, count_bytes(progress, "fetch", total))
     if sha256_file(path) != final.plan.sha256:
         raise BoardError(f"{board.name}: the plan of {name} arrived damaged")
 

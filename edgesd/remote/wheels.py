@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import subprocess
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -21,6 +21,7 @@ from edgesd.engines.kernels import build_library
 from edgesd.errors import EdgesdError, InputError, MissingDependencyError
 from edgesd.files import atomic_dir, atomic_path, sha256_file, user_cache
 from edgesd.processes import module_command
+from edgesd.progress import SILENT, Progress
 from edgesd.runtime.kernels import library_folders, library_name
 
 _log = logging.getLogger(__name__)
@@ -31,9 +32,6 @@ _OLDEST_GLIBC = 35
 """Of the boards that edgesd is for: JetPack 6. Debian 12 has 36."""
 BOARD_PACKAGES = ("edgesd", "pip", "cryptography")
 """What every board gets: pip to install with, cryptography for signatures."""
-
-
-Say = Callable[[str], None]
 
 
 def platform_tags(arch: str, glibc: int = _OLDEST_GLIBC) -> list[str]:
@@ -81,19 +79,19 @@ def cached_wheels(
     packages: Sequence[str] = (),
     glibc: int = _OLDEST_GLIBC,
     kernels: bool = True,
-    say: Say = lambda text: None,
+    progress: Progress = SILENT,
 ) -> list[Path]:
     """As `download_wheels`, in the user's cache: asked of the index once for each edgesd.
 
     kernels: whether edgesd's own kernels are needed there, and compiled if need be; those that are
-    compiled already are in its wheel in any case. say: told what takes long.
+    compiled already are in its wheel in any case.
     """
-    library = kernels_for(arch, say, kernels)
+    library = kernels_for(arch, progress, kernels)
     asked = [python, arch, str(glibc), library.name if library else "", *packages]
     key = hashlib.sha256("\n".join([_fingerprint(), *asked]).encode()).hexdigest()[:16]
     folder = user_cache() / "wheels" / f"{arch}-{python}-{key}"
     if not folder.is_dir():
-        say(f"fetching wheels for Python {python} on {arch} by pip: some 60 MB, once")
+        progress.line(f"fetching wheels for Python {python} on {arch} by pip: some 60 MB, once")
         with atomic_dir(folder) as fresh:
             download_wheels(fresh, python, arch, packages, glibc, library)
     return sorted(folder.glob("*.whl"))
@@ -140,12 +138,12 @@ def _source() -> Path | None:
     return root if (root / "pyproject.toml").is_file() else None
 
 
-def kernels_for(arch: str, say: Say = lambda text: None, compiling: bool = True) -> Path | None:
+def kernels_for(arch: str, progress: Progress = SILENT, compiling: bool = True) -> Path | None:
     """The library of edgesd's own kernels for `arch`, which edgesd's wheel is to bring; None for an
     installed edgesd, whose wheel brought what there is.
 
     compiling: into the user's cache, if it isn't there; without a compiler it is logged what is
-    missing. say: told meanwhile.
+    missing.
     """
     if _source() is None:
         return None
@@ -153,9 +151,7 @@ def kernels_for(arch: str, say: Say = lambda text: None, compiling: bool = True)
     if not compiling and not found.is_file():
         return None
     try:
-        return build_library(
-            arch, progress=lambda part: say(f"compiling edgesd's kernels for {arch}: {part}")
-        )
+        return build_library(arch, progress=progress)
     except EdgesdError as exc:
         _log.warning("the board will do without edgesd's own kernels: %s", exc)
         return None

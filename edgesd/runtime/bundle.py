@@ -39,7 +39,7 @@ _MAX_MANIFEST_BYTES = 16 << 20
 _CHUNK_BYTES = 4 << 20
 _BLOCK = tarfile.BLOCKSIZE
 
-Progress = Callable[[str, int], None]
+OnBytes = Callable[[int], None]
 """Called with a file's name and the bytes just hashed."""
 
 
@@ -312,23 +312,23 @@ class Bundle:
             )
         self._verified[name] = identity
 
-    def verify(self, names: Iterable[str] | None = None, progress: Progress | None = None) -> None:
+    def verify(self, names: Iterable[str] | None = None, on_bytes: OnBytes | None = None) -> None:
         """Hash `names` (all files by default); those that were hashed before are skipped, unless
         they were replaced or written to since then.
 
         Raises BundleError naming the first file whose bytes differ from the manifest.
         """
         for name in self.manifest.files if names is None else names:
-            self.verified_location(name, progress)
+            self.verified_location(name, on_bytes)
 
-    def verified_location(self, name: str, progress: Progress | None = None) -> Location:
+    def verified_location(self, name: str, on_bytes: OnBytes | None = None) -> Location:
         """`location` of a file that the manifest lists, hashed from the very file that is open
         there, unless that was done before. Raises BundleError as `verify`."""
         where = self.location(name)
         if self._verified.get(name) != where.file.identity:
             for chunk in self._verified_chunks(name, where):
-                if progress:
-                    progress(name, len(chunk))
+                if on_bytes:
+                    on_bytes(len(chunk))
         return where
 
     def _unreadable(self, name: str, error: OSError) -> BundleError:

@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +23,7 @@ from msgspec import Meta
 
 from edgesd.errors import InputError
 from edgesd.files import disk_errors, user_cache
+from edgesd.progress import SILENT, Progress
 from edgesd.runtime import kernels
 from edgesd.runtime.bundle import GraphFile
 from edgesd.runtime.memory import resident_bytes
@@ -141,14 +142,11 @@ def read_probes() -> tuple[list[Probe], dict[str, bytes]]:
         return probes, {probe.graph: file.read(probe.graph) for probe in probes}
 
 
-def measure(
-    machine: str, threads: int = 0, progress: Callable[[str, int, int], None] | None = None
-) -> Rates:
+def measure(machine: str, threads: int = 0, progress: Progress = SILENT) -> Rates:
     """Time every probe that this machine can run: about a minute on a PC.
 
-    threads: per operator; 0 takes the fast cores. progress: told of each probe's name as it
-    begins, its number, and how many there are. Raises ResourceError when memory or disk run out,
-    MissingDependencyError without ONNX Runtime.
+    threads: per operator; 0 takes the fast cores. Raises ResourceError when memory or disk run
+    out, MissingDependencyError without ONNX Runtime.
     """
     import onnxruntime
 
@@ -161,8 +159,7 @@ def measure(
         most = max((probe.weight_bytes for probe in probes), default=0)
         _write_weights(folder / WEIGHTS, most)
         for number, probe in enumerate(probes):
-            if progress:
-                progress(probe.name, number, len(probes))
+            progress.update(probe.name, number, len(probes))
             runner = _runner(probe, GraphFile(graphs[probe.graph], folder), threads)
             seconds = _time(runner)
             runner.close()

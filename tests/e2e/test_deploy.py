@@ -72,7 +72,7 @@ def active(pi: Pi) -> str:
 def test_deploy_and_generate(server: Server, pi: Pi, miniature: Bundle, tmp_path: Path) -> None:
     outcome = deploy(server, miniature)
     assert outcome.code == 0, outcome.err
-    assert "active in slot a" in outcome.err and "drawing a test image" in outcome.err
+    assert "active in slot a" in outcome.err and "generating a test image" in outcome.err
     assert active(pi) == miniature.manifest_sha256
     generate = ("-p", "a", "--seed", "1", "--steps", "2")
     ours, theirs = tmp_path / "ours.png", tmp_path / "theirs.png"

@@ -29,6 +29,7 @@ from edgesd.export.to_onnx import graph_from_module  # noqa: E402
 from edgesd.runtime.tokenizer import PromptTokenizer  # noqa: E402
 from edgesd.spec.bundle import GraphSet  # noqa: E402
 from tests.exports import Export  # noqa: E402
+from tests.support import Recorded  # noqa: E402
 
 EMOJI = Path(__file__).resolve().parents[2] / "models" / "emoji"
 
@@ -61,16 +62,16 @@ def variant(root: Path, unet: dict[str, Any], vae: Any, scheduler: Any) -> Path:
 @pytest.fixture(scope="module")
 def emoji(
     kept_exports: Export, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[GraphSet, list[tuple[str, str]]]:
-    stages: list[tuple[str, str]] = []
+) -> tuple[GraphSet, list[str]]:
+    told = Recorded()
     source = resolve_source(EMOJI)
     graphs = kept_exports(
         source,
         export_spec(source),
         tmp_path_factory.mktemp("export") / "emoji",
-        progress=lambda stage, component: stages.append((stage, component)),
+        progress=told,
     )
-    return graphs, stages
+    return graphs, told.lines
 
 
 def ops(root: Path, component: str) -> Counter[str]:
@@ -93,12 +94,13 @@ def export_one(component: Component, root: Path, lowering: Any) -> Counter[str]:
 
 
 class TestEmbeddedModel:
-    def test_graph_set(self, emoji: tuple[GraphSet, list[tuple[str, str]]]) -> None:
-        graphs, stages = emoji
+    def test_graph_set(self, emoji: tuple[GraphSet, list[str]]) -> None:
+        graphs, lines = emoji
         assert set(graphs.graphs) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
         for graph in graphs.graphs.values():
             assert graph.parity.rel_rms < 1e-5
-        assert [s for s, c in stages if c == "unet"] == ["load", "export", "check"]
+        of_unet = [line for line in lines if line.startswith("unet: ")]
+        assert of_unet == ["unet: load", "unet: export", "unet: check"]
         assert set(graphs.assets) == {
             "licence/README.md",
             "licence/NOTICE",
@@ -112,7 +114,7 @@ class TestEmbeddedModel:
         assert files == {*graphs.assets, *written}
         assert graphs.tools["torch"] == torch.__version__
 
-    def test_attention_is_fused(self, emoji: tuple[GraphSet, list[tuple[str, str]]]) -> None:
+    def test_attention_is_fused(self, emoji: tuple[GraphSet, list[str]]) -> None:
         root = Path(emoji[0].root)
         assert ops(root, "text_encoder")["MultiHeadAttention"] == 2
         assert ops(root, "unet")["MultiHeadAttention"] == 14
@@ -120,7 +122,7 @@ class TestEmbeddedModel:
 
     @pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
     def test_graphs_are_as_the_spec_says(
-        self, emoji: tuple[GraphSet, list[tuple[str, str]]], component: str
+        self, emoji: tuple[GraphSet, list[str]], component: str
     ) -> None:
         graphs, _ = emoji
         spec = graphs.pipeline.components[component]
@@ -132,7 +134,7 @@ class TestEmbeddedModel:
         ]
         assert [o.name for o in session.get_outputs()] == [t.name for t in spec.outputs]
 
-    def test_any_size_and_batch(self, emoji: tuple[GraphSet, list[tuple[str, str]]]) -> None:
+    def test_any_size_and_batch(self, emoji: tuple[GraphSet, list[str]]) -> None:
         graphs, _ = emoji
         session = onnxruntime.InferenceSession(str(Path(graphs.root) / "unet" / "model.onnx"))
         for batch, height, width in ((1, 4, 4), (3, 8, 20), (1, 24, 4)):
@@ -144,7 +146,7 @@ class TestEmbeddedModel:
             (out,) = session.run(None, inputs)
             assert out.shape == (batch, 4, height, width)
 
-    def test_tokenizer(self, emoji: tuple[GraphSet, list[tuple[str, str]]]) -> None:
+    def test_tokenizer(self, emoji: tuple[GraphSet, list[str]]) -> None:
         folder = Path(emoji[0].root) / "tokenizer"
         tokenizer = PromptTokenizer(
             (folder / "tokenizer.json").read_bytes(), (folder / "tokenizer_spec.json").read_bytes()

@@ -123,7 +123,7 @@ def trace(component: Component, sizes: Sizes) -> Workload:
         )
         for tensor in component.spec.inputs
     ]
-    recorder = _Recorder(component.name, module, inputs)
+    recorder = _OperationRecorder(component.name, module, inputs)
     try:
         with recorder, torch.no_grad():
             out = module(*inputs)
@@ -132,7 +132,7 @@ def trace(component: Component, sizes: Sizes) -> Workload:
     return recorder.workload(inputs, out if isinstance(out, tuple) else (out,))
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Numbers every value, and keeps the tensors: an id is of one object only while it lives."""
 
     def __init__(self, component: str, module: nn.Module, inputs: Sequence[Tensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -23,6 +22,7 @@ from edgesd.files import (
     link_or_copy,
     sha256_file,
 )
+from edgesd.progress import SILENT, Progress
 from edgesd.runtime.llama import LlamaCppPython, bindings, silence
 from edgesd.runtime.prompter import FRAME, SPEC
 from edgesd.spec.base import Spec, decode_json
@@ -34,8 +34,6 @@ BASE, ADAPTER, GRAMMAR_FILE = "base.gguf", "adapter.gguf", "grammar.gbnf"
 
 TOLERANCE = 0.03
 """The loss in llama.cpp may exceed that of training by this part."""
-
-Progress = Callable[[str], None]
 
 
 class ExportReport(Spec, frozen=True):
@@ -56,7 +54,7 @@ def export(
     out: Path,
     licence: str,
     merge: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> ExportReport:
     """Write the prompter that `run` trained to the new folder `out`: the base as it is and an
     adapter, or one model of the type `merge`.
@@ -67,7 +65,6 @@ def export(
     QualityError when the loss in llama.cpp is worse than in training; MissingDependencyError
     without llama-cpp-python.
     """
-    say = progress or (lambda text: None)
     if out.exists() and not out.is_dir():
         check_new(out)
     check_writable(out)
@@ -86,20 +83,20 @@ def export(
         )
     with atomic_dir(out) as root:
         if merge is None:
-            say("adapter")
+            progress.line("adapter")
             write_adapter(run, base, report.alpha, root / ADAPTER)
             link_or_copy(base.resolve(), root / BASE)
         else:
-            say("merge")
+            progress.line("merge")
             merged = root / "merged.gguf"
             write_merged(run, base, report.alpha / max(1, report.rank), merged)
             if merge == "F16":
                 merged.rename(root / BASE)
             else:
-                say(f"quantize to {merge}")
+                progress.line(f"quantize to {merge}")
                 quantize(merged, root / BASE, merge)
                 merged.unlink()
-        say("loss in llama.cpp")
+        progress.line("loss in llama.cpp")
         adapter = None if merge else ADAPTER
         loss = llama_loss(root / BASE, root / ADAPTER if adapter else None, pairs)
         allowed = report.loss_after * (1 + TOLERANCE)

@@ -11,7 +11,6 @@ norms in random directions.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from edgesd.export.prompter.gguf_files import (
 )
 from edgesd.export.prompter.loftq import loftq, random_like
 from edgesd.export.quiet import quiet
+from edgesd.progress import Progress
 from edgesd.runtime.arrays import Float
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ OWN_BASE = "base.gguf"
 INITIAL = "initial"
 """Folder in a run's: PiSSA's adapter before training."""
 
-Progress = Callable[[int, int], None]
 """Told of weights done, and of how many."""
 
 
@@ -162,7 +161,7 @@ def _by_loftq(path: Path, run: Path, settings: AdapterSettings, progress: Progre
             settings.rank,
             settings.iterations,
         )
-        progress(done, len(tensors))
+        progress.update("start", done, len(tensors))
     write_base(path, grid, settings.grid, run / OWN_BASE)
     chance = np.random.default_rng(settings.seed)
     control = {name: random_like(update, chance) for name, update in own.items()}

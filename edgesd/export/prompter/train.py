@@ -36,6 +36,7 @@ from edgesd.export.prompter.starts import (
     set_adapter,
 )
 from edgesd.files import atomic_path, atomic_write, check_writable, sha256_file
+from edgesd.progress import SILENT, Progress
 from edgesd.runtime.memory import peak_bytes
 from edgesd.runtime.prompter import FRAME
 from edgesd.spec.base import Spec
@@ -51,7 +52,6 @@ _SAVE_SECONDS = 60.0
 Row = tuple[list[int], list[int]]
 """Token ids of the frame with the short prompt, and of the line to learn with its end."""
 
-Progress = Callable[[str, int, int, float], None]
 """Told of a phase, steps done, of how many, and the loss (NaN where there is none yet)."""
 
 
@@ -112,7 +112,7 @@ def train(
     pairs_sha256: str,
     out: Path,
     training: Training,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> TrainingReport:
     """Train an adapter for `base`, or all its weights, and write them to the folder `out` with
     REPORT: an adapter as peft does, all weights as safetensors. By CUDA where there is a GPU.
@@ -148,8 +148,7 @@ def train(
 
     def told(step: int, loss: float) -> None:
         nonlocal saved
-        if progress:
-            progress("train", step, training.steps, loss)
+        progress.update("train", step, training.steps, f"loss {loss:.3f}")
         now = time.monotonic()
         if now - saved >= _SAVE_SECONDS and step < training.steps:
             saved = now
@@ -223,16 +222,11 @@ def fit(
             told(step + 1, float(loss.detach()))
 
 
-def _started(base: Path, out: Path, training: Training, progress: Progress | None) -> Started:
+def _started(base: Path, out: Path, training: Training, progress: Progress) -> Started:
     if training.adapter is None:
         loaded = load_base(base)
         return Started(loaded, loaded.model, base, {})
-
-    def told(done: int, total: int) -> None:
-        if progress:
-            progress("start", done, total, float("nan"))
-
-    return begin(base, out, training.adapter, told)
+    return begin(base, out, training.adapter, progress)
 
 
 def _losses_of_starts(

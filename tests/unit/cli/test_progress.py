@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from edgesd.cli import common
-from edgesd.cli.common import Reporter, board_progress
+from edgesd.cli.common import Reporter
+from edgesd.progress import Lines, Prefixed, Progress, count_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -27,15 +28,15 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bytes_are_shown_in_a_unit_that_fits(
     done: int, total: int, shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    board_progress(Reporter()).moved("send", done, total)
+    Reporter().update("send", done, total, in_bytes=True)
     assert capsys.readouterr().err == f"{shown}\n"
-    Reporter().count_bytes("send", total)("a file", done)
+    count_bytes(Reporter(), "send", total)(done)
     assert capsys.readouterr().err == f"{shown}\n"
 
 
 def test_a_total_of_nothing_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = Reporter()
-    reporter.update_bytes("send", 0, 0)
+    reporter.update("send", 0, 0, in_bytes=True)
     reporter.update("generate", 0, 0, "s/step")
     assert capsys.readouterr().err == ""
 
@@ -56,3 +57,20 @@ def test_plain_lines_keep_their_distance(
 def test_a_quiet_reporter_shows_none(capsys: pytest.CaptureFixture[str]) -> None:
     Reporter(quiet=True).update("generate", 1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_bytes_add_up_to_the_total_and_no_further(capsys: pytest.CaptureFixture[str]) -> None:
+    count = count_bytes(Prefixed(Reporter(), "pi@board: "), "send", 9)
+    for size in (4, 4, 4):
+        count(size)
+    assert capsys.readouterr().err.splitlines() == [
+        f"pi@board: send: {done}/9 bytes" for done in (4, 8, 9)
+    ]
+
+
+def test_lines_of_one_board_are_told_from_another_s() -> None:
+    lines: list[str] = []
+    progress: Progress = Prefixed(Lines(lines.append), "pi@board: ")
+    progress.line("verifying")
+    progress.update("verify", 1, 2)
+    assert lines == ["pi@board: verifying"]

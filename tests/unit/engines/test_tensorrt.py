@@ -20,6 +20,7 @@ from edgesd.engines.tensorrt import (
 )
 from edgesd.errors import EdgesdError, MissingDependencyError, ResourceError, TargetError
 from edgesd.export.backends.tensorrt import check_engine
+from edgesd.progress import Lines
 from edgesd.runtime.cuda import find_gpu
 from edgesd.spec.bundle import Engine, Parity
 
@@ -204,12 +205,13 @@ def test_an_interrupted_build_leaves_no_process(
     spec = pretend(plain.parent, script, monkeypatch)
     pids = []
 
-    def interrupt(phase: str, done: int, total: int) -> None:
-        pids.append(done)
-        raise KeyboardInterrupt
+    class Interrupting(Lines):
+        def update(self, task: str, done: int, *others: object, **more: object) -> None:
+            pids.append(done)
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_plan(plain, spec, plain.parent / "unet.plan", interrupt)
+        build_plan(plain, spec, plain.parent / "unet.plan", Interrupting(print))
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], signal.SIGCONT)
 

@@ -31,6 +31,7 @@ from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.export.tokenizer import write_tokenizer  # noqa: E402
 from edgesd.export.torch_runner import TorchRunner  # noqa: E402
 from edgesd.runtime.tokenizer import PromptTokenizer  # noqa: E402
+from tests.support import Recorded  # noqa: E402
 
 pytestmark = pytest.mark.integration
 
@@ -131,15 +132,15 @@ def recorded(
 ) -> tuple[Calibration, Seen, list[tuple[str, int, int]]]:
     """A calibration in which every row counts, and what really went through the layers."""
     seen: Seen = {}
-    told: list[tuple[str, int, int]] = []
+    told = Recorded()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrating, "ROWS_PER_RUN", 1 << 30)
         patch.setattr(calibrating, "BLOCKS", (288, 100))
         found = calibrate(
             watched(plan, layers, seen), layers, HOW, tokenizer,
-            tmp_path_factory.mktemp("calibration"), lambda *args: told.append(args),
+            tmp_path_factory.mktemp("calibration"), told,
         )  # fmt: skip
-    return found, seen, told
+    return found, seen, told.updates
 
 
 def step_of(layer: Layer, call: int) -> int:
@@ -249,9 +250,11 @@ def test_what_is_told_and_written(
     recorded: tuple[Calibration, Seen, list[tuple[str, int, int]]], plan: ExportSpec
 ) -> None:
     calibration, _, told = recorded
-    assert told[:4] == [("text_encoder", n, 3) for n in range(4)]
-    assert told[4:7] == [("unet", n, 2) for n in range(3)]
-    assert [component for component, *_ in told[7:]] == ["vae_decoder"] * 3 + ["vae_encoder"] * 3
+    assert told[:4] == [("text_encoder: calibrate", n, 3) for n in range(4)]
+    assert told[4:7] == [("unet: calibrate", n, 2) for n in range(3)]
+    assert [component for component, *_ in told[7:]] == ["vae_decoder: calibrate"] * 3 + [
+        "vae_encoder: calibrate"
+    ] * 3
     files = {f"{name}.safetensors" for name in CALLS} | {"timesteps.npy"}
     assert {p.name for p in calibration.folder.iterdir()} == files
     timesteps = calibration.timesteps()
@@ -307,19 +310,20 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(calibrating, "SAVE_SECONDS", 0.0)
 
-    def stop(name: str, done: int, _: int) -> None:
-        if (name, done) == (component, at):
-            raise StoppedError
+    class Stopping(Recorded):
+        def update(self, task: str, done: int, *others: object, **more: object) -> None:
+            if (task, done) == (f"{component}: calibrate", at):
+                raise StoppedError
 
     with pytest.raises(StoppedError):
-        calibrate(plan, few, HOW, tokenizer, tmp_path, stop)
+        calibrate(plan, few, HOW, tokenizer, tmp_path, Stopping())
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*"))
     started = {p.stem for p in tmp_path.glob("*.safetensors")}
     order = list(CALLS)
     assert started == set(order[: order.index(component) + (at > 0)])
-    told: list[tuple[str, int, int]] = []
-    calibrate(plan, few, HOW, tokenizer, tmp_path, lambda *args: told.append(args))
-    assert told[0][:2] == (component, at)
+    told = Recorded()
+    calibrate(plan, few, HOW, tokenizer, tmp_path, told)
+    assert told.updates[0][:2] == (f"{component}: calibrate", at)
     assert files_of(tmp_path) == whole
 
 
@@ -337,9 +341,9 @@ def test_a_finished_run_is_not_repeated(
         raise AssertionError("nothing has to be loaded")
 
     unloadable = replace(plan, components=tuple(replace(c, load=load) for c in plan.components))
-    told: list[object] = []
-    calibrate(unloadable, few, HOW, tokenizer, tmp_path, lambda *args: told.append(args))
-    assert told == [] and files_of(tmp_path) == whole
+    told = Recorded()
+    calibrate(unloadable, few, HOW, tokenizer, tmp_path, told)
+    assert told.updates == [] and files_of(tmp_path) == whole
 
 
 def test_layers_that_a_finished_run_left_out_are_recorded(
@@ -474,7 +478,7 @@ def test_a_prompt_that_is_no_text(
 def recorder(layer: Layer, runs: int, steps: int = 1) -> Any:
     tensors: dict[str, torch.Tensor] = {}
     calibrating._allocate(tensors, layer, steps, 288)
-    return calibrating._Recorder(torch.nn.Module(), [], steps, runs, tensors)
+    return calibrating._StatsRecorder(torch.nn.Module(), [], steps, runs, tensors)
 
 
 def test_values_beyond_float16_are_kept_finite() -> None:

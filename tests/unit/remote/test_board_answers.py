@@ -15,6 +15,7 @@ import pytest
 
 from edgesd.device import detached
 from edgesd.errors import BoardError, EdgesdError, InputError
+from edgesd.progress import SILENT
 from edgesd.remote import bench_hosts, deploy, hosts, on_board
 from edgesd.remote import board as boards
 from edgesd.remote.answer import Answer, Mark, Output
@@ -81,7 +82,7 @@ QUESTIONS: dict[str, Question] = {
     "space": lambda board, bundle: boards._check_space(board, "x", 1, 1),
     "bench": lambda board, bundle: bench_hosts.bench_on(board, bundle, [], print),
     "finalize": lambda board, bundle: on_board._look(board, "jetson-orin-nano"),
-    "plans": lambda board, bundle: on_board._build(board, bundle, bundle.path, on_board.Progress()),
+    "plans": lambda board, bundle: on_board._build(board, bundle, bundle.path, SILENT),
     "send": lambda board, bundle: boards.send(
         board, "x", {"a": Item(1, "0" * 64, lambda: iter([b"x"]))}
     ),

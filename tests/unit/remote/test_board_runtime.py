@@ -11,13 +11,13 @@ import platform
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from edgesd.device.capabilities import normal_arch
 from edgesd.errors import InputError, ResourceError, TargetError
+from edgesd.progress import SILENT, Progress
 from edgesd.remote import board as boards
 from edgesd.remote import deploy as deploying
 from edgesd.remote import wheels as making
@@ -25,6 +25,7 @@ from edgesd.remote.board import Finished, FolderBoard
 from edgesd.remote.wheels import fitting_wheels, platform_tags
 from edgesd.runtime.bundle import Bundle
 from scripts import vendor_wheels
+from tests.support import Recorded
 
 pytestmark = pytest.mark.integration
 
@@ -102,11 +103,11 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Architectures that kernels were "compiled" for, into a cache of its own; pip makes wheels."""
     archs: list[str] = []
 
-    def build(arch: str, progress: Callable[[str], None]) -> Path:
+    def build(arch: str, progress: Progress) -> Path:
         out = tmp_path / "cache" / making.library_name(arch)
         if not out.exists():
             archs.append(arch)
-            progress("neon, 1 of 2")
+            progress.line(f"compiling edgesd's kernels for {arch}: neon, 1 of 2")
             out.parent.mkdir(exist_ok=True)
             out.write_bytes(b"code")
         return out
@@ -155,19 +156,19 @@ def test_vendored_wheels_bring_the_kernels(
 def test_kernels_are_compiled_for_bundles_that_have_graphs_for_them_alone(
     compiled: list[str], tmp_path: Path
 ) -> None:
-    said: list[str] = []
+    said = Recorded()
     asked = ("3.11", "aarch64", (), 36)
-    (without,) = making.cached_wheels(*asked, kernels=False, say=said.append)
+    (without,) = making.cached_wheels(*asked, kernels=False, progress=said)
     assert compiled == [] and libraries(without) == []
-    assert said == ["fetching wheels for Python 3.11 on aarch64 by pip: some 60 MB, once"]
-    said.clear()
-    (wheel,) = making.cached_wheels(*asked, kernels=True, say=said.append)
+    assert said.lines == ["fetching wheels for Python 3.11 on aarch64 by pip: some 60 MB, once"]
+    said.lines.clear()
+    (wheel,) = making.cached_wheels(*asked, kernels=True, progress=said)
     assert compiled == ["aarch64"] and libraries(wheel) == [making.library_name("aarch64")]
-    assert said[0] == "compiling edgesd's kernels for aarch64: neon, 1 of 2"
-    said.clear()
+    assert said.lines[0] == "compiling edgesd's kernels for aarch64: neon, 1 of 2"
+    said.lines.clear()
     # What is compiled is brought in any case, so that a bundle to go back to keeps its kernels.
-    assert making.cached_wheels(*asked, kernels=False, say=said.append) == [wheel]
-    assert said == [] and not (tmp_path / "lib").exists()
+    assert making.cached_wheels(*asked, kernels=False, progress=said) == [wheel]
+    assert said.lines == [] and not (tmp_path / "lib").exists()
 
 
 class Answering(FolderBoard):
@@ -205,12 +206,7 @@ def test_boards_that_cannot_have_it(
 def runtime(home: Path, bundle: Bundle, wheels: Path) -> tuple[int, int]:
     minor = int(platform.libc_ver()[1].split(".")[1])
     here = deploying._Here(PYTHON, normal_arch(platform.machine()), minor, False)
-    said: list[str] = []
-    return asyncio.run(
-        deploying._runtime(
-            FolderBoard(home), bundle, here, wheels, said.append, lambda *moved: None
-        )
-    )
+    return asyncio.run(deploying._runtime(FolderBoard(home), bundle, here, wheels, SILENT))
 
 
 def version(home: Path) -> str:

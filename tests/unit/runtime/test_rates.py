@@ -27,7 +27,7 @@ from edgesd.runtime.rates import (
     read_rates,
 )
 from edgesd.spec.target import Machine
-from tests.support import assert_refused, run_cli
+from tests.support import Recorded, assert_refused, run_cli
 
 pytestmark = pytest.mark.integration
 
@@ -87,14 +87,14 @@ def test_probes_run(kind: str, form: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(rates, "read_probes", lambda: chosen)
     monkeypatch.setattr(rates, "_RUNS", 1)
     monkeypatch.setattr(rates, "_SECONDS", 0.0)
-    told: list[tuple[str, int, int]] = []
-    found = measure("here", 1, lambda *args: told.append(args))
+    told = Recorded()
+    found = measure("here", 1, told)
     assert [(r.kind, r.form, r.size) for r in found.rates[:-2]] == [
         (p.kind, p.form, p.size) for p in chosen[0]
     ]
     assert [rate.kind for rate in found.rates[-2:]] == ["fresh", "read"]
     assert all(rate.seconds > 0 for rate in found.rates) and found.process_bytes > 1 << 20
-    assert told[0] == (chosen[0][0].name, 0, len(chosen[0]))
+    assert told.updates[0] == (chosen[0][0].name, 0, len(chosen[0]))
 
 
 @pytest.mark.parametrize("form", ["own4", "own8"])
