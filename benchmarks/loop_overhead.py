@@ -23,7 +23,8 @@ from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.backends.fake import FakeRunner
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import Bundle, open_bundle
-from edgesd.runtime.denoise import Conditioning, denoise
+from edgesd.runtime.conditioning import Conditioned
+from edgesd.runtime.denoise import Start, denoise
 from edgesd.runtime.noise import TorchNoise
 from edgesd.runtime.schedulers import SCHEDULERS, create_scheduler
 from edgesd.spec.pipeline import PipelineSpec
@@ -69,11 +70,19 @@ def fitting_schedulers(spec: PipelineSpec) -> list[str]:
 def lap(runner: Runner, spec: PipelineSpec, scheduler_name: str, steps: int) -> Lap:
     """Run the loop once for one image of the bundle's own size, on random embeddings."""
     rng = np.random.default_rng(0)
-    states = runner.spec.input("encoder_hidden_states")
-    if states is None:
-        raise InputError(f"{spec.source}: its unet takes no encoder_hidden_states")
-    tokens, channels = (int(size) for size in states.shape[1:])
-    embeddings = rng.standard_normal((2, 1, tokens, channels), dtype=np.float32)
+    outputs = {
+        part: spec.components[part.component].output(part.output)
+        for one in spec.wiring.denoiser.inputs
+        for part in one.parts
+    }
+    positive, negative = (
+        {
+            part: rng.standard_normal((1, *map(int, tensor.shape[1:])), dtype=np.float32)
+            for part, tensor in outputs.items()
+            if tensor is not None
+        }
+        for _ in range(2)
+    )
     scale = spec.latent.scale_factor
     noise = TorchNoise(0)
     latents = noise(
@@ -83,7 +92,15 @@ def lap(runner: Runner, spec: PipelineSpec, scheduler_name: str, steps: int) -> 
     scheduler.set_timesteps(steps)
     before = runner.seconds
     start = time.perf_counter()
-    denoise(runner, scheduler, latents, Conditioning(embeddings[0], embeddings[1]), GUIDANCE, noise)
+    denoise(
+        spec.wiring,
+        {runner.spec.name: runner},
+        scheduler,
+        Start(latents * np.float32(scheduler.init_noise_sigma)),
+        Conditioned(positive, negative),
+        GUIDANCE,
+        noise,
+    )
     total = time.perf_counter() - start
     return Lap(total, runner.seconds - before, len(scheduler.timesteps))
 
@@ -94,16 +111,17 @@ def measure(
     """For each scheduler, alternate the bundle's UNet and a fake `repeats` times, after one lap of
     each that isn't counted."""
     spec = bundle.manifest.pipeline
-    component = spec.components["unet"]
+    denoiser = spec.wiring.denoiser
+    component = spec.components[denoiser.component]
     shape = (
         2,
         spec.latent.channels,
         *(size // spec.latent.scale_factor for size in (spec.shape.height, spec.shape.width)),
     )
-    nothing = {"noise_pred": np.full(shape, 0.01, np.float32)}
+    nothing = {denoiser.output: np.full(shape, 0.01, np.float32)}
     results = []
     with (
-        OnnxRuntimeRunner(component, bundle.graph_file("unet"), threads) as real,
+        OnnxRuntimeRunner(component, bundle.graph_file(denoiser.component), threads) as real,
         FakeRunner(component, lambda _: nothing) as fake,
     ):
         for name in schedulers:

@@ -19,7 +19,8 @@ from benchmarks.common import environment, parser, run, table, write_json
 from edgesd.evaluate.psnr import max_abs_difference, psnr
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.images import read_prompts
-from edgesd.runtime.pipeline import Pipeline, Request, Settings
+from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.requests import Request
 
 PROMPTS = (
     "a red apple",

@@ -23,7 +23,8 @@ from edgesd.evaluate.quality import compare, generate, generate_cached, requests
 from edgesd.recipes import DEMO, QuantOptions, build
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.images import read_prompts
-from edgesd.runtime.pipeline import Pipeline, Request
+from edgesd.runtime.pipeline import Pipeline
+from edgesd.runtime.requests import Request
 from edgesd.spec.quality import Quality
 
 TARGET = "x86-64-cpu"

@@ -173,7 +173,8 @@ def run_command(
     else:
         from edgesd.device.bench import Plan, measure
         from edgesd.device.detect import check_machine, detect_machine
-        from edgesd.runtime.pipeline import Request, Settings
+        from edgesd.runtime.pipeline import Settings
+        from edgesd.runtime.requests import Request
         from edgesd.runtime.signature import check_trusted
 
         check_trusted(opened)
@@ -181,7 +182,7 @@ def run_command(
             needs = opened.manifest
             check_machine(needs.target, needs.arch, needs.required_capabilities, detect_machine())
         width, height = size or (None, None)
-        request = Request(prompt, seed, "", steps, guidance, height, width, scheduler)
+        request = Request(prompt, seed, None, steps, guidance, height, width, scheduler)
         plans = plans_of(opened, reporter)
         settings = Settings(threads, memory, None, plans, max_memory=max_memory)
         with reporter.bar():

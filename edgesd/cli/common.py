@@ -457,9 +457,10 @@ def plans_of(bundle: Bundle, reporter: Reporter) -> Plans:
     """The plans that drawing with `bundle` takes, where it is one for TensorRT; built when first
     needed."""
     from edgesd.engines.plans import Plans, plans_folder
-    from edgesd.runtime.pipeline import DRAWING
+    from edgesd.runtime.flow import flow_of
 
-    return Plans(bundle, plans_folder(), reporter, DRAWING)
+    components = flow_of(bundle.manifest.pipeline).components
+    return Plans(bundle, plans_folder(), reporter, components)
 
 
 def fail(error: BaseException, debug: bool) -> int:

@@ -29,10 +29,12 @@ from edgesd.errors import BundleError, EdgesdError
 
 if TYPE_CHECKING:
     from edgesd.runtime.bundle import Bundle
-    from edgesd.runtime.denoise import GuidanceMode, Step
+    from edgesd.runtime.denoise import Step
+    from edgesd.runtime.flow import GuidanceMode
     from edgesd.runtime.images import SavedImage
     from edgesd.runtime.memory import MemoryMode
-    from edgesd.runtime.pipeline import Pipeline, Request
+    from edgesd.runtime.pipeline import Pipeline
+    from edgesd.runtime.requests import Request
 
 
 @click.command("generate", short_help="Generate images with BUNDLE.")
@@ -63,7 +65,7 @@ if TYPE_CHECKING:
     type=float,
     help="Classifier-free guidance scale; 1 is none. [default: the bundle's]",
 )
-@click.option("--negative", default="", help="What not to generate.")
+@click.option("--negative", help="What not to generate.")
 @click.option("--size", type=Size(), help="Image size in pixels. [default: the bundle's]")
 @scheduler_option("Sampler")
 @click.option(
@@ -125,7 +127,7 @@ def generate_command(
     seed: int | None,
     steps: int | None,
     guidance: float | None,
-    negative: str,
+    negative: str | None,
     size: tuple[int, int] | None,
     scheduler: str | None,
     batch: int,
@@ -149,7 +151,8 @@ def generate_command(
     from edgesd.device.detect import check_machine, detect_machine
     from edgesd.runtime.bundle import open_bundle
     from edgesd.runtime.images import check_output, expand_requests, read_prompts
-    from edgesd.runtime.pipeline import Pipeline, Request, Settings
+    from edgesd.runtime.pipeline import Pipeline, Settings
+    from edgesd.runtime.requests import Request
     from edgesd.runtime.signature import check_trusted
 
     texts = list(prompts)

@@ -26,8 +26,10 @@ from edgesd.device.telemetry import Sample, Sampler, board_watts, power_mode
 from edgesd.errors import InputError, UsageError
 from edgesd.progress import SILENT, Progress
 from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.loaded import Timings
 from edgesd.runtime.memory import MemoryMode
-from edgesd.runtime.pipeline import Pipeline, Request, Settings, Timings
+from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.requests import Request
 from edgesd.spec.base import Spec, decode_json
 from edgesd.spec.target import Machine
 from edgesd.textfiles import read_text
@@ -218,8 +220,6 @@ def measure(bundle: Bundle, settings: Settings, plan: Plan, progress: Progress =
         memory, fallbacks = pipeline.memory, dict(pipeline.fallbacks)
         time.sleep(plan.interval)  # a last sample, behind the last run
     manifest = bundle.manifest
-    assert request.num_inference_steps is not None and request.guidance_scale is not None
-    assert request.width and request.height and request.scheduler
     return Bench(
         version=BENCH_VERSION,
         edgesd=edgesd.__version__,

@@ -24,8 +24,9 @@ from edgesd.evaluate.psnr import ImageLike
 from edgesd.evaluate.quality import generate, requests_for
 from edgesd.progress import SILENT, Progress
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.pipeline import Pipeline, Request
+from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.prompter import enhance, prompter_of
+from edgesd.runtime.requests import Request
 from edgesd.runtime.tokenizer import tokenizer_of
 from edgesd.spec.base import Spec
 

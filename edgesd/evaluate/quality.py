@@ -16,7 +16,8 @@ from edgesd.evaluate.psnr import psnr
 from edgesd.evaluate.ssim import ssim
 from edgesd.files import atomic_write
 from edgesd.progress import SILENT, Progress
-from edgesd.runtime.pipeline import Pipeline, Request
+from edgesd.runtime.pipeline import Pipeline
+from edgesd.runtime.requests import Request
 from edgesd.spec.quality import ImageQuality, Quality
 
 EQUAL_DB = 100.0
@@ -113,13 +114,12 @@ def summarise(
     if not images:
         raise InputError("no prompts to measure quality with: give a file with at least one")
     values = [decibels(image) for image in images]
-    request = pipeline.complete(request)
-    assert request.guidance_scale is not None and request.num_inference_steps and request.scheduler
+    complete = pipeline.complete(request)
     return Quality(
         images=images,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        scheduler=request.scheduler,
+        num_inference_steps=complete.num_inference_steps,
+        guidance_scale=complete.guidance_scale,
+        scheduler=complete.scheduler,
         psnr_mean=float(np.mean(values)),
         psnr_min=min(values),
         ssim_mean=float(np.mean([p.ssim for p in images])),

@@ -34,7 +34,9 @@ from edgesd.export.torch_runner import TorchRunner
 from edgesd.files import atomic_path, atomic_write
 from edgesd.progress import SILENT, Progress
 from edgesd.runtime.arrays import Float
-from edgesd.runtime.denoise import Conditioning, denoise
+from edgesd.runtime.conditioning import Conditioned
+from edgesd.runtime.denoise import Start, denoise
+from edgesd.runtime.flow import flow_of
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.schedulers import create_scheduler
 from edgesd.runtime.tokenizer import PromptTokenizer
@@ -406,7 +408,8 @@ def _run_unet(
         np.save(file, np.array(timesteps, np.float32))
     scale = spec.latent.scale_factor
     shape = (1, spec.latent.channels, how.height // scale, how.width // scale)
-    guided = how.guidance_scale > 1 and component.spec.input("timestep_cond") is None
+    guided = flow_of(spec).guided(how.guidance_scale)
+    (states,) = next(one.parts for one in spec.wiring.denoiser.inputs if one.parts)
 
     def run(runner: TorchRunner, index: int, recorder: _StatsRecorder) -> Float:
         scheduler = create_scheduler(how.scheduler, spec.scheduler.config)
@@ -418,10 +421,13 @@ def _run_unet(
             recorder.step = index_of[min(step.index + 1, calls - 1)]
 
         latents = denoise(
-            runner,
+            spec.wiring,
+            {component.name: runner},
             scheduler,
-            noise(shape),
-            Conditioning(embeddings[index + 1][None], embeddings[:1] if guided else None),
+            Start(noise(shape) * np.float32(scheduler.init_noise_sigma)),
+            Conditioned(
+                {states: embeddings[index + 1][None]}, {states: embeddings[:1]} if guided else None
+            ),
             how.guidance_scale,
             noise,
             on_step=step_done,

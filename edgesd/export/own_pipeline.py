@@ -22,7 +22,9 @@ from edgesd.export.families import ExportSpec, OwnPipeline
 from edgesd.export.quiet import quiet
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.fake import FakeRunner
-from edgesd.runtime.denoise import Conditioning, denoise
+from edgesd.runtime.conditioning import Conditioned, Encoded
+from edgesd.runtime.denoise import Start, denoise
+from edgesd.runtime.flow import flow_of
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.schedulers import create_scheduler
 from edgesd.runtime.tokenizer import PromptTokenizer
@@ -233,11 +235,11 @@ def _generate_ours(spec: PipelineSpec, tokenizer: PromptTokenizer, steps: int, f
     unet, latent = spec.components["unet"], spec.latent
     width = unet.inputs[2].shape[-1]
     assert isinstance(width, int)
-    guided = spec.guidance_scale > 1 and unet.input("timestep_cond") is None
+    guided = flow_of(spec).guided(spec.guidance_scale)
+    (states,) = next(one.parts for one in spec.wiring.denoiser.inputs if one.parts)
 
-    def encode(prompt: str) -> Float:
-        out: Float = _embedding(tokenizer.encode(prompt)[0], width).numpy()
-        return out
+    def encode(prompt: str) -> Encoded:
+        return {states: _embedding(tokenizer.encode(prompt)[0], width).numpy()}
 
     def predict(inputs: Mapping[str, Array]) -> dict[str, Array]:
         given: dict[str, Any] = dict(inputs)
@@ -249,11 +251,13 @@ def _generate_ours(spec: PipelineSpec, tokenizer: PromptTokenizer, steps: int, f
     scheduler.set_timesteps(steps)
     noise = BatchNoise([_SEED])
     rows, columns = (side // latent.scale_factor for side in (spec.shape.height, spec.shape.width))
+    first = noise((1, latent.channels, rows, columns)) * np.float32(scheduler.init_noise_sigma)
     latents = denoise(
-        FakeRunner(_of_any_batch(unet), predict),
+        spec.wiring,
+        {unet.name: FakeRunner(_of_any_batch(unet), predict)},
         scheduler,
-        noise((1, latent.channels, rows, columns)),
-        Conditioning(encode(_PROMPTS[1]), encode("") if guided else None),
+        Start(first),
+        Conditioned(encode(_PROMPTS[1]), encode("") if guided else None),
         spec.guidance_scale,
         noise,
     )

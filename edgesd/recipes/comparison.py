@@ -18,7 +18,8 @@ from edgesd.files import atomic_write
 from edgesd.progress import Progress
 from edgesd.recipes.gates import WORST, WorstImages
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.pipeline import Pipeline, Request, Settings
+from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.requests import Request
 from edgesd.spec.quality import Quality
 
 if TYPE_CHECKING:
@@ -122,7 +123,10 @@ class Comparison:
     def _key(self) -> str:
         """Hash of all that the reference's images depend on."""
         pipeline = self.reference.manifest.pipeline
-        requests = [msgspec.json.encode(vars(request)) for request in self.requests]
+        requests = [
+            msgspec.json.encode({**vars(request), "negative_prompt": request.negative_prompt or ""})
+            for request in self.requests
+        ]
         tools = {**self.reference.manifest.tools, "sha": pipeline.source_sha256}
         parts = (requests, sorted(tools.items()), pipeline.shape)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -21,10 +21,11 @@ from edgesd.export.external_data import write_model
 from edgesd.export.passes.fp16_weights import MAX_FP16
 from edgesd.export.passes.fp32_region import Fp32Region
 from edgesd.export.passes.record_largest import LARGEST, RecordLargest
-from edgesd.runtime.backends.base import Runner
+from edgesd.runtime.backends.base import Runner, run_once
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import Bundle, GraphFile, open_bundle
-from edgesd.runtime.pipeline import Pipeline, Request, Settings
+from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.requests import Request
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
 LIMIT = MAX_FP16 / 2
@@ -64,40 +65,31 @@ def keep_in_fp32(root: Path, prompt: str) -> Largest:
 
 def record(bundle: Bundle, prompt: str) -> Largest:
     """Largest magnitudes of all fp16 values while `prompt` is generated, and its image encoded."""
-    with _Recording(bundle) as pipeline:
+    largest: Largest = {}
+
+    def recorder(component: str) -> Runner:
+        spec = bundle.manifest.pipeline.components[component]
+        kept = largest.setdefault(component, {})
+        return _recorder(spec, bundle.graph_file(component), kept)
+
+    settings = Settings(memory="balanced", made_here=True)
+    with Pipeline(bundle, settings, recorder) as pipeline:
         request = pipeline.complete(Request(prompt, seed=0))
-        assert request.num_inference_steps
         steps = min(STEPS, request.num_inference_steps)
         request = replace(request, num_inference_steps=steps)
         requests = [replace(request, seed=seed) for seed in range(pipeline.images_per_run(request))]
         images = pipeline.generate(requests)
         if "vae_encoder" in bundle.manifest.engines:
-            pipeline.encode(images)
-        return pipeline.largest
+            _encode(recorder("vae_encoder"), images)
+    return largest
 
 
-class _Recording(Pipeline):
-    """A pipeline on the CPU that records what its networks compute."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, Settings(memory="balanced", made_here=True))
-        self.largest: Largest = {}
-
-    def open_runner(self, component: str) -> Runner:
-        """See Pipeline."""
-        spec = self.spec.components[component]
-        kept = self.largest.setdefault(component, {})
-        return _recorder(spec, self.bundle.graph_file(component), kept)
-
-    def encode(self, images: Sequence[object]) -> None:
-        """Images through the encoder, one after the other."""
-        runner = self.open_runner("vae_encoder")
+def _encode(encoder: Runner, images: Sequence[object]) -> None:
+    """Images through the encoder, one after the other."""
+    with encoder:
         for image in images:
             pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
-            runner.bind({"image": pixels.shape})
-            runner.inputs["image"][:] = pixels
-            runner.run()
-        runner.close()
+            run_once(encoder, {"image": pixels})
 
 
 def _recorder(spec: ComponentSpec, graph: GraphFile, kept: dict[str, float]) -> Runner:

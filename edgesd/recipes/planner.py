@@ -29,10 +29,10 @@ from edgesd.export.source import ModelSource, resolve_source
 from edgesd.recipes import DEMO, demo_model, fixed_shape
 from edgesd.recipes.footprints import Networks, Shape
 from edgesd.runtime.backends import get_backend
+from edgesd.runtime.flow import flow_of
 from edgesd.runtime.footprint import Drawing, Need, computing, drawing_need, text_values
 from edgesd.runtime.kernels import computes
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
-from edgesd.runtime.pipeline import DRAWING
 from edgesd.runtime.rates import Rates, Speed
 from edgesd.runtime.tiles import TILE, WINDOWS, margin_of, tail_shapes, tiles_of
 from edgesd.spec.base import Spec
@@ -215,7 +215,8 @@ class _Planner:
         spec = self.networks.pipeline
         steps = spec.num_inference_steps if wish.steps is None else wish.steps
         guidance = spec.guidance_scale if wish.guidance is None else wish.guidance
-        guided = guidance > 1 and spec.components["unet"].input("timestep_cond") is None
+        flow = flow_of(spec)
+        guided = flow.guided(guidance)
         own = self._own_kernels(precision)
         tall, wide = self.networks.latents(width, height)
         costs: dict[str, ComponentCost] = {}
@@ -235,7 +236,7 @@ class _Planner:
             needs[mode] = self._need(found, mode, (tall, wide), guided)
         for name, component in found.items():
             one = self.networks.trace(name, self.networks.own_shape(name))
-            generated = self.modes if name in DRAWING else ()
+            generated = self.modes if name in flow.components else ()
             graphs = NODE_FILE_BYTES * len(one.operations) * (2 if own else 1)
             runs: dict[str, int] = {
                 mode: self._runs(name, mode, steps, guided) for mode in generated
@@ -278,7 +279,8 @@ class _Planner:
             mode=next((mode for mode in self.modes if peaks[mode] <= self.usable), None),
             build_bytes=self._build_bytes(width * height),
             seconds={
-                mode: sum(costs[name].seconds[mode] or 0 for name in DRAWING) for mode in self.modes
+                mode: sum(costs[name].seconds[mode] or 0 for name in flow.components)
+                for mode in self.modes
             }
             if self.speed
             else None,
@@ -420,7 +422,7 @@ class _Planner:
         spec = self.networks.pipeline
         return drawing_need(
             spec.latent,
-            {name: components[name].footprint for name in DRAWING},
+            {name: components[name].footprint for name in flow_of(spec).components},
             components["vae_decoder"].split,
             self._base(),
             mode,

@@ -43,7 +43,7 @@ from edgesd.recipes.options import QuantOptions
 from edgesd.recipes.search import Assignment, Budget, Probes, SchemeSearch
 from edgesd.recipes.sensitivity import Sensitivities, layer_name
 from edgesd.runtime.bundle import Bundle, open_bundle
-from edgesd.runtime.pipeline import DRAWING
+from edgesd.runtime.flow import flow_of
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.bundle import GraphSet, QuantRecipe
 from edgesd.spec.quality import Quality
@@ -110,7 +110,8 @@ class QuantizedBuild:
             if self.comparison is None
             else Sensitivities(self.comparison, self.store, layers, scheme, work, progress).measure
         )
-        self.search = SchemeSearch(scheme, layers, self.store, measure, DRAWING, progress)
+        components = flow_of(plan.pipeline).components
+        self.search = SchemeSearch(scheme, layers, self.store, measure, components, progress)
         self.files = GraphFiles(root, self.store, plan.components, str(scheme), progress)
 
     def run(self) -> list[Note]:

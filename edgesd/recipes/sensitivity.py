@@ -23,7 +23,9 @@ from edgesd.recipes.comparison import Comparison
 from edgesd.recipes.search import Probes
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import GraphFile
-from edgesd.runtime.pipeline import DRAWING, Pipeline, Request, Settings
+from edgesd.runtime.flow import flow_of
+from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.requests import Request
 from edgesd.spec.base import decode_json
 from edgesd.spec.scheme import Scheme
 
@@ -54,10 +56,11 @@ class Sensitivities:
         quantized as planned; 0 for layers that no image depends on."""
         path = self._work / f"sensitivity-{self._scheme}-{self._key(probes)}.json"
         known = _read_figures(path)
+        components = flow_of(self.comparison.reference.manifest.pipeline).components
         generating = {
             layer: scheme
             for layer, scheme in self.planned.items()
-            if scheme is not None and layer.component in DRAWING
+            if scheme is not None and layer.component in components
         }
         unknown = [layer for layer in generating if layer_name(layer) not in known]
         if unknown:

@@ -28,6 +28,7 @@ from edgesd.errors import BundleError, InputError
 from edgesd.runtime.onnx_wire import relocate_external_data
 from edgesd.spec.base import decode_json, is_relative_path
 from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, DecoderPart, Engine
+from edgesd.spec.pipeline import wiring_before_schema_8
 
 MANIFEST = "bundle.json"
 CHECKSUM = "bundle.sha256"
@@ -36,6 +37,9 @@ SUFFIX = ".edgesd"
 """File name suffix of the one-file form."""
 
 _MAX_MANIFEST_BYTES = 16 << 20
+_FIRST_WITH_WIRING = 8
+"""The first schema version whose manifests say how components are joined."""
+
 _CHUNK_BYTES = 4 << 20
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -480,7 +484,12 @@ def read_manifest(path: Path, raw: bytes) -> BundleManifest:
         manifest = decode_json(raw, BundleManifest)
     except InputError as exc:
         raise BundleError(f"{path}: {MANIFEST} isn't valid: {exc}") from exc
-    if manifest.engines.keys() != manifest.pipeline.components.keys():
+    pipeline = manifest.pipeline
+    if version < _FIRST_WITH_WIRING:
+        wiring = wiring_before_schema_8(pipeline.components)
+        pipeline = msgspec.structs.replace(pipeline, wiring=wiring)
+        manifest = msgspec.structs.replace(manifest, pipeline=pipeline)
+    if manifest.engines.keys() != pipeline.components.keys():
         raise BundleError(f"{path}: {MANIFEST} has not one engine for each component")
     for name in manifest.files:
         if not is_relative_path(name):

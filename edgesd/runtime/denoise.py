@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from edgesd.errors import InputError
+from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.base import Runner
+from edgesd.runtime.conditioning import Conditioned, Encoded, Run, joined, stacked
+from edgesd.runtime.flow import GuidanceMode
 from edgesd.runtime.schedulers import Scheduler
+from edgesd.runtime.schedulers.base import Noise
+from edgesd.spec.pipeline import DenoiserSpec, Fill, InputSpec, Part, SideSpec, Wiring
 
-Float = npt.NDArray[np.float32]
-GuidanceMode = Literal["batched", "sequential"]
+Given = Mapping[Fill | Part, Float]
+"""What stays the same in all steps [B, ...]: by how an input is filled, or the output of a side
+component that ran once."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What `on_step` is told: the step just done (0-based), of how many, its wall time, latents."""
+    """The step just done (0-based), of how many, its wall time, latents."""
 
     index: int
     count: int
@@ -29,11 +33,18 @@ class Step:
     latents: Float
 
 
-class Conditioning(NamedTuple):
-    """Text embeddings, each [B, tokens, channels]. `negative` is None without guidance."""
+@dataclass(frozen=True)
+class Start:
+    """Where denoising starts, as a task prepares it.
 
-    positive: Float
-    negative: Float | None
+    latents: [B, C, h, w], as noisy as `first_step` of the schedule expects. given: see Given.
+    after_step: makes of a step's index in the schedule and its latents those that go on.
+    """
+
+    latents: Float
+    first_step: int = 0
+    given: Given = field(default_factory=dict)
+    after_step: Callable[[int, Float], Float] | None = None
 
 
 def guidance_scale_embedding(guidance_scale: float, dim: int) -> Float:
@@ -50,90 +61,162 @@ def guidance_scale_embedding(guidance_scale: float, dim: int) -> Float:
 
 
 def denoise(
-    unet: Runner,
+    wiring: Wiring,
+    runners: Mapping[str, Runner],
     scheduler: Scheduler,
-    latents: Float,
-    conditioning: Conditioning,
+    start: Start,
+    conditioned: Conditioned,
     guidance_scale: float,
-    noise: Callable[[tuple[int, ...]], Float],
+    noise: Noise,
     mode: GuidanceMode = "batched",
     on_step: Callable[[Step], None] | None = None,
 ) -> Float:
-    """Take latents [B, C, h, w], unit-variance noise, to an image's latents of the same shape.
+    """Take `start` to an image's latents [B, C, h, w].
 
-    scheduler: `set_timesteps` has been called. noise: draws for stochastic schedulers.
+    runners: by component, of the denoiser and of the sides that run at each step, which `wiring`
+    joins. scheduler: `set_timesteps` has been called. noise: draws for stochastic schedulers.
     Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, eq. 6, in diffusers' form)
-    noise_pred = negative + guidance_scale * (positive - negative), when `conditioning.negative`
+    noise_pred = negative + guidance_scale * (positive - negative), when `conditioned.negative`
     is given: both halves in one run of batch 2 B ("batched"), or one after the other
     ("sequential", less memory). Raises InputError when the latents stop being finite.
     """
-    batch = len(latents)
-    guided = conditioning.negative is not None
-    together = guided and mode == "batched"
-    halves = (
-        [conditioning.positive]
-        if conditioning.negative is None
-        else [
-            conditioning.negative,
-            conditioning.positive,
-        ]
-    )
-    embeddings = [np.concatenate(halves)] if together else halves
-    rows = batch * 2 if together else batch
-    shapes: dict[str, tuple[int, ...]] = {
-        "sample": (rows, *latents.shape[1:]),
-        "encoder_hidden_states": embeddings[0].shape,
-        "timestep": (1,),
-    }
-    cond = unet.spec.input("timestep_cond")
-    if cond is not None:
-        shapes["timestep_cond"] = (rows, int(cond.shape[1]))
-    unet.bind(shapes)
-    sample, timestep, states = (
-        unet.inputs[name] for name in ("sample", "timestep", "encoder_hidden_states")
-    )
-    if cond is not None:
-        unet.inputs["timestep_cond"][:] = guidance_scale_embedding(
-            guidance_scale, int(cond.shape[1])
-        )
-    if len(embeddings) == 1:
-        states[:] = embeddings[0]
+    latents, batch, channels = start.latents, len(start.latents), start.latents.shape[1]
+    halves = [conditioned.positive]
+    if conditioned.negative is not None:
+        halves.insert(0, conditioned.negative)
+    guided = len(halves) == 2
+    runs = [halves] if mode == "batched" else [[half] for half in halves]
+    networks = _networks(wiring, runners, runs, batch, start.given, guidance_scale)
+    denoiser = wiring.denoiser
+    behind = [start.given[fill] for fill in denoiser.concat]
+    sample = np.concatenate([np.concatenate([latents, *behind], axis=1)] * len(runs[0]))
+    sample_halves = sample.reshape(len(runs[0]), batch, *sample.shape[1:])
+    scaled = np.empty_like(latents)
+    timestep = np.zeros(1, np.float32)
+    expected = (len(sample), *latents.shape[1:])
 
-    latents = (latents * np.float32(scheduler.init_noise_sigma)).astype(np.float32)
+    def predict(run: int) -> Array:
+        values: dict[Fill | Part, Array] = {"timestep": timestep, "sample": sample[:, :channels]}
+        for network in networks:
+            if network.component == denoiser.component:
+                values["sample"] = sample
+            values |= network.run(run, values)
+        found = values[Part(denoiser.component, denoiser.output)]
+        if found.shape != expected:
+            raise InputError(
+                f"{denoiser.component} makes {denoiser.output} of the shape {list(found.shape)} "
+                f"from latents of {list(expected)}: build the bundle again"
+            )
+        return found
+
     scale = np.float32(guidance_scale)
     difference = np.empty_like(latents)
     negative = np.empty_like(latents)
-    count = len(scheduler.timesteps)
+    count = len(scheduler.timesteps) - start.first_step
     for index in range(count):
-        start = time.perf_counter()
-        scheduler.scale_model_input(latents, index, out=sample[:batch])
-        if together:
-            sample[batch:] = sample[:batch]
-        timestep[0] = scheduler.timesteps[index]
-        if guided and not together:
-            states[:] = embeddings[0]
-            unet.run()
-            negative[:] = unet.outputs["noise_pred"]
-            states[:] = embeddings[1]
-        unet.run()
-        noise_pred: npt.NDArray[Any] = unet.outputs["noise_pred"]
-        if noise_pred.shape != sample.shape:
-            raise InputError(
-                f"{unet.spec.name} makes noise_pred of the shape {list(noise_pred.shape)} from "
-                f"latents of {list(sample.shape)}: build the bundle again"
-            )
+        began, at = time.perf_counter(), start.first_step + index
+        scheduler.scale_model_input(latents, at, out=scaled)
+        sample_halves[:, :, :channels] = scaled
+        timestep[0] = scheduler.timesteps[at]
+        noise_pred = predict(0)
+        if len(runs) == 2:
+            negative[:] = noise_pred
+            noise_pred = predict(1)
         if guided:
-            low = noise_pred[:batch] if together else negative
+            low = negative if len(runs) == 2 else noise_pred[:batch]
             np.subtract(noise_pred[-batch:], low, out=difference)
             difference *= scale
             difference += low
             noise_pred = difference
-        latents = scheduler.step(noise_pred, index, latents, noise)
+        latents = scheduler.step(noise_pred, at, latents, noise)
+        if start.after_step:
+            latents = start.after_step(at, latents)
         if not math.isfinite(float(latents.sum())):
             raise InputError(
                 f"the latents are no longer finite after step {index + 1} of {count}: try another "
                 "--scheduler, a smaller --guidance, or a bundle of higher precision"
             )
         if on_step:
-            on_step(Step(index, count, time.perf_counter() - start, latents))
+            on_step(Step(index, count, time.perf_counter() - began, latents))
     return latents
+
+
+def with_sides(wiring: Wiring, start: Start, run: Run, done: Callable[[str], None]) -> Start:
+    """`start` with what the sides that run once make of what it gives, image by image. run, done:
+    see conditioning.Prompts."""
+    given = dict(start.given)
+    for side in wiring.sides:
+        if side.when == "once":
+            made: dict[Part, list[Float]] = {}
+            for row in range(len(start.latents)):
+                inputs = {one.name: given[one.source][row : row + 1] for one in side.inputs}
+                for name, values in run(side.component, inputs).items():
+                    part = Part(side.component, name)
+                    made.setdefault(part, []).append(np.array(values, np.float32))
+            given |= {part: stacked(rows, part) for part, rows in made.items()}
+            done(side.component)
+    return replace(start, given=given)
+
+
+class _Network:
+    """A component of the loop. fixed: for each run of a step, inputs that stay the same in all
+    steps, by name."""
+
+    def __init__(
+        self, runner: Runner, spec: DenoiserSpec | SideSpec, fixed: Sequence[Mapping[str, Array]]
+    ) -> None:
+        self.component = spec.component
+        self._runner, self._fixed = runner, fixed
+        self._changing = {one.name: one.source for one in spec.inputs if one.name not in fixed[0]}
+        self._filled: int | None = None
+        """The run that the inputs are filled for."""
+
+    def run(self, run: int, values: Mapping[Fill | Part, Array]) -> dict[Fill | Part, Array]:
+        """Fill the inputs and run: all outputs. They stay as they are until the next run."""
+        filled = {name: values[key] for name, key in self._changing.items()}
+        if self._filled != run:
+            filled |= self._fixed[run]
+        if self._filled is None:
+            self._runner.bind({name: array.shape for name, array in filled.items()})
+        for name, array in filled.items():
+            if array.shape != self._runner.inputs[name].shape:
+                raise InputError(
+                    f"{self.component}: {name} gets the shape {list(array.shape)} after others: "
+                    "build the bundle again"
+                )
+            self._runner.inputs[name][:] = array
+        self._filled = run
+        self._runner.run()
+        return {Part(self.component, name): out for name, out in self._runner.outputs.items()}
+
+
+def _networks(
+    wiring: Wiring,
+    runners: Mapping[str, Runner],
+    runs: Sequence[Sequence[Encoded]],
+    batch: int,
+    given: Given,
+    guidance_scale: float,
+) -> list[_Network]:
+    """Sides that run at each step, and the denoiser behind them. runs: of a step, each with the
+    halves that its rows are conditioned on."""
+
+    def fixed(runner: Runner, one: InputSpec, halves: Sequence[Encoded]) -> Array | None:
+        if one.fill == "joined":
+            return np.concatenate([joined(half, one.parts) for half in halves])
+        if one.fill == "guidance_embedding":
+            width = next(int(t.shape[1]) for t in runner.spec.inputs if t.name == one.name)
+            embedding = guidance_scale_embedding(guidance_scale, width)
+            return np.repeat(embedding, batch * len(halves), axis=0)
+        value = given.get(one.source)
+        return None if value is None else np.concatenate([value] * len(halves))
+
+    found = []
+    sides = [side for side in wiring.sides if side.when == "each_step"]
+    specs: tuple[DenoiserSpec | SideSpec, ...] = (*sides, wiring.denoiser)
+    for spec in specs:
+        runner = runners[spec.component]
+        values = [{one.name: fixed(runner, one, run) for one in spec.inputs} for run in runs]
+        known = [{name: v for name, v in each.items() if v is not None} for each in values]
+        found.append(_Network(runner, spec, known))
+    return found

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from edgesd.errors import ResourceError, UsageError
+from edgesd.errors import ResourceError
 from edgesd.runtime.backends.base import Backend
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.denoise import GuidanceMode
+from edgesd.runtime.flow import GuidanceMode, guidance_mode
 from edgesd.runtime.footprint import (
     Drawing,
     Need,
@@ -23,7 +23,7 @@ from edgesd.runtime.memory import MEMORY_MODES, MemoryMode, resident_bytes
 from edgesd.runtime.old_bundles import assumed_footprint
 from edgesd.runtime.tiles import WINDOWS
 from edgesd.spec.bundle import DecoderPart, Footprint
-from edgesd.spec.pipeline import PipelineSpec, ShapeSpec
+from edgesd.spec.pipeline import PipelineSpec
 
 HEADROOM_BYTES = 64 << 20
 """Left for others where a mode is chosen by what is free."""
@@ -90,35 +90,6 @@ class Fit:
     window: int
     drawing: Drawing
     weights_kept: Mapping[str, int] = field(default_factory=dict)
-
-
-def guidance_mode(
-    shape: ShapeSpec, count: int, guided: bool, fast: bool, asked: GuidanceMode | None
-) -> GuidanceMode:
-    """How `count` images are generated in one batch: with guidance an image takes two rows of the
-    denoiser if it is batched, one otherwise.
-
-    fast: whether memory for two rows is there. asked: None for any. Raises UsageError when neither
-    the bundle's rows nor what was asked for allow it.
-    """
-    rows: dict[GuidanceMode, int] = {"sequential": count}
-    if guided:
-        rows = {"batched": 2 * count, "sequential": count}
-    fits = [
-        mode
-        for mode, n in rows.items()
-        if (n <= shape.batch if shape.dynamic else n == shape.batch)
-    ]
-    if asked and len(rows) == 2:
-        fits = [mode for mode in fits if mode == asked]
-    if not fits:
-        most = "up to" if shape.dynamic else "exactly"
-        need = " or ".join(f"{n} ({mode} guidance)" for mode, n in rows.items())
-        raise UsageError(
-            f"this bundle's UNet takes {most} {shape.batch} rows; {count} at a time need {need}"
-            ": change --batch or --guidance-mode"
-        )
-    return fits[0] if fast else fits[-1]
 
 
 def unimported_bytes(backends: Iterable[Backend]) -> int:

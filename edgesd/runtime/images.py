@@ -23,7 +23,8 @@ from edgesd.files import (
 )
 from edgesd.runtime.denoise import Step
 from edgesd.runtime.noise import image_seeds
-from edgesd.runtime.pipeline import Pipeline, Request
+from edgesd.runtime.pipeline import Pipeline
+from edgesd.runtime.requests import CompleteRequest, Request
 from edgesd.textfiles import read_lines
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class SavedImage:
     """
 
     path: Path | None
-    request: Request
+    request: CompleteRequest
     replaced: bool = False
 
 
@@ -85,11 +86,11 @@ def _next_number(folder: Path) -> int:
     return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
-def _numbered(folder: Path, number: int, request: Request) -> Path:
+def _numbered(folder: Path, number: int, request: CompleteRequest) -> Path:
     return folder / f"{number:03d}-{_slug(request.prompt)}-{request.seed}.png"
 
 
-def plan_paths(out: Path, requests: Sequence[Request]) -> list[Path]:
+def plan_paths(out: Path, requests: Sequence[CompleteRequest]) -> list[Path]:
     """File names for the images: `out` itself for one `.png`, else files in the folder `out`,
     numbered on from those that are there."""
     if _is_one_file(out):
@@ -119,19 +120,19 @@ def make_images(
     image that can't be written then is kept elsewhere, and the error says where.
     """
     check_output(out, len(requests))
-    requests = [pipeline.complete(request) for request in requests]
-    for count in {min(batch, len(requests)), len(requests) % batch} - {0}:
-        pipeline.fit(requests[0], count, preview_every > 0)
+    complete = [pipeline.complete(request) for request in requests]
+    for count in {min(batch, len(complete)), len(complete) % batch} - {0}:
+        pipeline.fit(complete[0], count, preview_every > 0)
     if isinstance(out, Path):
-        paths = plan_paths(out, requests)
-        check_writable(paths[0], sum(map(_most_bytes, requests[:batch])))
+        paths = plan_paths(out, complete)
+        check_writable(paths[0], sum(map(_most_bytes, complete[:batch])))
     else:
         paths = []
     previews = _Previews(on_note or (lambda text: None))
     written: list[SavedImage] = []
     try:
-        for first in range(0, len(requests), batch):
-            group, group_paths = requests[first : first + batch], paths[first : first + batch]
+        for first in range(0, len(complete), batch):
+            group, group_paths = complete[first : first + batch], paths[first : first + batch]
 
             def watch(
                 step: Step, first: int = first, group_paths: list[Path] = group_paths
@@ -171,11 +172,11 @@ def make_images(
     return written
 
 
-def _most_bytes(request: Request) -> int:
-    return (request.width or 0) * (request.height or 0) * 3
+def _most_bytes(request: CompleteRequest) -> int:
+    return request.width * request.height * 3
 
 
-def _write_image(content: bytes, out: Path, path: Path, request: Request) -> SavedImage:
+def _write_image(content: bytes, out: Path, path: Path, request: CompleteRequest) -> SavedImage:
     """Write to `path`; in a folder to another number where somebody else has taken that name."""
     if _is_one_file(out):
         replaced = path.exists() and not is_special(path)
@@ -190,7 +191,7 @@ def _write_image(content: bytes, out: Path, path: Path, request: Request) -> Sav
         return SavedImage(path, request)
 
 
-def _write_out(content: bytes, out: BinaryIO, request: Request) -> SavedImage:
+def _write_out(content: bytes, out: BinaryIO, request: CompleteRequest) -> SavedImage:
     try:
         rest = memoryview(content)
         while rest:
@@ -265,17 +266,17 @@ class _Previews:
             self.remove(path)
 
 
-def text_chunks(pipeline: Pipeline, request: Request) -> dict[str, str]:
+def text_chunks(pipeline: Pipeline, request: CompleteRequest) -> dict[str, str]:
     """What an image's PNG says of its making: enough to make it again."""
     manifest = pipeline.bundle.manifest
     return {
         "Software": f"edgesd {manifest.tools.get('edgesd', '')}".strip(),
         "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
+        "negative_prompt": request.negative_prompt or "",
         "seed": str(request.seed),
         "steps": str(request.num_inference_steps),
         "guidance_scale": str(request.guidance_scale),
-        "scheduler": str(request.scheduler),
+        "scheduler": request.scheduler,
         "size": f"{request.width}x{request.height}",
         "model": manifest.name,
         "model_sha256": manifest.pipeline.source_sha256,

@@ -1,90 +1,203 @@
-"""What the networks of a bundle must take and give for the loop to run them.
+"""What the networks of a bundle must take and give for its wiring to hold.
 
 A manifest may come from anywhere: what the loop relies on is checked before anything is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
-from edgesd.errors import BundleError
+from edgesd.errors import BundleError, UsageError
+from edgesd.runtime.flow import flow_of
+from edgesd.runtime.tasks import TASKS
+from edgesd.spec.base import Dim
 from edgesd.spec.bundle import BundleManifest
-from edgesd.spec.pipeline import ComponentSpec, TensorSpec
+from edgesd.spec.pipeline import (
+    GIVEN_BY_TASKS,
+    ComponentSpec,
+    DenoiserSpec,
+    Part,
+    PipelineSpec,
+    SideSpec,
+    TensorSpec,
+)
+from edgesd.spec.scheme import number_format
+
+_FLOAT, _IDS = ("float32", "float16"), ("int64", "int32")
+_COLOURS = 3
 
 
-class _Network(NamedTuple):
-    """Ranks of inputs and outputs by name; optional: of inputs that some networks have."""
+class _Like(NamedTuple):
+    """What a tensor must be: its rank, sizes on some axes, the types it may have. known: axes whose
+    size must be a number, since the loop reads it."""
 
-    inputs: Mapping[str, int]
-    outputs: Mapping[str, int]
-    optional: Mapping[str, int] = {}
+    rank: int
+    sizes: Mapping[int, Dim] = {}
+    types: tuple[str, ...] = _FLOAT
+    known: tuple[int, ...] = ()
+
+    def fits(self, tensor: TensorSpec) -> bool:
+        """Whether `tensor` is so."""
+        shape = tensor.shape
+        return (
+            len(shape) == self.rank
+            and tensor.dtype in self.types
+            and all(shape[axis] == size for axis, size in self.sizes.items())
+            and all(isinstance(shape[axis], int) for axis in self.known)
+        )
 
 
-_NETWORKS = {
-    "text_encoder": _Network({"input_ids": 2}, {"encoder_hidden_states": 3}),
-    "unet": _Network(
-        {"sample": 4, "timestep": 1, "encoder_hidden_states": 3},
-        {"noise_pred": 4},
-        {"timestep_cond": 2},
-    ),
-    "vae_decoder": _Network({"latents": 4}, {"image": 4}),
+_Tensors = Mapping[str, _Like]
+_FEATURES = {"features": _Like(4)}
+_STATISTICS = {
+    "statistics": _Like(3, known=(0, 1, 2)),
+    "own": _Like(1),
+    "core": _Like(1, types=("int64",)),
 }
-_HEAD = _Network({"latents": 4}, {"features": 4})
-_TAIL = _Network({"features": 4, "statistics": 3, "own": 1, "core": 1}, {"image": 4, "moments": 3})
-_LATENTS = ("sample", "noise_pred", "latents")
-"""Tensors that have as many channels as the pipeline's latents."""
-
-_FLOAT = ("float32", "float16")
-_TYPES = {"input_ids": ("int64", "int32"), "core": ("int64",)}
 
 
 def check_networks(manifest: BundleManifest) -> None:
-    """Raise BundleError unless text encoder, UNet, decoder and the decoder's two parts are there,
-    have the inputs and outputs that images are generated with, and fit the pipeline's latents."""
+    """Raise BundleError unless the components that the wiring names are there, take and give what
+    it names and nothing else, and fit each other and the pipeline's latents; and unless this
+    version has what the wiring asks of tasks."""
     pipeline = manifest.pipeline
-    for name in _NETWORKS:
-        if name not in pipeline.components:
+    components, named = pipeline.components, flow_of(pipeline).components
+    for name in named:
+        if name not in components:
             raise BundleError(f"{manifest.name} has no {name}: build the bundle again")
-    found = {name: (pipeline.components[name], network) for name, network in _NETWORKS.items()}
-    split = manifest.engines["vae_decoder"].split
+    if len(set(named)) != len(named):
+        raise BundleError(f"{manifest.name} has a component in two places: build the bundle again")
+    for problem in chain(_wiring_problems(pipeline), _network_problems(manifest)):
+        raise BundleError(f"{problem}: build the bundle again")
+    _check_precisions(manifest)
+    wiring = pipeline.wiring
+    asked = {one.fill for spec in _in_loop(pipeline) for one in spec.inputs}
+    asked = (asked | {*wiring.denoiser.concat}) & GIVEN_BY_TASKS
+    for task in wiring.tasks:
+        if missing := sorted(asked - TASKS[task].gives):
+            raise BundleError(
+                f"{manifest.name} needs {', '.join(missing)} for the task {task!r}, which this "
+                "version can't give: upgrade edgesd on this machine"
+            )
+
+
+def _in_loop(pipeline: PipelineSpec) -> tuple[SideSpec | DenoiserSpec, ...]:
+    """What inputs are filled for, in the order in which it runs."""
+    wiring = pipeline.wiring
+    return *sorted(wiring.sides, key=lambda side: side.when != "once"), wiring.denoiser
+
+
+def _wiring_problems(pipeline: PipelineSpec) -> Iterator[str]:
+    """Inputs that are filled from what isn't there by then."""
+    wiring, components = pipeline.wiring, pipeline.components
+    texts = {text.component for text in wiring.texts}
+    before: set[str] = set()
+    for spec in _in_loop(pipeline):
+        once = isinstance(spec, SideSpec) and spec.when == "once"
+        for one in spec.inputs:
+            where = f"{one.name} of {spec.component}"
+            if once and one.fill not in (*GIVEN_BY_TASKS, "side"):
+                yield f"{where} is filled once, and {one.fill!r} isn't known then"
+            known = before if one.fill == "side" else texts
+            shapes = set()
+            for part in one.parts:
+                found = part.component in known and components[part.component].output(part.output)
+                if not found:
+                    yield f"{where} is filled with {part.output} of {part.component}: there is none"
+                else:
+                    shapes.add(found.shape[:-1])
+            if len(shapes) > 1 or () in shapes:
+                yield f"{where} is filled with tensors that can't be joined"
+        before.add(spec.component)
+    for fill in ("sample", "timestep"):
+        if sum(one.fill == fill for one in wiring.denoiser.inputs) != 1:
+            yield f"{wiring.denoiser.component} has not one {fill} among its inputs"
+    if len(set(wiring.denoiser.concat)) != len(wiring.denoiser.concat):
+        yield f"{wiring.denoiser.component} has a part of its sample twice"
+
+
+def _network_problems(manifest: BundleManifest) -> Iterator[str]:
+    """Components that aren't as the wiring needs them."""
+    pipeline = manifest.pipeline
+    wiring, components = pipeline.wiring, pipeline.components
+    channels = {1: pipeline.latent.channels}
+    for text in wiring.texts:
+        spec = components[text.component]
+        yield from _misfits(text.component, spec, {text.input: _Like(2, types=_IDS)}, None)
+    for side in wiring.sides:
+        spec = components[side.component]
+        yield from _misfits(side.component, spec, _filled(pipeline, side), None)
+    denoiser, decoder = wiring.denoiser, wiring.decoder
+    yield from _misfits(
+        denoiser.component,
+        components[denoiser.component],
+        _filled(pipeline, denoiser),
+        {denoiser.output: _Like(4, channels)},
+    )
+    latents = {decoder.input: _Like(4, channels)}
+    image = {decoder.output: _Like(4, {1: _COLOURS})}
+    yield from _misfits(decoder.component, components[decoder.component], latents, image)
+    split = manifest.engines[decoder.component].split
     if split is not None:
-        found |= {"head": (split.head.spec, _HEAD), "tail": (split.tail.spec, _TAIL)}
-    for name, (spec, network) in found.items():
-        for problem in _problems(spec, network):
-            raise BundleError(f"{name} in the manifest has {problem}: build the bundle again")
+        yield from _misfits("head", split.head.spec, latents, _FEATURES)
+        outputs = {**image, "moments": _Like(3)}
+        yield from _misfits("tail", split.tail.spec, {**_FEATURES, **_STATISTICS}, outputs)
+
+
+def _filled(pipeline: PipelineSpec, spec: SideSpec | DenoiserSpec) -> _Tensors:
+    """What the inputs of a component must be like to be filled as its wiring says."""
     channels = pipeline.latent.channels
-    for name in _NETWORKS:
-        spec = pipeline.components[name]
-        for tensor in (*spec.inputs, *spec.outputs):
-            if tensor.name in _LATENTS and tensor.shape[1] != channels:
-                raise BundleError(
-                    f"{name} in the manifest has {tensor.name} of {tensor.shape[1]} channels, and "
-                    f"the pipeline's latents have {channels}: build the bundle again"
-                )
+    widths = {"mask": 1, "masked": channels}
+    concat = spec.concat if isinstance(spec, DenoiserSpec) else ()
+    fixed = {
+        "sample": _Like(4, {1: channels + sum(widths[fill] for fill in concat)}),
+        "timestep": _Like(1),
+        "guidance_embedding": _Like(2, known=(1,)),
+        "control": _Like(4, {1: _COLOURS}),
+        **{fill: _Like(4, {1: width}) for fill, width in widths.items()},
+    }
+    return {
+        one.name: _joined(pipeline, one.parts) if one.parts else fixed[one.fill]
+        for one in spec.inputs
+    }
 
 
-def _problems(spec: ComponentSpec, network: _Network) -> Iterator[str]:
-    inputs = {**network.inputs, **network.optional}
-    for what, tensors, needed, known in (
-        ("inputs", spec.inputs, network.inputs, inputs),
-        ("outputs", spec.outputs, network.outputs, network.outputs),
+def _joined(pipeline: PipelineSpec, parts: Sequence[Part]) -> _Like:
+    """What outputs side by side on their last axis are like, as far as their sizes are known."""
+    found = [pipeline.components[part.component].output(part.output) for part in parts]
+    shapes = [tensor.shape for tensor in found if tensor is not None]
+    rank, widths = len(shapes[0]), [shape[-1] for shape in shapes]
+    whole = [width for width in widths if isinstance(width, int)]
+    return _Like(rank, {rank - 1: sum(whole)} if len(whole) == len(widths) else {})
+
+
+def _misfits(
+    name: str, spec: ComponentSpec, inputs: _Tensors, outputs: _Tensors | None
+) -> Iterator[str]:
+    """What of a component isn't as it must be. outputs: None for any, in floating point."""
+    anything = {tensor.name: _Like(len(tensor.shape)) for tensor in spec.outputs}
+    for what, tensors, needed in (
+        ("inputs", spec.inputs, inputs),
+        ("outputs", spec.outputs, anything if outputs is None else outputs),
     ):
         names = [tensor.name for tensor in tensors]
-        if len(set(names)) != len(names) or not needed.keys() <= set(names) <= known.keys():
-            yield f"the {what} {', '.join(names) or 'none'}, not {', '.join(needed)}"
+        if sorted(names) != sorted(needed):
+            yield f"{name} in the manifest has the {what} {', '.join(names) or 'none'}, not " + (
+                ", ".join(needed)
+            )
         for tensor in tensors:
-            if tensor.name in known and not _fits(tensor, known[tensor.name]):
-                yield f"{tensor.name} as {tensor.dtype} {list(tensor.shape)}"
+            if tensor.name in needed and not needed[tensor.name].fits(tensor):
+                shape = list(tensor.shape)
+                yield f"{name} in the manifest has {tensor.name} as {tensor.dtype} {shape}"
 
 
-def _fits(tensor: TensorSpec, rank: int) -> bool:
-    types = _TYPES.get(tensor.name, _FLOAT)
-    fixed = tensor.name in ("timestep_cond", "statistics")  # sizes that the loop reads from it
-    sizes = tensor.shape[1:] if tensor.name == "timestep_cond" else tensor.shape
-    return (
-        len(tensor.shape) == rank
-        and tensor.dtype in types
-        and not (fixed and any(isinstance(size, str) for size in sizes))
-        and (tensor.name != "image" or tensor.shape[1] == 3)
-    )
+def _check_precisions(manifest: BundleManifest) -> None:
+    """Raise BundleError for a number format that no version knows."""
+    layers = () if manifest.recipe is None else manifest.recipe.layers
+    for precision in {manifest.precision, *(layer.scheme for layer in layers)}:
+        try:
+            number_format(precision)
+        except UsageError as exc:
+            raise BundleError(f"{manifest.name}: its manifest isn't valid: {exc}") from exc

@@ -161,8 +161,10 @@ def _faults(what: str) -> Iterator[None]:
         raise BundleError(f"{what}: {' '.join(str(exc).split())[:300]}") from exc
 
 
-def tokenizer_of(bundle: Bundle) -> PromptTokenizer:
-    """The tokenizer of a bundle's text encoder. Raises BundleError when it was altered."""
+def tokenizer_of(bundle: Bundle, folder: str | None = None) -> PromptTokenizer:
+    """The tokenizer in `folder` of a bundle; None for that of its first text encoder. Raises
+    BundleError when it was altered."""
+    folder = folder or bundle.manifest.pipeline.wiring.texts[0].tokenizer
     return PromptTokenizer(
-        bundle.read("tokenizer/tokenizer.json"), bundle.read("tokenizer/tokenizer_spec.json")
+        bundle.read(f"{folder}/tokenizer.json"), bundle.read(f"{folder}/tokenizer_spec.json")
     )

@@ -25,14 +25,14 @@ from edgesd.spec.pipeline import ComponentSpec, PipelineSpec
 from edgesd.spec.quality import Quality
 from edgesd.spec.scheme import Precision
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 """Version of `bundle.json`. A reader refuses a newer one; it is raised on any change of meaning.
 
 2: `recipe` and `quality`, both optional; a file of version 1 is read as one without them. 3: the
 same for an engine's `checked`. 4: an engine's `plan`, and `built_for`, which was never set;
 `prompter`. 5: an engine's `kernels`, the latents'
 `halo`. 6: an engine's `halves`, the latents' `levels`, a recipe's `pooled_attention`. 7: footprints
-of engines and of a decoder's head and tail.
+of engines and of a decoder's head and tail. 8: the pipeline's `wiring`.
 """
 
 

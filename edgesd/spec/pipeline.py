@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -15,6 +16,7 @@ from edgesd.spec.base import (
     Dim,
     Label,
     Pixels,
+    RelativePath,
     Sha256,
     Spec,
     Text,
@@ -31,7 +33,7 @@ class TensorSpec(Spec, frozen=True):
 
 
 class ComponentSpec(Spec, frozen=True):
-    """One network of a pipeline: text_encoder, unet, vae_encoder, vae_decoder ..."""
+    """One network of a pipeline."""
 
     name: Label
     inputs: Annotated[tuple[TensorSpec, ...], Meta(max_length=MOST_TENSORS)]
@@ -40,6 +42,10 @@ class ComponentSpec(Spec, frozen=True):
     def input(self, name: str) -> TensorSpec | None:
         """The input called `name`, or None."""
         return next((t for t in self.inputs if t.name == name), None)
+
+    def output(self, name: str) -> TensorSpec | None:
+        """The output called `name`, or None."""
+        return next((t for t in self.outputs if t.name == name), None)
 
 
 class SchedulerSpec(Spec, frozen=True):
@@ -120,8 +126,141 @@ def check_multiple(what: str, value: int, step: int, built_step: int | None = No
         raise UsageError(message)
 
 
+Fill = Literal[
+    "sample", "timestep", "joined", "guidance_embedding", "mask", "masked", "control", "side"
+]
+"""How an input is filled at each step.
+
+sample: the latents, scaled as the scheduler wants them [rows, C, h, w], with `concat` behind them
+in the denoiser. timestep: [1]. joined: outputs of text encoders, joined on their last axis.
+guidance_embedding: of the guidance scale [rows, D], for models distilled with it. mask, masked,
+control: what the task gives of each image: where to paint [rows, 1, h, w], latents of the rest
+[rows, C, h, w], a control image [rows, 3, H, W]. side: an output of a side component.
+"""
+
+GIVEN_BY_TASKS: frozenset[Fill] = frozenset(("mask", "masked", "control"))
+
+
+class Part(Spec, frozen=True):
+    """One output of one component."""
+
+    component: Word
+    output: Label
+
+
+class InputSpec(Spec, frozen=True):
+    """One input of the denoiser or a side component, and how it is filled.
+
+    parts: what is joined; of `side`, the one output that is taken; empty for all others.
+    """
+
+    name: Label
+    fill: Fill
+    parts: Annotated[tuple[Part, ...], Meta(max_length=MOST_TENSORS)] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse parts where nothing reads them: when decoded, as an invalid value."""
+        fits = {"joined": bool(self.parts), "side": len(self.parts) == 1}
+        if not fits.get(self.fill, not self.parts):
+            raise ValueError(f"{self.name!r} is filled as {self.fill!r} of {len(self.parts)} parts")
+
+    @property
+    def source(self) -> Fill | Part:
+        """What a value for this input is found by."""
+        return self.parts[0] if self.fill == "side" else self.fill
+
+
+_Inputs = Annotated[tuple[InputSpec, ...], Meta(max_length=MOST_TENSORS)]
+
+
+class TextSpec(Spec, frozen=True):
+    """A text encoder. input: its token ids [1, tokens]. tokenizer: folder of the bundle that holds
+    tokenizer.json and tokenizer_spec.json."""
+
+    component: Word
+    tokenizer: RelativePath
+    input: Label
+
+
+class SideSpec(Spec, frozen=True):
+    """A component beside the denoiser, whose outputs fill inputs of the denoiser.
+
+    when: once for an image, before the first step, or at each step (a ControlNet). `once` sees
+    neither sample nor timestep.
+    """
+
+    component: Word
+    when: Literal["once", "each_step"]
+    inputs: _Inputs
+
+
+class DenoiserSpec(Spec, frozen=True):
+    """The denoiser. output: what it predicts, of the latents' shape. concat: what stands behind the
+    latents on the channel axis of its sample."""
+
+    component: Word
+    inputs: _Inputs
+    output: Label
+    concat: Annotated[tuple[Literal["mask", "masked"], ...], Meta(max_length=2)] = ()
+
+    def input_of(self, fill: Fill) -> InputSpec | None:
+        """The first input that is filled so, or None."""
+        return next((one for one in self.inputs if one.fill == fill), None)
+
+
+class DecoderSpec(Spec, frozen=True):
+    """What makes an image [1, 3, H, W] in about -1 to 1 of latents [1, C, h, w]."""
+
+    component: Word
+    input: Label
+    output: Label
+
+
+class Wiring(Spec, frozen=True):
+    """How the components of a pipeline are joined; runtime/flow.py says in which order they run.
+
+    tasks: what the pipeline can be asked for. zero_negative: without a negative prompt, zeros stand
+    for its encoding, instead of that of "".
+    """
+
+    texts: Annotated[tuple[TextSpec, ...], Meta(min_length=1, max_length=8)]
+    denoiser: DenoiserSpec
+    decoder: DecoderSpec
+    sides: Annotated[tuple[SideSpec, ...], Meta(max_length=16)] = ()
+    tasks: Annotated[tuple[Literal["text"], ...], Meta(min_length=1, max_length=8)] = ("text",)
+    zero_negative: bool = False
+
+
+def stable_diffusion(distilled: bool = False) -> Wiring:
+    """The wiring of Stable Diffusion 1.x and 2.x: one text encoder. distilled: with guidance, whose
+    scale is an input. Bundles of a schema before 8 have no other."""
+    states = Part("text_encoder", "encoder_hidden_states")
+    inputs = [
+        InputSpec("sample", "sample"),
+        InputSpec("timestep", "timestep"),
+        InputSpec("encoder_hidden_states", "joined", (states,)),
+    ]
+    if distilled:
+        inputs.append(InputSpec("timestep_cond", "guidance_embedding"))
+    return Wiring(
+        texts=(TextSpec(states.component, "tokenizer", "input_ids"),),
+        denoiser=DenoiserSpec("unet", tuple(inputs), "noise_pred"),
+        decoder=DecoderSpec("vae_decoder", "latents", "image"),
+    )
+
+
+def wiring_before_schema_8(components: Mapping[str, ComponentSpec]) -> Wiring:
+    """That of a bundle that doesn't say it."""
+    denoiser = components.get(stable_diffusion().denoiser.component)
+    return stable_diffusion(denoiser is not None and denoiser.input("timestep_cond") is not None)
+
+
 class PipelineSpec(Spec, frozen=True):
-    """What a pipeline is, whatever the precision or backend of its graphs."""
+    """What a pipeline is, whatever the precision or backend of its graphs.
+
+    max_tokens: of a prompt, with its padding. wiring: the default is that of most bundles of a
+    schema before 8, which don't say it.
+    """
 
     family: Word
     source: Text
@@ -133,3 +272,4 @@ class PipelineSpec(Spec, frozen=True):
     max_tokens: Annotated[int, Meta(ge=2, le=1 << 16)]
     num_inference_steps: Annotated[int, Meta(ge=1, le=MOST_CONFIG)]
     guidance_scale: Annotated[float, Meta(ge=-1000, le=1000)]
+    wiring: Wiring = stable_diffusion()

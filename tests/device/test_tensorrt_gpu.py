@@ -17,9 +17,14 @@ from edgesd.runtime.backends.tensorrt import TensorRtRunner
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.cuda import find_gpu
 from edgesd.runtime.device_memory import DeviceMemory, open_device_memory
-from edgesd.runtime.pipeline import DRAWING, Pipeline, Request, Settings
+from edgesd.runtime.flow import flow_of
+from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.requests import Request
+from tests.support import pipeline_spec
 
 pytestmark = pytest.mark.gpu
+
+COMPONENTS = flow_of(pipeline_spec()).components
 
 PRECISIONS = ("fp16", "w8a8", "w4a16-g64-lr32")
 REQUEST = Request("a red apple", 3)
@@ -56,11 +61,11 @@ def memory() -> Iterator[DeviceMemory]:
 
 
 def settings(folder: Path, bundle: Bundle) -> Settings:
-    plans = Plans(bundle, folder, lambda *step: None, DRAWING)
+    plans = Plans(bundle, folder, lambda *step: None, COMPONENTS)
     return Settings(plan_of=plans, fallback=False)
 
 
-@pytest.mark.parametrize("component", DRAWING)
+@pytest.mark.parametrize("component", COMPONENTS)
 def test_a_component_computes_what_onnx_runtime_computes(
     component: str, bundle: Bundle, memory: DeviceMemory, tmp_path: Path
 ) -> None:
@@ -107,7 +112,7 @@ def test_a_image_is_that_of_the_cpu(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_plans_are_found_again(bundle: Bundle, tmp_path: Path) -> None:
-    first = Plans(bundle, tmp_path, lambda *step: None, DRAWING)("unet")
+    first = Plans(bundle, tmp_path, lambda *step: None, COMPONENTS)("unet")
     made = first.path.stat().st_mtime_ns
-    assert Plans(bundle, tmp_path, lambda *step: None, DRAWING)("unet") == first
+    assert Plans(bundle, tmp_path, lambda *step: None, COMPONENTS)("unet") == first
     assert first.path.stat().st_mtime_ns == made

@@ -9,7 +9,7 @@ import pytest
 
 from edgesd.errors import InputError, UsageError
 from edgesd.runtime.images import expand_requests, read_prompts
-from edgesd.runtime.pipeline import Request
+from edgesd.runtime.requests import Request
 from edgesd.runtime.tokenizer import check_prompt
 from edgesd.textfiles import MOST_LINE_BYTES, lines_of, read_json, read_lines, read_text
 

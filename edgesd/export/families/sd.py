@@ -15,7 +15,7 @@ from edgesd.export.families import ExportSpec, Family, OwnPipeline
 from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.export.quiet import quiet
 from edgesd.runtime.schedulers import create_scheduler, sampler_class, sampler_of
-from edgesd.spec.pipeline import PipelineSpec, SchedulerSpec
+from edgesd.spec.pipeline import PipelineSpec, SchedulerSpec, stable_diffusion
 
 _TEXT_ENCODER, _UNET, _VAE, _TOKENIZER = "text_encoder", "unet", "vae", "tokenizer"
 _CLASSES = {
@@ -103,6 +103,7 @@ def export_spec(
             max_tokens=tokens,
             num_inference_steps=steps,
             guidance_scale=float(hints.get("guidance_scale", guidance)),
+            wiring=stable_diffusion(distilled=bool(unet_config["time_cond_proj_dim"])),
         ),
         components,
         lambda: _own_pipeline(source, sampler),

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from edgesd.evaluate.quality import generate, requests_for
-from edgesd.runtime.pipeline import Pipeline, Request
+from edgesd.runtime.pipeline import Pipeline
+from edgesd.runtime.requests import Request
 from edgesd.spec.pipeline import ShapeSpec
 
 

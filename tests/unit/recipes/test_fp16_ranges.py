@@ -29,7 +29,8 @@ from edgesd.export.passes.fp32_region import Fp32Region  # noqa: E402
 from edgesd.export.passes.record_largest import LARGEST, RecordLargest  # noqa: E402
 from edgesd.recipes.fp16_ranges import LIMIT, keep_in_fp32, record  # noqa: E402
 from edgesd.runtime.bundle import Bundle, open_bundle  # noqa: E402
-from edgesd.runtime.pipeline import Pipeline, Request  # noqa: E402
+from edgesd.runtime.pipeline import Pipeline  # noqa: E402
+from edgesd.runtime.requests import Request  # noqa: E402
 
 Array = npt.NDArray[Any]
 X = np.array([[1.0, -2.0, 3.0, 0.5]], np.float32)

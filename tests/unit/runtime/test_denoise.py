@@ -10,16 +10,12 @@ import pytest
 from edgesd.errors import InputError
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends.fake import FakeRunner
-from edgesd.runtime.denoise import (
-    Conditioning,
-    GuidanceMode,
-    Step,
-    denoise,
-    guidance_scale_embedding,
-)
+from edgesd.runtime.conditioning import Conditioned
+from edgesd.runtime.denoise import Start, Step, denoise, guidance_scale_embedding
+from edgesd.runtime.flow import GuidanceMode
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.schedulers import create_scheduler
-from edgesd.spec.pipeline import ComponentSpec, TensorSpec
+from edgesd.spec.pipeline import ComponentSpec, Part, TensorSpec, stable_diffusion
 
 LATENT = ("batch", 4, "height", "width")
 SPEC = ComponentSpec(
@@ -31,6 +27,8 @@ SPEC = ComponentSpec(
     ),
     (TensorSpec("noise_pred", "float32", LATENT),),
 )
+WIRING = stable_diffusion()
+STATES = Part("text_encoder", "encoder_hidden_states")
 
 
 def predict(inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -46,10 +44,11 @@ def run(mode: GuidanceMode, batch: int = 2, scale: float = 4.0, guided: bool = T
     scheduler.set_timesteps(5)
     noise = BatchNoise(range(batch))
     return denoise(
-        FakeRunner(SPEC, predict),
+        WIRING,
+        {SPEC.name: FakeRunner(SPEC, predict)},
         scheduler,
-        noise((batch, 4, 4, 4)),
-        Conditioning(positive, negative if guided else None),
+        Start(noise((batch, 4, 4, 4))),
+        Conditioned({STATES: positive}, {STATES: negative} if guided else None),
         scale,
         noise,
         mode=mode,
@@ -72,10 +71,9 @@ def test_steps_are_reported_in_order() -> None:
     scheduler.set_timesteps(3)
     states = np.zeros((1, 77, 8), np.float32)
     noise = BatchNoise([0])
-    denoise(
-        FakeRunner(SPEC, predict), scheduler, noise((1, 4, 4, 4)), Conditioning(states, None),
-        1.0, noise, on_step=seen.append,
-    )  # fmt: skip
+    runners = {SPEC.name: FakeRunner(SPEC, predict)}
+    start, conditioned = Start(noise((1, 4, 4, 4))), Conditioned({STATES: states}, None)
+    denoise(WIRING, runners, scheduler, start, conditioned, 1.0, noise, on_step=seen.append)
     assert [(step.index, step.count) for step in seen] == [(0, 3), (1, 3), (2, 3)]
     assert all(step.seconds >= 0 for step in seen)
 
@@ -86,8 +84,9 @@ def test_infinite_latents_are_refused_with_the_step() -> None:
     scheduler.set_timesteps(3)
     states = np.zeros((1, 77, 8), np.float32)
     noise = BatchNoise([0])
+    start, conditioned = Start(noise((1, 4, 4, 4))), Conditioned({STATES: states}, None)
     with pytest.raises(InputError, match="no longer finite after step 1 of 3"):
-        denoise(runner, scheduler, noise((1, 4, 4, 4)), Conditioning(states, None), 1.0, noise)
+        denoise(WIRING, {SPEC.name: runner}, scheduler, start, conditioned, 1.0, noise)
 
 
 def test_binding_checks_names_and_shapes_once() -> None:

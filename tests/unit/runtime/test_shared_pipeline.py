@@ -16,7 +16,8 @@ from edgesd.runtime.backends.fake import FakeRunner
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.denoise import Step
 from edgesd.runtime.memory import MemoryMode
-from edgesd.runtime.pipeline import Pipeline, Request, Settings
+from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.requests import Request
 
 LIMIT_S = 60
 """For every wait here; none takes a second."""
@@ -147,7 +148,7 @@ def test_nothing_is_done_after_close(use: Callable[[Pipeline], object], miniatur
     with pytest.raises(UsageError, match="was closed") as caught:
         use(pipeline)
     assert "\n" not in str(caught.value)
-    assert not pipeline._runners, "a component was loaded again"
+    assert not pipeline.loaded, "a component was loaded again"
     pipeline.close()  # twice is as good as once
 
 
@@ -168,7 +169,7 @@ def test_networks_that_generate_are_left_alone(
     use: str, pipeline: Pipeline, miniature: Bundle
 ) -> None:
     act = Pipeline.close if use == "close" else USES[use]
-    with pytest.raises(UsageError, match="is drawing"):
+    with pytest.raises(UsageError, match="is generating"):
         within_a_step(pipeline, lambda _: act(pipeline))
     assert pixels(pipeline, REQUESTS[1]) == lone(miniature, REQUESTS[1:2])[0]
 
@@ -184,7 +185,7 @@ def test_an_error_within_a_step_leaves_the_pipeline_usable(
     with Pipeline(miniature, Settings(threads=1, memory=memory)) as pipeline:
         with pytest.raises(error, match="enough"):
             within_a_step(pipeline, fail)
-        assert memory == "fast" or not pipeline._runners, "its memory wasn't given back"
+        assert memory == "fast" or not pipeline.loaded, "its memory wasn't given back"
         with ThreadPoolExecutor(1) as pool:  # the turn is free, for other threads as well
             found = pool.submit(pixels, pipeline, REQUESTS[1]).result(LIMIT_S)
     assert found == lone(miniature, REQUESTS[1:2])[0]

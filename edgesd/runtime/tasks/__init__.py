@@ -1,0 +1,31 @@
+"""What a pipeline can be asked for, one file per task: where generation starts, and from what.
+
+A task is the only place beside the samplers that draws noise: the order of its draws is a part of
+the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from edgesd.runtime.denoise import Start
+from edgesd.runtime.requests import CompleteRequest
+from edgesd.runtime.schedulers import Scheduler
+from edgesd.runtime.schedulers.base import Noise
+from edgesd.runtime.tasks import text
+from edgesd.spec.pipeline import Fill, PipelineSpec
+
+Prepare = Callable[[PipelineSpec, Sequence[CompleteRequest], Scheduler, Noise], Start]
+"""Takes requests that are generated in one batch, with a sampler that is laid out for them."""
+
+
+class Task(NamedTuple):
+    """prepare: where the denoising of requests starts. gives: what inputs of the networks the
+    start fills, of those that tasks give (spec.pipeline.GIVEN_BY_TASKS)."""
+
+    prepare: Prepare
+    gives: frozenset[Fill]
+
+
+TASKS: dict[str, Task] = {"text": Task(text.prepare, frozenset())}
