@@ -39,7 +39,7 @@ LINES: dict[str, tuple[str, ...] | None] = {
 
 def _graph(folder: Path, precision: str, parts: tuple[str, ...] | None) -> Path:
     """The folder of one line's graph; made where it isn't there."""
-    from edgesd.export.backends import lower_quantized, lower_to_kernels
+    from edgesd.export.backends.onnxruntime import LOWERING
     from edgesd.export.external_data import write_model
     from edgesd.export.passes.pooled_attention import PooledAttention
 
@@ -51,9 +51,9 @@ def _graph(folder: Path, precision: str, parts: tuple[str, ...] | None) -> Path:
         if parts is not None and POOLED in parts:
             PooledAttention()(graph)
         if parts is None:
-            lower_quantized(graph, layers, set(), None, "onnxruntime")
+            LOWERING.lower_quantized(graph, layers, set(), None)
         else:
-            lower_to_kernels(graph, layers, set(), None, parts)
+            LOWERING.lower_to_kernels(graph, layers, set(), None, parts)
         with atomic_dir(out) as made:
             write_model(graph, made)
     return out

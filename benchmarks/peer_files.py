@@ -219,14 +219,14 @@ def _make_openvino_onnx(folder: Path, model: Model, out: Path) -> None:
 
 
 def _make_quantized(folder: Path, model: Model, out: Path, precision: str) -> None:
-    from edgesd.export.backends import lower_quantized, lower_to_kernels
+    from edgesd.export.backends.onnxruntime import LOWERING
     from edgesd.export.external_data import KERNELS_FILE, write_model
     from edgesd.export.passes.no_shapes import NoShapes
 
     plain, layers = rounded(folder, precision)
     own, _ = rounded(folder, precision, layers)
-    lower_quantized(plain, layers, set(), None, "onnxruntime")
-    lower_to_kernels(own, layers, set(), None)
+    LOWERING.lower_quantized(plain, layers, set(), None)
+    LOWERING.lower_to_kernels(own, layers, set(), None)
     for graph in (plain, own):
         NoShapes()(graph)
     write_model(plain, out, {KERNELS_FILE: own})

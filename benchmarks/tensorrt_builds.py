@@ -22,8 +22,8 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.common import environment, parser, run, table, write_json
-from edgesd.engines.tensorrt import BACKEND, BuildSpec, PlanReport, build_plan
-from edgesd.export.backends import lower_quantized
+from edgesd.engines.tensorrt import BuildSpec, PlanReport, build_plan
+from edgesd.export.backends.tensorrt import LOWERING
 from edgesd.export.backends.tensorrt_lint import lint
 from edgesd.export.calibrate import LayerStats
 from edgesd.export.external_data import GRAPH_FILE, write_model
@@ -90,7 +90,7 @@ def pipeline_rows(model: str, precisions: list[str], work: Path, sm: str, quick:
     for precision in precisions:
         out = work / "bundle"
         shutil.rmtree(out, ignore_errors=True)
-        built = build(model, TARGET, precision, out, quantization=options, backend=BACKEND)
+        built = build(model, TARGET, precision, out, quantization=options, backend=LOWERING.name)
         bundle = open_bundle(out)
         counted = built.reference or bundle
         for name, engine in bundle.manifest.engines.items():
@@ -163,7 +163,7 @@ def _layer(shape: tuple[int, ...], precision: str) -> ir.Model:
         method = Method("rtn", static=True)
         quantized = quantize_layer(layer, found, stats, parse_scheme(precision), method)
         layers = {"layer/op": quantized}
-    lower_quantized(model, layers, (), None, BACKEND)
+    LOWERING.lower_quantized(model, layers, (), None)
     return model
 
 

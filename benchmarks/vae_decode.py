@@ -56,7 +56,7 @@ def make_graphs(folder: Path, precision: str, autoencoder: Path | None) -> None:
     """Write a decoder's graphs, and what a bundle says of them, to the new folder `folder`."""
     import onnx_ir as ir
 
-    from edgesd.export.backends import lower, lower_quantized, lower_to_kernels
+    from edgesd.export.backends.onnxruntime import LOWERING
     from edgesd.export.external_data import (
         KERNELS_FILE,
         KERNELS_SPLIT_FILES,
@@ -74,7 +74,7 @@ def make_graphs(folder: Path, precision: str, autoencoder: Path | None) -> None:
     graphs = dict(zip(("model.onnx", *SPLIT_FILES), (model, *parts), strict=True))
     if precision in ("fp32", "fp16"):
         for graph in graphs.values():
-            lower(graph, precision, "onnxruntime")
+            LOWERING.lower(graph, precision)
         names: Sequence[str] = ()
     else:
         scheme, nodes = parse_scheme(precision), {node.name: node for node in model.graph}
@@ -90,9 +90,9 @@ def make_graphs(folder: Path, precision: str, autoencoder: Path | None) -> None:
         names = KERNELS_SPLIT_FILES
         own = [graph.clone() for graph in graphs.values()]
         for graph in graphs.values():
-            lower_quantized(graph, mine(graph), set(), None, "onnxruntime")
+            LOWERING.lower_quantized(graph, mine(graph), set(), None)
         for name, graph in zip((KERNELS_FILE, *names), own, strict=True):
-            lower_to_kernels(graph, mine(graph), set(), None, ("behind", "before"))
+            LOWERING.lower_to_kernels(graph, mine(graph), set(), None, ("behind", "before"))
             graphs[name] = graph
     split = describe_split("", [graphs[name] for name in SPLIT_FILES], SPLIT_FILES, names)
     with atomic_dir(folder) as out:

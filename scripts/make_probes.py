@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from edgesd.export.backends import lower_quantized, lower_to_kernels
+from edgesd.export.backends.onnxruntime import LOWERING
 from edgesd.export.passes.check import MAX_IR_VERSION, OPSET
 from edgesd.export.passes.no_shapes import NoShapes
 from edgesd.export.quantize.layers import find_layers, matrix_of
@@ -306,9 +306,9 @@ def _probe(
             for la in find_layers("probe", model)
         }
         if own:
-            lower_to_kernels(model, layers, set(), None)
+            LOWERING.lower_to_kernels(model, layers, set(), None)
         else:
-            lower_quantized(model, layers, set(), None, "onnxruntime")
+            LOWERING.lower_quantized(model, layers, set(), None)
     largest = 0
     for value in graph.initializers.values():
         tensor = value.const_value

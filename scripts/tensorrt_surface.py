@@ -37,8 +37,6 @@ NEEDED = (
     "Builder.build_serialized_network",
     "Builder.create_builder_config",
     "Builder.create_network",
-    "Builder.create_optimization_profile",
-    "IBuilderConfig.add_optimization_profile",
     "IBuilderConfig.builder_optimization_level",
     "IBuilderConfig.progress_monitor",
     "IBuilderConfig.set_memory_pool_limit",
@@ -48,7 +46,6 @@ NEEDED = (
     "ILogger.Severity.WARNING",
     "INetworkDefinition.get_input",
     "INetworkDefinition.num_inputs",
-    "IOptimizationProfile.set_shape",
     "IProgressMonitor",
     "MemoryPoolType.WORKSPACE",
     "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
@@ -69,7 +66,6 @@ SIGNATURES = (
     "Builder.build_serialized_network",
     "Builder.create_network",
     "IBuilderConfig.set_memory_pool_limit",
-    "IOptimizationProfile.set_shape",
     "OnnxParser.parse",
 )
 """Of these the arguments' names and types are compared, too: pybind11 writes them down."""

@@ -37,11 +37,11 @@ class KeptExports:
         out_dir: Path,
         precision: str = "fp32",
         *,
-        backend: str = "onnxruntime",
+        lowering: Any = None,
         progress: Progress = SILENT,
     ) -> GraphSet:
         """See `export_pipeline`; the lines of progress are the first export's."""
-        what = msgspec.json.encode((plan.pipeline, precision, backend))
+        what = msgspec.json.encode((plan.pipeline, precision, lowering and lowering.name))
         kept = self.folder / hashlib.sha256(what).hexdigest()[:16]
         with FileLock(f"{kept}.lock", timeout=500):
             if not (kept / "graphs.json").exists():
@@ -51,7 +51,7 @@ class KeptExports:
                     plan,
                     kept / "graphs",
                     precision,
-                    backend=backend,
+                    lowering=lowering,
                     progress=told,
                 )
                 (kept / "graphs.json").write_bytes(msgspec.json.encode((found, told.lines)))

@@ -181,9 +181,10 @@ def build_command(
     if host is not None:
         from edgesd.device.targets import get_target
         from edgesd.remote.on_board import add_plans, check_board
+        from edgesd.runtime.backends import get_backend
 
-        if get_target(target).backends[0] != "tensorrt":
-            raise click.UsageError(f"--on builds TensorRT plans, and {target} takes none")
+        if not get_backend(get_target(target).backends[0]).needs_plans:
+            raise click.UsageError(f"--on builds plans, and {target} takes none")
         place = check_board(host, target).environment  # before long work
         reporter.line(f"{host} builds plans for {place}")
         finish = partial(add_plans, host, progress=reporter)

@@ -18,7 +18,21 @@ from edgesd.runtime.bundle import (
     archive_order,
     checksum_line,
 )
-from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, FileEntry
+from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, Engine, FileEntry, Graph
+
+
+def engine_from_graph(graph: Graph, backend: str) -> Engine:
+    """The engine of one component for a backend: its graph, which is compiled, if need be, where it
+    runs."""
+    return Engine(
+        component=graph.component,
+        path=graph.path,
+        backend=backend,
+        precision=graph.precision,
+        parity=graph.parity,
+        kernels=graph.kernels,
+        split=graph.split,
+    )
 
 
 def file_entries(root: Path, leave_out: Collection[str] = ()) -> dict[str, FileEntry]:

@@ -18,7 +18,6 @@ import msgspec
 
 from edgesd.device.detect import detect_machine
 from edgesd.engines.tensorrt import (
-    BACKEND,
     MODULES,
     PLAN_SUFFIX,
     BuildSpec,
@@ -40,6 +39,7 @@ from edgesd.files import (
     user_cache,
 )
 from edgesd.progress import SILENT, Progress
+from edgesd.runtime.backends import backend_names, get_backend
 from edgesd.runtime.backends.base import LoadedPlan
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.cuda import Gpu, find_gpu
@@ -117,11 +117,12 @@ def environment_here(gpu: Gpu | None = None, prefer: str | None = None) -> Envir
 
 def require_plans(bundle: Bundle) -> None:
     """Raise UsageError for a bundle of a backend that has no plans."""
-    backend = bundle.manifest.backend
-    if backend != BACKEND:
+    backend = get_backend(bundle.manifest.backend)
+    if not backend.needs_plans:
+        others = [name for name in backend_names() if get_backend(name).needs_plans]
         raise UsageError(
-            f"{bundle.path} is a bundle for {backend}, which needs no plans: they are for bundles "
-            f"of {BACKEND}"
+            f"{bundle.path} is a bundle for {backend.name}, which needs no plans: they are for "
+            f"bundles of {' and '.join(others)}"
         )
 
 
@@ -221,7 +222,16 @@ def _key(bundle: Bundle, component: str, spec: BuildSpec, here: Environment) -> 
     """What a plan depends on: the graph's files (by the manifest's checksums), the spec, here."""
     files = bundle.engine_files(bundle.manifest.engines[component])
     sums = sorted((name, bundle.manifest.files[name].sha256) for name in files)
-    raw = msgspec.json.encode((sums, spec, here), order="deterministic")
+    # "profiles" had no effect; plans that were built while there were some are found by it.
+    described = {
+        "component": spec.component,
+        "module": spec.module,
+        "sm": spec.sm,
+        "profiles": (),
+        "workspace_bytes": spec.workspace_bytes,
+        "optimization_level": spec.optimization_level,
+    }
+    raw = msgspec.json.encode((sums, described, here))
     return hashlib.sha256(raw).hexdigest()[:32]
 
 

@@ -8,24 +8,20 @@ peak memory is its own and an 8 GB board has a chance.
 from __future__ import annotations
 
 import importlib.util
-import logging
-import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from edgesd.engines import onnxruntime
 from edgesd.errors import EdgesdError, MissingDependencyError, ResourceError, TargetError
 from edgesd.processes import module_command
 from edgesd.progress import SILENT, Progress
 from edgesd.spec.base import Spec
-from edgesd.spec.bundle import Engine, Environment, Graph
+from edgesd.spec.bundle import Environment
 
-BACKEND = "tensorrt"
 MODULES = ("tensorrt", "tensorrt_rtx")
 """Python packages that build plans. tensorrt_rtx does so on a machine without a GPU, too."""
 
@@ -33,71 +29,25 @@ PLAN_SUFFIX = ".plan"
 PLANS = "plans"
 """Folder of a bundle that holds plans which were built beforehand: plans/COMPONENT.plan."""
 
-SCRIPT = "trtexec.sh"
-"""File of a bundle: command lines of NVIDIA's tool that build the same plans."""
-
-CHECK_SM = {"sm_87": "sm_86", "sm_110": "sm_120"}
-"""A board's GPU -> the nearest one that TensorRT-RTX builds for: of one generation."""
-CHECK_MODULE = "tensorrt_rtx"
-
-_MIB = 1 << 20
-
-_log = logging.getLogger(__name__)
-
-"""Told of a phase of the build, steps done, and of how many."""
-
-
-class Profile(Spec, frozen=True):
-    """Shapes of one dynamic input: the smallest, the one to be fastest at, the largest."""
-
-    name: str
-    smallest: tuple[int, ...]
-    best: tuple[int, ...]
-    largest: tuple[int, ...]
-
 
 class BuildSpec(Spec, frozen=True):
     """Everything that a plan depends on beside its graph, and nothing that happens on import.
 
     component: names the plan in messages. module: one of MODULES. sm: the GPU to build for, of a
     module that can build for another than this machine's ("sm_86"); None for this machine's.
-    profiles: of inputs whose shape isn't fixed. workspace_bytes: memory that a layer may use while
-    it runs, at most. optimization_level: 0 to 5, as TensorRT's builder has it.
+    workspace_bytes: memory that a layer may use while it runs, at most. optimization_level: 0 to
+    5, as TensorRT's builder has it.
     """
 
     component: str
     module: str = "tensorrt"
     sm: str | None = None
-    profiles: tuple[Profile, ...] = ()
     workspace_bytes: int = 1 << 30
     optimization_level: int = 3
 
-    def trtexec(self, graph: str, plan: str) -> str:
-        """The command line of NVIDIA's tool that builds the same plan."""
-        words = [
-            "trtexec",
-            f"--onnx={graph}",
-            f"--saveEngine={plan}",
-            "--stronglyTyped",
-            f"--memPoolSize=workspace:{self.workspace_bytes // _MIB}M",
-            f"--builderOptimizationLevel={self.optimization_level}",
-            "--skipInference",
-        ]
-        for option, field in (
-            ("--minShapes", "smallest"),
-            ("--optShapes", "best"),
-            ("--maxShapes", "largest"),
-        ):
-            if self.profiles:
-                shapes = (
-                    f"{p.name}:{'x'.join(map(str, getattr(p, field)))}" for p in self.profiles
-                )
-                words.append(f"{option}={','.join(shapes)}")
-        return shlex.join(words)
-
 
 class PlanReport(Spec, frozen=True):
-    """What a build came to. seconds: of the build alone. peak_bytes: resident memory of its
+    """What a build took and made. seconds: of the build alone. peak_bytes: resident memory of its
     process at most. import_bytes: of the same before the graph was read. warnings: TensorRT's."""
 
     environment: Environment
@@ -108,24 +58,9 @@ class PlanReport(Spec, frozen=True):
     warnings: tuple[str, ...]
 
 
-def engine_from_graph(graph: Graph) -> Engine:
-    """The engine of one component: its graph, whose plan is built where it will run."""
-    return msgspec.structs.replace(onnxruntime.engine_from_graph(graph), backend=BACKEND)
-
-
 def plan_path(component: str) -> str:
     """Where in a bundle the plan of a component lies."""
     return f"{PLANS}/{component}{PLAN_SUFFIX}"
-
-
-def trtexec_script(engines: Mapping[str, Engine]) -> str:
-    """A shell script that builds all plans of a bundle by NVIDIA's tool, for its root folder."""
-    lines = ["#!/bin/sh", "# The same plans by NVIDIA's tool, on the board.", "set -e"]
-    lines += [
-        BuildSpec(name).trtexec(engine.path, f"{name}{PLAN_SUFFIX}")
-        for name, engine in engines.items()
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def build_plan(

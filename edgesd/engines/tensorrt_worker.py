@@ -117,20 +117,10 @@ def _config(trt: Any, builder: Any, network: Any, spec: BuildSpec) -> Any:
             )
         config.num_compute_capabilities = 1
         config.set_compute_capability(known[name], 0)
-    dynamic = []
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         if any(size < 0 for size in tensor.shape):
-            dynamic.append(tensor.name)
-    given = {profile.name: profile for profile in spec.profiles}
-    if missing := sorted(set(dynamic) - given.keys()):
-        raise BuildError("graph", f"{missing[0]} has no fixed shape, and no profile was given")
-    if dynamic:
-        shapes = builder.create_optimization_profile()
-        for name in dynamic:
-            profile = given[name]
-            shapes.set_shape(name, profile.smallest, profile.best, profile.largest)
-        config.add_optimization_profile(shapes)
+            raise BuildError("graph", f"{tensor.name} has no fixed shape")
     return config
 
 

@@ -23,6 +23,7 @@ from edgesd.spec.bundle import Graph, GraphSet, SplitDecoder
 from edgesd.spec.scheme import Precision
 
 if TYPE_CHECKING:
+    from edgesd.export.backends.base import Lowering
     from edgesd.export.parity import Case
 
 LICENCE_FOLDER = "licence"
@@ -39,7 +40,7 @@ def export_pipeline(
     out_dir: Path,
     precision: Precision = "fp32",
     *,
-    backend: str = "onnxruntime",
+    lowering: Lowering | None = None,
     progress: Progress = SILENT,
 ) -> GraphSet:
     """Export the components of `spec`, read from `source`, to the new (or empty) folder `out_dir`.
@@ -47,8 +48,8 @@ def export_pipeline(
     Writes COMPONENT/model.onnx and weights.bin for each component, tokenizer/tokenizer.json and
     tokenizer_spec.json, and licence/. One component is in memory at a time.
 
-    precision: "fp16" stores weights in 16 bits; inputs and outputs stay in fp32. backend: whose
-    graphs to make (`backends`): for ONNX Runtime arithmetic stays in fp32, too.
+    precision: "fp16" stores weights in 16 bits; inputs and outputs stay in fp32. lowering: of the
+    backend whose graphs to make; None: of the reference, whose arithmetic stays in fp32.
 
     Raises InputError for a model that can't be read, ParityError when the spec differs from
     diffusers' own pipeline or a graph from its source, ResourceError when the disk is full,
@@ -56,6 +57,9 @@ def export_pipeline(
     left as it was then.
     """
     require_build_tools()
+    from edgesd.export.backends import REFERENCE, get_lowering
+
+    lowering = lowering or get_lowering(REFERENCE)
     graphs = {}
     with atomic_dir(out_dir) as root:
         assets = _copy_licence(source, root)
@@ -73,7 +77,7 @@ def export_pipeline(
         check_own_pipeline(spec, PromptTokenizer(*(path.read_bytes() for path in written)))
         _log.info("pipeline: compared with diffusers' own, %.1f s", time.perf_counter() - start)
         for component in spec.components:
-            graphs[component.name] = _export(component, root, precision, backend, progress)
+            graphs[component.name] = _export(component, root, precision, lowering, progress)
     return GraphSet(
         root=str(out_dir),
         pipeline=spec.pipeline,
@@ -122,14 +126,14 @@ def _export(
     component: Component,
     root: Path,
     precision: Precision,
-    backend: str,
+    lowering: Lowering,
     progress: Progress,
 ) -> Graph:
     from edgesd.export.external_data import GRAPH_FILE
     from edgesd.export.parity import check_parity, check_split
 
     start = time.perf_counter()
-    cases, split = _write_graph(component, root / component.name, precision, backend, progress)
+    cases, split = _write_graph(component, root / component.name, precision, lowering, progress)
     gc.collect()  # the module is in reference cycles: free it before the graph is loaded
     progress.line(f"{component.name}: check")
     path = f"{component.name}/{GRAPH_FILE}"
@@ -150,12 +154,11 @@ def _write_graph(
     component: Component,
     folder: Path,
     precision: Precision,
-    backend: str,
+    lowering: Lowering,
     progress: Progress,
 ) -> tuple[list[Case], SplitDecoder | None]:
     """Write one component; returns what its source computes, taken before it was changed, and the
     split decoder where it is one."""
-    from edgesd.export.backends import ONNXRUNTIME, lower
     from edgesd.export.external_data import SPLIT_FILES, write_model
     from edgesd.export.parity import reference_cases
     from edgesd.export.passes.tiled_decoder import COMPONENT, describe_split, split_decoder
@@ -166,10 +169,10 @@ def _write_graph(
     cases = reference_cases(module, component)
     progress.line(f"{component.name}: export")
     model = graph_from_module(module, component, "ort-mha")
-    splits = component.name == COMPONENT and backend == ONNXRUNTIME
+    splits = component.name == COMPONENT and lowering.splits_decoder
     parts = (split_decoder(model) if splits else None) or ()
     for each in (model, *parts):
-        lower(each, precision, backend)
+        lowering.lower(each, precision)
     split = describe_split(component.name, parts, SPLIT_FILES) if parts else None
     write_model(model, folder, dict(zip(SPLIT_FILES, parts, strict=False)))
     return cases, split

@@ -17,13 +17,19 @@ import edgesd
 from edgesd.device.capabilities import in_gb
 from edgesd.device.detect import detect_machine, explain_machine, runnable_targets
 from edgesd.device.targets import check_memory, check_request, get_target
-from edgesd.engines import BACKENDS, onnxruntime, tensorrt
-from edgesd.engines.bundle import file_entries, pack_bundle, update_manifest, write_manifest
+from edgesd.engines.bundle import (
+    engine_from_graph,
+    file_entries,
+    pack_bundle,
+    update_manifest,
+    write_manifest,
+)
 from edgesd.errors import BundleError, EdgesdError, InputError, TargetError, UsageError
 from edgesd.files import atomic_dir, atomic_write, check_new, check_writable, private_folder
 from edgesd.progress import SILENT, Progress
 from edgesd.recipes.notes import KeptInFp32, Note, PlansPending
 from edgesd.recipes.options import QuantOptions, cache_folder
+from edgesd.runtime.backends import get_backend
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SUFFIX, Bundle, open_bundle
 from edgesd.runtime.memory import available_bytes
 from edgesd.runtime.prompter import read_prompter
@@ -34,6 +40,7 @@ from edgesd.spec.scheme import Precision, number_format, parse_scheme
 from edgesd.spec.target import Target
 
 if TYPE_CHECKING:
+    from edgesd.export.backends.base import Lowering
     from edgesd.export.families import ExportSpec
     from edgesd.export.source import ModelSource
 
@@ -148,6 +155,7 @@ def build(
 
     number_format(precision)
     require_build_tools()
+    from edgesd.export.backends import REFERENCE, get_lowering
     from edgesd.export.source import resolve_source
     from edgesd.recipes.footprints import write_footprints
     from edgesd.recipes.planner import Wish, check_plan, plan_source
@@ -156,13 +164,14 @@ def build(
     target = get_target(target_name)
     backend = target.backends[0] if backend is None else backend
     check_request(target, precision, backend)
+    lowering = get_lowering(backend)
     one_file = out.suffix == SUFFIX
     check_new(out)
     check_writable(out)
     if quantization and precision not in ("fp32", "fp16"):
         check_writable((quantization.work or cache_folder()) / "work")
     if quantization and quantization.pool_attention:
-        _check_pooling(quantization, precision, backend)
+        _check_pooling(quantization, precision, lowering)
     source = resolve_source(str(demo_model()) if model == DEMO else model)
     tuned = None if prompter is None else read_prompter(prompter)
     if prompter and tuned:
@@ -181,7 +190,7 @@ def build(
             "free here"
         )
     plan = export_spec(source, size, scheduler, batch)
-    if backend == tensorrt.BACKEND and plan.pipeline.shape.dynamic:
+    if lowering.fixed_shapes and plan.pipeline.shape.dynamic:
         plan = export_spec(source, *fixed_shape(plan.pipeline))
     if precision in ("fp32", "fp16"):
         weights = sum(source.parameters(component) for component in source.family.weights)
@@ -194,23 +203,24 @@ def build(
     with private_folder(out) if one_file else atomic_dir(out) as root:
         if precision in ("fp32", "fp16"):
             graphs = export_pipeline(
-                source, plan, root, precision, backend=backend, progress=progress
+                source, plan, root, precision, lowering=lowering, progress=progress
             )
             writer.write(root, graphs)
         else:
             options = quantization or QuantOptions()
             work = options.work or cache_folder()
-            drawing = replace(writer, backend=onnxruntime.BACKEND)
+            drawing = replace(writer, backend=REFERENCE)
             reference = _reference(drawing, source, plan, work, progress)
             scheme = parse_scheme(precision)
             quantized = QuantizedBuild(
                 source, plan, reference, scheme, options, root, work, writer, progress
             )
             notes += quantized.run()
-        if backend == tensorrt.BACKEND:
-            if precision != "fp32":
-                notes += _keep_in_fp32(root, source, quantization, progress)
-            plans_pending = not _check_engines(root, target, progress)
+        if lowering.fp16_arithmetic and precision != "fp32":
+            notes += _keep_in_fp32(root, source, quantization, progress)
+        if lowering.checks_engines:
+            _check_engines(root, lowering, target, progress)
+        plans_pending = get_backend(backend).needs_plans and not _has_plans(root)
         write_footprints(root, plan)
         if prompter and tuned:
             _add_prompter(root, prompter, tuned)
@@ -228,11 +238,14 @@ def build(
     return Built(open_bundle(out), out, tuple(notes), reference, unfinished)
 
 
-def _check_pooling(options: QuantOptions, precision: Precision, backend: str) -> None:
+def _check_pooling(options: QuantOptions, precision: Precision, lowering: Lowering) -> None:
     """Raise UsageError where pooled attention can't be had, or nobody would see what it loses."""
+    from edgesd.export.backends import all_lowerings
+
     reason = None
-    if backend != onnxruntime.BACKEND:
-        reason = f"is for bundles of {onnxruntime.BACKEND}, and this one is for {backend}"
+    if not lowering.pools_attention:
+        pooling = " and ".join(each.name for each in all_lowerings() if each.pools_attention)
+        reason = f"is for bundles of {pooling}, and this one is for {lowering.name}"
     elif precision in ("fp32", "fp16"):
         reason = f"is for quantized bundles, and {precision} isn't one: choose w8a8 or another"
     elif options.quality_prompts == ():
@@ -251,10 +264,14 @@ class _Writer:
 
     def write(self, root: Path, graphs: GraphSet, quality: Quality | None = None) -> None:
         """Write the manifest of what is in `root` now."""
-        engines = {name: BACKENDS[self.backend](graph) for name, graph in graphs.graphs.items()}
-        if self.backend == tensorrt.BACKEND:
-            with atomic_write(root / tensorrt.SCRIPT) as file:
-                file.write(tensorrt.trtexec_script(engines).encode())
+        from edgesd.export.backends import get_lowering
+
+        engines = {
+            name: engine_from_graph(graph, self.backend) for name, graph in graphs.graphs.items()
+        }
+        for name, content in get_lowering(self.backend).files(engines).items():
+            with atomic_write(root / name) as file:
+                file.write(content)
         manifest = BundleManifest(
             schema_version=SCHEMA_VERSION,
             name=self.name,
@@ -315,28 +332,20 @@ def _keep_in_fp32(
     ]
 
 
-def _check_engines(root: Path, target: Target, progress: Progress) -> bool:
-    """Lint the graphs in `root`, build them by TensorRT-RTX where it is, and note what was done.
-
-    Returns whether the plans of all are there.
-    """
-    from edgesd.export.backends.tensorrt import check_engine
-
+def _check_engines(root: Path, lowering: Lowering, target: Target, progress: Progress) -> None:
+    """Check the engines of the bundle folder `root`, and keep what was found in its manifest."""
     manifest = open_bundle(root).manifest
-    sm = next((name for name in target.capabilities if name.startswith("sm_")), None)
     engines = {}
     for name, engine in manifest.engines.items():
         progress.line(f"{name}: compile")
-        found = check_engine(root, engine, sm)
-        engines[name] = msgspec.structs.replace(
-            engine,
-            checked=found.words,
-            built_for=found.built_for,
-            plan=tensorrt.plan_path(name) if found.built_for else None,
-        )
+        engines[name] = lowering.check_engine(root, engine, target)
     plans = [engine.plan for engine in engines.values() if engine.plan]
     update_manifest(root, msgspec.structs.replace(manifest, engines=engines), plans)
-    return all(engine.plan for engine in engines.values())
+
+
+def _has_plans(root: Path) -> bool:
+    """Whether each engine of the bundle folder `root` has a plan."""
+    return all(engine.plan for engine in open_bundle(root).manifest.engines.values())
 
 
 def _reference(

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import msgspec
 
-from edgesd.engines import onnxruntime
 from edgesd.engines.bundle import update_manifest
+from edgesd.export.backends import get_lowering
+from edgesd.export.backends.base import Lowering
 from edgesd.export.cost.arena import arena_bytes
 from edgesd.export.cost.costs import memory, part_bytes
 from edgesd.export.cost.cpu_lowering import lowered
@@ -28,13 +29,6 @@ from edgesd.spec.scheme import Precision, number_format, parse_scheme
 
 Shape = tuple[int, int, int]
 """Height, width and rows of a component's input; height and width in its own unit."""
-
-_ON_GPU = {
-    "fp32": 4.0,
-    **dict.fromkeys(("fp16", "w8a16", "w4a16"), 2.0),
-    **dict.fromkeys(("w8a8", "w4a8"), 1.1),
-}
-"""Bytes of a weight in a TensorRT plan, where codes of 16-bit activations may become fp16."""
 
 
 class Networks:
@@ -76,13 +70,13 @@ class Networks:
         choices: Mapping[Layer, LayerScheme],
         on_disk: int,
         own: bool,
-        gpu: bool = False,
+        lowering: Lowering,
         at: Iterable[Shape] = (),
     ) -> Footprint:
         """Of a component's graph. on_disk: bytes of its weights' file. own: for edgesd's own
-        kernels; gpu: for TensorRT. at: shapes that matter; () for all that a bundle may be run
-        at."""
-        shapes = set(at) or {*self._shapes(name)}
+        kernels. lowering: of the backend. at: shapes that matter; () for all that a bundle may be
+        run at."""
+        shapes, gpu = set(at) or {*self._shapes(name)}, lowering.weight_bytes
         if name == "text_encoder":
             shapes = {self.own_shape(name)}
         runs: dict[int, tuple[int, int]] = {}
@@ -90,14 +84,14 @@ class Networks:
             made = lowered(self.trace(name, shape), choices, own, own)
             takes = memory([made], choices, on_disk)
             touched = takes.activations, takes.workspace
-            if gpu:
+            if gpu is not None:
                 touched = arena_bytes([made]) // (1 if precision == "fp32" else 2), 0
             height, width, rows = shape
             units = 1 if name == "text_encoder" else height * width * rows
             runs[units] = max(runs.get(units, (0, 0)), touched)
         every = tuple((units, *runs[units]) for units in sorted(runs))
-        if gpu:
-            weights = int(_ON_GPU[number_format(precision)] * made.parameters)
+        if gpu is not None:
+            weights = int(gpu[number_format(precision)] * made.parameters)
             return Footprint(weights, 0, weights, 0, 0, every)
         in_file = 0 if precision == "fp16" else takes.in_file
         tiled = name == "vae_decoder" and any(max(shape) > TILE for shape in shapes)
@@ -203,12 +197,14 @@ def write_footprints(root: Path, plan: ExportSpec) -> None:
         workload = networks.trace(name, networks.own_shape(name))
         choices = choices_of(manifest, name, workload.layers)
         on_disk = manifest.files[f"{name}/weights.bin"].bytes
-        gpu = engine.backend != onnxruntime.BACKEND
+        lowering = get_lowering(engine.backend)
         split = engine.split
         for own, field in ((False, "footprint"), (True, "kernels_footprint")):
             if own and engine.kernels is None:
                 continue
-            found[field] = networks.footprint(name, engine.precision, choices, on_disk, own, gpu)
+            found[field] = networks.footprint(
+                name, engine.precision, choices, on_disk, own, lowering
+            )
             if split is not None:
                 head, tail = networks.split(choices, own)
                 split = msgspec.structs.replace(

@@ -15,8 +15,8 @@ import msgspec
 
 from edgesd.device.capabilities import in_gb
 from edgesd.device.targets import all_targets, check_request, get_target, usable_bytes
-from edgesd.engines import onnxruntime, tensorrt
 from edgesd.errors import TargetError
+from edgesd.export.backends import get_lowering
 from edgesd.export.cost.costs import NODE_FILE_BYTES, file_bytes
 from edgesd.export.cost.cpu_lowering import lowered
 from edgesd.export.cost.times import multiplications, seconds
@@ -32,7 +32,7 @@ from edgesd.runtime.backends import get_backend
 from edgesd.runtime.flow import flow_of
 from edgesd.runtime.footprint import Drawing, Need, computing, drawing_need, text_values
 from edgesd.runtime.kernels import computes
-from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
+from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.rates import Rates, Speed
 from edgesd.runtime.tiles import TILE, WINDOWS, margin_of, tail_shapes, tiles_of
 from edgesd.spec.base import Spec
@@ -183,8 +183,7 @@ class _Planner:
         self.wish = wish
         self.speed = None if wish.rates is None else Speed(wish.rates)
         self.usable = usable_bytes(target) if wish.max_memory is None else wish.max_memory
-        self.gpu = backend == tensorrt.BACKEND
-        self.modes: tuple[MemoryMode, ...] = MEMORY_MODES[:2] if self.gpu else MEMORY_MODES
+        self.lowering, self.modes = get_lowering(backend), get_backend(backend).memory_modes
         self._known: dict[tuple[int, int] | None, Networks] = {}
         self.networks = self._networks_of(None)
 
@@ -192,7 +191,7 @@ class _Planner:
         """Those of a bundle that generates `size` (width, height) alone; None: any."""
         if size not in self._known:
             batch = self.wish.batch
-            if size is not None and self.gpu and size != self.wish.size:
+            if size is not None and self.lowering.fixed_shapes and size != self.wish.size:
                 _, _, batch = fixed_shape(self._known[None].pipeline)
             plan: ExportSpec = export_spec(self.source, size, self.wish.scheduler, batch)
             self._known[size] = Networks(plan)
@@ -201,7 +200,7 @@ class _Planner:
     def _fix(self, size: tuple[int, int] | None) -> None:
         """Take the networks of what would be built for images of `size`."""
         shape = self._known[None].pipeline.shape
-        fixed = (self.wish.fixed and size is not None) or self.gpu
+        fixed = (self.wish.fixed and size is not None) or self.lowering.fixed_shapes
         self.networks = self._networks_of((size or (shape.width, shape.height)) if fixed else None)
 
     def plan(self, precision: Precision, size: tuple[int, int] | None) -> BuildPlan:
@@ -227,7 +226,9 @@ class _Planner:
             choices = self._choices(one, precision)
             on_disk = self._file_bytes(one, choices, precision)
             at = self._shapes(name, (tall, wide), guided)
-            made = self.networks.footprint(name, precision, choices, on_disk, own, self.gpu, at)
+            made = self.networks.footprint(
+                name, precision, choices, on_disk, own, self.lowering, at
+            )
             split = None
             if name == "vae_decoder" and spec.latent.levels and spec.shape.dynamic:
                 split = self.networks.split(choices, own, at)
@@ -365,7 +366,7 @@ class _Planner:
 
     def _own_kernels(self, precision: Precision) -> bool:
         """Whether edgesd's own kernels will run there: by runtime.kernels."""
-        if self.backend != onnxruntime.BACKEND or number_format(precision) not in ("w8a8", "w4a8"):
+        if not self.lowering.own_kernels or number_format(precision) not in ("w8a8", "w4a8"):
             return False
         if self.wish.rates is not None:
             isa = self.wish.rates.instruction_set or ""

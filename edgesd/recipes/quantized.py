@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from edgesd.engines import onnxruntime
 from edgesd.engines.kernels import ensure_library
 from edgesd.errors import ParityError, QualityError, UsageError
 from edgesd.evaluate import quality as quality_
 from edgesd.evaluate.perceptual import open_perceptual
-from edgesd.export.backends import needs_static_ranges
+from edgesd.export.backends import get_lowering
+from edgesd.export.backends.base import Lowering
 from edgesd.export.calibrate import CalibrationPlan, calibrate, calibration_key
 from edgesd.export.families import ExportSpec
 from edgesd.export.quantize.assign import planned
@@ -103,7 +103,8 @@ class QuantizedBuild:
         self.progress = progress
         self.comparison = _comparison(source, reference, options, work, progress)
         self.assets = _copy_assets(reference, root)
-        self.store = _store(source, plan, reference, options, work, writer.backend, progress)
+        self.lowering = get_lowering(writer.backend)
+        self.store = _store(source, plan, reference, options, work, self.lowering, progress)
         layers = planned(self.store.layers, scheme)
         measure = (
             _no_images
@@ -136,9 +137,7 @@ class QuantizedBuild:
     def _form(self) -> GraphForm:
         """The graphs that are tried first. Attention in 8 bits stays where images show that it
         may."""
-        own = self.writer.backend == onnxruntime.BACKEND and (
-            ensure_library(self.progress) is not None
-        )
+        own = self.lowering.own_kernels and (ensure_library(self.progress) is not None)
         return GraphForm(kernels=own, attention=own and self.comparison is not None)
 
     def _reach_floor(
@@ -311,7 +310,7 @@ def _store(
     reference: Bundle,
     options: QuantOptions,
     work: Path,
-    backend: str,
+    lowering: Lowering,
     progress: Progress,
 ) -> LayerStore:
     """Calibrated layers of the source's graphs."""
@@ -325,8 +324,8 @@ def _store(
     )
 
     calibration = calibrate(plan, list(nodes), how, tokenizer, folder, progress)
-    method = Method(options.method, options.static or needs_static_ranges(backend))
-    return LayerStore(reference.path, nodes, calibration, method, work, backend)
+    method = Method(options.method, options.static or lowering.static_ranges)
+    return LayerStore(reference.path, nodes, calibration, method, work, lowering)
 
 
 def _calibration(source: ModelSource, plan: ExportSpec, options: QuantOptions) -> CalibrationPlan:

@@ -23,6 +23,7 @@ from edgesd.progress import SILENT, Progress, count_bytes
 from edgesd.remote import board as boards
 from edgesd.remote.board import Board, Item
 from edgesd.remote.wheels import BOARD_PACKAGES, cached_wheels, fitting_wheels
+from edgesd.runtime.backends import get_backend
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SIGNATURE, Bundle
 from edgesd.spec.base import Spec
 
@@ -221,9 +222,7 @@ async def _runtime(
     board: Board, bundle: Bundle, here: _Here, wheels: Path | None, progress: Progress
 ) -> tuple[int, int]:
     """Install the runtime that `bundle` needs, unless it is there; bytes sent and bytes written."""
-    extra = []
-    if bundle.manifest.backend == "tensorrt":
-        extra.append("cuda-bindings<13")
+    extra = list(get_backend(bundle.manifest.backend).board_packages)
     if bundle.manifest.prompter:
         extra.append("xllamacpp")
     if wheels is not None:

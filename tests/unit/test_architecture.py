@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from edgesd.runtime.backends import backend_names
+
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "peft", "safetensors")
 
@@ -43,22 +45,8 @@ _STILL_NAME_NETWORKS = {
 }
 """These files do so today; the list may only become shorter."""
 
-BACKENDS = {"onnxruntime", "tensorrt"}
-BACKEND_CONSTANTS = {"BACKEND", "ONNXRUNTIME", "TENSORRT"}
-KNOW_BACKENDS = ("edgesd/runtime/backends", "edgesd/export/backends", "edgesd/engines")
-_STILL_COMPARE_BACKENDS = {
-    "edgesd/cli/build.py",
-    "edgesd/export/pipeline.py",
-    "edgesd/export/quantize/store.py",
-    "edgesd/recipes/__init__.py",
-    "edgesd/recipes/footprints.py",
-    "edgesd/recipes/planner.py",
-    "edgesd/recipes/quantized.py",
-    "edgesd/remote/deploy.py",
-    "edgesd/runtime/fitting.py",
-    "edgesd/runtime/pipeline.py",
-}
-"""These files do so today; the list may only become shorter."""
+BACKENDS = set(backend_names())
+KNOW_BACKENDS = ("edgesd/runtime/backends", "edgesd/export/backends")
 
 LIGHT = (
     "edgesd/runtime/noise.py",
@@ -96,17 +84,40 @@ def strings(tree: ast.Module) -> Iterator[ast.Constant]:
             yield node
 
 
-def names_backend(node: ast.expr) -> bool:
-    """Whether an operand of a comparison is a backend's name, or a collection that has one."""
-    if isinstance(node, ast.Constant):
-        return node.value in BACKENDS
-    if isinstance(node, ast.Attribute):
-        return node.attr in BACKEND_CONSTANTS
-    if isinstance(node, ast.Name):
-        return node.id in BACKEND_CONSTANTS
-    if isinstance(node, ast.Tuple | ast.List | ast.Set):
-        return any(names_backend(one) for one in node.elts)
-    return False
+def constants(tree: ast.Module) -> set[str]:
+    """Constants of a module that are a backend's name."""
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if node.value.value in BACKENDS:
+                found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def backend_comparisons(tree: ast.AST, known: set[str]) -> Iterator[int]:
+    """Lines that compare with a backend's name, match one, or look one up. known: constants that
+    are one, see `constants`."""
+
+    def names(node: ast.AST | None) -> bool:
+        if isinstance(node, ast.Constant):
+            return node.value in BACKENDS
+        if isinstance(node, ast.Name | ast.Attribute):
+            return (node.id if isinstance(node, ast.Name) else node.attr) in known
+        if isinstance(node, ast.Tuple | ast.List | ast.Set):
+            return any(names(one) for one in node.elts)
+        return False
+
+    for node in ast.walk(tree):
+        sides: list[ast.AST | None] = []
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+        elif isinstance(node, ast.Dict):
+            sides = [*node.keys]
+        elif isinstance(node, ast.MatchValue):
+            sides = [node.value]
+        if any(names(side) for side in sides):
+            yield next(side.lineno for side in sides if isinstance(side, ast.expr))
 
 
 @pytest.mark.parametrize(
@@ -185,16 +196,30 @@ def test_components_and_their_tensors_are_named_in_families_and_flow_alone() -> 
 
 
 def test_no_backend_s_name_is_compared_with_outside_the_backends() -> None:
+    known = set().union(*(constants(tree) for _, tree in trees(())))
+    assert "REFERENCE" in known
     compared = {
-        f"{name}:{node.lineno}"
+        f"{name}:{line}"
         for name, tree in trees(KNOW_BACKENDS)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Compare)
-        and any(isinstance(op, ast.Eq | ast.NotEq | ast.In | ast.NotIn) for op in node.ops)
-        and any(names_backend(side) for side in (node.left, *node.comparators))
-        and name not in _STILL_COMPARE_BACKENDS
+        for line in backend_comparisons(tree, known)
     }
     assert not compared
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'gpu = engine.backend == "tensorrt"',
+        'if "onnxruntime" != backend: pass',
+        'if backend in ("tensorrt", "other"): pass',
+        "gpu = backend != tensorrt.BACKEND",
+        "gpu = backend == BACKEND",
+        'build = {"tensorrt": make_plan}[backend]',
+        "match backend:\n    case 'tensorrt': pass",
+    ],
+)
+def test_a_comparison_with_a_backend_s_name_is_seen(code: str) -> None:
+    assert list(backend_comparisons(ast.parse(code), {"BACKEND"}))
 
 
 def test_the_unit_tests_mirror_the_packages() -> None:

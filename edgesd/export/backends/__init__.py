@@ -1,83 +1,37 @@
-"""What an exported graph goes through for each backend: which passes, in which order.
+"""What an exported graph goes through for each backend: a file per backend, found by its name.
 
-onnxruntime: fused attention stays, fp16 is storage, layers become the CPU's own kernels.
-tensorrt: standard operators, every type in the graph (fp16 is arithmetic), symmetric Q/DQ.
+The module NAME in this folder has the backend's `LOWERING`; what runs its graphs is the module
+NAME in edgesd/runtime/backends.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Mapping
+import importlib
+import pkgutil
 
-import numpy as np
-import numpy.typing as npt
-import onnx_ir as ir
+from edgesd.errors import UsageError, unknown_name
+from edgesd.export.backends.base import Lowering
 
-from edgesd.export.passes.fp16_compute import Fp16Compute
-from edgesd.export.passes.fp16_weights import Fp16Weights
-from edgesd.export.passes.own_kernels import PARTS, OwnKernels, has_kernels
-from edgesd.export.passes.quantized_ort import QuantizedOrt
-from edgesd.export.passes.quantized_qdq import QuantizedQdq
-from edgesd.export.passes.standard_attention import StandardAttention
-from edgesd.export.quantize.layers import QuantizedLayer
-from edgesd.spec.scheme import Precision
-
-ONNXRUNTIME, TENSORRT = "onnxruntime", "tensorrt"
-
-_log = logging.getLogger(__name__)
+REFERENCE = "onnxruntime"
+"""The backend that runs on every machine: what others are compared with, and calibrated by."""
 
 
-def lower(model: ir.Model, precision: Precision, backend: str) -> None:
-    """Rewrite an exported graph in place as `backend` takes it, in fp32 or fp16.
-
-    Raises EdgesdError when the backend has no such graph.
-    """
-    if backend == TENSORRT:
-        StandardAttention()(model)
-        if precision == "fp16":
-            Fp16Compute()(model)
-    elif precision == "fp16":
-        stored = Fp16Weights()
-        stored(model)
-        for name in stored.kept:
-            _log.warning("%s: %s exceeds fp16 and stays in fp32", model.graph.name, name)
+def get_lowering(name: str) -> Lowering:
+    """The lowering of the backend called `name`. Raises UsageError when there is none."""
+    if name in _module_names() and (found := _lowering(name)):
+        return found
+    raise UsageError(unknown_name("backend", name, [each.name for each in all_lowerings()]))
 
 
-def lower_quantized(
-    model: ir.Model,
-    layers: Mapping[str, QuantizedLayer],
-    fp16_weights: Collection[str],
-    timesteps: npt.NDArray[np.float32] | None,
-    backend: str,
-) -> None:
-    """The same with `layers` (by node name) quantized. fp16_weights: names of those in fp16.
-
-    timesteps [T]: those that static ranges were recorded at; None where there are none.
-    """
-    if backend == TENSORRT:
-        lower(model, "fp16", backend)
-        QuantizedQdq(layers)(model)
-    else:
-        Fp16Weights(only=fp16_weights)(model)
-        QuantizedOrt(layers, timesteps)(model)
+def all_lowerings() -> list[Lowering]:
+    """Those of all backends, by name."""
+    return [found for name in _module_names() if (found := _lowering(name))]
 
 
-def lower_to_kernels(
-    model: ir.Model,
-    layers: Mapping[str, QuantizedLayer],
-    fp16_weights: Collection[str],
-    timesteps: npt.NDArray[np.float32] | None,
-    parts: Collection[str] = PARTS,
-) -> bool:
-    """The same for edgesd's own kernels on CPUs; False where none of them has anything to do.
-
-    parts: see OwnKernels.
-    """
-    Fp16Weights(only=fp16_weights)(model)
-    OwnKernels(layers, timesteps, parts)(model)
-    return has_kernels(model)
+def _module_names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def needs_static_ranges(backend: str) -> bool:
-    """Whether 8-bit activations must have ranges recorded in calibration."""
-    return backend == TENSORRT
+def _lowering(name: str) -> Lowering | None:
+    found = getattr(importlib.import_module(f"{__name__}.{name}"), "LOWERING", None)
+    return found if isinstance(found, Lowering) else None

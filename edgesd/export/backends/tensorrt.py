@@ -1,52 +1,134 @@
-"""Checks of TensorRT's graphs before they are shipped: a lint, and a build by TensorRT-RTX."""
+"""Graphs for TensorRT: standard operators, every type in the graph (fp16 is arithmetic), symmetric
+Q/DQ. They are checked before they are shipped: by a lint, and a build by TensorRT-RTX."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import shlex
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar
 
-from edgesd.engines.tensorrt import CHECK_MODULE, CHECK_SM, BuildSpec, build_plan, plan_path
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from edgesd.engines.tensorrt import (
+    PLAN_SUFFIX,
+    BuildSpec,
+    build_plan,
+    plan_path,
+)
 from edgesd.errors import ResourceError
+from edgesd.export.backends.base import Lowering
 from edgesd.export.backends.tensorrt_lint import check_graph
+from edgesd.export.passes.fp16_compute import Fp16Compute
+from edgesd.export.passes.quantized_qdq import QuantizedQdq
+from edgesd.export.passes.standard_attention import StandardAttention
+from edgesd.export.quantize.layers import QuantizedLayer
 from edgesd.files import private_folder
-from edgesd.spec.bundle import Engine, Environment
+from edgesd.runtime.backends.tensorrt import BACKEND
+from edgesd.spec.bundle import Engine
+from edgesd.spec.scheme import Precision
+from edgesd.spec.target import Target
+
+SCRIPT = "trtexec.sh"
+"""File of a bundle: command lines of NVIDIA's tool that build the same plans."""
+
+CHECK_SM = {"sm_87": "sm_86", "sm_110": "sm_120"}
+"""A board's GPU -> the nearest one that TensorRT-RTX builds for: of one generation."""
+CHECK_MODULE = "tensorrt_rtx"
+
+_LINTED = "passed edgesd's lint"
+_MIB = 1 << 20
 
 _log = logging.getLogger(__name__)
 
 
-class Checked(NamedTuple):
-    """What `check_engine` found. words: for an engine's `checked`. built_for: where the plan that
-    was kept runs; None if none was."""
+class TensorRtLowering(Lowering):
+    """See the module. A plan of fixed shapes needs least memory, to be built and to run."""
 
-    words: str
-    built_for: Environment | None = None
+    name = BACKEND.name
+    fixed_shapes = True
+    static_ranges = True
+    fp16_arithmetic = True
+    checks_engines = True
+    # Codes of 16-bit activations may become fp16 in a plan.
+    weight_bytes: ClassVar[Mapping[str, float] | None] = {
+        "fp32": 4.0,
+        **dict.fromkeys(("fp16", "w8a16", "w4a16"), 2.0),
+        **dict.fromkeys(("w8a8", "w4a8"), 1.1),
+    }
+
+    def lower(self, model: ir.Model, precision: Precision) -> None:
+        """See Lowering."""
+        StandardAttention()(model)
+        if precision == "fp16":
+            Fp16Compute()(model)
+
+    def lower_quantized(
+        self,
+        model: ir.Model,
+        layers: Mapping[str, QuantizedLayer],
+        fp16_weights: Collection[str],
+        timesteps: npt.NDArray[np.float32] | None,
+    ) -> None:
+        """See Lowering. All that isn't quantized is in fp16, and ranges are of all timesteps."""
+        self.lower(model, "fp16")
+        QuantizedQdq(layers)(model)
+
+    def files(self, engines: Mapping[str, Engine]) -> dict[str, bytes]:
+        """See Lowering. A shell script, for the bundle's folder, that builds all plans."""
+        lines = ["#!/bin/sh", "# The same plans by NVIDIA's tool, on the board.", "set -e"]
+        lines += [
+            trtexec(BuildSpec(name), engine.path, f"{name}{PLAN_SUFFIX}")
+            for name, engine in engines.items()
+        ]
+        return {SCRIPT: ("\n".join(lines) + "\n").encode()}
+
+    def check_engine(self, root: Path, engine: Engine, target: Target) -> Engine:
+        """See Lowering. Where TensorRT-RTX is installed, the graph is built for the target's GPU,
+        and the plan kept, or for a GPU like it, which is a check and no more."""
+        graph, component = root / engine.path, engine.component
+        check_graph(graph, component)
+        linted = msgspec.structs.replace(engine, checked=_LINTED)
+        sm = next((name for name in target.capabilities if name.startswith("sm_")), None)
+        if sm is None or importlib.util.find_spec(CHECK_MODULE) is None:
+            return linted
+        near = CHECK_SM.get(sm, sm)
+        with private_folder(graph.parent) as temporary:
+            spec = BuildSpec(component, CHECK_MODULE, near)
+            try:
+                report = build_plan(graph, spec, temporary / "plan")
+            except ResourceError as exc:  # this machine's fault, not the graph's
+                _log.warning("%s", exc)
+                return linted
+            words = f"built for {near} by {CHECK_MODULE} {report.environment.version}"
+            if near != sm:
+                return msgspec.structs.replace(engine, checked=words)
+            kept = root / plan_path(component)
+            kept.parent.mkdir(exist_ok=True)
+            (temporary / "plan").replace(kept)
+        return msgspec.structs.replace(
+            engine, checked=words, built_for=report.environment, plan=plan_path(component)
+        )
 
 
-def check_engine(root: Path, engine: Engine, sm: str | None) -> Checked:
-    """Lint a graph and, where TensorRT-RTX is installed, build it for `sm` or a GPU like it.
+def trtexec(spec: BuildSpec, graph: str, plan: str) -> str:
+    """The command line of NVIDIA's tool that builds the same plan."""
+    return shlex.join(
+        [
+            "trtexec",
+            f"--onnx={graph}",
+            f"--saveEngine={plan}",
+            "--stronglyTyped",
+            f"--memPoolSize=workspace:{spec.workspace_bytes // _MIB}M",
+            f"--builderOptimizationLevel={spec.optimization_level}",
+            "--skipInference",
+        ]
+    )
 
-    root: the bundle's folder. A plan for `sm` itself is kept, as `plan_path`; one for a GPU like it
-    is a check, no more. Raises EdgesdError, naming the node, when either refuses the graph.
-    """
-    graph, component = root / engine.path, engine.component
-    check_graph(graph, component)
-    only_linted = Checked("passed edgesd's lint")
-    if sm is None or importlib.util.find_spec(CHECK_MODULE) is None:
-        return only_linted
-    near = CHECK_SM.get(sm, sm)
-    with private_folder(graph.parent) as temporary:
-        spec = BuildSpec(component, CHECK_MODULE, near)
-        try:
-            report = build_plan(graph, spec, temporary / "plan")
-        except ResourceError as exc:  # this machine's fault, not the graph's
-            _log.warning("%s", exc)
-            return only_linted
-        words = f"built for {near} by {CHECK_MODULE} {report.environment.version}"
-        if near != sm:
-            return Checked(words)
-        kept = root / plan_path(component)
-        kept.parent.mkdir(exist_ok=True)
-        (temporary / "plan").replace(kept)
-    return Checked(words, report.environment)
+
+LOWERING = TensorRtLowering()

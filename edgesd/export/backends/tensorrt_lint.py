@@ -6,7 +6,7 @@ words for the same graphs), or one that NVIDIA documents for a version that can'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +52,6 @@ class Finding(NamedTuple):
 class _Graph(NamedTuple):
     model: ir.Model
     types: dict[str, ir.DataType]
-    profiles: Collection[str]
 
     def type_of(self, value: ir.Value | None) -> ir.DataType | None:
         if value is None:
@@ -65,11 +64,10 @@ class _Graph(NamedTuple):
 Rule = Callable[[_Graph, ir.Node], Iterator[str]]
 
 
-def lint(graph: Path, profiles: Collection[str] = ()) -> list[Finding]:
+def lint(graph: Path) -> list[Finding]:
     """What TensorRT would refuse of the ONNX file `graph`; weights beside it are read.
 
-    profiles: names of the inputs that a profile gives shapes for. Raises EdgesdError when the file
-    can't be read.
+    Raises EdgesdError when the file can't be read.
     """
     try:
         proto = onnx.shape_inference.infer_shapes(onnx.load(graph, load_external_data=False))
@@ -80,7 +78,7 @@ def lint(graph: Path, profiles: Collection[str] = ()) -> list[Finding]:
         info.name: ir.DataType(info.type.tensor_type.elem_type)
         for info in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)
     }
-    view = _Graph(model, types, profiles)
+    view = _Graph(model, types)
     found = [Finding("shapes", name, words) for name, words in _open_shapes(view)]
     for node in model.graph:
         name = node.name or f"{node.op_type} of {node.outputs[0].name}"
@@ -89,9 +87,9 @@ def lint(graph: Path, profiles: Collection[str] = ()) -> list[Finding]:
     return found
 
 
-def check_graph(graph: Path, component: str, profiles: Collection[str] = ()) -> None:
+def check_graph(graph: Path, component: str) -> None:
     """Raise EdgesdError, which names the nodes, for a graph that TensorRT would refuse."""
-    found = lint(graph, profiles)
+    found = lint(graph)
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         listed = "; ".join(map(str, found[:3]))
@@ -101,8 +99,8 @@ def check_graph(graph: Path, component: str, profiles: Collection[str] = ()) -> 
 def _open_shapes(view: _Graph) -> Iterator[tuple[str, str]]:
     for value in view.model.graph.inputs:
         fixed = value.shape is not None and all(isinstance(dim, int) for dim in value.shape)
-        if not fixed and value.name not in view.profiles:
-            yield value.name or "", "has no fixed shape, and no profile gives one: fix the size"
+        if not fixed:
+            yield value.name or "", "has no fixed shape: fix the size"
 
 
 def _standard(view: _Graph, node: ir.Node) -> Iterator[str]:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 
 from edgesd.errors import EdgesdError
-from edgesd.export.backends import ONNXRUNTIME, lower_quantized, lower_to_kernels
+from edgesd.export.backends.base import Lowering
 from edgesd.export.calibrate import Calibration
 from edgesd.export.external_data import (
     GRAPH_FILE,
@@ -75,8 +75,8 @@ class Summary:
 class LayerStore:
     """Quantizes layers of the fp32 graphs below `graphs`, each once; `folder` keeps them.
 
-    nodes: see `find_nodes`. backend: whose graphs are made. What is in `folder` from an interrupted
-    run is taken as it is: its name says what it depends on.
+    nodes: see `find_nodes`. lowering: of the backend whose graphs are made. What is in `folder`
+    from an interrupted run is taken as it is: its name says what it depends on.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class LayerStore:
         calibration: Calibration,
         method: Method,
         folder: Path,
-        backend: str = ONNXRUNTIME,
+        lowering: Lowering,
     ) -> None:
         self.graphs, self.calibration, self.method = graphs, calibration, method
-        self.backend = backend
+        self.lowering = lowering
         self.layers = list(nodes)
         self._nodes = nodes
         self._summaries: dict[tuple[Layer, Scheme], Summary] = {}
@@ -181,7 +181,7 @@ class LayerStore:
         if form.pooled:
             PooledAttention()(model)
         yield model
-        if component == COMPONENT and self.backend == ONNXRUNTIME:
+        if component == COMPONENT and self.lowering.splits_decoder:
             yield from split_decoder(_load(self.graphs, component)) or ()
 
     def _lower(
@@ -199,9 +199,9 @@ class LayerStore:
         timesteps = self.timesteps(component)
         used = True
         if parts is None:
-            lower_quantized(model, layers, fp16_weights, timesteps, self.backend)
+            self.lowering.lower_quantized(model, layers, fp16_weights, timesteps)
         else:
-            used = lower_to_kernels(model, layers, fp16_weights, timesteps, parts)
+            used = self.lowering.lower_to_kernels(model, layers, fp16_weights, timesteps, parts)
         NoShapes()(model)
         return used
 

@@ -17,7 +17,7 @@ import onnx_ir as ir  # noqa: E402
 import onnxruntime  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from edgesd.export.backends import lower_quantized, lower_to_kernels  # noqa: E402
+from edgesd.export.backends.onnxruntime import LOWERING  # noqa: E402
 from edgesd.export.external_data import write_model  # noqa: E402
 from edgesd.export.families import Component  # noqa: E402
 from edgesd.export.families.parts.unet import Unet  # noqa: E402
@@ -234,11 +234,11 @@ def test_quantized_layers_are_found_behind_the_means(
     layers = rounded(model, scheme, tmp_path)
     assert PooledAttention()(model)
     if own:
-        assert lower_to_kernels(model, layers, set(), None)
+        assert LOWERING.lower_to_kernels(model, layers, set(), None)
         values = [n for n in model.graph if "to_v" in (n.name or "") and n.op_type == "QuantLinear"]
         assert len(values) == 2 * (len(TOP) + len(LOWER))
     else:
-        lower_quantized(model, layers, set(), None, "onnxruntime")
+        LOWERING.lower_quantized(model, layers, set(), None)
     assert off(answer(model, tmp_path, given, own_kernels if own else None), wanted) < 0.03
 
 

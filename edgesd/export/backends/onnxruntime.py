@@ -1,0 +1,66 @@
+"""Graphs for ONNX Runtime on CPUs: fused attention stays, fp16 is storage, and layers become the
+CPU's own kernels, or edgesd's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from edgesd.export.backends.base import Lowering
+from edgesd.export.passes.fp16_weights import Fp16Weights
+from edgesd.export.passes.own_kernels import PARTS, OwnKernels, has_kernels
+from edgesd.export.passes.quantized_ort import QuantizedOrt
+from edgesd.export.quantize.layers import QuantizedLayer
+from edgesd.runtime.backends.onnxruntime import BACKEND
+from edgesd.spec.scheme import Precision
+
+_log = logging.getLogger(__name__)
+
+
+class OnnxRuntimeLowering(Lowering):
+    """See the module."""
+
+    name = BACKEND.name
+    splits_decoder = True
+    own_kernels = True
+    pools_attention = True
+
+    def lower(self, model: ir.Model, precision: Precision) -> None:
+        """See Lowering."""
+        if precision != "fp16":
+            return
+        stored = Fp16Weights()
+        stored(model)
+        for name in stored.kept:
+            _log.warning("%s: %s exceeds fp16 and stays in fp32", model.graph.name, name)
+
+    def lower_quantized(
+        self,
+        model: ir.Model,
+        layers: Mapping[str, QuantizedLayer],
+        fp16_weights: Collection[str],
+        timesteps: npt.NDArray[np.float32] | None,
+    ) -> None:
+        """See Lowering."""
+        Fp16Weights(only=fp16_weights)(model)
+        QuantizedOrt(layers, timesteps)(model)
+
+    def lower_to_kernels(
+        self,
+        model: ir.Model,
+        layers: Mapping[str, QuantizedLayer],
+        fp16_weights: Collection[str],
+        timesteps: npt.NDArray[np.float32] | None,
+        parts: Collection[str] = PARTS,
+    ) -> bool:
+        """See Lowering."""
+        Fp16Weights(only=fp16_weights)(model)
+        OwnKernels(layers, timesteps, parts)(model)
+        return has_kernels(model)
+
+
+LOWERING = OnnxRuntimeLowering()
