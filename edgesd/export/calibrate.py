@@ -2,7 +2,7 @@
 
 Components run in the order of the pipeline, each on what the one before made: text encoder,
 denoiser (`runtime/denoise.py` with a torch-backed runner, one step of the schedule after the
-other), decoder, encoder. One component is in memory at a time. Statistics are streamed: with more
+other), decoder. One component is in memory at a time. Statistics are streamed: with more
 prompts only the outputs grow (latents, images). The state is written now and then, so that a
 run that was interrupted goes on from there and ends with the same bytes.
 """
@@ -197,7 +197,7 @@ def calibrate(
         progress,
     )
     latents = _run_unet(folder, by_name["unet"], plan, layers, how, embeddings, progress)
-    images = _run_stage(
+    _run_stage(
         folder,
         by_name["vae_decoder"],
         layers,
@@ -205,15 +205,6 @@ def calibrate(
         _labels(len(latents)),
         progress,
     )
-    if "vae_encoder" in by_name:
-        _run_stage(
-            folder,
-            by_name["vae_encoder"],
-            layers,
-            [{"image": np.clip(row[None], -1, 1)} for row in images],
-            _labels(len(images)),
-            progress,
-        )
     return done
 
 

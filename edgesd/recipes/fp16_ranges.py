@@ -1,4 +1,4 @@
-"""What of a graph that computes in fp16 must stay in fp32, found by drawing an image with it.
+"""What of a graph that computes in fp16 must stay in fp32, found by generating an image with it.
 
 On a CPU, ONNX Runtime computes these graphs in fp32, and an overflow on the GPU wouldn't show in
 its images. So the largest magnitude of every fp16 value is recorded while the pipeline's own loop
@@ -7,7 +7,6 @@ generates; where one comes near fp16's end, what makes and reads it is kept in f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from edgesd.export.external_data import write_model
 from edgesd.export.passes.fp16_weights import MAX_FP16
 from edgesd.export.passes.fp32_region import Fp32Region
 from edgesd.export.passes.record_largest import LARGEST, RecordLargest
-from edgesd.runtime.backends.base import Runner, run_once
+from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import Bundle, GraphFile, open_bundle
 from edgesd.runtime.pipeline import Pipeline, Settings
@@ -64,7 +63,7 @@ def keep_in_fp32(root: Path, prompt: str) -> Largest:
 
 
 def record(bundle: Bundle, prompt: str) -> Largest:
-    """Largest magnitudes of all fp16 values while `prompt` is generated, and its image encoded."""
+    """Largest magnitudes of all fp16 values while an image of `prompt` is generated."""
     largest: Largest = {}
 
     def recorder(component: str) -> Runner:
@@ -78,18 +77,8 @@ def record(bundle: Bundle, prompt: str) -> Largest:
         steps = min(STEPS, request.num_inference_steps)
         request = replace(request, num_inference_steps=steps)
         requests = [replace(request, seed=seed) for seed in range(pipeline.images_per_run(request))]
-        images = pipeline.generate(requests)
-        if "vae_encoder" in bundle.manifest.engines:
-            _encode(recorder("vae_encoder"), images)
+        pipeline.generate(requests)
     return largest
-
-
-def _encode(encoder: Runner, images: Sequence[object]) -> None:
-    """Images through the encoder, one after the other."""
-    with encoder:
-        for image in images:
-            pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
-            run_once(encoder, {"image": pixels})
 
 
 def _recorder(spec: ComponentSpec, graph: GraphFile, kept: dict[str, float]) -> Runner:

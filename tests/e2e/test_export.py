@@ -96,7 +96,7 @@ def export_one(component: Component, root: Path, lowering: Any) -> Counter[str]:
 class TestEmbeddedModel:
     def test_graph_set(self, emoji: tuple[GraphSet, list[str]]) -> None:
         graphs, lines = emoji
-        assert set(graphs.graphs) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+        assert set(graphs.graphs) == {"text_encoder", "unet", "vae_decoder"}
         for graph in graphs.graphs.values():
             assert graph.parity.rel_rms < 1e-5
         of_unet = [line for line in lines if line.startswith("unet: ")]
@@ -120,7 +120,7 @@ class TestEmbeddedModel:
         assert ops(root, "unet")["MultiHeadAttention"] == 14
         assert ops(root, "unet")["Softmax"] == 0
 
-    @pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
+    @pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_decoder"])
     def test_graphs_are_as_the_spec_says(
         self, emoji: tuple[GraphSet, list[str]], component: str
     ) -> None:
@@ -179,7 +179,6 @@ def test_sd2_like_with_kl_autoencoder_in_fp16(tmp_path: Path) -> None:
     assert (shape.width, shape.height, shape.dynamic, shape.multiple_of) == (16, 32, False, 4)
     assert ops(tmp_path / "out", "vae_decoder")["MultiHeadAttention"] == 1
     assert ops(tmp_path / "out", "unet")["Cast"] > 10
-    assert [t.name for t in graphs.pipeline.components["vae_encoder"].outputs] == ["mean", "std"]
     spec = json.loads((tmp_path / "out" / "tokenizer" / "tokenizer_spec.json").read_text())
     assert spec["pad_id"] != spec["eos_id"]
 

@@ -84,7 +84,6 @@ def export_spec(
         clip.text_encoder(source, _TEXT_ENCODER, text_config, tokens, shape),
         unet.unet(source, _UNET, unet_config, states, shape, latent),
         vae.vae_decoder(source, "vae_decoder", latent, shape),
-        vae.vae_encoder(source, "vae_encoder", latent, shape),
     )
     config = scheduler_config(own.scheduler)
     hints = source.hints()

@@ -46,14 +46,21 @@ def test_replaced_attention_computes_the_same(name: str, attentions: int, loweri
 def test_decoder_and_encoder_are_the_pipelines_own() -> None:
     from diffusers import AutoencoderTiny
 
+    from edgesd.export.families.parts.vae import vae_decoder, vae_encoder
+
     net = AutoencoderTiny.from_pretrained(EMOJI / "vae").float()
-    part = component(EMOJI, "vae_decoder")
+    source = resolve_source(EMOJI)
+    spec = source.family.export_spec(source, None, None, 1)
+    part, encoder = (
+        make(source, "part", spec.pipeline.latent, spec.pipeline.shape)
+        for make in (vae_decoder, vae_encoder)
+    )
     latents = torch.from_numpy(example_inputs(part, part.sizes[0], seed=1)["latents"])
     with torch.inference_mode():
         wanted = net.decode(latents / net.config.scaling_factor).sample
         torch.testing.assert_close(part.load()(latents), wanted)
         encoded = net.encode(wanted).latents * net.config.scaling_factor
-        torch.testing.assert_close(component(EMOJI, "vae_encoder").load()(wanted), encoded)
+        torch.testing.assert_close(encoder.load()(wanted), encoded)
 
 
 def test_kl_autoencoder(tmp_path: Path) -> None:
