@@ -454,13 +454,10 @@ def show_each(results: Mapping[str, _T | EdgesdError], show: Callable[[str, _T],
 
 
 def plans_of(bundle: Bundle, reporter: Reporter) -> Plans:
-    """The plans that drawing with `bundle` takes, where it is one for TensorRT; built when first
-    needed."""
+    """The plans that `bundle` needs, where its backend has some; built when first needed."""
     from edgesd.engines.plans import Plans, plans_folder
-    from edgesd.runtime.flow import flow_of
 
-    components = flow_of(bundle.manifest.pipeline).components
-    return Plans(bundle, plans_folder(), reporter, components)
+    return Plans(bundle, plans_folder(), reporter)
 
 
 def fail(error: BaseException, debug: bool) -> int:

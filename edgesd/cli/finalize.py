@@ -88,9 +88,9 @@ def finalize_command(
 
 def _check(as_json: bool) -> None:
     from edgesd.device.detect import detect_machine, explain_machine
-    from edgesd.engines.plans import Here, environment_here
+    from edgesd.engines.plans import FinalizeCheck, plan_environment
 
-    here = Here(detect_machine(), environment_here())
+    here = FinalizeCheck(detect_machine(), plan_environment())
     if as_json:
         print_json(here)
     else:

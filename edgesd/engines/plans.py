@@ -1,8 +1,8 @@
 """Plans of a bundle on the machine that runs it: built once, kept in a folder, found again.
 
 A plan belongs to this GPU, this TensorRT and this JetPack: its name hashes all of them with the
-graph. Beside it lies what its build came to, with its checksum. A bundle may bring plans, too; they
-are used where they were built for exactly what is here.
+graph. Beside it lies the report of its build, with its checksum. A bundle may include plans, too;
+they are used on machines of exactly the environment that they were built for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +42,8 @@ from edgesd.runtime.backends import backend_names, get_backend
 from edgesd.runtime.backends.base import LoadedPlan
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.cuda import Gpu, find_gpu
+from edgesd.runtime.flow import flow_of
+from edgesd.runtime.networks import check_networks
 from edgesd.runtime.signature import check_trusted
 from edgesd.spec.base import Spec, decode_json
 from edgesd.spec.bundle import Environment
@@ -53,11 +54,9 @@ _WORKSPACE_PART = 4
 
 _log = logging.getLogger(__name__)
 
-"""Told of a component, a phase of its build, steps done, and of how many."""
 
-
-class Plan(Spec, frozen=True):
-    """A plan in the folder. sha256: of its file; report: what its build came to."""
+class CachedPlan(Spec, frozen=True):
+    """A plan in the folder of plans. sha256: of its file; report: of its build."""
 
     component: str
     sha256: str
@@ -65,15 +64,16 @@ class Plan(Spec, frozen=True):
 
 
 class Finalized(Spec, frozen=True):
-    """What `edgesd finalize --json` tells of a component. path, plan: None where the bundle brings
-    the plan."""
+    """A component in the answer of `edgesd finalize --json`. path, plan: None where the plan is
+    included in the bundle."""
 
     path: str | None
-    plan: Plan | None
+    plan: CachedPlan | None
 
 
-class Here(Spec, frozen=True):
-    """What `edgesd finalize --check --json` tells: this machine, and what plans are built for."""
+class FinalizeCheck(Spec, frozen=True):
+    """The answer of `edgesd finalize --check --json`: this machine, and what plans are built for on
+    it."""
 
     machine: Machine
     environment: Environment
@@ -91,7 +91,7 @@ def _gpu() -> Gpu:
     return gpu
 
 
-def environment_here(gpu: Gpu | None = None, prefer: str | None = None) -> Environment:
+def plan_environment(gpu: Gpu | None = None, prefer: str | None = None) -> Environment:
     """This machine's TensorRT, GPU (`gpu`, if it is known already) and JetPack.
 
     prefer: the one of MODULES to take where several are installed. Raises TargetError without a
@@ -130,21 +130,21 @@ def prepare_plans(
     bundle: Bundle,
     folder: Path,
     progress: Progress = SILENT,
-    components: Iterable[str] | None = None,
 ) -> dict[str, Path | None]:
-    """The plans of a bundle's components, those that `folder` lacks built first; None for a plan
-    that the bundle brings and that was built for this environment.
+    """The plans of the components that generate images, those that `folder` lacks built first; None
+    for a plan that is included in the bundle and was built for this environment.
 
-    components: None for all. Raises UsageError for a bundle of another backend, TargetError and
-    MissingDependencyError as `environment_here`, what `build_plan` raises, BundleError when the
-    bundle was altered or isn't trusted here.
+    Raises UsageError for a bundle of a backend without plans, TargetError and
+    MissingDependencyError as `plan_environment`, what `build_plan` raises, BundleError when the
+    bundle was altered, isn't trusted here, or isn't one that generates images.
     """
     require_plans(bundle)
     check_trusted(bundle)
+    check_networks(bundle.manifest)
     engines = bundle.manifest.engines
     brought = next((e.built_for for e in engines.values() if e.built_for), None)
     gpu = _gpu()
-    here = environment_here(gpu, brought.module if brought else None)
+    here = plan_environment(gpu, brought.module if brought else None)
     if brought not in (None, here):
         _log.warning(
             "the bundle's plans were built for %s, and this machine is %s: others are built here",
@@ -156,7 +156,7 @@ def prepare_plans(
         name: None
         if engines[name].built_for == here
         else _plan(bundle, name, here, workspace, folder, progress)
-        for name in (engines if components is None else components)
+        for name in flow_of(bundle.manifest.pipeline).components
     }
 
 
@@ -166,23 +166,21 @@ class Plans:
     What went wrong is raised again for every component, without another try.
     """
 
-    def __init__(
-        self, bundle: Bundle, folder: Path, progress: Progress, components: Iterable[str]
-    ) -> None:
+    def __init__(self, bundle: Bundle, folder: Path, progress: Progress = SILENT) -> None:
         self._bundle = bundle
-        self._prepare = partial(prepare_plans, bundle, folder, progress, components)
-        self._found: dict[str, Path | None] | EdgesdError | None = None
+        self._prepare = partial(prepare_plans, bundle, folder, progress)
+        self._prepared: dict[str, Path | None] | EdgesdError | None = None
 
     def __call__(self, component: str) -> LoadedPlan:
         """The plan of a component. Raises what `prepare_plans` raises."""
-        if self._found is None:
+        if self._prepared is None:
             try:
-                self._found = self._prepare()
+                self._prepared = self._prepare()
             except EdgesdError as exc:
-                self._found = exc
-        if isinstance(self._found, EdgesdError):
-            raise self._found
-        path = self._found[component]
+                self._prepared = exc
+        if isinstance(self._prepared, EdgesdError):
+            raise self._prepared
+        path = self._prepared[component]
         if path is not None:
             return LoadedPlan(path.read_bytes(), read_plan(path).report.environment.module)
         engine = self._bundle.manifest.engines[component]
@@ -211,10 +209,10 @@ def _plan(
         model.write_bytes(graph.model)
         opened = [file.fileno() for file in graph.files]
         report = build_plan(model, spec, temporary / "plan", progress, graph.folder, opened)
-        kept = Plan(component, sha256_file(temporary / "plan"), report)
+        cached = CachedPlan(component, sha256_file(temporary / "plan"), report)
         (temporary / "plan").replace(path)
     with atomic_write(path.with_suffix(".json")) as file:  # last: a plan without it is not whole
-        file.write(msgspec.json.encode(kept))
+        file.write(msgspec.json.encode(cached))
     return path
 
 
@@ -235,9 +233,9 @@ def _key(bundle: Bundle, component: str, spec: BuildSpec, here: Environment) -> 
     return hashlib.sha256(raw).hexdigest()[:32]
 
 
-def read_plan(path: Path) -> Plan:
-    """What is known of the plan at `path`, which `prepare_plans` gave."""
-    return decode_json(path.with_suffix(".json").read_bytes(), Plan)
+def read_plan(path: Path) -> CachedPlan:
+    """The description of the plan at `path`, which `prepare_plans` gave."""
+    return decode_json(path.with_suffix(".json").read_bytes(), CachedPlan)
 
 
 def _is_whole(path: Path) -> bool:

@@ -17,7 +17,7 @@ import msgspec
 from edgesd.device.detect import check_machine
 from edgesd.device.targets import get_target
 from edgesd.engines.bundle import pack_bundle, update_manifest
-from edgesd.engines.plans import Finalized, Here, require_plans
+from edgesd.engines.plans import FinalizeCheck, Finalized, require_plans
 from edgesd.engines.tensorrt import plan_path
 from edgesd.errors import BoardError, ResourceError, TargetError
 from edgesd.files import (
@@ -33,19 +33,20 @@ from edgesd.remote import board as boards
 from edgesd.remote.board import Board, Item, parse_address
 from edgesd.remote.ssh import connect
 from edgesd.runtime.bundle import MANIFEST, SUFFIX, Bundle, open_bundle
+from edgesd.runtime.flow import flow_of
 
 _INCOMING = ".cache/edgesd/incoming"
 """Folder on the board of bundles whose plans aren't all built yet."""
 
 
-def check_board(host: str, target_name: str) -> Here:
+def check_board(host: str, target_name: str) -> FinalizeCheck:
     """What the board `host` is and builds plans for, before long work is done for it.
 
     host: user@host[:port]. Raises UsageError for a malformed one, BoardError when the board can't
     be reached or can't build plans, TargetError when it isn't a board of the target.
     """
 
-    async def check() -> Here:
+    async def check() -> FinalizeCheck:
         async with connect(parse_address(host)) as board:
             return await _look(board, target_name)
 
@@ -65,7 +66,7 @@ def add_plans(
     bundle = open_bundle(root)
     require_plans(bundle)
 
-    async def build() -> tuple[Here, dict[str, Finalized]]:
+    async def build() -> tuple[FinalizeCheck, dict[str, Finalized]]:
         async with connect(parse_address(host)) as board:
             here = await _look(board, bundle.manifest.target)
             return here, await _build(board, bundle, root, progress)
@@ -73,7 +74,7 @@ def add_plans(
     here, found = asyncio.run(build())
     engines = {}
     for name, engine in bundle.manifest.engines.items():
-        plan = found[name].plan
+        plan = found[name].plan if name in found else None
         if plan is not None:
             built = plan.report.environment
             words = f"built for {built.sm} on {here.machine.model} by {built.module}"
@@ -117,11 +118,11 @@ def finalize_on(
     return found
 
 
-async def _look(board: Board, target_name: str) -> Here:
+async def _look(board: Board, target_name: str) -> FinalizeCheck:
     told = await boards.edgesd(
         board, "finalize", "--check", "--json", limit_seconds=boards.ANSWER_SECONDS
     )
-    here = boards.decode(board, told, Here)
+    here = boards.decode(board, told, FinalizeCheck)
     target = get_target(target_name)
     try:
         check_machine(target.name, target.arch, target.capabilities, here.machine)
@@ -140,14 +141,16 @@ async def _build(
     await boards.send(board, folder, items, count_bytes(progress, "send", total))
     await boards.edgesd(board, "finalize", folder, on_line=progress.line)
     told = await boards.edgesd(board, "finalize", folder, "--json")
-    found = boards.decode(board, told, dict[str, Finalized])
-    if found.keys() != bundle.manifest.engines.keys():
-        raise BoardError(f"{board.name} built plans of {', '.join(found)}: expected one of each")
-    for name, final in found.items():
+    answer = boards.decode(board, told, dict[str, Finalized])
+    components = flow_of(bundle.manifest.pipeline).components
+    if missing := [name for name in components if name not in answer]:
+        raise BoardError(f"{board.name} built no plan of {', '.join(missing)}")
+    built = {name: answer[name] for name in components}  # an older runtime there builds others, too
+    for name, final in built.items():
         if final.path is not None and final.plan is not None:
             await _fetch(board, final, root, name, progress)
     await boards.ask(board, ["rm", "-rf", "--", folder])
-    return found
+    return built
 
 
 async def _fetch(board: Board, final: Finalized, root: Path, name: str, progress: Progress) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edgesd.errors import MissingDependencyError, ResourceError, TargetError
 from edgesd.runtime.arrays import Array
-from edgesd.runtime.closing import Closing
+from edgesd.runtime.closeable import Closeable
 from edgesd.runtime.cuda import find_gpu
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def open_device_memory() -> DeviceMemory:
     )
 
 
-class CudaBindingsMemory(Closing):
+class CudaBindingsMemory(Closeable):
     """By NVIDIA's cuda-bindings: the CUDA runtime's own functions."""
 
     name = "cuda-bindings"
@@ -191,7 +191,7 @@ class CudaBindingsMemory(Closing):
         return tuple(values)
 
 
-class PyCudaMemory(Closing):
+class PyCudaMemory(Closeable):
     """By pycuda, which has no capture of graphs."""
 
     name = "pycuda"
@@ -253,7 +253,7 @@ class PyCudaMemory(Closing):
 
 
 @dataclass
-class NumpyMemory(Closing):
+class NumpyMemory(Closeable):
     """A fake: the GPU's side is another array, so that a copy that was forgotten shows.
 
     shared: as on a Jetson. captures: whether work can be recorded. limit_bytes: what there is. log:

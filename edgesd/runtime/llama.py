@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgesd.errors import InputError, MissingDependencyError
-from edgesd.runtime.closing import Closing
+from edgesd.runtime.closeable import Closeable
 from edgesd.spec.base import Spec
 
 CONTEXT = 256
@@ -121,7 +121,7 @@ def silence() -> Any:
     return callback
 
 
-class LlamaCppPython(Closing):
+class LlamaCppPython(Closeable):
     """By llama-cpp-python's bindings of the C interface (llama.h)."""
 
     def __init__(self, base: Path, adapter: Path | None, threads: int) -> None:
@@ -264,7 +264,7 @@ class LlamaCppPython(Closing):
         return buffer.raw[: max(0, count)]
 
 
-class XLlamaCpp(Closing):
+class XLlamaCpp(Closeable):
     """By xllamacpp, llama.cpp's server within the process; no port is opened."""
 
     def __init__(self, base: Path, adapter: Path | None, threads: int) -> None:

@@ -18,7 +18,7 @@ from edgesd.runtime.arrays import Float
 from edgesd.runtime.backends import get_backend
 from edgesd.runtime.backends.base import Backend, LoadedPlan, Runner, RunnerOptions
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.closing import Closing
+from edgesd.runtime.closeable import Closeable
 from edgesd.runtime.conditioning import Conditioned, Prompts
 from edgesd.runtime.decoding import Decoding
 from edgesd.runtime.denoise import Step, denoise, with_sides
@@ -73,7 +73,7 @@ class Settings:
 Listener = Callable[[Step], None]
 
 
-class Pipeline(Closing):
+class Pipeline(Closeable):
     """A bundle's networks, loaded when first needed. A context manager: leaving it frees them.
 
     Components stay loaded between images unless memory is short, when each is released after

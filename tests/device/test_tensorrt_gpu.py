@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgesd.engines.plans import Plans, environment_here
+from edgesd.engines.plans import Plans, plan_environment
 from edgesd.engines.tensorrt import BuildSpec, build_plan
 from edgesd.errors import EdgesdError
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
@@ -36,7 +36,7 @@ def gpu() -> None:
     if isinstance(found, str):
         pytest.skip(found)
     try:
-        environment_here()
+        plan_environment()
     except EdgesdError as exc:
         pytest.skip(str(exc))
 
@@ -71,7 +71,7 @@ def test_a_component_computes_what_onnx_runtime_computes(
 ) -> None:
     spec = bundle.manifest.pipeline.components[component]
     engine = bundle.manifest.engines[component]
-    plan, module = tmp_path / "plan", environment_here().module
+    plan, module = tmp_path / "plan", plan_environment().module
     build_plan(bundle.path / engine.path, BuildSpec(component, module), plan)
     rng = np.random.default_rng(0)
     shapes: dict[str, Any] = {tensor.name: tensor.shape for tensor in spec.inputs}

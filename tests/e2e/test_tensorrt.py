@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from edgesd.engines import plans
-from edgesd.engines.bundle import pack_bundle
+from edgesd.engines.bundle import pack_bundle, update_manifest
 from edgesd.engines.tensorrt import PlanReport
 from edgesd.errors import EdgesdError, ResourceError
 from edgesd.runtime.bundle import Bundle
@@ -93,6 +94,22 @@ def test_finalize_builds_them_ahead(bundle: Bundle, board: Builder, generate: Ge
     told = json.loads(run_cli("finalize", bundle.path, "--json").out)
     assert told["unet"]["plan"]["report"]["environment"]["sm"] == "sm_87"
     assert Path(told["unet"]["path"]).is_file()
+
+
+def test_no_plan_is_built_for_what_generates_nothing(
+    bundle: Bundle, board: Builder, tmp_path: Path
+) -> None:
+    root = shutil.copytree(bundle.path, tmp_path / "more")
+    manifest = bundle.manifest
+    pipeline = manifest.pipeline
+    more = msgspec.structs.replace(pipeline.components["vae_decoder"], name="spare")
+    engine = msgspec.structs.replace(manifest.engines["vae_decoder"], component="spare")
+    pipeline = msgspec.structs.replace(pipeline, components={**pipeline.components, "spare": more})
+    engines = {**manifest.engines, "spare": engine}
+    update_manifest(root, msgspec.structs.replace(manifest, pipeline=pipeline, engines=engines))
+    outcome = run_cli("finalize", root)
+    assert outcome.code == 0, outcome.err
+    assert board.built == ["text_encoder", "unet", "vae_decoder"]
 
 
 @pytest.mark.parametrize("change", ["damaged", "cut", "no report", "other version"])
@@ -198,5 +215,5 @@ def test_an_altered_bundle_is_refused_and_not_generated_on_the_cpu(
 
 
 def test_a_plans_report_survives_its_json() -> None:
-    plan = plans.Plan("unet", "0" * 64, PlanReport(HERE, 5, 1.0, 2, 1, ("w",)))
-    assert msgspec.json.decode(msgspec.json.encode(plan), type=plans.Plan) == plan
+    plan = plans.CachedPlan("unet", "0" * 64, PlanReport(HERE, 5, 1.0, 2, 1, ("w",)))
+    assert msgspec.json.decode(msgspec.json.encode(plan), type=plans.CachedPlan) == plan

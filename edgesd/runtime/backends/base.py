@@ -16,7 +16,7 @@ import numpy as np
 
 from edgesd.errors import BundleError, InputError, ResourceError
 from edgesd.runtime.arrays import Array
-from edgesd.runtime.closing import Closing
+from edgesd.runtime.closeable import Closeable
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
 from edgesd.spec.pipeline import ComponentSpec
 
@@ -68,7 +68,7 @@ def run_once(runner: Runner, inputs: Mapping[str, Array]) -> dict[str, Array]:
     return runner.outputs
 
 
-class BoundRunner(Closing):
+class BoundRunner(Closeable):
     """What all runners share: checking shapes once, at the boundary, and the context manager."""
 
     def __init__(self, spec: ComponentSpec) -> None:

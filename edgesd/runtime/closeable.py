@@ -1,4 +1,4 @@
-"""What is closed by leaving it."""
+"""Context managers that call close()."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Closing:
-    """A context manager whose end is `close`."""
+class Closeable:
+    """Context manager that calls close()."""
 
     def close(self) -> None:
         """Free what this holds."""
