@@ -29,18 +29,19 @@ LINES: dict[str, tuple[str, ...] | None] = {
     "stock, exact sums on any x86": None,
     "stock": None,
     "+ our linears and convolutions": (),
-    "+ sums and GEGLU behind them": ("behind",),
-    "+ norm, SiLU, upsampling before": ("behind", "before"),
-    "+ attention in 8 bits": ("behind", "before", "attention"),
-    "+ pooled keys and values": ("behind", "before", "attention", POOLED),
+    "+ sums and GEGLU behind them": ("epilogue",),
+    "+ norm, SiLU, upsampling before": ("epilogue", "prologue"),
+    "+ attention in 8 bits": ("epilogue", "prologue", "attention"),
+    "+ pooled keys and values": ("epilogue", "prologue", "attention", POOLED),
 }
-"""Name -> parts of OwnKernels, and POOLED; None for ONNX Runtime's own operators."""
+"""Name -> sides of the fusions, "attention" and POOLED; None for ONNX Runtime's own operators."""
 
 
 def _graph(folder: Path, precision: str, parts: tuple[str, ...] | None) -> Path:
     """The folder of one line's graph; made where it isn't there."""
     from edgesd.export.backends.onnxruntime import LOWERING
     from edgesd.export.external_data import write_model
+    from edgesd.export.passes.fusions import FUSIONS
     from edgesd.export.passes.pooled_attention import PooledAttention
 
     name = "stock" if parts is None else "-".join(("own", *parts))
@@ -53,7 +54,8 @@ def _graph(folder: Path, precision: str, parts: tuple[str, ...] | None) -> Path:
         if parts is None:
             LOWERING.lower_quantized(graph, layers, set(), None)
         else:
-            LOWERING.lower_to_kernels(graph, layers, set(), None, parts)
+            fusions = [fusion for fusion in FUSIONS if fusion.side in parts]
+            LOWERING.lower_to_kernels(graph, layers, set(), None, "attention" in parts, fusions)
         with atomic_dir(out) as made:
             write_model(graph, made)
     return out

@@ -92,7 +92,7 @@ def make_graphs(folder: Path, precision: str, autoencoder: Path | None) -> None:
         for graph in graphs.values():
             LOWERING.lower_quantized(graph, mine(graph), set(), None)
         for name, graph in zip((KERNELS_FILE, *names), own, strict=True):
-            LOWERING.lower_to_kernels(graph, mine(graph), set(), None, ("behind", "before"))
+            LOWERING.lower_to_kernels(graph, mine(graph), set(), None, attention=False)
             graphs[name] = graph
     split = describe_split("", [graphs[name] for name in SPLIT_FILES], SPLIT_FILES, names)
     with atomic_dir(folder) as out:

@@ -29,9 +29,9 @@ from edgesd.spec.scheme import parse_scheme
 FORMS: dict[str, tuple[str | None, bool]] = {
     "fp32": (None, False),
     "int8": ("w8a8", False),
-    "nbits": ("w4a8-g64", False),
-    "own8": ("w8a8", True),
-    "own4": ("w4a8-g64", True),
+    "matmul_nbits": ("w4a8-g64", False),
+    "edgesd_int8": ("w8a8", True),
+    "edgesd_int4": ("w4a8-g64", True),
 }
 """Form -> the scheme of its layer, and whether it is for edgesd's own kernels."""
 
@@ -103,7 +103,7 @@ def make_probes() -> Iterator[tuple[Probe, bytes]]:
             yield _probe(kind, "", None, model)
     for form, (scheme, own) in FORMS.items():
         for c_in, c_out, side, taps in CONVS:
-            if form == "nbits":
+            if form == "matmul_nbits":
                 continue
             model = _conv(c_in, c_out, side, taps, own)
             yield _probe("conv", form, (side * side, c_in * taps * taps, c_out), model, scheme, own)
@@ -114,7 +114,14 @@ def make_probes() -> Iterator[tuple[Probe, bytes]]:
             for size in ATTENTIONS:
                 yield _probe("attention", form, size, _attention(*size))
                 # The kernel for it runs wherever any of ours does, and so do 4-bit weights.
-                yield _probe("attention", "own8", size, _attention(*size), FORMS["own4"][0], True)
+                yield _probe(
+                    "attention",
+                    "edgesd_int8",
+                    size,
+                    _attention(*size),
+                    FORMS["edgesd_int4"][0],
+                    True,
+                )
 
 
 Body = Callable[..., ir.Value]

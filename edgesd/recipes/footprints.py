@@ -17,7 +17,7 @@ from edgesd.export.backends import get_lowering
 from edgesd.export.backends.base import Lowering
 from edgesd.export.cost.arena import arena_bytes
 from edgesd.export.cost.costs import memory, part_bytes
-from edgesd.export.cost.cpu_lowering import lowered
+from edgesd.export.cost.cpu_lowering import lower_workload
 from edgesd.export.cost.workload import Workload, split_workload, trace
 from edgesd.export.families import ExportSpec
 from edgesd.export.quantize.assign import LayerScheme
@@ -81,7 +81,7 @@ class Networks:
             shapes = {self.own_shape(name)}
         runs: dict[int, tuple[int, int]] = {}
         for shape in sorted(shapes):
-            made = lowered(self.trace(name, shape), choices, own, own)
+            made = lower_workload(self.trace(name, shape), choices, own, own)
             takes = memory([made], choices, on_disk)
             touched = takes.activations, takes.workspace
             if gpu is not None:
@@ -108,7 +108,7 @@ class Networks:
 
         def made(shape: Shape, which: int) -> Workload:
             part = split_workload(self.trace("vae_decoder", shape))[which]
-            return lowered(part, choices, own, own, tail=which == 1)
+            return lower_workload(part, choices, own, own, tail=which == 1)
 
         found = []
         windows = sorted(WINDOWS)
@@ -151,7 +151,7 @@ class Networks:
             return 1.0
         sides = [TILE + n * margin_of(halo) for n in (1, 2)]
         made = {
-            (h, w): lowered(self.trace("vae_decoder", (h, w, 1)), choices, own, own)
+            (h, w): lower_workload(self.trace("vae_decoder", (h, w, 1)), choices, own, own)
             for h in sides
             for w in sides
         }

@@ -18,7 +18,7 @@ from edgesd.device.targets import all_targets, check_request, get_target, usable
 from edgesd.errors import TargetError
 from edgesd.export.backends import get_lowering
 from edgesd.export.cost.costs import NODE_FILE_BYTES, file_bytes
-from edgesd.export.cost.cpu_lowering import lowered
+from edgesd.export.cost.cpu_lowering import lower_workload
 from edgesd.export.cost.times import multiplications, seconds
 from edgesd.export.cost.workload import Workload, split_workload
 from edgesd.export.families import ExportSpec
@@ -453,7 +453,7 @@ class _Planner:
         choices, spec = component.choices, self.networks.pipeline
 
         def made(h: int, w: int, rows: int = 1) -> Workload:
-            return lowered(self.networks.trace(name, (h, w, rows)), choices, own, own)
+            return lower_workload(self.networks.trace(name, (h, w, rows)), choices, own, own)
 
         if name == "text_encoder":
             shape = self.networks.own_shape(name)
@@ -467,12 +467,12 @@ class _Planner:
             head = split_workload(self.networks.trace(name, (height, width, 1)))[0]
             shapes, drawings = tail_shapes(height, width)
             tails = [
-                lowered(
+                lower_workload(
                     split_workload(self.networks.trace(name, (h, w, 1)))[1], choices, own, own, True
                 )
                 for h, w in shapes
             ]
-            return [lowered(head, choices, own, own), *tails * drawings], component.split[1]
+            return [lower_workload(head, choices, own, own), *tails * drawings], component.split[1]
         halo = spec.latent.halo
         if mode == "stream" and halo is not None and spec.shape.dynamic:
             tall, wide = (

@@ -45,6 +45,9 @@ _FRESH, _COLD = 32 << 20, 96 << 20
 _RUNS, _SECONDS = 5, 0.4
 """Of a probe, at least, and for how long at least."""
 
+_FORMER_NAMES = {"nbits": "matmul_nbits", "own8": "edgesd_int8", "own4": "edgesd_int4"}
+"""Of forms."""
+
 
 class Probe(Spec, frozen=True):
     """A small graph that one kind of operation is timed with.
@@ -67,9 +70,9 @@ class Probe(Spec, frozen=True):
 class Rate(Spec, frozen=True):
     """Seconds that one operation takes on a machine.
 
-    form: which kernel: fp32, int8 or nbits of ONNX Runtime, own8 or own4 of edgesd; "" for what
-    has no weights. size: rows, K and N of a product; batch times heads, queries, keys and width of
-    attention; elements of its output for others.
+    form: which kernel: fp32, int8 or matmul_nbits of ONNX Runtime, edgesd_int8 or edgesd_int4 of
+    edgesd; "" for what has no weights. size: rows, K and N of a product; batch times heads,
+    queries, keys and width of attention; elements of its output for others.
     """
 
     kind: str
@@ -79,6 +82,12 @@ class Rate(Spec, frozen=True):
         Meta(min_length=1, max_length=MOST_DIMS),
     ]
     seconds: Annotated[float, Meta(ge=1e-15, le=1e9)]
+
+    def __post_init__(self) -> None:
+        # Rates that were measured before the kernels had these names are as good.
+        form = _FORMER_NAMES.get(self.form)
+        if form is not None:
+            msgspec.structs.force_setattr(self, "form", form)
 
 
 class Rates(Spec, frozen=True):

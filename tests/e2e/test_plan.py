@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from edgesd.export.cost.cpu_lowering import PART, lowered
+from edgesd.export.cost.cpu_lowering import EDGESD_FORMS, FUSED, lower_workload
 from edgesd.export.cost.workload import Workload, trace
 from edgesd.export.pipeline import export_spec
 from edgesd.export.quantize.assign import planned
@@ -67,13 +67,13 @@ def test_kernels_are_those_of_the_graphs(workloads: dict[str, Workload], bundle:
         pytest.skip("edgesd's own kernels can't be used here: edgesd kernels build")
     kinds = {"conv": "QuantConv", "linear": "QuantLinear"}
     for name, workload in workloads.items():
-        made = lowered(workload, planned(workload.layers, parse_scheme(SCHEME)), True, False)
-        counted = Counter(kinds[op.kind] for op in made.operations if op.form.startswith("own"))
+        made = lower_workload(workload, planned(workload.layers, parse_scheme(SCHEME)), True, False)
+        counted = Counter(kinds[op.kind] for op in made.operations if op.form in EDGESD_FORMS)
         graph = ir.load(bundle.path / name / "kernels.onnx").graph
         assert counted == Counter(node.op_type for node in graph if node.domain == "edgesd")
         # What became part of a layer isn't there any more.
         for kind, operator in {"group_norm": "InstanceNormalization", "gelu": "Gelu"}.items():
-            left = sum(op.kind == kind and op.form != PART for op in made.operations)
+            left = sum(op.kind == kind and op.form != FUSED for op in made.operations)
             assert left == sum(node.op_type == operator for node in graph), (name, kind)
 
 
@@ -119,7 +119,7 @@ def board(instruction_set: str | None) -> Rates:
     )
     rates = [Rate(kind, "", (1000,), 1e-6) for kind in [*kinds, "fresh"]]
     rates.append(Rate("read", "", (1000,), 1e-9))
-    for form in ("fp32", "int8", "nbits", "own8", "own4"):
+    for form in ("fp32", "int8", "matmul_nbits", "edgesd_int8", "edgesd_int4"):
         rates += [Rate(kind, form, (100, 100, 100), 1e-4) for kind in ("conv", "linear")]
         rates.append(Rate("attention", form, (1, 100, 100, 100), 1e-4))
     return Rates("a board", "1.0", instruction_set, 0, 50 << 20, tuple(rates))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from edgesd.export.passes.own_kernels import PARTS
+from edgesd.export.passes.fusions import FUSIONS, Fusion
 from edgesd.export.quantize.layers import QuantizedLayer
 from edgesd.spec.bundle import Engine
 from edgesd.spec.scheme import Precision
@@ -67,10 +67,11 @@ class Lowering(ABC):
         layers: Mapping[str, QuantizedLayer],
         fp16_weights: Collection[str],
         timesteps: npt.NDArray[np.float32] | None,
-        parts: Collection[str] = PARTS,
+        attention: bool = True,
+        fusions: Iterable[Fusion] = FUSIONS,
     ) -> bool:
-        """The same for edgesd's own kernels (parts: see OwnKernels); False where none of them has
-        anything to do, as where `own_kernels` is False."""
+        """The same for edgesd's own kernels (attention, fusions: see OwnKernels); False where none
+        of them has anything to do, as where `own_kernels` is False."""
         return False
 
     def files(self, engines: Mapping[str, Engine]) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ CPU's own kernels, or edgesd's."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from edgesd.export.backends.base import Lowering
 from edgesd.export.passes.fp16_weights import Fp16Weights
-from edgesd.export.passes.own_kernels import PARTS, OwnKernels, has_kernels
+from edgesd.export.passes.fusions import FUSIONS, Fusion
+from edgesd.export.passes.own_kernels import OwnKernels, has_kernels
 from edgesd.export.passes.quantized_ort import QuantizedOrt
 from edgesd.export.quantize.layers import QuantizedLayer
 from edgesd.runtime.backends.onnxruntime import BACKEND
@@ -55,11 +56,12 @@ class OnnxRuntimeLowering(Lowering):
         layers: Mapping[str, QuantizedLayer],
         fp16_weights: Collection[str],
         timesteps: npt.NDArray[np.float32] | None,
-        parts: Collection[str] = PARTS,
+        attention: bool = True,
+        fusions: Iterable[Fusion] = FUSIONS,
     ) -> bool:
         """See Lowering."""
         Fp16Weights(only=fp16_weights)(model)
-        OwnKernels(layers, timesteps, parts)(model)
+        OwnKernels(layers, timesteps, attention, fusions)(model)
         return has_kernels(model)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgesd.export.cost.arena import arena_bytes
-from edgesd.export.cost.cpu_lowering import PART
+from edgesd.export.cost.cpu_lowering import EDGESD_FORMS, FUSED, MATMUL_NBITS
 from edgesd.export.cost.workload import Operation, Workload
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer, layer_bytes
@@ -89,17 +89,17 @@ def memory(
     mapped = kept = unpacked = twice = loading = largest = 0
     rest = on_disk
     for op in workload.operations:
-        if op.layer is None or op.form == PART:
+        if op.layer is None or op.form == FUSED:
             continue
         count, choice = op.layer.rows * op.layer.columns, choices.get(op.layer)
         stored = _stored(op.layer, choices)
         rest -= stored
         if op.layer.kind == "embedding":
             continue  # rows of it alone are read
-        if op.form.startswith("own"):
+        if op.form in EDGESD_FORMS:
             mapped += stored
             largest = max(largest, count)
-        elif op.form == "nbits":
+        elif op.form == MATMUL_NBITS:
             kept += int(_PACKED_BLOCKS * stored)
         elif op.form == "int8" and choice and choice.weight_bits == 4:
             kept += int(_UNPACKED * count)
@@ -123,7 +123,7 @@ def memory(
         # Inputs and outputs are bound to arrays, and what comes out is copied.
         activations=arena_bytes(workloads) + 2 * max(map(_outside, workloads)) + behind,
         workspace=max(_workspace(op) for each in workloads for op in each.operations),
-        graph=NODE_BYTES * sum(op.form != PART for op in workload.operations),
+        graph=NODE_BYTES * sum(op.form != FUSED for op in workload.operations),
     )
 
 
@@ -133,7 +133,7 @@ def _outside(workload: Workload) -> int:
 
 def _workspace(op: Operation) -> int:
     """Bytes that our kernels take for one operation: its input in 8 bits; keys and values."""
-    if not op.form.startswith("own"):
+    if op.form not in EDGESD_FORMS:
         return 0
     if op.kind == "attention":
         batch, heads, _, keys, width = op.heads

@@ -7,38 +7,46 @@ that they take.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from edgesd.export.cost.workload import Operation, Workload
-from edgesd.export.passes.own_kernels import MAX_HEAD
+from edgesd.export.passes.fusions import FUSIONS, Fusion, attention_taken, kernel_takes
 from edgesd.export.quantize.activations import activation_mode
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 
-PART = "part"
+FUSED = "fused"
 """Form of what belongs to another operation: it writes memory, and its time is the other's."""
 
+EDGESD_INT8, EDGESD_INT4, MATMUL_NBITS = "edgesd_int8", "edgesd_int4", "matmul_nbits"
+"""Forms of layers in edgesd's own kernels, with weights of 8 and of 4 bits, and in ONNX Runtime's
+of 4 bits. Its others are fp32 and int8."""
 
-def lowered(
+EDGESD_FORMS = (EDGESD_INT8, EDGESD_INT4)
+
+
+def lower_workload(
     workload: Workload,
     choices: Mapping[Layer, LayerScheme],
     kernels: bool,
     attention: bool,
     tail: bool = False,
+    fusions: Iterable[Fusion] = FUSIONS,
 ) -> Workload:
     """The same workload as a CPU runs it, each operation with its `form`.
 
     choices: of quantized layers; others stay in fp32. kernels: edgesd's own, where there are any;
     attention: in 8 bits with them. tail: of a decoder's tail, whose group normalizations take their
-    statistics from outside (passes/tiled_decoder.py).
+    statistics from outside (passes/tiled_decoder.py). fusions: what becomes part of layers in
+    edgesd's own kernels.
     """
     if not kernels:
-        return _Stock(workload, choices, tail).run()
-    return _Own(workload, choices, attention, tail).run()
+        return OrtOps(workload, choices, tail).run()
+    return EdgesdOps(workload, choices, tail, attention, fusions).run()
 
 
-class _Stock:
+class OrtOps:
     """ONNX Runtime's own operators: passes/quantized_ort.py."""
 
     def __init__(
@@ -64,20 +72,20 @@ class _Stock:
         if op.kind == "group_norm" and self.tail:  # what it sees of its own, BatchNormalization
             self.made.append(replace(op, spare=(self.sizes[op.reads[0]],)))
         elif op.kind == "group_norm":  # InstanceNormalization, and Mul and Add in its output
-            scaled = Operation("mul", op.writes, op.writes, in_place=True, form=PART)
+            scaled = Operation("mul", op.writes, op.writes, in_place=True, form=FUSED)
             self.made += [op, scaled, scaled]
         elif op.kind == "silu":  # Sigmoid, Mul
             gate = self.new(self.sizes[op.reads[0]])
             self.made.append(Operation("silu", op.reads, (gate,), in_place=True))
             reads = (*op.reads, gate)
-            self.made.append(Operation("mul", reads, op.writes, in_place=True, form=PART))
+            self.made.append(Operation("mul", reads, op.writes, in_place=True, form=FUSED))
         elif op.layer is None or op.layer.kind == "embedding" or choice is None:
             self.made.append(self._plain(op))
         elif not self.eight_bits(op, choice):
             four = choice.weight_bits == 4 and op.kind == "linear"
-            self.made.append(replace(op, form="nbits" if four else "fp32"))
+            self.made.append(replace(op, form=MATMUL_NBITS if four else "fp32"))
         elif op.kind == "linear":
-            self.made.append(replace(op, form="nbits" if choice.weight_bits == 4 else "int8"))
+            self.made.append(replace(op, form=MATMUL_NBITS if choice.weight_bits == 4 else "int8"))
         else:
             self._conv(op)
 
@@ -105,7 +113,7 @@ class _Stock:
     def _copy(self, source: int, size: int) -> int:
         """Copy `source` to a new value."""
         value = self.new(size)
-        self.made.append(Operation("copy", (source,), (value,), form=PART))
+        self.made.append(Operation("copy", (source,), (value,), form=FUSED))
         return value
 
     def _conv(self, op: Operation) -> None:
@@ -113,7 +121,7 @@ class _Stock:
         assert op.layer is not None
         (source,), layer = op.reads, op.layer
         codes = self.new(self.sizes[source] // 4)
-        self.made.append(Operation("quantize", (source,), (codes,), form=PART))
+        self.made.append(Operation("quantize", (source,), (codes,), form=FUSED))
         last = self._copy(codes, self.sizes[codes])
         if any(layer.pads):
             last = self._copy(last, self.sizes[codes])
@@ -121,92 +129,150 @@ class _Stock:
         if taps > 1:
             parts = [self._copy(last, op.rows * layer.channels) for _ in range(taps)]
             last = self.new(op.rows * layer.columns)
-            self.made.append(Operation("concat", tuple(parts), (last,), form=PART))
+            self.made.append(Operation("concat", tuple(parts), (last,), form=FUSED))
         product = self.new(self.sizes[op.writes[0]])
         self.made.append(replace(op, reads=(last,), writes=(product,), form="int8"))
-        self.made.append(Operation("copy", (product,), op.writes, form=PART))
+        self.made.append(Operation("copy", (product,), op.writes, form=FUSED))
 
 
-class _Own(_Stock):
-    """edgesd's own kernels: passes/own_kernels.py. What a layer takes in is left out."""
+class EdgesdOps(OrtOps):
+    """edgesd's own kernels: passes/own_kernels.py. What became part of a layer is left out, and
+    what a kernel doesn't compute is as in OrtOps."""
 
     def __init__(
-        self, workload: Workload, choices: Mapping[Layer, LayerScheme], attention: bool, tail: bool
+        self,
+        workload: Workload,
+        choices: Mapping[Layer, LayerScheme],
+        tail: bool,
+        attention: bool,
+        fusions: Iterable[Fusion],
     ) -> None:
         super().__init__(workload, choices, tail)
         self.attention = attention
+        # In a tail statistics come from outside: nothing that could be fused is left of a norm.
+        self.fusions = [f for f in fusions if not (tail and "group_norm" in f.traced)]
         self.readers = workload.readers()
-        self.writer = {v: op for op in workload.operations for v in op.writes}
+        self.writer = {value: op for op in workload.operations for value in op.writes}
         self.inside: set[int] = set()  # ids of operations that became part of a layer
-        self.form = {id(op): form for op in workload.operations if (form := self._form(op))}
-        self.inputs: dict[int, tuple[int, ...]] = {}
-        self.outputs: dict[int, int] = {}
-        for op in workload.operations:
-            if id(op) in self.form and op.layer is not None:
-                self._take_in(op)
+        layers = [op for op in workload.operations if op.layer is not None and self._form(op)]
+        self.layers = {id(op): op for op in layers}  # with what became part of them
+        for fuse in (self._fuse_epilogue, self._fuse_prologue):
+            for op in layers:
+                self.layers[id(op)] = fuse(self.layers[id(op)])
 
     def lower(self, op: Operation) -> None:
-        """See _Stock."""
+        """See OrtOps."""
         if id(op) in self.inside:
             return
-        form = self.form.get(id(op))
+        form = self._form(op)
         if form is None:
             super().lower(op)
             return
-        reads = self.inputs.get(id(op), op.reads)
-        writes = (self.outputs.get(id(op), op.writes[0]),)
-        self.made.append(replace(op, reads=reads, writes=writes, form=form))
+        layer = self.layers.get(id(op), op)
+        self.made.append(replace(layer, form=form))
+        if op.biased and "bias" not in layer.fused:
+            self.made.append(Operation("add", op.writes, op.writes, in_place=True))
 
     def _form(self, op: Operation) -> str | None:
         if op.kind == "attention":
-            fits = op.heads[-1] <= MAX_HEAD and not op.causal
-            return "own8" if self.attention and fits else None
+            fits = attention_taken(op.heads[-1], op.causal)
+            return EDGESD_INT8 if self.attention and fits else None
         choice = self.choices.get(op.layer) if op.layer else None
-        if choice is None or not self.eight_bits(op, choice):
+        if op.layer is None or choice is None:
             return None
-        return "own8" if choice.weight_bits == 8 else "own4"
+        if not self.eight_bits(op, choice) or not kernel_takes(op.layer):
+            return None
+        return EDGESD_INT8 if choice.weight_bits == 8 else EDGESD_INT4
 
-    def _take_in(self, op: Operation) -> None:
-        """What lies before and behind a layer, as far as it becomes part of it."""
-        source, others = op.reads[0], []
-        if op.kind == "conv":
-            for kind in ("resize", "silu", "group_norm"):
-                before = self.writer.get(source)
-                if before is None or before.kind != kind or not self._sole(source):
+    def _fuse_epilogue(self, op: Operation) -> Operation:
+        """A layer with what follows it, as far as it becomes part of it."""
+        # A low-rank branch comes in where another branch's values would.
+        taken = {"residual"} if self._has_branch(op) else set()
+        fusions = [f for f in self.fusions if f.side == "epilogue" and op.kind in f.layers]
+        if op.biased:
+            if not any(f.name == "bias" for f in fusions):
+                return op
+            op = replace(op, fused=("bias",))
+        found = True
+        while found:
+            found = False
+            for fusion in fusions:
+                if not fusion.traced or taken & {fusion.name, *fusion.excludes}:
                     continue
-                if kind == "group_norm" and self.tail:
+                chain = self._following(fusion.traced, op.writes[0])
+                others = self._others(op.writes[0], chain)
+                if not chain or not self._adds(fusion, op, others):
                     continue
+                self.inside |= {id(each) for each in chain}
+                taken.add(fusion.name)
+                op = replace(
+                    op,
+                    reads=(*op.reads, *others),
+                    writes=chain[-1].writes,
+                    fused=(*op.fused, fusion.name),
+                )
+                found = not fusion.last
+                break
+        return op
+
+    def _fuse_prologue(self, op: Operation) -> Operation:
+        """A layer with what its input comes from, as far as it becomes part of it."""
+        if self._has_branch(op):  # which reads the input, too
+            return op
+        for fusion in self.fusions:
+            if fusion.side == "epilogue" or op.kind not in fusion.layers:
+                continue
+            (kind,), source = fusion.traced, op.reads[0]
+            before = self.writer.get(source)
+            if before is not None and before.kind == kind and self._read_once(source):
                 self.inside.add(id(before))
-                source = before.reads[0]
-        out = op.writes[0]
-        while self._sole(out):
-            behind = self.source.operations[self.readers[out][0]]
-            if behind.kind == "add" and len(behind.reads) == 2:
-                others += [value for value in behind.reads if value != out]
-            elif not (behind.kind == "relu" and op.kind == "conv"):
-                break
-            if id(behind) in self.inside or len(others) > 2:
-                break
-            self.inside.add(id(behind))
-            out = behind.writes[0]
-        if op.kind == "linear":
-            out = self._gated(out)
-        self.inputs[id(op)], self.outputs[id(op)] = (source, *others), out
+                op = replace(
+                    op, reads=(*before.reads, *op.reads[1:]), fused=(*op.fused, fusion.name)
+                )
+        return op
 
-    def _gated(self, out: int) -> int:
-        """GEGLU behind a linear: split, gelu, mul."""
-        readers = self.readers.get(out, [])
-        split = self.source.operations[readers[0]] if len(readers) == 1 else None
-        if split is None or split.kind != "split" or len(split.writes) != 2:
-            return out
-        after = [self.source.operations[self.readers[v][0]] for v in split.writes]
-        gelu = next((op for op in after if op.kind == "gelu"), None)
-        product = next((op for op in after if op.kind == "mul"), None)
-        if gelu is None or product is None:
-            return out
-        self.inside |= {id(split), id(gelu), id(product)}
-        return product.writes[0]
+    def _has_branch(self, op: Operation) -> bool:
+        scheme = self.choices.get(op.layer) if op.layer else None
+        return scheme is not None and scheme.rank > 0
 
-    def _sole(self, value: int) -> bool:
-        """Whether one operation alone reads a value, which stays inside."""
+    def _following(self, kinds: Sequence[str], value: int) -> list[Operation]:
+        """Operations of these kinds: the first reads `value`, each other what one of them wrote,
+        and nothing else reads what lies between. Empty where that isn't so."""
+        chain: list[Operation] = []
+        between = [value]
+        for kind in kinds:
+            after = [self.source.operations[n] for v in between for n in self.readers.get(v, ())]
+            op = next((op for op in after if op.kind == kind and op not in chain), None)
+            if op is None or id(op) in self.inside:
+                return []
+            chain.append(op)
+            between += op.writes
+        end = chain[-1].writes
+        alone = all(
+            value in end
+            or (
+                value not in self.source.outputs
+                and all(self.source.operations[n] in chain for n in self.readers.get(value, ()))
+            )
+            for value in between
+        )
+        return chain if alone else []
+
+    def _others(self, value: int, chain: Sequence[Operation]) -> list[int]:
+        """What operations read that isn't `value` and that none of them wrote."""
+        made = {value, *(v for op in chain for v in op.writes)}
+        return [v for op in chain for v in op.reads if v not in made]
+
+    def _adds(self, fusion: Fusion, op: Operation, others: Sequence[int]) -> bool:
+        """Whether what a fusion adds to a layer's output is as large as it must be."""
+        if fusion.operand is None:
+            return not others
+        if len(others) != 1 or op.layer is None:
+            return False
+        size, whole = self.sizes[others[0]], self.sizes[op.writes[0]]
+        if fusion.operand == "output":
+            return size == whole
+        return size < whole and size % (4 * op.layer.rows) == 0
+
+    def _read_once(self, value: int) -> bool:
         return len(self.readers.get(value, ())) == 1 and value not in self.source.outputs

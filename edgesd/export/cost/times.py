@@ -5,7 +5,7 @@ Both take a layer's time to be its multiplications times the time of one in the 
 
 from __future__ import annotations
 
-from edgesd.export.cost.cpu_lowering import PART
+from edgesd.export.cost.cpu_lowering import EDGESD_FORMS, FUSED, MATMUL_NBITS
 from edgesd.export.cost.workload import Operation, Workload
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
@@ -17,8 +17,9 @@ longer ONNX Runtime's operators take with weights that aren't packed (both measu
 
 _TIMED = {
     **dict.fromkeys(("mul", "sub", "div", "sigmoid", "quantize", "expand", "argmax"), "add"),
-    **dict.fromkeys(("tanh", "exp", "sin", "cos", "pow", "sqrt"), "gelu"),
+    **dict.fromkeys(("tanh", "exp", "sin", "cos", "pow", "sqrt", "gelu_tanh"), "gelu"),
     **dict.fromkeys(("split", "embedding", "slice"), "copy"),
+    "resize_to_size": "resize",
 }
 """Kinds that take as long as another, which is measured."""
 
@@ -55,16 +56,16 @@ def seconds(workload: Workload, speed: Speed, streamed: bool = False) -> float:
     total = 0.0
     for op in workload.operations:
         took = _seconds(workload, op, speed)
-        if streamed and op.layer is not None and op.form.startswith("own"):
+        if streamed and op.layer is not None and op.form in EDGESD_FORMS:
             took += _PASSING_SECONDS
-        elif streamed and op.layer is not None and op.form in ("fp32", "int8", "nbits"):
+        elif streamed and op.layer is not None and op.form in ("fp32", "int8", MATMUL_NBITS):
             took *= _NOT_PACKED
         total += took
     return total
 
 
 def _seconds(workload: Workload, op: Operation, speed: Speed) -> float:
-    if op.form == PART:
+    if op.form == FUSED:
         return 0.0
     if op.kind == "attention":
         batch, heads, queries, keys, width = op.heads

@@ -50,11 +50,13 @@ class Operation:
     """One operation. Values are numbers of a Workload's `sizes`.
 
     kind: conv, linear, attention, embedding, group_norm, layer_norm, silu, gelu, relu, add, mul,
-    concat, split, resize, copy, or torch's own name. layer: whose weight it multiplies with, or
-    None. macs: multiplications. rows: of the matrix product, whose K and N the layer has. heads:
-    of attention: batch, heads, queries, keys, width of a head. in_place: its output may lie where
-    an input of the same size lay that nothing else reads. form: which kernel computes it, where
-    that is decided (work_on_cpu.py). spare: bytes that it allocates besides while it runs.
+    concat, split, resize (each pixel becomes four), copy, or torch's own name. layer: whose weight
+    it multiplies with, or None. macs: multiplications. rows: of the matrix product, whose K and N
+    the layer has. heads: of attention: batch, heads, queries, keys, width of a head. in_place: its
+    output may lie where an input of the same size lay that nothing else reads. form: which kernel
+    computes it, where that is decided (cpu_lowering.py). biased: a linear has a bias, which is an
+    operation of its own in a graph. fused: names of the fusions (passes/fusions.py) that became
+    part of a layer. spare: bytes that it allocates besides while it runs.
     """
 
     kind: str
@@ -67,6 +69,8 @@ class Operation:
     causal: bool = False
     in_place: bool = False
     form: str = ""
+    biased: bool = False
+    fused: tuple[str, ...] = ()
     spare: tuple[int, ...] = ()
 
 
@@ -184,6 +188,8 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [t for t in (out if isinstance(out, list | tuple) else (out,)) if t is not None]
         if name.startswith("native_"):
             made = made[:1]  # mean and deviation are of no use here
+        if name == "gelu" and (kwargs or {}).get("approximate", "none") != "none":
+            name = "gelu_tanh"
         self._record(name, args, tensors, made)
         return out
 
@@ -196,7 +202,9 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "convolution":
             op = self._conv(op, args, made[0])
         elif name in ("mm", "addmm"):
-            op = self._linear(op, args[-2], args[-1])
+            op = replace(self._linear(op, args[-2], args[-1]), biased=name == "addmm")
+        elif name == "upsample_nearest2d" and args[2:] != (2.0, 2.0):
+            op = replace(op, kind="resize_to_size")
         elif name == "multi_head_attention":
             op = _attention(op, args)
         elif name == "embedding":

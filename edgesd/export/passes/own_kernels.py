@@ -15,7 +15,8 @@ part of it: it is added while the output is still in the registers. What comes b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,26 +24,23 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgesd.export.passes import Pass
-from edgesd.export.passes.group_norm import group_norm
+from edgesd.export.passes.fusions import FUSIONS, Fusion, Kind, attention_taken, kernel_takes
 from edgesd.export.passes.lowering import LayerLowering, replace_node
+from edgesd.export.passes.matching import Match, Matcher
 from edgesd.export.passes.quantized_ort import OrtLowering, QuantizedOrt
-from edgesd.export.quantize.layers import Layer, QuantizedLayer
+from edgesd.export.quantize.layers import QuantizedLayer
 
 DOMAIN = "edgesd"
 LINEAR, CONV, ATTENTION = "QuantLinear", "QuantConv", "QuantAttention"
 
-MAX_HEAD = 160
-"""Widest head that the kernel of attention takes."""
+INPUTS = {
+    LINEAR: ("x", "codes", "scale", "steps", "bias", "residual"),
+    CONV: ("x", "codes", "scale", "steps", "bias", "residual", "offset", "gamma", "beta"),
+}
+"""Names of the operators' inputs, in order."""
 
-MAX_K = 1 << 16
-"""Values of a product of 8 bits whose sum 32 bits hold."""
-
+_KINDS: dict[str, Kind] = {LINEAR: "linear", CONV: "conv"}
 _ROWS_K_BY_N, _BLOCKS_OF_N = 0, 1
-_BIAS, _RESIDUAL, _OFFSET, _GAMMA, _BETA = 4, 5, 6, 7, 8
-_INPUTS = {LINEAR: 6, CONV: 9}
-
-PARTS = ("behind", "before", "attention")
-"""What else becomes part of the kernels: see OwnKernels."""
 
 
 def has_kernels(model: ir.Model) -> bool:
@@ -53,26 +51,27 @@ def has_kernels(model: ir.Model) -> bool:
 class OwnKernels(QuantizedOrt):
     """As QuantizedOrt, with kernels of our own where there is one.
 
-    parts: what else becomes part of the kernels, of PARTS. "behind": sums and GEGLU behind layers.
-    "before": what a convolution's input goes through. "attention": heads in 8 bits, a further loss.
+    attention: heads in 8 bits, a further loss. fusions: what becomes part of the layers' kernels.
     """
 
     def __init__(
         self,
         layers: Mapping[str, QuantizedLayer],
         timesteps: npt.NDArray[np.float32] | None,
-        parts: Collection[str] = PARTS,
+        attention: bool = True,
+        fusions: Iterable[Fusion] = FUSIONS,
     ) -> None:
         super().__init__(layers, timesteps)
-        self.parts = parts
+        self.rewrites: list[Pass] = [FuseEpilogue(fusions), FusePrologue(fusions)]
+        if attention:
+            self.rewrites.append(AttentionIn8Bits())
 
     def call(self, model: ir.Model) -> bool:
         """See the class."""
         model.graph.opset_imports[DOMAIN] = 1
         super().call(model)
-        for part, rewrite in _REWRITES.items():
-            if part in self.parts:
-                rewrite()(model)
+        for rewrite in self.rewrites:
+            rewrite(model)
         common.RemoveUnusedNodesPass()(model)
         if not has_kernels(model):
             del model.graph.opset_imports[DOMAIN]
@@ -82,16 +81,9 @@ class OwnKernels(QuantizedOrt):
         self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
     ) -> LayerLowering:
         """See QuantizedPass."""
-        layer = quantized.layer
-        if layer.kind == "embedding" or quantized.activations.bits != 8 or not _in_range(layer):
+        if quantized.activations.bits != 8 or not kernel_takes(quantized.layer):
             return super().lowering(model, node, quantized, prefix)
         return _Kernel(model, node, quantized, prefix, None)
-
-
-def _in_range(layer: Layer) -> bool:
-    """Whether the operators take a layer of this shape (kernels/ops.cpp): all real ones are."""
-    pads = zip(layer.pads, 2 * layer.kernel, strict=True) if layer.kind == "conv" else ()
-    return layer.columns <= MAX_K and all(pad <= size for pad, size in pads)
 
 
 class _Kernel(OrtLowering):
@@ -139,214 +131,163 @@ class _Kernel(OrtLowering):
         return [codes, self.const("scale", scale), steps_or_none]
 
 
-class _Behind(Pass):
-    """Sums behind our layers, GEGLU and ReLU become inputs and attributes of the layers."""
+class FuseEpilogue(Pass):
+    """What alone reads a layer of ours, its kernel computes: it becomes its inputs and attributes.
+
+    fusions: of passes/fusions.py; those of the other side are left out.
+    """
+
+    def __init__(self, fusions: Iterable[Fusion]) -> None:
+        self._matchers = _matchers(fusions, "epilogue")
 
     def call(self, model: ir.Model) -> bool:
         """See the class."""
         changed = False
         for node in list(model.graph):
-            if node.domain == DOMAIN and node.op_type in _INPUTS:
-                while (after := self._sum(model, node)) is not None:
-                    node, changed = after, True
-                changed |= self._gate(model, node)
-                changed |= node.op_type == CONV and self._relu(model, node)
+            more = _kind(node) is not None
+            while more and (after := self._fuse(model, node)) is not None:
+                node, more = after
+                changed = True
         return changed
 
-    def _relu(self, model: ir.Model, node: ir.Node) -> bool:
-        """A Relu that alone reads a convolution."""
+    def _fuse(self, model: ir.Model, node: ir.Node) -> tuple[ir.Node, bool] | None:
+        """The layer with one fusion more, and whether others may follow; None where there is
+        none."""
         out = node.outputs[0]
-        uses = list(out.uses())
-        if len(uses) != 1 or uses[0].node.op_type != "Relu" or out.is_graph_output():
-            return False
-        _replace(model, uses[0].node, node, list(node.inputs), {"relu": 1})
-        return True
-
-    def _sum(self, model: ir.Model, node: ir.Node) -> ir.Node | None:
-        """The layer with the sum behind it as an input of its own; None where there is none."""
-        out = node.outputs[0]
-        uses = list(out.uses())
-        if len(uses) != 1 or uses[0].node.op_type != "Add" or out in model.graph.outputs:
+        if not _read_once(out):
             return None
-        add = uses[0].node
-        other = next((v for v in add.inputs if v is not out), None)
-        if other is None:
-            return None
-        place = _place(node, out, other)
-        inputs = list(node.inputs) + [None] * (_INPUTS[node.op_type] - len(node.inputs))
-        if place is None or inputs[place] is not None:
-            return None
-        inputs[place] = other
-        return _replace(model, add, node, inputs, {})
-
-    def _gate(self, model: ir.Model, node: ir.Node) -> bool:
-        """GEGLU: the halves of a linear's outputs, left * gelu(right)."""
-        out = node.outputs[0]
-        uses = list(out.uses())
-        if node.op_type != LINEAR or len(uses) != 1 or uses[0].node.op_type != "Split":
-            return False
-        split = uses[0].node
-        if len(split.outputs) != 2 or (len(node.inputs) > _RESIDUAL and node.inputs[_RESIDUAL]):
-            return False
-        left, right = split.outputs
-        gelus, products = list(right.uses()), list(left.uses())
-        if len(gelus) != 1 or len(products) != 1:
-            return False
-        gelu, product = gelus[0].node, products[0].node
-        if gelu.op_type != "Gelu" or product.op_type != "Mul":
-            return False
-        exact = gelu.attributes.get("approximate")
-        if exact is not None and exact.as_string() != "none":
-            return False
-        if gelu.outputs[0] not in product.inputs or len(gelu.outputs[0].uses()) != 1:
-            return False
-        _replace(model, product, node, list(node.inputs), {"gated": 1})
-        return True
+        for fusion, matcher in self._matchers:
+            used = (*fusion.inputs, *fusion.excludes)
+            if _kind(node) not in fusion.layers or not _free(node, *used):
+                continue
+            for match in matcher.following(model, out):
+                attributes = fusion.read(match.values)
+                if attributes is None or not _adds(fusion, node, match):
+                    continue
+                attributes = {**fusion.attributes, **attributes}
+                inputs = _with_inputs(node, fusion, match)
+                return _replaced(model, node, match, inputs, attributes), not fusion.last
+        return None
 
 
-class _Before(Pass):
-    """What only a convolution of ours reads, it computes."""
+class FusePrologue(Pass):
+    """What only a layer of ours reads, its kernel computes. fusions: as FuseEpilogue's."""
+
+    def __init__(self, fusions: Iterable[Fusion]) -> None:
+        self._matchers = _matchers(fusions, "prologue")
 
     def call(self, model: ir.Model) -> bool:
         """See the class."""
-        convs = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, CONV)]
-        changed = [_fuse_before(node) for node in convs]
+        layers = [node for node in model.graph if _kind(node) is not None]
+        changed = [self._fuse(model, node, *each) for node in layers for each in self._matchers]
         return any(changed)
 
-
-def _fuse_before(conv: ir.Node) -> bool:
-    """Let a convolution do what its input alone goes through: upsampling by 2, SiLU and group
-    normalization, as far as they are there in this order."""
-    before = conv.inputs[0]
-    resize = _only(before, "Resize")
-    if resize is not None and _doubles(resize):
-        conv.attributes["upsample"] = ir.AttrInt64("upsample", 2)
-        _take(conv, resize.inputs[0], [resize])
-    gated = _only(conv.inputs[0], "Mul")
-    value, sigmoid = (None, None) if gated is None else _gate_of(gated)
-    if gated is not None and value is not None and sigmoid is not None:
-        conv.attributes["silu"] = ir.AttrInt64("silu", 1)
-        _take(conv, value, [gated, sigmoid])
-    _normalize(conv)
-    return conv.inputs[0] is not before
-
-
-def _take(conv: ir.Node, value: ir.Value | None, gone: list[ir.Node]) -> None:
-    """Let a convolution read `value`, and remove what lay between: it would count as a reader."""
-    conv.replace_input_with(0, value)
-    for node in gone:
-        assert node.graph is not None
-        node.graph.remove(node, safe=True)
+    def _fuse(self, model: ir.Model, node: ir.Node, fusion: Fusion, matcher: Matcher) -> bool:
+        value = node.inputs[0]
+        if _kind(node) not in fusion.layers or value is None or not _read_once(value):
+            return False
+        match = next(matcher.ending(model, value), None)
+        attributes = None if match is None else fusion.read(match.values)
+        if match is None or attributes is None:
+            return False
+        inputs = _with_inputs(node, fusion, match)
+        inputs[0] = match.values["x"]
+        node.resize_inputs(len(inputs))
+        for place, given in enumerate(inputs):
+            node.replace_input_with(place, given)
+        for name, number in {**fusion.attributes, **attributes}.items():
+            node.attributes[name] = ir.convenience.convert_attribute(name, number)
+        # They would count as readers of their inputs.
+        model.graph.remove([match.last, *match.others], safe=True)
+        return True
 
 
-def _normalize(conv: ir.Node) -> None:
-    """Let a convolution normalize, if it alone reads a group normalization."""
-    value = conv.inputs[0]
-    if value is None or len(list(value.uses())) != 1 or value.is_graph_output():
-        return
-    norm = group_norm(value.producer())
-    if norm is None:
-        return
-    inputs = list(conv.inputs) + [None] * (_INPUTS[CONV] - len(conv.inputs))
-    conv.resize_inputs(len(inputs))
-    conv.replace_input_with(0, norm.source)
-    conv.replace_input_with(_GAMMA, norm.gamma)
-    conv.replace_input_with(_BETA, norm.beta)
-    conv.attributes["groups"] = ir.AttrInt64("groups", norm.groups)
-    conv.attributes["epsilon"] = ir.AttrFloat32("epsilon", norm.epsilon)
+def _matchers(
+    fusions: Iterable[Fusion], side: Literal["prologue", "epilogue"]
+) -> list[tuple[Fusion, Matcher]]:
+    return [(fusion, Matcher(fusion.exported)) for fusion in fusions if fusion.side == side]
 
 
-def _only(value: ir.Value | None, op: str) -> ir.Node | None:
-    """The node of type `op` that makes `value`, if it has no other reader than one."""
-    node = None if value is None else value.producer()
-    if node is None or node.op_type != op or value is None or value.is_graph_output():
-        return None
-    if len(list(value.uses())) != 1:
-        return None
-    return node
+def _kind(node: ir.Node) -> Kind | None:
+    """Which kind of layer a kernel of ours computes; None for other nodes."""
+    return _KINDS.get(node.op_type) if node.domain == DOMAIN else None
 
 
-def _doubles(resize: ir.Node) -> bool:
-    """Whether a Resize makes four equal pixels of each."""
-    scales = resize.inputs[2] if len(resize.inputs) > 2 else None
-    wanted = {
-        "mode": "nearest",
-        "coordinate_transformation_mode": "asymmetric",
-        "nearest_mode": "floor",
-    }
+def _read_once(value: ir.Value) -> bool:
+    return len(list(value.uses())) == 1 and not value.is_graph_output()
+
+
+def _free(node: ir.Node, *names: str) -> bool:
+    """Whether none of these inputs is taken."""
+    given = dict(zip(INPUTS[node.op_type], node.inputs, strict=False))
+    return all(given.get(name) is None for name in names)
+
+
+def _with_inputs(node: ir.Node, fusion: Fusion, match: Match) -> list[ir.Value | None]:
+    """A layer's inputs with those of a fusion."""
+    names, inputs = INPUTS[node.op_type], list(node.inputs)
+    if fusion.inputs:
+        inputs += [None] * (len(names) - len(inputs))
+    for name in fusion.inputs:
+        inputs[names.index(name)] = match.values[name]
+    return inputs
+
+
+def _adds(fusion: Fusion, node: ir.Node, match: Match) -> bool:
+    """Whether what a fusion adds to a layer's output has the shape that it must have."""
+    if fusion.operand is None:
+        return True
+    other, n = match.values[fusion.inputs[0]], node.attributes["N"].as_int()
+    if other.shape is None:
+        return False
+    dims, rank = list(other.shape), 4 if node.op_type == CONV else 3
+    if fusion.operand == "constant":
+        return other.is_initializer() and dims == [n]
+    if fusion.operand == "image":
+        return len(dims) == rank and dims[1:] == [n, 1, 1]
+    channels = 1 if node.op_type == CONV else -1
     return (
-        scales is not None
-        and scales.const_value is not None
-        and scales.const_value.numpy().tolist() == [1, 1, 2, 2]
-        and all(
-            key in resize.attributes and resize.attributes[key].as_string() == text
-            for key, text in wanted.items()
-        )
+        len(dims) == rank
+        and not other.is_initializer()
+        and dims[channels] == n
+        and node.outputs[0].shape is not None
+        and all(dim != 1 for dim in dims[1:])
     )
 
 
-def _gate_of(product: ir.Node) -> tuple[ir.Value | None, ir.Node | None]:
-    """x, and the Sigmoid, of x * sigmoid(x)."""
-    for value, other in (product.inputs[:2], product.inputs[1::-1]):
-        sigmoid = _only(other, "Sigmoid")
-        if sigmoid is not None and sigmoid.inputs[0] is value:
-            return value, sigmoid
-    return None, None
-
-
-def _place(node: ir.Node, out: ir.Value, other: ir.Value) -> int | None:
-    """Which input of a layer `other` becomes when it is added to the layer's output."""
-    shape, n = other.shape, node.attributes["N"].as_int()
-    if shape is None:
-        return None
-    dims = list(shape)
-    if node.op_type == LINEAR and other.is_initializer() and dims == [n]:
-        return _BIAS
-    if node.op_type == CONV and len(dims) == 4 and dims[1:] == [n, 1, 1]:
-        return _OFFSET
-    if len(dims) == (3 if node.op_type == LINEAR else 4) and not other.is_initializer():
-        channels = dims[-1] if node.op_type == LINEAR else dims[1]
-        if channels == n and out.shape is not None and not _broadcasts(dims):
-            return _RESIDUAL
-    return None
-
-
-def _broadcasts(dims: list[int | ir.SymbolicDim]) -> bool:
-    return any(dim == 1 for dim in dims[1:])
-
-
-def _replace(
+def _replaced(
     model: ir.Model,
-    last: ir.Node,
     node: ir.Node,
+    match: Match,
     inputs: list[ir.Value | None],
-    attributes: dict[str, int],
+    attributes: Mapping[str, int | float],
 ) -> ir.Node:
-    """The layer `node` with other inputs and attributes, in the place of `last`."""
+    """The layer `node` with other inputs and attributes, in the place of what became part of it."""
     changed = {name: value for name, value in node.attributes.items() if name not in attributes}
     made = ir.node(
         node.op_type, inputs, {**changed, **attributes}, domain=DOMAIN, name=node.name or ""
     )
     made.outputs[0].name = f"{node.outputs[0].name}+"
-    replace_node(model.graph, last, [made], made.outputs[0])
-    if not list(node.outputs[0].uses()):
-        model.graph.remove(node, safe=True)  # it would count as a reader of its inputs
+    replace_node(model.graph, match.last, [made], made.outputs[0])
+    # They would count as readers of their inputs.
+    model.graph.remove([node, *match.others], safe=True)
     return made
 
 
-class _AttentionIn8Bits(Pass):
+class AttentionIn8Bits(Pass):
     """MultiHeadAttention that isn't causal becomes QuantAttention."""
 
     def call(self, model: ir.Model) -> bool:
         """See the class."""
         changed = False
         for node in list(model.graph):
-            if node.op_type != "MultiHeadAttention" or node.attributes["unidirectional"].as_int():
+            if node.op_type != "MultiHeadAttention":
                 continue
+            causal = bool(node.attributes["unidirectional"].as_int())
             heads = node.attributes["num_heads"].as_int()
             query = node.inputs[0]
             width = query.shape[-1] if query is not None and query.shape is not None else None
-            if not isinstance(width, int) or width > heads * MAX_HEAD:
+            if not isinstance(width, int) or not attention_taken(width // heads, causal):
                 continue
             made = ir.node(
                 ATTENTION,
@@ -359,10 +300,3 @@ class _AttentionIn8Bits(Pass):
             replace_node(model.graph, node, [made], made.outputs[0])
             changed = True
         return changed
-
-
-_REWRITES: dict[str, type[Pass]] = {
-    "behind": _Behind,
-    "before": _Before,
-    "attention": _AttentionIn8Bits,
-}

@@ -65,10 +65,10 @@ class DecoderTail(Pass):
         cut = _cut(model)
         behind = _behind(cut)
         inside = {id(out) for node in behind for out in node.outputs}
-        norms = [norm for node in behind if (norm := group_norm(node)) is not None]
-        if not norms or len({norm.groups for norm in norms}) != 1:
+        norms = [(node, norm) for node in behind if (norm := group_norm(model, node)) is not None]
+        if len({norm.groups for _, norm in norms}) != 1:
             raise EdgesdError("the decoder has no group normalization behind its first upsampling")
-        parts = {id(part) for node in behind if group_norm(node) for part in _nodes_of(node)}
+        parts = {id(part) for node, norm in norms for part in _nodes_of(node, norm)}
         for node in behind:
             if id(node) in parts:
                 continue
@@ -84,7 +84,7 @@ class DecoderTail(Pass):
         cut = _cut(model)
         scales = _scales(cut)
         behind = _behind(cut)
-        norms = [(node, norm) for node in behind if (norm := group_norm(node)) is not None]
+        norms = [(node, norm) for node in behind if (norm := group_norm(model, node)) is not None]
         groups = norms[0][1].groups
         channels = (cut.shape or [None, None])[1]
         features = _value(FEATURES, ir.DataType.FLOAT, [1, channels, "height", "width"])
@@ -249,10 +249,8 @@ def _behind(cut: ir.Value) -> list[ir.Node]:
     return nodes
 
 
-def _nodes_of(add: ir.Node) -> list[ir.Node]:
+def _nodes_of(add: ir.Node, norm: GroupNorm) -> list[ir.Node]:
     """The nodes of the group normalization that ends with `add`."""
-    norm = group_norm(add)
-    assert norm is not None
     parts, open_ = [], [add]
     while open_:
         node = open_.pop()

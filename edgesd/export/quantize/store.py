@@ -24,7 +24,6 @@ from edgesd.export.external_data import (
     write_model,
 )
 from edgesd.export.passes.no_shapes import NoShapes
-from edgesd.export.passes.own_kernels import PARTS
 from edgesd.export.passes.pooled_attention import PooledAttention
 from edgesd.export.passes.tiled_decoder import COMPONENT, describe_split, split_decoder
 from edgesd.export.quantize import quantize
@@ -136,12 +135,12 @@ class LayerStore:
         layers, fp16_weights = self._quantized(component, schemes)
         models: dict[str, ir.Model] = {}
         for kernels in (False, True) if form.kernels else (False,):
-            parts = _parts(form.attention) if kernels else None
+            attention = form.attention if kernels else None
             for name, model in zip(_FILES[kernels], self._graphs(component, form), strict=False):
                 whole = name in (GRAPH_FILE, KERNELS_FILE)
                 nodes = {node.name for node in model.graph}
                 inside = layers if whole else {n: q for n, q in layers.items() if n in nodes}
-                if not self._lower(model, component, inside, fp16_weights, parts) and whole:
+                if not self._lower(model, component, inside, fp16_weights, attention) and whole:
                     break
                 models[name] = model
         split: SplitDecoder | None = None
@@ -190,29 +189,24 @@ class LayerStore:
         component: str,
         layers: Mapping[str, QuantizedLayer],
         fp16_weights: Collection[str],
-        parts: Collection[str] | None,
+        attention: bool | None,
     ) -> bool:
         """Put `layers` into a graph; False where edgesd's own kernels have nothing to do in it.
 
-        parts: of these kernels (OwnKernels); None for the backend's own operators.
+        attention: in 8 bits with these; None for the backend's own operators.
         """
         timesteps = self.timesteps(component)
         used = True
-        if parts is None:
+        if attention is None:
             self.lowering.lower_quantized(model, layers, fp16_weights, timesteps)
         else:
-            used = self.lowering.lower_to_kernels(model, layers, fp16_weights, timesteps, parts)
+            used = self.lowering.lower_to_kernels(model, layers, fp16_weights, timesteps, attention)
         NoShapes()(model)
         return used
 
     def timesteps(self, component: str) -> npt.NDArray[np.float32] | None:
         """Timesteps that ranges were recorded at, for the denoiser; None for other components."""
         return self.calibration.timesteps() if component == "unet" else None
-
-
-def _parts(attention: bool) -> list[str]:
-    """Parts of edgesd's own kernels, with attention in 8 bits or without."""
-    return [part for part in PARTS if part != "attention" or attention]
 
 
 def find_nodes(graphs: Path, components: Iterable[str]) -> dict[Layer, ir.Node]:

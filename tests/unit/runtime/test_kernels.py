@@ -34,7 +34,7 @@ from edgesd.errors import (  # noqa: E402
     TargetError,
 )
 from edgesd.export.external_data import write_model  # noqa: E402
-from edgesd.export.passes.own_kernels import PARTS, OwnKernels  # noqa: E402
+from edgesd.export.passes.own_kernels import OwnKernels  # noqa: E402
 from edgesd.export.quantize.layers import QuantizedLayer, find_layers, matrix_of  # noqa: E402
 from edgesd.export.quantize.quantize import Method, quantize_layer  # noqa: E402
 from edgesd.runtime import kernels  # noqa: E402
@@ -653,8 +653,7 @@ def own(
     proto: onnx.ModelProto, layers: list[QuantizedLayer], attention: bool = True
 ) -> onnx.ModelProto:
     model = ir.serde.deserialize_model(proto)
-    parts = [part for part in PARTS if part != "attention" or attention]
-    OwnKernels({q.layer.node: q for q in layers}, None, parts)(model)
+    OwnKernels({q.layer.node: q for q in layers}, None, attention)(model)
     return ir.serde.serialize_model(model)
 
 

@@ -54,21 +54,21 @@ def test_what_was_measured_comes_out_and_the_nearest_counts_most() -> None:
 def test_a_kind_that_was_never_measured_is_an_error() -> None:
     speed = Speed(some(Rate("add", "", (100,), 1e-6)))
     assert speed.knows("add") and not speed.knows("conv")
-    with pytest.raises(InputError, match="no conv in own8"):
-        speed.seconds("conv", "own8", (1, 1, 1))
+    with pytest.raises(InputError, match="no conv in edgesd_int8"):
+        speed.seconds("conv", "edgesd_int8", (1, 1, 1))
 
 
 def test_probes_cover_every_kernel_and_fit_their_graphs() -> None:
     probes, graphs = read_probes()
     kinds = {(probe.kind, probe.form) for probe in probes}
     for kind, forms in {
-        "conv": ("fp32", "int8", "own8", "own4"),
-        "linear": ("fp32", "int8", "nbits", "own8", "own4"),
-        "attention": ("fp32", "own8"),
+        "conv": ("fp32", "int8", "edgesd_int8", "edgesd_int4"),
+        "linear": ("fp32", "int8", "matmul_nbits", "edgesd_int8", "edgesd_int4"),
+        "attention": ("fp32", "edgesd_int8"),
     }.items():
         assert {(kind, form) for form in forms} <= kinds
     assert set(graphs) == {probe.graph for probe in probes}
-    assert all((probe.scheme is not None) == probe.form.startswith("own") for probe in probes)
+    assert all((probe.scheme is not None) == probe.form.startswith("edgesd_") for probe in probes)
 
 
 def few(kind: str, form: str, most: int) -> tuple[list[Probe], dict[str, bytes]]:
@@ -79,7 +79,13 @@ def few(kind: str, form: str, most: int) -> tuple[list[Probe], dict[str, bytes]]
 
 @pytest.mark.parametrize(
     ("kind", "form"),
-    [("add", ""), ("group_norm", ""), ("linear", "int8"), ("linear", "nbits"), ("conv", "int8")],
+    [
+        ("add", ""),
+        ("group_norm", ""),
+        ("linear", "int8"),
+        ("linear", "matmul_nbits"),
+        ("conv", "int8"),
+    ],
 )
 def test_probes_run(kind: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = few(kind, form, 1 << 29)
@@ -97,7 +103,7 @@ def test_probes_run(kind: str, form: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert told.updates[0] == (chosen[0][0].name, 0, len(chosen[0]))
 
 
-@pytest.mark.parametrize("form", ["own4", "own8"])
+@pytest.mark.parametrize("form", ["edgesd_int4", "edgesd_int8"])
 def test_probes_of_our_kernels_run_where_these_do(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,3 +217,16 @@ def test_rates_of_other_dimensions_are_as_good_as_none() -> None:
     rates = Rates("a board", "1", None, 0, 1, (Rate("conv", "fp32", (5, 5), 1e-6),))
     with pytest.raises(InputError, match="no conv in fp32"):
         Speed(rates).seconds("conv", "fp32", (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("former", "form"),
+    [("nbits", "matmul_nbits"), ("own8", "edgesd_int8"), ("own4", "edgesd_int4")],
+)
+def test_rates_that_were_measured_under_former_names_are_read(
+    former: str, form: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rates.json"
+    written = msgspec.json.encode(some(Rate("linear", form, (1, 2, 3), 1e-6)))
+    path.write_bytes(written.replace(form.encode(), former.encode()))
+    assert read_rates(path).rates[0].form == form

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from edgesd.export.cost.cpu_lowering import lowered
+from edgesd.export.cost.cpu_lowering import lower_workload
 from edgesd.export.cost.times import RELATIVE_TIME, relative_time, seconds
 from edgesd.export.cost.workload import Operation, Workload
 from edgesd.export.quantize.assign import LayerScheme
@@ -28,7 +28,7 @@ def machine(eight_bits: bool) -> Speed:
     each = {
         "fp32": RELATIVE_TIME["fp32"],
         "int8": RELATIVE_TIME["int8"],
-        "nbits": RELATIVE_TIME["nbits8" if eight_bits else "nbits16"],
+        "matmul_nbits": RELATIVE_TIME["nbits8" if eight_bits else "nbits16"],
     }
     rates = [
         Rate(kind, form, (10, 10, 10), 1e-6 * time)
@@ -55,7 +55,7 @@ def test_relative_times_are_those_of_a_machine_with_such_kernels(
     layer: Layer, name: str | None
 ) -> None:
     scheme = scheme_of(name)
-    work = lowered(alone(layer), {layer: scheme}, False, False)
+    work = lower_workload(alone(layer), {layer: scheme}, False, False)
     speed = machine(scheme is None or scheme.activation_bits == 8)
     assert seconds(work, speed) == pytest.approx(1e-9 * relative_time(layer, scheme, ROWS))
 

@@ -1,0 +1,187 @@
+"""What edgesd's own kernels compute, and what becomes part of them: the one table of fusions.
+
+The passes that fuse (own_kernels.py) and the cost model (export/cost/cpu_lowering.py) read it;
+kernels/ops.cpp has the inputs and attributes that the entries name. Heavy imports are left out:
+`edgesd plan` reads this file, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from edgesd.export.quantize.layers import Layer
+
+MAX_HEAD = 160
+"""Widest head that the kernel of attention takes."""
+
+MAX_K = 1 << 16
+"""Values of a product of 8 bits whose sum 32 bits hold."""
+
+Kind = Literal["linear", "conv"]
+Operand = Literal["constant", "image", "output"]
+"""What a sum adds to a layer's output: a constant [N], a value for each image and channel
+[B, N, 1, 1], or as many values as the output has."""
+
+Pattern = Callable[..., Any]
+"""Operators of a graph in the pattern language of onnxscript.rewriter: f(op, x, ...) -> the last
+one's output. The inputs of Add and Mul may stand in either order."""
+
+Bindings = Mapping[str, Any]
+"""What a pattern's parameters were found to be, by name."""
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Operators around a layer that its kernel computes along with it, each read by nothing else.
+
+    name: also of the fused input, where it is a sum. side: an epilogue reads the layer's output x;
+    a prologue makes the layer's input of x. layers: kinds of layer whose kernel can. exported: the
+    operators as a graph has them. traced: kinds of operations of a Workload, in the order of the
+    data; none where tracing has them within the layer (its bias). operand: what a sum adds; None
+    for others. inputs: of the kernel's operator, taken from the pattern's parameters of these
+    names. attributes: what the operator gets; read: adds those that the match says, None where it
+    doesn't fit after all. excludes: what can't be fused besides. last: nothing that follows is.
+    """
+
+    name: str
+    side: Literal["prologue", "epilogue"]
+    layers: tuple[Kind, ...]
+    exported: Pattern
+    traced: tuple[str, ...]
+    operand: Operand | None = None
+    inputs: tuple[str, ...] = ()
+    attributes: Mapping[str, int] = field(default_factory=dict)
+    read: Callable[[Bindings], Mapping[str, int | float] | None] = lambda _: {}
+    excludes: tuple[str, ...] = ()
+    last: bool = False
+
+
+def _bias(op: Any, x: Any, bias: Any) -> Any:
+    """A linear's bias: exported as an Add of its own."""
+    return op.Add(x, bias)
+
+
+def _residual(op: Any, x: Any, residual: Any) -> Any:
+    """Another branch's values."""
+    return op.Add(x, residual)
+
+
+def _offset(op: Any, x: Any, offset: Any) -> Any:
+    """The timestep's, of each channel."""
+    return op.Add(x, offset)
+
+
+def _geglu(op: Any, x: Any) -> Any:
+    """left * gelu(right) of the two halves of a linear's outputs."""
+    left, right = op.Split(x, _outputs=2, _allow_other_inputs=True)
+    return op.Mul(left, op.Gelu(right, _outputs=["gelu"]))
+
+
+def _relu(op: Any, x: Any) -> Any:
+    """max(x, 0)."""
+    return op.Relu(x)
+
+
+def _upsample(op: Any, x: Any) -> Any:
+    """Four equal pixels of each."""
+    return op.Resize(
+        x,
+        None,
+        [1.0, 1.0, 2.0, 2.0],
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+        _allow_other_inputs=True,
+    )
+
+
+def _silu(op: Any, x: Any) -> Any:
+    """x * sigmoid(x)."""
+    return op.Mul(x, op.Sigmoid(x))
+
+
+def normalized_groups(
+    op: Any, x: Any, flat: Any, ones: Any, zeros: Any, shape: Any, gamma: Any, beta: Any
+) -> Any:
+    """InstanceNormalization of groups of channels, then a factor and an offset for each channel."""
+    normalized = op.InstanceNormalization(op.Reshape(x, flat), ones, zeros, _outputs=["normalized"])
+    return op.Add(op.Mul(op.Reshape(normalized, shape), gamma), beta)
+
+
+def _exact_gelu(found: Bindings) -> Mapping[str, int | float] | None:
+    """Kernels compute no approximation of it."""
+    approximate = found["gelu"].producer().attributes.get("approximate")
+    return {} if approximate is None or approximate.as_string() == "none" else None
+
+
+def groups_of(found: Bindings) -> Mapping[str, int | float] | None:
+    """groups and epsilon of a group normalization of images [B, C, H, W]; gamma and beta must be
+    constants [C, 1, 1], and what InstanceNormalization scales with ones and zeros."""
+    ones, zeros, gamma, beta = (
+        found[name].const_value for name in ("ones", "zeros", "gamma", "beta")
+    )
+    if ones is None or zeros is None or (ones.numpy() != 1).any() or zeros.numpy().any():
+        return None
+    for constant in (gamma, beta):
+        if constant is None or len(constant.shape) != 3 or tuple(constant.shape[1:]) != (1, 1):
+            return None
+    epsilon = found["normalized"].producer().attributes.get("epsilon")
+    return {"groups": ones.size, "epsilon": 1e-5 if epsilon is None else epsilon.as_float()}
+
+
+FUSIONS = (
+    # From the layer's output on.
+    Fusion("bias", "epilogue", ("linear",), _bias, (), "constant", ("bias",)),
+    Fusion("offset", "epilogue", ("conv",), _offset, ("add",), "image", ("offset",)),
+    Fusion(
+        "residual", "epilogue", ("conv", "linear"), _residual, ("add",), "output", ("residual",)
+    ),
+    Fusion(
+        "geglu",
+        "epilogue",
+        ("linear",),
+        _geglu,
+        ("split", "gelu", "mul"),
+        attributes={"gated": 1},
+        read=_exact_gelu,
+        excludes=("residual",),
+        last=True,
+    ),
+    Fusion("relu", "epilogue", ("conv",), _relu, ("relu",), attributes={"relu": 1}, last=True),
+    # From the layer's input back, in this order.
+    Fusion(
+        "upsample",
+        "prologue",
+        ("conv",),
+        _upsample,
+        ("resize",),
+        attributes={"upsample": 2},
+    ),
+    Fusion("silu", "prologue", ("conv",), _silu, ("silu",), attributes={"silu": 1}),
+    Fusion(
+        "group_norm",
+        "prologue",
+        ("conv",),
+        normalized_groups,
+        ("group_norm",),
+        inputs=("gamma", "beta"),
+        read=groups_of,
+    ),
+)
+"""All of them. Sums behind a layer may come in any order, each once."""
+
+
+def kernel_takes(layer: Layer) -> bool:
+    """Whether edgesd's kernels take a layer of this shape with 8-bit inputs (kernels/ops.cpp): all
+    real linears and convolutions are."""
+    if layer.kind == "embedding":
+        return False
+    pads = zip(layer.pads, 2 * layer.kernel, strict=True) if layer.kind == "conv" else ()
+    return layer.columns <= MAX_K and all(pad <= size for pad, size in pads)
+
+
+def attention_taken(width: int, causal: bool) -> bool:
+    """Whether the kernel of attention in 8 bits takes heads of this width."""
+    return width <= MAX_HEAD and not causal

@@ -1,0 +1,230 @@
+"""One table of fusions: the passes that fuse and the cost model apply it alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+ir = pytest.importorskip("onnx_ir")
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn  # noqa: E402
+
+from edgesd.export.cost.cpu_lowering import lower_workload  # noqa: E402
+from edgesd.export.cost.workload import Workload, trace  # noqa: E402
+from edgesd.export.families import Component  # noqa: E402
+from edgesd.export.passes.fusions import FUSIONS, Fusion  # noqa: E402
+from edgesd.export.passes.own_kernels import DOMAIN, INPUTS, OwnKernels  # noqa: E402
+from edgesd.export.quantize.layers import find_layers, matrix_of  # noqa: E402
+from edgesd.export.quantize.quantize import rounded_layer  # noqa: E402
+from edgesd.export.to_onnx import graph_from_module  # noqa: E402
+from edgesd.runtime import kernels  # noqa: E402
+from edgesd.spec.pipeline import ComponentSpec, TensorSpec  # noqa: E402
+from edgesd.spec.scheme import parse_scheme  # noqa: E402
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
+
+WIDE = 32
+Table = tuple[Fusion, ...]
+Fused = dict[str, set[str]]
+"""Name of a layer -> names of the fusions that became part of it."""
+
+
+class Named(nn.Module):
+    """As families wrap networks: the layers' names are those within `net`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Network()
+
+    def forward(self, x: Tensor, time: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = self.net(x, time, rows)
+        return found
+
+
+class Network(nn.Module):
+    """A layer beside each fusion, named like it, and layers beside what can't be fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convs = ("offset", "residual", "relu", "upsample", "silu", "group_norm")
+        for name in (*convs, "sums", "all_before", "backwards", "normed_twice", "read_twice"):
+            setattr(self, name, nn.Conv2d(WIDE, WIDE, 3, padding=1))
+        for name in ("bias", "bare", "rows"):
+            setattr(self, name, nn.Linear(WIDE, WIDE, bias=name != "bare"))
+        self.geglu = nn.Linear(WIDE, 2 * WIDE)
+        self.tanh = nn.Linear(WIDE, 2 * WIDE)
+        norms = ("group_norm", "all_before", "backwards", "normed_twice")
+        self.norms = nn.ModuleDict({name: nn.GroupNorm(4, WIDE) for name in norms})
+
+    def forward(self, x: Tensor, time: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        silu, norms, up = nn.functional.silu, self.norms, nn.functional.interpolate
+        # Equal operations on equal values become one in a graph.
+        x1, x2, x3, x4, x5 = (x * float(number) for number in range(2, 7))
+        left, right = self.geglu(rows).chunk(2, -1)
+        coarse, other = self.tanh(rows).chunk(2, -1)
+        normed = norms["normed_twice"](x4)
+        twice = self.read_twice(x)
+        summed = self.sums(x) + time[:, :, None, None] + x
+        return (
+            self.offset(x) + time[:, :, None, None],
+            self.residual(x) + x,
+            nn.functional.relu(self.relu(x)),
+            self.upsample(up(x, scale_factor=2.0)),
+            self.silu(silu(x1)),
+            self.group_norm(norms["group_norm"](x2)),
+            nn.functional.relu(summed) + x,
+            self.all_before(up(silu(norms["all_before"](x3)), scale_factor=2.0)),
+            self.backwards(norms["backwards"](silu(x5))),
+            self.normed_twice(normed),
+            normed,
+            nn.functional.relu(twice) + twice,
+            self.bias(rows),
+            self.bare(rows) + rows,
+            self.rows(rows) + rows + rows,
+            left * nn.functional.gelu(right),
+            coarse * nn.functional.gelu(other, approximate="tanh"),
+        )
+
+
+EXPECTED: dict[str, set[str]] = {
+    **{fusion.name: {fusion.name} for fusion in FUSIONS},
+    "geglu": {"bias", "geglu"},
+    "sums": {"offset", "residual", "relu"},
+    "all_before": {"upsample", "silu", "group_norm"},
+    "backwards": {"group_norm"},  # SiLU lies before the normalization
+    "normed_twice": set(),
+    "read_twice": set(),
+    "bare": {"residual"},
+    "rows": {"bias", "residual"},  # one sum of two
+    "tanh": {"bias"},  # an approximation isn't what the kernel computes
+}
+
+
+@pytest.fixture(scope="module")
+def network() -> tuple[Any, Workload]:
+    """Exported, and traced."""
+    torch.manual_seed(0)
+    inputs = (
+        TensorSpec("x", "float32", ("batch", WIDE, "height", "width")),
+        TensorSpec("time", "float32", ("batch", WIDE)),
+        TensorSpec("rows", "float32", ("batch", "tokens", WIDE)),
+    )
+    example = (torch.zeros(1, WIDE, 4, 4), torch.zeros(1, WIDE), torch.zeros(1, 8, WIDE))
+    with torch.no_grad():
+        made = Network()(*example)
+    image, rows = ("batch", WIDE, "high", "wide"), ("batch", "tokens", WIDE)
+    outputs = tuple(
+        TensorSpec(f"y{number}", "float32", image if value.dim() == 4 else rows)
+        for number, value in enumerate(made)
+    )
+
+    def load(weights: bool = True) -> nn.Module:
+        with torch.device("cpu" if weights else "meta"):
+            return Named().eval()
+
+    sizes = {"batch": 2, "height": 8, "width": 8, "tokens": 16}
+    component = Component(ComponentSpec("unet", inputs, outputs), load, (sizes,))
+    return graph_from_module(load(), component, "ort-mha"), trace(component, sizes)
+
+
+def lowered(graph: Any, scheme: str, fusions: Iterable[Fusion] = FUSIONS) -> Any:
+    """A copy of the graph for edgesd's own kernels."""
+    model = graph.clone()
+    nodes = {node.name: node for node in model.graph}
+    layers = {
+        layer.node: rounded_layer(layer, matrix_of(nodes[layer.node], layer), parse_scheme(scheme))
+        for layer in find_layers("unet", model)
+    }
+    OwnKernels(layers, None, fusions=fusions)(model)
+    return model
+
+
+def fused_by_pass(model: Any, branches: bool) -> Fused:
+    """Read off the operators' inputs and attributes."""
+    found: Fused = {}
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        given = {
+            n for n, v in zip(INPUTS[node.op_type], node.inputs, strict=False) if v is not None
+        }
+        kind = {"QuantConv": "conv", "QuantLinear": "linear"}[node.op_type]
+        found[re.sub("/(Conv|MatMul)/.*", "", node.name)] = {
+            fusion.name
+            for fusion in FUSIONS
+            if kind in fusion.layers
+            and given >= set(fusion.inputs)
+            and all(node.attributes[k].as_int() == v for k, v in fusion.attributes.items())
+            and not (fusion.name == "residual" and branches)
+        }
+    return found
+
+
+def fused_by_cost_model(
+    workload: Workload, scheme: str, fusions: Iterable[Fusion] = FUSIONS
+) -> Fused:
+    schemes = {layer: parse_scheme(scheme) for layer in workload.layers}
+    found = lower_workload(workload, schemes, True, True, fusions=fusions).operations
+    return {op.layer.name: set(op.fused) for op in found if op.layer is not None}
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32", "w4a8-g32-lr4"])
+def test_pass_and_cost_model_fuse_the_same(network: tuple[Any, Workload], scheme: str) -> None:
+    graph, workload = network
+    branches = "lr" in scheme
+    found = fused_by_pass(lowered(graph, scheme), branches)
+    assert fused_by_cost_model(workload, scheme) == found
+    # A low-rank branch comes in where another branch's values would, beside which nothing is gated;
+    # and it reads the input, so that this isn't read once.
+    before = {fusion.name for fusion in FUSIONS if fusion.side == "prologue"}
+    left_out = {"residual", "geglu", *before} if branches else set()
+    behind_them = {"sums": {"relu"}} if branches else {}
+    for layer, names in EXPECTED.items():
+        assert found[layer] == names - left_out - behind_them.get(layer, set()), layer
+
+
+@pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: fusion.name)
+def test_an_entry_less_changes_both(network: tuple[Any, Workload], fusion: Fusion) -> None:
+    graph, workload = network
+    fewer = [other for other in FUSIONS if other is not fusion]
+    whole = fused_by_pass(lowered(graph, "w8a8"), False)
+    found = fused_by_pass(lowered(graph, "w8a8", fewer), False)
+    assert fusion.name in whole[fusion.name]
+    assert not any(fusion.name in names for names in found.values())
+    assert fused_by_cost_model(workload, "w8a8", fewer) == found
+
+
+@pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: fusion.name)
+def test_what_is_not_fused_is_an_operation_of_its_own(
+    network: tuple[Any, Workload], fusion: Fusion
+) -> None:
+    _, workload = network
+    schemes = {layer: parse_scheme("w8a8") for layer in workload.layers}
+
+    def count(fusions: Iterable[Fusion]) -> int:
+        return len(lower_workload(workload, schemes, True, True, fusions=fusions).operations)
+
+    assert count([other for other in FUSIONS if other is not fusion]) > count(FUSIONS)
+
+
+def test_the_operators_have_what_the_table_names() -> None:
+    """In kernels/ops.cpp: inputs at the places where the passes put them, and the attributes."""
+    source = (kernels.SOURCES / "ops.cpp").read_text()
+    parts = {name: source.index(f"\nstruct {name} {{") for name in (*INPUTS, "QuantAttention")}
+    for name, inputs in INPUTS.items():
+        begin = parts[name]
+        body = source[begin : min(end for end in parts.values() if end > begin)]
+        kind = {"QuantConv": "conv", "QuantLinear": "linear"}[name]
+        assert f"INPUTS = {len(inputs)}," in body
+        for fusion in FUSIONS:
+            if kind not in fusion.layers:
+                continue
+            for given in fusion.inputs:
+                place = inputs.index(given)
+                assert re.search(rf'run\.(floats\({place}, "{given}"|{given}\({place}),', body)
+            for attribute in fusion.attributes:
+                assert f'kernel.integer("{attribute}"' in body
