@@ -34,14 +34,10 @@ _STILL_NAME_NETWORKS = {
     "edgesd/export/quantize/store.py",
     "edgesd/recipes/__init__.py",
     "edgesd/recipes/footprints.py",
-    "edgesd/recipes/fp16_ranges.py",
     "edgesd/recipes/planner.py",
     "edgesd/recipes/quantized.py",
-    "edgesd/runtime/denoise.py",
     "edgesd/runtime/fitting.py",
     "edgesd/runtime/footprint.py",
-    "edgesd/runtime/networks.py",
-    "edgesd/runtime/pipeline.py",
 }
 """These files do so today; the list may only become shorter."""
 
