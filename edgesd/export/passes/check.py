@@ -29,11 +29,9 @@ class CheckGraph(Pass):
         self.attentions, self.lowering = attentions, lowering
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         return False
 
     def ensures(self, model: ir.Model) -> None:
-        """See the class."""
         if model.ir_version > MAX_IR_VERSION or model.graph.opset_imports.get("") != OPSET:
             raise EdgesdError(
                 f"the graph has IR version {model.ir_version} and {dict(model.graph.opset_imports)}"

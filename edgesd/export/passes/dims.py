@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
+from edgesd.export.passes.values import shape_of
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
 
@@ -38,11 +39,9 @@ class NameDims(Pass):
                 _check(self.spec.name, value, tensor)
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         sizes: dict[str, str] = {}
         for value, tensor in zip(model.graph.inputs, self.spec.inputs, strict=True):
-            assert value.shape is not None
-            for dim, name in zip(value.shape, tensor.shape, strict=True):
+            for dim, name in zip(shape_of(value), tensor.shape, strict=True):
                 if isinstance(name, str):
                     sizes.setdefault(name, str(dim))
         known = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
@@ -51,12 +50,11 @@ class NameDims(Pass):
                 if id(value) not in known and value.shape is not None:
                     value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
         for value, tensor in zip(model.graph.outputs, self.spec.outputs, strict=True):
-            assert value.shape is not None
             value.shape = ir.Shape(
                 f"{tensor.name}_{name}"
                 if isinstance(name, str) and sizes.get(name) != str(dim)
                 else name
-                for dim, name in zip(value.shape, tensor.shape, strict=True)
+                for dim, name in zip(shape_of(value), tensor.shape, strict=True)
             )
         for value, tensor in zip(model.graph.inputs, self.spec.inputs, strict=True):
             value.shape = ir.Shape(tensor.shape)

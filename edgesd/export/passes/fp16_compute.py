@@ -50,7 +50,6 @@ class Fp16Compute(Pass):
                 raise EdgesdError(f"{model.graph.name}: {node.name} is a {node.op_type} already")
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         graph = model.graph
         phase = self._phase(graph)
         for value in list(graph.initializers.values()):

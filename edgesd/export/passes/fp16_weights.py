@@ -32,7 +32,6 @@ class Fp16Weights(Pass):
         self.kept: tuple[str, ...] = ()
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         kept, casts = [], []
         for name, value in list(model.graph.initializers.items()):
             tensor = value.const_value

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
 from edgesd.export.passes.lowering import replace_node
+from edgesd.export.passes.values import array_of
 
 FP16, FP32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
@@ -53,7 +54,6 @@ class Fp32Region(Pass):
             raise EdgesdError(f"{model.graph.name}: there is no value {missing[0]}")
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         graph = model.graph
         types = Types(graph)
         region = self._region(graph)
@@ -92,9 +92,8 @@ class Fp32Region(Pass):
     def _constant(
         self, graph: ir.Graph, value: ir.Value, users: Iterable[tuple[ir.Node, int]]
     ) -> None:
-        assert value.const_value is not None
         name = f"{value.name}/fp32"
-        tensor = ir.tensor(value.const_value.numpy().astype("float32"), name=name)
+        tensor = ir.tensor(array_of(value).astype("float32"), name=name)
         exact = ir.Value(name=name, shape=value.shape, type=ir.TensorType(FP32), const_value=tensor)
         graph.initializers.add(exact)
         for user, at in users:

@@ -15,6 +15,7 @@ from onnx_ir.passes import common
 
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
+from edgesd.export.passes.values import producer_of
 from edgesd.export.quantize.layers import QuantizedLayer, weight_of
 from edgesd.runtime.arrays import Array
 
@@ -43,7 +44,6 @@ class QuantizedPass(Pass):
         """Raise EdgesdError, which begins with `name`, for a layer that can't be written."""
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         for number, node in enumerate(list(model.graph)):
             quantized = self.layers.get(node.name or "")
             if quantized is not None:
@@ -83,9 +83,7 @@ class LayerLowering:
     def replace(self) -> None:
         """Write the nodes, and let everything that read the old one's output read the new one's."""
         out = self.output()
-        producer = out.producer()
-        assert producer is not None
-        producer.name = f"{self.node.name}/{self.q.scheme}"
+        producer_of(out).name = f"{self.node.name}/{self.q.scheme}"
         replace_node(self.model.graph, self.node, self.nodes, out)
 
     @abstractmethod

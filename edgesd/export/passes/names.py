@@ -22,7 +22,6 @@ class StableNames(Pass):
     """
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         ends = (*model.graph.inputs, *model.graph.outputs)
         taken: set[str] = {value.name or "" for value in ends}
         for value in list(model.graph.initializers.values()):

@@ -12,7 +12,6 @@ class NoShapes(Pass):
     4-bit weights, the others are a hundredth of a bundle."""
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         graph = model.graph
         outer = {id(value) for value in (*graph.inputs, *graph.outputs)}
         inner = [value for node in graph for value in node.outputs]

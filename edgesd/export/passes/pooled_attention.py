@@ -14,6 +14,7 @@ import onnx_ir as ir
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
 from edgesd.export.passes.lowering import shared_constant
+from edgesd.export.passes.values import producer_of, shape_of
 from edgesd.export.quantize.layers import weight_of
 
 _SAMPLE = "sample"
@@ -46,7 +47,6 @@ class PooledAttention(Pass):
         self.pooled: tuple[str, ...] = ()
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         sample = next((value for value in model.graph.inputs if value.name == _SAMPLE), None)
         if sample is None:
             return False
@@ -100,8 +100,7 @@ def _halves_evenly(model: ir.Model, size: int) -> bool:
     """Whether the sample's height and width are multiples of `size` wherever they are known, and
     no upsampling is to a size that isn't twice its own."""
     sample = next(value for value in model.graph.inputs if value.name == _SAMPLE)
-    assert sample.shape is not None
-    sides = [side for side in tuple(sample.shape)[2:] if isinstance(side, int)]
+    sides = [side for side in tuple(shape_of(sample))[2:] if isinstance(side, int)]
     resizes = [node for node in model.graph if node.op_type == "Resize"]
     doubled = all(len(node.inputs) < 4 or node.inputs[3] is None for node in resizes)
     return doubled and not any(side % size for side in sides)
@@ -137,8 +136,7 @@ def _linear(value: ir.Value | None) -> tuple[ir.Node | None, tuple[ir.Value, ...
 def _split_shape(model: ir.Model, sample: ir.Value, size: int) -> ir.Value:
     """The shape [0, h/2, 2, w/2, 2, -1] of tokens, two of which are `size` latents wide; computed
     in the graph where the image's size isn't known."""
-    assert sample.shape is not None
-    height, width = sample.shape[2], sample.shape[3]
+    height, width = tuple(shape_of(sample))[2:]
     if isinstance(height, int) and isinstance(width, int):
         fixed = np.array([0, height // size, 2, width // size, 2, -1], np.int64)
         return shared_constant(model, "pooled:shape", fixed)
@@ -162,9 +160,8 @@ def _split_shape(model: ir.Model, sample: ir.Value, size: int) -> ir.Value:
 
 
 def _pool(model: ir.Model, attention: _SelfAttention, shape: ir.Value) -> None:
-    source, producer = attention.source, attention.source.producer()
-    assert producer is not None and source.shape is not None
-    batch, tokens, channels = source.shape
+    source, producer = attention.source, producer_of(attention.source)
+    batch, tokens, channels = shape_of(source)
     flat = shared_constant(model, f"pooled:flat{channels}", np.array([0, -1, channels], np.int64))
     rows, columns = (
         shared_constant(model, f"pooled:axis{axis}", np.array([axis], np.int64)) for axis in (2, 3)

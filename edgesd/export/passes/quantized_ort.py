@@ -31,6 +31,7 @@ from edgesd.export.passes.lowering import (
     check_opset_21,
     shared_constant,
 )
+from edgesd.export.passes.values import array_of, input_of
 from edgesd.export.quantize.layers import Activations, QuantizedLayer, pack_int4
 from edgesd.runtime.arrays import Array
 
@@ -58,12 +59,10 @@ class QuantizedOrt(QuantizedPass):
         self._step: ir.Value | None = None
 
     def requires(self, model: ir.Model) -> None:
-        """See QuantizedPass."""
         super().requires(model)
         check_opset_21(model)
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         model.graph.opset_imports[""] = OPSET
         model.graph.opset_imports[_MICROSOFT] = 1
         if any(_table(q.activations) for q in self.layers.values()):
@@ -73,7 +72,6 @@ class QuantizedOrt(QuantizedPass):
     def lowering(
         self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
     ) -> LayerLowering:
-        """See QuantizedPass."""
         return OrtLowering(model, node, quantized, prefix, self._step)
 
 
@@ -114,9 +112,7 @@ class OrtLowering(LayerLowering):
     def output(self) -> ir.Value:
         if self.q.layer.kind == "embedding":
             return self._embedding()
-        source = self.node.inputs[0]
-        assert source is not None
-        x = self.smoothed(source)
+        x = self.smoothed(input_of(self.node, 0))
         low = self._simulated(x) if self.q.activations.bits == 4 else x
         out = self._linear(low) if self.q.layer.kind == "linear" else self._conv(low)
         if self.q.rank:
@@ -145,8 +141,7 @@ class OrtLowering(LayerLowering):
         if bias is None:
             return out
         if self.q.layer.kind == "conv":
-            assert bias.const_value is not None
-            bias = self.const("bias", self.per_channel(bias.const_value.numpy()))
+            bias = self.const("bias", self.per_channel(array_of(bias)))
         return self.op("Add", [out, bias])
 
     def branch(self, x: ir.Value) -> ir.Value:
@@ -348,8 +343,7 @@ class OrtLowering(LayerLowering):
 
     def _embedding(self) -> ir.Value:
         """Rows of codes times their scales."""
-        indices = self.node.inputs[1]
-        assert indices is not None
+        indices = input_of(self.node, 1)
         codes = self.op("Gather", [self.const("codes", self.q.codes), indices], axis=0)
         scales = self.op("Gather", [self.const("scales", self.q.scales), indices], axis=0)
         wide = [self.op("Cast", [part], to=ir.DataType.FLOAT) for part in (codes, scales)]

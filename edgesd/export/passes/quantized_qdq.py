@@ -36,6 +36,7 @@ from edgesd.export.passes.lowering import (
     check_opset_21,
     shared_constant,
 )
+from edgesd.export.passes.values import input_of, tensor_of
 from edgesd.export.quantize.layers import QuantizedLayer, weight_of
 from edgesd.runtime.arrays import Array
 
@@ -56,7 +57,6 @@ class QuantizedQdq(QuantizedPass):
     """
 
     def requires(self, model: ir.Model) -> None:
-        """See QuantizedPass."""
         super().requires(model)
         if _any_int4(self.layers):
             check_opset_21(model)
@@ -71,7 +71,6 @@ class QuantizedQdq(QuantizedPass):
         _check_inputs(name, quantized)
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         if _any_int4(self.layers):
             opset = model.graph.opset_imports.get("", 0)
             model.graph.opset_imports[""] = max(opset, OPSET_INT4)
@@ -80,7 +79,6 @@ class QuantizedQdq(QuantizedPass):
     def lowering(
         self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
     ) -> LayerLowering:
-        """See QuantizedPass."""
         return _Lowering(model, node, quantized, prefix)
 
     def ensures(self, model: ir.Model) -> None:
@@ -125,12 +123,11 @@ class _Lowering(LayerLowering):
     ) -> None:
         super().__init__(model, node, quantized, prefix)
         weight = weight_of(node)
-        assert weight is not None and weight.const_value is not None
-        self.weight, self.dtype = weight, _TYPES[weight.const_value.dtype]
+        assert weight is not None
+        self.weight, self.dtype = weight, _TYPES[tensor_of(weight).dtype]
 
     def output(self) -> ir.Value:
-        source = self.node.inputs[0]
-        assert source is not None
+        source = input_of(self.node, 0)
         weight, inputs = self._weight(), list(self.node.inputs)
         inputs[inputs.index(self.weight)] = weight
         x = source

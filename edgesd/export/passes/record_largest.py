@@ -8,6 +8,7 @@ import onnx_ir as ir
 from edgesd.export.passes import Pass
 from edgesd.export.passes.fp32_region import FP16, FP32, Types
 from edgesd.export.passes.lowering import shared_constant
+from edgesd.export.passes.values import producer_of
 
 LARGEST = "largest_magnitudes"
 """Name of the output, fp32 [len(names)]."""
@@ -38,9 +39,7 @@ class RecordLargest(Pass):
             most = ir.node("ReduceMax", [size.outputs[0]], {"keepdims": 0})
             wide = ir.node("Cast", [most.outputs[0]], {"to": FP32})
             part = ir.node("Reshape", [wide.outputs[0], one])
-            producer = value.producer()
-            assert producer is not None
-            graph.insert_after(producer, [size, most, wide, part])
+            graph.insert_after(producer_of(value), [size, most, wide, part])
             parts.append(part.outputs[0])
         joined = ir.node("Concat", parts, {"axis": 0})
         graph.append(joined)

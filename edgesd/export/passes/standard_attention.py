@@ -8,6 +8,7 @@ import onnx_ir as ir
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
 from edgesd.export.passes.lowering import replace_node, shared_constant
+from edgesd.export.passes.values import dtype_of, input_of, shape_of
 from edgesd.runtime.arrays import Array
 
 MASKED = -1e4
@@ -35,7 +36,6 @@ class StandardAttention(Pass):
                 raise EdgesdError(f"{node.name} is causal over an unknown number of tokens")
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         found = _attentions(model)
         for number, node in enumerate(found):
             _Writer(model, node, f"attention{number}").replace()
@@ -64,10 +64,8 @@ class _Writer:
         self.nodes: list[ir.Node] = []
 
     def replace(self) -> None:
-        query, key, value = self.node.inputs[:3]
-        assert query is not None and key is not None and value is not None
-        assert query.dtype is not None
-        dtype = query.dtype.numpy()
+        query, key, value = (input_of(self.node, index) for index in range(3))
+        dtype = dtype_of(query).numpy()
         heads = self.node.attributes["num_heads"].as_int()
         scale = np.array(self.node.attributes["scale"].as_float(), dtype)
         query = self._op("Mul", [query, self._const(f"scale:{scale}:{dtype}", scale)])
@@ -76,8 +74,7 @@ class _Writer:
             [self._heads(query, heads, (0, 2, 1, 3)), self._heads(key, heads, (0, 2, 3, 1))],
         )
         if _causal(self.node):
-            assert value.shape is not None
-            tokens = value.shape.numpy()[1]
+            tokens = shape_of(value).numpy()[1]
             mask = np.triu(np.full((tokens, tokens), MASKED, dtype), 1)
             scores = self._op("Add", [scores, self._const(f"causal:{tokens}:{dtype}", mask)])
         weights = self._op("Softmax", [scores], axis=-1)

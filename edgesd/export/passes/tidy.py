@@ -16,7 +16,6 @@ class Tidy(Pass):
     """Takes any model. Constants become initializers, so that all weights are in one place."""
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         changed = _skip_neutral(model)
         for rewrite in (
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

@@ -25,6 +25,7 @@ from edgesd.export.external_data import weight_bytes
 from edgesd.export.passes import Pass
 from edgesd.export.passes.group_norm import GroupNorm, group_norm
 from edgesd.export.passes.lowering import replace_node, shared_constant
+from edgesd.export.passes.values import array_of, dtype_of, graph_of, shape_of, tensor_of
 from edgesd.spec.bundle import DecoderPart, SplitDecoder
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
@@ -43,7 +44,6 @@ class DecoderHead(Pass):
         _cut(model)
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         cut = _cut(model)
         cut.name = FEATURES
         cut.shape = ir.Shape([1, (cut.shape or [None, None])[1], "height", "width"])
@@ -80,7 +80,6 @@ class DecoderTail(Pass):
                     raise EdgesdError(f"the decoder's {node.name} takes more than the features")
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         cut = _cut(model)
         scales = _scales(cut)
         behind = _behind(cut)
@@ -159,8 +158,7 @@ class _Statistics:
         [1, 2, groups]."""
         self.prefix, self.nodes = f"norm{index}", []
         x, groups = norm.source, norm.groups
-        assert norm.gamma.const_value is not None and norm.beta.const_value is not None
-        channels = norm.gamma.const_value.size
+        channels = tensor_of(norm.gamma).size
         corners = self.op("Mul", [self.core, self.ints(scales.get(id(x), 1))])
         begin = self.op("Slice", [corners, self.ints(0), self.ints(2)])
         end = self.op("Slice", [corners, self.ints(2), self.ints(4)])
@@ -223,8 +221,7 @@ class _Statistics:
 
     def flat(self, value: ir.Value) -> ir.Value:
         """A constant [C, 1, 1] as one [C]."""
-        assert value.const_value is not None
-        return self.const(f"{value.name}", value.const_value.numpy().reshape(-1))
+        return self.const(f"{value.name}", array_of(value).reshape(-1))
 
 
 def _cut(model: ir.Model) -> ir.Value:
@@ -239,10 +236,8 @@ def _cut(model: ir.Model) -> ir.Value:
 def _behind(cut: ir.Value) -> list[ir.Node]:
     """All nodes that depend on `cut`, in the graph's order."""
     found = {id(cut)}
-    graph = next(iter(cut.uses())).node.graph
-    assert graph is not None
     nodes = []
-    for node in graph:
+    for node in graph_of(next(iter(cut.uses())).node):
         if any(id(value) in found for value in node.inputs):
             found.update(id(out) for out in node.outputs)
             nodes.append(node)
@@ -297,9 +292,8 @@ def _value(name: str, dtype: ir.DataType, shape: Iterable[Any]) -> ir.Value:
 
 def _spec(model: ir.Model) -> ComponentSpec:
     def tensor(value: ir.Value) -> TensorSpec:
-        assert value.shape is not None and value.dtype is not None
-        dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-        return TensorSpec(value.name or "", value.dtype.numpy().name, dims)
+        dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in shape_of(value))
+        return TensorSpec(value.name or "", dtype_of(value).numpy().name, dims)
 
     return ComponentSpec(
         model.graph.name or "",
