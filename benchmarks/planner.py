@@ -4,7 +4,7 @@
 
 Each BUNDLE was built from the folder MODEL (benchmarks/random_pipeline.py makes some). Every
 configuration of bundle, size and memory mode generates images, each in a process of its own, and
-its median counts; with --stock once more without edgesd's own kernels. FILE is edgesd calibrate's,
+its median counts; with --stock once more without edgesd's own kernels. FILE is edgesd profile's,
 of this machine.
 """
 
@@ -94,7 +94,7 @@ def rows(
 def main() -> None:
     """Measure, print, and write."""
     arguments = parser(__doc__)
-    arguments.add_argument("--rates", type=Path, required=True, help="of edgesd calibrate")
+    arguments.add_argument("--rates", type=Path, required=True, help="of edgesd profile")
     arguments.add_argument("--pair", nargs=2, action="append", required=True, metavar="PATH")
     arguments.add_argument("--sizes", type=int, nargs="+", default=[256, 512], help="in pixels")
     arguments.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")

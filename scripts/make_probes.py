@@ -1,4 +1,4 @@
-"""Makes edgesd/runtime/probes.zip: the graphs that `edgesd calibrate` times.
+"""Makes edgesd/runtime/probes.zip: the graphs that `edgesd profile` times.
 
     python scripts/make_probes.py
 

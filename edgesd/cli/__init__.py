@@ -13,7 +13,6 @@ from edgesd import __version__
 from edgesd.cli import (
     bench,
     build,
-    calibrate,
     demo,
     deploy,
     evaluate,
@@ -24,6 +23,7 @@ from edgesd.cli import (
     keys,
     pack,
     plan,
+    profile,
     prompter,
     report,
     slots,
@@ -67,7 +67,8 @@ def cli(debug: bool) -> None:
 for command in (
     bench.bench_group,
     build.build_command,
-    calibrate.calibrate_command,
+    profile.profile_command,
+    profile.calibrate_command,
     generate.generate_command,
     finalize.finalize_command,
     demo.demo_command,

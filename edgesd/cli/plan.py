@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.option(
     "--rates",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="What `edgesd calibrate` measured on the board. [default: the cache's for the target]",
+    help="What `edgesd profile` measured on the board. [default: the cache's for the target]",
 )
 @json_option
 def plan_command(
@@ -64,7 +64,7 @@ def plan_command(
     """Predict what a bundle of MODEL would take on a board, before anything is built.
 
     Size on disk, peak memory of each network and each --memory mode, memory of the build, and time
-    of an image, where the board was calibrated. MODEL as in `edgesd build`.
+    of an image, where the board was profiled. MODEL as in `edgesd build`.
     """
     from edgesd.export.pipeline import require_build_tools
 
@@ -123,7 +123,7 @@ def _show(plan: BuildPlan) -> None:
     else:
         say(f"--memory {plan.mode} is the fastest mode that fits into {usable}")
     if plan.rates is None:
-        say("time isn't known: edgesd calibrate --host USER@BOARD measures such a board")
+        say("time isn't known: edgesd profile --host USER@BOARD measures such a board")
     else:
         say(f"seconds are of one image, without loading, by rates of {plan.rates}")
     say(f"building takes about {plan.build_bytes / 1e9:.1f} GB of memory")

@@ -91,7 +91,7 @@ class Rate(Spec, frozen=True):
 
 
 class Rates(Spec, frozen=True):
-    """How fast a machine is, as `edgesd calibrate` measured it.
+    """How fast a machine is, as `edgesd profile` measured it.
 
     instruction_set: of edgesd's own kernels, or None without. threads: per operator; 0 for all.
     process_bytes: resident memory of Python with ONNX Runtime and one small graph.
@@ -111,13 +111,13 @@ def rates_path(target: str) -> Path:
 
 
 def read_rates(path: Path) -> Rates:
-    """What `edgesd calibrate` wrote to `path`. Raises InputError."""
+    """What `edgesd profile` wrote to `path`. Raises InputError."""
     try:
         return decode_json(path.read_bytes(), Rates)
     except FileNotFoundError as exc:
-        raise InputError(f"{path} isn't there: edgesd calibrate -o {path} makes it") from exc
+        raise InputError(f"{path} isn't there: edgesd profile -o {path} makes it") from exc
     except InputError as exc:
-        raise InputError(f"{path} isn't a file of edgesd calibrate: {exc}") from exc
+        raise InputError(f"{path} isn't a file of edgesd profile: {exc}") from exc
 
 
 def find_rates(target: str, path: Path | None = None) -> Rates | None:
@@ -261,7 +261,7 @@ class Speed:
         if not rates:
             raise InputError(
                 f"the rates have no {kind} in {form or 'fp32'}: measure them again, with edgesd "
-                "calibrate"
+                "profile"
             )
         weights = [1 / (_distance(rate.size, size) ** 4 + 1e-6) for rate in rates]
         per_unit = sum(

@@ -205,7 +205,7 @@ def test_a_reader_that_went_away_costs_no_image(miniature: Bundle, tmp_path: Pat
         ("bench", "{bundle}", "--html", "-"),
         ("report", "{bundle}", "-o", "-"),
         ("demo", "-o", "-"),
-        ("calibrate", "-o", "-"),
+        ("profile", "-o", "-"),
         ("finalize", "{bundle}", "--plans", "-"),
         ("keys", "new", "-"),
         ("prompter", "data", "x", "--format", "captions", "-o", "-"),

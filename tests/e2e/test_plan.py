@@ -171,7 +171,7 @@ def test_the_command_tells_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     plan = msgspec.json.decode(told.out, type=BuildPlan)
     assert plan.target == "raspberry-pi-5" and plan.seconds is None
     shown = run_cli("plan", DEMO, "--target", "raspberry-pi-5", "--precision", "w8a8")
-    assert "calibrate" in shown.out and f"{plan.memory['stream'] / 1e6:.0f}" in shown.out
+    assert "edgesd profile" in shown.out and f"{plan.memory['stream'] / 1e6:.0f}" in shown.out
     path = tmp_path / "rates.json"
     path.write_bytes(msgspec.json.encode(board("neon_dotprod")))
     timed = run_cli("plan", DEMO, "--target", "raspberry-pi-5", "--rates", path, "--json")
@@ -187,7 +187,7 @@ def test_the_command_tells_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--target", "raspberry-pi-5", "--backend", "tensorrt"], ["tensorrt"]),
         (["--target", "raspberry-pi-5", "--steps", "0"], ["steps"]),
         (["--target", "raspberry-pi-5", "--guidance", "nan"], ["guidance"]),
-        (["--target", "raspberry-pi-5", "--rates", "none.json"], ["none.json", "calibrate"]),
+        (["--target", "raspberry-pi-5", "--rates", "none.json"], ["none.json", "profile"]),
     ],
 )
 def test_wrong_input_is_one_line(arguments: list[str], words: list[str]) -> None:

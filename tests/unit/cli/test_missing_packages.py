@@ -86,7 +86,7 @@ def test_what_needs_an_extra_names_it_in_one_line(miniature: Bundle, tmp_path: P
 def test_what_boards_do_needs_no_extra(miniature: Bundle, tmp_path: Path) -> None:
     for arguments in (
         ("targets",),
-        ("calibrate", "--help"),
+        ("profile", "--help"),
         ("inspect", miniature.path),
         ("generate", miniature.path, "-p", "a cat", "--any-machine", "-o", tmp_path / "a.png"),
         ("slots", "show"),

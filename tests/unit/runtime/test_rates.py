@@ -133,34 +133,49 @@ def test_rates_are_kept_by_target_and_read_again(
 def test_a_file_of_something_else_is_refused(text: bytes, tmp_path: Path) -> None:
     path = tmp_path / "rates.json"
     path.write_bytes(text)
-    with pytest.raises(InputError, match="isn't a file of edgesd calibrate"):
+    with pytest.raises(InputError, match="isn't a file of edgesd profile"):
         read_rates(path)
     with pytest.raises(InputError, match="isn't there"):
         read_rates(tmp_path / "none.json")
 
 
-def test_calibrate_writes_what_plan_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_writes_what_plan_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = few("add", "", 1 << 29)
     monkeypatch.setattr(rates, "read_probes", lambda: chosen)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    done = run_cli("calibrate", "--target", "raspberry-pi-5")
+    done = run_cli("profile", "--target", "raspberry-pi-5")
     assert done.code == 0 and "add" in done.out
     found = find_rates("raspberry-pi-5")
     assert found is not None and {rate.kind for rate in found.rates} == {"add", "fresh", "read"}
 
 
-def test_calibrate_refuses_a_target_that_isnt_there() -> None:
-    assert_refused(run_cli("calibrate", "--target", "raspberry-pi-55"), "raspberry-pi-5")
+def test_the_older_name_of_profile_works_and_says_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = few("add", "", 1 << 29)
+    monkeypatch.setattr(rates, "read_probes", lambda: chosen)
+    path = tmp_path / "rates.json"
+    done = run_cli("calibrate", "-o", path, "--json")
+    assert done.code == 0
+    assert msgspec.json.decode(done.out, type=Rates) == read_rates(path)
+    (line,) = done.err.splitlines()
+    assert "`edgesd calibrate` is `edgesd profile`" in line
+    listed = run_cli("--help").out
+    assert "  profile " in listed and "calibrate" not in listed
 
 
-def test_calibrate_says_that_a_place_cannot_be_written_before_it_measures(
+def test_profile_refuses_a_target_that_isnt_there() -> None:
+    assert_refused(run_cli("profile", "--target", "raspberry-pi-55"), "raspberry-pi-5")
+
+
+def test_profile_says_that_a_place_cannot_be_written_before_it_measures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def measured(*_: object) -> Rates:
         raise AssertionError("it measured")
 
     monkeypatch.setattr(rates, "measure", measured)
-    assert_refused(run_cli("calibrate", "-o", "/proc/none/rates.json"), "/proc/none")
+    assert_refused(run_cli("profile", "-o", "/proc/none/rates.json"), "/proc/none")
 
 
 def test_a_boards_rates_are_kept_under_its_target(
@@ -171,7 +186,7 @@ def test_a_boards_rates_are_kept_under_its_target(
 
     async def edgesd(board: object, *arguments: str) -> str:
         asked.append(arguments)
-        found = some(Rate("add", "", (100,), 1e-6)) if arguments[0] == "calibrate" else here
+        found = some(Rate("add", "", (100,), 1e-6)) if arguments[0] == "profile" else here
         return msgspec.json.encode(found).decode()
 
     def on_each(hosts: list[str], work: Callable[..., Any]) -> dict[str, object]:
@@ -180,9 +195,9 @@ def test_a_boards_rates_are_kept_under_its_target(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("edgesd.remote.board.edgesd", edgesd)
     monkeypatch.setattr("edgesd.remote.hosts.on_each", on_each)
-    done = run_cli("calibrate", "--host", "pi@board", "--threads", "3")
+    done = run_cli("profile", "--host", "pi@board", "--threads", "3")
     assert done.code == 0, done.err
-    assert asked[0] == ("calibrate", "--json", "--threads", "3")
+    assert asked[0] == ("profile", "--json", "--threads", "3")
     assert find_rates("raspberry-pi-5") is not None and "raspberry-pi-5" in done.out
 
 
@@ -209,7 +224,7 @@ def test_rates_that_can_not_be_are_refused(rate: dict[str, object], tmp_path: Pa
     }
     path = tmp_path / "rates.json"
     path.write_text(json.dumps(told))
-    with pytest.raises(InputError, match="isn't a file of edgesd calibrate"):
+    with pytest.raises(InputError, match="isn't a file of edgesd profile"):
         read_rates(path)
 
 

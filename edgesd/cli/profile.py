@@ -1,4 +1,4 @@
-"""edgesd calibrate"""
+"""edgesd profile"""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from edgesd.cli.common import OutputPath, Reporter, json_option, print_json, say
+from edgesd.cli.common import OutputPath, Reporter, json_option, print_json, say, say_error
 
 if TYPE_CHECKING:
     from edgesd.runtime.rates import Rates
 
 
-@click.command("calibrate", short_help="Measure how fast this machine, or a board, is.")
+@click.command("profile", short_help="Measure how fast this machine, or a board, is.")
 @click.option("--host", metavar="USER@BOARD[:PORT]", help="Measure that board, over SSH.")
 @click.option(
     "--target",
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     help="CPU threads; 0 takes all fast cores.",
 )
 @json_option
-def calibrate_command(
+def profile_command(
     host: str | None, target: str | None, output: Path | None, threads: int, as_json: bool
 ) -> None:
     """Time each kind of operation alone, at sizes of real networks, so that `edgesd plan` can tell
@@ -91,7 +91,7 @@ def _on_board(host: str, threads: int) -> tuple[Rates, str | None]:
     from edgesd.spec.target import Machine
 
     async def ask(board: boards.Board) -> tuple[Rates, str | None]:
-        told = await boards.edgesd(board, "calibrate", "--json", "--threads", str(threads))
+        told = await boards.edgesd(board, "profile", "--json", "--threads", str(threads))
         here = await boards.edgesd(board, "targets", "--detect", "--json")
         return boards.decode(board, told, Rates), boards.decode(board, here, Machine).target
 
@@ -99,3 +99,14 @@ def _on_board(host: str, threads: int) -> tuple[Rates, str | None]:
     if isinstance(found, EdgesdError):
         raise found
     return found
+
+
+@click.command("calibrate", hidden=True, params=profile_command.params)
+@click.pass_context
+def calibrate_command(context: click.Context, /, **options: object) -> None:
+    """The older name of `edgesd profile`."""
+    say_error(
+        "note: `edgesd calibrate` is `edgesd profile` from this release on; the older name goes "
+        "with the next one"
+    )
+    context.forward(profile_command)
