@@ -25,7 +25,7 @@ import msgspec
 from benchmarks.common import environment, parser, run, table, write_json
 from edgesd.errors import EdgesdError
 from edgesd.processes import module_command
-from edgesd.recipes.planner import Wish, make_plan
+from edgesd.recipes.planner import PlanRequest, estimate_build
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.memory import MEMORY_MODES
 from edgesd.runtime.rates import Rates, read_rates
@@ -63,8 +63,10 @@ def rows(
             isa = rates.instruction_set if kernels else None
             here = msgspec.structs.replace(rates, instruction_set=isa)
             for size in sizes:
-                wish = Wish(manifest.precision, (size, size), steps, 1.0, None, method, here)
-                plan = make_plan(model, manifest.target, wish, "onnxruntime")
+                request = PlanRequest(
+                    manifest.precision, (size, size), steps, 1.0, None, method, here
+                )
+                plan = estimate_build(model, manifest.target, request, "onnxruntime")
                 assert plan.seconds is not None
                 for mode in MEMORY_MODES:
                     generated = [

@@ -10,7 +10,7 @@ import click
 from edgesd.cli.common import Bytes, Finite, Size, json_option, print_json, say
 
 if TYPE_CHECKING:
-    from edgesd.recipes.planner import BuildPlan
+    from edgesd.recipes.planner import Estimate
 
 
 @click.command("plan", short_help="Predict what a bundle of MODEL would take.")
@@ -70,10 +70,10 @@ def plan_command(
 
     require_build_tools()
     from edgesd.device.targets import get_target
-    from edgesd.recipes.planner import Wish, make_plan
+    from edgesd.recipes.planner import PlanRequest, estimate_build
     from edgesd.runtime.rates import find_rates
 
-    wish = Wish(
+    request = PlanRequest(
         precision=precision,
         size=size,
         steps=steps,
@@ -82,50 +82,51 @@ def plan_command(
         method=method,
         rates=find_rates(get_target(target).name, rates),
     )
-    plan = make_plan(model, target, wish, backend)
+    estimate = estimate_build(model, target, request, backend)
     if as_json:
-        print_json(plan)
+        print_json(estimate)
     else:
-        _show(plan)
+        _show(estimate)
 
 
-def _show(plan: BuildPlan) -> None:
-    guided = "without guidance" if plan.guidance <= 1 else f"guidance {plan.guidance:g}"
-    how = f"{plan.backend}, own kernels" if plan.kernels else plan.backend
+def _show(estimate: Estimate) -> None:
+    guided = "without guidance" if estimate.guidance <= 1 else f"guidance {estimate.guidance:g}"
+    how = f"{estimate.backend}, own kernels" if estimate.kernels else estimate.backend
     say(
-        f"{plan.model} for {plan.target} ({how}), "
-        f"{plan.precision}, {plan.width}x{plan.height}, {plan.steps} steps, {guided}"
+        f"{estimate.model} for {estimate.target} ({how}), "
+        f"{estimate.precision}, {estimate.width}x{estimate.height}, {estimate.steps} steps, "
+        f"{guided}"
     )
-    modes = list(plan.memory)
-    timed = plan.seconds is not None
+    modes = list(estimate.memory)
+    timed = estimate.seconds is not None
     rows = [["", "MB on disk", "GMAC a run", *[f"{mode}: MB" for mode in modes]]]
     if timed:
         rows[0] += [f"{mode}: s" for mode in modes]
-    for name, cost in plan.components.items():
+    for name, cost in estimate.components.items():
         row = [name, f"{cost.bytes / 1e6:.1f}", f"{sum(cost.macs.values()) / 1e9:.1f}"]
         row += [f"{cost.memory[mode] / 1e6:.0f}" if mode in cost.memory else "" for mode in modes]
         if timed:
             row += [f"{cost.seconds.get(mode) or 0:.2f}" if cost.runs else "" for mode in modes]
         rows.append(row)
-    total = ["together", f"{plan.bundle_bytes / 1e6:.1f}", ""]
-    total += [f"{plan.memory[mode] / 1e6:.0f}" for mode in modes]
-    if plan.seconds is not None:
-        total += [f"{plan.seconds[mode]:.2f}" for mode in modes]
+    total = ["together", f"{estimate.bundle_bytes / 1e6:.1f}", ""]
+    total += [f"{estimate.memory[mode] / 1e6:.0f}" for mode in modes]
+    if estimate.seconds is not None:
+        total += [f"{estimate.seconds[mode]:.2f}" for mode in modes]
     rows.append(total)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0])]
         cells += [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
         say("  ".join(cells).rstrip())
-    usable = f"{plan.usable_bytes / 1e6:.0f} MB"
-    if plan.mode is None:
+    usable = f"{estimate.usable_bytes / 1e6:.0f} MB"
+    if estimate.mode is None:
         say(f"no --memory mode fits into {usable}")
     else:
-        say(f"--memory {plan.mode} is the fastest mode that fits into {usable}")
-    if plan.rates is None:
+        say(f"--memory {estimate.mode} is the fastest mode that fits into {usable}")
+    if estimate.rates is None:
         say("time isn't known: edgesd profile --host USER@BOARD measures such a board")
     else:
-        say(f"seconds are of one image, without loading, by rates of {plan.rates}")
-    say(f"building takes about {plan.build_bytes / 1e9:.1f} GB of memory")
-    for line in plan.advice:
+        say(f"seconds are of one image, without loading, by rates of {estimate.rates}")
+    say(f"building takes about {estimate.build_bytes / 1e9:.1f} GB of memory")
+    for line in estimate.advice:
         say(f"instead: {line}")

@@ -16,7 +16,7 @@ import msgspec
 import edgesd
 from edgesd.device.capabilities import in_gb
 from edgesd.device.detect import detect_machine, explain_machine, runnable_targets
-from edgesd.device.targets import check_memory, check_request, get_target
+from edgesd.device.targets import check_request, get_target
 from edgesd.engines.bundle import (
     engine_from_graph,
     file_entries,
@@ -54,8 +54,6 @@ _log = logging.getLogger(__name__)
 
 PROMPTER = "prompter"
 """Folder of a bundle that holds its prompter."""
-
-_PROMPTER_BYTES = 80 << 20
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,12 @@ def build(
     from edgesd.export.backends import REFERENCE, get_lowering
     from edgesd.export.source import resolve_source
     from edgesd.recipes.footprints import write_footprints
-    from edgesd.recipes.planner import Wish, check_plan, plan_source
+    from edgesd.recipes.planner import (
+        PlanRequest,
+        check_estimate,
+        check_prompter,
+        estimate_source,
+    )
     from edgesd.recipes.quantized import QuantizedBuild
 
     target = get_target(target_name)
@@ -175,14 +178,13 @@ def build(
     source = resolve_source(str(demo_model()) if model == DEMO else model)
     tuned = None if prompter is None else read_prompter(prompter)
     if prompter and tuned:
-        # Its process ends before the image model is loaded: the larger of the two counts.
-        check_memory(target, _prompter_bytes(prompter, tuned), "the prompter")
+        check_prompter(target, ((prompter / name).stat().st_size for name in tuned.files))
     method = (quantization or QuantOptions()).method
-    asked = Wish(
+    asked = PlanRequest(
         precision, size, method=method, fixed=size is not None, batch=batch, scheduler=scheduler
     )
-    expected = plan_source(source, model, target, backend, asked)
-    check_plan(expected)
+    expected = estimate_source(source, model, target, backend, asked)
+    check_estimate(expected)
     free = available_bytes()
     if warn and free is not None and expected.build_bytes > free:
         warn(
@@ -292,11 +294,6 @@ class _Writer:
             quality=quality,
         )
         write_manifest(root, manifest)
-
-
-def _prompter_bytes(folder: Path, spec: PrompterSpec) -> int:
-    """Memory that the prompter's process takes, about (measured: 72 MB besides its files)."""
-    return _PROMPTER_BYTES + sum((folder / name).stat().st_size for name in spec.files)
 
 
 def _add_prompter(root: Path, folder: Path, spec: PrompterSpec) -> None:

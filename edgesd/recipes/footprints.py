@@ -7,7 +7,7 @@ workload costs. How footprints add up for an image is runtime/footprint.py's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -23,6 +23,7 @@ from edgesd.export.families import ExportSpec
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 from edgesd.runtime.bundle import open_bundle
+from edgesd.runtime.flow import Stage, flow_of
 from edgesd.runtime.tiles import TILE, WINDOWS, margin_of, tail_shapes
 from edgesd.spec.bundle import BundleManifest, Footprint
 from edgesd.spec.scheme import Precision, number_format, parse_scheme
@@ -30,134 +31,151 @@ from edgesd.spec.scheme import Precision, number_format, parse_scheme
 Shape = tuple[int, int, int]
 """Height, width and rows of a component's input; height and width in its own unit."""
 
+@dataclass(frozen=True)
+class GraphForm:
+    """How a component's graph is built. schemes: of its quantized layers. on_disk: bytes of its
+    weights' file. own_kernels: for edgesd's own kernels."""
+
+    precision: Precision
+    lowering: Lowering
+    schemes: Mapping[Layer, LayerScheme]
+    on_disk: int
+    own_kernels: bool = False
+
+    def lowered(self, workload: Workload, tail: bool = False) -> Workload:
+        """A workload as the graph runs it. tail: of a decoder's tail."""
+        return lower_workload(workload, self.schemes, self.own_kernels, self.own_kernels, tail)
+
 
 class Networks:
-    """The components of a plan, traced at any size; each is traced once at one."""
+    """The components of a pipeline that is built, traced at any size; each is traced once at one.
 
-    def __init__(self, plan: ExportSpec) -> None:
-        self.pipeline = plan.pipeline
-        self.components = {component.name: component for component in plan.components}
+    Raises EdgesdError where a component can't be run on shapes alone.
+    """
+
+    def __init__(self, spec: ExportSpec) -> None:
+        self.pipeline = spec.pipeline
+        self.flow = flow_of(spec.pipeline)
+        self._components = {component.name: component for component in spec.components}
         self._traced: dict[tuple[str, Shape], Workload] = {}
 
-    def trace(self, name: str, shape: Shape) -> Workload:
-        """A component's workload. Raises EdgesdError when it can't be run on shapes alone."""
+    def trace(self, stage: Stage, shape: Shape) -> Workload:
+        """The workload of a stage's component."""
+        name = stage.component
         if (name, shape) not in self._traced:
             height, width, rows = shape
             sizes = {"batch": rows, "height": height, "width": width}
-            made = trace(self.components[name], sizes)
-            if shape != self.own_shape(name):
-                made = _with_layers_of(self.trace(name, self.own_shape(name)), made)
-            self._traced[name, shape] = made
+            traced = trace(self._components[name], sizes)
+            if shape != self.own_shape(stage):
+                traced = _with_layers_of(self.trace_own(stage), traced)
+            self._traced[name, shape] = traced
         return self._traced[name, shape]
+
+    def trace_own(self, stage: Stage) -> Workload:
+        """The same at the pipeline's own size."""
+        return self.trace(stage, self.own_shape(stage))
+
+    def trace_part(self, shape: Shape, which: int) -> Workload:
+        """The decoder's head (0) or tail (1)."""
+        return split_workload(self.trace(self.flow.decoder, shape))[which]
 
     def latents(self, width: int, height: int) -> tuple[int, int]:
         """Height and width in latents of an image's in pixels."""
         unit = self.pipeline.latent.scale_factor
         return height // unit, width // unit
 
-    def own_shape(self, name: str) -> Shape:
-        """That of the component at the pipeline's own size, of one row."""
+    def own_shape(self, stage: Stage) -> Shape:
+        """That of a component at the pipeline's own size, of one image; of all rows, where their
+        number is fixed."""
         shape = self.pipeline.shape
-        if name == "vae_encoder":
-            return shape.height, shape.width, 1
         height, width = self.latents(shape.width, shape.height)
-        return height, width, 1 if shape.dynamic or name != "unet" else shape.batch
+        return height, width, shape.batch if stage.per == "step" and not shape.dynamic else 1
 
-    def footprint(
-        self,
-        name: str,
-        precision: Precision,
-        choices: Mapping[Layer, LayerScheme],
-        on_disk: int,
-        own: bool,
-        lowering: Lowering,
-        at: Iterable[Shape] = (),
-    ) -> Footprint:
-        """Of a component's graph. on_disk: bytes of its weights' file. own: for edgesd's own
-        kernels. lowering: of the backend. at: shapes that matter; () for all that a bundle may be
-        run at."""
-        shapes, gpu = set(at) or {*self._shapes(name)}, lowering.weight_bytes
-        if name == "text_encoder":
-            shapes = {self.own_shape(name)}
+    def footprint(self, stage: Stage, form: GraphForm, at: Iterable[Shape] = ()) -> Footprint:
+        """Of a component's graph. at: shapes that matter; () for all that a bundle may be run
+        at."""
+        shapes = sorted(set(at) or self._shapes(stage))
+        on_gpu = form.lowering.weight_bytes
         runs: dict[int, tuple[int, int]] = {}
-        for shape in sorted(shapes):
-            made = lower_workload(self.trace(name, shape), choices, own, own)
-            takes = memory([made], choices, on_disk)
+        for shape in shapes:
+            workload = form.lowered(self.trace(stage, shape))
+            takes = memory([workload], form.schemes, form.on_disk)
             touched = takes.activations, takes.workspace
-            if gpu is not None:
-                touched = arena_bytes([made]) // (1 if precision == "fp32" else 2), 0
+            if on_gpu:
+                touched = arena_bytes([workload]) // (1 if form.precision == "fp32" else 2), 0
             height, width, rows = shape
-            units = 1 if name == "text_encoder" else height * width * rows
+            units = 1 if stage.per == "prompt" else height * width * rows
             runs[units] = max(runs.get(units, (0, 0)), touched)
-        every = tuple((units, *runs[units]) for units in sorted(runs))
-        if gpu is not None:
-            weights = int(gpu[number_format(precision)] * made.parameters)
-            return Footprint(weights, 0, weights, 0, 0, every)
-        in_file = 0 if precision == "fp16" else takes.in_file
-        tiled = name == "vae_decoder" and any(max(shape) > TILE for shape in shapes)
-        spread = self._spread(choices, own) if tiled else 1.0
+        if on_gpu:
+            weights = int(on_gpu[number_format(form.precision)] * workload.parameters)
+            return Footprint(weights, 0, weights, 0, 0, _sorted(runs))
+        tiled = stage.role == "decoder" and any(max(shape) > TILE for shape in shapes)
         return Footprint(
-            takes.weights, takes.loading, takes.streamed, in_file, takes.graph, every, spread
+            weights=takes.weights,
+            loading=takes.loading,
+            streamed=takes.streamed,
+            in_file=0 if form.precision == "fp16" else takes.in_file,
+            graph=takes.graph,
+            runs=_sorted(runs),
+            spread=self._spread(form) if tiled else 1.0,
         )
 
-    def split(
-        self, choices: Mapping[Layer, LayerScheme], own: bool, at: Iterable[Shape] = ()
-    ) -> tuple[Footprint, Footprint]:
+    def split(self, form: GraphForm, at: Iterable[Shape] = ()) -> tuple[Footprint, Footprint]:
         """Of a full autoencoder's decoder that is split: its head, and its tail at each window.
         at: as in `footprint`, of the head."""
+        heads = {
+            height * width: [(height, width, rows)]
+            for height, width, rows in sorted(set(at) or self._shapes(self.flow.decoder))
+        }
+        tails = {
+            window**2: [(h, w, 1) for h, w in tail_shapes(4 * window, 4 * window, window)[0]]
+            for window in sorted(WINDOWS)
+        }
+        return self._part(form, heads, 0), self._part(form, tails, 1)
 
-        def made(shape: Shape, which: int) -> Workload:
-            part = split_workload(self.trace("vae_decoder", shape))[which]
-            return lower_workload(part, choices, own, own, tail=which == 1)
+    def _part(self, form: GraphForm, shapes_at: Mapping[int, list[Shape]], which: int) -> Footprint:
+        """Of the decoder's head or tail. shapes_at: by units, what is run one after another."""
+        runs = {}
+        for units, shapes in shapes_at.items():
+            parts = [form.lowered(self.trace_part(shape, which), which == 1) for shape in shapes]
+            takes = memory(parts, form.schemes, part_bytes(parts[0], form.schemes))
+            runs[units] = takes.activations, takes.workspace
+        return Footprint(
+            takes.weights, takes.loading, takes.streamed, takes.in_file, takes.graph, _sorted(runs)
+        )
 
-        found = []
-        windows = sorted(WINDOWS)
-        tails = [[(h, w, 1) for h, w in tail_shapes(4 * n, 4 * n, n)[0]] for n in windows]
-        heads = sorted(set(at) or self._shapes("vae_decoder"))
-        for which, series in enumerate(([[shape] for shape in heads], tails)):
-            runs = {}
-            for index, shapes in enumerate(series):
-                parts = [made(shape, which) for shape in shapes]
-                takes = memory(parts, choices, part_bytes(parts[0], choices))
-                units = windows[index] ** 2 if which else shapes[0][0] * shapes[0][1]
-                runs[units] = takes.activations, takes.workspace
-            every = tuple((units, *runs[units]) for units in sorted(runs))
-            found.append(
-                Footprint(
-                    takes.weights, takes.loading, takes.streamed, takes.in_file, takes.graph, every
-                )
-            )
-        return found[0], found[1]
-
-    def _shapes(self, name: str) -> list[Shape]:
+    def _shapes(self, stage: Stage) -> list[Shape]:
         """Where a component is traced: a quarter, one, four and sixteen times its own area; and
-        at several images at a time."""
-        height, width, rows = self.own_shape(name)
+        at several images at a time. Of a prompt there is one size."""
+        height, width, rows = self.own_shape(stage)
         shape = self.pipeline.shape
-        if not shape.dynamic:
+        if not shape.dynamic or stage.per == "prompt":
             return [(height, width, rows)]
-        unit = 1 if name == "vae_encoder" else self.pipeline.latent.scale_factor
-        step = max(1, shape.multiple_of // unit)
+        step = max(1, shape.multiple_of // self.pipeline.latent.scale_factor)
         small = [max(step, n // 2 // step * step) for n in (height, width)]
         found = [(small[0], small[1], 1), *((n * height, n * width, 1) for n in (1, 2, 4))]
-        if name == "unet":
+        if stage.per == "step":
             found += [(height, width, 2), (height, width, 32)]
         return found
 
-    def _spread(self, choices: Mapping[Layer, LayerScheme], own: bool) -> float:
+    def _spread(self, form: GraphForm) -> float:
         """How much more tiles of several sizes touch, one after another, than the largest."""
         halo = self.pipeline.latent.halo
         if halo is None or not self.pipeline.shape.dynamic:
             return 1.0
         sides = [TILE + n * margin_of(halo) for n in (1, 2)]
-        made = {
-            (h, w): lower_workload(self.trace("vae_decoder", (h, w, 1)), choices, own, own)
+        tiles = {
+            (h, w): form.lowered(self.trace(self.flow.decoder, (h, w, 1)))
             for h in sides
             for w in sides
         }
         row = [sides[0], sides[1], sides[0]]
-        series = [made[h, w] for h in row for w in row]
-        return max(1.0, arena_bytes(series) / arena_bytes([made[sides[1], sides[1]]]))
+        series = [tiles[h, w] for h in row for w in row]
+        return max(1.0, arena_bytes(series) / arena_bytes([tiles[sides[1], sides[1]]]))
+
+
+def _sorted(runs: Mapping[int, tuple[int, int]]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((units, *runs[units]) for units in sorted(runs))
 
 
 def _with_layers_of(one: Workload, other: Workload) -> Workload:
@@ -173,44 +191,47 @@ def _with_layers_of(one: Workload, other: Workload) -> Workload:
     )
 
 
-def choices_of(
+def schemes_of(
     manifest: BundleManifest, component: str, layers: Sequence[Layer]
 ) -> dict[Layer, LayerScheme]:
     """The scheme that each layer of a component has in a bundle; none of those in fp32."""
     if manifest.recipe is None:
         return {}
-    made = {la.name: la.scheme for la in manifest.recipe.layers if la.component == component}
+    written = {la.name: la.scheme for la in manifest.recipe.layers if la.component == component}
     return {
-        layer: None if made[layer.name] == "fp16" else parse_scheme(made[layer.name])
+        layer: None if written[layer.name] == "fp16" else parse_scheme(written[layer.name])
         for layer in layers
-        if layer.name in made
+        if layer.name in written
     }
 
 
-def write_footprints(root: Path, plan: ExportSpec) -> None:
-    """Let the manifest of the bundle folder `root` say what its graphs take. Raises EdgesdError."""
-    manifest = open_bundle(root).manifest
-    networks = Networks(plan)
-    engines = {}
-    for name, engine in manifest.engines.items():
-        found: dict[str, object] = {}
-        workload = networks.trace(name, networks.own_shape(name))
-        choices = choices_of(manifest, name, workload.layers)
-        on_disk = manifest.files[f"{name}/weights.bin"].bytes
+def footprinted(manifest: BundleManifest, spec: ExportSpec) -> BundleManifest:
+    """The manifest of a bundle that was built from `spec`, with what its graphs take. Raises
+    EdgesdError."""
+    networks = Networks(spec)
+    engines = dict(manifest.engines)
+    for stage in networks.flow.stages:
+        engine = engines[stage.component]
+        schemes = schemes_of(manifest, stage.component, networks.trace_own(stage).layers)
+        on_disk = manifest.files[f"{stage.component}/weights.bin"].bytes
         lowering = get_lowering(engine.backend)
-        split = engine.split
         for own, field in ((False, "footprint"), (True, "kernels_footprint")):
             if own and engine.kernels is None:
                 continue
-            found[field] = networks.footprint(
-                name, engine.precision, choices, on_disk, own, lowering
-            )
-            if split is not None:
-                head, tail = networks.split(choices, own)
-                split = msgspec.structs.replace(
-                    split,
-                    head=msgspec.structs.replace(split.head, **{field: head}),
-                    tail=msgspec.structs.replace(split.tail, **{field: tail}),
+            form = GraphForm(engine.precision, lowering, schemes, on_disk, own)
+            found: dict[str, object] = {field: networks.footprint(stage, form)}
+            if engine.split is not None:
+                head, tail = networks.split(form)
+                found["split"] = msgspec.structs.replace(
+                    engine.split,
+                    head=msgspec.structs.replace(engine.split.head, **{field: head}),
+                    tail=msgspec.structs.replace(engine.split.tail, **{field: tail}),
                 )
-        engines[name] = msgspec.structs.replace(engine, split=split, **found)
-    update_manifest(root, msgspec.structs.replace(manifest, engines=engines))
+            engine = msgspec.structs.replace(engine, **found)
+        engines[stage.component] = engine
+    return msgspec.structs.replace(manifest, engines=engines)
+
+
+def write_footprints(root: Path, spec: ExportSpec) -> None:
+    """Let the manifest of the bundle folder `root` say what its graphs take. Raises EdgesdError."""
+    update_manifest(root, footprinted(open_bundle(root).manifest, spec))

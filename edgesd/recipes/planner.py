@@ -8,8 +8,9 @@ they are off.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import msgspec
 
@@ -17,52 +18,43 @@ from edgesd.device.capabilities import in_gb
 from edgesd.device.targets import all_targets, check_request, get_target, usable_bytes
 from edgesd.errors import TargetError
 from edgesd.export.backends import get_lowering
-from edgesd.export.cost.costs import NODE_FILE_BYTES, file_bytes
-from edgesd.export.cost.cpu_lowering import lower_workload
+from edgesd.export.cost.costs import (
+    NODE_FILE_BYTES,
+    OTHER_FILES_BYTES,
+    build_bytes,
+    file_bytes,
+)
 from edgesd.export.cost.times import multiplications, seconds
-from edgesd.export.cost.workload import Workload, split_workload
-from edgesd.export.families import ExportSpec
+from edgesd.export.cost.workload import Workload
 from edgesd.export.pipeline import export_spec, require_build_tools
-from edgesd.export.quantize.assign import LayerScheme, planned
-from edgesd.export.quantize.layers import Layer
+from edgesd.export.quantize.assign import planned
 from edgesd.export.source import ModelSource, resolve_source
 from edgesd.recipes import DEMO, demo_model, fixed_shape
-from edgesd.recipes.footprints import Networks, Shape
+from edgesd.recipes.footprints import GraphForm, Networks, Shape
 from edgesd.runtime.backends import get_backend
-from edgesd.runtime.flow import flow_of
-from edgesd.runtime.footprint import Drawing, Need, computing, drawing_need, text_values
-from edgesd.runtime.kernels import computes
+from edgesd.runtime.fitting import Batch, Budget, Fitting, images_per_run
+from edgesd.runtime.flow import GuidanceMode, Stage, guidance_mode
+from edgesd.runtime.footprint import (
+    PROCESS_BYTES,
+    PROGRAM_BYTES,
+    Costs,
+    Generation,
+    Need,
+    computing,
+    prompter_bytes,
+)
+from edgesd.runtime.kernels import computes, instruction_set_of
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.rates import Rates, Speed
-from edgesd.runtime.tiles import TILE, WINDOWS, margin_of, tail_shapes, tiles_of
+from edgesd.runtime.tiles import TILE, margin_of, tail_shapes, tiles_of
 from edgesd.spec.base import Spec
 from edgesd.spec.bundle import Footprint
-from edgesd.spec.pipeline import check_multiple
+from edgesd.spec.pipeline import PipelineSpec, check_multiple
 from edgesd.spec.scheme import Precision, number_format, parse_scheme
 from edgesd.spec.target import Target
 
-PROCESS_BYTES = 76 << 20
-"""Python with ONNX Runtime and one small session (measured on x86-64; calibrate measures it)."""
-
-PROGRAM_BYTES = 14 << 20
-"""What `edgesd generate` loads besides: Click, Pillow, the board's description."""
-
-_BUILD_BYTES, _BUILD_PER_WEIGHT, _BUILD_PER_PIXEL = 700 << 20, 9.2, 7600
-"""Memory of a build, measured: torch and its libraries; for each weight of the largest network,
-whose graph is compared with its source; for each pixel, of the decoder's calibration."""
-_OTHER_FILES = 400_000
-"""Tokenizer, manifest, licences."""
-
 _SUGGESTED = ("fp32", "fp16", "w8a8", "w4a8-g64")
 """Precisions that are suggested where another doesn't fit, the finest first."""
-
-_KERNELS = {
-    "dotprod": "neon_dotprod",
-    "avx512_vnni": "avx512_vnni",
-    "avx_vnni": "avx_vnni",
-    "avx2": "avx2",
-}
-"""Capability -> the instruction set of edgesd's own kernels that it gives."""
 
 
 class ComponentCost(Spec, frozen=True):
@@ -77,13 +69,14 @@ class ComponentCost(Spec, frozen=True):
     seconds: dict[str, float | None]
 
 
-class BuildPlan(Spec, frozen=True):
+class Estimate(Spec, frozen=True):
     """What `edgesd plan` predicts.
 
     memory: peak resident set of `edgesd generate` in each mode (or of the GPU); usable_bytes: what
-    the target, or the limit asked for, allows; mode: the fastest that fits, None for none.
-    seconds: of an image by mode, without loading; None where the target was never calibrated.
-    rates: which machine they were measured on. advice: what would fit where this doesn't.
+    the target, or the limit asked for, allows; needed_bytes: what would be enough for the mode that
+    takes least; mode: the fastest that fits, None for none. seconds: of an image by mode, without
+    loading; None where the target was never calibrated. rates: which machine they were measured
+    on. advice: what would fit where this doesn't.
     """
 
     model: str
@@ -99,6 +92,7 @@ class BuildPlan(Spec, frozen=True):
     bundle_bytes: int
     memory: dict[str, int]
     usable_bytes: int
+    needed_bytes: int
     mode: str | None
     build_bytes: int
     seconds: dict[str, float] | None
@@ -107,7 +101,7 @@ class BuildPlan(Spec, frozen=True):
 
 
 @dataclass(frozen=True)
-class Wish:
+class PlanRequest:
     """What is to be planned; None takes the model's own. max_memory: bytes, instead of the
     target's RAM. rates: how fast the target is. fixed: of graphs for `size` alone, whose denoiser
     takes `batch` rows; others generate any size, and so are those for TensorRT. scheduler: the
@@ -125,219 +119,248 @@ class Wish:
     scheduler: str | None = None
 
 
-def make_plan(model: str, target_name: str, wish: Wish, backend: str | None = None) -> BuildPlan:
+def estimate_build(
+    model: str, target_name: str, request: PlanRequest, backend: str | None = None
+) -> Estimate:
     """Predict what `edgesd build model --target target_name` makes, and what an image takes.
 
     Raises UsageError, InputError and TargetError as `build` does for what it can't make.
     """
-    number_format(wish.precision)
+    number_format(request.precision)
     require_build_tools()
     target = get_target(target_name)
     backend = target.backends[0] if backend is None else backend
-    check_request(target, wish.precision, backend)
+    check_request(target, request.precision, backend)
     source = resolve_source(str(demo_model()) if model == DEMO else model)
-    return plan_source(source, model, target, backend, wish)
+    return estimate_source(source, model, target, backend, request)
 
 
-def plan_source(
-    source: ModelSource, model: str, target: Target, backend: str, wish: Wish
-) -> BuildPlan:
+def estimate_source(
+    source: ModelSource, model: str, target: Target, backend: str, request: PlanRequest
+) -> Estimate:
     """The same of a source that was resolved, for a target and backend that were checked."""
-    planner = _Planner(source, model, target, backend, wish)
-    found = planner.plan(wish.precision, wish.size)
+    planner = _Planner(source, model, target, backend, request)
+    found = planner.estimate(request.precision, request.size)
     if found.mode is not None:
         return found
     return msgspec.structs.replace(found, advice=tuple(planner.advice(found)))
 
 
-def check_plan(plan: BuildPlan) -> None:
+def check_estimate(estimate: Estimate) -> None:
     """Raise TargetError for a bundle that can't generate on its target in any mode, with what
     could."""
-    if plan.mode is not None:
+    if estimate.mode is not None:
         return
-    least = min(plan.memory, key=lambda mode: plan.memory[mode])
-    advice = "; ".join(plan.advice) or "no target that edgesd knows has as much"
+    least = min(estimate.memory, key=lambda mode: estimate.memory[mode])
+    advice = "; ".join(estimate.advice) or "no target that edgesd knows has as much"
     raise TargetError(
-        f"{plan.model} in {plan.precision} at {plan.width}x{plan.height} needs "
-        f"{plan.memory[least] / 1e6:.0f} MB in {least} mode, and {plan.target} has "
-        f"{plan.usable_bytes / 1e6:.0f} MB for it: {advice}"
+        f"{estimate.model} in {estimate.precision} at {estimate.width}x{estimate.height} needs "
+        f"{estimate.needed_bytes / 1e6:.0f} MB in {least} mode, and {estimate.target} has "
+        f"{estimate.usable_bytes / 1e6:.0f} MB for it: {advice}"
+    )
+
+
+def check_prompter(target: Target, file_sizes: Iterable[int]) -> None:
+    """Raise TargetError for a prompter of such files that is too large for a target. Its process
+    ends before the networks are loaded: the larger of the two counts."""
+    needed, usable = prompter_bytes(file_sizes), usable_bytes(target)
+    if needed <= usable:
+        return
+    fits = next((t for t in _larger(target, usable) if usable_bytes(t) >= needed), None)
+    advice = f"--target {fits.name} has as much" if fits else "choose a smaller model for it"
+    raise TargetError(
+        f"the prompter needs {needed / 1e6:.0f} MB, and {target.name} has {usable / 1e6:.0f} MB "
+        f"for it: {advice}"
     )
 
 
 @dataclass(frozen=True)
-class _Component:
-    """A component as it would be built. split: footprints of the head and tail of a decoder that
-    has them."""
+class _Plan:
+    """One image, by networks as they would be built. forms: of their graphs, by component."""
 
-    choices: Mapping[Layer, LayerScheme]
-    on_disk: int
-    footprint: Footprint
-    split: tuple[Footprint, Footprint] | None
+    networks: Networks
+    batch: Batch
+    steps: int
+    fitting: Fitting
+    forms: Mapping[str, GraphForm]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in latents."""
+        return self.networks.latents(self.batch.width, self.batch.height)
+
+    @cached_property
+    def generations(self) -> dict[MemoryMode, Generation]:
+        """What is generated at a time in each mode."""
+        return {mode: self.fitting.generation(self.batch, mode) for mode in self.fitting.modes}
+
+    @cached_property
+    def needs(self) -> dict[MemoryMode, Need]:
+        """Memory in each mode."""
+        return {m: self.fitting.costs.need(m, each) for m, each in self.generations.items()}
+
+    def runs(self, stage: Stage, mode: MemoryMode) -> int:
+        """How often a stage runs for an image."""
+        shape, batch = self.networks.pipeline.shape, self.batch
+        guidance = guidance_mode(shape, batch.count, batch.guided, mode == "fast", None)
+        return stage.runs(self.steps, batch.guided, guidance)
+
+    def workloads(self, stage: Stage, mode: MemoryMode) -> tuple[list[Workload], Footprint]:
+        """What a run computes, one after another, and the footprint of the graph that does most."""
+        networks, form, (height, width) = self.networks, self.forms[stage.component], self.size
+        costs = self.fitting.costs
+        shapes = [(height, width, 1)]
+        if stage.per == "prompt":
+            shapes = [networks.own_shape(stage)]
+        elif stage.per == "step":
+            shapes = [(height, width, self.generations[mode].rows)]
+        elif stage.role == "decoder" and mode == "stream" and costs.split is not None:
+            head = form.lowered(networks.trace_part((height, width, 1), 0))
+            tiles, times = tail_shapes(height, width)
+            tails = [form.lowered(networks.trace_part((h, w, 1), 1), tail=True) for h, w in tiles]
+            return [head, *tails * times], costs.split[1]
+        elif stage.role == "decoder" and mode == "stream":
+            shapes = [(h, w, 1) for h, w in _tiles(networks.pipeline, (height, width))]
+        found = [form.lowered(networks.trace(stage, shape)) for shape in shapes]
+        return found, costs.footprints[stage.component]
+
+    def seconds(self, stage: Stage, mode: MemoryMode, speed: Speed) -> float:
+        """Of all runs of a stage for an image: reading its weights each time included, and once
+        the memory that is touched for the first time."""
+        workloads, footprint = self.workloads(stage, mode)
+        each = {id(workload): seconds(workload, speed, mode == "stream") for workload in workloads}
+        units = 1 if stage.per == "prompt" else self.size[0] * self.size[1]
+        fresh = speed.seconds("fresh", "", (max(1, sum(computing(footprint, units))),))
+        # A network's weights are larger than caches, which hold those of a single operation.
+        reading = speed.seconds("read", "", (max(1, footprint.weights),))
+        once = sum(each[id(workload)] for workload in workloads) + reading
+        return once * self.runs(stage, mode) + fresh
+
+    def cost(self, stage: Stage, speed: Speed | None) -> ComponentCost:
+        """Of one component."""
+        form, modes = self.forms[stage.component], self.fitting.modes
+        own = self.networks.trace_own(stage)
+        graphs = NODE_FILE_BYTES * len(own.operations) * (2 if form.own_kernels else 1)
+        dynamic = self.networks.pipeline.shape.dynamic and stage.per != "prompt"
+        at_size = self.networks.trace(stage, (*self.size, 1)) if dynamic else own
+        return ComponentCost(
+            bytes=form.on_disk + graphs,
+            macs=multiplications(at_size),
+            memory={mode: self.needs[mode].parts[stage.component] for mode in modes},
+            runs={mode: self.runs(stage, mode) for mode in modes},
+            seconds={
+                mode: None if speed is None else self.seconds(stage, mode, speed) for mode in modes
+            },
+        )
 
 
 class _Planner:
+    """Plans builds of one source. target, backend: checked before."""
+
     def __init__(
-        self, source: ModelSource, model: str, target: Target, backend: str, wish: Wish
+        self, source: ModelSource, model: str, target: Target, backend: str, request: PlanRequest
     ) -> None:
-        self.source, self.model, self.target, self.backend = source, model, target, backend
-        self.wish = wish
-        self.speed = None if wish.rates is None else Speed(wish.rates)
-        self.usable = usable_bytes(target) if wish.max_memory is None else wish.max_memory
-        self.lowering, self.modes = get_lowering(backend), get_backend(backend).memory_modes
+        self.source, self.model, self.target = source, model, target
+        self.request, self.backend = request, get_backend(backend)
+        self.lowering = get_lowering(backend)
         self._known: dict[tuple[int, int] | None, Networks] = {}
-        self.networks = self._networks_of(None)
+        self.default = self._networks(None).pipeline
+        """The pipeline with its own size and settings."""
 
-    def _networks_of(self, size: tuple[int, int] | None) -> Networks:
-        """Those of a bundle that generates `size` (width, height) alone; None: any."""
-        if size not in self._known:
-            batch = self.wish.batch
-            if size is not None and self.lowering.fixed_shapes and size != self.wish.size:
-                _, _, batch = fixed_shape(self._known[None].pipeline)
-            plan: ExportSpec = export_spec(self.source, size, self.wish.scheduler, batch)
-            self._known[size] = Networks(plan)
-        return self._known[size]
+    @property
+    def usable(self) -> int:
+        """Bytes that generating may take."""
+        limit = self.request.max_memory
+        return usable_bytes(self.target) if limit is None else limit
 
-    def _fix(self, size: tuple[int, int] | None) -> None:
-        """Take the networks of what would be built for images of `size`."""
-        shape = self._known[None].pipeline.shape
-        fixed = (self.wish.fixed and size is not None) or self.lowering.fixed_shapes
-        self.networks = self._networks_of((size or (shape.width, shape.height)) if fixed else None)
-
-    def plan(self, precision: Precision, size: tuple[int, int] | None) -> BuildPlan:
-        """The plan of one precision and size. Raises UsageError for what can't be generated."""
-        wish = self.wish
-        spec = self._known[None].pipeline
+    def estimate(self, precision: Precision, size: tuple[int, int] | None) -> Estimate:
+        """What one precision and size take. Raises UsageError for what can't be generated."""
+        request, spec = self.request, self.default
         width, height = size or (spec.shape.width, spec.shape.height)
         check_multiple("width", width, spec.latent.scale_factor)
         check_multiple("height", height, spec.latent.scale_factor)
-        self._fix(size)
-        spec = self.networks.pipeline
-        steps = spec.num_inference_steps if wish.steps is None else wish.steps
-        guidance = spec.guidance_scale if wish.guidance is None else wish.guidance
-        flow = flow_of(spec)
-        guided = flow.guided(guidance)
-        own = self._own_kernels(precision)
-        tall, wide = self.networks.latents(width, height)
-        costs: dict[str, ComponentCost] = {}
-        needs: dict[MemoryMode, Need] = {}
-        found: dict[str, _Component] = {}
-        for name in self.networks.components:
-            one = self.networks.trace(name, self.networks.own_shape(name))
-            choices = self._choices(one, precision)
-            on_disk = self._file_bytes(one, choices, precision)
-            at = self._shapes(name, (tall, wide), guided)
-            made = self.networks.footprint(
-                name, precision, choices, on_disk, own, self.lowering, at
-            )
-            split = None
-            if name == "vae_decoder" and spec.latent.levels and spec.shape.dynamic:
-                split = self.networks.split(choices, own, at)
-            found[name] = _Component(choices, on_disk, made, split)
-        for mode in self.modes:
-            needs[mode] = self._need(found, mode, (tall, wide), guided)
-        for name, component in found.items():
-            one = self.networks.trace(name, self.networks.own_shape(name))
-            generated = self.modes if name in flow.components else ()
-            graphs = NODE_FILE_BYTES * len(one.operations) * (2 if own else 1)
-            runs: dict[str, int] = {
-                mode: self._runs(name, mode, steps, guided) for mode in generated
-            }
-            took: dict[str, tuple[float, float] | None] = dict.fromkeys(generated)
-            units = 1 if name == "text_encoder" else tall * wide
-            for mode in generated:
-                if self.speed is not None:
-                    run = self._workloads(name, component, mode, (tall, wide), guided, own)
-                    took[mode] = _seconds(self.speed, *run, units, mode == "stream")
-            asked = tall, wide
-            if name == "vae_encoder":
-                asked = height, width
-            at_size = one if not spec.shape.dynamic else self.networks.trace(name, (*asked, 1))
-            costs[name] = ComponentCost(
-                bytes=component.on_disk + graphs,
-                macs=multiplications(at_size),
-                memory={mode: needs[mode].parts[name] for mode in generated},
-                runs=runs,
-                seconds={
-                    mode: None if once is None else once[0] * runs[mode] + once[1]
-                    for mode, once in took.items()
-                },
-            )
-        peaks: dict[str, int] = {mode: need.resident for mode, need in needs.items()}
-        return BuildPlan(
+        guidance = spec.guidance_scale if request.guidance is None else request.guidance
+        fixed = (request.fixed and size is not None) or self.lowering.fixed_shapes
+        networks = self._networks((width, height) if fixed else None)
+        plan = self._plan(networks, precision, (width, height), guidance)
+        fit = plan.fitting.choose(plan.batch)
+        speed = None if request.rates is None else Speed(request.rates)
+        costs = {stage.component: plan.cost(stage, speed) for stage in networks.flow.stages}
+        return Estimate(
             model=self.model,
             target=self.target.name,
-            backend=self.backend,
+            backend=self.backend.name,
             precision=precision,
             width=width,
             height=height,
-            steps=steps,
+            steps=plan.steps,
             guidance=guidance,
-            kernels=own,
+            kernels=self._own_kernels(precision),
             components=costs,
-            bundle_bytes=sum(cost.bytes for cost in costs.values()) + _OTHER_FILES,
-            memory=peaks,
+            bundle_bytes=sum(cost.bytes for cost in costs.values()) + OTHER_FILES_BYTES,
+            memory={mode: need.resident for mode, need in plan.needs.items()},
             usable_bytes=self.usable,
-            mode=next((mode for mode in self.modes if peaks[mode] <= self.usable), None),
+            needed_bytes=plan.fitting.least(plan.batch)[1],
+            mode=None if fit is None else fit.memory,
             build_bytes=self._build_bytes(width * height),
-            seconds={
-                mode: sum(costs[name].seconds[mode] or 0 for name in flow.components)
-                for mode in self.modes
-            }
-            if self.speed
-            else None,
-            rates=wish.rates.machine if wish.rates else None,
+            seconds=_together(costs) if speed else None,
+            rates=request.rates.machine if request.rates else None,
         )
 
-    def advice(self, plan: BuildPlan) -> Iterator[str]:
-        """What fits instead of `plan`, each planned: another precision, a smaller size, both; or
-        else where there is room."""
-        size = (plan.width, plan.height)
+    def advice(self, estimate: Estimate) -> Iterator[str]:
+        """What fits instead of `estimate`, each planned: another precision, a smaller size, both;
+        or else where there is room."""
+        size = (estimate.width, estimate.height)
         able = [
             precision
             for precision in _SUGGESTED
-            if number_format(precision) in self.target.precisions and precision != plan.precision
+            if number_format(precision) in self.target.precisions
+            and precision != estimate.precision
         ]
-        found = False
-        for precision in able:
-            other = self.plan(precision, size)
-            if other.mode:
-                found = True
-                yield f"--precision {precision} fits: {_fits(other)}"
-                break
-        if smaller := self._smaller(plan, [plan.precision]):
-            found = True
+        others = (self.estimate(precision, size) for precision in able)
+        finer = next((other for other in others if other.mode), None)
+        if finer:
+            yield f"--precision {finer.precision} fits: {_fits(finer)}"
+        smaller = self._smaller(estimate, [estimate.precision])
+        if smaller:
             yield f"--size {smaller.width}x{smaller.height} fits: {_fits(smaller)}"
-        if found:
+        if finer or smaller:
             return
-        if smaller := self._smaller(plan, able):
+        if smaller := self._smaller(estimate, able):
             yield (
                 f"--precision {smaller.precision} --size {smaller.width}x{smaller.height} fits: "
                 f"{_fits(smaller)}"
             )
             return
-        least = min(plan.memory.values())
-        if self.wish.max_memory is not None:
-            yield f"no precision or size fits: --max-memory {-(-least // 10**6)}MB would do"
-            return
+        yield self._more_memory(estimate)
+
+    def _more_memory(self, estimate: Estimate) -> str:
+        """Where there is room for what fits in no precision or size."""
+        needed = estimate.needed_bytes
+        if self.request.max_memory is not None:
+            return f"no precision or size fits: --max-memory {-(-needed // 10**6)}MB would do"
         for target in self._larger():
-            other = self._on(target).plan(plan.precision, self.wish.size)
+            other = self._on(target).estimate(estimate.precision, self.request.size)
             if other.mode:
-                yield (
+                return (
                     f"no precision or size fits: --target {target.name} "
                     f"({in_gb(target.memory_bytes)}) does: {_fits(other)}"
                 )
-                return
-        yield f"no precision or size fits, and no target that could run it has {in_gb(least)} free"
+        return (
+            f"no precision or size fits, and no target that could run it has {in_gb(needed)} free"
+        )
 
-    def _smaller(self, plan: BuildPlan, precisions: Sequence[Precision]) -> BuildPlan | None:
-        """The largest size below that of `plan` that fits, in the first precision that does."""
-        step = self._known[None].pipeline.shape.multiple_of
+    def _smaller(self, estimate: Estimate, precisions: Sequence[Precision]) -> Estimate | None:
+        """The largest size below that of `estimate` that fits, in the first precision that does."""
+        step = self.default.shape.multiple_of
 
-        def at(part: int) -> BuildPlan | None:
-            size = [max(step, n * part // 5 // step * step) for n in (plan.width, plan.height)]
-            if (size[0], size[1]) == (plan.width, plan.height):
+        def at(part: int) -> Estimate | None:
+            width, height = (
+                max(step, n * part // 5 // step * step) for n in (estimate.width, estimate.height)
+            )
+            if (width, height) == (estimate.width, estimate.height):
                 return None
-            found = (self.plan(precision, (size[0], size[1])) for precision in precisions)
+            found = (self.estimate(precision, (width, height)) for precision in precisions)
             return next((other for other in found if other.mode), None)
 
         least = at(1)  # mostly, what doesn't fit then are the weights
@@ -345,176 +368,130 @@ class _Planner:
 
     def _larger(self) -> list[Target]:
         """Targets with more memory that run the same: the nearest first."""
-        asked = number_format(self.wish.precision)
-        found = [
+        asked = number_format(self.request.precision)
+        return [
             target
-            for target in all_targets()
-            if target.arch == self.target.arch
-            and self.backend in target.backends
-            and asked in target.precisions
-            and usable_bytes(target) > self.usable
+            for target in _larger(self.target, self.usable)
+            if self.backend.name in target.backends and asked in target.precisions
         ]
-        same = self.target.models
-        return sorted(found, key=lambda target: (target.models != same, target.memory_bytes))
 
     def _on(self, target: Target) -> _Planner:
         """The same for another target, whose speed isn't known."""
         other = copy.copy(self)
-        other.target, other.usable = target, usable_bytes(target)
-        other.wish, other.speed = replace(self.wish, rates=None), None
+        other.target, other.request = target, replace(self.request, rates=None)
         return other
+
+    def _networks(self, size: tuple[int, int] | None) -> Networks:
+        """Those of a bundle that generates `size` (width, height) alone; None: any."""
+        if size not in self._known:
+            batch = self.request.batch
+            if self.lowering.fixed_shapes and size not in (None, self.request.size):
+                _, _, batch = fixed_shape(self.default)
+            spec = export_spec(self.source, size, self.request.scheduler, batch)
+            self._known[size] = Networks(spec)
+        return self._known[size]
+
+    def _plan(
+        self, networks: Networks, precision: Precision, size: tuple[int, int], guidance: float
+    ) -> _Plan:
+        """One image of a size (width, height) by `networks`."""
+        spec, (width, height) = networks.pipeline, size
+        guided = networks.flow.guided(guidance)
+        batch = Batch(height, width, images_per_run(spec.shape, guided), guided)
+        forms = {
+            stage.component: self._form(networks.trace_own(stage), precision)
+            for stage in networks.flow.stages
+        }
+        shapes = {
+            stage.component: self._shapes(networks, stage, batch) for stage in networks.flow.stages
+        }
+        decoder = networks.flow.decoder.component
+        split = None
+        if spec.latent.levels and spec.shape.dynamic:
+            split = networks.split(forms[decoder], shapes[decoder])
+        footprints = {
+            stage.component: networks.footprint(
+                stage, forms[stage.component], shapes[stage.component]
+            )
+            for stage in networks.flow.stages
+        }
+        costs = Costs(spec, footprints, split, self._process_bytes())
+        limit = self.request.max_memory
+        budget = Budget(limit, usable_bytes(self.target), mapped=True)
+        fitting = Fitting(costs, budget, modes=self.backend.memory_modes)
+        steps = spec.num_inference_steps if self.request.steps is None else self.request.steps
+        return _Plan(networks, batch, steps, fitting, forms)
+
+    def _form(self, workload: Workload, precision: Precision) -> GraphForm:
+        """A component's graph as it would be built."""
+        quantized = precision not in ("fp32", "fp16")
+        schemes = planned(workload.layers, parse_scheme(precision)) if quantized else {}
+        smoothed = self.request.method == "svdquant"
+        on_disk = file_bytes(workload, schemes, 2 if precision == "fp16" else 4, smoothed)
+        own = self._own_kernels(precision)
+        return GraphForm(precision, self.lowering, schemes, on_disk, own)
 
     def _own_kernels(self, precision: Precision) -> bool:
         """Whether edgesd's own kernels will run there: by runtime.kernels."""
         if not self.lowering.own_kernels or number_format(precision) not in ("w8a8", "w4a8"):
             return False
-        if self.wish.rates is not None:
-            isa = self.wish.rates.instruction_set or ""
-        else:
-            has = self.target.capabilities
-            isa = next((isa for feature, isa in _KERNELS.items() if feature in has), "")
-        return computes(isa, [precision])
+        rates = self.request.rates
+        isa = instruction_set_of(self.target.capabilities)
+        return computes(isa if rates is None else rates.instruction_set or "", [precision])
 
-    def _rows(self, guided: bool) -> tuple[int, ...]:
-        """Rows of the denoiser's runs for one image: one by one, or both halves of guidance."""
-        shape = self.networks.pipeline.shape
-        if not shape.dynamic:
-            return (shape.batch,)
-        return (1, 2) if guided else (1,)
-
-    def _shapes(self, name: str, size: tuple[int, int], guided: bool) -> list[Shape]:
-        """What a component is run at for an image of `size` in latents; (): as it was built."""
-        spec, (height, width) = self.networks.pipeline, size
-        if not spec.shape.dynamic or name not in ("unet", "vae_decoder"):
-            return [self.networks.own_shape(name)]
-        if name == "unet":
-            return [(height, width, rows) for rows in self._rows(guided)]
+    def _shapes(self, networks: Networks, stage: Stage, batch: Batch) -> list[Shape]:
+        """What a component is run at for a batch."""
+        spec = networks.pipeline
+        height, width = networks.latents(batch.width, batch.height)
+        if not spec.shape.dynamic or stage.per == "prompt":
+            return [networks.own_shape(stage)]
+        if stage.per == "step":
+            modes: tuple[GuidanceMode, ...] = ("sequential", "batched")
+            rows = {stage.rows(batch.count, batch.guided, mode) for mode in modes}
+            return [(height, width, n) for n in sorted(rows)]
         found = [(height, width, 1)]
-        if spec.latent.halo is not None:
-            tall, wide = (
-                max(
-                    tile.last - tile.first
-                    for tile in tiles_of(n, TILE, margin_of(spec.latent.halo))
-                )
-                for n in size
-            )
-            found.append((tall, wide, 1))
+        if stage.role == "decoder" and spec.latent.halo is not None:
+            tall, wide = zip(*_tiles(spec, (height, width)), strict=True)
+            found.append((max(tall), max(wide), 1))
         return found
 
-    def _drawing(self, mode: MemoryMode, size: tuple[int, int], guided: bool) -> Drawing:
-        """One image, or as many as a fixed number of rows generates, of `size` in latents."""
-        spec = self.networks.pipeline
-        rows = self._rows(guided)
-        values = text_values(spec.components["text_encoder"])
-        count = 1
-        if not spec.shape.dynamic:
-            count = max(1, spec.shape.batch // (2 if guided and spec.shape.batch % 2 == 0 else 1))
-        number = rows[-1] if mode == "fast" else rows[0]
-        return Drawing(*size, spec.latent.scale_factor, count, number, values)
-
-    def _need(
-        self,
-        components: Mapping[str, _Component],
-        mode: MemoryMode,
-        size: tuple[int, int],
-        guided: bool,
-    ) -> Need:
-        """Memory of an image of `size` (height, width) in latents, as the pipeline counts it."""
-        spec = self.networks.pipeline
-        return drawing_need(
-            spec.latent,
-            {name: components[name].footprint for name in flow_of(spec).components},
-            components["vae_decoder"].split,
-            self._base(),
-            mode,
-            self._drawing(mode, size, guided),
-            spec.shape.dynamic,
-            max(WINDOWS),
-        )
-
-    def _runs(self, name: str, mode: MemoryMode, steps: int, guided: bool) -> int:
-        """How often a component runs in an image."""
-        rows = 2 if guided else 1
-        if name == "unet":
-            return steps * (1 if mode == "fast" else rows)
-        return rows if name == "text_encoder" else 1
-
-    def _workloads(
-        self,
-        name: str,
-        component: _Component,
-        mode: MemoryMode,
-        size: tuple[int, int],
-        guided: bool,
-        own: bool,
-    ) -> tuple[list[Workload], Footprint]:
-        """What a run computes, one after another, and the footprint of the graph that does most."""
-        height, width = size
-        choices, spec = component.choices, self.networks.pipeline
-
-        def made(h: int, w: int, rows: int = 1) -> Workload:
-            return lower_workload(self.networks.trace(name, (h, w, rows)), choices, own, own)
-
-        if name == "text_encoder":
-            shape = self.networks.own_shape(name)
-            return [made(*shape)], component.footprint
-        if name == "unet":
-            rows = self._rows(guided)
-            return [
-                made(height, width, rows[-1] if mode == "fast" else rows[0])
-            ], component.footprint
-        if mode == "stream" and component.split is not None:
-            head = split_workload(self.networks.trace(name, (height, width, 1)))[0]
-            shapes, drawings = tail_shapes(height, width)
-            tails = [
-                lower_workload(
-                    split_workload(self.networks.trace(name, (h, w, 1)))[1], choices, own, own, True
-                )
-                for h, w in shapes
-            ]
-            return [lower_workload(head, choices, own, own), *tails * drawings], component.split[1]
-        halo = spec.latent.halo
-        if mode == "stream" and halo is not None and spec.shape.dynamic:
-            tall, wide = (
-                [tile.last - tile.first for tile in tiles_of(n, TILE, margin_of(halo))]
-                for n in (height, width)
-            )
-            return [made(h, w) for h in tall for w in wide], component.footprint
-        return [made(height, width)], component.footprint
-
-    def _choices(self, workload: Workload, precision: Precision) -> dict[Layer, LayerScheme]:
-        if precision in ("fp32", "fp16"):
-            return {}
-        return dict(planned(workload.layers, parse_scheme(precision)))
-
-    def _file_bytes(
-        self, workload: Workload, choices: Mapping[Layer, LayerScheme], precision: Precision
-    ) -> int:
-        smoothed = self.wish.method == "svdquant"
-        return file_bytes(workload, choices, 2 if precision == "fp16" else 4, smoothed)
-
-    def _base(self) -> int:
-        rates = self.wish.rates
+    def _process_bytes(self) -> int:
+        rates = self.request.rates
         process = rates.process_bytes if rates else PROCESS_BYTES
-        return process + PROGRAM_BYTES + get_backend(self.backend).process_bytes
+        return process + PROGRAM_BYTES + self.backend.process_bytes
 
     def _build_bytes(self, pixels: int) -> int:
         largest = max(self.source.parameters(name) for name in self.source.family.weights)
-        return int(_BUILD_BYTES + _BUILD_PER_WEIGHT * largest + _BUILD_PER_PIXEL * pixels)
+        return build_bytes(largest, pixels)
 
 
-def _seconds(
-    speed: Speed, made: Sequence[Workload], footprint: Footprint, units: int, streamed: bool
-) -> tuple[float, float]:
-    """Of one run of a component that computes `made`, reading its weights included; and of the
-    memory that runs touch for the first time. units: see footprint.computing."""
-    each = {id(workload): seconds(workload, speed, streamed) for workload in made}
-    fresh = speed.seconds("fresh", "", (max(1, sum(computing(footprint, units))),))
-    # A network's weights are larger than caches, which hold those of a single operation.
-    reading = speed.seconds("read", "", (max(1, footprint.weights),))
-    return sum(each[id(workload)] for workload in made) + reading, fresh
+def _larger(target: Target, usable: int) -> list[Target]:
+    """Targets of the same architecture with more than `usable` bytes of memory, nearest first."""
+    found = [
+        other
+        for other in all_targets()
+        if other.arch == target.arch and usable_bytes(other) > usable
+    ]
+    return sorted(found, key=lambda other: (other.models != target.models, other.memory_bytes))
 
 
-def _fits(plan: BuildPlan) -> str:
-    assert plan.mode is not None
-    return f"{plan.memory[plan.mode] / 1e6:.0f} MB in {plan.mode} mode"
+def _tiles(pipeline: PipelineSpec, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Heights and widths in latents of what a streamed decoder is run at, one after another."""
+    halo = pipeline.latent.halo
+    if halo is None or not pipeline.shape.dynamic:
+        return [size]
+    tall, wide = (
+        [tile.last - tile.first for tile in tiles_of(n, TILE, margin_of(halo))] for n in size
+    )
+    return [(h, w) for h in tall for w in wide]
+
+
+def _together(costs: Mapping[str, ComponentCost]) -> dict[str, float]:
+    """Seconds of an image in each mode."""
+    modes = next(iter(costs.values())).seconds
+    return {mode: sum(cost.seconds[mode] or 0 for cost in costs.values()) for mode in modes}
+
+
+def _fits(estimate: Estimate) -> str:
+    assert estimate.mode is not None
+    return f"{estimate.memory[estimate.mode] / 1e6:.0f} MB in {estimate.mode} mode"

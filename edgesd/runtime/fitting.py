@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from edgesd.errors import ResourceError
 from edgesd.runtime.backends.base import Backend
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.flow import GuidanceMode, guidance_mode
+from edgesd.runtime.flow import GuidanceMode, flow_of, guidance_mode
 from edgesd.runtime.footprint import (
-    Drawing,
+    HEADROOM_BYTES,
+    Costs,
+    Generation,
     Need,
-    drawing_need,
     text_values,
     with_margin,
 )
@@ -23,10 +24,7 @@ from edgesd.runtime.memory import MEMORY_MODES, MemoryMode, resident_bytes
 from edgesd.runtime.old_bundles import assumed_footprint
 from edgesd.runtime.tiles import WINDOWS
 from edgesd.spec.bundle import DecoderPart, Footprint
-from edgesd.spec.pipeline import PipelineSpec
-
-HEADROOM_BYTES = 64 << 20
-"""Left for others where a mode is chosen by what is free."""
+from edgesd.spec.pipeline import ShapeSpec
 
 
 @dataclass(frozen=True)
@@ -42,43 +40,16 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What the networks of a pipeline take. footprints: by component. split: of the decoder's
-    head and tail, where it can be run so. process: bytes of the process without any component."""
-
-    pipeline: PipelineSpec
-    footprints: Mapping[str, Footprint]
-    split: tuple[Footprint, Footprint] | None
-    process: int
-
-    def need(self, mode: MemoryMode, drawing: Drawing, window: int = max(WINDOWS)) -> Need:
-        """Memory of a drawing in a mode. window: side in latents of a streamed decoder's tiles."""
-        return drawing_need(
-            self.pipeline.latent,
-            self.footprints,
-            self.split,
-            self.process,
-            mode,
-            drawing,
-            self.pipeline.shape.dynamic,
-            window,
-        )
-
-    def loaded(self, components: Iterable[str], streamed: bool) -> int:
-        """What components take once they are loaded: their weights, at least."""
-        found = [self.footprints[name] for name in components if name in self.footprints]
-        return sum(each.graph + (each.streamed if streamed else each.weights) for each in found)
-
-
-@dataclass(frozen=True)
 class Budget:
     """Bytes that may be taken. limit: by the whole process, mapped weights included (--max-memory);
     without one, what is free counts. free: what the machine can still give; None where it isn't
-    known. taken: of a need, what the process has already."""
+    known. taken: of a need, what the process has already. mapped: whether weights in their file
+    count, too, which the system may take back."""
 
     limit: int | None = None
     free: int | None = None
     taken: int = 0
+    mapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,8 +59,15 @@ class Fit:
 
     memory: MemoryMode
     window: int
-    drawing: Drawing
+    generation: Generation
     weights_kept: Mapping[str, int] = field(default_factory=dict)
+
+
+def images_per_run(shape: ShapeSpec, guided: bool) -> int:
+    """Images that a bundle with a fixed number of rows generates at a time; 1 where it isn't."""
+    if shape.dynamic:
+        return 1
+    return shape.batch // 2 if guided and shape.batch % 2 == 0 else shape.batch
 
 
 def unimported_bytes(backends: Iterable[Backend]) -> int:
@@ -131,12 +109,13 @@ def bundle_costs(
 @dataclass(frozen=True)
 class Fitting:
     """Chooses how batches are generated. memory, guidance: the modes that were asked for; None
-    takes what fits best."""
+    takes what fits best, of `modes`, the fastest first."""
 
     costs: Costs
     budget: Budget
     memory: MemoryMode | None = None
     guidance: GuidanceMode | None = None
+    modes: tuple[MemoryMode, ...] = MEMORY_MODES
 
     def check(self, batch: Batch) -> Fit:
         """The fastest way that fits. Raises ResourceError, which says what would fit, where none
@@ -149,46 +128,45 @@ class Fitting:
     def choose(self, batch: Batch) -> Fit | None:
         """The fastest way that fits, or None. Raises UsageError as `guidance_mode`."""
         for mode in self._modes:
-            drawing = self.drawing(batch, mode)
+            generation = self.generation(batch, mode)
             for window in WINDOWS if mode == "stream" else WINDOWS[:1]:
-                need = self.costs.need(mode, drawing, window)
+                need = self.costs.need(mode, generation, window)
                 if self._fits(need, mode):
-                    return Fit(mode, window, drawing, self._weights_kept(need, mode))
+                    return Fit(mode, window, generation, self._weights_kept(need, mode))
         return None
 
-    def drawing(self, batch: Batch, memory: MemoryMode) -> Drawing:
+    def generation(self, batch: Batch, memory: MemoryMode) -> Generation:
         """What a batch takes at a time in a memory mode. Raises UsageError as `guidance_mode`."""
         spec = self.costs.pipeline
-        scale = spec.latent.scale_factor
-        fast = memory == "fast"
+        scale, fast = spec.latent.scale_factor, memory == "fast"
         mode = guidance_mode(spec.shape, batch.count, batch.guided, fast, self.guidance)
-        return Drawing(
+        return Generation(
             batch.height // scale,
             batch.width // scale,
             scale,
             batch.count,
-            batch.count * (2 if mode == "batched" else 1),
-            text_values(spec.components["text_encoder"]),
+            flow_of(spec).denoiser.rows(batch.count, batch.guided, mode),
+            text_values(spec),
             batch.previews,
         )
 
     @property
     def _modes(self) -> tuple[MemoryMode, ...]:
-        return (self.memory,) if self.memory else MEMORY_MODES
+        return (self.memory,) if self.memory else self.modes
 
     def _fits(self, need: Need, mode: MemoryMode) -> bool:
-        required = self._required(need, mode)
+        required = self._required(need)
         if self.budget.limit is not None:
             return required <= self.budget.limit
-        spare = 0 if self.memory or mode == "stream" else HEADROOM_BYTES
+        spare = 0 if mode == self._modes[-1] else HEADROOM_BYTES
         return self.budget.free is None or required + spare <= self.budget.free
 
-    def _required(self, need: Need, mode: MemoryMode) -> int:
+    def _required(self, need: Need) -> int:
         """Bytes that the limit must allow; without one, that must be free: what can be taken back
         isn't in that."""
         if self.budget.limit is not None:
             return with_margin(need.resident, self.costs.process)
-        held = need.held if mode == "stream" else need.resident
+        held = need.resident if self.budget.mapped else need.held
         return max(0, held - self.budget.taken)
 
     def _weights_kept(self, need: Need, mode: MemoryMode) -> dict[str, int]:
@@ -201,17 +179,19 @@ class Fitting:
             for name, part in need.parts.items()
         }
 
-    def _least(self, batch: Batch) -> int:
-        """Bytes that would do, in the mode that takes least."""
-        return min(
-            self._required(self.costs.need(mode, self.drawing(batch, mode), min(WINDOWS)), mode)
+    def least(self, batch: Batch) -> tuple[MemoryMode, int]:
+        """The mode that takes least, and the bytes that would do for it."""
+        found = {
+            mode: self._required(self.costs.need(mode, self.generation(batch, mode), min(WINDOWS)))
             for mode in self._modes
-        )
+        }
+        mode = min(found, key=lambda mode: found[mode])
+        return mode, found[mode]
 
     def _shortage(self, batch: Batch) -> str:
         """Why nothing fits, and what would: each is tried."""
         ways = list(self._ways(batch))
-        needed = -(-self._least(batch) // 10**6)
+        needed = -(-self.least(batch)[1] // 10**6)
         several = f", {batch.count} at a time," if batch.count > 1 else ""
         what = f"{batch.width}x{batch.height} pixels{several}"
         if self.budget.limit is not None:

@@ -1,19 +1,32 @@
-"""What drawing takes in memory: one estimate for `plan`, `build` and the pipeline itself.
+"""What generating images takes in memory: the estimate of `plan`, `build`, `deploy`, `generate`.
 
-A Footprint tells of one graph what it takes (spec.Footprint); these functions add graphs up for a
-memory mode, a size, a number of images at a time and the denoiser's rows. All figures are bytes.
+A Footprint says what one graph takes (spec.bundle.Footprint); `Costs` adds graphs up for a memory
+mode, a size, a number of images at a time and the denoiser's rows. All figures are bytes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from edgesd.runtime.flow import Stage, flow_of
 from edgesd.runtime.memory import MemoryMode
-from edgesd.runtime.tiles import MARGIN, TILE, margin_of, tiles_of
+from edgesd.runtime.tiles import MARGIN, TILE, WINDOWS, margin_of, tiles_of
 from edgesd.spec.bundle import Footprint
-from edgesd.spec.pipeline import ComponentSpec, LatentSpec
+from edgesd.spec.pipeline import PipelineSpec
+
+PROCESS_BYTES = 76 << 20
+"""Python with ONNX Runtime and one small session (measured on x86-64; calibrate measures it)."""
+
+PROGRAM_BYTES = 14 << 20
+"""What `edgesd generate` loads besides: Click, Pillow, the board's description."""
+
+HEADROOM_BYTES = 64 << 20
+"""Left for others where a mode is chosen by what is free."""
+
+_PROMPTER_BYTES = 80 << 20
+"""Of a prompter's process, besides its files (measured: 72 MB)."""
 
 _COPIES = 5
 """Of an image's values in fp32, from the decoder's output to bytes."""
@@ -22,11 +35,11 @@ _TEXT_COPIES = 10
 """Of a prompt's embedding, both halves of guidance (measured with 16 images at a time)."""
 
 _MARGIN = 0.13
-"""What estimates were too low by at most, as a part of what drawing adds to the process."""
+"""What estimates were too low by at most, as a part of what generating adds to the process."""
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Generation:
     """What is generated at a time. height, width: of the latents; scale: pixels of a latent; count:
     images; rows: of the denoiser's runs; text_values: of one prompt's embedding; previews:
     whether unfinished images are decoded, while the denoiser is loaded."""
@@ -53,9 +66,9 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Part:
-    """A component as one drawing takes it. resident: while it is loaded and computes, without the
-    process. in_file: of that, what lies in the bundle's file and can be read again from there, so
-    that the system may take it back. loaded: what stays when it doesn't compute; workspace: of
+    """A component as one generation takes it. resident: while it is loaded and computes, without
+    the process. in_file: of that, what lies in the bundle's file and can be read again from there,
+    so that the system may take it back. loaded: what stays when it doesn't compute; workspace: of
     its kernels, which components share one after another."""
 
     resident: int
@@ -109,10 +122,12 @@ def whole(
     return Part(resident, footprint.in_file if streamed else 0, loaded, workspace)
 
 
-def decoder(footprint: Footprint, drawing: Drawing, mode: MemoryMode, margin: int | None) -> Part:
+def decoder(
+    footprint: Footprint, generation: Generation, mode: MemoryMode, margin: int | None
+) -> Part:
     """A decoder, in tiles where weights are streamed and it has a margin (AutoencoderTiny)."""
-    behind = _COPIES * drawing.image_bytes
-    height, width = drawing.height, drawing.width
+    behind = _COPIES * generation.image_bytes
+    height, width = generation.height, generation.width
     if mode != "stream" or margin is None:
         return whole(footprint, height * width, mode, behind)
     sides = [[t.last - t.first for t in tiles_of(n, TILE, margin)] for n in (height, width)]
@@ -121,67 +136,106 @@ def decoder(footprint: Footprint, drawing: Drawing, mode: MemoryMode, margin: in
 
 
 def decoder_in_parts(
-    head: Footprint, tail: Footprint, drawing: Drawing, features: int, window: int
+    head: Footprint, tail: Footprint, generation: Generation, features: int, window: int
 ) -> Part:
     """A full autoencoder's decoder that is streamed (runtime/tiles.py): one part is there at a
     time. features: bytes of what the head makes of one latent; window: side of a tile."""
-    height, width = drawing.height, drawing.width
+    height, width = generation.height, generation.width
     first = whole(head, height * width, "stream", features * height * width)
     tile = min(height, window) * min(width, window)
-    behind = _COPIES * drawing.image_bytes + features * height * width
+    behind = _COPIES * generation.image_bytes + features * height * width
     several = max(height, width) > window - 2 * MARGIN
     second = whole(tail, tile, "stream", behind, several)
     return max(first, second, key=lambda part: part.resident)
 
 
 def with_margin(estimate: int, process: int) -> int:
-    """What a drawing surely stays below: for limits that must hold."""
+    """What a generation surely stays below: for limits that must hold."""
     return estimate + int(_MARGIN * max(0, estimate - process))
 
 
-def drawing_need(
-    latent: LatentSpec,
-    footprints: Mapping[str, Footprint],
-    split: tuple[Footprint, Footprint] | None,
-    process: int,
-    mode: MemoryMode,
-    drawing: Drawing,
-    tiled: bool,
-    window: int,
+def prompter_bytes(file_sizes: Iterable[int]) -> int:
+    """Memory of a prompter's process, about. It ends before any network is loaded."""
+    return _PROMPTER_BYTES + sum(file_sizes)
+
+
+def text_values(pipeline: PipelineSpec) -> int:
+    """Values of one prompt's embeddings."""
+    shapes = (
+        tensor.shape
+        for stage in flow_of(pipeline).texts
+        for tensor in pipeline.components[stage.component].outputs
+    )
+    return sum(math.prod(n for n in shape if isinstance(n, int)) for shape in shapes)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the networks of a pipeline take. footprints: by component. split: of the decoder's
+    head and tail, where it can be run so. process: bytes of the process without any component."""
+
+    pipeline: PipelineSpec
+    footprints: Mapping[str, Footprint]
+    split: tuple[Footprint, Footprint] | None
+    process: int
+
+    def need(self, mode: MemoryMode, generation: Generation, window: int = max(WINDOWS)) -> Need:
+        """Memory of a generation in a mode. window: side in latents of a streamed decoder's
+        tiles."""
+        flow = flow_of(self.pipeline)
+        groups = [
+            {stage.component: self._part(stage, mode, generation, window) for stage in group}
+            for group in flow.groups
+        ]
+        return together(groups, self.process + generation.kept_bytes, mode, generation.previews)
+
+    def loaded(self, components: Iterable[str], streamed: bool) -> int:
+        """What components take once they are loaded: their weights, at least."""
+        found = [self.footprints[name] for name in components if name in self.footprints]
+        return sum(each.graph + (each.streamed if streamed else each.weights) for each in found)
+
+    def _part(self, stage: Stage, mode: MemoryMode, generation: Generation, window: int) -> Part:
+        latent, shape = self.pipeline.latent, self.pipeline.shape
+        footprint = self.footprints[stage.component]
+        if stage.role != "decoder":
+            return whole(footprint, units_of(stage, generation), mode)
+        if mode == "stream" and self.split is not None:
+            features = 4 * (latent.levels or (0,))[0]
+            return decoder_in_parts(*self.split, generation, features, window)
+        tiled = shape.dynamic and latent.halo is not None
+        return decoder(footprint, generation, mode, margin_of(latent.halo or 0) if tiled else None)
+
+
+def units_of(stage: Stage, generation: Generation) -> int:
+    """What a run of a stage is measured in (`computing`): 1 for a prompt."""
+    if stage.per == "prompt":
+        return 1
+    rows = generation.rows if stage.per == "step" else 1
+    return generation.height * generation.width * rows
+
+
+def together(
+    groups: Sequence[Mapping[str, Part]], base: int, mode: MemoryMode, previews: bool = False
 ) -> Need:
-    """A drawing by a text encoder, a UNet and a decoder. split: of the decoder, where it is run in
-    them. tiled: whether the decoder takes tiles of any size. process, window: as in `together` and
-    `decoder_in_parts`."""
-    parts = {
-        "text_encoder": whole(footprints["text_encoder"], 1, mode),
-        "unet": whole(footprints["unet"], drawing.height * drawing.width * drawing.rows, mode),
-    }
-    if mode == "stream" and split is not None:
-        features = 4 * (latent.levels or (0,))[0]
-        parts["vae_decoder"] = decoder_in_parts(*split, drawing, features, window)
-    else:
-        margin = margin_of(latent.halo) if tiled and latent.halo is not None else None
-        parts["vae_decoder"] = decoder(footprints["vae_decoder"], drawing, mode, margin)
-    return together(parts, process, mode, drawing)
-
-
-def text_values(text_encoder: ComponentSpec) -> int:
-    """Values of one prompt's embedding."""
-    return math.prod(n for n in text_encoder.outputs[0].shape if isinstance(n, int))
-
-
-def together(parts: Mapping[str, Part], process: int, mode: MemoryMode, drawing: Drawing) -> Need:
-    """The whole drawing. parts: text encoder, denoiser and decoder, in order of their runs.
-    process: what the process takes without any component."""
-    base = process + drawing.kept_bytes
-    alone = {name: base + part.resident for name, part in parts.items()}
+    """All components of a generation. groups: those that are loaded together, in order of their
+    runs. base: what the process takes without any. previews: whether the last group also runs
+    beside the one before it, on unfinished images."""
     if mode == "fast":
-        loaded = sum(part.loaded for part in parts.values())
-        peak = base + loaded + max(part.workspace for part in parts.values())
-        peak = max(peak, *alone.values())
-        return Need(peak, peak, alone)
-    if drawing.previews:
-        _, denoiser, last = parts  # names
-        alone[last] += parts[denoiser].resident
-    held = {name: alone[name] - part.in_file for name, part in parts.items()}
-    return Need(max(alone.values()), max(held.values()), alone)
+        parts = {name: part for group in groups for name, part in group.items()}
+        peak = base + _at_once(parts.values())
+        return Need(peak, peak, {name: base + part.resident for name, part in parts.items()})
+    peaks = [base + _at_once(group.values()) for group in groups]
+    if previews:
+        peaks[-1] += _at_once(groups[-2].values())
+    held = [
+        peak - sum(part.in_file for part in group.values())
+        for peak, group in zip(peaks, groups, strict=True)
+    ]
+    alone = {name: peak for peak, group in zip(peaks, groups, strict=True) for name in group}
+    return Need(max(peaks), max(held), alone)
+
+
+def _at_once(parts: Collection[Part]) -> int:
+    """Of parts that are loaded together, and run one after another."""
+    loaded = sum(part.loaded for part in parts) + max(part.workspace for part in parts)
+    return max(loaded, *(part.resident for part in parts))

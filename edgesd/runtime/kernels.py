@@ -12,7 +12,7 @@ import logging
 import os
 import platform
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,15 @@ SOURCES = Path(__file__).resolve().parent.parent / "kernels"
 
 DISABLED = "none"
 """Value of EDGESD_KERNELS that leaves the library out."""
+
+_GIVEN_BY = {
+    "dotprod": "neon_dotprod",
+    "avx512_vnni": "avx512_vnni",
+    "avx_vnni": "avx_vnni",
+    "avx2": "avx2",
+}
+"""Capability of a target -> the instruction set of edgesd's own kernels that it gives, best
+first."""
 
 ONLY_4_BITS = ("avx2",)
 """Instruction sets whose products of 8-bit weights could saturate."""
@@ -129,6 +138,11 @@ def forget() -> None:
 def usable(schemes: Iterable[str]) -> bool:
     """Whether a graph of layers of these schemes (w8a8 ...), which needs the library, runs here."""
     return computes(instruction_set(), schemes)
+
+
+def instruction_set_of(capabilities: Collection[str]) -> str:
+    """What the kernels compute with on a target of these capabilities; "" where they can't."""
+    return next((isa for feature, isa in _GIVEN_BY.items() if feature in capabilities), "")
 
 
 def computes(isa: str, schemes: Iterable[str]) -> bool:

@@ -28,6 +28,7 @@ from edgesd.runtime.fitting import (
     Fit,
     Fitting,
     bundle_costs,
+    images_per_run,
     process_bytes,
     unimported_bytes,
 )
@@ -158,8 +159,7 @@ class Pipeline(Closeable):
     def images_per_run(self, request: Request | CompleteRequest) -> int:
         """Images like `request` that a bundle with a fixed number of rows generates at a time."""
         guided = self.flow.guided(self.complete(request).guidance_scale)
-        rows = self.spec.shape.batch
-        return rows // 2 if guided and rows % 2 == 0 else rows
+        return images_per_run(self.spec.shape, guided)
 
     def generate(
         self,
@@ -364,9 +364,9 @@ class Pipeline(Closeable):
         """Bytes of the process at most, mapped files included, while `count` images like `request`
         are generated at a time in the mode that is set."""
         fitting = self._fitting()
-        drawing = fitting.drawing(self._batch(request, count, previews), self.memory)
+        generation = fitting.generation(self._batch(request, count, previews), self.memory)
         window = self._fit_now.window if self._fit_now else WINDOWS[0]
-        return fitting.costs.need(self.memory, drawing, window).resident
+        return fitting.costs.need(self.memory, generation, window).resident
 
     def _fit(self, request: CompleteRequest, count: int, previews: bool) -> None:
         found = self._fitting().check(self._batch(request, count, previews))
@@ -374,7 +374,7 @@ class Pipeline(Closeable):
         changed = before is not None and (
             (found.memory, found.window) != (before.memory, before.window)
             # What a session took for another size, it keeps: together that may be more than either.
-            or (self.settings.max_memory is not None and found.drawing != before.drawing)
+            or (self.settings.max_memory is not None and found.generation != before.generation)
         )
         if changed:
             self._loaded.release(self._loaded.components)

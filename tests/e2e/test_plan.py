@@ -18,9 +18,10 @@ from edgesd.export.pipeline import export_spec
 from edgesd.export.quantize.assign import planned
 from edgesd.export.source import resolve_source
 from edgesd.recipes import DEMO, QuantOptions, build, demo_model
-from edgesd.recipes.planner import PROGRAM_BYTES, BuildPlan, Wish, make_plan
+from edgesd.recipes.planner import Estimate, PlanRequest, estimate_build
 from edgesd.runtime import kernels
 from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.footprint import PROGRAM_BYTES
 from edgesd.runtime.rates import Rate, Rates
 from edgesd.spec.scheme import parse_scheme
 from tests.support import assert_refused, run_cli
@@ -88,7 +89,7 @@ def test_multiplications_are_counted(workloads: dict[str, Workload]) -> None:
 
 
 def test_bytes_on_disk_are_those_of_the_bundle(bundle: Bundle) -> None:
-    plan = make_plan(DEMO, "x86-64-cpu", Wish(SCHEME, method="rtn"))
+    plan = estimate_build(DEMO, "x86-64-cpu", PlanRequest(SCHEME, method="rtn"))
     for name, cost in plan.components.items():
         assert cost.bytes == pytest.approx(bundle.weight_bytes(name), rel=0.2), name
     assert plan.bundle_bytes == pytest.approx(bundle.disk_bytes(), rel=0.1)
@@ -96,7 +97,7 @@ def test_bytes_on_disk_are_those_of_the_bundle(bundle: Bundle) -> None:
 
 def test_modes_and_sizes_order_memory() -> None:
     def peaks(size: int, precision: str = "w4a8-g32") -> dict[str, int]:
-        return make_plan(DEMO, "x86-64-cpu", Wish(precision, (size, size))).memory
+        return estimate_build(DEMO, "x86-64-cpu", PlanRequest(precision, (size, size))).memory
 
     small, large = peaks(64), peaks(512)
     assert all(large[mode] > small[mode] for mode in small)
@@ -126,9 +127,9 @@ def board(instruction_set: str | None) -> Rates:
 
 
 def test_time_is_of_all_runs_and_in_proportion_to_steps() -> None:
-    def seconds(steps: int, guidance: float) -> BuildPlan:
-        wish = Wish(SCHEME, None, steps, guidance, rates=board("avx512_vnni"))
-        return make_plan(DEMO, "x86-64-cpu", wish)
+    def seconds(steps: int, guidance: float) -> Estimate:
+        request = PlanRequest(SCHEME, None, steps, guidance, rates=board("avx512_vnni"))
+        return estimate_build(DEMO, "x86-64-cpu", request)
 
     one, two, guided = seconds(1, 1), seconds(2, 1), seconds(1, 3)
     assert one.seconds and two.seconds and guided.seconds and one.kernels
@@ -143,7 +144,7 @@ def test_time_is_of_all_runs_and_in_proportion_to_steps() -> None:
 
 def test_kernels_are_planned_where_the_board_has_them() -> None:
     def own(target: str, precision: str, rates: Rates | None = None) -> bool:
-        return make_plan(DEMO, target, Wish(precision, rates=rates)).kernels
+        return estimate_build(DEMO, target, PlanRequest(precision, rates=rates)).kernels
 
     assert own("raspberry-pi-5", "w8a8") and not own("raspberry-pi-4", "w8a8")
     assert own("x86-64-cpu", "w4a8-g32") and not own("x86-64-cpu", "w8a8")
@@ -152,14 +153,16 @@ def test_kernels_are_planned_where_the_board_has_them() -> None:
 
 
 def test_what_doesnt_fit_says_what_would() -> None:
-    plan = make_plan(DEMO, "x86-64-cpu", Wish("w8a8", (1024, 1024), max_memory=260 << 20))
+    plan = estimate_build(
+        DEMO, "x86-64-cpu", PlanRequest("w8a8", (1024, 1024), max_memory=260 << 20)
+    )
     assert plan.mode is None and any("--size" in line for line in plan.advice)
-    tiny = make_plan(DEMO, "x86-64-cpu", Wish("w8a8", max_memory=1 << 20))
+    tiny = estimate_build(DEMO, "x86-64-cpu", PlanRequest("w8a8", max_memory=1 << 20))
     assert tiny.mode is None and "no precision or size" in tiny.advice[0]
 
 
 def test_a_gpu_has_no_stream_and_no_time() -> None:
-    plan = make_plan(DEMO, "jetson-orin", Wish("fp16"))
+    plan = estimate_build(DEMO, "jetson-orin", PlanRequest("fp16"))
     assert plan.backend == "tensorrt" and set(plan.memory) == {"fast", "balanced"}
     assert plan.seconds is None
 
@@ -168,7 +171,7 @@ def test_the_command_tells_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     told = run_cli("plan", DEMO, "--target", "raspberry-pi-5", "--precision", "w8a8", "--json")
     assert told.code == 0
-    plan = msgspec.json.decode(told.out, type=BuildPlan)
+    plan = msgspec.json.decode(told.out, type=Estimate)
     assert plan.target == "raspberry-pi-5" and plan.seconds is None
     shown = run_cli("plan", DEMO, "--target", "raspberry-pi-5", "--precision", "w8a8")
     assert "edgesd profile" in shown.out and f"{plan.memory['stream'] / 1e6:.0f}" in shown.out
@@ -213,10 +216,10 @@ def test_a_full_autoencoder_is_planned_in_halves_where_it_is_streamed(tmp_path: 
     }
     folder = variant(tmp_path, {}, diffusers.AutoencoderKL(**blocks), diffusers.DDIMScheduler())
     plans = {
-        size: make_plan(
+        size: estimate_build(
             str(folder),
             "x86-64-cpu",
-            Wish("w8a8", (size, size), 1, 1, rates=board("avx512_vnni")),
+            PlanRequest("w8a8", (size, size), 1, 1, rates=board("avx512_vnni")),
         )
         for size in (512, 1024)
     }
@@ -239,7 +242,9 @@ def test_plan_says_what_the_bundle_itself_says(bundle: Bundle) -> None:
     target = "x86-64-cpu"
     rates = board("avx512_vnni" if own else None)
     for size in (128, 512):
-        plan = make_plan(DEMO, target, Wish(SCHEME, (size, size), rates=rates, method="rtn"))
+        plan = estimate_build(
+            DEMO, target, PlanRequest(SCHEME, (size, size), rates=rates, method="rtn")
+        )
         for mode, planned_bytes in plan.memory.items():
             with Pipeline(bundle, Settings(memory=mode)) as pipeline:  # type: ignore[arg-type]
                 request = pipeline.complete(Request("a cat", 1, height=size, width=size))
@@ -263,9 +268,9 @@ def test_what_was_planned_is_what_is_taken(bundle: Bundle, tmp_path: Path) -> No
         told = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
         taken = json.loads(told.stdout)["peak_memory_bytes"]
         rates = board("avx512_vnni" if kernels.usable([SCHEME]) else None)
-        wish = Wish(
+        request = PlanRequest(
             SCHEME, (size, size), rates=msgspec.structs.replace(rates, process_bytes=66 << 20)
         )
-        assert make_plan(DEMO, "x86-64-cpu", wish).memory[options[1]] == pytest.approx(
+        assert estimate_build(DEMO, "x86-64-cpu", request).memory[options[1]] == pytest.approx(
             taken, rel=0.15
         )

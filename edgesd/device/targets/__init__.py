@@ -14,7 +14,7 @@ from functools import cache
 
 import msgspec
 
-from edgesd.device.capabilities import GB, in_gb
+from edgesd.device.capabilities import GB
 from edgesd.errors import TargetError, UsageError, unknown_name
 from edgesd.spec.scheme import number_format
 from edgesd.spec.target import Target
@@ -99,34 +99,6 @@ def check_request(target: Target, precision: str, backend: str | None = None) ->
     near = _nearest(target, able)
     advice = f"use one of these, or --target {near.name}" if near else "use one of these"
     raise TargetError(f"{target.name} can't run {kind} {asked}, it runs {runs}: {advice}")
-
-
-def check_memory(target: Target, needed_bytes: int, what: str) -> None:
-    """Refuse `what` (a phrase: "sd15 at fp32, 512x512") when its RAM exceeds the usable part.
-
-    needed_bytes: peak on the board, operating system not counted. Raises TargetError naming the
-    smallest target that fits: the same board with more RAM, or else one that runs the same backend.
-    """
-    usable = usable_bytes(target)
-    if needed_bytes <= usable:
-        return
-    fits = [
-        other
-        for other in all_targets()
-        if usable_bytes(other) >= needed_bytes
-        and other.arch == target.arch
-        and target.backends[0] in other.backends
-    ]
-    near = _nearest(target, fits)
-    advice = (
-        f"the smallest target that fits is {near.name} (--target {near.name})"
-        if near
-        else f"no {target.arch} target has as much"
-    )
-    raise TargetError(
-        f"{what} needs {in_gb(needed_bytes)}, {target.name} has {in_gb(target.memory_bytes)} "
-        f"({in_gb(usable)} usable): {advice}"
-    )
 
 
 def _with_memory(board: Target, size_bytes: int) -> Target:

@@ -20,6 +20,13 @@ NODE_BYTES = 16_000
 NODE_FILE_BYTES = 700
 """The same in the graph's file."""
 
+OTHER_FILES_BYTES = 400_000
+"""Tokenizer, manifest, licences."""
+
+_BUILD_BYTES, _BUILD_PER_WEIGHT, _BUILD_PER_PIXEL = 700 << 20, 9.2, 7600
+"""Memory of a build, measured: torch and its libraries; for each weight of the largest network,
+whose graph is compared with its source; for each pixel, of the decoder's calibration."""
+
 _PACKED_BLOCKS = 1.1
 """MatMulNBits' packed weights, as a part of those on disk (scales become fp32)."""
 
@@ -49,6 +56,11 @@ class Memory:
     activations: int
     workspace: int
     graph: int
+
+
+def build_bytes(parameters: int, pixels: int) -> int:
+    """Memory of a build. parameters: of the largest network; pixels: of an image."""
+    return int(_BUILD_BYTES + _BUILD_PER_WEIGHT * parameters + _BUILD_PER_PIXEL * pixels)
 
 
 def file_bytes(

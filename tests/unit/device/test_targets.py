@@ -20,7 +20,6 @@ from edgesd.device.capabilities import CAPABILITIES, CPU_FLAGS, GB, in_gb, norma
 from edgesd.device.detect import check_machine, detect_machine, explain_machine, runnable_targets
 from edgesd.device.targets import (
     all_targets,
-    check_memory,
     check_request,
     families,
     get_target,
@@ -191,44 +190,6 @@ def test_precision_that_only_others_run():
         "raspberry-pi-4 can't run precision fp16, it runs fp32: "
         "use one of these, or --target raspberry-pi-4"
     )  # the registered one, which isn't restricted
-
-
-def test_too_much_memory_names_the_smallest_that_fits():
-    with pytest.raises(TargetError) as error:
-        check_memory(get_target("raspberry-pi-zero-2w"), 3 * GB // 2, "sd15 at fp32")
-    assert str(error.value) == (
-        "sd15 at fp32 needs 1.5 GB, raspberry-pi-zero-2w has 0.5 GB (0.31 GB usable): the smallest "
-        "target that fits is raspberry-pi-4-2gb (--target raspberry-pi-4-2gb)"
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "needed_gb", "near"),
-    [
-        ("raspberry-pi-5", 6, "raspberry-pi-5-8gb"),
-        ("raspberry-pi-4", 10, "raspberry-pi-5-16gb"),
-        ("jetson-orin-nano-4gb", 5, "jetson-orin-nano-8gb"),
-        ("jetson-orin-nano-8gb", 12, "jetson-orin-nx-16gb"),
-        ("jetson-agx-orin-64gb", 100, "jetson-thor"),
-        ("x86-64-cpu", 20, "x86-64-cpu-32gb"),
-    ],
-)
-def test_nearest_target_that_fits(name, needed_gb, near):
-    with pytest.raises(TargetError, match=f"fits is {near} "):
-        check_memory(get_target(name), needed_gb * GB, "it")
-    check_memory(get_target(near), needed_gb * GB, "it")
-
-
-def test_more_memory_than_any_target_has():
-    with pytest.raises(TargetError, match="no aarch64 target has as much"):
-        check_memory(get_target("jetson-thor"), 200 * GB, "it")
-
-
-def test_memory_boundary():
-    pi = get_target("raspberry-pi-5")
-    check_memory(pi, usable_bytes(pi), "it")
-    with pytest.raises(TargetError):
-        check_memory(pi, usable_bytes(pi) + 1, "it")
 
 
 def test_usable_memory_is_near_what_boards_show():

@@ -16,7 +16,7 @@ from edgesd import recipes
 from edgesd.errors import TargetError
 from edgesd.export.source import ModelSource
 from edgesd.recipes import demo_model
-from edgesd.recipes.planner import BuildPlan, Wish, make_plan
+from edgesd.recipes.planner import Estimate, PlanRequest, estimate_build
 from tests.support import assert_refused, run_cli
 
 pytestmark = pytest.mark.integration
@@ -147,7 +147,7 @@ def test_build_accepts_what_plan_says_fits_and_nothing_else(
     precision: str,
     mode: str | None,
 ) -> None:
-    plan = make_plan(models[model], target, Wish(precision))
+    plan = estimate_build(models[model], target, PlanRequest(precision))
     assert plan.mode == mode
     assert accepts(models[model], target, tmp_path / "b", precision) == (mode is not None)
 
@@ -165,50 +165,55 @@ def test_fixed_sizes_and_batches_count(
     fits: bool,
 ) -> None:
     target = "raspberry-pi-zero-2w"
-    wish = Wish("w8a8", size, fixed=True, batch=batch)
-    assert (make_plan(models["small"], target, wish).mode is not None) == fits
+    asked = PlanRequest("w8a8", size, fixed=True, batch=batch)
+    assert (estimate_build(models["small"], target, asked).mode is not None) == fits
     found = accepts(models["small"], target, tmp_path / "b", "w8a8", size=size, batch=batch)
     assert found == fits
 
 
-def follow(plan: BuildPlan, model: str, wish: Wish, advice: str) -> BuildPlan:
+def follow(plan: Estimate, model: str, asked: PlanRequest, advice: str) -> Estimate:
     """The plan of what a line of advice says."""
     words = advice.split()
     given = {
         word[2:]: words[place + 1] for place, word in enumerate(words) if word.startswith("--")
     }
-    size = tuple(int(n) for n in given["size"].split("x")) if "size" in given else wish.size
-    limit = wish.max_memory
+    size = tuple(int(n) for n in given["size"].split("x")) if "size" in given else asked.size
+    limit = asked.max_memory
     if "max-memory" in given:
         limit = int(given["max-memory"].removesuffix("MB")) * 10**6
-    changed = Wish(given.get("precision", wish.precision), size, max_memory=limit)  # type: ignore[arg-type]
-    return make_plan(model, given.get("target", plan.target), changed)
+    changed = PlanRequest(given.get("precision", asked.precision), size, max_memory=limit)  # type: ignore[arg-type]
+    return estimate_build(model, given.get("target", plan.target), changed)
 
 
 @pytest.mark.parametrize(
-    ("model", "target", "wish", "expected"),
+    ("model", "target", "asked", "expected"),
     [
-        ("large", "raspberry-pi-5-1gb", Wish("fp16"), "--precision w8a8"),
-        ("small", "raspberry-pi-zero-2w", Wish("w8a8", (512, 512)), "--size"),
-        ("large", "raspberry-pi-zero-2w", Wish("w8a8"), "--target"),
-        ("large", "raspberry-pi-5-1gb", Wish("w4a8-g64", max_memory=100 * MB), "--max-memory"),
+        ("large", "raspberry-pi-5-1gb", PlanRequest("fp16"), "--precision w8a8"),
+        ("small", "raspberry-pi-zero-2w", PlanRequest("w8a8", (512, 512)), "--size"),
+        ("large", "raspberry-pi-zero-2w", PlanRequest("w8a8"), "--target"),
+        (
+            "large",
+            "raspberry-pi-5-1gb",
+            PlanRequest("w4a8-g64", max_memory=100 * MB),
+            "--max-memory",
+        ),
         *(
             pytest.param(*row, marks=pytest.mark.slow)
             for row in (
-                ("medium", "raspberry-pi-zero-2w", Wish("w4a8-g64"), "--precision w8a8"),
-                ("small", "raspberry-pi-zero-2w", Wish("fp32", (1024, 1024)), "w8a8 --size"),
-                ("sd15", "raspberry-pi-zero-2w", Wish("w8a8"), "--target"),
+                ("medium", "raspberry-pi-zero-2w", PlanRequest("w4a8-g64"), "--precision w8a8"),
+                ("small", "raspberry-pi-zero-2w", PlanRequest("fp32", (1024, 1024)), "w8a8 --size"),
+                ("sd15", "raspberry-pi-zero-2w", PlanRequest("w8a8"), "--target"),
             )
         ),
     ],
 )
 def test_all_advice_fits_when_it_is_followed(
-    models: Models, model: str, target: str, wish: Wish, expected: str
+    models: Models, model: str, target: str, asked: PlanRequest, expected: str
 ) -> None:
-    plan = make_plan(models[model], target, wish)
+    plan = estimate_build(models[model], target, asked)
     assert plan.mode is None and any(expected in line for line in plan.advice), plan.advice
     for line in plan.advice:
-        other = follow(plan, models[model], wish, line)
+        other = follow(plan, models[model], asked, line)
         assert other.mode is not None, line
         if " MB in " in line:
             assert f"{other.memory[other.mode] / 1e6:.0f} MB in {other.mode} mode" in line
@@ -236,7 +241,7 @@ def test_a_build_that_needs_more_than_is_free_here_warns(
 def test_both_halves_of_guidance_take_the_same_weights(models: Models) -> None:
     """A network that is traced at two rows has the layers of the one at one row."""
     one, two = (
-        make_plan(models["small"], "raspberry-pi-5", Wish("w4a8-g64", guidance=scale))
+        estimate_build(models["small"], "raspberry-pi-5", PlanRequest("w4a8-g64", guidance=scale))
         for scale in (1, 5)
     )
     assert two.memory["fast"] - one.memory["fast"] < 40 * MB
@@ -244,5 +249,5 @@ def test_both_halves_of_guidance_take_the_same_weights(models: Models) -> None:
 
 
 def test_a_huge_size_is_planned_and_does_not_fit(models: Models) -> None:
-    plan = make_plan(models["small"], "raspberry-pi-5", Wish("w8a8", (16384, 16384)))
+    plan = estimate_build(models["small"], "raspberry-pi-5", PlanRequest("w8a8", (16384, 16384)))
     assert plan.mode is None and min(plan.memory.values()) > plan.usable_bytes

@@ -1,4 +1,4 @@
-"""What drawing takes in memory is fitted to each request, or refused before any work."""
+"""What generation takes in memory is fitted to each request, or refused before any work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgesd.runtime import pipeline as pipelines
 from edgesd.runtime.backends.onnxruntime import OnnxRuntime
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.footprint import (
-    Drawing,
+    Generation,
     Need,
     Part,
     computing,
@@ -91,24 +91,33 @@ def test_a_run_takes_what_was_traced_and_in_proportion_between_and_beyond() -> N
 
 
 def test_modes_add_components_up() -> None:
-    drawing = Drawing(8, 8, 2)
     for name, footprint in FOOTPRINTS.items():
         part = whole(footprint, 64 if name != "text_encoder" else 1, "fast")
         assert part.resident == part.loaded == footprint.weights + footprint.runs[0][1]
     parts = {"a": Part(5, 1, 4, 1), "b": Part(50, 20, 40, 3), "c": Part(7, 0, 6, 1)}
-    kept = drawing.kept_bytes
-    assert together(parts, 100, "fast", drawing).resident == 100 + kept + 4 + 40 + 6 + 3
-    balanced = together(parts, 100, "balanced", drawing)
-    assert balanced == Need(
-        150 + kept, 130 + kept, {"a": 105 + kept, "b": 150 + kept, "c": 107 + kept}
-    )
-    shown = Drawing(8, 8, 2, previews=True)
-    assert together(parts, 100, "balanced", shown).parts["c"] == 157 + kept
+    groups = [{name: part} for name, part in parts.items()]
+    assert together(groups, 100, "fast").resident == 100 + 4 + 40 + 6 + 3
+    assert together(groups, 100, "balanced") == Need(150, 130, {"a": 105, "b": 150, "c": 107})
+    assert together(groups, 100, "balanced", previews=True).parts["c"] == 157
+
+
+def test_what_runs_in_each_step_is_loaded_together() -> None:
+    groups = [
+        {"text": Part(5, 1, 4, 1)},
+        {"side": Part(30, 2, 25, 4), "denoiser": Part(50, 20, 40, 3)},
+        {"decoder": Part(7, 0, 6, 1)},
+    ]
+    both = 100 + 25 + 40 + 4
+    balanced = together(groups, 100, "balanced")
+    assert balanced.parts == {"text": 105, "side": both, "denoiser": both, "decoder": 107}
+    assert balanced.resident == both and balanced.held == both - 22
+    fast = together(groups, 100, "fast")
+    assert fast.resident == fast.held == 100 + 4 + 25 + 40 + 6 + 4
 
 
 def test_a_decoder_in_tiles_grows_with_the_image_alone() -> None:
     footprint = Footprint(1000, 0, 1000, 0, 0, ((32 * 32, 10**8, 0),))
-    small, large = (Drawing(n, n, 8) for n in (128, 256))
+    small, large = (Generation(n, n, 8) for n in (128, 256))
     tiled = [decoder(footprint, d, "stream", 4).resident for d in (small, large)]
     images = 5 * (large.image_bytes - small.image_bytes)
     assert tiled[1] - tiled[0] == images
@@ -120,13 +129,13 @@ def test_a_decoder_in_tiles_grows_with_the_image_alone() -> None:
 def test_of_a_decoder_in_halves_the_larger_counts() -> None:
     head = Footprint(0, 0, 100, 0, 0, ((64, 1000, 0),))
     tail = Footprint(0, 0, 500, 0, 0, ((22 * 22, 4000, 0), (28 * 28, 9000, 0)))
-    drawing = Drawing(64, 64, 8)
+    generation = Generation(64, 64, 8)
     features = 4 * 64 * 64
-    image = 5 * drawing.image_bytes
-    narrow, wide = (decoder_in_parts(head, tail, drawing, 4, n).resident for n in (22, 28))
+    image = 5 * generation.image_bytes
+    narrow, wide = (decoder_in_parts(head, tail, generation, 4, n).resident for n in (22, 28))
     assert (narrow, wide) == (4500 + features + image, 9500 + features + image)
     wider = Footprint(0, 0, 10**9, 0, 0, ((64, 1000, 0),))
-    assert decoder_in_parts(wider, tail, drawing, 4, 22).resident > 10**9
+    assert decoder_in_parts(wider, tail, generation, 4, 22).resident > 10**9
 
 
 def test_the_mode_follows_the_limit(bundle: Bundle) -> None:
