@@ -31,8 +31,9 @@ from edgesd.spec.scheme import Precision, number_format, parse_scheme
 Shape = tuple[int, int, int]
 """Height, width and rows of a component's input; height and width in its own unit."""
 
+
 @dataclass(frozen=True)
-class GraphForm:
+class ComponentForm:
     """How a component's graph is built. schemes: of its quantized layers. on_disk: bytes of its
     weights' file. own_kernels: for edgesd's own kernels."""
 
@@ -91,7 +92,7 @@ class Networks:
         height, width = self.latents(shape.width, shape.height)
         return height, width, shape.batch if stage.per == "step" and not shape.dynamic else 1
 
-    def footprint(self, stage: Stage, form: GraphForm, at: Iterable[Shape] = ()) -> Footprint:
+    def footprint(self, stage: Stage, form: ComponentForm, at: Iterable[Shape] = ()) -> Footprint:
         """Of a component's graph. at: shapes that matter; () for all that a bundle may be run
         at."""
         shapes = sorted(set(at) or self._shapes(stage))
@@ -120,7 +121,7 @@ class Networks:
             spread=self._spread(form) if tiled else 1.0,
         )
 
-    def split(self, form: GraphForm, at: Iterable[Shape] = ()) -> tuple[Footprint, Footprint]:
+    def split(self, form: ComponentForm, at: Iterable[Shape] = ()) -> tuple[Footprint, Footprint]:
         """Of a full autoencoder's decoder that is split: its head, and its tail at each window.
         at: as in `footprint`, of the head."""
         heads = {
@@ -133,7 +134,9 @@ class Networks:
         }
         return self._part(form, heads, 0), self._part(form, tails, 1)
 
-    def _part(self, form: GraphForm, shapes_at: Mapping[int, list[Shape]], which: int) -> Footprint:
+    def _part(
+        self, form: ComponentForm, shapes_at: Mapping[int, list[Shape]], which: int
+    ) -> Footprint:
         """Of the decoder's head or tail. shapes_at: by units, what is run one after another."""
         runs = {}
         for units, shapes in shapes_at.items():
@@ -158,7 +161,7 @@ class Networks:
             found += [(height, width, 2), (height, width, 32)]
         return found
 
-    def _spread(self, form: GraphForm) -> float:
+    def _spread(self, form: ComponentForm) -> float:
         """How much more tiles of several sizes touch, one after another, than the largest."""
         halo = self.pipeline.latent.halo
         if halo is None or not self.pipeline.shape.dynamic:
@@ -218,7 +221,7 @@ def footprinted(manifest: BundleManifest, spec: ExportSpec) -> BundleManifest:
         for own, field in ((False, "footprint"), (True, "kernels_footprint")):
             if own and engine.kernels is None:
                 continue
-            form = GraphForm(engine.precision, lowering, schemes, on_disk, own)
+            form = ComponentForm(engine.precision, lowering, schemes, on_disk, own)
             found: dict[str, object] = {field: networks.footprint(stage, form)}
             if engine.split is not None:
                 head, tail = networks.split(form)

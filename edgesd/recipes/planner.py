@@ -30,7 +30,7 @@ from edgesd.export.pipeline import export_spec, require_build_tools
 from edgesd.export.quantize.assign import planned
 from edgesd.export.source import ModelSource, resolve_source
 from edgesd.recipes import DEMO, demo_model, fixed_shape
-from edgesd.recipes.footprints import GraphForm, Networks, Shape
+from edgesd.recipes.footprints import ComponentForm, Networks, Shape
 from edgesd.runtime.backends import get_backend
 from edgesd.runtime.fitting import Batch, Budget, Fitting, images_per_run
 from edgesd.runtime.flow import GuidanceMode, Stage, guidance_mode
@@ -182,7 +182,7 @@ class _Plan:
     batch: Batch
     steps: int
     fitting: Fitting
-    forms: Mapping[str, GraphForm]
+    forms: Mapping[str, ComponentForm]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -422,14 +422,14 @@ class _Planner:
         steps = spec.num_inference_steps if self.request.steps is None else self.request.steps
         return _Plan(networks, batch, steps, fitting, forms)
 
-    def _form(self, workload: Workload, precision: Precision) -> GraphForm:
+    def _form(self, workload: Workload, precision: Precision) -> ComponentForm:
         """A component's graph as it would be built."""
         quantized = precision not in ("fp32", "fp16")
         schemes = planned(workload.layers, parse_scheme(precision)) if quantized else {}
         smoothed = self.request.method == "svdquant"
         on_disk = file_bytes(workload, schemes, 2 if precision == "fp16" else 4, smoothed)
         own = self._own_kernels(precision)
-        return GraphForm(precision, self.lowering, schemes, on_disk, own)
+        return ComponentForm(precision, self.lowering, schemes, on_disk, own)
 
     def _own_kernels(self, precision: Precision) -> bool:
         """Whether edgesd's own kernels will run there: by runtime.kernels."""

@@ -12,11 +12,14 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from msgspec import Meta
 
 import edgesd
 from edgesd.device.capabilities import normal_arch
 from edgesd.device.slots import Installed, Slot
+from edgesd.device.targets import OS_BYTES
 from edgesd.errors import BoardError, TargetError
 from edgesd.files import sha256_file
 from edgesd.progress import SILENT, Progress, count_bytes
@@ -25,6 +28,8 @@ from edgesd.remote.board import Board, Item
 from edgesd.remote.wheels import BOARD_PACKAGES, cached_wheels, fitting_wheels
 from edgesd.runtime.backends import get_backend
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SIGNATURE, Bundle
+from edgesd.runtime.fitting import least_memory
+from edgesd.runtime.footprint import prompter_bytes
 from edgesd.spec.base import Spec
 
 _HOME = "edgesd"
@@ -69,13 +74,17 @@ class _Here(NamedTuple):
 _ASK = """
 import json, os, platform, struct, sys
 libc, version = platform.libc_ver()
+try:
+    memory = int(open("/proc/meminfo").read().split("MemTotal:")[1].split()[0])
+except (OSError, IndexError, ValueError):
+    memory = 0
 print(json.dumps([list(sys.version_info[:2]), platform.machine(), 8 * struct.calcsize("P"), libc,
-                  version, os.path.exists("/etc/nv_tegra_release")]))
+                  version, os.path.exists("/etc/nv_tegra_release"), memory]))
 """
 
 
 class _Told(NamedTuple):
-    """What _ASK prints."""
+    """What _ASK prints. memory: in kB; 0 where it can't be read."""
 
     python: tuple[int, int]
     machine: str
@@ -83,6 +92,7 @@ class _Told(NamedTuple):
     libc: str
     version: str
     jetson: bool
+    memory: Annotated[int, Meta(ge=0, le=1 << 40)]
 
 
 _GLIBC = re.compile(r"2\.([0-9]{1,3})(?:\.[0-9]+)?")
@@ -125,9 +135,9 @@ async def deploy(
     """Bring the runtime and `bundle` onto the board, and make it the active one.
 
     wheels: folder that they are chosen from; None asks pip's index, on this machine. Raises
-    TargetError when the board isn't one of the bundle's architecture or has no fit Python,
-    ResourceError when its disk is too small, BoardError with the board's own words when it refuses
-    the bundle, or the self-test fails there.
+    TargetError when the board isn't one of the bundle's architecture, has no fit Python or too
+    little memory for any mode, ResourceError when its disk is too small, BoardError with the
+    board's own words when it refuses the bundle, or the self-test fails there.
     """
     start = time.perf_counter()
     here = await _look(board, bundle)
@@ -194,7 +204,8 @@ async def _look(board: Board, bundle: Bundle) -> _Here:
     if done.status:
         words = boards.excerpt(done.err) or f"it ended with status {done.status}"
         raise BoardError(f"{board.name}: python3 doesn't work there: {words}")
-    (major, minor), machine, bits, libc, version, jetson = boards.decode(board, done.out, _Told)
+    told = boards.decode(board, done.out, _Told)
+    (major, minor), machine, bits, libc, version, jetson, memory = told
     manifest = bundle.manifest
     arch = normal_arch(machine)
     if bits != 64:
@@ -215,7 +226,26 @@ async def _look(board: Board, bundle: Bundle) -> _Here:
     glibc = _GLIBC.fullmatch(version)
     if not glibc:
         raise boards.strange(board, "python3", version)
+    if memory:
+        _check_memory(board, bundle, memory << 10)
     return _Here(f"{major}.{minor}", arch, int(glibc[1]), jetson)
+
+
+def _check_memory(board: Board, bundle: Bundle, memory_bytes: int) -> None:
+    """Raise TargetError for a bundle that needs more than a board has in any memory mode."""
+    usable = memory_bytes - OS_BYTES
+    mode, needed = least_memory(bundle)
+    prompter = bundle.manifest.prompter
+    if prompter:
+        needed = max(needed, prompter_bytes(bundle.size(name) for name in prompter.files))
+    if needed > usable:
+        shape = bundle.manifest.pipeline.shape
+        raise TargetError(
+            f"{board.name} has {max(0, usable) / 1e6:.0f} MB of memory for edgesd, and "
+            f"{bundle.path.name} needs {needed / 1e6:.0f} MB to generate {shape.width}x"
+            f"{shape.height} pixels in {mode} mode: build one for such a board, edgesd plan says "
+            "what fits"
+        )
 
 
 async def _runtime(

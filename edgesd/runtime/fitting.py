@@ -9,11 +9,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from edgesd.errors import ResourceError
+from edgesd.runtime.backends import get_backend
 from edgesd.runtime.backends.base import Backend
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.flow import GuidanceMode, flow_of, guidance_mode
 from edgesd.runtime.footprint import (
     HEADROOM_BYTES,
+    PROCESS_BYTES,
+    PROGRAM_BYTES,
     Costs,
     Generation,
     Need,
@@ -223,3 +226,25 @@ class Fitting:
             if smaller != batch and self.choose(smaller):
                 yield f"--size {width}x{height}"
                 return
+
+
+def least_memory(bundle: Bundle) -> tuple[MemoryMode, int]:
+    """The mode in which a process on another machine needs least to generate an image of the
+    bundle's own size and guidance, and the bytes that must be free for it. Whether edgesd's own
+    kernels run there isn't known: the smaller figure is taken."""
+    return min((_least_memory(bundle, own) for own in (False, True)), key=lambda found: found[1])
+
+
+def _least_memory(bundle: Bundle, own: bool) -> tuple[MemoryMode, int]:
+    spec, engines = bundle.manifest.pipeline, bundle.manifest.engines
+    flow, backend = flow_of(spec), get_backend(bundle.manifest.backend)
+    guided = flow.guided(spec.guidance_scale)
+    count = images_per_run(spec.shape, guided)
+    batch = Batch(spec.shape.height, spec.shape.width, count, guided)
+
+    def own_kernels(component: str) -> bool:
+        return own and engines[component].kernels is not None
+
+    process = PROCESS_BYTES + PROGRAM_BYTES + backend.process_bytes
+    costs = bundle_costs(bundle, flow.components, own_kernels, process)
+    return Fitting(costs, Budget()).least(batch)

@@ -186,11 +186,15 @@ class Answering(FolderBoard):
     ("answer", "words"),
     [
         ("", "has no python3"),
-        ('[[3, 9], "HERE", 64, "glibc", "2.31", false]', "has Python 3.9: edgesd needs"),
-        ('[[3, 14], "HERE", 64, "glibc", "2.41", false]', "has Python 3.14: edgesd needs"),
-        ('[[3, 11], "HERE", 32, "glibc", "2.36", false]', "has a 32-bit Python"),
-        ('[[3, 11], "riscv64", 64, "glibc", "2.36", false]', "is riscv64, and"),
-        ('[[3, 11], "HERE", 64, "", "", false]', "has no glibc"),
+        ('[[3, 9], "HERE", 64, "glibc", "2.31", false, 9000000]', "has Python 3.9: edgesd needs"),
+        ('[[3, 14], "HERE", 64, "glibc", "2.41", false, 9000000]', "has Python 3.14: edgesd needs"),
+        ('[[3, 11], "HERE", 32, "glibc", "2.36", false, 9000000]', "has a 32-bit Python"),
+        ('[[3, 11], "riscv64", 64, "glibc", "2.36", false, 9000000]', "is riscv64, and"),
+        ('[[3, 11], "HERE", 64, "", "", false, 9000000]', "has no glibc"),
+        (
+            '[[3, 11], "HERE", 64, "glibc", "2.36", false, 140000]',
+            r"has 9 MB of memory for edgesd, and \w+ needs \d+ MB to generate 16x16 pixels",
+        ),
     ],
 )
 def test_boards_that_cannot_have_it(
