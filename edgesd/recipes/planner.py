@@ -75,7 +75,7 @@ class Estimate(Spec, frozen=True):
     memory: peak resident set of `edgesd generate` in each mode (or of the GPU); usable_bytes: what
     the target, or the limit asked for, allows; needed_bytes: what would be enough for the mode that
     takes least; mode: the fastest that fits, None for none. seconds: of an image by mode, without
-    loading; None where the target was never calibrated. rates: which machine they were measured
+    loading; None where the target was never profiled. rates: which machine they were measured
     on. advice: what would fit where this doesn't.
     """
 

@@ -17,7 +17,7 @@ from edgesd.spec.bundle import Footprint
 from edgesd.spec.pipeline import PipelineSpec
 
 PROCESS_BYTES = 76 << 20
-"""Python with ONNX Runtime and one small session (measured on x86-64; calibrate measures it)."""
+"""Python with ONNX Runtime and one small session (measured on x86-64; profile measures it)."""
 
 PROGRAM_BYTES = 14 << 20
 """What `edgesd generate` loads besides: Click, Pillow, the board's description."""
