@@ -1,10 +1,10 @@
 """Records what flows into each layer while the pipeline's own loop generates calibration prompts.
 
-Components run in the order of the pipeline, each on what the one before made: text encoder,
-denoiser (`runtime/denoise.py` with a torch-backed runner, one step of the schedule after the
-other), decoder. One component is in memory at a time. Statistics are streamed: with more
-prompts only the outputs grow (latents, images). The state is written now and then, so that a
-run that was interrupted goes on from there and ends with the same bytes.
+Components run in the order of the pipeline's flow, each on what those before made; the denoiser in
+`runtime/denoise.py` with a torch-backed runner, one step of the schedule after the other. One
+component is in memory at a time. Statistics are streamed: with more prompts only the outputs grow
+(latents, images). The state is written now and then, so that a run that was interrupted goes on
+from there and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -28,20 +27,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgesd.errors import EdgesdError, InputError
-from edgesd.export.families import Component, ExportSpec
+from edgesd.export.families import ExportSpec
 from edgesd.export.quantize.layers import Layer
-from edgesd.export.torch_runner import TorchRunner
+from edgesd.export.torch_runner import TorchRunner, any_rows
 from edgesd.files import atomic_path, atomic_write
 from edgesd.progress import SILENT, Progress
-from edgesd.runtime.arrays import Float
-from edgesd.runtime.conditioning import Conditioned
-from edgesd.runtime.denoise import Start, denoise
-from edgesd.runtime.flow import flow_of
+from edgesd.runtime.arrays import Array, Float
+from edgesd.runtime.backends.base import run_once
+from edgesd.runtime.conditioning import Conditioned, Encoded
+from edgesd.runtime.denoise import Step, denoise
+from edgesd.runtime.flow import Stage, flow_of
 from edgesd.runtime.noise import BatchNoise
-from edgesd.runtime.schedulers import create_scheduler
+from edgesd.runtime.requests import CompleteRequest, scheduler_of
+from edgesd.runtime.tasks import text as text_to_image
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.bundle import CalibrationSpec
-from edgesd.spec.pipeline import ComponentSpec
+from edgesd.spec.pipeline import Part
 
 VERSION = 4
 """Part of the cache key: raised when the statistics change in meaning."""
@@ -62,6 +63,7 @@ SAMPLE_ROWS = 1024
 SAVE_SECONDS = 20.0
 """Between two states on disk at least; the last one of a component is always written."""
 
+_NEGATIVE = ""
 _MAX_FP16 = float(torch.finfo(torch.float16).max)
 
 _log = logging.getLogger(__name__)
@@ -136,7 +138,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class CalibrationPlan:
+class CalibrationSettings:
     """What is to be recorded. Prompts are generated one at a time, seeds counting from
     `first_seed`."""
 
@@ -160,59 +162,47 @@ class CalibrationPlan:
             width=self.width,
         )
 
+    def request(self, index: int) -> CompleteRequest:
+        """That of a prompt."""
+        return CompleteRequest(
+            prompt=self.prompts[index],
+            seed=self.first_seed + index,
+            negative_prompt=_NEGATIVE,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            height=self.height,
+            width=self.width,
+            scheduler=self.scheduler,
+        )
 
-def calibration_key(plan: CalibrationPlan, source_sha256: str) -> str:
+
+def calibration_key(settings: CalibrationSettings, source_sha256: str) -> str:
     """Name of the cache entry: a hash of all that the statistics depend on."""
-    parts = (VERSION, source_sha256, *vars(plan).values(), BLOCKS, COVARIANCE_BYTES)
+    parts = (VERSION, source_sha256, *vars(settings).values(), BLOCKS, COVARIANCE_BYTES)
     # Sums depend on how work is shared among threads.
     limits = (ROWS_PER_RUN, SAMPLE_BYTES, SAMPLE_ROWS, torch.__version__, torch.get_num_threads())
     return hashlib.sha256(repr((parts, limits)).encode()).hexdigest()[:16]
 
 
 def calibrate(
-    plan: ExportSpec,
+    export: ExportSpec,
     layers: Sequence[Layer],
-    how: CalibrationPlan,
-    tokenizer: PromptTokenizer,
+    settings: CalibrationSettings,
+    tokenizers: Mapping[str, PromptTokenizer],
     folder: Path,
     progress: Progress = SILENT,
 ) -> Calibration:
     """Record statistics of `layers` into `folder`, or go on where a run before was interrupted.
 
-    Raises InputError when the loop's values stop being finite or a prompt is bad, ResourceError
-    when the disk is full.
+    tokenizers: by the folders that the pipeline's wiring names. Raises InputError when the loop's
+    values stop being finite or a prompt is bad, ResourceError when the disk is full.
     """
-    done = Calibration(folder, how.spec())
-    by_name = {component.name: component for component in plan.components}
     folder.mkdir(parents=True, exist_ok=True)
-
-    texts = ("", *how.prompts)
-    ids = [tokenizer.encode(text)[0] for text in texts]
-    embeddings = _run_stage(
-        folder,
-        by_name["text_encoder"],
-        layers,
-        [{"input_ids": row} for row in ids],
-        ["the empty prompt", *_labels(len(how.prompts))],
-        progress,
-    )
-    latents = _run_unet(folder, by_name["unet"], plan, layers, how, embeddings, progress)
-    _run_stage(
-        folder,
-        by_name["vae_decoder"],
-        layers,
-        [{"latents": row[None]} for row in latents],
-        _labels(len(latents)),
-        progress,
-    )
-    return done
+    _Calibrating(export, layers, settings, tokenizers, folder, progress).run()
+    return Calibration(folder, settings.spec())
 
 
-def _labels(count: int) -> list[str]:
-    return [f"calibration prompt {index + 1}" for index in range(count)]
-
-
-class _Stage:
+class _State:
     """One component's state on disk: statistics, outputs so far, and how many prompts are in."""
 
     def __init__(self, folder: Path, component: str) -> None:
@@ -357,132 +347,154 @@ def _spread(total: int, limit: int) -> Tensor:
     return torch.arange(count) * total // count
 
 
-def _run_stage(
-    folder: Path,
-    component: Component,
-    layers: Sequence[Layer],
-    inputs: list[dict[str, npt.NDArray[Any]]],
-    labels: Sequence[str],
-    progress: Progress,
-) -> Float:
-    """Run a component once for each of `inputs`, recording; its first output, one row for each."""
+@dataclass(frozen=True)
+class _Calibrating:
+    """The stages of a pipeline's flow, one after the other. See `calibrate`."""
 
-    def run(runner: TorchRunner, index: int, recorder: _StatsRecorder) -> Float:
-        runner.bind({name: array.shape for name, array in inputs[index].items()})
-        for name, array in inputs[index].items():
-            runner.inputs[name][:] = array
-        runner.run()
-        return np.array(next(iter(runner.outputs.values()))[0], np.float32)
+    export: ExportSpec
+    layers: Sequence[Layer]
+    settings: CalibrationSettings
+    tokenizers: Mapping[str, PromptTokenizer]
+    folder: Path
+    progress: Progress
 
-    return _record_stage(folder, component, layers, labels, 1, len(inputs), run, progress)
+    def run(self) -> None:
+        encoded: dict[Part, Float] = {}
+        latents = np.empty(0, np.float32)
+        for stage in flow_of(self.export.pipeline).stages:
+            match stage.role:
+                case "text":
+                    encoded |= self._encode(stage)
+                case "denoiser":
+                    latents = self._denoise(stage, encoded)
+                case "decoder":
+                    self._decode(stage, latents)
+                case _:
+                    raise EdgesdError(f"{stage.component}: a {stage.role} can't be calibrated")
+
+    def _encode(self, stage: Stage) -> dict[Part, Float]:
+        """What a text encoder makes of the empty prompt and all others, row by row."""
+        wiring = self.export.pipeline.wiring
+        text = next(text for text in wiring.texts if text.component == stage.component)
+        tokenizer = self.tokenizers[text.tokenizer]
+        ids = [tokenizer.encode(prompt)[0] for prompt in (_NEGATIVE, *self.settings.prompts)]
+        labels = ["the empty prompt", *self._labels()]
+        outputs = self._run_each(stage, [{text.input: row} for row in ids], labels)
+        spec = self.export.pipeline.components[stage.component]
+        names = [tensor.name for tensor in spec.outputs]
+        return {
+            Part(stage.component, name): rows for name, rows in zip(names, outputs, strict=True)
+        }
+
+    def _denoise(self, stage: Stage, encoded: Encoded) -> Float:
+        """Generate every prompt with the denoising loop; the final latents [prompts, C, h, w]."""
+        spec, settings = self.export.pipeline, self.settings
+        guided = flow_of(spec).guided(settings.guidance_scale)
+        # A sampler may call the network twice at one timestep.
+        every = [float(value) for value in scheduler_of(spec, settings.request(0)).timesteps]
+        timesteps = list(dict.fromkeys(every))
+        index_of = [timesteps.index(value) for value in every]
+        with atomic_write(self.folder / "timesteps.npy") as file:
+            np.save(file, np.array(timesteps, np.float32))
+        negative = {part: self._negative(rows[:1]) for part, rows in encoded.items()}
+
+        def run(runner: TorchRunner, index: int, recorder: _StatsRecorder) -> list[Float]:
+            request = settings.request(index)
+            scheduler, noise = scheduler_of(spec, request), BatchNoise([request.seed])
+            recorder.step = index_of[0]
+
+            def step_done(step: Step) -> None:
+                recorder.step = index_of[min(step.index + 1, len(every) - 1)]
+
+            positive = {part: rows[index + 1 : index + 2] for part, rows in encoded.items()}
+            latents = denoise(
+                spec.wiring,
+                {stage.component: runner},
+                scheduler,
+                text_to_image.prepare(spec, [request], scheduler, noise),
+                Conditioned(positive, negative if guided else None),
+                request.guidance_scale,
+                noise,
+                on_step=step_done,
+            )
+            return [latents[0]]
+
+        (latents,) = self._record(stage, self._labels(), run, len(timesteps), len(every))
+        return latents
+
+    def _negative(self, rows: Float) -> Float:
+        return np.zeros_like(rows) if self.export.pipeline.wiring.zero_negative else rows
+
+    def _decode(self, stage: Stage, latents: Float) -> None:
+        name = self.export.pipeline.wiring.decoder.input
+        self._run_each(stage, [{name: row[None]} for row in latents], self._labels())
+
+    def _labels(self) -> list[str]:
+        return [f"calibration prompt {index + 1}" for index in range(len(self.settings.prompts))]
+
+    def _run_each(
+        self, stage: Stage, inputs: Sequence[Mapping[str, Array]], labels: Sequence[str]
+    ) -> list[Float]:
+        """Run a component once for each of `inputs`, recording; its outputs, one row for each."""
+
+        def run(runner: TorchRunner, index: int, recorder: _StatsRecorder) -> list[Float]:
+            outputs = run_once(runner, inputs[index])
+            return [np.array(values[0], np.float32) for values in outputs.values()]
+
+        return self._record(stage, labels, run)
+
+    def _record(
+        self,
+        stage: Stage,
+        labels: Sequence[str],
+        run: Callable[[TorchRunner, int, _StatsRecorder], list[Float]],
+        timesteps: int = 1,
+        runs: int = 1,
+    ) -> list[Float]:
+        """Record a component in one `run` for each of `labels`: what they return, stacked.
+
+        timesteps: recorded one by one. runs: of the component's network in one `run`.
+        """
+        name = stage.component
+        mine = [la for la in self.layers if la.component == name and la.kind != "embedding"]
+        state = _State(self.folder, name)
+        done, complete, tensors = state.load(mine)
+        made = [tensors.pop(key).numpy() for key in _output_keys(tensors)]
+        if complete:
+            return made
+        component = next(each for each in self.export.components if each.name == name)
+        module = component.load()
+        outputs = [list(rows) for rows in zip(*made, strict=True)]
+        count, task = len(labels), f"{name}: calibrate"
+        recorder = _StatsRecorder(module, mine, timesteps, count * runs, tensors)
+        saved = time.monotonic()
+        try:
+            with TorchRunner(any_rows(component.spec), module) as runner:
+                for index in range(done, count):
+                    self.progress.update(task, index, count)
+                    outputs.append(run(runner, index, recorder))
+                    if not all(np.isfinite(values).all() for values in outputs[-1]):
+                        raise InputError(
+                            f"{name} makes NaN or infinite values of {labels[index]}: check the "
+                            "model, or give other prompts"
+                        )
+                    last = index + 1 == count
+                    if last or time.monotonic() - saved > SAVE_SECONDS:
+                        made = [np.stack(rows) for rows in zip(*outputs, strict=True)]
+                        kept = {
+                            f"outputs:{i}" if i else "outputs": torch.from_numpy(rows)
+                            for i, rows in enumerate(made)
+                        }
+                        state.save(index + 1, last, {**tensors, **kept})
+                        saved = time.monotonic()
+        finally:
+            recorder.close()
+        self.progress.update(task, count, count)
+        return made
 
 
-def _run_unet(
-    folder: Path,
-    component: Component,
-    plan: ExportSpec,
-    layers: Sequence[Layer],
-    how: CalibrationPlan,
-    embeddings: Float,
-    progress: Progress,
-) -> Float:
-    """Generate every prompt with the denoising loop; the final latents [prompts, C, h, w]."""
-    spec = plan.pipeline
-    scheduler = create_scheduler(how.scheduler, spec.scheduler.config)
-    scheduler.set_timesteps(how.num_inference_steps)
-    calls = len(scheduler.timesteps)
-    # A sampler may call the network twice at one timestep.
-    every = [float(value) for value in scheduler.timesteps]
-    timesteps = list(dict.fromkeys(every))
-    index_of = [timesteps.index(value) for value in every]
-    with atomic_write(folder / "timesteps.npy") as file:
-        np.save(file, np.array(timesteps, np.float32))
-    scale = spec.latent.scale_factor
-    shape = (1, spec.latent.channels, how.height // scale, how.width // scale)
-    guided = flow_of(spec).guided(how.guidance_scale)
-    (states,) = next(one.parts for one in spec.wiring.denoiser.inputs if one.parts)
-
-    def run(runner: TorchRunner, index: int, recorder: _StatsRecorder) -> Float:
-        scheduler = create_scheduler(how.scheduler, spec.scheduler.config)
-        scheduler.set_timesteps(how.num_inference_steps)
-        noise = BatchNoise([how.first_seed + index])
-        recorder.step = index_of[0]
-
-        def step_done(step: Any) -> None:
-            recorder.step = index_of[min(step.index + 1, calls - 1)]
-
-        latents = denoise(
-            spec.wiring,
-            {component.name: runner},
-            scheduler,
-            Start(noise(shape) * np.float32(scheduler.init_noise_sigma)),
-            Conditioned(
-                {states: embeddings[index + 1][None]}, {states: embeddings[:1]} if guided else None
-            ),
-            how.guidance_scale,
-            noise,
-            on_step=step_done,
-        )
-        first: Float = latents[0]
-        return first
-
-    count = len(how.prompts)
-    labels = _labels(count)
-    return _record_stage(
-        folder, component, layers, labels, len(timesteps), count * calls, run, progress
-    )
-
-
-def _any_rows(spec: ComponentSpec) -> ComponentSpec:
-    """The source takes any number of rows, also where its graph is to have a fixed one."""
-    inputs = tuple(
-        msgspec.structs.replace(tensor, shape=("batch", *tensor.shape[1:]))
-        if len(tensor.shape) > 1
-        else tensor
-        for tensor in spec.inputs
-    )
-    return msgspec.structs.replace(spec, inputs=inputs)
-
-
-def _record_stage(
-    folder: Path,
-    component: Component,
-    layers: Sequence[Layer],
-    labels: Sequence[str],
-    steps: int,
-    runs: int,
-    run: Callable[[TorchRunner, int, _StatsRecorder], Float],
-    progress: Progress,
-) -> Float:
-    mine = [
-        layer for layer in layers if layer.component == component.name and layer.kind != "embedding"
+def _output_keys(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Those of a state's tensors that are outputs of the component, in order."""
+    return [
+        key for i in range(len(tensors)) if (key := f"outputs:{i}" if i else "outputs") in tensors
     ]
-    stage = _Stage(folder, component.name)
-    done, complete, tensors = stage.load(mine)
-    if complete:
-        outputs_there: Float = tensors["outputs"].numpy()
-        return outputs_there
-    module = component.load()
-    outputs = list(tensors.pop("outputs").numpy()) if done else []
-    recorder = _StatsRecorder(module, mine, steps, runs, tensors)
-    count, task = len(labels), f"{component.name}: calibrate"
-    saved = time.monotonic()
-    try:
-        with TorchRunner(_any_rows(component.spec), module) as runner:
-            for index in range(done, count):
-                progress.update(task, index, count)
-                outputs.append(run(runner, index, recorder))
-                if not np.isfinite(outputs[-1]).all():
-                    raise InputError(
-                        f"{component.name} makes NaN or infinite values of {labels[index]}: check "
-                        "the model, or give other prompts"
-                    )
-                last = index + 1 == count
-                if last or time.monotonic() - saved > SAVE_SECONDS:
-                    state = {**tensors, "outputs": torch.from_numpy(np.stack(outputs))}
-                    stage.save(index + 1, last, state)
-                    saved = time.monotonic()
-    finally:
-        recorder.close()
-    progress.update(task, count, count)
-    return np.stack(outputs)

@@ -8,11 +8,10 @@ timesteps, the embedding of the guidance scale, and the latents that are decoded
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -20,15 +19,17 @@ import torch
 from edgesd.errors import EdgesdError, ParityError
 from edgesd.export.families import ExportSpec, OwnPipeline
 from edgesd.export.quiet import quiet
+from edgesd.export.torch_runner import any_rows
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.fake import FakeRunner
-from edgesd.runtime.conditioning import Conditioned, Encoded
-from edgesd.runtime.denoise import Start, denoise
+from edgesd.runtime.conditioning import Prompts
+from edgesd.runtime.denoise import denoise
 from edgesd.runtime.flow import flow_of
 from edgesd.runtime.noise import BatchNoise
-from edgesd.runtime.schedulers import create_scheduler
+from edgesd.runtime.requests import Completion, Request, scheduler_of
+from edgesd.runtime.tasks import text as text_to_image
 from edgesd.runtime.tokenizer import PromptTokenizer
-from edgesd.spec.pipeline import ComponentSpec, PipelineSpec, TensorSpec
+from edgesd.spec.pipeline import PipelineSpec, Wiring
 from edgesd.text import first_sentence
 
 _PROMPTS = (
@@ -51,19 +52,23 @@ _TOLERANCE = 1e-3
 
 @dataclass
 class _Fed:
-    """What the networks of one drawing were given: step by step, and at the end."""
+    """What the networks were given for one image: step by step, and at the end."""
 
     samples: list[Float] = field(default_factory=list)
     timesteps: list[float] = field(default_factory=list)
-    conditions: list[Float] = field(default_factory=list)
-    decoded: Float | None = None
+    guidance: list[Float] = field(default_factory=list)
+    decoded: list[Float] = field(default_factory=list)
 
 
-def check_own_pipeline(export: ExportSpec, tokenizer: PromptTokenizer) -> None:
-    """Compare `export`, and the tokenizer made for it, with diffusers' own pipeline of its source.
+Tokenizers = Mapping[str, PromptTokenizer]
+"""By the folders that a wiring names."""
+
+
+def check_own_pipeline(export: ExportSpec, tokenizers: Tokenizers) -> None:
+    """Compare `export`, and the tokenizers made for it, with diffusers' own pipeline of its source.
 
     Raises ParityError that names what differs: token ids, default size, timesteps, guidance, what
-    the UNet is given at some step, or the decoder.
+    the denoiser is given at some step, or the decoder.
     """
     spec = export.pipeline
     own = export.own()
@@ -72,9 +77,9 @@ def check_own_pipeline(export: ExportSpec, tokenizer: PromptTokenizer) -> None:
     pipeline.__class__ = _on_cpu(type(pipeline))
     try:
         with quiet(), torch.inference_mode():
-            _check_tokens(own, tokenizer)
+            _check_tokens(own, spec.wiring, tokenizers)
             for steps in dict.fromkeys((spec.num_inference_steps, _SECOND_COUNT)):
-                _check_drawing(own, spec, tokenizer, steps)
+                _check_image(own, spec, tokenizers, steps)
     except EdgesdError:
         raise
     except Exception as exc:  # diffusers and the libraries below it, each with its own exceptions
@@ -102,53 +107,72 @@ def _prompts(tokenizer: Any) -> Iterator[str]:
         yield "word " * 73 + " ".join(some)
 
 
-def _check_tokens(own: OwnPipeline, tokenizer: PromptTokenizer) -> None:
-    """The ids that the pipeline gives its text encoder."""
-    seen: list[list[int]] = []
-    encoder, theirs = own.encoders["text_encoder"], own.tokenizers["tokenizer"]
+def _check_tokens(own: OwnPipeline, wiring: Wiring, tokenizers: Tokenizers) -> None:
+    """The ids that the pipeline gives its text encoders."""
+    seen: dict[str, list[int]] = {}
+    for text in wiring.texts:
+        _replace_encoder(own, text.component, seen.__setitem__)
+    for text in wiring.texts:
+        for prompt in _prompts(own.tokenizers[text.tokenizer]):
+            own.encode(prompt)
+            wanted = seen[text.component]
+            found = tokenizers[text.tokenizer].encode(prompt)[0][0].tolist()
+            if found != wanted:
+                pairs = enumerate(zip(found, wanted, strict=False))
+                at = next((i for i, (a, b) in pairs if a != b), min(len(found), len(wanted)))
+                raise ParityError(
+                    f"{text.tokenizer}: {prompt[:60]!r} becomes {len(found)} token ids, "
+                    f"{found[at : at + 4]} from the {at + 1}. on; diffusers feeds {len(wanted)}, "
+                    f"{wanted[at : at + 4]}"
+                )
+
+
+def _replace_encoder(
+    own: OwnPipeline, component: str, note: Callable[[str, list[int]], object]
+) -> None:
+    """Let a text encoder compute next to nothing, and note its name and the ids of a prompt."""
+    encoder = own.encoders[component]
 
     def encode(input_ids: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
-        seen.append(input_ids[0].tolist())
-        return (_embedding(input_ids.numpy(), encoder.config.hidden_size),)
+        note(component, input_ids[0].tolist())
+        return (torch.from_numpy(_embedding(input_ids.numpy(), encoder.config.hidden_size)),)
 
     encoder.forward = encode
-    for prompt in _prompts(theirs):
-        own.encode(prompt)
-        found = tokenizer.encode(prompt)[0][0].tolist()
-        if found != seen[-1]:
-            pairs = enumerate(zip(found, seen[-1], strict=False))
-            at = next((i for i, (a, b) in pairs if a != b), min(len(found), len(seen[-1])))
-            raise ParityError(
-                f"tokenizer: {prompt[:60]!r} becomes {len(found)} token ids, {found[at : at + 4]} "
-                f"from the {at + 1}. on; diffusers feeds {len(seen[-1])}, {seen[-1][at : at + 4]}"
-            )
 
 
-def _embedding(ids: npt.NDArray[np.int64], width: int) -> torch.Tensor:
+def _embedding(ids: npt.NDArray[np.int64], width: int) -> Float:
     """What stands in for text embeddings [rows, tokens, width]: differs from prompt to prompt."""
     waves = np.arange(1, width + 1, dtype=np.float32) / width
-    return torch.from_numpy(np.sin(ids[..., None].astype(np.float32) * waves))
+    found: Float = np.sin(ids[..., None].astype(np.float32) * waves)
+    return found
 
 
-def _predict(sample: Float, states: Float, cond: Float | None) -> Float:
-    """What stands in for the UNet: takes all its inputs in, row by row, and is of limited size."""
-    rows: Float = states.mean(axis=(1, 2), dtype=np.float64).astype(np.float32)
-    if cond is not None:
-        rows = rows + cond.mean(axis=1, dtype=np.float64).astype(np.float32)
+def _predict(wiring: Wiring, given: Mapping[str, Float], fed: _Fed) -> Float:
+    """What stands in for the denoiser: notes its inputs, takes all of them in, row by row, and is
+    of limited size."""
+    by_fill = {one.fill: given[one.name] for one in wiring.denoiser.inputs}
+    sample = by_fill["sample"]
+    fed.samples.append(sample.copy())
+    fed.timesteps.append(float(by_fill["timestep"].reshape(-1)[0]))
+    if "guidance_embedding" in by_fill:
+        fed.guidance.append(by_fill["guidance_embedding"].copy())
+    rows = np.zeros(len(sample), np.float32)
+    for one in wiring.denoiser.inputs:
+        if one.fill not in ("sample", "timestep"):
+            value = given[one.name]
+            rows += value.mean(axis=tuple(range(1, value.ndim)), dtype=np.float64)
     mixed = np.tanh(sample * np.float32(0.9) + np.roll(sample, 1, -1) * np.float32(0.1))
     out: Float = mixed + rows[:, None, None, None] * np.float32(0.2)
     return out
 
 
-def _check_drawing(
-    own: OwnPipeline, spec: PipelineSpec, tokenizer: PromptTokenizer, steps: int
-) -> None:
+def _check_image(own: OwnPipeline, spec: PipelineSpec, tokenizers: Tokenizers, steps: int) -> None:
     """One image of `steps` steps by both, at the spec's guidance and with what is generated where
     nobody says otherwise."""
     theirs, ours = _Fed(), _Fed()
     problem: EdgesdError | None = None
     try:
-        _generate_ours(spec, tokenizer, steps, ours)
+        _generate_ours(spec, tokenizers, steps, ours)
     except EdgesdError as exc:
         problem = exc
     try:
@@ -176,10 +200,10 @@ def _check_drawing(
         )
     for index, (sample, other) in enumerate(zip(ours.samples, theirs.samples, strict=True)):
         _compare(f"{spec.scheduler.name}: the sample of step {index + 1} of {steps}", sample, other)
-    for condition, other in zip(ours.conditions, theirs.conditions, strict=True):
-        _compare("the embedding of the guidance scale", condition, other)
-    assert ours.decoded is not None and theirs.decoded is not None
-    _compare(f"what is decoded after {steps} steps", ours.decoded, theirs.decoded)
+    for embedding, other in zip(ours.guidance, theirs.guidance, strict=True):
+        _compare("the embedding of the guidance scale", embedding, other)
+    for latents, other in zip(ours.decoded, theirs.decoded, strict=True):
+        _compare(f"what is decoded after {steps} steps", latents, other)
 
 
 def _compare(what: str, found: Float, wanted: Float) -> None:
@@ -201,23 +225,31 @@ def _few(values: list[float]) -> str:
 
 
 def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, steps: int, fed: _Fed) -> None:
-    encoder = own.encoders["text_encoder"]
+    wiring = spec.wiring
+    sample, timestep = (wiring.denoiser.input_of(fill) for fill in ("sample", "timestep"))
 
-    def encode(input_ids: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
-        return (_embedding(input_ids.numpy(), encoder.config.hidden_size),)
-
-    def predict(sample: torch.Tensor, timestep: Any, **given: Any) -> tuple[torch.Tensor]:
-        cond = given.get("timestep_cond")
-        cond = None if cond is None else cond.numpy()
-        _note(fed, sample.numpy(), float(timestep), cond)
-        out = _predict(sample.numpy(), given["encoder_hidden_states"].numpy(), cond)
-        return (torch.from_numpy(out),)
+    def predict(first: torch.Tensor, second: Any, **others: Any) -> tuple[torch.Tensor]:
+        tensors = {name for name, value in others.items() if isinstance(value, torch.Tensor)}
+        for name in sorted(tensors - {one.name for one in wiring.denoiser.inputs}):
+            raise ParityError(f"{wiring.denoiser.component}: diffusers feeds it {name}, too")
+        given = {
+            one.name: first
+            if one == sample
+            else torch.as_tensor(second)
+            if one == timestep
+            else others[one.name]
+            for one in wiring.denoiser.inputs
+        }
+        values = {name: tensor.numpy() for name, tensor in given.items()}
+        return (torch.from_numpy(_predict(wiring, values, fed)),)
 
     def decode(latents: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
-        fed.decoded = latents.numpy()
+        fed.decoded.append(latents.numpy())
         return (torch.zeros(1, 3, 1, 1),)
 
-    encoder.forward, own.denoiser.forward, own.autoencoder.decode = encode, predict, decode
+    for text in wiring.texts:
+        _replace_encoder(own, text.component, lambda component, ids: None)
+    own.denoiser.forward, own.autoencoder.decode = predict, decode
     size: dict[str, int] = {}
     if not spec.shape.dynamic or not own.has_size:
         size = {"height": spec.shape.height, "width": spec.shape.width}
@@ -231,50 +263,38 @@ def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, steps: int, fed: _Fed
     )
 
 
-def _generate_ours(spec: PipelineSpec, tokenizer: PromptTokenizer, steps: int, fed: _Fed) -> None:
-    unet, latent = spec.components["unet"], spec.latent
-    width = unet.inputs[2].shape[-1]
-    assert isinstance(width, int)
-    guided = flow_of(spec).guided(spec.guidance_scale)
-    (states,) = next(one.parts for one in spec.wiring.denoiser.inputs if one.parts)
+def _generate_ours(spec: PipelineSpec, tokenizers: Tokenizers, steps: int, fed: _Fed) -> None:
+    wiring, latent = spec.wiring, spec.latent
+    request = Completion(spec).complete(Request(_PROMPTS[1], _SEED, num_inference_steps=steps))
+    guided = flow_of(spec).guided(request.guidance_scale)
 
-    def encode(prompt: str) -> Encoded:
-        return {states: _embedding(tokenizer.encode(prompt)[0], width).numpy()}
+    def encode(component: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        (ids,) = inputs.values()
+        outputs = spec.components[component].outputs
+        return {tensor.name: _embedding(ids, int(tensor.shape[-1])) for tensor in outputs}
 
-    def predict(inputs: Mapping[str, Array]) -> dict[str, Array]:
-        given: dict[str, Any] = dict(inputs)
-        cond = given.get("timestep_cond")
-        _note(fed, given["sample"], float(given["timestep"][0]), cond)
-        return {"noise_pred": _predict(given["sample"], given["encoder_hidden_states"], cond)}
-
-    scheduler = create_scheduler(spec.scheduler.name, spec.scheduler.config)
-    scheduler.set_timesteps(steps)
-    noise = BatchNoise([_SEED])
-    rows, columns = (side // latent.scale_factor for side in (spec.shape.height, spec.shape.width))
-    first = noise((1, latent.channels, rows, columns)) * np.float32(scheduler.init_noise_sigma)
+    conditioned = Prompts(wiring.texts, tokenizers).conditioned(
+        [request.prompt],
+        [request.negative_prompt] if guided else None,
+        encode,
+        lambda component: None,
+    )
+    denoiser = spec.components[wiring.denoiser.component]
+    output = wiring.denoiser.output
+    scheduler, noise = scheduler_of(spec, request), BatchNoise([request.seed])
     latents = denoise(
-        spec.wiring,
-        {unet.name: FakeRunner(_of_any_batch(unet), predict)},
+        wiring,
+        {
+            denoiser.name: FakeRunner(
+                any_rows(denoiser), lambda inputs: {output: _predict(wiring, inputs, fed)}
+            )
+        },
         scheduler,
-        Start(first),
-        Conditioned(encode(_PROMPTS[1]), encode("") if guided else None),
-        spec.guidance_scale,
+        text_to_image.prepare(spec, [request], scheduler, noise),
+        conditioned,
+        request.guidance_scale,
         noise,
     )
-    fed.decoded = latents / np.float32(latent.scaling_factor) + np.float32(latent.shift_factor)
-
-
-def _of_any_batch(spec: ComponentSpec) -> ComponentSpec:
-    def freed(tensor: TensorSpec) -> TensorSpec:
-        if tensor.name == "timestep":
-            return tensor
-        return msgspec.structs.replace(tensor, shape=("batch", *tensor.shape[1:]))
-
-    return msgspec.structs.replace(spec, inputs=tuple(freed(t) for t in spec.inputs))
-
-
-def _note(fed: _Fed, sample: Float, timestep: float, cond: Float | None) -> None:
-    fed.samples.append(sample.copy())
-    fed.timesteps.append(timestep)
-    if cond is not None:
-        fed.conditions.append(np.array(cond, np.float32))
+    fed.decoded.append(
+        latents / np.float32(latent.scaling_factor) + np.float32(latent.shift_factor)
+    )

@@ -63,18 +63,18 @@ def export_pipeline(
     graphs = {}
     with atomic_dir(out_dir) as root:
         assets = _copy_licence(source, root)
-        progress.line("tokenizer: tokenizer")
         from edgesd.export.own_pipeline import check_own_pipeline
         from edgesd.export.tokenizer import write_tokenizer
 
-        names = write_tokenizer(
-            source.root / "tokenizer", root / "tokenizer", spec.pipeline.max_tokens
-        )
-        assets += [f"tokenizer/{name}" for name in names]
+        tokenizers = {}
+        for folder in dict.fromkeys(text.tokenizer for text in spec.pipeline.wiring.texts):
+            progress.line(f"{folder}: tokenizer")
+            files = write_tokenizer(source.root / folder, root / folder, spec.pipeline.max_tokens)
+            assets += [f"{folder}/{name}" for name in files]
+            tokenizers[folder] = PromptTokenizer(*files.values())
         progress.line("pipeline: compare with diffusers' own")
         start = time.perf_counter()
-        written = (root / asset for asset in assets[-2:])
-        check_own_pipeline(spec, PromptTokenizer(*(path.read_bytes() for path in written)))
+        check_own_pipeline(spec, tokenizers)
         _log.info("pipeline: compared with diffusers' own, %.1f s", time.perf_counter() - start)
         for component in spec.components:
             graphs[component.name] = _export(component, root, precision, lowering, progress)

@@ -14,11 +14,11 @@ from edgesd.runtime.tokenizer import PromptTokenizer, TokenizerSpec
 from edgesd.text import first_sentence
 
 
-def write_tokenizer(source: Path, folder: Path, max_tokens: int) -> tuple[str, ...]:
+def write_tokenizer(source: Path, folder: Path, max_tokens: int) -> dict[str, bytes]:
     """Write tokenizer.json and tokenizer_spec.json to `folder` from a diffusers tokenizer folder.
 
-    max_tokens: of a prompt, with its padding. Returns the names of the files. Raises InputError
-    when `source` can't be read. own_pipeline.py holds what is written to diffusers' ids.
+    max_tokens: of a prompt, with its padding. Returns the files, by name. Raises InputError when
+    `source` can't be read. own_pipeline.py compares what is written with diffusers' ids.
     """
     try:
         with quiet():
@@ -47,4 +47,4 @@ def write_tokenizer(source: Path, folder: Path, max_tokens: int) -> tuple[str, .
     for name, content in files.items():
         with atomic_write(folder / name) as file:
             file.write(content)
-    return tuple(files)
+    return files

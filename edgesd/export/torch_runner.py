@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 import torch
 from torch import nn
 
@@ -31,3 +32,15 @@ class TorchRunner(BoundRunner):
             else:
                 self.outputs[tensor.name] = array.copy()
         self.seconds += time.perf_counter() - start
+
+
+def any_rows(spec: ComponentSpec) -> ComponentSpec:
+    """The same component for any number of rows, which a source takes also where its graph is to
+    have a fixed one."""
+    inputs = tuple(
+        msgspec.structs.replace(tensor, shape=("batch", *tensor.shape[1:]))
+        if len(tensor.shape) > 1
+        else tensor
+        for tensor in spec.inputs
+    )
+    return msgspec.structs.replace(spec, inputs=inputs)

@@ -19,7 +19,7 @@ from edgesd.evaluate import quality as quality_
 from edgesd.evaluate.perceptual import open_perceptual
 from edgesd.export.backends import get_lowering
 from edgesd.export.backends.base import Lowering
-from edgesd.export.calibrate import CalibrationPlan, calibrate, calibration_key
+from edgesd.export.calibrate import CalibrationSettings, calibrate, calibration_key
 from edgesd.export.families import ExportSpec
 from edgesd.export.quantize.assign import planned
 from edgesd.export.quantize.layers import Layer
@@ -44,7 +44,7 @@ from edgesd.recipes.search import Assignment, Budget, Probes, SchemeSearch
 from edgesd.recipes.sensitivity import Sensitivities, layer_name
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.flow import flow_of
-from edgesd.runtime.tokenizer import PromptTokenizer
+from edgesd.runtime.tokenizer import tokenizer_of
 from edgesd.spec.bundle import GraphSet, QuantRecipe
 from edgesd.spec.quality import Quality
 from edgesd.spec.scheme import Scheme
@@ -318,17 +318,17 @@ def _store(
     how = _calibration(source, plan, options)
     nodes = find_nodes(reference.path, spec.components)
     folder = work / f"calibration-{calibration_key(how, spec.source_sha256)}"
-    tokenizer = PromptTokenizer(
-        reference.read("tokenizer/tokenizer.json"),
-        reference.read("tokenizer/tokenizer_spec.json"),
-    )
-
-    calibration = calibrate(plan, list(nodes), how, tokenizer, folder, progress)
+    tokenizers = {
+        text.tokenizer: tokenizer_of(reference, text.tokenizer) for text in spec.wiring.texts
+    }
+    calibration = calibrate(plan, list(nodes), how, tokenizers, folder, progress)
     method = Method(options.method, options.static or lowering.static_ranges)
     return LayerStore(reference.path, nodes, calibration, method, work, lowering)
 
 
-def _calibration(source: ModelSource, plan: ExportSpec, options: QuantOptions) -> CalibrationPlan:
+def _calibration(
+    source: ModelSource, plan: ExportSpec, options: QuantOptions
+) -> CalibrationSettings:
     """The prompts and settings that activations are recorded with."""
     spec = plan.pipeline
     chosen: Sequence[str] = (
@@ -338,7 +338,7 @@ def _calibration(source: ModelSource, plan: ExportSpec, options: QuantOptions) -
     if source.parameters("unet") > _LARGE and options.calibration_prompts is None:
         # A run of the network takes seconds: what is recorded hardly changes after a few.
         chosen, steps = chosen[:_LARGE_PROMPTS], min(steps, _LARGE_STEPS)
-    return CalibrationPlan(
+    return CalibrationSettings(
         prompts=tuple(chosen),
         num_inference_steps=steps,
         guidance_scale=options.guidance or spec.guidance_scale,

@@ -19,7 +19,7 @@ from edgesd.errors import EdgesdError, InputError  # noqa: E402
 from edgesd.export import calibrate as calibrating  # noqa: E402
 from edgesd.export.calibrate import (  # noqa: E402
     Calibration,
-    CalibrationPlan,
+    CalibrationSettings,
     LayerStats,
     calibrate,
     calibration_key,
@@ -36,7 +36,7 @@ from tests.support import Recorded  # noqa: E402
 pytestmark = pytest.mark.integration
 
 EMOJI = Path(__file__).resolve().parents[3] / "models" / "emoji"
-HOW = CalibrationPlan(("a red apple", "a cat"), 2, 4.0, "ddim", 64, 64)
+HOW = CalibrationSettings(("a red apple", "a cat"), 2, 4.0, "ddim", 64, 64)
 CALLS = {"text_encoder": 3, "unet": 4, "vae_decoder": 2}
 """Runs of each network: an empty prompt and two; two prompts of two steps; two images."""
 
@@ -58,12 +58,12 @@ def plan() -> ExportSpec:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(plan: ExportSpec, tmp_path_factory: pytest.TempPathFactory) -> PromptTokenizer:
+def tokenizers(
+    plan: ExportSpec, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, PromptTokenizer]:
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(EMOJI / "tokenizer", folder, plan.pipeline.max_tokens)
-    return PromptTokenizer(
-        (folder / "tokenizer.json").read_bytes(), (folder / "tokenizer_spec.json").read_bytes()
-    )
+    files = write_tokenizer(EMOJI / "tokenizer", folder, plan.pipeline.max_tokens)
+    return {"tokenizer": PromptTokenizer(*files.values())}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def watched(plan: ExportSpec, layers: list[Layer], seen: Seen) -> ExportSpec:
 def recorded(
     plan: ExportSpec,
     layers: list[Layer],
-    tokenizer: PromptTokenizer,
+    tokenizers: dict[str, PromptTokenizer],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Calibration, Seen, list[tuple[str, int, int]]]:
     """A calibration in which every row counts, and what really went through the layers."""
@@ -137,7 +137,7 @@ def recorded(
         patch.setattr(calibrating, "ROWS_PER_RUN", 1 << 30)
         patch.setattr(calibrating, "BLOCKS", (288, 100))
         found = calibrate(
-            watched(plan, layers, seen), layers, HOW, tokenizer,
+            watched(plan, layers, seen), layers, HOW, tokenizers,
             tmp_path_factory.mktemp("calibration"), told,
         )  # fmt: skip
     return found, seen, told.updates
@@ -283,13 +283,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def whole(
     plan: ExportSpec,
     layers: list[Layer],
-    tokenizer: PromptTokenizer,
+    tokenizers: dict[str, PromptTokenizer],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, bytes]:
     """The files of a run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
     few = [layer for layer in layers if layer.columns <= 300]
-    calibrate(plan, few, HOW, tokenizer, folder)
+    calibrate(plan, few, HOW, tokenizers, folder)
     return files_of(folder)
 
 
@@ -301,7 +301,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(
     at: int,
     plan: ExportSpec,
     few: list[Layer],
-    tokenizer: PromptTokenizer,
+    tokenizers: dict[str, PromptTokenizer],
     whole: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -314,13 +314,13 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(
                 raise StoppedError
 
     with pytest.raises(StoppedError):
-        calibrate(plan, few, HOW, tokenizer, tmp_path, Stopping())
+        calibrate(plan, few, HOW, tokenizers, tmp_path, Stopping())
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*"))
     started = {p.stem for p in tmp_path.glob("*.safetensors")}
     order = list(CALLS)
     assert started == set(order[: order.index(component) + (at > 0)])
     told = Recorded()
-    calibrate(plan, few, HOW, tokenizer, tmp_path, told)
+    calibrate(plan, few, HOW, tokenizers, tmp_path, told)
     assert told.updates[0][:2] == (f"{component}: calibrate", at)
     assert files_of(tmp_path) == whole
 
@@ -328,7 +328,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(
 def test_a_finished_run_is_not_repeated(
     plan: ExportSpec,
     few: list[Layer],
-    tokenizer: PromptTokenizer,
+    tokenizers: dict[str, PromptTokenizer],
     whole: dict[str, bytes],
     tmp_path: Path,
 ) -> None:
@@ -340,15 +340,15 @@ def test_a_finished_run_is_not_repeated(
 
     unloadable = replace(plan, components=tuple(replace(c, load=load) for c in plan.components))
     told = Recorded()
-    calibrate(unloadable, few, HOW, tokenizer, tmp_path, told)
+    calibrate(unloadable, few, HOW, tokenizers, tmp_path, told)
     assert told.updates == [] and files_of(tmp_path) == whole
 
 
 def test_layers_that_a_finished_run_left_out_are_recorded(
-    plan: ExportSpec, few: list[Layer], tokenizer: PromptTokenizer, tmp_path: Path
+    plan: ExportSpec, few: list[Layer], tokenizers: dict[str, PromptTokenizer], tmp_path: Path
 ) -> None:
-    calibrate(plan, few[:2], HOW, tokenizer, tmp_path)
-    found = calibrate(plan, few, HOW, tokenizer, tmp_path)
+    calibrate(plan, few[:2], HOW, tokenizers, tmp_path)
+    found = calibrate(plan, few, HOW, tokenizers, tmp_path)
     for layer in few:
         assert (found.layer(layer) is None) == (layer.kind == "embedding"), layer.name
 
@@ -373,7 +373,7 @@ def test_a_damaged_state_is_recorded_again(
     damage: Callable[[bytes], bytes],
     plan: ExportSpec,
     few: list[Layer],
-    tokenizer: PromptTokenizer,
+    tokenizers: dict[str, PromptTokenizer],
     whole: dict[str, bytes],
     tmp_path: Path,
 ) -> None:
@@ -382,7 +382,7 @@ def test_a_damaged_state_is_recorded_again(
     state = tmp_path / "text_encoder.safetensors"
     state.write_bytes(damage(whole[state.name]))
     assert state.read_bytes() != whole[state.name]
-    calibrate(plan, few, HOW, tokenizer, tmp_path)
+    calibrate(plan, few, HOW, tokenizers, tmp_path)
     assert files_of(tmp_path) == whole
 
 
@@ -409,7 +409,7 @@ def test_weights_that_are_not_finite(
     component: str,
     bad: float,
     plan: ExportSpec,
-    tokenizer: PromptTokenizer,
+    tokenizers: dict[str, PromptTokenizer],
     whole: dict[str, bytes],
     tmp_path: Path,
 ) -> None:
@@ -431,14 +431,14 @@ def test_weights_that_are_not_finite(
         ),
     )
     with pytest.raises(InputError) as caught:
-        calibrate(broken, [], HOW, tokenizer, tmp_path)
+        calibrate(broken, [], HOW, tokenizers, tmp_path)
     message = str(caught.value)
     assert len(message.splitlines()) == 1 and "finite" in message
     assert not (tmp_path / f"{component}.safetensors").exists()
 
 
 def test_the_prompt_that_is_at_fault_is_counted_right(
-    plan: ExportSpec, tokenizer: PromptTokenizer, tmp_path: Path
+    plan: ExportSpec, tokenizers: dict[str, PromptTokenizer], tmp_path: Path
 ) -> None:
     calls = 0
     (encoder,) = (c for c in plan.components if c.name == "text_encoder")
@@ -459,14 +459,14 @@ def test_the_prompt_that_is_at_fault_is_counted_right(
         components=tuple(replace(c, load=load) if c is encoder else c for c in plan.components),
     )
     with pytest.raises(InputError, match="calibration prompt 1:"):
-        calibrate(broken, [], HOW, tokenizer, tmp_path)
+        calibrate(broken, [], HOW, tokenizers, tmp_path)
 
 
 def test_a_prompt_that_is_no_text(
-    plan: ExportSpec, tokenizer: PromptTokenizer, tmp_path: Path
+    plan: ExportSpec, tokenizers: dict[str, PromptTokenizer], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError) as caught:
-        calibrate(plan, [], replace(HOW, prompts=("a\0b",)), tokenizer, tmp_path)
+        calibrate(plan, [], replace(HOW, prompts=("a\0b",)), tokenizers, tmp_path)
     assert len(str(caught.value).splitlines()) == 1
 
 

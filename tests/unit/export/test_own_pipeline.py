@@ -48,14 +48,14 @@ def planned(folder: Path, **options: Any) -> ExportSpec:
 
 
 def tokenizer_of(folder: Path, plan: ExportSpec) -> PromptTokenizer:
-    names = write_tokenizer(folder / "tokenizer", folder / "written", plan.pipeline.max_tokens)
-    return PromptTokenizer(*((folder / "written" / name).read_bytes() for name in names))
+    files = write_tokenizer(folder / "tokenizer", folder / "written", plan.pipeline.max_tokens)
+    return PromptTokenizer(*files.values())
 
 
 def check(folder: Path, **options: Any) -> ExportSpec:
     """The plan of a folder, held to diffusers' own pipeline."""
     plan = planned(folder, **options)
-    check_own_pipeline(plan, tokenizer_of(folder, plan))
+    check_own_pipeline(plan, {"tokenizer": tokenizer_of(folder, plan)})
     return plan
 
 
@@ -215,7 +215,7 @@ def test_a_plan_that_feeds_something_else_is_refused(
     emoji_tokenizer: PromptTokenizer,
 ) -> None:
     with pytest.raises(ParityError, match=message) as caught:
-        check_own_pipeline(spoil(emoji_plan), emoji_tokenizer)
+        check_own_pipeline(spoil(emoji_plan), {"tokenizer": emoji_tokenizer})
     assert "\n" not in str(caught.value)
 
 
@@ -229,7 +229,7 @@ def test_a_plan_that_feeds_something_else_is_refused(
 def test_a_tokenizer_that_gives_other_ids_is_refused(spec: bytes, emoji_plan: ExportSpec) -> None:
     tokenizer = PromptTokenizer((EMOJI / "tokenizer/tokenizer.json").read_bytes(), spec)
     with pytest.raises(ParityError, match=r"tokenizer: .* diffusers feeds 77"):
-        check_own_pipeline(emoji_plan, tokenizer)
+        check_own_pipeline(emoji_plan, {"tokenizer": tokenizer})
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_any_plan_that_is_made_is_what_diffusers_feeds(
         plan = planned(folder, scheduler=rng.choice([None, *SAMPLERS]))
     except EdgesdError:
         return  # an option that no board has, told before anything is built
-    check_own_pipeline(plan, emoji_tokenizer)
+    check_own_pipeline(plan, {"tokenizer": emoji_tokenizer})
 
 
 # Sizes.
