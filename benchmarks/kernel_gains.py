@@ -50,7 +50,7 @@ def _graph(folder: Path, precision: str, parts: tuple[str, ...] | None) -> Path:
         print(f"making {name} (once)", flush=True)
         graph, layers = rounded(folder, precision)
         if parts is not None and POOLED in parts:
-            PooledAttention()(graph)
+            PooledAttention("sample")(graph)
         if parts is None:
             LOWERING.lower_quantized(graph, layers, set(), None)
         else:

@@ -74,7 +74,7 @@ def make_graphs(folder: Path, precision: str, autoencoder: Path | None) -> None:
     graphs = dict(zip(("model.onnx", *SPLIT_FILES), (model, *parts), strict=True))
     if precision in ("fp32", "fp16"):
         for graph in graphs.values():
-            LOWERING.lower(graph, precision)
+            LOWERING.lower(graph, precision, None)
         names: Sequence[str] = ()
     else:
         scheme, nodes = parse_scheme(precision), {node.name: node for node in model.graph}

@@ -13,6 +13,7 @@ from torch import nn
 
 from edgesd.errors import ParityError
 from edgesd.export.families import Component, Sizes
+from edgesd.export.passes.tiled_decoder import CORE, FEATURES, OWN, STATISTICS
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends.onnxruntime import session_options
 from edgesd.spec.bundle import Parity, SplitDecoder
@@ -97,7 +98,8 @@ def check_split(
         root / (part.kernels if library and part.kernels else part.path)
         for part in (split.head, split.tail)
     ]
-    statistics = next(t for t in split.tail.spec.inputs if t.name == "statistics")
+    (latents,) = split.head.spec.inputs
+    statistics = next(t for t in split.tail.spec.inputs if t.name == STATISTICS)
     none = np.zeros([int(dim) for dim in statistics.shape], statistics.dtype)
 
     def load() -> Callable[[dict[str, Array]], Sequence[Array]]:
@@ -105,11 +107,11 @@ def check_split(
 
         def run(inputs: dict[str, Array]) -> Sequence[Array]:
             images = []
-            for row in inputs["latents"]:
-                features = head.run(None, {"latents": row[None]})[0]
+            for row in inputs[latents.name]:
+                features = head.run(None, {latents.name: row[None]})[0]
                 core = np.array([0, 0, *features.shape[2:]])
-                fed = {"features": features, "statistics": none, "core": core}
-                images.append(tail.run(None, {**fed, "own": np.ones(1, np.float32)})[0])
+                fed = {FEATURES: features, STATISTICS: none, CORE: core}
+                images.append(tail.run(None, {**fed, OWN: np.ones(1, np.float32)})[0])
             return [np.concatenate(images)]
 
         return run

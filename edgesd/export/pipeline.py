@@ -20,6 +20,7 @@ from edgesd.progress import SILENT, Progress
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.base import check_ranges
 from edgesd.spec.bundle import Graph, GraphSet, SplitDecoder
+from edgesd.spec.pipeline import Wiring
 from edgesd.spec.scheme import Precision
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ def export_pipeline(
         check_own_pipeline(spec, tokenizers)
         _log.info("pipeline: compared with diffusers' own, %.1f s", time.perf_counter() - start)
         for component in spec.components:
-            graphs[component.name] = _export(component, root, precision, lowering, progress)
+            graphs[component.name] = _export(
+                component, spec.pipeline.wiring, root, precision, lowering, progress
+            )
     return GraphSet(
         root=str(out_dir),
         pipeline=spec.pipeline,
@@ -124,6 +127,7 @@ def export_spec(
 
 def _export(
     component: Component,
+    wiring: Wiring,
     root: Path,
     precision: Precision,
     lowering: Lowering,
@@ -133,7 +137,8 @@ def _export(
     from edgesd.export.parity import check_parity, check_split
 
     start = time.perf_counter()
-    cases, split = _write_graph(component, root / component.name, precision, lowering, progress)
+    folder = root / component.name
+    cases, split = _write_graph(component, wiring, folder, precision, lowering, progress)
     gc.collect()  # the module is in reference cycles: free it before the graph is loaded
     progress.line(f"{component.name}: check")
     path = f"{component.name}/{GRAPH_FILE}"
@@ -152,6 +157,7 @@ def _export(
 
 def _write_graph(
     component: Component,
+    wiring: Wiring,
     folder: Path,
     precision: Precision,
     lowering: Lowering,
@@ -161,7 +167,7 @@ def _write_graph(
     split decoder where it is one."""
     from edgesd.export.external_data import SPLIT_FILES, write_model
     from edgesd.export.parity import reference_cases
-    from edgesd.export.passes.tiled_decoder import COMPONENT, describe_split, split_decoder
+    from edgesd.export.passes.tiled_decoder import describe_split, split_decoder
     from edgesd.export.to_onnx import graph_from_module
 
     progress.line(f"{component.name}: load")
@@ -169,10 +175,10 @@ def _write_graph(
     cases = reference_cases(module, component)
     progress.line(f"{component.name}: export")
     model = graph_from_module(module, component, "ort-mha")
-    splits = component.name == COMPONENT and lowering.splits_decoder
+    splits = component.name == wiring.decoder.component and lowering.splits_decoder
     parts = (split_decoder(model) if splits else None) or ()
     for each in (model, *parts):
-        lowering.lower(each, precision)
+        lowering.lower(each, precision, wiring.input_of(component.name, "timestep"))
     split = describe_split(component.name, parts, SPLIT_FILES) if parts else None
     write_model(model, folder, dict(zip(SPLIT_FILES, parts, strict=False)))
     return cases, split

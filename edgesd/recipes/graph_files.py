@@ -57,7 +57,7 @@ class GraphFiles:
     ) -> GraphForm:
         """What of `form` matters to a component."""
         own = form.kernels and kernels.usable(str(scheme) for scheme in schemes.values())
-        pooled = form.pooled and can_pool(self.store.graphs, name)
+        pooled = form.pooled and can_pool(self.store.graphs, name, self.store.wiring)
         return GraphForm(own, own and form.attention, pooled)
 
     def _write(

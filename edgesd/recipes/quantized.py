@@ -92,7 +92,7 @@ class QuantizedBuild:
         if options.method not in METHODS:
             raise UsageError(f"unknown method {options.method!r}: valid: {', '.join(METHODS)}")
         if options.pool_attention and not any(
-            can_pool(reference.path, c.name) for c in plan.components
+            can_pool(reference.path, c.name, plan.pipeline.wiring) for c in plan.components
         ):
             raise UsageError(
                 f"--pool-attention: {source.name} has no self-attention whose rows and columns are "
@@ -323,7 +323,7 @@ def _store(
     }
     calibration = calibrate(plan, list(nodes), how, tokenizers, folder, progress)
     method = Method(options.method, options.static or lowering.static_ranges)
-    return LayerStore(reference.path, nodes, calibration, method, work, lowering)
+    return LayerStore(reference.path, nodes, calibration, method, work, lowering, spec.wiring)
 
 
 def _calibration(

@@ -230,6 +230,12 @@ class Wiring(Spec, frozen=True):
     tasks: Annotated[tuple[Literal["text"], ...], Meta(min_length=1, max_length=8)] = ("text",)
     zero_negative: bool = False
 
+    def input_of(self, component: str, fill: Fill) -> str | None:
+        """Name of the input of a component that is filled so, or None."""
+        specs: tuple[DenoiserSpec | SideSpec, ...] = (self.denoiser, *self.sides)
+        inputs = (one for spec in specs if spec.component == component for one in spec.inputs)
+        return next((one.name for one in inputs if one.fill == fill), None)
+
 
 def stable_diffusion(distilled: bool = False) -> Wiring:
     """The wiring of Stable Diffusion 1.x and 2.x: one text encoder. distilled: with guidance, whose

@@ -238,7 +238,9 @@ def test_attention_is_pooled_where_images_allow(
 def test_attention_that_cannot_be_pooled_is_said_before_calibration(
     four_bits: Bundle, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgesd.recipes.quantized.can_pool", lambda graphs, component: False)
+    monkeypatch.setattr(
+        "edgesd.recipes.quantized.can_pool", lambda graphs, component, wiring: False
+    )
     source = next(work.glob("source-*"))
     other = tmp_path / "work"
     shutil.copytree(source, other / source.name)

@@ -28,10 +28,6 @@ KNOW_NETWORKS = (
     "edgesd/spec/pipeline.py",
 )
 _STILL_NAME_NETWORKS = {
-    "edgesd/export/calibrate.py",
-    "edgesd/export/own_pipeline.py",
-    "edgesd/export/passes/tiled_decoder.py",
-    "edgesd/export/quantize/store.py",
     "edgesd/recipes/__init__.py",
     "edgesd/recipes/quantized.py",
 }

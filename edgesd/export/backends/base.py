@@ -7,11 +7,10 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from edgesd.export.passes.fusions import FUSIONS, Fusion
+from edgesd.export.passes.lowering import Timesteps
 from edgesd.export.quantize.layers import QuantizedLayer
 from edgesd.spec.bundle import Engine
 from edgesd.spec.scheme import Precision
@@ -42,9 +41,10 @@ class Lowering(ABC):
     checks_engines: ClassVar[bool] = False
 
     @abstractmethod
-    def lower(self, model: ir.Model, precision: Precision) -> None:
+    def lower(self, model: ir.Model, precision: Precision, timestep: str | None) -> None:
         """Rewrite an exported graph in place as the backend takes it, in fp32 or fp16.
 
+        timestep: name of its input of timesteps, None where there is none.
         Raises EdgesdError when the backend has no such graph.
         """
 
@@ -54,11 +54,11 @@ class Lowering(ABC):
         model: ir.Model,
         layers: Mapping[str, QuantizedLayer],
         fp16_weights: Collection[str],
-        timesteps: npt.NDArray[np.float32] | None,
+        timesteps: Timesteps | None,
     ) -> None:
         """The same with `layers` (by node name) quantized. fp16_weights: names of those in fp16.
 
-        timesteps [T]: those that static ranges were recorded at; None where there are none.
+        timesteps: None for a graph without such an input.
         """
 
     def lower_to_kernels(
@@ -66,7 +66,7 @@ class Lowering(ABC):
         model: ir.Model,
         layers: Mapping[str, QuantizedLayer],
         fp16_weights: Collection[str],
-        timesteps: npt.NDArray[np.float32] | None,
+        timesteps: Timesteps | None,
         attention: bool = True,
         fusions: Iterable[Fusion] = FUSIONS,
     ) -> bool:

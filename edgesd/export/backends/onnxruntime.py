@@ -6,13 +6,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Mapping
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from edgesd.export.backends.base import Lowering
 from edgesd.export.passes.fp16_weights import Fp16Weights
 from edgesd.export.passes.fusions import FUSIONS, Fusion
+from edgesd.export.passes.lowering import Timesteps
 from edgesd.export.passes.own_kernels import OwnKernels, has_kernels
 from edgesd.export.passes.quantized_ort import QuantizedOrt
 from edgesd.export.quantize.layers import QuantizedLayer
@@ -30,7 +29,7 @@ class OnnxRuntimeLowering(Lowering):
     own_kernels = True
     pools_attention = True
 
-    def lower(self, model: ir.Model, precision: Precision) -> None:
+    def lower(self, model: ir.Model, precision: Precision, timestep: str | None) -> None:
         """See Lowering."""
         if precision != "fp16":
             return
@@ -44,7 +43,7 @@ class OnnxRuntimeLowering(Lowering):
         model: ir.Model,
         layers: Mapping[str, QuantizedLayer],
         fp16_weights: Collection[str],
-        timesteps: npt.NDArray[np.float32] | None,
+        timesteps: Timesteps | None,
     ) -> None:
         """See Lowering."""
         Fp16Weights(only=fp16_weights)(model)
@@ -55,7 +54,7 @@ class OnnxRuntimeLowering(Lowering):
         model: ir.Model,
         layers: Mapping[str, QuantizedLayer],
         fp16_weights: Collection[str],
-        timesteps: npt.NDArray[np.float32] | None,
+        timesteps: Timesteps | None,
         attention: bool = True,
         fusions: Iterable[Fusion] = FUSIONS,
     ) -> bool:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from edgesd.engines.tensorrt import (
@@ -25,6 +23,7 @@ from edgesd.errors import ResourceError
 from edgesd.export.backends.base import Lowering
 from edgesd.export.backends.tensorrt_lint import check_graph
 from edgesd.export.passes.fp16_compute import Fp16Compute
+from edgesd.export.passes.lowering import Timesteps
 from edgesd.export.passes.quantized_qdq import QuantizedQdq
 from edgesd.export.passes.standard_attention import StandardAttention
 from edgesd.export.quantize.layers import QuantizedLayer
@@ -62,21 +61,21 @@ class TensorRtLowering(Lowering):
         **dict.fromkeys(("w8a8", "w4a8"), 1.1),
     }
 
-    def lower(self, model: ir.Model, precision: Precision) -> None:
+    def lower(self, model: ir.Model, precision: Precision, timestep: str | None) -> None:
         """See Lowering."""
         StandardAttention()(model)
         if precision == "fp16":
-            Fp16Compute()(model)
+            Fp16Compute(() if timestep is None else (timestep,))(model)
 
     def lower_quantized(
         self,
         model: ir.Model,
         layers: Mapping[str, QuantizedLayer],
         fp16_weights: Collection[str],
-        timesteps: npt.NDArray[np.float32] | None,
+        timesteps: Timesteps | None,
     ) -> None:
         """See Lowering. All that isn't quantized is in fp16, and ranges are of all timesteps."""
-        self.lower(model, "fp16")
+        self.lower(model, "fp16", timesteps.input if timesteps else None)
         QuantizedQdq(layers)(model)
 
     def files(self, engines: Mapping[str, Engine]) -> dict[str, bytes]:

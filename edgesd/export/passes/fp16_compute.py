@@ -16,7 +16,6 @@ from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
 from edgesd.export.passes.fp16_weights import MAX_FP16, fp16_tensor
 
-EXACT_INPUTS = ("timestep",)
 _LAST_EXACT = ("Sin", "Cos")
 """Operators whose results fit fp16 again."""
 _FP32_INPUTS = {("Resize", 2)}
@@ -26,11 +25,12 @@ _FP32_INPUTS = {("Resize", 2)}
 class Fp16Compute(Pass):
     """Every fp32 value of the graph becomes fp16, but for inputs, outputs and the timestep's phase.
 
-    exact: names of the inputs whose values keep fp32 up to the first Sin or Cos. Raises EdgesdError
+    exact: names of the inputs (the timestep) whose values keep fp32 up to the first Sin or Cos.
+    Raises EdgesdError
     for a weight beyond 65504, which fp16 can't hold, and for a graph that casts by itself.
     """
 
-    def __init__(self, exact: Collection[str] = EXACT_INPUTS) -> None:
+    def __init__(self, exact: Collection[str] = ()) -> None:
         self.exact = exact
 
     def requires(self, model: ir.Model) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,14 @@ from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
 from edgesd.export.passes.values import producer_of
 from edgesd.export.quantize.layers import QuantizedLayer, weight_of
-from edgesd.runtime.arrays import Array
+from edgesd.runtime.arrays import Array, Float
+
+
+class Timesteps(NamedTuple):
+    """A graph's input of timesteps, and those that static ranges were recorded at [T]."""
+
+    input: str
+    recorded: Float
 
 
 class QuantizedPass(Pass):

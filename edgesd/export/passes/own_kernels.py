@@ -18,14 +18,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgesd.export.passes import Pass
 from edgesd.export.passes.fusions import FUSIONS, Fusion, Kind, attention_taken, kernel_takes
-from edgesd.export.passes.lowering import LayerLowering, replace_node
+from edgesd.export.passes.lowering import LayerLowering, Timesteps, replace_node
 from edgesd.export.passes.matching import Match, Matcher
 from edgesd.export.passes.quantized_ort import OrtLowering, QuantizedOrt
 from edgesd.export.quantize.layers import QuantizedLayer
@@ -57,7 +55,7 @@ class OwnKernels(QuantizedOrt):
     def __init__(
         self,
         layers: Mapping[str, QuantizedLayer],
-        timesteps: npt.NDArray[np.float32] | None,
+        timesteps: Timesteps | None,
         attention: bool = True,
         fusions: Iterable[Fusion] = FUSIONS,
     ) -> None:

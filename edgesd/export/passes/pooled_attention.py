@@ -17,8 +17,6 @@ from edgesd.export.passes.lowering import shared_constant
 from edgesd.export.passes.values import producer_of, shape_of
 from edgesd.export.quantize.layers import weight_of
 
-_SAMPLE = "sample"
-
 
 @dataclass(frozen=True)
 class _SelfAttention:
@@ -37,25 +35,29 @@ class PooledAttention(Pass):
     """to_k and to_v of the largest self-attention read the means of 2x2 tokens, to_q reads all.
 
     source [B, h * w, C], row by row -> [B, h/2, 2, w/2, 2, C] -> means [B, h/2 * w/2, C].
-    The largest are those with as many tokens as `sample` [B, 4, H, W] has latents, where it is seen
-    by self-attention at that size, else those of the next size that is. A graph without a `sample`,
-    or whose largest self-attention may have an odd number of rows, is left as it is. Names of
-    layers stay. pooled: names of the attention nodes that were changed, filled when the pass ran.
+    sample: name of the input [B, C, H, W] whose tokens are counted. The largest are those with as
+    many tokens as it has latents, where it is seen by self-attention at that size, else those of
+    the next size that is. A graph without such an input, or whose largest self-attention may have
+    an odd number of rows, is left as it is. Names of layers stay. pooled: names of the attention
+    nodes that were changed, filled when the pass ran.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sample: str | None) -> None:
+        self.sample = sample
         self.pooled: tuple[str, ...] = ()
 
     def call(self, model: ir.Model) -> bool:
-        sample = next((value for value in model.graph.inputs if value.name == _SAMPLE), None)
+        sample = next((value for value in model.graph.inputs if value.name == self.sample), None)
         if sample is None:
             return False
         wide = _latents_per_token(model, sample)
         found = [(wide[a.source], a) for a in _self_attentions(model) if a.source in wide]
         level = min((size for size, _ in found), default=0)
-        # The size of an image is a multiple of the deepest level's: see families/sd.py; or it is
-        # any, and upsampling follows the sizes of what it is joined with.
-        if level == 0 or max(wide.values()) % (2 * level) or not _halves_evenly(model, 2 * level):
+        # The size of an image is a multiple of the deepest level's (families/parts/unet.py); or it
+        # is any, and upsampling follows the sizes of what it is joined with.
+        if level == 0 or max(wide.values()) % (2 * level):
+            return False
+        if not _is_even(model, sample, 2 * level):
             return False
         shape = _split_shape(model, sample, 2 * level)
         attentions = [attention for size, attention in found if size == level]
@@ -96,10 +98,9 @@ def _latents_per_token(model: ir.Model, sample: ir.Value) -> dict[ir.Value, int]
     return wide
 
 
-def _halves_evenly(model: ir.Model, size: int) -> bool:
+def _is_even(model: ir.Model, sample: ir.Value, size: int) -> bool:
     """Whether the sample's height and width are multiples of `size` wherever they are known, and
     no upsampling is to a size that isn't twice its own."""
-    sample = next(value for value in model.graph.inputs if value.name == _SAMPLE)
     sides = [side for side in tuple(shape_of(sample))[2:] if isinstance(side, int)]
     resizes = [node for node in model.graph if node.op_type == "Resize"]
     doubled = all(len(node.inputs) < 4 or node.inputs[3] is None for node in resizes)
@@ -147,9 +148,9 @@ def _split_shape(model: ir.Model, sample: ir.Value, size: int) -> ir.Value:
     nodes = []
     for name, axis in (("height", 2), ("width", 3)):
         whole = ir.node("Shape", [sample], {"start": axis, "end": axis + 1})
-        half = ir.node("Div", [whole.outputs[0], parts["latents"]])
-        nodes += [whole, half]
-        parts[name] = half.outputs[0]
+        pairs = ir.node("Div", [whole.outputs[0], parts["latents"]])
+        nodes += [whole, pairs]
+        parts[name] = pairs.outputs[0]
     order = ("batch", "height", "two", "width", "two", "channels")
     nodes.append(ir.node("Concat", [parts[name] for name in order], {"axis": 0}))
     for number, node in enumerate(nodes):

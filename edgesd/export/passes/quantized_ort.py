@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from edgesd.errors import EdgesdError
@@ -28,6 +27,7 @@ from edgesd.export.passes.fp16_weights import MAX_FP16
 from edgesd.export.passes.lowering import (
     LayerLowering,
     QuantizedPass,
+    Timesteps,
     check_opset_21,
     shared_constant,
 )
@@ -39,7 +39,6 @@ OPSET = 21
 """The oldest with int4 and with blocks."""
 
 _MICROSOFT = "com.microsoft"
-_TIMESTEP = "timestep"
 _LEVEL_FP32, _LEVEL_INT8 = 1, 4
 _END = np.iinfo(np.int64).max
 
@@ -48,12 +47,10 @@ class QuantizedOrt(QuantizedPass):
     """Replaces the nodes of `layers` (by node name). Sets the opset to 21: what changed since 20
     is which types operators take.
 
-    timesteps [T]: those that static ranges were recorded at, if the graph has a timestep input.
+    timesteps: those that static ranges were recorded at, if the graph has such an input.
     """
 
-    def __init__(
-        self, layers: Mapping[str, QuantizedLayer], timesteps: npt.NDArray[np.float32] | None
-    ) -> None:
+    def __init__(self, layers: Mapping[str, QuantizedLayer], timesteps: Timesteps | None) -> None:
         super().__init__(layers)
         self.timesteps = timesteps
         self._step: ir.Value | None = None
@@ -79,12 +76,13 @@ def _table(act: Activations) -> bool:
     return act.mode == "static" and act.scale is not None and len(act.scale) > 1
 
 
-def _step_index(model: ir.Model, timesteps: npt.NDArray[np.float32] | None) -> ir.Value:
+def _step_index(model: ir.Model, timesteps: Timesteps | None) -> ir.Value:
     """The index [1] of the recorded timestep that is nearest to the graph's input."""
-    value = next((v for v in model.graph.inputs if v.name == _TIMESTEP), None)
+    inputs = {value.name: value for value in model.graph.inputs}
+    value = None if timesteps is None else inputs.get(timesteps.input)
     if value is None or timesteps is None:
         raise EdgesdError(f"{model.graph.name} has ranges per timestep, and no timestep input")
-    recorded = shared_constant(model, "timesteps:recorded", timesteps.astype(np.float32))
+    recorded = shared_constant(model, "timesteps:recorded", timesteps.recorded.astype(np.float32))
     apart = ir.node("Sub", [recorded, value], name="timesteps/Sub")
     size = ir.node("Abs", apart.outputs, name="timesteps/Abs")
     nearest = ir.node("ArgMin", size.outputs, {"axis": 0, "keepdims": 1}, name="timesteps/ArgMin")

@@ -30,7 +30,6 @@ from edgesd.spec.bundle import DecoderPart, SplitDecoder
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
 FEATURES, STATISTICS, OWN, CORE, MOMENTS = "features", "statistics", "own", "core", "moments"
-COMPONENT = "vae_decoder"
 
 _LOCAL = {"Sigmoid", "Mul", "Add"}
 """What sees no further than its own place."""

@@ -8,8 +8,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
@@ -23,9 +21,10 @@ from edgesd.export.external_data import (
     SPLIT_FILES,
     write_model,
 )
+from edgesd.export.passes.lowering import Timesteps
 from edgesd.export.passes.no_shapes import NoShapes
 from edgesd.export.passes.pooled_attention import PooledAttention
-from edgesd.export.passes.tiled_decoder import COMPONENT, describe_split, split_decoder
+from edgesd.export.passes.tiled_decoder import describe_split, split_decoder
 from edgesd.export.quantize import quantize
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import (
@@ -39,6 +38,7 @@ from edgesd.export.quantize.layers import (
 )
 from edgesd.export.quantize.quantize import Method, quantize_layer
 from edgesd.spec.bundle import SplitDecoder
+from edgesd.spec.pipeline import Wiring
 from edgesd.spec.scheme import Scheme
 
 _log = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ class Summary:
 class LayerStore:
     """Quantizes layers of the fp32 graphs below `graphs`, each once; `folder` keeps them.
 
-    nodes: see `find_nodes`. lowering: of the backend whose graphs are made. What is in `folder`
+    nodes: see `find_nodes`. lowering: of the backend whose graphs are made. wiring: of the pipeline
+    that the graphs are of. What is in `folder`
     from an interrupted run is taken as it is: its name says what it depends on.
     """
 
@@ -86,9 +87,10 @@ class LayerStore:
         method: Method,
         folder: Path,
         lowering: Lowering,
+        wiring: Wiring,
     ) -> None:
         self.graphs, self.calibration, self.method = graphs, calibration, method
-        self.lowering = lowering
+        self.lowering, self.wiring = lowering, wiring
         self.layers = list(nodes)
         self._nodes = nodes
         self._summaries: dict[tuple[Layer, Scheme], Summary] = {}
@@ -178,9 +180,9 @@ class LayerStore:
         """The fp32 graphs that layers are put into: the whole one, a decoder's head and tail."""
         model = _load(self.graphs, component)
         if form.pooled:
-            PooledAttention()(model)
+            PooledAttention(self.wiring.input_of(component, "sample"))(model)
         yield model
-        if component == COMPONENT and self.lowering.splits_decoder:
+        if component == self.wiring.decoder.component and self.lowering.splits_decoder:
             yield from split_decoder(_load(self.graphs, component)) or ()
 
     def _lower(
@@ -204,9 +206,10 @@ class LayerStore:
         NoShapes()(model)
         return used
 
-    def timesteps(self, component: str) -> npt.NDArray[np.float32] | None:
-        """Timesteps that ranges were recorded at, for the denoiser; None for other components."""
-        return self.calibration.timesteps() if component == "unet" else None
+    def timesteps(self, component: str) -> Timesteps | None:
+        """Timesteps that ranges were recorded at; None for a component that doesn't take them."""
+        name = self.wiring.input_of(component, "timestep")
+        return None if name is None else Timesteps(name, self.calibration.timesteps())
 
 
 def find_nodes(graphs: Path, components: Iterable[str]) -> dict[Layer, ir.Node]:
@@ -220,9 +223,9 @@ def find_nodes(graphs: Path, components: Iterable[str]) -> dict[Layer, ir.Node]:
     return found
 
 
-def can_pool(graphs: Path, component: str) -> bool:
+def can_pool(graphs: Path, component: str, wiring: Wiring) -> bool:
     """Whether a component's fp32 graph has self-attention that can be pooled."""
-    return PooledAttention()(_load(graphs, component))
+    return PooledAttention(wiring.input_of(component, "sample"))(_load(graphs, component))
 
 
 def _load(graphs: Path, component: str) -> ir.Model:

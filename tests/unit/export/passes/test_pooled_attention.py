@@ -153,7 +153,7 @@ def test_the_graph_computes_what_torch_does_with_means(
     wanted = by_hand(net, TOP, given)
     plain = by_hand(net, [], given)
     model = graph(size)
-    rewrite = PooledAttention()
+    rewrite = PooledAttention("sample")
     assert rewrite(model)
     assert rewrite.pooled == attentions(TOP)  # neither the lower level's, nor cross-attention
     found = answer(model, tmp_path, given)
@@ -167,7 +167,7 @@ def test_the_graph_computes_what_torch_does_with_means(
 def test_shapes_in_between_are_right(tmp_path: Path) -> None:
     """ONNX Runtime would refuse a graph that says otherwise than it finds."""
     model = graph((8, 12))
-    PooledAttention()(model)
+    PooledAttention("sample")(model)
     for node in model.graph:
         if node.name in attentions(TOP + LOWER):
             assert node.inputs[0] is not None and node.inputs[1] is not None
@@ -186,7 +186,7 @@ def test_the_largest_level_may_be_below_the_latents_size(
     given = feed(4, 12)
     wanted = by_hand(unet(THREE), names, given)
     model = graph(size, THREE)
-    rewrite = PooledAttention()
+    rewrite = PooledAttention("sample")
     assert rewrite(model) and rewrite.pooled == attentions(names)
     assert off(answer(model, tmp_path, given), wanted) < 1e-5
 
@@ -194,7 +194,7 @@ def test_the_largest_level_may_be_below_the_latents_size(
 def test_what_may_have_an_odd_number_of_rows_is_left_alone() -> None:
     model = graph(None, ("", "CrossAttn"))
     before = ir.serde.serialize_model(model)
-    rewrite = PooledAttention()
+    rewrite = PooledAttention("sample")
     assert not rewrite(model) and rewrite.pooled == ()
     assert ir.serde.serialize_model(model) == before
 
@@ -202,7 +202,7 @@ def test_what_may_have_an_odd_number_of_rows_is_left_alone() -> None:
 def test_other_networks_are_left_alone() -> None:
     model = graph(None)
     model.graph.inputs[0].name = "latents"
-    assert not PooledAttention()(model)
+    assert not PooledAttention("sample")(model)
 
 
 def rounded(model: ir.Model, scheme: str, folder: Path) -> dict[str, QuantizedLayer]:
@@ -232,7 +232,7 @@ def test_quantized_layers_are_found_behind_the_means(
     wanted = by_hand(net, TOP, given)
     model = graph(size)
     layers = rounded(model, scheme, tmp_path)
-    assert PooledAttention()(model)
+    assert PooledAttention("sample")(model)
     if own:
         assert LOWERING.lower_to_kernels(model, layers, set(), None)
         values = [n for n in model.graph if "to_v" in (n.name or "") and n.op_type == "QuantLinear"]
@@ -245,5 +245,5 @@ def test_quantized_layers_are_found_behind_the_means(
 def test_tokens_that_cannot_be_paired_are_left_alone() -> None:
     """9 x 13 latents: an image of 72 x 104 pixels, whose upsampling follows its skips."""
     model = graph((9, 13))
-    rewrite = PooledAttention()
+    rewrite = PooledAttention("sample")
     assert not rewrite(model) and rewrite.pooled == ()

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from edgesd.errors import EdgesdError  # noqa: E402
 from edgesd.export.calibrate import LayerStats  # noqa: E402
 from edgesd.export.external_data import write_model  # noqa: E402
+from edgesd.export.passes.lowering import Timesteps  # noqa: E402
 from edgesd.export.passes.quantized_ort import QuantizedOrt  # noqa: E402
 from edgesd.export.quantize.layers import (  # noqa: E402
     Layer,
@@ -35,7 +36,7 @@ from edgesd.spec.scheme import parse_scheme  # noqa: E402
 from tests.quantizing import normal, patches  # noqa: E402
 
 Array = npt.NDArray[np.float32]
-TIMESTEPS = np.array([900, 500, 20], np.float32)
+TIMESTEPS = Timesteps("timestep", np.array([900, 500, 20], np.float32))
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
@@ -154,7 +155,9 @@ def quantize(
 
 
 def lowered(
-    proto: onnx.ModelProto, layers: dict[str, QuantizedLayer], timesteps: Array | None = TIMESTEPS
+    proto: onnx.ModelProto,
+    layers: dict[str, QuantizedLayer],
+    timesteps: Timesteps | None = TIMESTEPS,
 ) -> onnx.ModelProto:
     model = ir.serde.deserialize_model(proto)
     assert QuantizedOrt(layers, timesteps)(model)
@@ -276,7 +279,7 @@ def test_a_graph_computes_what_the_description_says(
         x = example(shape, 10 + step)
         if q.layer.kind != "embedding":
             x = x * np.float32(2**-step)
-        out = run(loaded, x, float(TIMESTEPS[step]) + 3)
+        out = run(loaded, x, float(TIMESTEPS.recorded[step]) + 3)
         wanted = expected(x, q, bias_of(proto), step)
         assert relative_rms(out, wanted) < loose
         assert relative_rms(out, expected(x, q, bias_of(proto), step, eight)) < exact
