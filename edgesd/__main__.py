@@ -14,7 +14,7 @@ def main() -> "NoReturn":
         from edgesd.cli import main as run
 
         run()
-    except KeyboardInterrupt:  # before or behind what `run` itself turns into a line
+    except KeyboardInterrupt:  # before or after `run` itself turns it into a line
         os.write(2, b"edgesd: interrupted\n")
         sys.exit(130)
 

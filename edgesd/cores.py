@@ -26,7 +26,7 @@ def fast_cores(root: Path = Path("/")) -> list[int]:
         try:
             clocks[core] = int(path.read_text())
         except (OSError, ValueError):
-            clocks[core] = 0  # not told: they count as equal
+            clocks[core] = 0  # unknown: they count as equal
     highest = max(clocks.values())
     return [core for core, clock in clocks.items() if clock >= 0.8 * highest]
 

@@ -67,7 +67,7 @@ class ResourceError(EdgesdError):
 
 
 class MissingDependencyError(EdgesdError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra that installs it."""
 
     exit_code = 5
 
@@ -86,11 +86,11 @@ _EXTRAS = {
     **dict.fromkeys(("gguf", "llama_cpp"), "prompter"),
     "apollo_torch": "full",
 }
-"""Package that is imported -> the extra of pyproject.toml that brings it."""
+"""Package that is imported -> the extra of pyproject.toml that installs it."""
 
 
 def missing_package(error: ModuleNotFoundError) -> MissingDependencyError | None:
-    """What to install for an import that failed; None for a package that no extra brings."""
+    """What to install for an import that failed; None for a package that no extra installs."""
     package = (error.name or "").partition(".")[0]
     extra = _EXTRAS.get(package)
     if extra is None:

@@ -426,7 +426,7 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _try_to_write(path: Path) -> int | None:
-    """Bytes that are free there; None where the file system doesn't tell."""
+    """Bytes that are free there; None where the file system doesn't say."""
     with private_folder(path) as folder:
         with (folder / _absolute(path).name).open("xb") as file:
             file.write(b"edgesd")

@@ -212,7 +212,7 @@ def _enhanced(
 
     if bundle.manifest.prompter is None:
         raise BundleError(
-            f"{bundle.path} brings no prompter: build it with --prompter, or leave --enhance out"
+            f"{bundle.path} includes no prompter: build it with --prompter, or leave --enhance out"
         )
     try:
         prompter = prompter_of(bundle)

@@ -40,7 +40,7 @@ def show_command(wait: bool, as_json: bool) -> None:
     for slot in found:
         say(slot_line(slot))
     if not found:
-        say("none: edgesd deploy brings one")
+        say("none: edgesd deploy installs one")
 
 
 @slots_group.command("install")

@@ -218,7 +218,7 @@ def measure(bundle: Bundle, settings: Settings, plan: Plan, progress: Progress =
         runs = [generate(f"run {index + 1} of {plan.runs}", s) for index, s in enumerate(seeds)]
         peak = pipeline.timings.peak_memory_bytes
         memory, fallbacks = pipeline.memory, dict(pipeline.fallbacks)
-        time.sleep(plan.interval)  # a last sample, behind the last run
+        time.sleep(plan.interval)  # a last sample, after the last run
     manifest = bundle.manifest
     return Bench(
         version=BENCH_VERSION,
@@ -389,7 +389,7 @@ def _median(found: Stats | None) -> float | None:
 
 
 def _watts(samples: Iterable[Sample]) -> list[float]:
-    """Of the whole board, where the samples tell."""
+    """Of the whole board, where it is measured."""
     found = (board_watts(sample.watts) for sample in samples)
     return [watts for watts in found if watts is not None]
 

@@ -1,7 +1,7 @@
-"""Work that goes on when whoever began it is gone: python -m edgesd.device.detached KEY -- ARGV...
+"""Work that continues after its caller is gone: python -m edgesd.device.detached KEY -- ARGV...
 
-`follow` starts a command under a key, or finds it running, or finished, and tells what it says. So
-the same call, made again after a lost link, goes on with the same work. Lines are kept in memory
+`follow` starts a command under a key, or finds it running, or finished, and passes its output on.
+So the same call, made again after a lost link, goes on with the same work. Lines are kept in memory
 and handed out over a socket in Linux's abstract namespace, which is no file: nothing is written
 before the end. What a finished command printed lies in the cache until somebody has fetched it.
 """
@@ -33,11 +33,11 @@ _POLL_SECONDS = 0.05
 _START_SECONDS = 120.0
 """A small board needs some of them to start Python."""
 _LINE_CHARACTERS = 1 << 16
-"""A longer line is told in pieces."""
+"""A longer line is passed on in pieces."""
 
 
 class Ended(Spec, frozen=True):
-    """What a command came to."""
+    """The result of a command."""
 
     status: int
     out: str
@@ -45,9 +45,9 @@ class Ended(Spec, frozen=True):
 
 
 def follow(key: str, command: Sequence[str], on_line: Callable[[str], None]) -> Ended:
-    """Run `command` under `key`, detached, or join it; what it came to. Its result is kept no more.
+    """Run `command` under `key`, detached, or join it; its result. Its result is kept no more.
 
-    on_line: told each line of its standard error, from the first on. Raises InputError for a
+    on_line: called with each line of its standard error, from the first on. Raises InputError for a
     malformed key, BoardError when it ended without a result (a reboot, or it was killed).
     """
     if not _KEY.fullmatch(key):

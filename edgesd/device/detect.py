@@ -26,7 +26,7 @@ _L4T = re.compile(r"R(\d+) \(release\), REVISION: ([\d.]+)")
 _SOC_GPUS = {"nvidia,tegra234": "sm_87", "nvidia,tegra264": "sm_110"}
 # CPU part on a Jetson -> its GPU, where a container hides the device tree.
 _JETSON_CPU_GPUS = {"0xd42": "sm_87", "0xd83": "sm_110"}
-# Names of PC GPUs, as their driver tells them. Unlisted ones are no capability of a target.
+# Names of PC GPUs, as their driver reports them. Unlisted ones are no capability of a target.
 _PC_GPUS = (
     (re.compile(r"RTX (30\d\d|A[2-6]\d00)\b"), "sm_86"),
     (re.compile(r"RTX (40\d\d\b|\d000 Ada)"), "sm_89"),
@@ -63,7 +63,8 @@ def detect_machine(root: Path = _ROOT, arch: str | None = None) -> Machine:
 def emulated(root: Path = _ROOT) -> bool:
     """Whether this process runs on a CPU that software imitates: then its speed says nothing.
 
-    So it is when the kernel is of another architecture than the program (Linux 6.1 and later tell).
+    So it is when the kernel is of another architecture than the program (Linux 6.1 and later report
+    it).
     """
     kernel, here = normal_arch(_read(root, "proc/sys/kernel/arch")), platform.machine()
     return bool(kernel) and kernel != normal_arch(here)
@@ -236,8 +237,8 @@ def _pc_gpus(root: Path) -> set[str]:
         buses = sorted(entry.name for entry in folder.iterdir())
     except OSError:
         return set()
-    told = "\n".join(_read(root, f"proc/driver/nvidia/gpus/{bus}/information") for bus in buses)
-    return {sm for name, sm in _PC_GPUS if name.search(told)}
+    reported = "\n".join(_read(root, f"proc/driver/nvidia/gpus/{bus}/information") for bus in buses)
+    return {sm for name, sm in _PC_GPUS if name.search(reported)}
 
 
 def _ram_bytes(root: Path) -> int:

@@ -63,7 +63,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 class SelfTest(Spec, frozen=True):
-    """What the generation before a switch came to. Seconds of wall time; the loading is in it.
+    """The result of the generation before a switch. Seconds of wall time, loading included.
 
     emulated: they are not a board's.
     """
@@ -90,7 +90,8 @@ class Slot(Spec, frozen=True):
 
 
 class Installed(Spec, frozen=True):
-    """What `install` and `rollback` came to. signer: who signed it, where this machine asks."""
+    """The result of `install` and `rollback`. signer: who signed it, if this machine checks
+    signatures."""
 
     slot: Slot
     self_test: SelfTest | None
@@ -315,10 +316,10 @@ class Slots:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
             if done.returncode:
                 raise BoardError(f"the self-test failed, nothing was switched: {_ended(done)}")
-            told = msgspec.json.decode(done.stdout, type=_Generated)
+            result = msgspec.json.decode(done.stdout, type=_Generated)
             _check_image(image)
-        step = max(told.step_seconds)
-        return SelfTest(told.total_seconds, step, told.peak_memory_bytes, emulated())
+        step = max(result.step_seconds)
+        return SelfTest(result.total_seconds, step, result.peak_memory_bytes, emulated())
 
     def _switch(self, slot: str) -> None:
         new = self.root / ".current.new"

@@ -74,7 +74,7 @@ class Sample(Spec, frozen=True):
 
 
 def power_mode(root: Path = _ROOT) -> str:
-    """A Jetson's power mode, as nvpmodel names it, and the CPU's governor; "" if none is told."""
+    """A Jetson's power mode, as nvpmodel names it, and the CPU's governor; "" if unknown."""
     found = []
     if path := find_program("nvpmodel"):
         done = subprocess.run([path, "-q"], capture_output=True, text=True, errors="replace")
@@ -90,23 +90,23 @@ def power_mode(root: Path = _ROOT) -> str:
 
 
 def board_watts(watts: Mapping[str, float]) -> float | None:
-    """What the whole board takes, in watts, or None where its rails don't tell.
+    """What the whole board takes, in watts, or None where its rails aren't measured.
 
     A Jetson's input rail, or the sum of those that make it up. Of a Raspberry Pi 5 the sum of the
-    rails behind its power chip: what the chip itself and the 5 V ports take isn't in it.
+    rails after its power chip: what the chip itself and the 5 V ports take isn't in it.
     """
     for rails in _INPUTS:
         if all(rail in watts for rail in rails):
             return sum(watts[rail] for rail in rails)
-    behind = [value for rail, value in watts.items() if rail.startswith(_PMIC)]
-    return sum(behind) if behind else None
+    after_chip = [value for rail, value in watts.items() if rail.startswith(_PMIC)]
+    return sum(after_chip) if after_chip else None
 
 
 def parse_tegrastats(line: str) -> dict[str, Any]:
     """Fields of a Sample from one line of tegrastats, of JetPack 5, 6 and 7.
 
-    JetPack 7 may leave the GPU out, or tell its clocks alone, and adds a third figure to rails: the
-    first is the present one in all.
+    JetPack 7 may leave the GPU out, or report its clocks alone, and adds a third figure to rails:
+    the first is the present one in all.
     """
     found: dict[str, Any] = {}
     if memory := _TEGRA_MEMORY.search(line):
@@ -211,9 +211,9 @@ class Sources:
         """The present moment."""
         found = read_files(self._root, self._pid)
         if self._latest:
-            told = parse_tegrastats(self._latest)
+            parsed = parse_tegrastats(self._latest)
             # A zone that is switched off can't be read as a file, or reads as nonsense.
-            found |= {name: value for name, value in told.items() if value}
+            found |= {name: value for name, value in parsed.items() if value}
         if self._vcgencmd:
             now, past = parse_throttled(self._ask("get_throttled"))
             found["limits"] = (*found["limits"], *now)
@@ -222,7 +222,7 @@ class Sources:
         return Sample(round(seconds, 3), **found)
 
     def _ask(self, what: str) -> str:
-        """vcgencmd's answer; "" where it has none (a Raspberry Pi 4 has no rails to tell of)."""
+        """vcgencmd's answer; "" where it has none (a Raspberry Pi 4 measures no rails)."""
         assert self._vcgencmd
         if what in self._unanswered:
             return ""
@@ -343,7 +343,7 @@ def main() -> int:
     parser.add_argument("--pid", type=int, help="process to watch")
     parser.add_argument("--zero", type=float, help="time.monotonic() where seconds begin")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever reads decides when it ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the reader decides when it ends
     threading.Thread(
         target=_print, args=(arguments.interval, arguments.pid, arguments.zero), daemon=True
     ).start()

@@ -39,7 +39,7 @@ _VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {"avx512_vnni": _AVX512, "avx_vnni": ("-mavxvnni", *_AVX2), "avx2": _AVX2},
     "aarch64": {"neon_dotprod": ("-march=armv8.2-a+dotprod",)},
 }
-"""Architecture -> instruction set -> what the compiler is told."""
+"""Architecture -> instruction set -> the compiler's options."""
 
 
 def find_compiler(arch: str) -> str | None:

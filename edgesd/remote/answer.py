@@ -1,7 +1,7 @@
-"""What a command on a board printed, told apart from what the login shell prints around it.
+"""The output of a command on a board, separated from what the login shell prints around it.
 
 A command's output stands between two marks that nobody can foresee, each with a number: the
-shell's process id before it, the exit status behind it. Banners, .bashrc and .bash_logout print
+shell's process id before it, the exit status after it. Banners, .bashrc and .bash_logout print
 outside of them.
 """
 
@@ -78,7 +78,7 @@ class Answer:
             self._sink(self._held)
 
     def _before(self, block: bytes) -> bytes:
-        """Look for the first mark; what is behind it."""
+        """Look for the first mark; what follows it."""
         text = self._held + block
         if found := self._mark.search(text):
             self.pid, self._held = int(found[1]), b""
@@ -113,7 +113,7 @@ class Answer:
 
 
 class Output:
-    """What becomes of a stream: its end is kept, and `listener` is told its lines.
+    """Keeps the end of a stream and passes its lines to `listener`.
 
     keep_bytes: of its end. limit_bytes: after so many it is cut off by a BoardError; None for a
     stream that may go on for ever.
@@ -147,7 +147,7 @@ class Output:
                 self._listener(line.decode(errors="replace").rstrip("\r"))
 
     def text(self) -> str:
-        """What was kept, once there is no more: a last line without an end is told, too."""
+        """What was kept, once there is no more: a last line without an end is passed on, too."""
         if self._line and self._listener:
             self._listener(self._line.decode(errors="replace"))
             self._line = b""

@@ -1,7 +1,7 @@
 """`edgesd bench --host`: a benchmark of the bundle that is active on a board, over SSH.
 
 The board goes on with it when the link is lost: it runs there under a key (device/detached.py) that
-says what is measured, and whoever asks for the same again joins it.
+says what is measured, and a second command for the same joins it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ async def bench_on(
     said = "\n".join([bundle.manifest_sha256, *options])
     key = f"bench-{hashlib.sha256(said.encode()).hexdigest()[:24]}"
     command = ["bench", "run", _ACTIVE, *options, "--json", "--detached", key]
-    told = await boards.edgesd(board, *command, on_line=progress.line)
-    found = boards.decode(board, told, tuple[Bench])[0]
+    output = await boards.edgesd(board, *command, on_line=progress.line)
+    found = boards.decode(board, output, tuple[Bench])[0]
     await boards.edgesd(board, "bench", "forget", key)
     return msgspec.structs.replace(found, host=board.name)

@@ -53,7 +53,7 @@ def parse_address(text: str) -> Address:
 
 
 class Finished(NamedTuple):
-    """What a command came to: its exit status, and all that it printed."""
+    """The result of a command: its exit status and its output."""
 
     status: int
     out: str
@@ -72,12 +72,12 @@ class Board(Protocol):
         on_output: OnLine | None = None,
     ) -> Finished:
         """Run `command` (an argument vector; no shell sees it) in the home folder. A program that
-        isn't there is exit status 127. on_line: told its standard error; on_output: its standard
+        isn't there is exit status 127. on_line: gets its standard error; on_output: its standard
         output, which is then not kept."""
 
     async def put(self, path: str, chunks: Iterable[bytes], start: int = 0) -> None:
         """Write `chunks` into the file `path` from its byte `start` on, making it if need be; it
-        ends behind them. Its folder exists."""
+        ends after them. Its folder exists."""
 
     async def get(
         self, path: str, size: int, out: BinaryIO, on_bytes: Callable[[int], None]
@@ -147,7 +147,7 @@ async def edgesd(
     limit_seconds: float | None = None,
 ) -> str:
     """What `edgesd ARGUMENTS` prints on the board. Raises BoardError with its last words, which
-    `on_line` isn't told, or when it isn't done in time."""
+    `on_line` isn't given, or when it isn't done in time."""
     listener = None if on_line is None else _without_error(on_line)
     places = ":".join(p if p.startswith("/") else f"$HOME/{p}" for p in EDGESD_PATHS)
     # Bundles are sent to ~/edgesd, whatever EDGESD_HOME is there.
@@ -155,7 +155,9 @@ async def edgesd(
     running = board.run(["sh", "-c", script, "edgesd", *arguments], listener, on_output)
     done = await in_time(board, running, f"edgesd {arguments[0]}", limit_seconds)
     if done.status == 127:
-        raise BoardError(f"{board.name} has no edgesd: edgesd deploy BUNDLE {board.name} brings it")
+        raise BoardError(
+            f"{board.name} has no edgesd: edgesd deploy BUNDLE {board.name} installs it"
+        )
     if done.status:
         words = excerpt(done.err).removeprefix("edgesd: ") or f"it ended with {done.status}"
         raise BoardError(f"{board.name}: edgesd {arguments[0]}: {words}")
@@ -170,10 +172,10 @@ def _without_error(on_line: OnLine) -> OnLine:
     return listener
 
 
-def decode(board: Board, told: str, kind: type[_T]) -> _T:
+def decode(board: Board, answer: str, kind: type[_T]) -> _T:
     """What an edgesd there printed with --json. Raises BoardError when it isn't a `kind`."""
     try:
-        return decode_json(told, kind)
+        return decode_json(answer, kind)
     except InputError as exc:
         raise BoardError(
             f"{board.name} answers as edgesd {__version__} doesn't expect ({excerpt(str(exc))}): "
@@ -181,10 +183,10 @@ def decode(board: Board, told: str, kind: type[_T]) -> _T:
         ) from exc
 
 
-def strange(board: Board, command: str, told: str) -> BoardError:
+def strange(board: Board, command: str, answer: str) -> BoardError:
     """The error for an answer that a command there can't have given."""
     return BoardError(
-        f"{board.name}: {command} there answers {excerpt(told)!r}, which isn't its answer: is it "
+        f"{board.name}: {command} there answers {excerpt(answer)!r}, which isn't its answer: is it "
         "the usual Linux tool?"
     )
 
@@ -269,15 +271,15 @@ async def _send_one(
 
 async def _sizes(board: Board, folder: str) -> dict[str, int]:
     """Relative path -> bytes of every file below `folder`."""
-    told = await ask(board, ["find", folder, "-type", "f", "-printf", "%s %P\\0"])
+    answer = await ask(board, ["find", folder, "-type", "f", "-printf", "%s %P\\0"])
     found = {}
-    for entry in told.split("\0")[:-1]:
+    for entry in answer.split("\0")[:-1]:
         match = _SIZE.fullmatch(entry)
         if not match or {"", ".", ".."} & set(match[2].split("/")):
             raise strange(board, "find", entry)
         found[match[2]] = int(match[1])
-    if (told and not told.endswith("\0")) or len(found) > _MOST_FILES:
-        raise strange(board, "find", told[-_EXCERPT:])
+    if (answer and not answer.endswith("\0")) or len(found) > _MOST_FILES:
+        raise strange(board, "find", answer[-_EXCERPT:])
     return found
 
 
@@ -290,14 +292,16 @@ async def _hashes(board: Board, folder: str, names: Sequence[str]) -> dict[str, 
     found = {}
     for some in _batches(names):
         paths = {f"{folder}/{name}": name for name in some}
-        told = await ask(board, ["sha256sum", "--zero", "--", *paths], limit_seconds=_HASH_SECONDS)
-        for entry in told.split("\0")[:-1]:
+        answer = await ask(
+            board, ["sha256sum", "--zero", "--", *paths], limit_seconds=_HASH_SECONDS
+        )
+        for entry in answer.split("\0")[:-1]:
             match = _HASH.fullmatch(entry)
             if not match or match[2] not in paths:
                 raise strange(board, "sha256sum", entry)
             found[paths[match[2]]] = match[1]
         if found.keys() < set(some):
-            raise strange(board, "sha256sum", told[-_EXCERPT:])
+            raise strange(board, "sha256sum", answer[-_EXCERPT:])
     return found
 
 
@@ -318,10 +322,10 @@ _BATCH = 50
 
 
 async def _check_space(board: Board, folder: str, needed: int, spare: int) -> None:
-    told = await ask(board, ["df", "-Pk", "--", folder])
-    match = _FREE.search(excerpt(told))
+    answer = await ask(board, ["df", "-Pk", "--", folder])
+    match = _FREE.search(excerpt(answer))
     if not match:
-        raise strange(board, "df", told)
+        raise strange(board, "df", answer)
     free = int(match[1]) << 10
     if needed + spare > free:
         also = f" and {spare / 1e6:.0f} MB to be left" if spare else ""

@@ -47,7 +47,7 @@ _UNPACKED = 4
 
 
 class Deployed(Spec, frozen=True):
-    """What a deploy came to.
+    """The result of a deploy.
 
     sent_bytes: over the link. written_bytes: to the board's disk, counted: what was sent, and the
     runtime once installed. runtime: "installed", or "kept". installed: None where this very bundle
@@ -167,8 +167,8 @@ async def deploy(
         arguments += ["--signature", frame[SIGNATURE]]
     if not self_test:
         arguments.append("--no-self-test")
-    told = await boards.edgesd(board, *arguments, on_line=progress.line)
-    installed = boards.decode(board, told, Installed)
+    output = await boards.edgesd(board, *arguments, on_line=progress.line)
+    installed = boards.decode(board, output, Installed)
     return Deployed(
         installed.slot,
         state,
@@ -189,10 +189,10 @@ async def rollback(board: Board, self_test: bool = True, progress: Progress = SI
 
 async def active_slot(board: Board) -> Slot | None:
     """The bundle that is active on the board, or None."""
-    told = await boards.edgesd(
+    output = await boards.edgesd(
         board, "slots", "show", "--wait", "--json", limit_seconds=_SHOW_SECONDS
     )
-    return next((slot for slot in boards.decode(board, told, list[Slot]) if slot.active), None)
+    return next((slot for slot in boards.decode(board, output, list[Slot]) if slot.active), None)
 
 
 async def _look(board: Board, bundle: Bundle) -> _Here:
@@ -281,10 +281,10 @@ async def _runtime(
     packages = [p for p in (*BOARD_PACKAGES, *extra) if p != "pip"]
     command = ["sh", "-c", _INSTALL, "install", _HOME, name, site, pip, *packages]
     await boards.ask(board, command, progress.line, _INSTALL_SECONDS)
-    told = await boards.ask(board, ["sh", "-c", _SWITCH, "switch", _HOME, name])
-    used = re.match(r"([0-9]{1,12})\s", told)
+    output = await boards.ask(board, ["sh", "-c", _SWITCH, "switch", _HOME, name])
+    used = re.match(r"([0-9]{1,12})\s", output)
     if not used:
-        raise boards.strange(board, "du", told)
+        raise boards.strange(board, "du", output)
     return sent, sent + (int(used[1]) << 10)
 
 

@@ -29,9 +29,9 @@ def on_each(
     """Host -> what `work` comes to there, or why it failed. Connected to all of them at once.
 
     hosts: user@host[:port]. retries: how often `work` is begun again, after a pause that grows from
-    1 s to 30 s, when the link to a board that was reached is lost; on_retry is told. A fault on one
-    board, whatever it is, doesn't touch the others; Ctrl-C ends the work on all. Raises UsageError
-    for a malformed or a repeated host, before any is asked.
+    1 s to 30 s, when the link to a board that was reached is lost; on_retry is called. A fault on
+    one board, whatever it is, doesn't touch the others; Ctrl-C ends the work on all. Raises
+    UsageError for a malformed or a repeated host, before any is asked.
     """
     addresses = [parse_address(host) for host in hosts]
     if len(set(addresses)) < len(addresses):

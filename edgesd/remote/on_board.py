@@ -119,10 +119,10 @@ def finalize_on(
 
 
 async def _look(board: Board, target_name: str) -> FinalizeCheck:
-    told = await boards.edgesd(
+    output = await boards.edgesd(
         board, "finalize", "--check", "--json", limit_seconds=boards.ANSWER_SECONDS
     )
-    here = boards.decode(board, told, FinalizeCheck)
+    here = boards.decode(board, output, FinalizeCheck)
     target = get_target(target_name)
     try:
         check_machine(target.name, target.arch, target.capabilities, here.machine)
@@ -140,8 +140,8 @@ async def _build(
     total = sum(item.size for item in items.values())
     await boards.send(board, folder, items, count_bytes(progress, "send", total))
     await boards.edgesd(board, "finalize", folder, on_line=progress.line)
-    told = await boards.edgesd(board, "finalize", folder, "--json")
-    answer = boards.decode(board, told, dict[str, Finalized])
+    output = await boards.edgesd(board, "finalize", folder, "--json")
+    answer = boards.decode(board, output, dict[str, Finalized])
     components = flow_of(bundle.manifest.pipeline).components
     if missing := [name for name in components if name not in answer]:
         raise BoardError(f"{board.name} built no plan of {', '.join(missing)}")
@@ -158,11 +158,11 @@ async def _fetch(board: Board, final: Finalized, root: Path, name: str, progress
     path = root / plan_path(name)
     total = final.plan.report.plan_bytes
     if total <= 0:
-        raise BoardError(f"{board.name} tells of a plan of {total} bytes, which can't be one")
+        raise BoardError(f"{board.name} announces a plan of {total} bytes, which can't be one")
     free = shutil.disk_usage(root).free
     if total > free:
         raise ResourceError(
-            f"{board.name} tells of a plan of {total / 1e6:.0f} MB, and {root} has "
+            f"{board.name} announces a plan of {total / 1e6:.0f} MB, and {root} has "
             f"{free / 1e6:.0f} MB left: free some space, or choose another folder with -o"
         )
 

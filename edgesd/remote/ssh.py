@@ -30,12 +30,12 @@ from edgesd.remote.ssh_reasons import why_refused
 _CONNECT_SECONDS = 15
 """For the connection, where the user's ConnectTimeout says no other."""
 _LOGIN_SECONDS = 45
-"""For the login behind it: proxies, key exchange, agents that ask their user."""
+"""For the login after it: proxies, key exchange, agents that ask their user."""
 _BEGIN_SECONDS = 60
 """From a session's start until the board begins to run its command."""
 _CLOSE_SECONDS = 5.0
 _LEAVE_SECONDS = 1.0
-"""For the login shell to end behind a command."""
+"""For the login shell to end after a command."""
 _SIGNALS = 20
 """To end an ssh, in that time."""
 _ALIVE_SECONDS, _ALIVE_COUNT = 10, 3
@@ -49,7 +49,7 @@ _ANSWER_BYTES = 64 << 20
 _ERROR_BYTES = 1 << 16
 """Of standard error, that are kept: its end."""
 
-# As scp has them, and a voice that tells which keys were tried.
+# As scp has them, and verbose output, which names the keys that were tried.
 _OPTIONS = (
     *("BatchMode=yes", "ClearAllForwardings=yes", "ForwardAgent=no", "ForwardX11=no"),
     *("PermitLocalCommand=no", "RemoteCommand=none", "RequestTTY=no", "ControlPersist=no"),
@@ -162,8 +162,8 @@ async def _log_in(address: Address, program: str, control: Path) -> _Master:
     where += ["--", address.host]
     asked, files = await _configuration(address, program, where)
     options = [*_OPTIONS]
-    told = asked.get("connecttimeout", ["none"])[0]
-    seconds = int(told) if re.fullmatch("[1-9][0-9]{0,3}", told) else _CONNECT_SECONDS
+    given = asked.get("connecttimeout", ["none"])[0]
+    seconds = int(given) if re.fullmatch("[1-9][0-9]{0,3}", given) else _CONNECT_SECONDS
     options.append(f"ConnectTimeout={seconds}")
     if "forkafterauthentication" in asked:  # not known to every ssh
         options.append("ForkAfterAuthentication=no")
@@ -393,7 +393,7 @@ async def _feed(
     answered: asyncio.Future[Any],
 ) -> None:
     """Write `chunks` to the process once its command has `begun` (a login shell that reads gets
-    nothing of them), as long as it takes them: its answer tells why it doesn't."""
+    nothing of them), as long as it takes them: its answer says why it doesn't."""
     if process.stdin is None:
         return
     try:

@@ -11,9 +11,9 @@ from edgesd.remote.board import Address, excerpt
 
 
 def why_refused(address: Address, said: Sequence[str], seconds: int) -> BoardError:
-    """The error that ssh's lines tell of."""
-    told = [line.strip() for line in said if line.strip() and not line.startswith("debug")]
-    text = "\n".join(told)
+    """The error that ssh's lines describe."""
+    printed = [line.strip() for line in said if line.strip() and not line.startswith("debug")]
+    text = "\n".join(printed)
 
     def match(pattern: str) -> re.Match[str] | None:
         return re.search(pattern, text, re.MULTILINE | re.IGNORECASE)
@@ -49,7 +49,7 @@ def why_refused(address: Address, said: Sequence[str], seconds: int) -> BoardErr
         )
     if match(r"host key .*revoked|revoked host key"):
         return BoardError(
-            f"{address}: its host key is revoked in known_hosts: whoever answers there isn't to be "
+            f"{address}: its host key is revoked in known_hosts: the host that answers isn't to be "
             "trusted"
         )
     if found := match(r"host key for (.*) has changed"):
@@ -67,13 +67,13 @@ def why_refused(address: Address, said: Sequence[str], seconds: int) -> BoardErr
         )
     if found := match(r"permission denied \((.*)\)|too many authentication failures"):
         return BoardError(_no_key(address, said, found[1] or ""))
-    last = [line for line in told if not re.match(r"Connection (closed|reset) by", line)]
-    words = "; ".join(excerpt(line) for line in (last or told)[-2:])
+    last = [line for line in printed if not re.match(r"Connection (closed|reset) by", line)]
+    words = "; ".join(excerpt(line) for line in (last or printed)[-2:])
     return LinkError(f"{address} can't be reached by SSH: ssh says: {words or 'nothing'}")
 
 
 def _no_key(address: Address, said: Sequence[str], methods: str) -> str:
-    """What is told where a board takes none of the user's keys: which were tried."""
+    """The message when a board accepts none of the user's keys: which were tried."""
     text = "\n".join(said)
     tried = dict.fromkeys(
         re.findall(r"^debug1: Offering public key: (.*?) [A-Z0-9-]+ SHA", text, re.M)

@@ -139,8 +139,8 @@ def _source() -> Path | None:
 
 
 def kernels_for(arch: str, progress: Progress = SILENT, compiling: bool = True) -> Path | None:
-    """The library of edgesd's own kernels for `arch`, which edgesd's wheel is to bring; None for an
-    installed edgesd, whose wheel brought what there is.
+    """The library of edgesd's own kernels for `arch`, which edgesd's wheel is to include; None for
+    an installed edgesd, whose wheel included it.
 
     compiling: into the user's cache, if it isn't there; without a compiler it is logged what is
     missing.
@@ -158,7 +158,7 @@ def kernels_for(arch: str, progress: Progress = SILENT, compiling: bool = True) 
 
 
 def _put_library(wheel: Path, library: Path | None) -> None:
-    """Let edgesd's `wheel` bring `library`, and no other that lay in the checkout.
+    """Add `library` to edgesd's `wheel`, and no other that lay in the checkout.
 
     Layout and RECORD: packaging.python.org/specifications/binary-distribution-format.
     """

@@ -172,7 +172,7 @@ class _Archive:
             if at + 2 * _BLOCK > end:
                 raise BundleError(f"{path} is truncated within {name}; copy the bundle anew")
             if any(_read_at(file, data + size, at - data - size)):
-                raise BundleError(f"{path} was altered behind {name}; copy the bundle anew")
+                raise BundleError(f"{path} was altered after {name}; copy the bundle anew")
             self._members[name] = (data, size)
         tail = _read_at(file, at, end - at) if end - at == 2 * _BLOCK else None
         if tail != bytes(2 * _BLOCK):
@@ -299,7 +299,7 @@ class Bundle:
     def verified_chunks(self, name: str) -> Iterator[bytes]:
         """`chunks` of a file that the manifest lists, hashed as they are read.
 
-        Raises BundleError behind the last one when the bytes differ from the manifest.
+        Raises BundleError after the last one when the bytes differ from the manifest.
         """
         yield from self._verified_chunks(name, self.location(name))
 
@@ -388,7 +388,7 @@ class Bundle:
             if name not in self.manifest.files or PurePosixPath(name).parent != folder:
                 raise BundleError(f"{self.path}: {path} refers to {name!r}, which isn't beside it")
             if offset + length > self.size(name):
-                raise BundleError(f"{self.path}: {path} refers to bytes behind the end of {name}")
+                raise BundleError(f"{self.path}: {path} refers to bytes after the end of {name}")
             where = opened.get(name) or self.verified_location(name)
             opened[name] = where
             return f"proc/self/fd/{where.file.fileno()}", where.offset + offset

@@ -1,4 +1,4 @@
-"""Memory that a GPU computes in, behind one protocol: cuda-bindings, pycuda, and a fake of numpy.
+"""Memory that a GPU computes in, with one protocol: cuda-bindings, pycuda, and a fake of numpy.
 
 A `Buffer` has a host side, which loops read and write, and an address for the GPU. On a Jetson both
 are the same memory: nothing is copied. Elsewhere the host side is pinned, and `upload` and
@@ -181,7 +181,7 @@ class CudaBindingsMemory(Closeable):
         self._graphs, self._device, self._host, self._stream = [], [], [], None
 
     def _check(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What a call returned behind its status. Raises ResourceError or TargetError."""
+        """What a call returned after its status. Raises ResourceError or TargetError."""
         status, *values = result
         if int(status):
             _, words = self._rt.cudaGetErrorString(status)

@@ -1,6 +1,6 @@
 """edgesd's own kernels for CPUs: where their library is, and whether it can be used here.
 
-The library (C++, edgesd/kernels) is optional: bundles bring a graph that needs it beside one of
+The library (C++, edgesd/kernels) is optional: bundles have a graph that needs it beside one of
 ONNX Runtime's own operators. `edgesd kernels build` makes it (engines/kernels.py).
 """
 
@@ -22,7 +22,7 @@ from edgesd.files import user_cache
 _log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).resolve().parent.parent / "kernels"
-"""The library's source files; lib below it holds what a wheel brings."""
+"""The library's source files; lib below it holds what a wheel includes."""
 
 DISABLED = "none"
 """Value of EDGESD_KERNELS that leaves the library out."""

@@ -1,4 +1,4 @@
-"""llama.cpp behind one small interface: by llama-cpp-python, or by xllamacpp, whose wheels need no
+"""llama.cpp with one small interface: by llama-cpp-python, or by xllamacpp, whose wheels need no
 compiler on a board. Only the prompter's own process imports this."""
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def bindings() -> Any:
     sys.modules["llama_cpp"] = bare
     try:
         return importlib.import_module("llama_cpp.llama_cpp")
-    finally:  # for whoever wants all of it
+    finally:  # for readers of all of it
         del sys.modules["llama_cpp"]
         if whole is not None:
             sys.modules["llama_cpp"] = whole
@@ -220,7 +220,7 @@ class LlamaCppPython(Closeable):
         return np.ctypeslib.as_array(row, (size,)).astype(np.float64)
 
     def log_likelihoods(self, frame: list[int], answer: list[int]) -> npt.NDArray[np.float64]:
-        """Natural logarithms of the probabilities of `answer`'s tokens behind `frame`."""
+        """Natural logarithms of the probabilities of `answer`'s tokens after `frame`."""
         lib = self._lib
         both = [*frame, *answer]
         lib.llama_memory_clear(lib.llama_get_memory(self._context), True)

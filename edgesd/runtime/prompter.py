@@ -66,7 +66,7 @@ FORM_CHARACTERS = 1000
 """Of a form, at most: a text encoder takes some 77 tokens."""
 
 _ANSWER_CHARACTERS = 1000
-"""More of an answer isn't read, whatever grammar a bundle brings."""
+"""More of an answer isn't read, whatever grammar a bundle has."""
 
 _LINE_BYTES = 64 << 10
 """Of a line that the process answers, at most."""
@@ -188,7 +188,7 @@ def _answers(
         threads=threads,
     )
     try:
-        told = msgspec.json.encode(task)
+        task_json = msgspec.json.encode(task)
     except UnicodeEncodeError:
         yield Refusal(f"{prompter.base} has a name that isn't UTF-8: rename its folder")
         return
@@ -199,7 +199,7 @@ def _answers(
         yield Refusal(f"it can't be started: {exc.strerror or exc}")
         return
     try:
-        talk = _Talk(worker, told, len(user_prompts))
+        talk = _Talk(worker, task_json, len(user_prompts))
         for number in range(len(user_prompts)):
             start = seconds if number == 0 else 0.0
             try:
@@ -224,13 +224,13 @@ class _Talk:
     """What goes to a worker and comes from it, in threads: a pipe has no time limit, and a worker
     may read nothing, or print without end."""
 
-    def __init__(self, worker: subprocess.Popen[bytes], told: bytes, answers: int) -> None:
+    def __init__(self, worker: subprocess.Popen[bytes], task_json: bytes, answers: int) -> None:
         self.lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         """At most `answers` lines as they come, then None."""
         self._worker, self._noise = worker, b""
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
-        threading.Thread(target=self._tell, args=(told,), daemon=True).start()
+        threading.Thread(target=self._write, args=(task_json,), daemon=True).start()
         threading.Thread(target=self._read, args=(answers,), daemon=True).start()
 
     def ending(self, seconds: float) -> str:
@@ -243,10 +243,10 @@ class _Talk:
         tail = " ".join(self._noise.decode(errors="replace").split())[-200:]
         return f"it ended with {status} ({tail or 'silent'})"
 
-    def _tell(self, told: bytes) -> None:
+    def _write(self, task_json: bytes) -> None:
         assert self._worker.stdin
         with contextlib.suppress(OSError), self._worker.stdin as pipe:  # its last words say why
-            pipe.write(told)
+            pipe.write(task_json)
 
     def _read(self, answers: int) -> None:
         assert self._worker.stdout
@@ -297,7 +297,7 @@ def prompter_in(folder: Path) -> Prompter:
 
 
 def prompter_of(bundle: Bundle) -> Prompter:
-    """The prompter that a bundle brings, its files verified.
+    """The prompter of a bundle, its files verified.
 
     llama.cpp can't read within a one-file bundle: from there its files are copied once, into the
     user's cache. Raises BundleError when the bundle has none, was altered, or isn't trusted here.
@@ -306,7 +306,7 @@ def prompter_of(bundle: Bundle) -> Prompter:
     spec = bundle.manifest.prompter
     if spec is None:
         raise BundleError(
-            f"{bundle.path} brings no prompter: build it with --prompter, or leave --enhance out"
+            f"{bundle.path} includes no prompter: build it with --prompter, or leave --enhance out"
         )
     check_form(spec.form)
     grammar = GRAMMAR

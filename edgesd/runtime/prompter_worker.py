@@ -20,7 +20,7 @@ from edgesd.runtime.memory import peak_bytes
 
 
 def main() -> int:
-    """Answer; exit status 0, or 1 behind a refusal."""
+    """Answer; exit status 0, or 1 after a refusal."""
     lines = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # libraries may print
     with contextlib.suppress(OSError):  # if a model takes all memory, this process is to go

@@ -31,7 +31,7 @@ Word = Annotated[str, Meta(pattern=_WORD)]
 """A name of a target, an architecture, a backend, a component."""
 Label = Annotated[str, Meta(pattern=_LABEL)]
 Text = Annotated[str, Meta(max_length=10_000)]
-"""For people. Whoever prints it cleans it."""
+"""For people. It is cleaned where it is printed."""
 Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Size = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]

@@ -365,6 +365,6 @@ def cmdline(process: int) -> bytes:
 
 def test_slots_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGESD_HOME", str(tmp_path / "edgesd"))
-    assert "none: edgesd deploy brings one" in run_cli("slots", "show").out
+    assert "none: edgesd deploy installs one" in run_cli("slots", "show").out
     assert_refused(run_cli("slots", "check"), "no bundle is active")
     assert_refused(run_cli("slots", "install", "0" * 64, "1" * 64), "hasn't arrived")

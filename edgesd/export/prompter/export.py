@@ -124,7 +124,7 @@ def export(
 
 
 def read_report(run: Path) -> TrainingReport:
-    """What the training in the folder `run` came to. Raises InputError."""
+    """The result of the training in the folder `run`. Raises InputError."""
     if not (run / REPORT).is_file():
         raise InputError(f"{run} holds no finished training")
     text = read_text(run / REPORT)

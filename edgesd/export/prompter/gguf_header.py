@@ -45,7 +45,7 @@ def _check(path: Path) -> None:
                 raise ValueError(f"a tensor has the shape {dims}")
             walk.take(4)
             if walk.number("Q") > len(data):
-                raise ValueError("a tensor lies behind the end of the file")
+                raise ValueError("a tensor lies after the end of the file")
 
 
 class _Walk:
@@ -71,7 +71,7 @@ class _Walk:
         return int(struct.unpack_from(f"<{kind}", self._data, start)[0])
 
     def string(self) -> None:
-        """Go on behind a string."""
+        """Continue after a string."""
         self.take(self.number("Q"))
 
     def items(self, count: int) -> range:
@@ -82,7 +82,7 @@ class _Walk:
         return range(count)
 
     def value(self, kind: int, within: bool = False) -> None:
-        """Go on behind a value of a type."""
+        """Continue after a value of a type."""
         if kind == self._STRING:
             self.string()
         elif kind == self._ARRAY and not within:

@@ -94,7 +94,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def _package() -> Any:
     try:
-        with quiet():  # bitsandbytes tells of what it can't do
+        with quiet():  # bitsandbytes logs what it can't do
             import apollo_torch
     except ImportError as exc:
         raise MissingDependencyError(

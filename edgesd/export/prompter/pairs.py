@@ -121,7 +121,7 @@ def clean_prompt(prompt: str) -> str:
 def boilerplate(prompts: Sequence[str]) -> tuple[str, str]:
     """What nearly all prompts begin and end with, whole words; "" for nothing.
 
-    A word is boilerplate only before (behind) words that differ: prompts that are all the same
+    A word is boilerplate only before (after) words that differ: prompts that are all the same
     have none.
     """
     words = [prompt.split(" ") for prompt in prompts]
@@ -165,7 +165,7 @@ def read_pairs(path: Path) -> PairSet:
     try:
         header = decode_json(lines[0] if lines else "", Header)
         pairs = []
-        for number, line in enumerate(lines[1:], start=2):  # noqa: B007 - the message tells it
+        for number, line in enumerate(lines[1:], start=2):  # noqa: B007 - the message has it
             pairs.append(decode_json(line, Pair))
     except InputError as exc:
         raise InputError(

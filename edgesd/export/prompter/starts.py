@@ -3,8 +3,8 @@
 default: nothing (B = 0), beside the base. pissa: the weights' principal directions, beside what is
 left of them (Meng et al. 2024, arXiv 2404.02948); written as an adapter of twice the rank for the
 base as it was. loftq and loftq-gguf: what rounding takes away, beside the rounded base, which the
-run then brings (`OWN_BASE`); peft's rounds to NF4, which GGUF files don't know, so that its base is
-written in fp16; loftq-gguf rounds to the very grid of the file. loftq-gguf-control: loftq-gguf's
+run then includes (`OWN_BASE`); peft's rounds to NF4, which GGUF files don't know, so that its base
+is written in fp16; loftq-gguf rounds to the very grid of the file. loftq-gguf-control: loftq-gguf's
 norms in random directions.
 """
 
@@ -93,7 +93,7 @@ def with_adapter(base: Base, settings: AdapterSettings, **options: Any) -> PeftM
     """`base` with an adapter on all linear layers of its blocks. options: peft's. Raises
     MissingDependencyError."""
     try:
-        with quiet():  # bitsandbytes tells of what it can't do, where it is installed
+        with quiet():  # bitsandbytes logs what it can't do, where it is installed
             from peft import LoraConfig, get_peft_model
     except ImportError as exc:
         raise MissingDependencyError(

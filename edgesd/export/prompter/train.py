@@ -56,7 +56,7 @@ Row = tuple[list[int], list[int]]
 
 
 LEARNING_RATES = {"lora": 1e-3, "adamw": 1e-4, "galore": 1e-3, "galore8bit": 1e-3, "apollo": 3e-4}
-"""Unless told otherwise: of an adapter, and of all weights by optimizer."""
+"""Defaults: of an adapter, and of all weights by optimizer."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class TrainingReport(Spec, frozen=True):
     """training.json. Losses in nats per token over the same held-out pairs; seconds: of the steps;
     peak_bytes: of the process; state_bytes: of the optimizer, weights and gradients aside.
 
-    base: of a run that brings its own (LoftQ), that one. rank, alpha: of the adapter as written;
+    base: of a run that has its own (LoftQ), that one. rank, alpha: of the adapter as written;
     both 0 without one. starts: held-out loss before training, by what the adapter could begin as:
     LoftQ's beside nothing and the control.
     """
@@ -146,7 +146,7 @@ def train(
         _restore(model, optimizer, state)
     begun = saved = time.monotonic()
 
-    def told(step: int, loss: float) -> None:
+    def on_step(step: int, loss: float) -> None:
         nonlocal saved
         progress.update("train", step, training.steps, f"loss {loss:.3f}")
         now = time.monotonic()
@@ -156,7 +156,7 @@ def train(
             kept["seconds"] = spent + now - begun
             _save_state(out / STATE, model, optimizer, kept)
 
-    fit(model, optimizer, rows, training, start, told)
+    fit(model, optimizer, rows, training, start, on_step)
     seconds = spent + time.monotonic() - begun
     after = held_loss(model, held)
     if not after < float("inf"):
@@ -206,9 +206,9 @@ def fit(
     rows: Sequence[Row],
     training: Training,
     start: int = 0,
-    told: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
 ) -> None:
-    """The steps from `start` on; `told` of each: steps done, and its loss in nats per token."""
+    """The steps from `start` on; `on_step` of each: steps done, and its loss in nats per token."""
     weights = [p for p in model.parameters() if p.requires_grad]
     for step in range(start, training.steps):
         for group in optimizer.param_groups:
@@ -218,8 +218,8 @@ def fit(
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        if told:
-            told(step + 1, float(loss.detach()))
+        if on_step:
+            on_step(step + 1, float(loss.detach()))
 
 
 def _started(base: Path, out: Path, training: Training, progress: Progress) -> Started:

@@ -71,7 +71,7 @@ def _choice() -> str:
 
 def sampler_of(class_name: str, config: Mapping[str, Any]) -> str:
     """The name of the sampler for a model whose scheduler is the diffusers class `class_name`, with
-    its options: its own, or the nearest that takes them, of which a warning tells.
+    its options: its own, or the nearest that takes them, with a warning.
 
     Raises InputError where there is neither; it names those that may be chosen.
     """

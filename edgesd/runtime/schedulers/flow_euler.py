@@ -93,7 +93,7 @@ class FlowEuler(Scheduler):
         """See Scheduler; at most num_train_timesteps steps.
 
         With use_dynamic_shifting the shift mu is taken as given or else from image_seq_len;
-        without, both are ignored. sigmas [n]: before shifting, where a pipeline brings its own
+        without, both are ignored. sigmas [n]: before shifting, where a pipeline has its own
         (Flux: linspace(1, 1 / n, n)). Raises UsageError when the shift is missing or sigmas
         doesn't have n values inside (0, 1].
         """

@@ -33,7 +33,7 @@ from edgesd.runtime.prompter import (
 )
 from edgesd.runtime.tokenizer import tokenizer_of
 from edgesd.spec.bundle import PrompterSpec
-from tests.support import assert_refused, run_cli, write_bundle
+from tests.support import Recorded, assert_refused, run_cli, write_bundle
 
 PLAIN = PrompterSpec("base.gguf", None, "emoji", "{}", "a licence")
 
@@ -295,7 +295,7 @@ def test_an_altered_prompter_is_refused(with_prompter: Bundle) -> None:
 def test_a_bundle_without_one(miniature: Bundle) -> None:
     outcome = run_cli("generate", miniature.path, "-p", "a cat", "--enhance", "--any-machine")
     assert outcome.code == 4
-    assert_refused(outcome, "brings no prompter: build it with --prompter")
+    assert_refused(outcome, "includes no prompter: build it with --prompter")
 
 
 def test_generate_enhances_and_says_so(with_prompter: Bundle, pretend, tmp_path: Path) -> None:
@@ -344,14 +344,14 @@ def test_a_prompter_that_knows_is_judged_to_help(with_prompter: Bundle, pretend)
     judge_folder = demo_judge()
     assert judge_folder
     pretend(ORACLE)
-    told = []
+    progress = Recorded()
     by_text = open_agreement(judge_folder)
-    found = judge(with_prompter, PAIRS, Pixels(), by_text, lambda *step: told.append(step))
+    found = judge(with_prompter, PAIRS, Pixels(), by_text, progress)
     assert found.exact.mean == 1.0 and found.seconds == 0.5
     assert found.agreement and found.agreement.judge == by_text.name
     assert 0 <= found.agreement.score_wanted.mean <= 100
     assert found.gain.mean > 0 and found.distance_prompt.mean < found.distance_user_prompt.mean
-    assert told[-1] == ("prompts", 3, 3)
+    assert progress.updates[-1] == ("prompts", 3, 3)
     assert [w.prompt for w in found.user_prompts] == [wanted for _, wanted in PAIRS]
 
 

@@ -76,7 +76,7 @@ HUGE = 2**60
         (header(1, 0, pair("x", 99, b"")), "value of type 99"),
         (header(0, 1, tensor("t", (2**40, 2**40))), "has the shape"),
         (header(0, 1, text("t") + struct.pack("<I", 2**31) + bytes(200)), "has the shape"),
-        (header(0, 1, tensor("t", (2, 2), HUGE)), "behind the end"),
+        (header(0, 1, tensor("t", (2, 2), HUGE)), "after the end"),
     ],
 )
 def test_a_header_that_leads_out_of_its_file_is_refused(
