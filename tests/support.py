@@ -232,7 +232,8 @@ def pipeline_spec() -> PipelineSpec:
     )
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, pad: int = 2) -> None:
+    """Write a tokenizer of a few words to the new `folder`. pad: id of what fills up a prompt."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ["<unk>", "<|startoftext|>", "<|endoftext|>", "a", "red", "apple", "blue", "cat"]
@@ -247,7 +248,7 @@ def _write_tokenizer(folder: Path) -> None:
     folder.mkdir()
     (folder / "tokenizer.json").write_text(tokenizer.to_str())
     (folder / "tokenizer_spec.json").write_text(
-        json.dumps({"max_length": 77, "pad_id": 2, "bos_id": 1, "eos_id": 2})
+        json.dumps({"max_length": 77, "pad_id": pad, "bos_id": 1, "eos_id": 2})
     )
 
 
@@ -260,7 +261,7 @@ def write_bundle(
     """Write the miniature pipeline as a bundle to the new folder `root`."""
     root.mkdir(parents=True)
     _write_graphs(root)
-    _write_tokenizer(root / "tokenizer")
+    write_tokenizer(root / "tokenizer")
     (root / "LICENSE").write_text("Public domain.\n")
     spec = pipeline_spec()
     manifest = BundleManifest(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgesd.errors import InputError
-from edgesd.runtime.arrays import Array
+from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.fake import FakeRunner
 from edgesd.runtime.conditioning import Conditioned
 from edgesd.runtime.denoise import Start, Step, denoise, guidance_scale_embedding
@@ -76,6 +76,31 @@ def test_steps_are_reported_in_order() -> None:
     denoise(WIRING, runners, scheduler, start, conditioned, 1.0, noise, on_step=seen.append)
     assert [(step.index, step.count) for step in seen] == [(0, 3), (1, 3), (2, 3)]
     assert all(step.seconds >= 0 for step in seen)
+
+
+def test_a_start_in_the_middle_takes_the_steps_that_are_left() -> None:
+    """As an image that is changed, not made anew, takes them."""
+    scheduler = create_scheduler("ddim", {"clip_sample": False})
+    scheduler.set_timesteps(5)
+    runner = FakeRunner(SPEC, predict)
+    states = {STATES: np.zeros((1, 77, 8), np.float32)}
+    steps: list[Step] = []
+    after: list[int] = []
+
+    def after_step(index: int, latents: Float) -> Float:
+        after.append(index)
+        return np.full_like(latents, index)
+
+    start = Start(np.ones((1, 4, 4, 4), np.float32), first_step=3, after_step=after_step)
+    conditioned, noise = Conditioned(states, None), BatchNoise([0])
+    found = denoise(
+        WIRING, {SPEC.name: runner}, scheduler, start, conditioned, 1.0, noise, on_step=steps.append
+    )
+    assert after == [3, 4] and runner.runs == 2
+    assert [(step.index, step.count) for step in steps] == [(0, 2), (1, 2)]
+    assert runner.inputs["timestep"][0] == scheduler.timesteps[4]
+    np.testing.assert_array_equal(runner.inputs["sample"], 3)
+    np.testing.assert_array_equal(found, 4)
 
 
 def test_infinite_latents_are_refused_with_the_step() -> None:

@@ -1,0 +1,527 @@
+"""Wirings as data: stages in their order, inputs filled as they say, and wrong ones refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from edgesd.engines.bundle import file_entries, write_manifest
+from edgesd.errors import BundleError
+from edgesd.runtime import tasks
+from edgesd.runtime.arrays import Array, Float
+from edgesd.runtime.backends.fake import FakeRunner
+from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, checksum_line, open_bundle
+from edgesd.runtime.denoise import Start
+from edgesd.runtime.flow import GuidanceMode, Stage, flow_of
+from edgesd.runtime.memory import MemoryMode
+from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.requests import CompleteRequest, Request
+from edgesd.runtime.schedulers import Scheduler
+from edgesd.runtime.schedulers.base import Noise
+from edgesd.runtime.tasks import Task
+from edgesd.spec.base import decode_json
+from edgesd.spec.bundle import (
+    SCHEMA_VERSION,
+    BundleManifest,
+    Engine,
+    Footprint,
+    Licence,
+    Parity,
+)
+from edgesd.spec.pipeline import (
+    ComponentSpec,
+    DecoderSpec,
+    DenoiserSpec,
+    Dim,
+    InputSpec,
+    LatentSpec,
+    Part,
+    PipelineSpec,
+    SchedulerSpec,
+    ShapeSpec,
+    SideSpec,
+    TensorSpec,
+    TextSpec,
+    Wiring,
+    stable_diffusion,
+)
+from tests.support import pipeline_spec, run_cli, write_tokenizer
+
+C, SCALE, TOKENS, STEPS = 4, 2, 77, 3
+LATENT: tuple[Dim, ...] = ("batch", C, "height", "width")
+
+
+def f32(name: str, *shape: Dim) -> TensorSpec:
+    return TensorSpec(name, "float32", shape)
+
+
+COMPONENTS = {
+    "words": ComponentSpec(
+        "words", (TensorSpec("ids", "int64", ("batch", TOKENS)),), (f32("hidden", "b", TOKENS, 8),)
+    ),
+    "phrases": ComponentSpec(
+        "phrases",
+        (TensorSpec("ids", "int64", ("batch", TOKENS)),),
+        (f32("hidden", "b", TOKENS, 4), f32("pooled", "b", 4)),
+    ),
+    "adapter": ComponentSpec(
+        "adapter", (f32("hint", "batch", 3, "h", "w"),), (f32("feature", *LATENT),)
+    ),
+    "sketch": ComponentSpec(
+        "sketch",
+        (
+            f32("x", *LATENT),
+            f32("t", 1),
+            f32("text", "batch", TOKENS, 8),
+            f32("hint", "batch", 3, "h", "w"),
+        ),
+        (f32("residual", *LATENT),),
+    ),
+    "net": ComponentSpec(
+        "net",
+        (
+            f32("x", "batch", 2 * C + 1, "height", "width"),
+            f32("t", 1),
+            f32("text", "batch", TOKENS, 12),
+            f32("vector", "batch", 4),
+            f32("residual", *LATENT),
+            f32("feature", *LATENT),
+        ),
+        (f32("noise", *LATENT),),
+    ),
+    "painter": ComponentSpec(
+        "painter", (f32("z", *LATENT),), (f32("pixels", "batch", 3, "h", "w"),)
+    ),
+}
+HIDDEN, PHRASES, POOLED = (
+    Part("words", "hidden"),
+    Part("phrases", "hidden"),
+    Part("phrases", "pooled"),
+)
+RESIDUAL, FEATURE = Part("sketch", "residual"), Part("adapter", "feature")
+WIRING = Wiring(
+    texts=(TextSpec("words", "tokenizer", "ids"), TextSpec("phrases", "tokenizer_2", "ids")),
+    sides=(
+        SideSpec("adapter", "once", (InputSpec("hint", "control"),)),
+        SideSpec(
+            "sketch",
+            "each_step",
+            (
+                InputSpec("x", "sample"),
+                InputSpec("t", "timestep"),
+                InputSpec("text", "joined", (HIDDEN,)),
+                InputSpec("hint", "control"),
+            ),
+        ),
+    ),
+    denoiser=DenoiserSpec(
+        "net",
+        (
+            InputSpec("x", "sample"),
+            InputSpec("t", "timestep"),
+            InputSpec("text", "joined", (HIDDEN, PHRASES)),
+            InputSpec("vector", "joined", (POOLED,)),
+            InputSpec("residual", "side", (RESIDUAL,)),
+            InputSpec("feature", "side", (FEATURE,)),
+        ),
+        "noise",
+        concat=("mask", "masked"),
+    ),
+    decoder=DecoderSpec("painter", "z", "pixels"),
+    zero_negative=True,
+)
+SPEC = PipelineSpec(
+    family="fakes",
+    source="fakes",
+    source_sha256="0" * 64,
+    components=COMPONENTS,
+    scheduler=SchedulerSpec("euler", {}),
+    latent=LatentSpec(C, SCALE, 1.0),
+    shape=ShapeSpec(16, 12, 8, dynamic=True, multiple_of=SCALE),
+    max_tokens=TOKENS,
+    num_inference_steps=STEPS,
+    guidance_scale=3.0,
+    wiring=WIRING,
+)
+REQUESTS = (Request("a red cat", 1), Request("a blue apple", 2, negative_prompt="a cat"))
+
+
+def write(root: Path, spec: PipelineSpec) -> Bundle:
+    """A bundle without networks: its runners are fakes."""
+    for name in spec.components:
+        (root / name).mkdir(parents=True)
+        (root / name / "model.onnx").write_bytes(b"x")
+    write_tokenizer(root / "tokenizer")
+    write_tokenizer(root / "tokenizer_2", pad=0)
+    footprint = Footprint(1, 0, 1, 0, 1, ((1, 1, 1),))
+    manifest = BundleManifest(
+        schema_version=SCHEMA_VERSION,
+        name="fakes",
+        target="x86-64-cpu",
+        arch="x86_64",
+        backend="onnxruntime",
+        precision="fp32",
+        pipeline=spec,
+        engines={
+            name: Engine(
+                name,
+                f"{name}/model.onnx",
+                "onnxruntime",
+                "fp32",
+                Parity(0.0, 0.0, 1e-4),
+                footprint=footprint,
+            )
+            for name in spec.components
+        },
+        licence=Licence("CC0-1.0"),
+        tools={},
+        files=file_entries(root),
+    )
+    write_manifest(root, manifest)
+    return open_bundle(root)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    monkeypatch.setitem(
+        tasks.TASKS, "text", Task(prepare, frozenset(("mask", "masked", "control")))
+    )
+    return write(tmp_path / "bundle", SPEC)
+
+
+def images_of(requests: Sequence[CompleteRequest]) -> dict[Any, Float]:
+    """Mask, masked latents and control image of each request, from its seed."""
+    found: dict[Any, list[Float]] = {"mask": [], "masked": [], "control": []}
+    for request in requests:
+        rng = np.random.default_rng(request.seed)
+        h, w = request.height // SCALE, request.width // SCALE
+        found["mask"].append(rng.random((1, h, w), np.float32).round())
+        found["masked"].append(rng.standard_normal((C, h, w), np.float32))
+        found["control"].append(rng.random((3, request.height, request.width), np.float32))
+    return {fill: np.stack(rows) for fill, rows in found.items()}
+
+
+def prepare(
+    spec: PipelineSpec, requests: Sequence[CompleteRequest], scheduler: Scheduler, noise: Noise
+) -> Start:
+    first = requests[0]
+    latents = noise((len(requests), C, first.height // SCALE, first.width // SCALE))
+    return Start(latents * np.float32(scheduler.init_noise_sigma), given=images_of(requests))
+
+
+def words(inputs: Mapping[str, Any]) -> dict[str, Array]:
+    wave = np.arange(1, 9, dtype=np.float32) / 8
+    return {"hidden": np.sin(inputs["ids"][..., None].astype(np.float32) * wave)}
+
+
+def phrases(inputs: Mapping[str, Any]) -> dict[str, Array]:
+    hidden = np.cos(inputs["ids"][..., None].astype(np.float32) * np.arange(1, 5, dtype=np.float32))
+    return {"hidden": hidden, "pooled": hidden.mean(axis=1)}
+
+
+def adapter(inputs: Mapping[str, Any]) -> dict[str, Array]:
+    small = inputs["hint"][:, :, ::SCALE, ::SCALE]
+    return {"feature": np.concatenate([small, small[:, :1] * 2], axis=1)}
+
+
+def by_row(values: Any) -> Any:
+    return values.reshape(len(values), -1).mean(axis=1)[:, None, None, None]
+
+
+def sketch(inputs: Mapping[str, Any]) -> dict[str, Array]:
+    rows = by_row(inputs["text"]) + by_row(inputs["hint"]) + inputs["t"] * 1e-3
+    return {"residual": np.tanh(inputs["x"] + rows).astype(np.float32)}
+
+
+def net(inputs: Mapping[str, Any]) -> dict[str, Array]:
+    x = inputs["x"]
+    rows = by_row(inputs["text"]) + by_row(inputs["vector"]) + inputs["t"] * 1e-3
+    kept = x[:, C : C + 1] * x[:, C + 1 :]
+    mixed = x[:, :C] + kept + 0.3 * inputs["residual"] + 0.1 * inputs["feature"] + rows
+    return {"noise": np.tanh(mixed).astype(np.float32)}
+
+
+def painter(inputs: Mapping[str, Any]) -> dict[str, Array]:
+    return {"pixels": np.tanh(inputs["z"][:, :3].repeat(SCALE, 2).repeat(SCALE, 3))}
+
+
+FUNCTIONS: dict[str, Callable[[Mapping[str, Any]], dict[str, Array]]] = {
+    "words": words,
+    "phrases": phrases,
+    "adapter": adapter,
+    "sketch": sketch,
+    "net": net,
+    "painter": painter,
+}
+
+
+class Fakes:
+    """Opens fakes, and writes down what happens to them, and what each is given."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.seen: dict[str, list[dict[str, Any]]] = {name: [] for name in FUNCTIONS}
+        self.made: dict[str, list[dict[str, Any]]] = {name: [] for name in FUNCTIONS}
+
+    def __call__(self, component: str) -> FakeRunner:
+        def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+            self.seen[component].append({name: array.copy() for name, array in inputs.items()})
+            out = FUNCTIONS[component](inputs)
+            self.made[component].append(out)
+            return out
+
+        self.events.append(f"+{component}")
+        runner = FakeRunner(COMPONENTS[component], run)
+        closed = runner.close
+
+        def close() -> None:
+            self.events.append(f"-{component}")
+            closed()
+
+        runner.close = close  # type: ignore[method-assign]
+        return runner
+
+
+def generated(
+    bundle: Bundle, mode: GuidanceMode = "batched", memory: MemoryMode = "fast"
+) -> tuple[list[bytes], Fakes]:
+    fakes = Fakes()
+    settings = Settings(made_here=True, memory=memory, guidance_mode=mode)
+    with Pipeline(bundle, settings, fakes) as pipeline:
+        images = pipeline.generate(REQUESTS)
+        assert [image.size for image in images] == [(12, 16)] * 2
+    return [image.tobytes() for image in images], fakes
+
+
+def test_every_input_gets_what_the_wiring_says(bundle: Bundle) -> None:
+    _, fakes = generated(bundle)
+    seen, made = fakes.seen, fakes.made
+    # Each distinct prompt once by each encoder, through its own tokenizer.
+    assert [len(seen[name]) for name in ("words", "phrases")] == [3, 3]
+    padding = [seen[name][0]["ids"][0, -1] for name in ("words", "phrases")]
+    assert padding == [2, 0]
+    hidden = [out["hidden"] for out in made["words"]]
+    phrase, pooled = ([out[name] for out in made["phrases"]] for name in ("hidden", "pooled"))
+
+    def halves(cat: Float, apple: Float, negative: Float) -> Float:
+        """Negative rows, the first of them zeros: nothing was asked for. Then the positive ones."""
+        return np.concatenate([np.zeros_like(cat), negative, cat, apple])
+
+    given = images_of([pipeline_request(bundle, request) for request in REQUESTS])
+    twice = {fill: np.concatenate([value, value]) for fill, value in given.items()}
+    features = adapter({"hint": given["control"]})["feature"]
+    assert len(seen["adapter"]) == 2  # once for each image
+    assert len(seen["net"]) == len(seen["sketch"]) == STEPS
+    for step, (ours, side, residual) in enumerate(
+        zip(seen["net"], seen["sketch"], made["sketch"], strict=True)
+    ):
+        np.testing.assert_array_equal(ours["x"][:, C : C + 1], twice["mask"])
+        np.testing.assert_array_equal(ours["x"][:, C + 1 :], twice["masked"])
+        np.testing.assert_array_equal(ours["x"][:2, :C], ours["x"][2:, :C])
+        np.testing.assert_array_equal(side["x"], ours["x"][:, :C])
+        np.testing.assert_array_equal(side["hint"], twice["control"])
+        np.testing.assert_array_equal(side["text"], halves(*hidden))
+        both = [np.concatenate(pair, axis=-1) for pair in zip(hidden, phrase, strict=True)]
+        np.testing.assert_array_equal(ours["text"], halves(*both))
+        np.testing.assert_array_equal(ours["vector"], halves(*pooled))
+        np.testing.assert_array_equal(ours["residual"], residual["residual"])
+        np.testing.assert_array_equal(ours["feature"], np.concatenate([features, features]))
+        assert ours["t"] == side["t"] and (step == 0 or ours["t"] < seen["net"][step - 1]["t"])
+
+
+def pipeline_request(bundle: Bundle, request: Request) -> CompleteRequest:
+    with Pipeline(bundle, Settings(made_here=True), Fakes()) as pipeline:
+        return pipeline.complete(request)
+
+
+@pytest.mark.parametrize("memory", ["fast", "balanced", "stream"])
+def test_modes_of_guidance_and_memory_give_the_same_images(
+    memory: MemoryMode, bundle: Bundle
+) -> None:
+    assert generated(bundle)[0] == generated(bundle, "sequential", memory)[0]
+
+
+def test_what_is_not_needed_any_more_is_released(bundle: Bundle) -> None:
+    _, fakes = generated(bundle, memory="balanced")
+    *before, a, b, c, d, last, end = fakes.events
+    assert before == ["+words", "-words", "+phrases", "-phrases", "+adapter", "-adapter"]
+    assert [a, b, *sorted((c, d))] == ["+sketch", "+net", "-net", "-sketch"]
+    assert [last, end] == ["+painter", "-painter"]
+    assert [event[0] for event in generated(bundle)[1].events] == ["+"] * 6 + ["-"] * 6
+
+
+def test_stages_are_in_the_order_of_their_runs() -> None:
+    flow = flow_of(SPEC)
+    assert flow.components == ("words", "phrases", "adapter", "sketch", "net", "painter")
+    assert [len(group) for group in flow.groups] == [1, 1, 1, 2, 1]
+    assert flow.denoiser == Stage("net", "denoiser", "step")
+    assert flow.stage("painter") == flow.decoder and flow.stage("another") is None
+    assert flow.guided(3.0) and not flow.guided(1.0)
+    assert not flow_of(
+        msgspec.structs.replace(SPEC, wiring=stable_diffusion(distilled=True))
+    ).guided(3.0)
+
+
+@pytest.mark.parametrize(
+    ("per", "mode", "rows", "runs"),
+    [
+        ("prompt", "batched", 1, 2),
+        ("image", "sequential", 1, 1),
+        ("step", "batched", 6, 20),
+        ("step", "sequential", 3, 40),
+    ],
+)
+def test_rows_and_runs_of_a_stage(per: Any, mode: GuidanceMode, rows: int, runs: int) -> None:
+    stage = Stage("net", "denoiser", per)
+    assert (stage.rows(3, True, mode), stage.runs(20, True, mode)) == (rows, runs)
+    unguided = {"prompt": 1, "image": 1, "step": 20}[per]
+    assert stage.runs(20, False, mode) == unguided
+    assert stage.rows(3, False, mode) == (3 if per == "step" else 1)
+
+
+def changed(**fields: Any) -> Wiring:
+    return msgspec.structs.replace(WIRING, **fields)
+
+
+def denoiser(**fields: Any) -> Wiring:
+    return changed(denoiser=msgspec.structs.replace(WIRING.denoiser, **fields))
+
+
+def input_of(index: int, *values: Any) -> Wiring:
+    inputs = [*WIRING.denoiser.inputs]
+    inputs[index] = InputSpec(inputs[index].name, *values)
+    return denoiser(inputs=tuple(inputs))
+
+
+WRONG: dict[str, tuple[Wiring, str]] = {
+    "a component that isn't there": (denoiser(component="nobody"), "has no nobody"),
+    "one component twice": (
+        changed(decoder=DecoderSpec("net", "x", "noise")),
+        "a component in two places",
+    ),
+    "an output that isn't there": (
+        input_of(2, "joined", (HIDDEN, Part("phrases", "nothing"))),
+        "nothing of phrases: there is none",
+    ),
+    "a side among texts": (input_of(2, "joined", (RESIDUAL,)), "residual of sketch: there is none"),
+    "a text among sides": (input_of(4, "side", (HIDDEN,)), "hidden of words: there is none"),
+    "the decoder's output": (
+        input_of(4, "side", (Part("painter", "pixels"),)),
+        "pixels of painter: there is none",
+    ),
+    "widths that don't add up": (input_of(2, "joined", (HIDDEN,)), "net .* has text as"),
+    "ranks that differ": (input_of(2, "joined", (HIDDEN, POOLED)), "can't be joined"),
+    "another rank": (input_of(3, "joined", (PHRASES,)), "net .* has vector as"),
+    "no timestep": (input_of(1, "control"), "not one timestep"),
+    "two samples": (input_of(4, "sample"), "not one sample"),
+    "another number of channels": (denoiser(concat=()), "net .* has x as"),
+    "a mask twice": (denoiser(concat=("mask", "mask")), "a part of its sample twice"),
+    "another output": (denoiser(output="other"), "net .* has the outputs noise, not other"),
+    "an input that nothing fills": (
+        denoiser(inputs=WIRING.denoiser.inputs[:-1]),
+        "net .* has the inputs",
+    ),
+    "an input that isn't there": (
+        denoiser(inputs=(*WIRING.denoiser.inputs, InputSpec("more", "mask"))),
+        "net .* has the inputs",
+    ),
+    "a side that runs once and sees the sample": (
+        changed(sides=(msgspec.structs.replace(WIRING.sides[1], when="once"), WIRING.sides[0])),
+        "'sample' isn't known then",
+    ),
+    "token ids that aren't": (
+        changed(texts=(*WIRING.texts, TextSpec("sketch", "tokenizer", "x")), sides=()),
+        "there is none|sketch .* has",
+    ),
+    "an image of four colours": (
+        changed(decoder=DecoderSpec("adapter", "hint", "feature"), sides=WIRING.sides[1:]),
+        "there is none|adapter .* has",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_wiring_is_refused_in_one_line(name: str, bundle: Bundle, tmp_path: Path) -> None:
+    wiring, words = WRONG[name]
+    wrong = write(tmp_path / "wrong", msgspec.structs.replace(SPEC, wiring=wiring))
+    with pytest.raises(BundleError, match=words) as caught:
+        Pipeline(wrong, Settings(made_here=True), Fakes())
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_no_task_gives_is_refused(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "bundle", SPEC)
+    with pytest.raises(BundleError, match=r"fakes needs control, mask, masked .* upgrade edgesd"):
+        Pipeline(bundle, Settings(made_here=True), Fakes())
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (("denoiser", "inputs", 0, "fill"), "size_ids"),
+        (("denoiser", "inputs", 0, "parts"), [{"component": "words", "output": "hidden"}]),
+        (("denoiser", "inputs", 2, "parts"), []),
+        (("denoiser", "concat"), ["control"]),
+        (("sides", 0, "when"), "sometimes"),
+        (("texts",), []),
+        (("texts", 0, "tokenizer"), "../tokenizer"),
+        (("tasks",), ["video"]),
+        (("tasks",), []),
+        (("more",), 1),
+    ],
+)
+def test_words_that_this_version_lacks_are_refused_in_one_line(
+    at: tuple[Any, ...], value: Any, tmp_path: Path
+) -> None:
+    root = write(tmp_path / "bundle", SPEC).path
+    manifest = json.loads((root / MANIFEST).read_bytes())
+    inner = manifest["pipeline"]["wiring"]
+    for key in at[:-1]:
+        inner = inner[key]
+    inner[at[-1]] = value
+    rewrite(root, manifest)
+    with pytest.raises(BundleError, match=r"bundle\.json isn't valid") as caught:
+        open_bundle(root)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def rewrite(root: Path, manifest: dict[str, Any]) -> None:
+    raw = json.dumps(manifest).encode()
+    (root / MANIFEST).write_bytes(raw)
+    (root / CHECKSUM).write_bytes(checksum_line(raw))
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_bundles_of_older_schemas_have_the_wiring_of_stable_diffusion(
+    distilled: bool, tmp_path: Path
+) -> None:
+    spec = pipeline_spec()
+    unet = spec.components["unet"]
+    if distilled:
+        unet = msgspec.structs.replace(
+            unet, inputs=(*unet.inputs, f32("timestep_cond", "batch", 8))
+        )
+    spec = msgspec.structs.replace(spec, components={**spec.components, "unet": unet})
+    root = write(tmp_path / "bundle", spec).path
+    manifest = json.loads((root / MANIFEST).read_bytes())
+    del manifest["pipeline"]["wiring"]
+    rewrite(root, manifest | {"schema_version": 7})
+    found = open_bundle(root).manifest.pipeline
+    assert found.wiring == stable_diffusion(distilled)
+    assert flow_of(found).components == ("text_encoder", "unet", "vae_decoder")
+    assert flow_of(found).distilled == distilled
+
+
+def test_a_wiring_is_the_same_when_it_was_written_and_read() -> None:
+    assert decode_json(msgspec.json.encode(WIRING), Wiring) == WIRING
+
+
+def test_inspect_shows_a_bundle_of_another_wiring(tmp_path: Path) -> None:
+    write(tmp_path / "bundle", SPEC)
+    assert run_cli("inspect", tmp_path / "bundle").code == 0
