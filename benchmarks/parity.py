@@ -19,8 +19,9 @@ from benchmarks.common import environment, parser, run, table, write_json
 from edgesd.evaluate.psnr import max_abs_difference, psnr
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.images import read_prompts
-from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
+from edgesd.runtime.settings import Settings
 
 PROMPTS = (
     "a red apple",

@@ -173,8 +173,8 @@ def run_command(
     else:
         from edgesd.device.bench import Plan, measure
         from edgesd.device.detect import check_machine, detect_machine
-        from edgesd.runtime.pipeline import Settings
         from edgesd.runtime.requests import Request
+        from edgesd.runtime.settings import Settings
         from edgesd.runtime.signature import check_trusted
 
         check_trusted(opened)

@@ -37,8 +37,9 @@ def demo_command(output: Path, seed: int) -> None:
     from edgesd.recipes import DEMO, build, demo_sha256, demo_target
     from edgesd.runtime.bundle import open_bundle
     from edgesd.runtime.images import check_output, contact_sheet, expand_requests
-    from edgesd.runtime.pipeline import Pipeline, Settings
+    from edgesd.runtime.pipeline import Pipeline
     from edgesd.runtime.requests import Request
+    from edgesd.runtime.settings import Settings
 
     reporter = Reporter()
     target = demo_target()

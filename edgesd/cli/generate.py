@@ -151,8 +151,9 @@ def generate_command(
     from edgesd.device.detect import check_machine, detect_machine
     from edgesd.runtime.bundle import open_bundle
     from edgesd.runtime.images import check_output, expand_requests, read_prompts
-    from edgesd.runtime.pipeline import Pipeline, Settings
+    from edgesd.runtime.pipeline import Pipeline
     from edgesd.runtime.requests import Request
+    from edgesd.runtime.settings import Settings
     from edgesd.runtime.signature import check_trusted
 
     texts = list(prompts)

@@ -28,8 +28,9 @@ from edgesd.progress import SILENT, Progress
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.loaded import Timings
 from edgesd.runtime.memory import MemoryMode
-from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
+from edgesd.runtime.settings import Settings
 from edgesd.spec.base import Spec, decode_json
 from edgesd.spec.target import Machine
 from edgesd.textfiles import read_text

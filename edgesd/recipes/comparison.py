@@ -18,8 +18,9 @@ from edgesd.files import atomic_write
 from edgesd.progress import Progress
 from edgesd.recipes.gates import WORST, WorstImages
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
+from edgesd.runtime.settings import Settings
 from edgesd.spec.quality import Quality
 
 if TYPE_CHECKING:

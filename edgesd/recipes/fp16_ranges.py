@@ -23,8 +23,9 @@ from edgesd.export.passes.record_largest import LARGEST, RecordLargest
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import Bundle, GraphFile, open_bundle
-from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
+from edgesd.runtime.settings import Settings
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
 LIMIT = MAX_FP16 / 2

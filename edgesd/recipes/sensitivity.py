@@ -24,8 +24,9 @@ from edgesd.recipes.search import Probes
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import GraphFile
 from edgesd.runtime.flow import flow_of
-from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
+from edgesd.runtime.settings import Settings
 from edgesd.spec.base import decode_json
 from edgesd.spec.scheme import Scheme
 

@@ -1,15 +1,34 @@
-"""The networks of a pipeline that are in memory, and where the time goes."""
+"""The networks of a bundle that are in memory: which, in what mode, and what they cost."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from edgesd.runtime.arrays import Array
-from edgesd.runtime.backends.base import Runner, run_once
-from edgesd.runtime.memory import give_back
+from edgesd.runtime.backends import get_backend
+from edgesd.runtime.backends.base import Backend, Runner, RunnerOptions, run_once
+from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.fitting import (
+    Batch,
+    Budget,
+    Fit,
+    Fitting,
+    bundle_costs,
+    process_bytes,
+    unimported_bytes,
+)
+from edgesd.runtime.flow import flow_of
+from edgesd.runtime.memory import MemoryMode, available_bytes, give_back
+from edgesd.runtime.settings import Settings
+from edgesd.runtime.tiles import WINDOWS
+from edgesd.spec.bundle import DecoderPart
+
+OpenRunner = Callable[[str], Runner]
+"""Opens a runner of one component, which is the caller's to close."""
 
 
 @dataclass
@@ -38,48 +57,131 @@ class Timings:
 
 
 class Loaded:
-    """Runners of components, opened when first needed."""
+    """Runners of a bundle's components, opened when first needed.
 
-    def __init__(self, open_runner: Callable[[str], Runner]) -> None:
+    open: opens a runner, by the component's backend unless another way was given. fallbacks: of
+    every component that runs slower than it was built for, why.
+    """
+
+    def __init__(self, bundle: Bundle, settings: Settings, open_runner: OpenRunner | None) -> None:
+        self.bundle, self.settings = bundle, settings
         self.timings = Timings()
-        self._open_runner = open_runner
+        self.fallbacks: dict[str, str] = {}
+        self.open: OpenRunner = open_runner or self._open_by_backend
         self._runners: dict[str, Runner] = {}
         self._replaced: set[str] = set()
+        self._fit: Fit | None = None
+        self._backends = {get_backend(e.backend) for e in bundle.manifest.engines.values()}
+        self.process_bytes = process_bytes(self._backends)
 
     @property
-    def components(self) -> Set[str]:
+    def components(self) -> tuple[str, ...]:
         """Those that are in memory."""
-        return self._runners.keys()
+        return tuple(self._runners)
 
     @property
     def replaced(self) -> Set[str]:
         """Those whose runner is the caller's: they are never released."""
         return self._replaced
 
+    @property
+    def memory(self) -> MemoryMode:
+        """The mode that was fitted last; before any, the one that the settings ask for, or fast."""
+        return self._fit.memory if self._fit else self.settings.memory or "fast"
+
+    @property
+    def window(self) -> int:
+        """Side in latents of a streamed decoder's tiles."""
+        return self._fit.window if self._fit else WINDOWS[0]
+
+    def fit(self, batch: Batch) -> None:
+        """Choose the fastest mode that `batch` fits into; what was loaded for another is freed.
+
+        Raises ResourceError where it fits into none, and UsageError as flow.guidance_mode.
+        """
+        found = self._fitting().check(batch)
+        before, self._fit = self._fit, found
+        if before is not None and (
+            (found.memory, found.window) != (before.memory, before.window)
+            # What a session took for another size, it keeps: together that may be more than either.
+            or (self.settings.max_memory is not None and found.generation != before.generation)
+        ):
+            self._free(*self._runners)
+
+    def estimate(self, batch: Batch) -> int:
+        """Bytes of the process at most, mapped files included, while `batch` is generated in the
+        mode that is set."""
+        fitting = self._fitting()
+        generation = fitting.generation(batch, self.memory)
+        return fitting.costs.need(self.memory, generation, self.window).resident
+
+    def _fitting(self) -> Fitting:
+        """What is asked to fit, with what is free now."""
+        settings, process = self.settings, self.process_bytes
+        components = flow_of(self.bundle.manifest.pipeline).components
+        costs = bundle_costs(self.bundle, components, self._own_kernels, process, self._replaced)
+        free = available_bytes() if settings.max_memory is None else None
+        taken = process - unimported_bytes(self._backends)
+        taken += costs.loaded(self._runners, self.memory == "stream")
+        budget = Budget(settings.max_memory, free, taken)
+        return Fitting(costs, budget, settings.memory, settings.guidance_mode)
+
+    def _backend(self, component: str) -> Backend:
+        return get_backend(self.bundle.manifest.engines[component].backend)
+
+    def _own_kernels(self, component: str) -> bool:
+        """Whether the component's graph for edgesd's own kernels is there and can run here."""
+        backend = self._backend(component)
+        return self.settings.kernels and backend.own_kernels(self.bundle, component)
+
+    def _open_by_backend(self, component: str, part: DecoderPart | None = None) -> Runner:
+        options = RunnerOptions(
+            threads=self.settings.threads,
+            streamed=self.memory == "stream",
+            kept_bytes=self._fit.weights_kept.get(component, 0) if self._fit else 0,
+            kernels=self.settings.kernels,
+            plan_of=self.settings.plan_of,
+            fallback=self.settings.fallback,
+            on_fallback=partial(self.fallbacks.__setitem__, component),
+        )
+        return self._backend(component).open_runner(self.bundle, component, options, part)
+
     def runner(self, component: str) -> Runner:
         """The runner of a component, loaded if need be."""
         if component not in self._runners:
             with self.timings.loading(component):
-                self._runners[component] = self._open_runner(component)
+                self._runners[component] = self.open(component)
         return self._runners[component]
 
     def run(self, component: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a component once on copies of `inputs`; the outputs stay until its next run."""
-        runner = self.runner(component)
-        with self.timings.running(component, runner):
-            return run_once(runner, inputs)
+        with self.running((component,)) as runners:
+            return run_once(runners[component], inputs)
 
     @contextmanager
-    def part(self, component: str, open_part: Callable[[], Runner]) -> Iterator[Runner]:
+    def running(self, components: tuple[str, ...]) -> Iterator[dict[str, Runner]]:
+        """The runners of components, loaded if need be; the time that they compute is counted."""
+        runners = {component: self.runner(component) for component in components}
+        with ExitStack() as counted:
+            for component, runner in runners.items():
+                counted.enter_context(self.timings.running(component, runner))
+            yield runners
+
+    @contextmanager
+    def part(self, component: str, part: DecoderPart) -> Iterator[Runner]:
         """A runner of a part of a component, which is freed behind."""
         with self.timings.loading(component):
-            runner = open_part()
+            runner = self._open_by_backend(component, part)
         with runner, self.timings.running(component, runner):
             yield runner
         give_back()
 
-    def release(self, components: Iterable[str]) -> None:
-        """Free those of `components` that are in memory."""
+    def release(self, *components: str) -> None:
+        """Free components that aren't needed any more for an image, unless they may stay."""
+        if self.memory != "fast":
+            self._free(*components)
+
+    def _free(self, *components: str) -> None:
         freed = {*components} & self._runners.keys() - self._replaced
         for component in freed:
             self._runners.pop(component).close()

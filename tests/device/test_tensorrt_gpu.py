@@ -18,8 +18,9 @@ from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.cuda import find_gpu
 from edgesd.runtime.device_memory import DeviceMemory, open_device_memory
 from edgesd.runtime.flow import flow_of
-from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
+from edgesd.runtime.settings import Settings
 from tests.support import pipeline_spec
 
 pytestmark = pytest.mark.gpu

@@ -13,7 +13,8 @@ from PIL import Image
 
 from edgesd.evaluate.psnr import psnr
 from edgesd.runtime.bundle import open_bundle
-from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.pipeline import Pipeline
+from edgesd.runtime.settings import Settings
 from tests.support import assert_refused, run_cli
 
 pytestmark = pytest.mark.usefixtures("kept_exports")

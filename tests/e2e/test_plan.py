@@ -235,8 +235,9 @@ def test_a_full_autoencoder_is_planned_in_halves_where_it_is_streamed(tmp_path: 
 
 def test_plan_says_what_the_bundle_itself_says(bundle: Bundle) -> None:
     """One model of cost: the figures that a bundle carries are those that were planned."""
-    from edgesd.runtime.pipeline import Pipeline, Settings
+    from edgesd.runtime.pipeline import Pipeline
     from edgesd.runtime.requests import Request
+    from edgesd.runtime.settings import Settings
 
     own = kernels.usable([SCHEME])
     target = "x86-64-cpu"

@@ -77,8 +77,9 @@ def test_the_bundle_says_how_it_was_quantized_and_how_good_it_is(
 
 def test_the_figures_are_those_of_the_images(four_bits: Bundle, work: Path) -> None:
     from edgesd.evaluate.psnr import psnr
-    from edgesd.runtime.pipeline import Pipeline, Settings
+    from edgesd.runtime.pipeline import Pipeline
     from edgesd.runtime.requests import Request
+    from edgesd.runtime.settings import Settings
 
     assert four_bits.manifest.quality is not None
     image = four_bits.manifest.quality.images[1]
@@ -113,8 +114,9 @@ def test_images_by_our_own_kernels_are_as_near_the_source_s(four_bits: Bundle, w
 
 
 def test_streamed_weights_are_the_same(four_bits: Bundle) -> None:
-    from edgesd.runtime.pipeline import Pipeline, Settings
+    from edgesd.runtime.pipeline import Pipeline
     from edgesd.runtime.requests import Request
+    from edgesd.runtime.settings import Settings
 
     generated = []
     for mode in ("fast", "stream", "fast"):

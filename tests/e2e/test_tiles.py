@@ -13,7 +13,8 @@ diffusers = pytest.importorskip("diffusers")
 from edgesd.evaluate.psnr import psnr  # noqa: E402
 from edgesd.recipes import QuantOptions, build  # noqa: E402
 from edgesd.runtime.bundle import Bundle  # noqa: E402
-from edgesd.runtime.pipeline import Pipeline, Settings  # noqa: E402
+from edgesd.runtime.pipeline import Pipeline  # noqa: E402
+from edgesd.runtime.settings import Settings  # noqa: E402
 from tests.e2e.test_export import variant  # noqa: E402
 
 LATENTS = np.random.default_rng(0).standard_normal((1, 4, 40, 28), dtype=np.float32)

@@ -20,7 +20,8 @@ from edgesd.engines.bundle import pack_bundle, update_manifest, write_manifest
 from edgesd.errors import BundleError
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, GraphFile, checksum_line, open_bundle
-from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.pipeline import Pipeline
+from edgesd.runtime.settings import Settings
 from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest
 from tests.support import assert_refused, run_cli
 

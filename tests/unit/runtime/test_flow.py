@@ -20,10 +20,11 @@ from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, checksum_line, ope
 from edgesd.runtime.denoise import Start
 from edgesd.runtime.flow import GuidanceMode, Stage, flow_of
 from edgesd.runtime.memory import MemoryMode
-from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import CompleteRequest, Request
 from edgesd.runtime.schedulers import Scheduler
 from edgesd.runtime.schedulers.base import Noise
+from edgesd.runtime.settings import Settings
 from edgesd.runtime.tasks import Task
 from edgesd.spec.base import decode_json
 from edgesd.spec.bundle import (

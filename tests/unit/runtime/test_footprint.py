@@ -27,8 +27,9 @@ from edgesd.runtime.footprint import (
     whole,
 )
 from edgesd.runtime.images import make_images
-from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
+from edgesd.runtime.settings import Settings
 from edgesd.spec.bundle import Footprint
 from tests.support import assert_refused, run_cli
 

@@ -20,9 +20,10 @@ from edgesd.engines.bundle import update_manifest
 from edgesd.errors import BundleError, EdgesdError, InputError
 from edgesd.files import sha256_file
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, checksum_line, open_bundle
-from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.prompter import read_prompter
 from edgesd.runtime.requests import Request
+from edgesd.runtime.settings import Settings
 from edgesd.spec.bundle import (
     CalibrationSpec,
     DecoderPart,

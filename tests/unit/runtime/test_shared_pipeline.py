@@ -16,8 +16,9 @@ from edgesd.runtime.backends.fake import FakeRunner
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.denoise import Step
 from edgesd.runtime.memory import MemoryMode
-from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
+from edgesd.runtime.settings import Settings
 
 LIMIT_S = 60
 """For every wait here; none takes a second."""
@@ -120,7 +121,7 @@ def test_what_waited_for_its_turn_is_told_that_the_pipeline_was_closed(pipeline:
         return pipeline.decode(np.zeros((1, 4, 8, 8), np.float32))
 
     with ThreadPoolExecutor(1) as pool:
-        with pipeline._lock:
+        with pipeline._turns._lock:
             later = pool.submit(generate)
             assert started.wait(LIMIT_S), "the thread didn't start"
             pipeline.close()

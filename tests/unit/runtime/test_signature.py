@@ -15,8 +15,9 @@ from edgesd.engines.bundle import pack_bundle, sign_bundle, update_manifest
 from edgesd.errors import BundleError, InputError
 from edgesd.runtime import signature
 from edgesd.runtime.bundle import SIGNATURE, Bundle, open_bundle
-from edgesd.runtime.pipeline import Pipeline, Settings
+from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.prompter import prompter_of
+from edgesd.runtime.settings import Settings
 from edgesd.runtime.signature import (
     WrongPassphraseError,
     check_trusted,
