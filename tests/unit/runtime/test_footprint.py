@@ -13,7 +13,7 @@ import pytest
 from edgesd.engines.bundle import update_manifest
 from edgesd.errors import ResourceError
 from edgesd.runtime import fitting
-from edgesd.runtime import pipeline as pipelines
+from edgesd.runtime import loaded as loading
 from edgesd.runtime.backends.onnxruntime import OnnxRuntime
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.footprint import (
@@ -27,6 +27,7 @@ from edgesd.runtime.footprint import (
     whole,
 )
 from edgesd.runtime.images import make_images
+from edgesd.runtime.loaded import Loaded
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
 from edgesd.runtime.settings import Settings
@@ -64,7 +65,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(pipelines, "available_bytes", lambda: count)
+    monkeypatch.setattr(loading, "available_bytes", lambda: count)
 
 
 def request_of(pipeline: Pipeline, size: int = 16, **fields: Any) -> Request:
@@ -203,7 +204,7 @@ def test_what_is_refused_says_what_fits_and_that_is_true(bundle: Bundle) -> None
 def test_the_command_refuses_a_size_beyond_the_limit_before_any_work(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pipeline, "open_runner", lambda *_: pytest.fail("a network was loaded"))
+    monkeypatch.setattr(Loaded, "runner", lambda *_: pytest.fail("a network was loaded"))
     base = ("generate", bundle.path, "-p", "a cat", "-o", tmp_path / "a.png")
     refused = run_cli(*base, "--max-memory", "300MB", "--size", "256x256")
     assert refused.code == 6 and not list(tmp_path.iterdir())
@@ -213,7 +214,7 @@ def test_the_command_refuses_a_size_beyond_the_limit_before_any_work(
 def test_images_that_do_not_fit_are_refused_before_the_first_is_generated(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pipeline, "open_runner", lambda *_: pytest.fail("a network was loaded"))
+    monkeypatch.setattr(Loaded, "runner", lambda *_: pytest.fail("a network was loaded"))
     with Pipeline(bundle, Settings(max_memory=PROCESS + 100 * MB)) as pipeline:
         requests = [Request("a cat", seed) for seed in range(33)]
         with pytest.raises(ResourceError, match=r"32 at a time.*--batch 1"):
@@ -255,7 +256,7 @@ def test_what_is_loaded_already_is_not_counted_again(
 def test_where_nothing_is_known_of_the_machine_nothing_is_refused(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipelines, "available_bytes", lambda: None)
+    monkeypatch.setattr(loading, "available_bytes", lambda: None)
     with Pipeline(bundle) as pipeline:
         pipeline.fit(request_of(pipeline, 512), 1)
         assert pipeline.memory == "fast"
