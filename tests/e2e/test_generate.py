@@ -183,7 +183,7 @@ def test_a_full_disk_leaves_the_old_image(
 def test_too_little_memory_is_refused_before_loading(
     miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgesd.runtime.pipeline.available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("edgesd.runtime.loaded.available_bytes", lambda: 1 << 20)
     out = tmp_path / "a.png"
     outcome = run_cli("generate", miniature.path, "-p", "a cat", "-o", out)
     assert outcome.code == 6
@@ -241,7 +241,7 @@ def test_components_are_released_when_memory_is_short(
 
     assert report()["memory"] == "fast"
     assert report("--memory", "balanced")["memory"] == "balanced"
-    monkeypatch.setattr("edgesd.runtime.pipeline.available_bytes", lambda: 80 << 20)
+    monkeypatch.setattr("edgesd.runtime.loaded.available_bytes", lambda: 80 << 20)
     assert report()["memory"] == "stream"
 
 
