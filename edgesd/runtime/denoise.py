@@ -203,7 +203,7 @@ def _networks(
 
     def fixed(runner: Runner, one: InputSpec, halves: Sequence[Encoded]) -> Array | None:
         if one.fill == "joined":
-            return np.concatenate([joined(half, one.parts) for half in halves])
+            return stacked([joined(half, one.parts) for half in halves], one.parts[0])
         if one.fill == "guidance_embedding":
             width = next(int(t.shape[1]) for t in runner.spec.inputs if t.name == one.name)
             embedding = guidance_scale_embedding(guidance_scale, width)
