@@ -38,6 +38,8 @@ Size = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 Pixels = Annotated[int, Meta(ge=1, le=1 << 14)]
 Number = Annotated[float, Meta(ge=-1e15, le=1e15)]
 
+_MOST_WORDS = 600
+"""Characters of a message."""
 MOST_DIMS, MOST_TENSORS = 8, 64
 MOST_CONFIG = 100_000
 """Values in a scheduler's configuration; trained_betas has one for each training timestep."""
@@ -62,6 +64,8 @@ def decode_json(raw: bytes | str, kind: type[_T]) -> _T:
         words = " ".join(str(exc).split())
         for pattern, meaning in _PATTERNS.items():
             words = words.replace(f"`str` matching regex {pattern!r}", meaning)
+        if len(words) > _MOST_WORDS:  # it may show a value that isn't among those allowed
+            words = f"{words[: _MOST_WORDS // 2]}...{words[-_MOST_WORDS // 2 :]}"
         raise InputError(words) from exc
     except RecursionError as exc:
         raise InputError("it is nested too deeply") from exc
