@@ -252,11 +252,11 @@ bool is_mapped_file(const void* memory, int64_t bytes) {
 // Weights are mapped from their file and read where they lie. Those of layers beyond a budget are
 // let go after each use, and the next such layer's are asked for meanwhile: memory holds the budget
 // and one or two layers, the rest is the page cache's to keep or drop.
-class Residence {
+class WeightPager {
  public:
   static void keep(int64_t bytes) { budget() = bytes; }
 
-  explicit Residence(int64_t bytes) : bytes_(bytes) {
+  explicit WeightPager(int64_t bytes) : bytes_(bytes) {
     const std::lock_guard<std::mutex> guard(mutex());
     int64_t& left = budget();
     stays_ = left < 0 || bytes <= left;
@@ -267,14 +267,14 @@ class Residence {
     place_ = places().size();
     places().push_back({nullptr, 0, true});
   }
-  ~Residence() {
+  ~WeightPager() {
     if (stays_) return;
     const std::lock_guard<std::mutex> guard(mutex());
     places()[place_] = {nullptr, 0, false};
     while (!places().empty() && !places().back().taken) places().pop_back();
   }
-  Residence(const Residence&) = delete;
-  Residence& operator=(const Residence&) = delete;
+  WeightPager(const WeightPager&) = delete;
+  WeightPager& operator=(const WeightPager&) = delete;
 
   void before(const void* codes) const {
     if (stays_) return;
@@ -372,12 +372,12 @@ struct QuantLinear {
   const Compute* compute;
   WeightFormat weight;
   bool gated;
-  Residence residence;
+  WeightPager pager;
   QuantLinear(const Compute* compute, const Kernel& kernel)
       : compute(compute),
         weight(kernel),
         gated(kernel.integer("gated", 0, 1) != 0),
-        residence(weight.bytes()) {
+        pager(weight.bytes()) {
     check_bits(compute, weight);
     if (gated && weight.n % 2) throw Failure("gated, with an odd N");
   }
@@ -392,9 +392,9 @@ struct QuantLinear {
     job.residual = run.residual(5, shape);
     job.y = run.output(shape);
     if (outputs == 0) return;
-    residence.before(job.weight.codes);
+    pager.before(job.weight.codes);
     compute->linear(job, run.threads());
-    residence.after(job.weight.codes);
+    pager.after(job.weight.codes);
   }
 };
 
@@ -409,7 +409,7 @@ struct QuantConv {
   int64_t groups, upsample;
   float epsilon;
   bool silu, relu;
-  Residence residence;
+  WeightPager pager;
   QuantConv(const Compute* compute, const Kernel& kernel)
       : compute(compute),
         weight(kernel),
@@ -421,7 +421,7 @@ struct QuantConv {
         epsilon(kernel.real("epsilon")),
         silu(kernel.integer("silu", 0, 1) != 0),
         relu(kernel.integer("relu", 0, 1) != 0),
-        residence(weight.bytes()) {
+        pager(weight.bytes()) {
     check_bits(compute, weight);
     if (weight.layout != Weight::ROWS_K_BY_N) throw Failure("a convolution's weight is [K, N]");
     if (weight.k % (kernel_shape[0] * kernel_shape[1]))
@@ -466,9 +466,9 @@ struct QuantConv {
     job.bottom = int(pads[2]), job.right = int(pads[3]);
     job.y = run.output(out);
     if (outputs == 0) return;
-    residence.before(job.weight.codes);
+    pager.before(job.weight.codes);
     compute->conv(job, run.threads());
-    residence.after(job.weight.codes);
+    pager.after(job.weight.codes);
   }
 };
 
@@ -584,7 +584,7 @@ __attribute__((visibility("default"))) const char* edgesd_instruction_set() {
 
 // Bytes of weights that sessions created from now on by this thread keep mapped; less than 0: all.
 __attribute__((visibility("default"))) void edgesd_keep_weights(int64_t bytes) {
-  edgesd::Residence::keep(bytes);
+  edgesd::WeightPager::keep(bytes);
 }
 
 // What ONNX Runtime calls when it loads the library.

@@ -24,6 +24,7 @@ from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.footprint import PROGRAM_BYTES
 from edgesd.runtime.rates import Rate, Rates
 from edgesd.spec.scheme import parse_scheme
+from tests.quantizing import fused_in
 from tests.support import assert_refused, run_cli
 
 pytestmark = pytest.mark.usefixtures("kept_exports", "own_kernels")
@@ -76,6 +77,8 @@ def test_kernels_are_those_of_the_graphs(workloads: dict[str, Workload], bundle:
         for kind, operator in {"group_norm": "InstanceNormalization", "gelu": "Gelu"}.items():
             left = sum(op.kind == kind and op.form != FUSED for op in made.operations)
             assert left == sum(node.op_type == operator for node in graph), (name, kind)
+        layers = [op for op in made.operations if op.layer is not None and op.form in EDGESD_FORMS]
+        assert {op.layer.name: set(op.fused) for op in layers if op.layer} == fused_in(graph), name
 
 
 def test_multiplications_are_counted(workloads: dict[str, Workload]) -> None:

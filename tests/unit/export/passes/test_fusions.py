@@ -17,20 +17,19 @@ from edgesd.export.cost.cpu_lowering import lower_workload  # noqa: E402
 from edgesd.export.cost.workload import Workload, trace  # noqa: E402
 from edgesd.export.families import Component  # noqa: E402
 from edgesd.export.passes.fusions import FUSIONS, Fusion  # noqa: E402
-from edgesd.export.passes.own_kernels import DOMAIN, INPUTS, OwnKernels  # noqa: E402
+from edgesd.export.passes.own_kernels import INPUTS, OwnKernels  # noqa: E402
 from edgesd.export.quantize.layers import find_layers, matrix_of  # noqa: E402
 from edgesd.export.quantize.quantize import rounded_layer  # noqa: E402
 from edgesd.export.to_onnx import graph_from_module  # noqa: E402
 from edgesd.runtime import kernels  # noqa: E402
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec  # noqa: E402
 from edgesd.spec.scheme import parse_scheme  # noqa: E402
+from tests.quantizing import Fused, fused_in  # noqa: E402
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 WIDE = 32
 Table = tuple[Fusion, ...]
-Fused = dict[str, set[str]]
-"""Name of a layer -> names of the fusions that became part of it."""
 
 
 class Named(nn.Module):
@@ -143,27 +142,6 @@ def lowered(graph: Any, scheme: str, fusions: Iterable[Fusion] = FUSIONS) -> Any
     return model
 
 
-def fused_by_pass(model: Any, branches: bool) -> Fused:
-    """Read off the operators' inputs and attributes."""
-    found: Fused = {}
-    for node in model.graph:
-        if node.domain != DOMAIN:
-            continue
-        given = {
-            n for n, v in zip(INPUTS[node.op_type], node.inputs, strict=False) if v is not None
-        }
-        kind = {"QuantConv": "conv", "QuantLinear": "linear"}[node.op_type]
-        found[re.sub("/(Conv|MatMul)/.*", "", node.name)] = {
-            fusion.name
-            for fusion in FUSIONS
-            if kind in fusion.layers
-            and given >= set(fusion.inputs)
-            and all(node.attributes[k].as_int() == v for k, v in fusion.attributes.items())
-            and not (fusion.name == "residual" and branches)
-        }
-    return found
-
-
 def fused_by_cost_model(
     workload: Workload, scheme: str, fusions: Iterable[Fusion] = FUSIONS
 ) -> Fused:
@@ -176,7 +154,7 @@ def fused_by_cost_model(
 def test_pass_and_cost_model_fuse_the_same(network: tuple[Any, Workload], scheme: str) -> None:
     graph, workload = network
     branches = "lr" in scheme
-    found = fused_by_pass(lowered(graph, scheme), branches)
+    found = fused_in(lowered(graph, scheme).graph, branches)
     assert fused_by_cost_model(workload, scheme) == found
     # A low-rank branch comes in where another branch's values would, beside which nothing is gated;
     # and it reads the input, so that this isn't read once.
@@ -191,8 +169,8 @@ def test_pass_and_cost_model_fuse_the_same(network: tuple[Any, Workload], scheme
 def test_an_entry_less_changes_both(network: tuple[Any, Workload], fusion: Fusion) -> None:
     graph, workload = network
     fewer = [other for other in FUSIONS if other is not fusion]
-    whole = fused_by_pass(lowered(graph, "w8a8"), False)
-    found = fused_by_pass(lowered(graph, "w8a8", fewer), False)
+    whole = fused_in(lowered(graph, "w8a8").graph)
+    found = fused_in(lowered(graph, "w8a8", fewer).graph)
     assert fusion.name in whole[fusion.name]
     assert not any(fusion.name in names for names in found.values())
     assert fused_by_cost_model(workload, "w8a8", fewer) == found
