@@ -305,4 +305,4 @@ def _show(bench: Bench) -> None:
     else:
         say(f"{'throttled':20}{'no':>10}")
     for component, reason in bench.fallbacks.items():
-        say(f"{component} ran on the CPU: {reason}")
+        say(f"{component}: {reason}")

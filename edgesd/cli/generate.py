@@ -107,7 +107,7 @@ if TYPE_CHECKING:
 @click.option(
     "--no-fallback",
     is_flag=True,
-    help="Fail where TensorRT can't run the bundle, instead of drawing on the CPU.",
+    help="Fail where TensorRT can't run the bundle, instead of generating on the CPU.",
 )
 @click.option(
     "--enhance",
@@ -248,7 +248,7 @@ def generate(
         for reason in pipeline.fallbacks.values():
             if reason not in warned:
                 warned.add(reason)
-                reporter.warn(f"{reason}; drawing on the CPU instead, by ONNX Runtime")
+                reporter.warn(reason)
 
     def on_step(first: int, step: Step) -> None:
         warn_of_fallbacks()

@@ -121,7 +121,7 @@ def bench_html(benches: Sequence[Bench]) -> str:
 def _notices(bench: Bench) -> list[str]:
     emulated = [f"{bench.title} is emulated: its times are not a board's."]
     return (emulated if bench.emulated else []) + [
-        f"{component} ran on the CPU: {reason}" for component, reason in bench.fallbacks.items()
+        f"{component}: {reason}" for component, reason in bench.fallbacks.items()
     ]
 
 

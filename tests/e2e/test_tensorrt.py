@@ -153,7 +153,7 @@ def test_a_build_that_fails_falls_back_or_fails(
 ) -> None:
     board.error = error
     said, image = generate(bundle.path)
-    assert said.count("drawing on the CPU instead, by ONNX Runtime") == 1 and words in said
+    assert said.count("generating on the CPU instead, by ONNX Runtime") == 1 and words in said
     np.testing.assert_array_equal(image, wanted)
     out = tmp_path / "none.png"
     outcome = run_cli("generate", bundle.path, "-p", "a cat", "--no-fallback", "-o", out)
@@ -185,7 +185,7 @@ def test_without_a_gpu(
     bundle: Bundle, generate: Generate, wanted: np.ndarray, tmp_path: Path
 ) -> None:
     said, image = generate(bundle.path)
-    assert "driver" in said and "drawing on the CPU instead" in said
+    assert "driver" in said and "generating on the CPU instead" in said
     np.testing.assert_array_equal(image, wanted)
     outcome = run_cli("generate", bundle.path, "-p", "a cat", "--no-fallback")
     assert outcome.code == 5

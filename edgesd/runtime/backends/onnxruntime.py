@@ -220,7 +220,7 @@ class OnnxRuntime(Backend):
                         spec, graph, threads, library=kernels.library(), small=small
                     )
             except MissingDependencyError as exc:
-                options.on_fallback(f"{exc}: generating without edgesd's own kernels")
+                options.on_fallback(f"{exc}; generating without edgesd's own kernels")
         graph = bundle.graph_file(component, part=part)
         return OnnxRuntimeRunner(
             spec, graph, threads, weights_in_file=options.streamed, small=small

@@ -164,7 +164,7 @@ class TensorRt(Backend):
         except EdgesdError as exc:
             if not options.fallback or isinstance(exc, BundleError):
                 raise
-            options.on_fallback(str(exc))
+            options.on_fallback(f"{exc}; generating on the CPU instead, by ONNX Runtime")
         return onnxruntime.BACKEND.open_runner(bundle, component, options)
 
     def unimported_bytes(self) -> int:

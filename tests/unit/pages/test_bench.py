@@ -81,7 +81,7 @@ def test_everything_that_was_measured_is_on_the_page() -> None:
     for words in (
         *("56.0 MB", "12.3 MB", "throttled", "from 6.0 s on", "weights left in their file"),
         *("2 steps of plain, guidance 7.5, one at a time, 1 to warm up", "plain is emulated"),
-        *("plain ran on the CPU: plain", "J", "W, idle", "Each step, s", "GPU load, %"),
+        *("plain: plain", "J", "W, idle", "Each step, s", "GPU load, %"),
         *("seed 1, 1.5 s", "seed 2, 1.5 s", "Shaded: images that count."),
     ):
         assert words in text, words
