@@ -31,7 +31,6 @@ class Lines:
         self._to = to
 
     def line(self, text: str) -> None:
-        """See Progress."""
         self._to(text)
 
     def update(
@@ -51,13 +50,11 @@ class Prefixed:
         self._progress, self._prefix = progress, prefix
 
     def line(self, text: str) -> None:
-        """See Progress."""
         self._progress.line(self._prefix + text)
 
     def update(
         self, task: str, done: int, total: int, note: str = "", *, in_bytes: bool = False
     ) -> None:
-        """See Progress."""
         self._progress.update(self._prefix + task, done, total, note, in_bytes=in_bytes)
 
 

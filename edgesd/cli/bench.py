@@ -256,7 +256,6 @@ class _Images(Lines):
     def update(
         self, task: str, done: int, total: int, note: str = "", *, in_bytes: bool = False
     ) -> None:
-        """See Progress."""
         if done == total:
             self.line(f"{task}: done")
 

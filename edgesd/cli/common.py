@@ -317,7 +317,6 @@ class Messages(logging.Handler):
     terminal. What libraries warn of is for who writes programs with them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """See logging.Handler."""
         if record.levelno < logging.ERROR and record.name.partition(".")[0] != "edgesd":
             return
         try:

@@ -20,7 +20,6 @@ class TorchRunner(BoundRunner):
         self.module = module
 
     def run(self) -> None:
-        """See Runner.run."""
         start = time.perf_counter()
         with torch.inference_mode():
             out = self.module(*(torch.from_numpy(array) for array in self.inputs.values()))

@@ -101,7 +101,6 @@ class _RangeRecorder(OnnxRuntimeRunner):
         self._names, self._kept = names, kept
 
     def run(self) -> None:
-        """See Runner.run."""
         super().run()
         if LARGEST in self.outputs:  # after the first run; the array stays bound
             self._largest = self.outputs.pop(LARGEST)

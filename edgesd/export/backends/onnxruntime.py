@@ -30,7 +30,6 @@ class OnnxRuntimeLowering(Lowering):
     pools_attention = True
 
     def lower(self, model: ir.Model, precision: Precision, timestep: str | None) -> None:
-        """See Lowering."""
         if precision != "fp16":
             return
         stored = Fp16Weights()
@@ -45,7 +44,6 @@ class OnnxRuntimeLowering(Lowering):
         fp16_weights: Collection[str],
         timesteps: Timesteps | None,
     ) -> None:
-        """See Lowering."""
         Fp16Weights(only=fp16_weights)(model)
         QuantizedOrt(layers, timesteps)(model)
 
@@ -58,7 +56,6 @@ class OnnxRuntimeLowering(Lowering):
         attention: bool = True,
         fusions: Iterable[Fusion] = FUSIONS,
     ) -> bool:
-        """See Lowering."""
         Fp16Weights(only=fp16_weights)(model)
         OwnKernels(layers, timesteps, attention, fusions)(model)
         return has_kernels(model)

@@ -62,7 +62,6 @@ class TensorRtLowering(Lowering):
     }
 
     def lower(self, model: ir.Model, precision: Precision, timestep: str | None) -> None:
-        """See Lowering."""
         StandardAttention()(model)
         if precision == "fp16":
             Fp16Compute(() if timestep is None else (timestep,))(model)

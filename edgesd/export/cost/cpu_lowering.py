@@ -161,7 +161,6 @@ class EdgesdOps(OrtOps):
                 self.layers[id(op)] = fuse(self.layers[id(op)])
 
     def lower(self, op: Operation) -> None:
-        """See OrtOps."""
         if id(op) in self.inside:
             return
         form = self._form(op)

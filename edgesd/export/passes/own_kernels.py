@@ -65,7 +65,6 @@ class OwnKernels(QuantizedOrt):
             self.rewrites.append(AttentionIn8Bits())
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         model.graph.opset_imports[DOMAIN] = 1
         super().call(model)
         for rewrite in self.rewrites:
@@ -78,7 +77,6 @@ class OwnKernels(QuantizedOrt):
     def lowering(
         self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
     ) -> LayerLowering:
-        """See QuantizedPass."""
         if quantized.activations.bits != 8 or not kernel_takes(quantized.layer):
             return super().lowering(model, node, quantized, prefix)
         return _Kernel(model, node, quantized, prefix, None)
@@ -139,7 +137,6 @@ class FuseEpilogue(Pass):
         self._matchers = _matchers(fusions, "epilogue")
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         changed = False
         for node in list(model.graph):
             more = _kind(node) is not None
@@ -175,7 +172,6 @@ class FusePrologue(Pass):
         self._matchers = _matchers(fusions, "prologue")
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         layers = [node for node in model.graph if _kind(node) is not None]
         changed = [self._fuse(model, node, *each) for node in layers for each in self._matchers]
         return any(changed)
@@ -276,7 +272,6 @@ class AttentionIn8Bits(Pass):
     """MultiHeadAttention that isn't causal becomes QuantAttention."""
 
     def call(self, model: ir.Model) -> bool:
-        """See the class."""
         changed = False
         for node in list(model.graph):
             if node.op_type != "MultiHeadAttention":

@@ -129,7 +129,6 @@ class BoundRunner(Closeable):
                 )
 
     def close(self) -> None:
-        """See Runner.close."""
         self.inputs, self.outputs = {}, {}
 
 

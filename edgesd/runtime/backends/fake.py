@@ -21,7 +21,6 @@ class FakeRunner(BoundRunner):
         self.runs = 0
 
     def run(self) -> None:
-        """See Runner.run."""
         start = time.perf_counter()
         self.outputs = dict(self.function(self.inputs))
         self.runs += 1

@@ -142,7 +142,6 @@ class OnnxRuntimeRunner(BoundRunner):
         self._binding: onnxruntime.IOBinding | None = None
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """See Runner.bind."""
         before = self.inputs
         super().bind(shapes)
         if self.inputs is before:
@@ -180,7 +179,6 @@ class OnnxRuntimeRunner(BoundRunner):
         self.seconds += time.perf_counter() - start
 
     def close(self) -> None:
-        """See Runner.close."""
         self._binding = None
         self._session = None
         super().close()
@@ -227,14 +225,12 @@ class OnnxRuntime(Backend):
         )
 
     def own_kernels(self, bundle: Bundle, component: str) -> bool:
-        """See Backend."""
         engine, recipe = bundle.manifest.engines[component], bundle.manifest.recipe
         if engine.kernels is None or recipe is None:
             return False
         return kernels.usable(la.scheme for la in recipe.layers if la.component == component)
 
     def unimported_bytes(self) -> int:
-        """See Backend."""
         return 0 if "onnxruntime" in sys.modules else _IMPORT_BYTES
 
 

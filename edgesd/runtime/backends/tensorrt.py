@@ -106,7 +106,6 @@ class TensorRtRunner(BoundRunner):
         self.seconds += time.perf_counter() - start
 
     def close(self) -> None:
-        """See Runner.close."""
         super().close()
         self._launch = self._context = self._engine = None
         self._buffers = {}
@@ -156,7 +155,6 @@ class TensorRt(Backend):
         options: RunnerOptions,
         part: DecoderPart | None = None,
     ) -> Runner:
-        """See Backend."""
         if part is not None:  # plans are of whole components
             return onnxruntime.BACKEND.open_runner(bundle, component, options, part)
         try:
