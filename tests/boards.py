@@ -240,11 +240,12 @@ class Pi:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        program = home / "edgesd/bin/edgesd"
-        program.parent.mkdir(parents=True)
+        self.program = home / "edgesd/bin/edgesd"
+        self.program.parent.mkdir(parents=True)
         root = Path(__file__).resolve().parent.parent
-        program.write_text(f'#!/bin/sh\nPYTHONPATH={root} exec {sys.executable} -m edgesd "$@"\n')
-        program.chmod(0o755)
+        run = f'PYTHONPATH={root} exec {sys.executable} -m edgesd "$@"'
+        self.program.write_text(f"#!/bin/sh\n{run}\n")
+        self.program.chmod(0o755)
 
     @property
     def slots(self) -> Slots:

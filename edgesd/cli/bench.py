@@ -180,7 +180,7 @@ def run_command(
         check_trusted(opened)
         if not any_machine:
             needs = opened.manifest
-            check_machine(needs.target, needs.arch, needs.required_capabilities, detect_machine())
+            check_machine(needs.target, needs.arch, detect_machine())
         width, height = size or (None, None)
         request = Request(prompt, seed, None, steps, guidance, height, width, scheduler)
         plans = plans_of(opened, reporter)

@@ -165,9 +165,7 @@ def generate_command(
     check_trusted(opened)
     if not any_machine:
         manifest = opened.manifest
-        check_machine(
-            manifest.target, manifest.arch, manifest.required_capabilities, detect_machine()
-        )
+        check_machine(manifest.target, manifest.arch, detect_machine())
     reporter = Reporter(quiet=as_json)
     if show_prompt and not enhance:
         raise click.UsageError("--show-prompt goes with --enhance")

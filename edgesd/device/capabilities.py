@@ -1,8 +1,8 @@
-"""The one vocabulary of CPU and GPU features, shared by targets, machines and bundles.
+"""The one vocabulary of CPU and GPU features, shared by targets and machines.
 
-A name here is what `Target.capabilities`, `Machine.capabilities` and
-`BundleManifest.required_capabilities` hold. What every CPU of an architecture has (NEON on
-aarch64, SSE2 on x86_64) isn't a capability. Also here: names of architectures and of memory sizes.
+A name here is what `Target.capabilities` and `Machine.capabilities` hold. What every CPU of an
+architecture has (NEON on aarch64, SSE2 on x86_64) isn't a capability. Also here: names of
+architectures and of memory sizes.
 """
 
 from __future__ import annotations

@@ -92,21 +92,23 @@ def runnable_targets(machine: Machine) -> tuple[Target, ...]:
 
 
 def check_machine(
-    manifest_target: str, arch: str, required_capabilities: tuple[str, ...], machine: Machine
+    manifest_target: str, arch: str, machine: Machine, capabilities: tuple[str, ...] = ()
 ) -> None:
     """Refuse a bundle that can't run on `machine`; the message names both and what to build.
 
-    A bundle runs on any machine of its architecture with the capabilities it requires and as much
-    RAM as its target may use: one for a Raspberry Pi 4 runs on a Pi 5. Raises TargetError. RAM
-    isn't compared when either side's is unknown: a target of a newer edgesd, a hidden meminfo.
+    A bundle runs on any machine of its architecture with as much RAM as its target may use: one for
+    a Raspberry Pi 4 runs on a Pi 5. edgesd's own kernels and plans for TensorRT are taken where
+    they can be used, so that no bundle requires them. capabilities: what must be there besides.
+    Raises TargetError. RAM isn't compared when either side's is unknown: a target of a newer
+    edgesd, a hidden meminfo.
     """
     arch = normal_arch(arch)
-    missing = _missing(required_capabilities, machine)
+    missing = _missing(capabilities, machine)
     target = next((known for known in all_targets() if known.name == manifest_target), None)
     if arch != machine.arch:
         problem = ""
     elif missing:
-        problem = f" without {', '.join(missing)}, which the bundle requires"
+        problem = f" without {', '.join(missing)}, which is required"
     elif target and _too_big(target, machine):
         problem = (
             f" with {in_gb(machine.memory_bytes)} of memory, the bundle may use "

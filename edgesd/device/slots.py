@@ -290,9 +290,7 @@ class Slots:
         """Verify every byte; an object that is damaged is removed, so that it is sent anew."""
         signer = check_trusted(bundle)
         manifest = bundle.manifest
-        check_machine(
-            manifest.target, manifest.arch, manifest.required_capabilities, detect_machine()
-        )
+        check_machine(manifest.target, manifest.arch, detect_machine())
         progress.line("verifying")
         on_bytes = count_bytes(progress, "verify", bundle.total_bytes())
         for name, entry in manifest.files.items():

@@ -125,7 +125,7 @@ async def _look(board: Board, target_name: str) -> FinalizeCheck:
     here = boards.decode(board, output, FinalizeCheck)
     target = get_target(target_name)
     try:
-        check_machine(target.name, target.arch, target.capabilities, here.machine)
+        check_machine(target.name, target.arch, here.machine, target.capabilities)
     except TargetError as exc:
         raise TargetError(f"{board.name}: {exc}") from exc
     return here

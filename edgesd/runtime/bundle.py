@@ -465,6 +465,14 @@ def archive_order(frame: Iterable[str], names: Iterable[str]) -> list[str]:
     return [*frame, *sorted(names)]
 
 
+def _without_retired_fields(raw: bytes) -> bytes:
+    """A manifest without what schemas before 8 had, and no build ever wrote a value of. Raises
+    InputError."""
+    fields = decode_json(raw, dict[str, msgspec.Raw])
+    fields.pop("required_capabilities", None)
+    return msgspec.json.encode(fields)
+
+
 def read_manifest(path: Path, raw: bytes) -> BundleManifest:
     """What bundle.json says. path: of the bundle, for messages.
 
@@ -481,6 +489,8 @@ def read_manifest(path: Path, raw: bytes) -> BundleManifest:
                 f"{path} has schema version {str(version)[:20]}; this edgesd reads up to "
                 f"{SCHEMA_VERSION}: upgrade edgesd on this machine"
             )
+        if version < _FIRST_WITH_WIRING:
+            raw = _without_retired_fields(raw)
         manifest = decode_json(raw, BundleManifest)
     except InputError as exc:
         raise BundleError(f"{path}: {MANIFEST} isn't valid: {exc}") from exc

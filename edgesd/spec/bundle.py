@@ -261,7 +261,6 @@ class BundleManifest(Spec, frozen=True):
     licence: Licence
     tools: dict[Text, Text]
     files: dict[str, FileEntry]
-    required_capabilities: tuple[str, ...] = ()
     recipe: QuantRecipe | None = None
     quality: Quality | None = None
     prompter: PrompterSpec | None = None

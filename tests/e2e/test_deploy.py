@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from edgesd.engines.bundle import update_manifest
 from edgesd.remote import deploy as deploying
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.signature import new_key
+from edgesd.spec.bundle import SCHEMA_VERSION
 from tests.boards import Pi, Server, sshd
 from tests.support import (
     PATIENCE_SECONDS,
@@ -31,6 +33,8 @@ from tests.support import (
     wait_until,
     with_other_decoder,
 )
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture
@@ -132,6 +136,30 @@ def test_a_failed_self_test_changes_nothing(
         other.manifest_sha256,
         miniature.manifest_sha256,
     ]
+
+
+def test_a_board_with_an_older_runtime_refuses_a_newer_bundle_in_one_line(
+    server: Server, pi: Pi, miniature: Bundle, other: Bundle
+) -> None:
+    assert deploy(server, miniature).code == 0
+    pi.program.write_text(older_program())
+    outcome = deploy(server, other)
+    assert outcome.code == 8
+    last = outcome.err.splitlines()[-1]
+    newest = SCHEMA_VERSION
+    assert f"has schema version {newest}; this edgesd reads up to {newest - 1}: upgrade" in last
+    assert active(pi) == miniature.manifest_sha256
+
+
+def older_program() -> str:
+    """An edgesd that reads bundles of the schema before."""
+    code = (
+        "import edgesd.spec.bundle as bundle\n"
+        f"bundle.SCHEMA_VERSION = {SCHEMA_VERSION - 1}\n"
+        "from edgesd.cli import main\n"
+        "main()\n"
+    )
+    return f"#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -c '{code}' \"$@\"\n"
 
 
 def test_damage_on_the_board_is_mended(server: Server, pi: Pi, miniature: Bundle) -> None:

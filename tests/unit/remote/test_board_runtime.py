@@ -6,6 +6,7 @@ import asyncio
 import base64
 import ensurepip
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -16,30 +17,35 @@ from pathlib import Path
 import pytest
 
 from edgesd.device.capabilities import normal_arch
-from edgesd.errors import InputError, ResourceError, TargetError
+from edgesd.device.slots import Slots
+from edgesd.errors import InputError, LinkError, ResourceError, TargetError
 from edgesd.progress import SILENT, Progress
 from edgesd.remote import board as boards
 from edgesd.remote import deploy as deploying
 from edgesd.remote import wheels as making
 from edgesd.remote.board import Finished, FolderBoard
 from edgesd.remote.wheels import fitting_wheels, platform_tags
-from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, checksum_line, open_bundle
+from edgesd.spec.bundle import SCHEMA_VERSION
 from scripts import vendor_wheels
 from tests.support import Recorded
+from tests.unit.device.test_slots import install
 
 pytestmark = pytest.mark.integration
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
-def wheel(folder: Path, name: str, version: str = "1.0", tag: str = "py3-none-any") -> Path:
-    """A wheel of one module, which prints its version as a command of its name."""
+def wheel(
+    folder: Path, name: str, version: str = "1.0", tag: str = "py3-none-any", code: str = ""
+) -> Path:
+    """A wheel of one module, which prints its version as a command of its name, or runs `code`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{version}-{tag}.whl"
     info = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as file:
-        code = f"def main():\n    print('{name} {version}')\n"
-        file.writestr(f"{name}_made_up.py", code)
+        code = code or f"print('{name} {version}')"
+        file.writestr(f"{name}_made_up.py", f"def main():\n    {code}\n")
         about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         file.writestr(f"{info}/METADATA", about)
         file.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
@@ -207,6 +213,13 @@ def test_boards_that_cannot_have_it(
     assert board.received == 0
 
 
+def add_pip(wheels: Path) -> None:
+    """Python's own, which wheels are installed with."""
+    bundled = Path(ensurepip.__file__).parent / "_bundled"
+    (pip,) = [*bundled.glob("pip-*.whl"), *Path("/usr/share/python-wheels").glob("pip-*.whl")][:1]
+    shutil.copy(pip, wheels)
+
+
 def runtime(home: Path, bundle: Bundle, wheels: Path) -> tuple[int, int]:
     minor = int(platform.libc_ver()[1].split(".")[1])
     here = deploying._Here(PYTHON, normal_arch(platform.machine()), minor, False)
@@ -222,9 +235,7 @@ def test_installed_once_and_switched_as_a_whole(miniature: Bundle, tmp_path: Pat
     home.mkdir()
     for name in ("edgesd", "cryptography"):
         wheel(wheels, name)
-    bundled = Path(ensurepip.__file__).parent / "_bundled"
-    (pip,) = [*bundled.glob("pip-*.whl"), *Path("/usr/share/python-wheels").glob("pip-*.whl")][:1]
-    shutil.copy(pip, wheels)
+    add_pip(wheels)
     sent, written = runtime(home, miniature, wheels)
     assert sent == sum(path.stat().st_size for path in wheels.iterdir()) < written
     assert version(home) == "edgesd 1.0\n"
@@ -245,6 +256,58 @@ def test_installed_once_and_switched_as_a_whole(miniature: Bundle, tmp_path: Pat
     assert sent == newer.stat().st_size
     assert version(home) == "edgesd 2.0\n"
     assert len(list((home / "edgesd/runtime").iterdir())) == 1
+
+
+def run_code(schema: int) -> str:
+    """Python that runs this edgesd, as one that reads bundles of schemas up to `schema`."""
+    root = Path(__file__).resolve().parents[3]
+    run = (
+        f"import edgesd.spec.bundle as b; b.SCHEMA_VERSION = {schema}; "
+        "from edgesd.cli import main; main()"
+    )
+    command = f"[{sys.executable!r}, '-c', {run!r}, *sys.argv[1:]]"
+    path = f"os.environ['PYTHONPATH'] = {str(root)!r}"
+    return f"import os, sys; {path}; os.execv({sys.executable!r}, {command})"
+
+
+def test_the_runtime_is_updated_first_and_a_cut_leaves_one_that_reads_the_active_bundle(
+    miniature: Bundle, tmp_path: Path
+) -> None:
+    home, wheels, older = tmp_path / "home", tmp_path / "wheels", tmp_path / "older"
+    # On the board: an older runtime, and a bundle of the schema that it reads.
+    (home / "edgesd/runtime/old/bin").mkdir(parents=True)
+    (home / "edgesd/bin").symlink_to("runtime/old/bin")
+    program = home / "edgesd/runtime/old/bin/edgesd"
+    program.write_text(f"#!{sys.executable}\n{run_code(SCHEMA_VERSION - 1)}\n")
+    program.chmod(0o755)
+    shutil.copytree(miniature.path, older)
+    manifest = json.loads((older / MANIFEST).read_bytes())
+    del manifest["pipeline"]["wiring"]
+    raw = json.dumps(manifest | {"schema_version": SCHEMA_VERSION - 1}).encode()
+    (older / MANIFEST).write_bytes(raw)
+    (older / CHECKSUM).write_bytes(checksum_line(raw))
+    install(Slots(home / "edgesd"), open_bundle(older))
+    # Here: a newer runtime, and a bundle of its schema.
+    for name in ("edgesd", "cryptography"):
+        code = run_code(SCHEMA_VERSION) if name == "edgesd" else ""
+        wheel(wheels, name, code=code)
+    add_pip(wheels)
+    runtime_bytes = sum(path.stat().st_size for path in wheels.iterdir())
+    seen = []
+    for cut in (runtime_bytes // 2, runtime_bytes - runtime_bytes // 2 + 1, 1000, None):
+        board = FolderBoard(home, fail_after=cut)
+        work = deploying.deploy(board, miniature, wheels, self_test=False)
+        if cut is None:
+            asyncio.run(work)
+        else:
+            with pytest.raises(LinkError):
+                asyncio.run(work)
+        # Whatever arrived: the runtime that is there reads the bundle that is active.
+        asyncio.run(boards.edgesd(FolderBoard(home), "inspect", "edgesd/current"))
+        newer = not (home / "edgesd/runtime/old").exists()
+        switched = open_bundle(home / "edgesd/current").manifest_sha256 == miniature.manifest_sha256
+        seen.append((newer, switched))
+    assert seen == [(False, False), (True, False), (True, False), (True, True)]
 
 
 def test_a_disk_that_is_too_small_for_it(

@@ -324,6 +324,14 @@ def test_a_bundle_of_version_1_is_read(folder: Path) -> None:
     assert found.schema_version == 1 and found.recipe is None and found.quality is None
 
 
+def test_capabilities_that_bundles_before_version_8_list_are_ignored(folder: Path) -> None:
+    forge(folder, schema_version=7, required_capabilities=[])
+    assert open_bundle(folder).manifest.schema_version == 7
+    forge(folder, schema_version=SCHEMA_VERSION, required_capabilities=[])
+    with pytest.raises(BundleError, match="required_capabilities"):
+        open_bundle(folder)
+
+
 def test_a_bundle_of_version_5_has_no_halves(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_bytes())
     for engine in manifest["engines"].values():

@@ -51,6 +51,31 @@ def test_what_was_measured_comes_out_and_the_nearest_counts_most() -> None:
     assert near == pytest.approx(per_unit[1], rel=0.1)
 
 
+def test_rates_that_were_measured_before_names_changed_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = tmp_path / "edgesd/rates/raspberry-pi-5.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(
+        '{"machine":"Raspberry Pi 5","onnxruntime":"1.20.1","instruction_set":"neon_dotprod",'
+        '"threads":0,"process_bytes":80000000,"rates":['
+        '{"kind":"conv","form":"own8","size":[64,9,3],"seconds":0.001},'
+        '{"kind":"conv","form":"own4","size":[64,9,3],"seconds":0.002},'
+        '{"kind":"linear","form":"nbits","size":[64,9,3],"seconds":0.003},'
+        '{"kind":"add","form":"","size":[64],"seconds":0.004}]}'
+    )
+    found = find_rates("raspberry-pi-5")
+    assert found is not None and found.process_bytes == 80000000
+    speed = Speed(found)
+    for kind, form, seconds in (
+        ("conv", "edgesd_int8", 0.001),
+        ("conv", "edgesd_int4", 0.002),
+        ("linear", "matmul_nbits", 0.003),
+    ):
+        assert speed.seconds(kind, form, (64, 9, 3)) == pytest.approx(seconds, rel=1e-3)
+
+
 def test_a_kind_that_was_never_measured_is_an_error() -> None:
     speed = Speed(some(Rate("add", "", (100,), 1e-6)))
     assert speed.knows("add") and not speed.knows("conv")
