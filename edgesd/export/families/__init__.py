@@ -32,7 +32,7 @@ Sizes = Mapping[str, int]
 
 
 Example = Callable[[np.random.Generator, Sequence[int]], npt.NDArray[Any]]
-"""Draws values of an input, of a shape, such as the pipeline feeds."""
+"""Makes random values of a shape, such as the pipeline feeds an input."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """From what the user names as a model to a checked local folder.
 
-Takes a diffusers folder (with model_index.json) or a Hugging Face hub id (owner/name). Other
-kinds of input (single-file checkpoints, ONNX folders) would be told apart in `resolve_source`.
+Takes a diffusers folder (with model_index.json) or a Hugging Face hub id (owner/name).
+`resolve_source` tells them apart: another kind of input (a single-file checkpoint, an ONNX folder)
+begins there.
 """
 
 from __future__ import annotations

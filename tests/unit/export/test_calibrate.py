@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -24,13 +25,24 @@ from edgesd.export.calibrate import (  # noqa: E402
     calibrate,
     calibration_key,
 )
-from edgesd.export.families import ExportSpec  # noqa: E402
+from edgesd.export.families import Component, ExportSpec  # noqa: E402
 from edgesd.export.pipeline import export_spec  # noqa: E402
 from edgesd.export.quantize.layers import Layer  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.export.tokenizer import write_tokenizer  # noqa: E402
 from edgesd.export.torch_runner import TorchRunner  # noqa: E402
 from edgesd.runtime.tokenizer import PromptTokenizer  # noqa: E402
+from edgesd.spec.pipeline import (  # noqa: E402
+    ComponentSpec,
+    DecoderSpec,
+    DenoiserSpec,
+    InputSpec,
+    Part,
+    SideSpec,
+    TensorSpec,
+    TextSpec,
+    Wiring,
+)
 from tests.support import Recorded  # noqa: E402
 
 pytestmark = pytest.mark.integration
@@ -269,6 +281,18 @@ class StoppedError(Exception):
     """What the user's Ctrl-C stands for here."""
 
 
+class Stopping(Recorded):
+    """Raises StoppedError when `at` parts of a component's calibration are done."""
+
+    def __init__(self, component: str, at: int) -> None:
+        super().__init__()
+        self.last = f"{component}: calibrate", at
+
+    def update(self, task: str, done: int, *others: object, **more: object) -> None:
+        if (task, done) == self.last:
+            raise StoppedError
+
+
 @pytest.fixture
 def few(layers: list[Layer]) -> list[Layer]:
     """Enough layers to see a difference, few enough to be quick."""
@@ -307,14 +331,8 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(calibrating, "SAVE_SECONDS", 0.0)
-
-    class Stopping(Recorded):
-        def update(self, task: str, done: int, *others: object, **more: object) -> None:
-            if (task, done) == (f"{component}: calibrate", at):
-                raise StoppedError
-
     with pytest.raises(StoppedError):
-        calibrate(plan, few, HOW, tokenizers, tmp_path, Stopping())
+        calibrate(plan, few, HOW, tokenizers, tmp_path, Stopping(component, at))
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*"))
     started = {p.stem for p in tmp_path.glob("*.safetensors")}
     order = list(CALLS)
@@ -580,3 +598,145 @@ def test_a_torch_module_behind_the_runner_protocol(plan: ExportSpec) -> None:
         with pytest.raises(InputError, match="takes the inputs"):
             runner.bind({"sample": (1, 4, 8, 8)})
     assert runner.outputs == {}
+
+
+# Other pipelines: what runs, and on what, follows from the wiring.
+
+
+class Encoder(torch.nn.Module):
+    """ids [1, 77] -> hidden [1, 77, width] and pooled [1, width]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(1, width))
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = torch.tanh(self.net(ids[..., None].float() / 1000))
+        return hidden, hidden.mean(1)
+
+
+class Denoiser(torch.nn.Module):
+    """Keeps what it was given of the encoders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        self.given: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, states: torch.Tensor, pooled: torch.Tensor
+    ) -> torch.Tensor:
+        self.given.append((states.clone(), pooled.clone()))
+        text = states.mean((1, 2)) + pooled.mean(1) + t * 1e-3
+        out: torch.Tensor = torch.tanh(self.net(x.movedim(1, -1)).movedim(-1, 1))
+        return out + text[:, None, None, None]
+
+
+class Decoder(torch.nn.Module):
+    """z [1, 4, h, w] -> image [1, 3, h, w]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 3))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.net(z.movedim(1, -1)).movedim(-1, 1)
+        return out
+
+
+def two_encoders(plan: ExportSpec) -> tuple[ExportSpec, Denoiser]:
+    """A pipeline of two text encoders, of which the second also gives a pooled state."""
+
+    def tensor(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
+        return TensorSpec(name, dtype, shape)
+
+    ids, denoiser = tensor("ids", "batch", 77, dtype="int64"), Denoiser()
+    latents = ("batch", 4, "height", "width")
+    modules = {"words": Encoder(5), "style": Encoder(3), "denoiser": denoiser, "decoder": Decoder()}
+    outputs = {
+        name: (tensor("hidden", "batch", 77, width), tensor("pooled", "batch", width))
+        for name, width in (("words", 5), ("style", 3))
+    }
+    specs = [
+        *(ComponentSpec(name, (ids,), both) for name, both in outputs.items()),
+        ComponentSpec(
+            "denoiser",
+            (
+                tensor("x", *latents),
+                tensor("t", 1),
+                tensor("states", "batch", 77, 8),
+                tensor("pooled", "batch", 3),
+            ),
+            (tensor("noise", *latents),),
+        ),
+        ComponentSpec(
+            "decoder", (tensor("z", *latents),), (tensor("pixels", "batch", 3, "h", "w"),)
+        ),
+    ]
+    hidden = (Part("words", "hidden"), Part("style", "hidden"))
+    wiring = Wiring(
+        texts=tuple(TextSpec(name, "tokenizer", "ids") for name in ("words", "style")),
+        denoiser=DenoiserSpec(
+            "denoiser",
+            (
+                InputSpec("x", "sample"),
+                InputSpec("t", "timestep"),
+                InputSpec("states", "joined", hidden),
+                InputSpec("pooled", "joined", (Part("style", "pooled"),)),
+            ),
+            "noise",
+        ),
+        decoder=DecoderSpec("decoder", "z", "pixels"),
+        zero_negative=True,
+    )
+    pipeline = msgspec.structs.replace(
+        plan.pipeline, components={spec.name: spec for spec in specs}, wiring=wiring
+    )
+    components = tuple(
+        Component(spec, lambda module=modules[spec.name]: module, ()) for spec in specs
+    )
+    return replace(plan, pipeline=pipeline, components=components), denoiser
+
+
+def test_each_stage_of_the_wiring_is_recorded(
+    plan: ExportSpec,
+    tokenizers: dict[str, PromptTokenizer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    export, denoiser = two_encoders(plan)
+    layers = [
+        Layer(name, "0", f"{name}/MatMul", "linear", (rows, columns))
+        for name, rows, columns in (
+            ("words", 5, 1), ("style", 3, 1), ("denoiser", 4, 4), ("decoder", 3, 4),
+        )
+    ]  # fmt: skip
+    found = calibrate(export, layers, HOW, tokenizers, tmp_path / "whole")
+    for layer in layers:
+        stats = found.layer(layer)
+        assert stats is not None and np.isfinite(stats.low).all() and stats.count > 0
+    assert len(denoiser.given) == CALLS["unet"]
+    states, pooled = denoiser.given[0]  # without a negative prompt: zeros
+    assert states.shape == (2, 77, 8) and pooled.shape == (2, 3)
+    assert not states[0].any() and states[1].any() and not pooled[0].any() and pooled[1].any()
+
+    monkeypatch.setattr(calibrating, "SAVE_SECONDS", 0.0)
+    for component in ("style", "denoiser"):
+        stopping = Stopping(component, 1)
+        with pytest.raises(StoppedError):
+            calibrate(export, layers, HOW, tokenizers, tmp_path / "parts", stopping)
+    calibrate(export, layers, HOW, tokenizers, tmp_path / "parts")
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
+def test_a_side_component_can_not_be_calibrated(
+    plan: ExportSpec, tokenizers: dict[str, PromptTokenizer], tmp_path: Path
+) -> None:
+    export, _ = two_encoders(plan)
+    wiring = msgspec.structs.replace(
+        export.pipeline.wiring, sides=(SideSpec("modulation", "once", ()),)
+    )
+    beside = replace(export, pipeline=msgspec.structs.replace(export.pipeline, wiring=wiring))
+    with pytest.raises(EdgesdError, match="modulation: a side can't be calibrated"):
+        calibrate(beside, [], HOW, tokenizers, tmp_path)

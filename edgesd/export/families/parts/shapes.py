@@ -40,28 +40,28 @@ def sizes(shape: ShapeSpec, unit: int) -> tuple[Sizes, ...]:
 def uniform(low: float, high: float) -> Example:
     """Values from `low` to `high`."""
 
-    def draw(rng: np.random.Generator, shape: Sequence[int]) -> npt.NDArray[Any]:
+    def values(rng: np.random.Generator, shape: Sequence[int]) -> npt.NDArray[Any]:
         return rng.uniform(low, high, shape).astype(np.float32)
 
-    return draw
+    return values
 
 
 def timesteps(low: int, high: int) -> Example:
     """Whole timesteps from `low` to below `high`."""
 
-    def draw(rng: np.random.Generator, shape: Sequence[int]) -> npt.NDArray[Any]:
+    def values(rng: np.random.Generator, shape: Sequence[int]) -> npt.NDArray[Any]:
         return rng.integers(low, high, shape).astype(np.float32)
 
-    return draw
+    return values
 
 
 def token_ids(vocab_size: int) -> Example:
     """Ids [rows, tokens] of a prompt, padded from the middle on: CLIP's first and last tokens are
     the vocabulary's last."""
 
-    def draw(rng: np.random.Generator, shape: Sequence[int]) -> npt.NDArray[Any]:
+    def values(rng: np.random.Generator, shape: Sequence[int]) -> npt.NDArray[Any]:
         ids = rng.integers(0, vocab_size, shape)
         ids[:, 0], ids[:, shape[1] // 2 :] = vocab_size - 2, vocab_size - 1
         return ids.astype(np.int64)
 
-    return draw
+    return values
