@@ -20,7 +20,7 @@ from benchmarks.common import environment, paired_ratio, parser, run, spread, ta
 from edgesd.errors import EdgesdError
 from edgesd.evaluate.perceptual import Perceptual, open_perceptual
 from edgesd.evaluate.quality import compare, generate, generate_cached, requests_for, summarise
-from edgesd.recipes import DEMO, QuantOptions, build
+from edgesd.recipes import DEMO, BuildOptions, LocalFolders, QuantOptions, build
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.images import read_prompts
 from edgesd.runtime.pipeline import Pipeline
@@ -56,11 +56,11 @@ class Row(NamedTuple):
     raised: int
 
 
-def cases(work: Path) -> list[Case]:
+def cases() -> list[Case]:
     """All rows. Rows with a size or a floor show what the gate makes of a scheme."""
 
     def plain(method: str, scheme: str) -> Case:
-        return Case(method, scheme, QuantOptions(method=method, work=work, quality_prompts=()))
+        return Case(method, scheme, QuantOptions(method=method, quality_prompts=()))
 
     rows = [
         plain("rtn", scheme)
@@ -77,12 +77,12 @@ def cases(work: Path) -> list[Case]:
             *("w4a16-g64-lr8", "w4a8-g64-lr8", "w4a4-g64-lr8"),
         )
     ]
-    static = QuantOptions(static=True, work=work, quality_prompts=())
+    static = QuantOptions(static=True, quality_prompts=())
     rows.append(Case("svdquant, static", "w8a8", static))
     gated = (("w8a8", 38.0, 0.3), ("w4a16-g64-lr32", 33.0, 0.2), ("w4a8-g64-lr32", 32.0, 0.2))
     for scheme, floor, size in (*gated, ("w4a4-g64-lr32", 16.0, 0.2)):
         what = f">= {floor:g} dB, size <= {size:g}"
-        options = QuantOptions(min_psnr=floor, max_size=size, work=work)
+        options = QuantOptions(min_psnr=floor, max_size=size)
         rows.append(Case(f"svdquant, {what}", scheme, options))
     return rows
 
@@ -93,7 +93,8 @@ def measure(
     """Build one row's bundle, generate with it, and remove it."""
     out = work / "row"
     shutil.rmtree(out, ignore_errors=True)
-    built = build(model, TARGET, case.precision, out, quantization=case.options)
+    options = BuildOptions(TARGET, case.precision, quantization=case.options)
+    built = build(model, options, out, LocalFolders(work))
     source, recipe = built.reference, built.bundle.manifest.recipe
     assert source is not None and recipe is not None
     usual, few = (
@@ -158,7 +159,7 @@ def main() -> None:
     perceptual = open_perceptual(given.lpips)
     print(f"{len(prompts)} prompts; distance: {perceptual.name}", flush=True)
     rows = []
-    for case in cases(given.work):
+    for case in cases():
         label = f"{case.name} {case.precision}"
         if given.only and not any(part in label for part in given.only):
             continue

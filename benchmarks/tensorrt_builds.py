@@ -29,7 +29,7 @@ from edgesd.export.calibrate import LayerStats
 from edgesd.export.external_data import GRAPH_FILE, write_model
 from edgesd.export.quantize.layers import find_layers, matrix_of
 from edgesd.export.quantize.quantize import Method, quantize_layer
-from edgesd.recipes import QuantOptions, build
+from edgesd.recipes import BuildOptions, LocalFolders, QuantOptions, build
 from edgesd.runtime.bundle import open_bundle
 from edgesd.spec.scheme import parse_scheme
 
@@ -84,13 +84,14 @@ def weights_of(path: Path) -> int:
 def pipeline_rows(model: str, precisions: list[str], work: Path, sm: str, quick: bool) -> list[Row]:
     """All components in all precisions."""
     rows = []
-    options = QuantOptions(work=work, quality_prompts=())
+    how = QuantOptions(quality_prompts=())
     if quick:
-        options = replace(options, method="rtn", calibration_prompts=("a red apple",), steps=2)
+        how = replace(how, method="rtn", calibration_prompts=("a red apple",), steps=2)
     for precision in precisions:
         out = work / "bundle"
         shutil.rmtree(out, ignore_errors=True)
-        built = build(model, TARGET, precision, out, quantization=options, backend=LOWERING.name)
+        options = BuildOptions(TARGET, precision, LOWERING.name, quantization=how)
+        built = build(model, options, out, LocalFolders(work))
         bundle = open_bundle(out)
         counted = built.reference or bundle
         for name, engine in bundle.manifest.engines.items():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+import msgspec
 
 from edgesd.cli.common import (
     Finite,
@@ -19,93 +22,157 @@ from edgesd.cli.common import (
     say,
     scheduler_option,
 )
-from edgesd.errors import EdgesdError
 from edgesd.export.quantize.methods import METHODS
-from edgesd.spec.scheme import Precision
+from edgesd.spec.build import BuildOptions, QuantOptions
+
+if TYPE_CHECKING:
+    from edgesd.recipes import Built, LocalFolders
+
+
+class Given(NamedTuple):
+    """The options that were given, by their names in BuildOptions and QuantOptions; those that
+    weren't are another bundle's, or the defaults."""
+
+    build: dict[str, Any]
+    quantization: dict[str, Any]
+
+    def over(self, base: BuildOptions | None) -> BuildOptions:
+        """`base` with what was given in its place. Raises UsageError where no target is known."""
+        if base is None:
+            if "target" not in self.build:
+                raise click.UsageError("Missing option '--target'.")
+            base = BuildOptions(self.build["target"])
+        elif "target" in self.build:
+            base = msgspec.structs.replace(base, backend=None)  # the other one's
+        quantization = msgspec.structs.replace(base.quantization, **self.quantization)
+        return msgspec.structs.replace(base, **self.build, quantization=quantization)
+
+
+_BUILD = (
+    click.option("--target", help="Board to build for; `edgesd targets` lists them."),
+    click.option(
+        "--precision",
+        metavar="NAME",
+        help="fp32, fp16 (on CPUs storage only), or fewer bits for weights and activations: w8a16, "
+        "w8a8, w4a16-g64, w4a8-g64, w4a4-g64 (simulated). -gN: N weights share a scale; -lrR "
+        "behind it adds a 16-bit branch of rank R, as in w4a8-g64-lr32.  [default: fp32]",
+    ),
+    click.option(
+        "--size",
+        type=Size(),
+        help="Fix the image's size in pixels (static graphs), to any that diffusers generates. "
+        "Without it the bundle generates any multiple of all the UNet's levels (mostly 64 pixels), "
+        "and any number of images at a time.",
+    ),
+    click.option(
+        "--batch",
+        type=click.IntRange(1, 4096),
+        help="With --size: rows of the static UNet. An image takes two of them in batched "
+        "guidance, one otherwise.  [default: 1]",
+    ),
+    scheduler_option("Default sampler of the bundle"),
+)
+_QUANTIZATION = (
+    click.option(
+        "--min-psnr",
+        type=Finite(0, 100),
+        metavar="DB",
+        help="Least PSNR in dB of the worst image against the source's: layers get better schemes "
+        "until it holds, or the build fails.",
+    ),
+    click.option(
+        "--max-size",
+        type=Finite(0, 1, min_open=True),
+        metavar="RATIO",
+        help="Size limit relative to fp32, e.g. 0.2: ranks and bits go where images gain.",
+    ),
+    click.option(
+        "--max-time",
+        type=Finite(0, 1e6, min_open=True),
+        metavar="RATIO",
+        help="Limit of the estimated time of an image relative to fp32, e.g. 0.5.",
+    ),
+    click.option(
+        "--method",
+        type=click.Choice(METHODS),
+        help="How codes and branches are chosen.  [default: svdquant]",
+    ),
+    click.option(
+        "--static/--no-static",
+        default=None,
+        help="Static activation ranges per timestep (default: dynamic).",
+    ),
+    click.option(
+        "--calibration-prompts",
+        type=click.Path(path_type=Path, dir_okay=False, exists=True),
+        help="Text file, a prompt per line. [default: the model's prompts/calibration.txt]",
+    ),
+    click.option(
+        "--quality-prompts",
+        type=click.Path(path_type=Path, dir_okay=False, exists=True),
+        help="Prompts whose images are compared; their places are the seeds. [default: the model's "
+        "prompts/quality.txt]",
+    ),
+    click.option(
+        "--pool-attention/--no-pool-attention",
+        default=None,
+        help="On CPUs, quantized: average keys and values of the largest self-attention over 2x2 "
+        "latents, which is faster, if the worst images lose at most 1 dB by it.",
+    ),
+    click.option("--no-quality", is_flag=True, help="Don't generate and compare images."),
+)
+_FOLDERS = (
+    click.option(
+        "--work",
+        type=OutputPath(file_okay=False),
+        help="Folder for intermediate results, from which an interrupted build goes on. "
+        "[default: EDGESD_CACHE, or ~/.cache/edgesd]",
+    ),
+    lpips_option,
+    click.option(
+        "--prompter",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Folder of an exported prompter (edgesd prompter export), which is included in the "
+        "bundle.",
+    ),
+)
+
+
+def _options(function: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of a build, and hands them on as `given` and `folders`."""
+
+    @wraps(function)
+    def command(**values: Any) -> None:
+        from edgesd.recipes import LocalFolders
+
+        def take(*names: str) -> dict[str, Any]:
+            taken = {name: values.pop(name) for name in names}
+            return {name: value for name, value in taken.items() if value is not None}
+
+        for name in ("calibration_prompts", "quality_prompts"):
+            values[name] = _prompts(values[name])
+        if values.pop("no_quality"):
+            values["quality_prompts"] = ()
+        build = take("target", "precision", "size", "batch", "scheduler")
+        quantization = take(*(name for name in QuantOptions.__struct_fields__ if name in values))
+        folders = LocalFolders(**take("work", "lpips", "prompter"))
+        function(given=Given(build, quantization), folders=folders, **values)
+
+    decorated: Callable[..., None] = command
+    for option in reversed((*_BUILD, *_QUANTIZATION, *_FOLDERS)):
+        decorated = option(decorated)
+    return decorated
 
 
 @click.command("build")
-@click.argument("model")
-@click.option("--target", required=True, help="Board to build for; `edgesd targets` lists them.")
+@click.argument("model", required=False)
+@_options
 @click.option(
-    "--precision",
-    default="fp32",
-    show_default=True,
-    metavar="NAME",
-    help="fp32, fp16 (on CPUs storage only), or fewer bits for weights and activations: w8a16, "
-    "w8a8, w4a16-g64, w4a8-g64, w4a4-g64 (simulated). -gN: N weights share a scale; -lrR behind it "
-    "adds a 16-bit branch of rank R, as in w4a8-g64-lr32.",
+    "--like",
+    type=click.Path(path_type=Path, exists=True),
+    metavar="BUNDLE",
+    help="Build as that bundle was built: its model and options, but for those given here.",
 )
-@click.option(
-    "--min-psnr",
-    type=Finite(0, 100),
-    metavar="DB",
-    help="Least PSNR in dB of the worst image against the source's: layers are raised until it "
-    "holds, or the build fails.",
-)
-@click.option(
-    "--max-size",
-    type=Finite(0, 1, min_open=True),
-    metavar="PART",
-    help="Largest bundle, as a part of the fp32 one (0.2): ranks and bits go where images gain.",
-)
-@click.option(
-    "--max-time",
-    type=Finite(0, min_open=True),
-    metavar="PART",
-    help="The same for the estimated time of an image.",
-)
-@click.option(
-    "--method",
-    type=click.Choice(METHODS),
-    default="svdquant",
-    show_default=True,
-    help="How codes and branches are chosen.",
-)
-@click.option(
-    "--static",
-    is_flag=True,
-    help="8-bit activations: ranges recorded for each timestep, instead of those at hand.",
-)
-@click.option(
-    "--calibration-prompts",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Text file, a prompt per line. [default: the model's prompts/calibration.txt]",
-)
-@click.option(
-    "--quality-prompts",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Prompts to compare images of; their places are the seeds. [default: the model's "
-    "prompts/quality.txt]",
-)
-@click.option(
-    "--pool-attention",
-    is_flag=True,
-    help="On CPUs, quantized: average keys and values of the largest self-attention over 2x2 "
-    "latents, which is faster, if the worst images lose at most 1 dB by it.",
-)
-@click.option("--no-quality", is_flag=True, help="Don't generate and compare images.")
-@click.option(
-    "--work",
-    type=OutputPath(file_okay=False),
-    help="Folder for intermediate results, from which an interrupted build goes on. "
-    "[default: EDGESD_CACHE, or ~/.cache/edgesd]",
-)
-@lpips_option
-@click.option(
-    "--size",
-    type=Size(),
-    help="Fix the image's size in pixels (static graphs), to any that diffusers generates. Without "
-    "it the bundle generates any multiple of all the UNet's levels (mostly 64 pixels), and any "
-    "number of images at a time.",
-)
-@click.option(
-    "--batch",
-    type=click.IntRange(1),
-    help="With --size: rows of the static UNet. An image takes two of them in batched guidance, "
-    "one otherwise.  [default: 1]",
-)
-@scheduler_option("Default sampler of the bundle")
 @click.option(
     "-o",
     "--output",
@@ -114,37 +181,19 @@ from edgesd.spec.scheme import Precision
     "[default: bundles/MODEL-TARGET-PRECISION]",
 )
 @click.option(
-    "--prompter",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of an exported prompter (edgesd prompter export): the bundle brings it.",
-)
-@click.option(
     "--on",
     "host",
     metavar="USER@BOARD[:PORT]",
-    help="For Jetsons: let that board build the TensorRT plans, over SSH; the bundle brings them.",
+    help="For Jetsons: let that board build the TensorRT plans, over SSH; they are included in the "
+    "bundle.",
 )
 @json_option
 def build_command(
-    model: str,
-    target: str,
-    precision: Precision,
-    min_psnr: float | None,
-    max_size: float | None,
-    max_time: float | None,
-    method: str,
-    static: bool,
-    calibration_prompts: Path | None,
-    quality_prompts: Path | None,
-    pool_attention: bool,
-    no_quality: bool,
-    work: Path | None,
-    lpips: Path | None,
-    size: tuple[int, int] | None,
-    batch: int | None,
-    scheduler: str | None,
+    model: str | None,
+    given: Given,
+    folders: LocalFolders,
+    like: Path | None,
     output: Path | None,
-    prompter: Path | None,
     host: str | None,
     as_json: bool,
 ) -> None:
@@ -153,76 +202,80 @@ def build_command(
     MODEL is `demo` (the embedded pipeline), the folder of a diffusers pipeline, or a hub id such as
     OWNER/NAME. Each network is compared with its source before the bundle is written; of a
     quantized bundle the images are, too, and `edgesd report` shows them.
+
+    A bundle holds the options that it was built with: `edgesd build --like BUNDLE` builds it again,
+    and says whether graphs and weights are the same. MODEL must be given where it was a folder.
     """
-    from edgesd.recipes import QuantOptions, build, default_output
+    from edgesd.recipes import build, default_output
+    from edgesd.recipes.like import Like
 
-    if batch and not size:
-        raise click.UsageError("--batch fixes the rows of static graphs: give --size, too")
     reporter = Reporter(quiet=as_json)
-    out = output or default_output(model, target, precision)
-    if no_quality and any(limit is not None for limit in (min_psnr, max_size, max_time)):
-        raise click.UsageError(
-            "--min-psnr, --max-size and --max-time are held by drawing images: "
-            "leave --no-quality out"
-        )
-    options = QuantOptions(
-        method=method,
-        static=static,
-        calibration_prompts=_prompts(calibration_prompts),
-        quality_prompts=() if no_quality else _prompts(quality_prompts),
-        min_psnr=min_psnr,
-        max_size=max_size,
-        max_time=max_time,
-        work=work,
-        lpips=lpips,
-        pool_attention=pool_attention,
-    )
-    finish = None
-    if host is not None:
-        from edgesd.device.targets import get_target
-        from edgesd.remote.on_board import add_plans, check_board
-        from edgesd.runtime.backends import get_backend
-
-        if not get_backend(get_target(target).backends[0]).needs_plans:
-            raise click.UsageError(f"--on builds plans, and {target} takes none")
-        place = check_board(host, target).environment  # before long work
-        reporter.line(f"{host} builds plans for {place}")
-        finish = partial(add_plans, host, progress=reporter)
+    other = None if like is None else Like.of(like)
+    options = given.over(other.record.options if other else None)
+    if model is None:
+        if other is None:
+            raise click.UsageError("Missing argument 'MODEL'.")
+        model = other.model()
     built = build(
         model,
-        target,
-        precision,
-        out,
-        size,
-        scheduler,
-        batch or 1,
+        options,
+        output or default_output(model, options.target, options.precision),
+        folders,
         progress=reporter,
-        quantization=options,
-        finish=finish,
-        prompter=prompter,
         warn=reporter.warn,
+        finish=None if host is None else _plans_from(host, options.target, reporter),
+        like=other,
     )
-    manifest = built.bundle.manifest
-    sizes = {name: built.bundle.weight_bytes(name) for name in manifest.engines}
+    differing = None if other is None else other.differing_files(built.bundle.manifest)
     if as_json:
-        print_json(
-            {
-                "bundle": printable(built.path),
-                "target": manifest.target,
-                "backend": manifest.backend,
-                "precision": manifest.precision,
-                "bytes": sizes,
-                "note": built.note,
-                "parity": {name: engine.parity for name, engine in manifest.engines.items()},
-                "quality": manifest.quality,
-            }
+        _print_json(built, differing)
+    else:
+        _show(built)
+        if differing is not None:
+            say(_compared(differing, like))
+    if built.unfinished is not None:
+        raise type(built.unfinished)(
+            f"{built.unfinished} ({built.path} is whole, without plans: edgesd finalize "
+            f"{built.path} --on {host} -o NEW adds them)"
         )
-        _raise_unfinished(built.unfinished, built.path, host)
-        return
+
+
+def _plans_from(host: str, target: str, reporter: Reporter) -> Callable[[Path], object]:
+    """What adds the plans that the board `host` builds. Raises before long work."""
+    from edgesd.device.targets import get_target
+    from edgesd.remote.on_board import add_plans, check_board
+    from edgesd.runtime.backends import get_backend
+
+    if not get_backend(get_target(target).backends[0]).needs_plans:
+        raise click.UsageError(f"--on builds plans, and {target} takes none")
+    place = check_board(host, target).environment
+    reporter.line(f"{host} builds plans for {place}")
+    return partial(add_plans, host, progress=reporter)
+
+
+def _print_json(built: Built, differing: list[str] | None) -> None:
+    manifest = built.bundle.manifest
+    print_json(
+        {
+            "bundle": printable(built.path),
+            "target": manifest.target,
+            "backend": manifest.backend,
+            "precision": manifest.precision,
+            "bytes": {name: built.bundle.weight_bytes(name) for name in manifest.engines},
+            "note": built.note,
+            "parity": {name: engine.parity for name, engine in manifest.engines.items()},
+            "quality": manifest.quality,
+            "differing": differing,
+        }
+    )
+
+
+def _show(built: Built) -> None:
+    manifest = built.bundle.manifest
     for name, engine in manifest.engines.items():
         say(
-            f"{name:13} {sizes[name] / 1e6:9.1f} MB   differs from its source by "
-            f"{engine.parity.rel_rms:.1e} RMS (allowed {engine.parity.tolerance:.0e})"
+            f"{name:13} {built.bundle.weight_bytes(name) / 1e6:9.1f} MB   differs from its source "
+            f"by {engine.parity.rel_rms:.1e} RMS (allowed {engine.parity.tolerance:.0e})"
         )
     if manifest.quality:
         q = manifest.quality
@@ -236,16 +289,13 @@ def build_command(
     if built.note:
         say(f"note: {built.note}")
     say(f"bundle for {manifest.target}: {built.path}")
-    _raise_unfinished(built.unfinished, built.path, host)
 
 
-def _raise_unfinished(error: EdgesdError | None, path: Path, host: str | None) -> None:
-    """Fail behind a bundle that lacks the board's plans."""
-    if error is not None:
-        raise type(error)(
-            f"{error} ({path} is whole, without plans: edgesd finalize {path} --on {host} -o NEW "
-            "adds them)"
-        )
+def _compared(differing: list[str], like: Path | None) -> str:
+    if not differing:
+        return f"graphs and weights are those of {like}, byte for byte"
+    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+    return f"graphs or weights differ from those of {like}: {', '.join(differing[:5])}{more}"
 
 
 def _prompts(path: Path | None) -> tuple[str, ...] | None:

@@ -34,7 +34,7 @@ def demo_command(output: Path, seed: int) -> None:
     """Build the embedded pipeline for this computer and generate eight images with it."""
     from edgesd.cli.generate import generate
     from edgesd.errors import BundleError
-    from edgesd.recipes import DEMO, build, demo_sha256, demo_target
+    from edgesd.recipes import DEMO, BuildOptions, build, demo_sha256, demo_target
     from edgesd.runtime.bundle import open_bundle
     from edgesd.runtime.images import check_output, contact_sheet, expand_requests
     from edgesd.runtime.pipeline import Pipeline
@@ -56,8 +56,7 @@ def demo_command(output: Path, seed: int) -> None:
         reporter.line(f"building the embedded pipeline for {target}")
         opened = build(
             DEMO,
-            target,
-            "fp32",
+            BuildOptions(target),
             bundle,
             progress=reporter,
         ).bundle

@@ -1,40 +1,41 @@
-"""Options of a quantized build."""
+"""What a build takes from this machine, and how a bundle says what it was built of."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgesd.files import environment_folder, user_cache
-
-
-@dataclass(frozen=True)
-class QuantOptions:
-    """How to quantize, beyond the scheme's name.
-
-    method: rtn, gptq or svdquant. static: recorded activation ranges instead of those at hand.
-    calibration_prompts, quality_prompts: None takes the model's own, or general ones.
-    steps: of the loop in calibration and comparison; None is the model's default. guidance: same.
-    min_psnr: floor in dB for the worst image. max_size: of the bundle, as a part of the fp32 one.
-    max_time: the same for the estimated time of an image. work: folder for intermediate results.
-    lpips: folder with the weights of LPIPS. pool_attention: fewer keys and values in the largest
-    self-attention, where images allow.
-    """
-
-    method: str = "svdquant"
-    static: bool = False
-    calibration_prompts: tuple[str, ...] | None = None
-    quality_prompts: tuple[str, ...] | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    min_psnr: float | None = None
-    max_size: float | None = None
-    max_time: float | None = None
-    work: Path | None = None
-    lpips: Path | None = None
-    pool_attention: bool = False
+from edgesd.files import environment_folder, expanded, user_cache
+from edgesd.spec.build import DEMO, FOLDER, HUB, ModelReference
 
 
 def cache_folder() -> Path:
     """EDGESD_CACHE, or edgesd in the user's cache folder."""
     return environment_folder("EDGESD_CACHE") or user_cache()
+
+
+@dataclass(frozen=True)
+class LocalFolders:
+    """Folders of this machine that a build uses; its bundle doesn't name them.
+
+    work: for intermediate results. lpips: with the weights of LPIPS; None for what stands in for
+    it. prompter: an exported prompter that is included in the bundle.
+    """
+
+    work: Path = field(default_factory=cache_folder)
+    lpips: Path | None = None
+    prompter: Path | None = None
+
+
+def model_name(model: str) -> str:
+    """What a model is called in names of files: of a folder or a hub id the last part."""
+    return DEMO if model == DEMO else Path(model).resolve().name or "model"
+
+
+def model_reference(model: str, sha256: str) -> ModelReference:
+    """How a bundle names the model that the user called `model`. sha256: of what was read."""
+    if model == DEMO:
+        return ModelReference(DEMO, DEMO, sha256)
+    if expanded(model).is_dir():
+        return ModelReference(FOLDER, model_name(model), sha256)
+    return ModelReference(HUB, model, sha256)

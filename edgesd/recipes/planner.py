@@ -29,8 +29,9 @@ from edgesd.export.cost.workload import Workload
 from edgesd.export.pipeline import export_spec, require_build_tools
 from edgesd.export.quantize.assign import planned
 from edgesd.export.source import ModelSource, resolve_source
-from edgesd.recipes import DEMO, demo_model, fixed_shape
+from edgesd.recipes.demo import demo_model
 from edgesd.recipes.footprints import ComponentForm, Networks, Shape
+from edgesd.recipes.shapes import fixed_shape
 from edgesd.runtime.backends import get_backend
 from edgesd.runtime.fitting import Batch, Budget, Fitting, images_per_run
 from edgesd.runtime.flow import GuidanceMode, Stage, guidance_mode
@@ -48,6 +49,7 @@ from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.rates import Rates, Speed
 from edgesd.runtime.tiles import TILE, margin_of, tail_shapes, tiles_of
 from edgesd.spec.base import Spec
+from edgesd.spec.build import DEMO
 from edgesd.spec.bundle import Footprint
 from edgesd.spec.pipeline import PipelineSpec, check_multiple
 from edgesd.spec.scheme import Precision, number_format, parse_scheme

@@ -11,24 +11,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from edgesd.engines.kernels import ensure_library
 from edgesd.errors import ParityError, QualityError, UsageError
 from edgesd.evaluate import quality as quality_
 from edgesd.evaluate.perceptual import open_perceptual
-from edgesd.export.backends import get_lowering
-from edgesd.export.backends.base import Lowering
 from edgesd.export.calibrate import CalibrationSettings, calibrate, calibration_key
-from edgesd.export.families import ExportSpec
 from edgesd.export.quantize.assign import planned
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.quantize.methods import METHODS
 from edgesd.export.quantize.quantize import Method
 from edgesd.export.quantize.store import GraphForm, LayerStore, can_pool, find_nodes
-from edgesd.export.source import ModelSource
 from edgesd.files import atomic_write
-from edgesd.progress import Progress
 from edgesd.recipes import gates, prompts
 from edgesd.recipes.comparison import (
     ENTRY_BYTES,
@@ -38,16 +32,17 @@ from edgesd.recipes.comparison import (
     worst_places,
 )
 from edgesd.recipes.graph_files import GraphFiles
+from edgesd.recipes.job import Job
 from edgesd.recipes.notes import Note, PoolingFailed, PoolingMeasured
-from edgesd.recipes.options import QuantOptions
 from edgesd.recipes.search import Assignment, Budget, Probes, SchemeSearch
 from edgesd.recipes.sensitivity import Sensitivities, layer_name
+from edgesd.recipes.writer import BundleWriter
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.flow import flow_of
 from edgesd.runtime.tokenizer import tokenizer_of
 from edgesd.spec.bundle import GraphSet, QuantRecipe
 from edgesd.spec.quality import Quality
-from edgesd.spec.scheme import Scheme
+from edgesd.spec.scheme import parse_scheme
 
 _LARGE = 100_000_000
 _LARGE_PROMPTS, _LARGE_STEPS = 4, 6
@@ -60,60 +55,43 @@ _IMAGE_BYTES = 0.7
 """Bytes per pixel of a kept image, about: what --max-size sets aside."""
 
 
-class ManifestWriter(Protocol):
-    """Makes a manifest of what is in a folder now, and writes it there, for one backend."""
-
-    @property
-    def backend(self) -> str:
-        """Whose engines the manifest names."""
-
-    def write(self, root: Path, graphs: GraphSet, quality: Quality | None = None) -> None: ...
-
-
 class QuantizedBuild:
-    """One quantized bundle in the making. `root` gets the bundle's files.
+    """One quantized bundle in the making, in the folder of `writer`.
 
-    reference: the fp32 bundle (a folder) of the same source and plan. work: folder for what is kept
-    between runs. writer: makes manifests, and knows whose graphs are wanted.
+    reference: the fp32 bundle (a folder) of the same source and export.
     """
 
-    def __init__(
-        self,
-        source: ModelSource,
-        plan: ExportSpec,
-        reference: Bundle,
-        scheme: Scheme,
-        options: QuantOptions,
-        root: Path,
-        work: Path,
-        writer: ManifestWriter,
-        progress: Progress,
-    ) -> None:
+    def __init__(self, job: Job, reference: Bundle, writer: BundleWriter) -> None:
+        options, wiring = job.options.quantization, job.spec.pipeline.wiring
         if options.method not in METHODS:
             raise UsageError(f"unknown method {options.method!r}: valid: {', '.join(METHODS)}")
         if options.pool_attention and not any(
-            can_pool(reference.path, c.name, plan.pipeline.wiring) for c in plan.components
+            can_pool(reference.path, component.name, wiring) for component in job.spec.components
         ):
             raise UsageError(
-                f"--pool-attention: {source.name} has no self-attention whose rows and columns are "
-                "always even: leave it out"
+                f"--pool-attention: {job.source.name} has no self-attention whose rows and columns "
+                "are always even: leave it out"
             )
-        self.plan, self.reference, self.scheme, self.options = plan, reference, scheme, options
-        self.root, self.writer = root, writer
-        self.progress = progress
-        self.comparison = _comparison(source, reference, options, work, progress)
-        self.assets = _copy_assets(reference, root)
-        self.lowering = get_lowering(writer.backend)
-        self.store = _store(source, plan, reference, options, work, self.lowering, progress)
-        layers = planned(self.store.layers, scheme)
-        measure = (
-            _no_images
-            if self.comparison is None
-            else Sensitivities(self.comparison, self.store, layers, scheme, work, progress).measure
+        self.pipeline, self.options, self.reference = job.spec.pipeline, options, reference
+        self.scheme, self.lowering = parse_scheme(job.options.precision), job.lowering
+        self.root, self.writer = writer.root, writer
+        self.progress = job.progress
+        self.comparison = _comparison(job, reference)
+        self.assets = _copy_assets(reference, self.root)
+        self.store = _store(job, reference)
+        layers, work = planned(self.store.layers, self.scheme), job.folders.work
+        measure = _no_images
+        if self.comparison is not None:
+            measure = Sensitivities(
+                self.comparison, self.store, layers, self.scheme, work, self.progress
+            ).measure
+        generating = flow_of(self.pipeline).components
+        self.search = SchemeSearch(
+            self.scheme, layers, self.store, measure, generating, self.progress
         )
-        components = flow_of(plan.pipeline).components
-        self.search = SchemeSearch(scheme, layers, self.store, measure, components, progress)
-        self.files = GraphFiles(root, self.store, plan.components, str(scheme), progress)
+        self.files = GraphFiles(
+            self.root, self.store, job.spec.components, str(self.scheme), self.progress
+        )
 
     def run(self) -> list[Note]:
         """Fill `root`; what the user should know of. Raises QualityError, naming the worst layers,
@@ -137,7 +115,7 @@ class QuantizedBuild:
     def _form(self) -> GraphForm:
         """The graphs that are tried first. Attention in 8 bits stays where images show that it
         may."""
-        own = self.lowering.own_kernels and (ensure_library(self.progress) is not None)
+        own = self.lowering.own_kernels and ensure_library(self.progress) is not None
         return GraphForm(kernels=own, attention=own and self.comparison is not None)
 
     def _reach_floor(
@@ -226,7 +204,7 @@ class QuantizedBuild:
         )
         graphs = GraphSet(
             root=str(self.root),
-            pipeline=self.plan.pipeline,
+            pipeline=self.pipeline,
             precision=str(self.scheme),
             graphs=dict(self.files.graphs),
             assets=self.assets,
@@ -234,8 +212,8 @@ class QuantizedBuild:
             tools={k: v for k, v in manifest.tools.items() if k not in ("edgesd", "python")},
             recipe=recipe,
         )
-        self.writer.write(self.root, graphs, quality)
-        return open_bundle(self.root)
+        self.writer.put_graphs(graphs, quality)
+        return self.writer.write()
 
     def _limit(self) -> float:
         """Bytes that --max-size allows the bundle; infinite without it."""
@@ -250,7 +228,7 @@ class QuantizedBuild:
             return Budget(time=time, max_time=max_time)
         room = self._limit() - self._write(assignment, form).disk_bytes()
         # What isn't a layer's is in `root`, but for images, their figures, and layers' reasons.
-        shape, count = self.plan.pipeline.shape, self._count()
+        shape, count = self.pipeline.shape, self._count()
         pixels = 2 * min(KEPT_IMAGES, count) * shape.height * shape.width
         later = int(_IMAGE_BYTES * pixels) + ENTRY_BYTES * (count + len(assignment.schemes))
         chosen = self.search.total_bytes(assignment)
@@ -277,20 +255,19 @@ def _no_images(probes: Probes) -> Mapping[Layer, float]:
     raise UsageError("budgets and floors are held by generating images: give prompts for them")
 
 
-def _comparison(
-    source: ModelSource, reference: Bundle, options: QuantOptions, work: Path, progress: Progress
-) -> Comparison | None:
+def _comparison(job: Job, reference: Bundle) -> Comparison | None:
     """What images are compared with; None where none are wanted."""
+    options, folders = job.options.quantization, job.folders
     quality_prompts = options.quality_prompts
     if quality_prompts is None:
-        quality_prompts = source.prompts("quality") or prompts.QUALITY
+        quality_prompts = job.source.prompts("quality") or prompts.QUALITY
     if not quality_prompts:
         return None
     requests = quality_.requests_for(
         quality_prompts, num_inference_steps=options.steps, guidance_scale=options.guidance
     )
-    perceptual = open_perceptual(options.lpips)
-    return Comparison(reference, requests, perceptual, work, options.min_psnr, progress)
+    perceptual = open_perceptual(folders.lpips)
+    return Comparison(reference, requests, perceptual, folders.work, options.min_psnr, job.progress)
 
 
 def _copy_assets(reference: Bundle, root: Path) -> tuple[str, ...]:
@@ -304,38 +281,33 @@ def _copy_assets(reference: Bundle, root: Path) -> tuple[str, ...]:
     return names
 
 
-def _store(
-    source: ModelSource,
-    plan: ExportSpec,
-    reference: Bundle,
-    options: QuantOptions,
-    work: Path,
-    lowering: Lowering,
-    progress: Progress,
-) -> LayerStore:
+def _store(job: Job, reference: Bundle) -> LayerStore:
     """Calibrated layers of the source's graphs."""
-    spec = plan.pipeline
-    how = _calibration(source, plan, options)
+    spec, work = job.spec.pipeline, job.folders.work
+    settings = _calibration(job)
     nodes = find_nodes(reference.path, spec.components)
-    folder = work / f"calibration-{calibration_key(how, spec.source_sha256)}"
+    folder = work / f"calibration-{calibration_key(settings, spec.source_sha256)}"
     tokenizers = {
         text.tokenizer: tokenizer_of(reference, text.tokenizer) for text in spec.wiring.texts
     }
-    calibration = calibrate(plan, list(nodes), how, tokenizers, folder, progress)
-    method = Method(options.method, options.static or lowering.static_ranges)
-    return LayerStore(reference.path, nodes, calibration, method, work, lowering, spec.wiring)
+
+    calibration = calibrate(job.spec, list(nodes), settings, tokenizers, folder, job.progress)
+    options = job.options.quantization
+    method = Method(options.method, options.static or job.lowering.static_ranges)
+    return LayerStore(reference.path, nodes, calibration, method, work, job.lowering, spec.wiring)
 
 
-def _calibration(
-    source: ModelSource, plan: ExportSpec, options: QuantOptions
-) -> CalibrationSettings:
+def _calibration(job: Job) -> CalibrationSettings:
     """The prompts and settings that activations are recorded with."""
-    spec = plan.pipeline
+    spec, options, source = job.spec.pipeline, job.options.quantization, job.source
     chosen: Sequence[str] = (
         options.calibration_prompts or source.prompts("calibration") or prompts.CALIBRATION
     )
     steps = options.steps or spec.num_inference_steps
-    if source.parameters("unet") > _LARGE and options.calibration_prompts is None:
+    if (
+        source.parameters(flow_of(spec).denoiser.component) > _LARGE
+        and options.calibration_prompts is None
+    ):
         # A run of the network takes seconds: what is recorded hardly changes after a few.
         chosen, steps = chosen[:_LARGE_PROMPTS], min(steps, _LARGE_STEPS)
     return CalibrationSettings(

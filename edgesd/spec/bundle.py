@@ -21,6 +21,7 @@ from edgesd.spec.base import (
     Text,
     Word,
 )
+from edgesd.spec.build import BuildRecord
 from edgesd.spec.pipeline import ComponentSpec, PipelineSpec
 from edgesd.spec.quality import Quality
 from edgesd.spec.scheme import Precision
@@ -248,7 +249,10 @@ class FileEntry(Spec, frozen=True):
 
 
 class BundleManifest(Spec, frozen=True):
-    """bundle.json: everything a board must know before it loads a byte of weights."""
+    """bundle.json: everything a board must know before it loads a byte of weights.
+
+    build: how it was built (a schema from 8 on); no board needs it.
+    """
 
     schema_version: Size
     name: Annotated[str, Meta(min_length=1, max_length=1000)]
@@ -264,3 +268,4 @@ class BundleManifest(Spec, frozen=True):
     recipe: QuantRecipe | None = None
     quality: Quality | None = None
     prompter: PrompterSpec | None = None
+    build: BuildRecord | None = None

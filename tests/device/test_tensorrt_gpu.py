@@ -46,12 +46,13 @@ def gpu() -> None:
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The embedded pipeline for TensorRT."""
     pytest.importorskip("torch")
-    from edgesd.recipes import DEMO, QuantOptions, build
+    from edgesd.recipes import DEMO, BuildOptions, LocalFolders, QuantOptions, build
 
     folder = tmp_path_factory.mktemp("tensorrt")
-    options = QuantOptions(work=folder / "work", quality_prompts=())
+    how = QuantOptions(quality_prompts=())
+    options = BuildOptions("jetson-agx-orin-64gb", request.param, quantization=how)
     out = folder / "bundle"
-    build(DEMO, "jetson-agx-orin-64gb", request.param, out, quantization=options)
+    build(DEMO, options, out, LocalFolders(folder / "work"))
     return open_bundle(out)
 
 

@@ -123,6 +123,22 @@ def test_build_for_a_board_in_one_file(tmp_path: Path) -> None:
     assert_refused(run_cli("generate", out, *options, "--size", "128x128"), "64x64 pixels only")
 
 
+def test_a_bundle_is_built_again_like_another(demo: Path, tmp_path: Path) -> None:
+    first, out = bundle_of(demo), tmp_path / "again"
+    outcome = run_cli("build", "--like", first, "-o", out)
+    assert outcome.code == 0, outcome.err
+    assert f"graphs and weights are those of {first}, byte for byte" in outcome.out
+    ours, theirs = (open_bundle(path).manifest for path in (out, first))
+    assert ours.build == theirs.build and ours.engines == theirs.engines
+    assert str(MODEL.parent) not in (out / "bundle.json").read_text().split('"build"')[1]
+    small = tmp_path / "small.edgesd"
+    outcome = run_cli("build", "demo", "--like", first, "--size", "64x64", "-o", small, "--json")
+    assert outcome.code == 0, outcome.err
+    assert "unet/model.onnx" in json.loads(outcome.out)["differing"]
+    record = open_bundle(small).manifest.build
+    assert record is not None and record.options.size == (64, 64)
+
+
 def test_static_rows_hold_both_halves_of_guidance_or_images(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "static"
     outcome = run_cli(

@@ -17,7 +17,7 @@ from edgesd.export.cost.workload import Workload, trace
 from edgesd.export.pipeline import export_spec
 from edgesd.export.quantize.assign import planned
 from edgesd.export.source import resolve_source
-from edgesd.recipes import DEMO, QuantOptions, build, demo_model
+from edgesd.recipes import DEMO, BuildOptions, LocalFolders, QuantOptions, build, demo_model
 from edgesd.recipes.planner import Estimate, PlanRequest, estimate_build
 from edgesd.runtime import kernels
 from edgesd.runtime.bundle import Bundle
@@ -36,11 +36,10 @@ SCHEME = "w8a8"
 def bundle(
     kept_exports: object, own_kernels: object, work: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
-    options = QuantOptions(
-        "rtn", calibration_prompts=("red apple",), quality_prompts=(), steps=1, work=work
-    )
+    how = QuantOptions("rtn", calibration_prompts=("red apple",), quality_prompts=(), steps=1)
+    options = BuildOptions("x86-64-cpu", SCHEME, quantization=how)
     out = tmp_path_factory.mktemp("plan") / "demo"
-    return build(DEMO, "x86-64-cpu", SCHEME, out, quantization=options).bundle
+    return build(DEMO, options, out, LocalFolders(work)).bundle
 
 
 @pytest.fixture(scope="module")

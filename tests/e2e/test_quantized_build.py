@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from edgesd.errors import MissingDependencyError, QualityError, UsageError
-from edgesd.recipes import DEMO, QuantOptions, build
+from edgesd.recipes import DEMO, BuildOptions, LocalFolders, QuantOptions, build
 from edgesd.recipes.sensitivity import Sensitivities
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.spec.bundle import FileEntry
@@ -30,20 +30,18 @@ CALIBRATION = ("red apple", "grinning cat")
 PROMPTS = ("blue heart", "pizza", "green dinosaur")
 
 
-def options(work: Path, **more: object) -> QuantOptions:
-    return QuantOptions(
+def options(precision: str, **more: object) -> BuildOptions:
+    quantization = QuantOptions(
         calibration_prompts=CALIBRATION,
         quality_prompts=PROMPTS,
         steps=4,
-        work=work,
         **more,  # type: ignore[arg-type]
     )
+    return BuildOptions("x86-64-cpu", precision, quantization=quantization)
 
 
 def built(out: Path, work: Path, precision: str, **more: object) -> Bundle:
-    return build(
-        DEMO, "x86-64-cpu", precision, out, quantization=options(work, **more)
-    ).bundle  # fmt: skip
+    return build(DEMO, options(precision, **more), out, LocalFolders(work)).bundle
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +148,12 @@ def test_two_builds_give_the_same_graphs(four_bits: Bundle, work: Path, tmp_path
     """Only the source bundle is shared: calibration and quantization are done again."""
     other = tmp_path / "work"
     shutil.copytree(next(work.glob("source-*")), other / next(work.glob("source-*")).name)
-    again = built(tmp_path / "again", other, "w4a8-g64-lr8")
+    out = tmp_path / "again"
+    outcome = run_cli("build", "--like", four_bits.path, "-o", out, "--work", other)
+    assert outcome.code == 0, outcome.err
+    assert "byte for byte" in outcome.out
+    again = open_bundle(out)
+    assert again.manifest.build == four_bits.manifest.build
     graphs = [name for name in again.manifest.files if name.endswith((".onnx", ".bin"))]
     assert len(graphs) == (12 if again.manifest.engines["unet"].kernels else 8)
     for name in graphs:
@@ -214,10 +217,9 @@ def test_attention_is_pooled_where_images_allow(
     monkeypatch.setattr("edgesd.recipes.gates.POOLING_LOSS", allowed)
     made = build(
         DEMO,
-        "x86-64-cpu",
-        "w8a8",
+        options("w8a8", method="rtn", pool_attention=True),
         tmp_path / "bundle",
-        quantization=options(work, method="rtn", pool_attention=True),
+        LocalFolders(work),
     )
     manifest = made.bundle.manifest
     assert manifest.recipe is not None and manifest.quality is not None and made.note is not None
@@ -334,13 +336,14 @@ def test_killed_twenty_times_the_bytes_are_the_same(work: Path, tmp_path: Path) 
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from edgesd.recipes import QuantOptions, build\n"
+        "from edgesd.recipes import BuildOptions, LocalFolders, QuantOptions, build\n"
         "from edgesd.export import calibrate\n"
         "calibrate.SAVE_SECONDS = 0\n"
         "work, out = map(Path, sys.argv[1:])\n"
-        f"options = QuantOptions(calibration_prompts={CALIBRATION * 3!r}, "
-        f"quality_prompts={PROMPTS!r}, steps=4, work=work)\n"
-        "build('demo', 'x86-64-cpu', 'w4a8-g64-lr8', out, quantization=options)\n"
+        f"how = QuantOptions(calibration_prompts={CALIBRATION * 3!r}, "
+        f"quality_prompts={PROMPTS!r}, steps=4)\n"
+        "options = BuildOptions('x86-64-cpu', 'w4a8-g64-lr8', quantization=how)\n"
+        "build('demo', options, out, LocalFolders(work))\n"
     )
     if not list(work.glob("source-*")):
         built(tmp_path / "first", work, "w8a16")
@@ -380,15 +383,8 @@ def test_killed_twenty_times_the_bytes_are_the_same(work: Path, tmp_path: Path) 
 def test_a_fixed_size_is_calibrated_and_measured(rows: int, work: Path, tmp_path: Path) -> None:
     """One row: guidance one half after the other. Three: three images at a time."""
     out = tmp_path / "bundle"
-    bundle = build(
-        DEMO,
-        "x86-64-cpu",
-        "w8a8",
-        out,
-        size=(64, 64),
-        batch=rows,
-        quantization=options(work, method="rtn"),
-    ).bundle
+    fixed = msgspec.structs.replace(options("w8a8", method="rtn"), size=(64, 64), batch=rows)
+    bundle = build(DEMO, fixed, out, LocalFolders(work)).bundle
     assert bundle.manifest.pipeline.shape.batch == rows
     assert bundle.manifest.quality is not None
     assert len(bundle.manifest.quality.images) == len(PROMPTS)

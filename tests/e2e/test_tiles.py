@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from edgesd.evaluate.psnr import psnr  # noqa: E402
-from edgesd.recipes import QuantOptions, build  # noqa: E402
+from edgesd.recipes import BuildOptions, LocalFolders, QuantOptions, build  # noqa: E402
 from edgesd.runtime.bundle import Bundle  # noqa: E402
 from edgesd.runtime.pipeline import Pipeline  # noqa: E402
 from edgesd.runtime.settings import Settings  # noqa: E402
@@ -43,11 +43,10 @@ def bundle(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Bundle:
     work = tmp_path_factory.mktemp("work")
-    options = QuantOptions(
-        calibration_prompts=("red apple",), quality_prompts=(), steps=2, work=work
-    )
+    how = QuantOptions(calibration_prompts=("red apple",), quality_prompts=(), steps=2)
+    options = BuildOptions("x86-64-cpu", request.param, quantization=how)
     out = work / "bundle.edgesd"
-    return build(str(source), "x86-64-cpu", request.param, out, quantization=options).bundle
+    return build(str(source), options, out, LocalFolders(work)).bundle
 
 
 def decoded(bundle: Bundle, settings: Settings) -> np.ndarray:

@@ -15,7 +15,7 @@ from edgesd.export.source.folder import SINGLE_FILE, ModelSource, not_a_folder, 
 from edgesd.export.source.hub import download
 from edgesd.files import expanded
 
-__all__ = ["ModelSource", "resolve_source"]
+__all__ = ["ModelSource", "is_hub_id", "resolve_source"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -39,6 +39,11 @@ def resolve_source(model: str | Path) -> ModelSource:
             "or a hub id such as owner/name"
         )
     return open_folder(name, download(name))
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether `resolve_source` would look `model` up on the hub, and open nothing local."""
+    return not expanded(model).exists() and not _looks_local(model)
 
 
 def _looks_local(model: str | Path) -> bool:

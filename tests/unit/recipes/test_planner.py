@@ -17,6 +17,7 @@ from edgesd.errors import TargetError
 from edgesd.export.source import ModelSource
 from edgesd.recipes import demo_model
 from edgesd.recipes.planner import Estimate, PlanRequest, estimate_build
+from edgesd.spec.build import BuildOptions
 from tests.support import assert_refused, run_cli
 
 pytestmark = pytest.mark.integration
@@ -97,10 +98,10 @@ class BegunError(Exception):
     """A build was accepted, and began its work."""
 
 
-def accepts(model: str, target: str, out: Path, *options: Any, **named: Any) -> bool:
+def accepts(model: str, options: BuildOptions, out: Path, **named: Any) -> bool:
     """Whether `build` begins."""
     try:
-        recipes.build(model, target, *options, out=out, **named)
+        recipes.build(model, options, out, **named)
     except BegunError:
         return True
     except TargetError as exc:
@@ -114,7 +115,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(*_: object, **__: object) -> None:
         raise BegunError
 
-    monkeypatch.setattr("edgesd.recipes._Writer", begin)
+    monkeypatch.setattr("edgesd.recipes.BundleWriter", begin)
 
 
 TABLE = [
@@ -149,7 +150,8 @@ def test_build_accepts_what_plan_says_fits_and_nothing_else(
 ) -> None:
     plan = estimate_build(models[model], target, PlanRequest(precision))
     assert plan.mode == mode
-    assert accepts(models[model], target, tmp_path / "b", precision) == (mode is not None)
+    options = BuildOptions(target, precision)
+    assert accepts(models[model], options, tmp_path / "b") == (mode is not None)
 
 
 @pytest.mark.parametrize(
@@ -167,8 +169,8 @@ def test_fixed_sizes_and_batches_count(
     target = "raspberry-pi-zero-2w"
     asked = PlanRequest("w8a8", size, fixed=True, batch=batch)
     assert (estimate_build(models["small"], target, asked).mode is not None) == fits
-    found = accepts(models["small"], target, tmp_path / "b", "w8a8", size=size, batch=batch)
-    assert found == fits
+    options = BuildOptions(target, "w8a8", size=size, batch=batch)
+    assert accepts(models["small"], options, tmp_path / "b") == fits
 
 
 def follow(plan: Estimate, model: str, asked: PlanRequest, advice: str) -> Estimate:
@@ -234,7 +236,8 @@ def test_a_build_that_needs_more_than_is_free_here_warns(
     told: list[str] = []
     for free in (1 << 30, 64 << 30):
         monkeypatch.setattr("edgesd.recipes.available_bytes", lambda free=free: free)
-        assert accepts(models["small"], "raspberry-pi-5", tmp_path / "b", "w8a8", warn=told.append)
+        options = BuildOptions("raspberry-pi-5", "w8a8")
+        assert accepts(models["small"], options, tmp_path / "b", warn=told.append)
     assert len(told) == 1 and "1 GB are free here" in told[0]
 
 

@@ -1,0 +1,91 @@
+"""Builds a bundle as another one says that it was built: `edgesd build --like`.
+
+The other bundle may be anybody's: no path in it is opened, and a model is only looked up where it
+is the embedded one or a hub id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgesd.errors import UsageError
+from edgesd.runtime.bundle import open_bundle
+from edgesd.spec.build import DEMO, HUB, BuildRecord
+from edgesd.spec.bundle import BundleManifest
+
+
+@dataclass(frozen=True)
+class Like:
+    """A bundle that another one should equal, and how it was built."""
+
+    path: Path
+    manifest: BundleManifest
+    record: BuildRecord
+
+    @classmethod
+    def of(cls, path: Path) -> Like:
+        """The bundle at `path`. Raises BundleError, and UsageError where it doesn't say how it was
+        built."""
+        manifest = open_bundle(path).manifest
+        if manifest.build is None:
+            raise UsageError(
+                f"{path} doesn't say how it was built, as bundles of older releases don't: give "
+                "the options instead of --like"
+            )
+        return cls(path, manifest, manifest.build)
+
+    def model(self) -> str:
+        """The model to build from where the user names none. Raises UsageError for one that lay in
+        a folder: where it is now, the user must say."""
+        from edgesd.export.source import is_hub_id
+
+        kind, name = self.record.model.kind, self.record.model.name
+        if kind == DEMO:
+            return DEMO
+        if kind == HUB and is_hub_id(name):
+            return name
+        raise UsageError(
+            f"{self.path} was built from a model called {name!r} (sha256 "
+            f"{self.record.model.sha256[:16]}...): say where it is: edgesd build MODEL --like "
+            f"{self.path}"
+        )
+
+    def expected_differences(
+        self, sha256: str, tools: Mapping[str, str], prompter: bool
+    ) -> list[str]:
+        """What keeps another build from making the same bundle, a line for each.
+
+        sha256: of the model that is built; tools: name -> version of what makes the graphs;
+        prompter: whether one is included.
+        """
+        lines = []
+        if sha256 != self.record.model.sha256:
+            lines.append(
+                f"the model isn't the one that {self.path} was built from (sha256 {sha256[:16]}... "
+                f"here, {self.record.model.sha256[:16]}... there): graphs and weights will differ"
+            )
+        others = [name for name in tools if self.manifest.tools.get(name) != tools[name]]
+        if others:
+            lines.append(
+                f"{self.path} was built with other releases of {', '.join(others)}: graphs and "
+                "weights may differ"
+            )
+        if self.manifest.prompter and not prompter:
+            lines.append(
+                f"{self.path} includes a prompter, and this bundle won't: give --prompter FOLDER"
+            )
+        return lines
+
+    def differing_files(self, ours: BundleManifest) -> list[str]:
+        """Files of graphs and weights that only one of both bundles has, or with other bytes."""
+        here, there = (
+            {
+                name: entry
+                for name, entry in manifest.files.items()
+                if name.split("/", 1)[0] in manifest.engines
+            }
+            for manifest in (ours, self.manifest)
+        )
+        return sorted(name for name in {*here, *there} if here.get(name) != there.get(name))

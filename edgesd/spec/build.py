@@ -1,0 +1,118 @@
+"""How a bundle is built: what its graphs and weights depend on, as `bundle.json` has it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from edgesd.errors import UsageError
+from edgesd.spec.base import Pixels, Sha256, Spec, Word
+from edgesd.spec.scheme import Precision, number_format
+
+_MOST_PROMPTS, _LONGEST_PROMPT = 10_000, 64_000
+_MOST_CHARACTERS = 4_000_000
+"""Of all prompts together: a manifest holds them."""
+
+DEMO, HUB, FOLDER = "demo", "hub", "folder"
+"""Kinds of models: the embedded pipeline, a hub id, a folder of the machine that built."""
+
+Prompts = Annotated[
+    tuple[Annotated[str, Meta(max_length=_LONGEST_PROMPT)], ...],
+    Meta(max_length=_MOST_PROMPTS),
+]
+
+
+class QuantOptions(Spec, frozen=True):
+    """How to quantize, beyond the scheme's name.
+
+    method: rtn, gptq or svdquant. static: activation ranges recorded in calibration, instead of
+    dynamic ones. calibration_prompts: None takes the model's own, or general ones; quality_prompts:
+    the same, and () generates no images. steps, guidance: of the loop in calibration and
+    comparison; None is the model's default. min_psnr: floor in dB for the worst image. max_size:
+    limit of the bundle's size relative to the fp32 one's; max_time: the same for the estimated time
+    of an image. pool_attention: fewer keys and values in the largest self-attention, where images
+    allow.
+    """
+
+    method: Word = "svdquant"
+    static: bool = False
+    calibration_prompts: Prompts | None = None
+    quality_prompts: Prompts | None = None
+    steps: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    guidance: Annotated[float, Meta(ge=-1000, le=1000)] | None = None
+    min_psnr: Annotated[float, Meta(ge=0, le=100)] | None = None
+    max_size: Annotated[float, Meta(gt=0, le=1)] | None = None
+    max_time: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    pool_attention: bool = False
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit that only images can hold."""
+        return any(one is not None for one in (self.min_psnr, self.max_size, self.max_time))
+
+
+class BuildOptions(Spec, frozen=True):
+    """What is built of a model.
+
+    target: a board's name. backend: whose graphs are made; None takes the target's best. size:
+    (width, height) in pixels for static graphs, whose denoiser takes `batch` rows; None exports
+    graphs for any size and batch (where plans have fixed shapes: for one image of the model's own
+    size). scheduler: the bundle's default sampler, if not the model's own. quantization: for a
+    precision that is a scheme.
+    """
+
+    target: Word
+    precision: Annotated[Precision, Meta(max_length=64)] = "fp32"
+    backend: Word | None = None
+    size: tuple[Pixels, Pixels] | None = None
+    batch: Annotated[int, Meta(ge=1, le=4096)] = 1
+    scheduler: Word | None = None
+    quantization: QuantOptions = QuantOptions()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the precision is a scheme."""
+        return self.precision not in ("fp32", "fp16")
+
+    def check(self) -> None:
+        """Raise UsageError for options that contradict each other, or that nothing can build."""
+        number_format(self.precision)
+        if self.batch > 1 and not self.size:
+            raise UsageError("--batch fixes the rows of static graphs: give --size, too")
+        if self.quantization.limited and self.quantization.quality_prompts == ():
+            raise UsageError(
+                "--min-psnr, --max-size and --max-time are held by generating images: "
+                "leave --no-quality out"
+            )
+        for what in ("calibration", "quality"):
+            prompts = getattr(self.quantization, f"{what}_prompts") or ()
+            _check_prompts(what, prompts)
+
+
+class ModelReference(Spec, frozen=True):
+    """The model that a bundle was made of. kind: DEMO, HUB or FOLDER. name: the hub's id; of a
+    folder its own name alone, as where it lay is nobody's business. sha256: of what was read."""
+
+    kind: Word
+    name: Annotated[str, Meta(min_length=1, max_length=1000)]
+    sha256: Sha256
+
+
+class BuildRecord(Spec, frozen=True):
+    """How a bundle was built: what `edgesd build --like` takes."""
+
+    model: ModelReference
+    options: BuildOptions
+
+
+def _check_prompts(what: str, prompts: tuple[str, ...]) -> None:
+    if (
+        len(prompts) > _MOST_PROMPTS
+        or any(len(prompt) > _LONGEST_PROMPT for prompt in prompts)
+        or sum(map(len, prompts)) > _MOST_CHARACTERS
+    ):
+        raise UsageError(
+            f"--{what}-prompts: at most {_MOST_PROMPTS} prompts of {_MOST_CHARACTERS} characters "
+            "together, as the bundle holds them: give fewer"
+        )
