@@ -84,6 +84,11 @@ def process_bytes(backends: Collection[Backend]) -> int:
     return resident_bytes() + unimported_bytes(backends) + for_good
 
 
+def memory_modes(backends: Collection[Backend]) -> tuple[MemoryMode, ...]:
+    """The modes that differ for all of `backends`, the fastest first."""
+    return tuple(mode for mode in MEMORY_MODES if all(mode in b.memory_modes for b in backends))
+
+
 def bundle_costs(
     bundle: Bundle,
     components: Iterable[str],
@@ -215,8 +220,9 @@ class Fitting:
             yield "--batch 1"
         if batch.previews and self.choose(replace(batch, previews=False)):
             yield "no --preview"
-        if self.memory in ("fast", "balanced") and replace(self, memory="stream").choose(batch):
-            yield "--memory stream"
+        last = self.modes[-1]
+        if self.memory in self.modes[:-1] and replace(self, memory=last).choose(batch):
+            yield f"--memory {last}"
         for part in (3, 2, 1) if shape.dynamic else ():
             step = shape.multiple_of
             height, width = (
@@ -247,4 +253,4 @@ def _least_memory(bundle: Bundle, own: bool) -> tuple[MemoryMode, int]:
 
     process = PROCESS_BYTES + PROGRAM_BYTES + backend.process_bytes
     costs = bundle_costs(bundle, flow.components, own_kernels, process)
-    return Fitting(costs, Budget()).least(batch)
+    return Fitting(costs, Budget(), modes=backend.memory_modes).least(batch)

@@ -18,6 +18,7 @@ from edgesd.runtime.fitting import (
     Fit,
     Fitting,
     bundle_costs,
+    memory_modes,
     process_bytes,
     unimported_bytes,
 )
@@ -124,7 +125,8 @@ class Loaded:
         taken = process - unimported_bytes(self._backends)
         taken += costs.loaded(self._runners, self.memory == "stream")
         budget = Budget(settings.max_memory, free, taken)
-        return Fitting(costs, budget, settings.memory, settings.guidance_mode)
+        modes = memory_modes(self._backends)
+        return Fitting(costs, budget, settings.memory, settings.guidance_mode, modes)
 
     def _backend(self, component: str) -> Backend:
         return get_backend(self.bundle.manifest.engines[component].backend)

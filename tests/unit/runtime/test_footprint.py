@@ -14,6 +14,7 @@ from edgesd.engines.bundle import update_manifest
 from edgesd.errors import ResourceError
 from edgesd.runtime import fitting
 from edgesd.runtime import loaded as loading
+from edgesd.runtime.backends import get_backend
 from edgesd.runtime.backends.onnxruntime import OnnxRuntime
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.footprint import (
@@ -143,6 +144,20 @@ def test_of_a_decoder_in_halves_the_larger_counts() -> None:
 def test_the_mode_follows_the_limit(bundle: Bundle) -> None:
     found = [mode(bundle, limit * MB) for limit in (1000, 200, 150, 60, 10)]
     assert found == ["fast", "fast", "balanced", "stream", "refused"]
+
+
+def test_modes_that_make_no_difference_to_a_backend_are_not_taken(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(bundle.path, tmp_path / "tensorrt"))
+    engines = {
+        name: msgspec.structs.replace(engine, backend="tensorrt")
+        for name, engine in bundle.manifest.engines.items()
+    }
+    update_manifest(root, msgspec.structs.replace(bundle.manifest, engines=engines))
+    ours, cuda = open_bundle(root), get_backend("tensorrt").process_bytes
+    found = [mode(ours, cuda + limit * MB) for limit in (1000, 160, 60)]
+    assert found == ["fast", "balanced", "refused"]
 
 
 def test_the_mode_follows_size_batch_and_guidance(bundle: Bundle) -> None:
