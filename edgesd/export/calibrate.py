@@ -67,7 +67,6 @@ _NEGATIVE = ""
 _MAX_FP16 = float(torch.finfo(torch.float16).max)
 
 _log = logging.getLogger(__name__)
-"""Told of a component, prompts done, and of how many."""
 
 
 @dataclass(frozen=True)
