@@ -29,7 +29,6 @@ KNOW_NETWORKS = (
 )
 _STILL_NAME_NETWORKS = {
     "edgesd/recipes/__init__.py",
-    "edgesd/recipes/quantized.py",
 }
 """These files do so today; the list may only become shorter."""
 
