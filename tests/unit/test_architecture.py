@@ -27,10 +27,6 @@ KNOW_NETWORKS = (
     "edgesd/runtime/old_bundles.py",
     "edgesd/spec/pipeline.py",
 )
-_STILL_NAME_NETWORKS = {
-    "edgesd/recipes/__init__.py",
-}
-"""These files do so today; the list may only become shorter."""
 
 BACKENDS = set(backend_names())
 KNOW_BACKENDS = ("edgesd/runtime/backends", "edgesd/export/backends")
@@ -177,7 +173,7 @@ def test_components_and_their_tensors_are_named_in_families_and_flow_alone() -> 
         f"{name}:{node.lineno}: {node.value!r}"
         for name, tree in trees(KNOW_NETWORKS)
         for node in strings(tree)
-        if node.value in COMPONENTS | TENSORS and name not in _STILL_NAME_NETWORKS
+        if node.value in COMPONENTS | TENSORS
     }
     assert not spelled
 
