@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,26 +14,32 @@ from edgesd.cli.common import (
     Finite,
     OutputPath,
     Reporter,
-    Size,
-    hosts_option,
-    json_option,
-    memory_options,
     plans_of,
     print_json,
     say,
     say_lines,
-    scheduler_option,
     show_each,
+)
+from edgesd.cli.options import (
+    GenerationOptions,
+    RunOptions,
+    any_machine_option,
+    generation_options,
+    hosts_option,
+    json_option,
+    option_arguments,
+    run_options,
 )
 from edgesd.errors import BoardError, EdgesdError
 from edgesd.progress import Lines, Prefixed
 
 if TYPE_CHECKING:
-    from edgesd.device.bench import Bench
-    from edgesd.runtime.memory import MemoryMode
+    from edgesd.device.bench import Bench, BenchSettings
 
 _RETRIES = 60
 _PROMPT = "a red apple"
+_HERE = ("hosts", "html", "output", "detached", "as_json")
+"""Options that aren't passed on to a board: what is done here, and how a board answers."""
 
 
 class _RunByDefault(click.Group):
@@ -86,12 +93,8 @@ def bench_group() -> None:
 )
 @click.option("-p", "--prompt", default=_PROMPT, show_default=True, help="What to generate.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
-@click.option("--steps", type=int, help="Denoising steps. [default: the bundle's]")
-@click.option("--guidance", type=float, help="Guidance scale. [default: the bundle's]")
-@click.option("--size", type=Size(), help="Image size in pixels. [default: the bundle's]")
-@scheduler_option("Sampler")
-@click.option("--threads", type=click.IntRange(0, 256), default=0, help="[default: all cores]")
-@memory_options
+@generation_options("bundle", without=["negative"])
+@run_options
 @click.option(
     "--interval",
     type=Finite(0.05, 60),
@@ -106,7 +109,7 @@ def bench_group() -> None:
     type=OutputPath(),
     help="Write the JSON to a file; an older one is replaced.",
 )
-@click.option("--any-machine", is_flag=True, help="Run a bundle that was built for another board.")
+@any_machine_option
 @click.option("--detached", hidden=True, help="Run in the background under this key, or join it.")
 @json_option
 def run_command(
@@ -116,13 +119,8 @@ def run_command(
     warm_up: int,
     prompt: str,
     seed: int,
-    steps: int | None,
-    guidance: float | None,
-    size: tuple[int, int] | None,
-    scheduler: str | None,
-    threads: int,
-    memory: MemoryMode | None,
-    max_memory: int | None,
+    generation: GenerationOptions,
+    run: RunOptions,
     interval: float,
     html: Path | None,
     output: Path | None,
@@ -131,70 +129,22 @@ def run_command(
     as_json: bool,
 ) -> None:
     """Generate with BUNDLE again and again, and measure: what `edgesd bench BUNDLE` stands for."""
-    from edgesd.files import check_file_place, save
-    from edgesd.pages.page import check_page_path, page_bytes
-    from edgesd.runtime.bundle import open_bundle
-
     if detached:
         _follow(detached)
         return
-    if html:
-        check_page_path(html)
-    for path in filter(None, (html, output)):
-        check_file_place(path, bundle, *([html] if html and path is output else []))
-    opened = open_bundle(bundle)
+    _check_places(bundle, html, output)
     reporter = Reporter(quiet=as_json and not hosts)
-    found: list[Bench] = []
     failure: Exception | None = None
     if hosts:
-        from edgesd.remote.bench_hosts import bench_on
-        from edgesd.remote.hosts import on_each
-
-        options = [f"--runs={runs}", f"--warm-up={warm_up}", f"--prompt={prompt}", f"--seed={seed}"]
-        options += [f"--threads={threads}", f"--interval={interval}"]
-        options += [f"--steps={steps}"] if steps is not None else []
-        options += [f"--guidance={guidance}"] if guidance is not None else []
-        options += [f"--size={size[0]}x{size[1]}"] if size else []
-        options += [f"--scheduler={scheduler}"] if scheduler else []
-        options += [f"--memory={memory}"] if memory else []
-        options += [f"--max-memory={max_memory}"] if max_memory is not None else []
-        results = on_each(
-            hosts,
-            lambda board: bench_on(board, opened, options, Prefixed(reporter, f"{board.name}: ")),
-            _RETRIES,
-            lambda host, error: reporter.line(f"{host}: {error} (joining it again)"),
-        )
-        try:
-            show_each(results, lambda host, bench: found.append(bench))
-        except Exception as exc:
-            if not found:
-                raise
-            failure = exc  # once the others' figures are shown
+        options = option_arguments(click.get_current_context(), without=_HERE)
+        found, failure = _measure_on(hosts, bundle, options, reporter)
     else:
-        from edgesd.device.bench import Plan, measure
-        from edgesd.device.detect import check_machine, detect_machine
-        from edgesd.runtime.requests import Request
-        from edgesd.runtime.settings import Settings
-        from edgesd.runtime.signature import check_trusted
+        from edgesd.device.bench import BenchSettings
 
-        check_trusted(opened)
-        if not any_machine:
-            needs = opened.manifest
-            check_machine(needs.target, needs.arch, detect_machine())
-        width, height = size or (None, None)
-        request = Request(prompt, seed, None, steps, guidance, height, width, scheduler)
-        plans = plans_of(opened, reporter)
-        settings = Settings(threads, memory, None, plans, max_memory=max_memory)
-        with reporter.bar():
-            progress = _Images() if as_json else reporter
-            found = [measure(opened, settings, Plan(request, warm_up, runs, interval), progress)]
+        asked = BenchSettings(generation.request(prompt, seed), warm_up, runs, interval)
+        found = [_measure_here(bundle, any_machine, run, asked, reporter)]
     try:
-        if output:
-            save(output, msgspec.json.encode(found))
-        if html:
-            from edgesd.pages.bench import bench_html
-
-            save(html, page_bytes(bench_html(found)))
+        _write(found, output, html)
     except EdgesdError as exc:
         failure = failure or exc
     if as_json:
@@ -204,6 +154,66 @@ def run_command(
             _show(bench)
     if failure:
         raise failure
+
+
+def _check_places(bundle: Path, html: Path | None, output: Path | None) -> None:
+    """What can't be written is said before anything is measured."""
+    from edgesd.files import check_file_place
+    from edgesd.pages.page import check_page_path
+
+    if html:
+        check_page_path(html)
+    for path in filter(None, (html, output)):
+        check_file_place(path, bundle, *([html] if html and path is output else []))
+
+
+def _measure_here(
+    path: Path, any_machine: bool, run: RunOptions, asked: BenchSettings, reporter: Reporter
+) -> Bench:
+    from edgesd.device.bench import measure
+    from edgesd.device.opening import open_for_generate
+
+    bundle = open_for_generate(path, any_machine)
+    settings = run.settings(plan_of=plans_of(bundle, reporter))
+    with reporter.bar():
+        return measure(bundle, settings, asked, _Images() if reporter.quiet else reporter)
+
+
+def _measure_on(
+    hosts: Sequence[str], path: Path, options: Sequence[str], reporter: Reporter
+) -> tuple[list[Bench], Exception | None]:
+    """The benchmarks of those boards that made one, and the error of those that didn't."""
+    from edgesd.remote.bench_hosts import bench_on
+    from edgesd.remote.hosts import on_each
+    from edgesd.runtime.bundle import open_bundle
+
+    bundle = open_bundle(path)
+    results = on_each(
+        hosts,
+        lambda board: bench_on(board, bundle, options, Prefixed(reporter, f"{board.name}: ")),
+        _RETRIES,
+        lambda host, error: reporter.line(f"{host}: {error} (joining it again)"),
+    )
+    found: list[Bench] = []
+    try:
+        show_each(results, lambda host, bench: found.append(bench))
+    except Exception as exc:
+        if not found:
+            raise
+        return found, exc  # raised once the others' figures are shown
+    return found, None
+
+
+def _write(found: list[Bench], output: Path | None, html: Path | None) -> None:
+    from edgesd.files import save
+
+    if output:
+        save(output, msgspec.json.encode(found))
+    if html:
+        from edgesd.pages.bench import bench_html
+        from edgesd.pages.page import page_bytes
+
+        save(html, page_bytes(bench_html(found)))
 
 
 @bench_group.command("compare", short_help="Two benchmarks, side by side.")

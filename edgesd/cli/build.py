@@ -10,18 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 import msgspec
 
-from edgesd.cli.common import (
-    Finite,
-    OutputPath,
-    Reporter,
-    Size,
-    json_option,
-    lpips_option,
-    print_json,
-    printable,
-    say,
-    scheduler_option,
-)
+from edgesd.cli.common import Finite, OutputPath, Reporter, Size, print_json, printable, say
+from edgesd.cli.options import json_option, lpips_option, scheduler_option
 from edgesd.export.quantize.methods import METHODS
 from edgesd.spec.build import BuildOptions, QuantOptions
 

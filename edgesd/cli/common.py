@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, TextIO, TypeVar
 
@@ -142,34 +141,6 @@ def binary_stdout() -> Iterator[BinaryIO]:
             os.dup2(out.fileno(), fd)
 
 
-def memory_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--memory and --max-memory, of which one at most may be given."""
-
-    @wraps(function)
-    def checked(*arguments: Any, **options: Any) -> Any:
-        if options["memory"] is not None and options["max_memory"] is not None:
-            raise click.UsageError(
-                f"--memory {options['memory']} is taken whatever it needs, and --max-memory "
-                "chooses one that fits: give one of the two"
-            )
-        return function(*arguments, **options)
-
-    mode = click.option(
-        "--memory",
-        type=click.Choice(["fast", "balanced", "stream"]),
-        help="fast keeps all networks loaded, balanced releases each after its use, stream leaves "
-        "weights in their file. [default: by the memory that is free]",
-    )
-    limit = click.option(
-        "--max-memory",
-        type=Bytes(),
-        help="Take the fastest --memory that fits into this (400MB, 1.5GB) at the size and batch "
-        "asked for. Mapped weights count, as in the peak that is printed; what doesn't fit is "
-        "refused.",
-    )
-    return mode(limit(checked))
-
-
 class Finite(click.FloatRange):
     """A FloatRange that NaN isn't in."""
 
@@ -181,33 +152,6 @@ class Finite(click.FloatRange):
         if not math.isfinite(found):
             raise click.BadParameter(f"{value!r} isn't a finite number", ctx, param)
         return found
-
-
-def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--json: one JSON object on standard output."""
-    return click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
-    )(function)
-
-
-def hosts_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--host, any number of times."""
-    return click.option(
-        "--host",
-        "hosts",
-        metavar="USER@BOARD[:PORT]",
-        multiple=True,
-        help="Do so on that board, over SSH; may be repeated.",
-    )(function)
-
-
-def lpips_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--lpips: weights of the perceptual distance."""
-    return click.option(
-        "--lpips",
-        type=click.Path(path_type=Path, file_okay=False, exists=True),
-        help="Folder with LPIPS's weights: alexnet-owt-7be5be79.pth and alex.pth.",
-    )(function)
 
 
 def printable(path: Path) -> str:
@@ -333,16 +277,6 @@ def show_messages() -> None:
     """
     logging.lastResort = Messages(logging.WARNING)
     warnings.showwarning = lambda message, *_, **__: say_error(f"warning: {message}")
-
-
-def scheduler_option(words: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """--scheduler. words: what it sets."""
-    return click.option(
-        "--scheduler",
-        metavar="NAME",
-        help=f"{words}: ddim, dpmpp-2m, euler, euler-a, flow-euler, lcm or pndm. "
-        "[default: the model's own]",
-    )
 
 
 class Reporter:

@@ -32,7 +32,7 @@ PROMPTS = (
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 def demo_command(output: Path, seed: int) -> None:
     """Build the embedded pipeline for this computer and generate eight images with it."""
-    from edgesd.cli.generate import generate
+    from edgesd.cli.generate import generate, summary
     from edgesd.errors import BundleError
     from edgesd.recipes import DEMO, BuildOptions, build, demo_sha256, demo_target
     from edgesd.runtime.bundle import open_bundle
@@ -63,7 +63,8 @@ def demo_command(output: Path, seed: int) -> None:
     requests = expand_requests(Request("", seed), PROMPTS, 1)
     settings = Settings(plan_of=plans_of(opened, reporter), made_here=built)
     with Pipeline(opened, settings) as pipeline:
-        made = generate(pipeline, requests, output / "images", reporter=reporter)
+        made = generate(pipeline, requests, output / "images", reporter)
+        reporter.line(summary(pipeline, made))
     paths = [image.path for image in made if image.path]
     sheet = contact_sheet(paths, output / "images.png", columns=4)
     say(f"the images: {output / 'images'}/*.png, all on one sheet: {sheet}")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgesd.cli.common import Reporter, json_option, print_json, show_each
+from edgesd.cli.common import Reporter, print_json, show_each
+from edgesd.cli.options import json_option, self_test_option
 from edgesd.progress import Prefixed
 
 if TYPE_CHECKING:
@@ -24,11 +25,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Folder of wheels for the boards. [default: got by pip, here]",
 )
-@click.option(
-    "--self-test/--no-self-test",
-    default=True,
-    help="Generate an image in 2 steps before switching.",
-)
+@self_test_option
 @json_option
 def deploy_command(
     arguments: tuple[str, ...],

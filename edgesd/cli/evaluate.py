@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgesd.cli.common import Reporter, json_option, lpips_option, print_json, say
+from edgesd.cli.common import Reporter, print_json, say
+from edgesd.cli.options import json_option, lpips_option
 
 if TYPE_CHECKING:
     from edgesd.evaluate.prompter import Agreed

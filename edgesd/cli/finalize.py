@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgesd.cli.common import (
-    OutputPath,
-    Reporter,
-    json_option,
-    print_json,
-    printable,
-    say,
-)
+from edgesd.cli.common import OutputPath, Reporter, print_json, printable, say
+from edgesd.cli.options import json_option
 
 if TYPE_CHECKING:
     from edgesd.engines.plans import Finalized

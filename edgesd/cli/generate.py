@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import statistics
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from textwrap import shorten
@@ -16,14 +17,18 @@ from edgesd.cli.common import (
     STDOUT,
     OutputPath,
     Reporter,
-    Size,
     binary_stdout,
-    json_option,
-    memory_options,
     plans_of,
     print_json,
     printable,
-    scheduler_option,
+)
+from edgesd.cli.options import (
+    GenerationOptions,
+    RunOptions,
+    any_machine_option,
+    generation_options,
+    json_option,
+    run_options,
 )
 from edgesd.errors import BundleError, EdgesdError
 
@@ -32,7 +37,6 @@ if TYPE_CHECKING:
     from edgesd.runtime.denoise import Step
     from edgesd.runtime.flow import GuidanceMode
     from edgesd.runtime.images import SavedImage
-    from edgesd.runtime.memory import MemoryMode
     from edgesd.runtime.pipeline import Pipeline
     from edgesd.runtime.requests import Request
 
@@ -59,15 +63,7 @@ if TYPE_CHECKING:
     type=click.IntRange(0, 2**64 - 1),
     help="Seed of the first image. [default: a random one, which is printed]",
 )
-@click.option("--steps", type=int, help="Denoising steps. [default: the bundle's]")
-@click.option(
-    "--guidance",
-    type=float,
-    help="Classifier-free guidance scale; 1 is none. [default: the bundle's]",
-)
-@click.option("--negative", help="What not to generate.")
-@click.option("--size", type=Size(), help="Image size in pixels. [default: the bundle's]")
-@scheduler_option("Sampler")
+@generation_options("bundle")
 @click.option(
     "--batch",
     type=click.IntRange(1, 1024),
@@ -91,18 +87,11 @@ if TYPE_CHECKING:
     metavar="K",
     help="Write NAME.preview.png every K steps, until the image is there. [default: never]",
 )
-@memory_options
+@run_options
 @click.option(
     "--guidance-mode",
     type=click.Choice(["batched", "sequential"]),
     help="Both halves of guidance in one run, or one by one in less memory. [default: by memory]",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(0, 256),
-    default=0,
-    show_default=True,
-    help="CPU threads; 0 takes all cores.",
 )
 @click.option(
     "--no-fallback",
@@ -117,7 +106,7 @@ if TYPE_CHECKING:
 @click.option(
     "--show-prompt", is_flag=True, help="With --enhance: print the prompts that it makes."
 )
-@click.option("--any-machine", is_flag=True, help="Run a bundle that was built for another board.")
+@any_machine_option
 @json_option
 def generate_command(
     bundle: Path,
@@ -125,18 +114,12 @@ def generate_command(
     prompt_file: BinaryIO | None,
     count: int,
     seed: int | None,
-    steps: int | None,
-    guidance: float | None,
-    negative: str | None,
-    size: tuple[int, int] | None,
-    scheduler: str | None,
+    generation: GenerationOptions,
     batch: int,
     output: Path,
     preview: int,
-    memory: MemoryMode | None,
-    max_memory: int | None,
+    run: RunOptions,
     guidance_mode: GuidanceMode | None,
-    threads: int,
     no_fallback: bool,
     enhance: bool,
     show_prompt: bool,
@@ -148,58 +131,35 @@ def generate_command(
     No image of an earlier run is replaced, unless -o names its file. One that can't be written
     when it is generated is kept in the cache or the temporary folder, and the error says where.
     """
-    from edgesd.device.detect import check_machine, detect_machine
-    from edgesd.runtime.bundle import open_bundle
+    from edgesd.device.opening import open_for_generate
     from edgesd.runtime.images import check_output, expand_requests, read_prompts
     from edgesd.runtime.pipeline import Pipeline
-    from edgesd.runtime.requests import Request
-    from edgesd.runtime.settings import Settings
-    from edgesd.runtime.signature import check_trusted
 
-    texts = list(prompts)
-    if prompt_file:
-        texts += read_prompts(prompt_file)
+    texts = [*prompts, *(read_prompts(prompt_file) if prompt_file else ())]
     if not texts:
         raise click.UsageError("no prompt: give -p PROMPT, or --prompts FILE")
-    opened = open_bundle(bundle)
-    check_trusted(opened)
-    if not any_machine:
-        manifest = opened.manifest
-        check_machine(manifest.target, manifest.arch, detect_machine())
-    reporter = Reporter(quiet=as_json)
     if show_prompt and not enhance:
         raise click.UsageError("--show-prompt goes with --enhance")
     if output == STDOUT and (as_json or preview):
         raise click.UsageError("-o - writes the image alone: leave --json and --preview out")
+    opened = open_for_generate(bundle, any_machine)
+    reporter = Reporter(quiet=as_json)
+    settings = run.settings(
+        guidance_mode=guidance_mode,
+        plan_of=plans_of(opened, reporter),
+        fallback=not no_fallback,
+    )
     with binary_stdout() if output == STDOUT else nullcontext(output) as out:
         check_output(out, len(texts) * count)
         if enhance:
-            texts = _enhanced(opened, texts, threads, show_prompt, reporter)
-        width, height = size or (None, None)
-        template = Request(
-            prompt="",
-            seed=secrets.randbits(32) if seed is None else seed,
-            negative_prompt=negative,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=height,
-            width=width,
-            scheduler=scheduler,
-        )
-        plans = plans_of(opened, reporter)
-        settings = Settings(
-            threads, memory, guidance_mode, plans, not no_fallback, max_memory=max_memory
-        )
+            texts = _enhanced(opened, texts, run.threads, show_prompt, reporter)
+        first = generation.request("", secrets.randbits(32) if seed is None else seed)
+        requests = expand_requests(first, texts, count)
         with Pipeline(opened, settings) as pipeline:
-            generate(
-                pipeline,
-                expand_requests(template, texts, count),
-                out,
-                batch=batch,
-                preview_every=preview,
-                as_json=as_json,
-                reporter=reporter,
-            )
+            made = generate(pipeline, requests, out, reporter, batch, preview)
+            if as_json:
+                print_json(_outcome(pipeline, made))
+            reporter.line(summary(pipeline, made))
 
 
 def _enhanced(
@@ -231,32 +191,29 @@ def generate(
     pipeline: Pipeline,
     requests: list[Request],
     output: Path | BinaryIO,
+    reporter: Reporter,
     batch: int = 1,
     preview_every: int = 0,
-    as_json: bool = False,
-    reporter: Reporter | None = None,
 ) -> list[SavedImage]:
-    """Make and write `requests`, showing each step and, at the end, the files and the times."""
+    """Make and write `requests`, showing each step, each file, and what the user should know."""
     from edgesd.runtime.images import make_images
 
-    reporter = reporter or Reporter(quiet=as_json)
     warned: set[str] = set()
+
+    def warn(key: str, text: str) -> None:
+        if key not in warned:
+            warned.add(key)
+            reporter.warn(text)
 
     def warn_of_fallbacks() -> None:
         for reason in pipeline.fallbacks.values():
-            if reason not in warned:
-                warned.add(reason)
-                reporter.warn(reason)
+            warn(reason, reason)
 
     def on_step(first: int, step: Step) -> None:
         warn_of_fallbacks()
         for prompt, cut in pipeline.truncations.items():
-            if prompt not in warned:
-                warned.add(prompt)
-                reporter.warn(
-                    f"the text encoder takes {cut.kept_tokens} tokens; "
-                    f"{cut.cut_tokens} were cut: {shorten(cut.text, 200)}"
-                )
+            words = f"{cut.cut_tokens} were cut: {shorten(cut.text, 200)}"
+            warn(prompt, f"the text encoder takes {cut.kept_tokens} tokens; {words}")
         last = min(first + batch, len(requests))
         name = f"image {last}" if last == first + 1 else f"images {first + 1}-{last}"
         reporter.update(
@@ -270,39 +227,37 @@ def generate(
 
     with reporter.bar():
         made = make_images(
-            pipeline,
-            requests,
-            output,
-            batch,
-            preview_every,
-            on_step,
-            on_image,
-            reporter.warn,
+            pipeline, requests, output, batch, preview_every, on_step, on_image, reporter.warn
         )
     warn_of_fallbacks()
+    return made
+
+
+def summary(pipeline: Pipeline, made: Sequence[SavedImage]) -> str:
+    """How many images were made, how fast, and in how much memory."""
     timings = pipeline.timings
-    if as_json:
-        print_json(
-            {
-                "images": [
-                    {"path": printable(image.path), **dataclasses.asdict(image.request)}
-                    for image in made
-                    if image.path is not None
-                ],
-                "load_seconds": timings.load,
-                "run_seconds": timings.run,
-                "step_seconds": timings.steps,
-                "total_seconds": timings.total,
-                "peak_memory_bytes": timings.peak_memory_bytes,
-                "memory": pipeline.memory,
-                "fallbacks": pipeline.fallbacks,
-                "truncated": {prompt: cut.text for prompt, cut in pipeline.truncations.items()},
-            }
-        )
-        return made
-    reporter.line(
+    return (
         f"{len(made)} image{'s' * (len(made) != 1)} in {timings.total:.1f} s, "
         f"{statistics.median(timings.steps):.3f} s per step, "
         f"peak memory {timings.peak_memory_bytes / 1e6:.0f} MB"
     )
-    return made
+
+
+def _outcome(pipeline: Pipeline, made: Sequence[SavedImage]) -> dict[str, object]:
+    """The same, and more, for programs."""
+    timings = pipeline.timings
+    return {
+        "images": [
+            {"path": printable(image.path), **dataclasses.asdict(image.request)}
+            for image in made
+            if image.path is not None
+        ],
+        "load_seconds": timings.load,
+        "run_seconds": timings.run,
+        "step_seconds": timings.steps,
+        "total_seconds": timings.total,
+        "peak_memory_bytes": timings.peak_memory_bytes,
+        "memory": pipeline.memory,
+        "fallbacks": pipeline.fallbacks,
+        "truncated": {prompt: cut.text for prompt, cut in pipeline.truncations.items()},
+    }

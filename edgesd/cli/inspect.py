@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import Reporter, json_option, print_json, say
+from edgesd.cli.common import Reporter, print_json, say
+from edgesd.cli.options import json_option
 from edgesd.progress import count_bytes
 
 

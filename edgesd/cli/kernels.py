@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from edgesd.cli.common import Reporter, json_option, print_json, say
+from edgesd.cli.common import Reporter, print_json, say
+from edgesd.cli.options import json_option
 
 
 @click.group("kernels", short_help="Compile edgesd's own kernels for CPUs.")

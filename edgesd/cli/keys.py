@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgesd.cli.common import OutputPath, Reporter, each_host, hosts_option, say
+from edgesd.cli.common import OutputPath, Reporter, each_host, say
+from edgesd.cli.options import hosts_option, option_arguments
 from edgesd.errors import InputError
 from edgesd.progress import count_bytes
 from edgesd.text import shown
@@ -105,7 +106,7 @@ def trust_command(key: str, hosts: tuple[str, ...], remove: bool, yes: bool) -> 
         (text,) = lines
     found = parse_public_key(text)
     if hosts:
-        options = [*(["--remove"] if remove else []), *(["--yes"] if yes else [])]
+        options = option_arguments(click.get_current_context(), without=["hosts"])
         each_host(hosts, ["keys", "trust", found.line, *options])
         return
     if not yes and (stopped := _stopped_by(found, remove)):

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgesd.cli.common import Bytes, Finite, Size, json_option, print_json, say
+from edgesd.cli.common import Bytes, print_json, say
+from edgesd.cli.options import GenerationOptions, generation_options, json_option
 
 if TYPE_CHECKING:
     from edgesd.recipes.planner import Estimate
@@ -22,15 +23,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="fp32, fp16, or a scheme: w8a8, w4a8-g64.",
 )
-@click.option("--size", type=Size(), help="Image size in pixels. [default: the model's]")
-@click.option(
-    "--steps", type=click.IntRange(1, 1000), help="Denoising steps. [default: the model's]"
-)
-@click.option(
-    "--guidance",
-    type=Finite(0, 1000),
-    help="Guidance scale; 1 is none. [default: the model's]",
-)
+@generation_options("model", without=["negative", "scheduler"])
 @click.option("--backend", help="tensorrt or onnxruntime. [default: the target's best]")
 @click.option(
     "--method",
@@ -40,7 +33,7 @@ if TYPE_CHECKING:
     help="Quantization method.",
 )
 @click.option(
-    "--max-memory", type=Bytes(), help="What drawing may take, instead of the target's RAM."
+    "--max-memory", type=Bytes(), help="What generating may take, instead of the target's RAM."
 )
 @click.option(
     "--rates",
@@ -52,9 +45,7 @@ def plan_command(
     model: str,
     target: str,
     precision: str,
-    size: tuple[int, int] | None,
-    steps: int | None,
-    guidance: float | None,
+    generation: GenerationOptions,
     backend: str | None,
     method: str,
     max_memory: int | None,
@@ -75,9 +66,9 @@ def plan_command(
 
     request = PlanRequest(
         precision=precision,
-        size=size,
-        steps=steps,
-        guidance=guidance,
+        size=generation.size,
+        steps=generation.steps,
+        guidance=generation.guidance,
         max_memory=max_memory,
         method=method,
         rates=find_rates(get_target(target).name, rates),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from edgesd.cli.common import OutputPath, Reporter, json_option, print_json, say, say_error
+from edgesd.cli.common import OutputPath, Reporter, print_json, say, say_error
+from edgesd.cli.options import json_option, threads_option
 
 if TYPE_CHECKING:
     from edgesd.runtime.rates import Rates
@@ -26,13 +27,7 @@ if TYPE_CHECKING:
     type=OutputPath(dir_okay=False),
     help="File to write; an older one is replaced. [default: the cache's for the target]",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(0, 256),
-    default=0,
-    show_default=True,
-    help="CPU threads; 0 takes all fast cores.",
-)
+@threads_option
 @json_option
 def profile_command(
     host: str | None, target: str | None, output: Path | None, threads: int, as_json: bool

@@ -7,16 +7,8 @@ from typing import BinaryIO
 
 import click
 
-from edgesd.cli.common import (
-    Finite,
-    OutputPath,
-    Reporter,
-    json_option,
-    print_json,
-    printable,
-    say,
-    say_error,
-)
+from edgesd.cli.common import Finite, OutputPath, Reporter, print_json, printable, say, say_error
+from edgesd.cli.options import json_option, threads_option
 from edgesd.export.prompter.options import (
     ADAPTER_STARTS,
     GRIDS,
@@ -275,7 +267,7 @@ def export_command(
     show_default=True,
     help="For one short prompt, at most.",
 )
-@click.option("--threads", type=click.IntRange(0, 256), default=0, show_default=True)
+@threads_option
 @json_option
 def run_command(
     prompter: Path,

@@ -6,16 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgesd.cli.common import Reporter, json_option, print_json, say
+from edgesd.cli.common import Reporter, print_json, say
+from edgesd.cli.options import json_option, self_test_option
 
 if TYPE_CHECKING:
     from edgesd.device.slots import Installed, Slot
-
-_test_option = click.option(
-    "--self-test/--no-self-test",
-    default=True,
-    help="Generate an image in 2 steps before switching.",
-)
 
 
 @click.group("slots", short_help="The bundles that were deployed to this machine.")
@@ -47,7 +42,7 @@ def show_command(wait: bool, as_json: bool) -> None:
 @click.argument("manifest")
 @click.argument("checksum")
 @click.option("--signature", help="SHA-256 of bundle.sig.")
-@_test_option
+@self_test_option
 @json_option
 def install_command(
     manifest: str, checksum: str, signature: str | None, self_test: bool, as_json: bool
@@ -62,7 +57,7 @@ def install_command(
 
 
 @slots_group.command("rollback")
-@_test_option
+@self_test_option
 @json_option
 def rollback_command(self_test: bool, as_json: bool) -> None:
     """Make the other bundle active, once it is verified and has generated an image."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from edgesd.cli.common import json_option, print_json, say
+from edgesd.cli.common import print_json, say
+from edgesd.cli.options import json_option
 
 
 @click.command("targets")

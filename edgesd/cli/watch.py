@@ -6,7 +6,8 @@ import time
 
 import click
 
-from edgesd.cli.common import Finite, hosts_option, json_option, print_json, say, show_each
+from edgesd.cli.common import Finite, print_json, say, show_each
+from edgesd.cli.options import hosts_option, json_option, option_arguments
 
 
 @click.command("watch", short_help="Memory, clocks, heat and power of this board.")
@@ -36,10 +37,7 @@ def watch_command(
     line per sample; with --json an object per line.
     """
     if hosts:
-        options = [f"--interval={interval}", *(["--json"] if as_json else [])]
-        options += [f"--seconds={seconds}"] if seconds is not None else []
-        options += [f"--pid={pid}"] if pid is not None else []
-        _watch_hosts(hosts, options)
+        _watch_hosts(hosts, option_arguments(click.get_current_context(), without=["hosts"]))
         return
     from edgesd.device.telemetry import Sample, board_watts, sampled
 

@@ -150,7 +150,7 @@ class Bench(Spec, frozen=True):
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchSettings:
     """What to measure. warm_up: images before those that count, at least 1: the first one loads.
     interval: seconds between samples. idle: seconds of doing nothing before."""
 
@@ -175,19 +175,21 @@ def stats(values: Sequence[float]) -> Stats:
     )
 
 
-def measure(bundle: Bundle, settings: Settings, plan: Plan, progress: Progress = SILENT) -> Bench:
+def measure(
+    bundle: Bundle, settings: Settings, asked: BenchSettings, progress: Progress = SILENT
+) -> Bench:
     """Generate with `bundle` again and again, one image at a time, each from a seed of its own.
 
-    The prompt is encoded anew each time. Raises UsageError for a bad plan, else as
+    The prompt is encoded anew each time. Raises UsageError for bad settings, else as
     Pipeline.generate.
     """
-    if plan.warm_up < 1 or plan.runs < 1:
+    if asked.warm_up < 1 or asked.runs < 1:
         raise UsageError("a benchmark needs at least one image to warm up, and one that counts")
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
     _empty_cache(bundle)
-    with Sampler(plan.interval, os.getpid()) as sampler, Pipeline(bundle, settings) as pipeline:
-        request = pipeline.complete(plan.request)
-        _wait(sampler, plan.idle)
+    with Sampler(asked.interval, os.getpid()) as sampler, Pipeline(bundle, settings) as pipeline:
+        request = pipeline.complete(asked.request)
+        _wait(sampler, asked.idle)
         ready = time.monotonic() - sampler.zero
         images: list[bytes] = []
 
@@ -213,13 +215,13 @@ def measure(bundle: Bundle, settings: Settings, plan: Plan, progress: Progress =
                 tuple(timings.steps),
             )
 
-        warm = [generate("warm-up", request.seed) for _ in range(plan.warm_up)]
+        warm = [generate("warm-up", request.seed) for _ in range(asked.warm_up)]
         images.clear()
-        seeds = [(request.seed + index) % 2**64 for index in range(plan.runs)]
-        runs = [generate(f"run {index + 1} of {plan.runs}", s) for index, s in enumerate(seeds)]
+        seeds = [(request.seed + index) % 2**64 for index in range(asked.runs)]
+        runs = [generate(f"run {index + 1} of {asked.runs}", s) for index, s in enumerate(seeds)]
         peak = pipeline.timings.peak_memory_bytes
         memory, fallbacks = pipeline.memory, dict(pipeline.fallbacks)
-        time.sleep(plan.interval)  # a last sample, after the last run
+        time.sleep(asked.interval)  # a last sample, after the last run
     manifest = bundle.manifest
     return Bench(
         version=BENCH_VERSION,
@@ -247,9 +249,9 @@ def measure(bundle: Bundle, settings: Settings, plan: Plan, progress: Progress =
             request.scheduler,
             settings.threads,
             memory,
-            plan.warm_up,
-            plan.runs,
-            plan.interval,
+            asked.warm_up,
+            asked.runs,
+            asked.interval,
         ),
         summary=summarize(warm, runs, sampler.samples, ready, peak),
         warm_up=tuple(warm),

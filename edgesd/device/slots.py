@@ -29,7 +29,8 @@ from typing import IO
 
 import msgspec
 
-from edgesd.device.detect import check_machine, detect_machine, emulated
+from edgesd.device.detect import emulated
+from edgesd.device.opening import check_runs_here
 from edgesd.errors import BoardError, BundleError, InputError
 from edgesd.files import (
     disk_errors,
@@ -49,7 +50,6 @@ from edgesd.runtime.bundle import (
     open_bundle,
     read_manifest,
 )
-from edgesd.runtime.signature import check_trusted
 from edgesd.spec.base import Spec, is_sha256
 
 _SLOTS = ("a", "b")
@@ -288,12 +288,10 @@ class Slots:
 
     def _check(self, bundle: Bundle, progress: Progress) -> str | None:
         """Verify every byte; an object that is damaged is removed, so that it is sent anew."""
-        signer = check_trusted(bundle)
-        manifest = bundle.manifest
-        check_machine(manifest.target, manifest.arch, detect_machine())
+        signer = check_runs_here(bundle)
         progress.line("verifying")
         on_bytes = count_bytes(progress, "verify", bundle.total_bytes())
-        for name, entry in manifest.files.items():
+        for name, entry in bundle.manifest.files.items():
             try:
                 bundle.verify([name], on_bytes)
             except BundleError:

@@ -1,0 +1,238 @@
+"""Options that several commands have: described once, with the object that they describe.
+
+A group adds its options to a command and hands the command that object. What a command is asked to
+do on a board is derived from its options, so that one which is added later reaches the board, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import click
+
+from edgesd.cli.common import Bytes, Finite, Size
+
+if TYPE_CHECKING:
+    from edgesd.runtime.memory import MemoryMode
+    from edgesd.runtime.requests import Request
+    from edgesd.runtime.settings import Settings
+
+_T = TypeVar("_T")
+_Command = Callable[..., Any]
+_Decorator = Callable[[Any], Any]
+
+MAX_STEPS = 1000
+MAX_GUIDANCE = 1000
+
+
+class OptionGroup(Generic[_T]):
+    """Options of a command, which takes, by the name `name`, what `make` makes of their values.
+
+    make: takes a keyword argument for each option.
+    """
+
+    def __init__(self, name: str, make: Callable[..., _T], options: Sequence[_Decorator]) -> None:
+        self._name, self._make, self._options = name, make, options
+
+    def __call__(self, command: _Command) -> _Command:
+        """`command` with the options."""
+
+        @wraps(command)
+        def with_object(*arguments: Any, **values: Any) -> Any:
+            own = {name: values.pop(name) for name in names}
+            return command(*arguments, **values, **{self._name: self._make(**own)})
+
+        before = list(_params(command))
+        decorated: _Command = with_object
+        for option in reversed(self._options):
+            decorated = option(decorated)
+        names = [param.name for param in _params(decorated) if param not in before]
+        return decorated
+
+
+def _params(command: _Command) -> list[click.Parameter]:
+    """Options and arguments that a function has, before it becomes a command."""
+    return list(getattr(command, "__click_params__", ()))
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """What to generate; None takes the default of the bundle or model. size: width, height."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+    scheduler: str | None = None
+    negative: str | None = None
+
+    def request(self, prompt: str, seed: int) -> Request:
+        """One image of this."""
+        from edgesd.runtime.requests import Request
+
+        width, height = self.size or (None, None)
+        return Request(
+            prompt=prompt,
+            seed=seed,
+            negative_prompt=self.negative,
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance,
+            height=height,
+            width=width,
+            scheduler=self.scheduler,
+        )
+
+
+def generation_options(of: str, without: Collection[str] = ()) -> OptionGroup[GenerationOptions]:
+    """--steps, --guidance, --negative, --size and --scheduler, but those in `without`, as
+    `generation`. of: whose defaults they have (bundle, model)."""
+    options = {
+        "steps": click.option(
+            "--steps",
+            type=click.IntRange(1, MAX_STEPS),
+            help=f"Denoising steps. [default: the {of}'s]",
+        ),
+        "guidance": click.option(
+            "--guidance",
+            type=Finite(-MAX_GUIDANCE, MAX_GUIDANCE),
+            help=f"Classifier-free guidance scale; 1 is none. [default: the {of}'s]",
+        ),
+        "negative": click.option("--negative", metavar="TEXT", help="What not to generate."),
+        "size": click.option(
+            "--size", type=Size(), help=f"Image size in pixels. [default: the {of}'s]"
+        ),
+        "scheduler": scheduler_option("Sampler", f"the {of}'s"),
+    }
+    chosen = [option for name, option in options.items() if name not in without]
+    return OptionGroup("generation", GenerationOptions, chosen)
+
+
+def scheduler_option(words: str, default: str = "the model's own") -> _Decorator:
+    """--scheduler. words: what it sets."""
+    return click.option(
+        "--scheduler",
+        metavar="NAME",
+        help=f"{words}: ddim, dpmpp-2m, euler, euler-a, flow-euler, lcm or pndm. "
+        f"[default: {default}]",
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run. threads: 0 for all fast cores. memory, max_memory: at most one is given."""
+
+    threads: int = 0
+    memory: MemoryMode | None = None
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and self.max_memory is not None:
+            raise click.UsageError(
+                f"--memory {self.memory} is taken whatever it needs, and --max-memory "
+                "chooses one that fits: give one of the two"
+            )
+
+    def settings(self, **others: Any) -> Settings:
+        """Settings of a pipeline that is run so. others: their further fields."""
+        from edgesd.runtime.settings import Settings
+
+        return Settings(self.threads, self.memory, max_memory=self.max_memory, **others)
+
+
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(0, 256),
+    default=0,
+    show_default=True,
+    help="CPU threads; 0 takes all fast cores.",
+)
+
+run_options = OptionGroup(
+    "run",
+    RunOptions,
+    [
+        click.option(
+            "--memory",
+            type=click.Choice(["fast", "balanced", "stream"]),
+            help="fast keeps all networks loaded, balanced releases each after its use, stream "
+            "leaves weights in their file. [default: by the memory that is free]",
+        ),
+        click.option(
+            "--max-memory",
+            type=Bytes(),
+            help="Take the fastest --memory that fits into this (400MB, 1.5GB) at the size and "
+            "batch asked for. Mapped weights count, as in the peak that is printed; what doesn't "
+            "fit is refused.",
+        ),
+        threads_option,
+    ],
+)
+"""--memory, --max-memory and --threads, as `run`."""
+
+any_machine_option = click.option(
+    "--any-machine", is_flag=True, help="Run a bundle that was built for another board."
+)
+
+self_test_option = click.option(
+    "--self-test/--no-self-test",
+    default=True,
+    help="Generate an image in 2 steps before switching.",
+)
+
+
+def json_option(command: _Command) -> _Command:
+    """--json: one JSON object on standard output."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
+    )(command)
+
+
+def hosts_option(command: _Command) -> _Command:
+    """--host, any number of times."""
+    return click.option(
+        "--host",
+        "hosts",
+        metavar="USER@BOARD[:PORT]",
+        multiple=True,
+        help="Do so on that board, over SSH; may be repeated.",
+    )(command)
+
+
+def lpips_option(command: _Command) -> _Command:
+    """--lpips: weights of the perceptual distance."""
+    return click.option(
+        "--lpips",
+        type=click.Path(path_type=Path, file_okay=False, exists=True),
+        help="Folder with LPIPS's weights: alexnet-owt-7be5be79.pth and alex.pth.",
+    )(command)
+
+
+def option_arguments(context: click.Context, without: Collection[str]) -> list[str]:
+    """The options of a command that was given, as arguments that mean the same on a board.
+
+    without: names of those that are for this machine alone. Options without a value are left out;
+    defaults are said, as another version may have other ones.
+    """
+    arguments: list[str] = []
+    for param in context.command.params:
+        if not isinstance(param, click.Option) or param.name in without:
+            continue
+        value = context.params[str(param.name)]
+        if value is None:
+            continue
+        if param.is_flag:
+            arguments += (param.opts if value else param.secondary_opts)[-1:]
+            continue
+        for one in value if param.multiple else [value]:
+            arguments.append(f"{param.opts[-1]}={_typed(one)}")
+    return arguments
+
+
+def _typed(value: object) -> str:
+    """An option's value as it is typed: a size as WxH, others as Python writes them."""
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return str(value)
