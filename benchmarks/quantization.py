@@ -53,7 +53,7 @@ class Row(NamedTuple):
     size: float
     step_ms: float
     step_ratio: float
-    raised: int
+    promoted: int
 
 
 def cases() -> list[Case]:
@@ -114,7 +114,7 @@ def measure(
         size=built.bundle.disk_bytes() / source.disk_bytes(),
         step_ms=1000 * spread(ours).median,
         step_ratio=paired_ratio(ours, theirs).median,
-        raised=sum(layer.planned_scheme is not None for layer in recipe.layers),
+        promoted=sum(layer.planned_scheme is not None for layer in recipe.layers),
     )
     shutil.rmtree(out)
     return row

@@ -101,7 +101,7 @@ def build(
     options.check()
     check_ranges(options)
     require_build_tools()
-    from edgesd.recipes.footprints import write_footprints
+    from edgesd.recipes.footprints import footprinted
     from edgesd.recipes.quantized import QuantizedBuild
 
     job = _prepare(model, options, out, folders or LocalFolders(), progress, warn)
@@ -134,8 +134,8 @@ def build(
             writer.put_engines(_checked_engines(job, writer))
         if folders and folders.prompter:
             writer.put_prompter(folders.prompter, read_prompter(folders.prompter))
+        writer.put_engines(footprinted(writer.manifest(), job.spec).engines)
         writer.write()
-        write_footprints(root, job.spec)
         if finish:
             try:
                 finish(root)
@@ -238,7 +238,7 @@ def _keep_in_fp32(job: Job, bundle: Bundle) -> list[Note]:
     prompt = (given or job.source.prompts("calibration") or prompts.CALIBRATION)[0]
     return [
         KeptInFp32(component, len(values), max(values.values()))
-        for component, values in keep_in_fp32(bundle.path, prompt).items()
+        for component, values in keep_in_fp32(bundle, prompt).items()
     ]
 
 

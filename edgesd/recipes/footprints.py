@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import msgspec
 
-from edgesd.engines.bundle import update_manifest
 from edgesd.export.backends import get_lowering
 from edgesd.export.backends.base import Lowering
 from edgesd.export.cost.arena import arena_bytes
@@ -22,7 +20,6 @@ from edgesd.export.cost.workload import Workload, split_workload, trace
 from edgesd.export.families import ExportSpec
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
-from edgesd.runtime.bundle import open_bundle
 from edgesd.runtime.flow import Stage, flow_of
 from edgesd.runtime.tiles import TILE, WINDOWS, margin_of, tail_shapes
 from edgesd.spec.bundle import BundleManifest, Footprint
@@ -233,8 +230,3 @@ def footprinted(manifest: BundleManifest, spec: ExportSpec) -> BundleManifest:
             engine = msgspec.structs.replace(engine, **found)
         engines[stage.component] = engine
     return msgspec.structs.replace(manifest, engines=engines)
-
-
-def write_footprints(root: Path, spec: ExportSpec) -> None:
-    """Let the manifest of the bundle folder `root` say what its graphs take. Raises EdgesdError."""
-    update_manifest(root, footprinted(open_bundle(root).manifest, spec))

@@ -8,21 +8,19 @@ generates; where one comes near fp16's end, what makes and reads it is kept in f
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from edgesd.engines.bundle import update_manifest
 from edgesd.export.external_data import write_model
 from edgesd.export.passes.fp16_weights import MAX_FP16
 from edgesd.export.passes.fp32_region import Fp32Region
 from edgesd.export.passes.record_largest import LARGEST, RecordLargest
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
-from edgesd.runtime.bundle import Bundle, GraphFile, open_bundle
+from edgesd.runtime.bundle import Bundle, GraphFile
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
 from edgesd.runtime.settings import Settings
@@ -38,13 +36,12 @@ Largest = dict[str, dict[str, float]]
 """Component -> value -> largest magnitude."""
 
 
-def keep_in_fp32(root: Path, prompt: str) -> Largest:
-    """Rewrite the graphs of the bundle folder `root` whose values exceed `LIMIT` in an image of
-    `prompt`; those values, and how large they were.
+def keep_in_fp32(bundle: Bundle, prompt: str) -> Largest:
+    """Rewrite the graphs of a bundle folder whose values exceed `LIMIT` in an image of `prompt`;
+    those values, and how large they were.
 
-    Not atomic: `root` is a folder that nobody else sees yet.
+    The folder is one that nobody else sees yet; its manifest must be written anew.
     """
-    bundle = open_bundle(root)
     largest = record(bundle, prompt)
     beyond: Largest = {}
     for component, values in largest.items():
@@ -52,14 +49,10 @@ def keep_in_fp32(root: Path, prompt: str) -> Largest:
         if not found:
             continue
         beyond[component] = found
-        path = root / bundle.manifest.engines[component].path
+        path = bundle.path / bundle.manifest.engines[component].path
         model = ir.load(path)
         Fp32Region(found)(model)
         write_model(model, path.parent)
-    if beyond:
-        engines = bundle.manifest.engines
-        changed = [name for c in beyond for name in bundle.engine_files(engines[c])]
-        update_manifest(root, bundle.manifest, changed)
     return beyond
 
 
