@@ -29,6 +29,7 @@ from edgesd.spec.pipeline import (
     SchedulerSpec,
     ShapeSpec,
     TensorSpec,
+    stable_diffusion,
 )
 
 CHANNELS, TEXT, SCALE, VOCABULARY = 4, 8, 2, 8
@@ -226,9 +227,9 @@ def pipeline_spec() -> PipelineSpec:
         scheduler=SchedulerSpec("ddim", {"_class_name": "DDIMScheduler", "clip_sample": False}),
         latent=LatentSpec(CHANNELS, SCALE, 1.0),
         shape=ShapeSpec(16, 16, 63, dynamic=True, multiple_of=SCALE),
-        max_tokens=77,
         num_inference_steps=4,
         guidance_scale=3.0,
+        wiring=stable_diffusion(77),
     )
 
 

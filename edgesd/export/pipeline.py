@@ -68,9 +68,9 @@ def export_pipeline(
         from edgesd.export.tokenizer import write_tokenizer
 
         tokenizers = {}
-        for folder in dict.fromkeys(text.tokenizer for text in spec.pipeline.wiring.texts):
+        for folder, tokenizer in spec.pipeline.wiring.tokenizers.items():
             progress.line(f"{folder}: tokenizer")
-            files = write_tokenizer(source.root / folder, root / folder, spec.pipeline.max_tokens)
+            files = write_tokenizer(source.root / folder, root / folder, tokenizer.max_tokens)
             assets += [f"{folder}/{name}" for name in files]
             tokenizers[folder] = PromptTokenizer(*files.values())
         progress.line("pipeline: compare with diffusers' own")

@@ -28,7 +28,7 @@ from edgesd.errors import BundleError, InputError
 from edgesd.runtime.onnx_wire import relocate_external_data
 from edgesd.spec.base import decode_json, is_relative_path
 from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, DecoderPart, Engine
-from edgesd.spec.pipeline import wiring_before_schema_8
+from edgesd.spec.pipeline import ComponentSpec, wiring_before_schema_8
 
 MANIFEST = "bundle.json"
 CHECKSUM = "bundle.sha256"
@@ -465,11 +465,17 @@ def archive_order(frame: Iterable[str], names: Iterable[str]) -> list[str]:
     return [*frame, *sorted(names)]
 
 
-def _without_retired_fields(raw: bytes) -> bytes:
-    """A manifest without what schemas before 8 had, and no build ever wrote a value of. Raises
-    InputError."""
+def _as_schema_8(raw: bytes) -> bytes:
+    """A manifest of a schema before 8 with the wiring that it doesn't say, and without what is no
+    longer there. Raises InputError."""
     fields = decode_json(raw, dict[str, msgspec.Raw])
-    fields.pop("required_capabilities", None)
+    fields.pop("required_capabilities", None)  # of which no build ever wrote a value
+    pipeline = decode_json(fields.get("pipeline", b"{}"), dict[str, msgspec.Raw])
+    components = decode_json(pipeline.get("components", b"{}"), dict[str, ComponentSpec])
+    tokens = decode_json(pipeline.pop("max_tokens", b"{}"), int)
+    wiring = wiring_before_schema_8(components, tokens)
+    pipeline["wiring"] = msgspec.Raw(msgspec.json.encode(wiring))
+    fields["pipeline"] = msgspec.Raw(msgspec.json.encode(pipeline))
     return msgspec.json.encode(fields)
 
 
@@ -490,16 +496,11 @@ def read_manifest(path: Path, raw: bytes) -> BundleManifest:
                 f"{SCHEMA_VERSION}: upgrade edgesd on this machine"
             )
         if version < _FIRST_WITH_WIRING:
-            raw = _without_retired_fields(raw)
+            raw = _as_schema_8(raw)
         manifest = decode_json(raw, BundleManifest)
     except InputError as exc:
         raise BundleError(f"{path}: {MANIFEST} isn't valid: {exc}") from exc
-    pipeline = manifest.pipeline
-    if version < _FIRST_WITH_WIRING:
-        wiring = wiring_before_schema_8(pipeline.components)
-        pipeline = msgspec.structs.replace(pipeline, wiring=wiring)
-        manifest = msgspec.structs.replace(manifest, pipeline=pipeline)
-    if manifest.engines.keys() != pipeline.components.keys():
+    if manifest.engines.keys() != manifest.pipeline.components.keys():
         raise BundleError(f"{path}: {MANIFEST} has not one engine for each component")
     for name in manifest.files:
         if not is_relative_path(name):

@@ -125,7 +125,12 @@ def _network_problems(manifest: BundleManifest) -> Iterator[str]:
     channels = {1: pipeline.latent.channels}
     for text in wiring.texts:
         spec = components[text.component]
-        yield from _misfits(text.component, spec, {text.input: _Like(2, types=_IDS)}, None)
+        tokenizer = wiring.tokenizers.get(text.tokenizer)
+        if tokenizer is None:
+            yield f"{text.component} has no tokenizer {text.tokenizer}"
+        else:
+            ids = _Like(2, {1: tokenizer.max_tokens}, _IDS)
+            yield from _misfits(text.component, spec, {text.input: ids}, None)
     for side in wiring.sides:
         spec = components[side.component]
         yield from _misfits(side.component, spec, _filled(pipeline, side), None)

@@ -55,7 +55,7 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 _T = TypeVar("_T")
 
 
-def decode_json(raw: bytes | str, kind: type[_T]) -> _T:
+def decode_json(raw: bytes | str | msgspec.Raw, kind: type[_T]) -> _T:
     """`raw` as a value of `kind`. Whatever it is, what is raised is an InputError with one line
     that says what is wrong, and where."""
     try:

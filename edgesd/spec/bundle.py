@@ -33,7 +33,8 @@ SCHEMA_VERSION = 8
 same for an engine's `checked`. 4: an engine's `plan`, and `built_for`, which was never set;
 `prompter`. 5: an engine's `kernels`, the latents'
 `halo`. 6: an engine's `halves`, the latents' `levels`, a recipe's `pooled_attention`. 7: footprints
-of engines and of a decoder's head and tail. 8: the pipeline's `wiring`.
+of engines and of a decoder's head and tail. 8: the pipeline's `wiring`, in the place
+of `max_tokens`.
 """
 
 

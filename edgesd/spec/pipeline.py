@@ -173,9 +173,14 @@ class InputSpec(Spec, frozen=True):
 _Inputs = Annotated[tuple[InputSpec, ...], Meta(max_length=MOST_TENSORS)]
 
 
+class TokenizerRef(Spec, frozen=True):
+    """A tokenizer. max_tokens: of a prompt, with its padding."""
+
+    max_tokens: Annotated[int, Meta(ge=2, le=1 << 16)]
+
+
 class TextSpec(Spec, frozen=True):
-    """A text encoder. input: its token ids [1, tokens]. tokenizer: folder of the bundle that holds
-    tokenizer.json and tokenizer_spec.json."""
+    """A text encoder. input: its token ids [1, tokens], from one of the wiring's tokenizers."""
 
     component: Word
     tokenizer: RelativePath
@@ -219,11 +224,13 @@ class DecoderSpec(Spec, frozen=True):
 class Wiring(Spec, frozen=True):
     """How the components of a pipeline are joined; runtime/flow.py says in which order they run.
 
-    tasks: what the pipeline can be asked for. zero_negative: without a negative prompt, zeros stand
-    for its encoding, instead of that of "".
+    tokenizers: by folder of the bundle, which holds tokenizer.json and tokenizer_spec.json. tasks:
+    what the pipeline can be asked for. zero_negative: without a negative prompt, zeros stand for
+    its encoding, instead of that of "".
     """
 
     texts: Annotated[tuple[TextSpec, ...], Meta(min_length=1, max_length=8)]
+    tokenizers: Annotated[dict[RelativePath, TokenizerRef], Meta(max_length=8)]
     denoiser: DenoiserSpec
     decoder: DecoderSpec
     sides: Annotated[tuple[SideSpec, ...], Meta(max_length=16)] = ()
@@ -237,7 +244,7 @@ class Wiring(Spec, frozen=True):
         return next((one.name for one in inputs if one.fill == fill), None)
 
 
-def stable_diffusion(distilled: bool = False) -> Wiring:
+def stable_diffusion(max_tokens: int = 77, distilled: bool = False) -> Wiring:
     """The wiring of Stable Diffusion 1.x and 2.x: one text encoder. distilled: with guidance, whose
     scale is an input. Bundles of a schema before 8 have no other."""
     states = Part("text_encoder", "encoder_hidden_states")
@@ -250,23 +257,21 @@ def stable_diffusion(distilled: bool = False) -> Wiring:
         inputs.append(InputSpec("timestep_cond", "guidance_embedding"))
     return Wiring(
         texts=(TextSpec(states.component, "tokenizer", "input_ids"),),
+        tokenizers={"tokenizer": TokenizerRef(max_tokens)},
         denoiser=DenoiserSpec("unet", tuple(inputs), "noise_pred"),
         decoder=DecoderSpec("vae_decoder", "latents", "image"),
     )
 
 
-def wiring_before_schema_8(components: Mapping[str, ComponentSpec]) -> Wiring:
+def wiring_before_schema_8(components: Mapping[str, ComponentSpec], max_tokens: int) -> Wiring:
     """That of a bundle that doesn't say it."""
     denoiser = components.get(stable_diffusion().denoiser.component)
-    return stable_diffusion(denoiser is not None and denoiser.input("timestep_cond") is not None)
+    distilled = denoiser is not None and denoiser.input("timestep_cond") is not None
+    return stable_diffusion(max_tokens, distilled)
 
 
 class PipelineSpec(Spec, frozen=True):
-    """What a pipeline is, whatever the precision or backend of its graphs.
-
-    max_tokens: of a prompt, with its padding. wiring: the default is that of most bundles of a
-    schema before 8, which don't say it.
-    """
+    """What a pipeline is, whatever the precision or backend of its graphs."""
 
     family: Word
     source: Text
@@ -275,7 +280,6 @@ class PipelineSpec(Spec, frozen=True):
     scheduler: SchedulerSpec
     latent: LatentSpec
     shape: ShapeSpec
-    max_tokens: Annotated[int, Meta(ge=2, le=1 << 16)]
     num_inference_steps: Annotated[int, Meta(ge=1, le=MOST_CONFIG)]
     guidance_scale: Annotated[float, Meta(ge=-1000, le=1000)]
-    wiring: Wiring = stable_diffusion()
+    wiring: Wiring

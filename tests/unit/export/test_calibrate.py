@@ -74,7 +74,8 @@ def tokenizers(
     plan: ExportSpec, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, PromptTokenizer]:
     folder = tmp_path_factory.mktemp("tokenizer")
-    files = write_tokenizer(EMOJI / "tokenizer", folder, plan.pipeline.max_tokens)
+    tokens = plan.pipeline.wiring.tokenizers["tokenizer"].max_tokens
+    files = write_tokenizer(EMOJI / "tokenizer", folder, tokens)
     return {"tokenizer": PromptTokenizer(*files.values())}
 
 

@@ -48,7 +48,12 @@ def planned(folder: Path, **options: Any) -> ExportSpec:
 
 
 def tokenizer_of(folder: Path, plan: ExportSpec) -> PromptTokenizer:
-    files = write_tokenizer(folder / "tokenizer", folder / "written", plan.pipeline.max_tokens)
+    tokens = plan.pipeline.wiring.tokenizers["tokenizer"].max_tokens
+    files = write_tokenizer(
+        folder / "tokenizer",
+        folder / "written",
+        tokens,
+    )
     return PromptTokenizer(*files.values())
 
 
@@ -70,6 +75,9 @@ def emoji_tokenizer() -> PromptTokenizer:
     return PromptTokenizer((EMOJI / "tokenizer/tokenizer.json").read_bytes(), spec)
 
 
+TOKENS = "wiring.tokenizers.tokenizer.max_tokens"
+
+
 def at(value: object, path: str) -> object:
     for name in path.split("."):
         value = value[name] if isinstance(value, dict) else getattr(value, name)
@@ -79,7 +87,7 @@ def at(value: object, path: str) -> object:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, {"shape.height": 128, "shape.width": 128, "max_tokens": 77}),
+        ({}, {"shape.height": 128, "shape.width": 128, TOKENS: 77}),
         (
             {"unet": {"_diffusers_version": "0.4.0", "sample_size": 32}},
             {"shape.height": 512, "shape.width": 512},
@@ -96,7 +104,7 @@ def at(value: object, path: str) -> object:
             {"unet": {"sample_size": [9, 13]}},
             {"shape.height": 72, "shape.width": 104, "shape.multiple_of": 8},
         ),
-        ({"tokenizer": {"model_max_length": 64}}, {"max_tokens": 64}),
+        ({"tokenizer": {"model_max_length": 64}}, {TOKENS: 64}),
         ({"tokenizer": {"pad_token": "!"}}, {}),
         (
             {"scheduler_": {"_class_name": "DDIMScheduler"}},

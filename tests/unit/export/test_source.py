@@ -18,6 +18,7 @@ from edgesd.export.pipeline import export_spec
 from edgesd.export.source import hub as hub_module
 from edgesd.export.source import resolve_source
 from edgesd.export.source.folder import choose_weights
+from edgesd.spec.pipeline import stable_diffusion
 
 EMOJI = Path(__file__).resolve().parents[3] / "models" / "emoji"
 
@@ -45,7 +46,8 @@ def test_the_embedded_model() -> None:
     plan = source.family.export_spec(source, None)
     spec = plan.pipeline
     assert [c.name for c in plan.components] == ["text_encoder", "unet", "vae_decoder"]
-    assert (spec.family, spec.scheduler.name, spec.max_tokens) == ("sd", "ddim", 77)
+    assert (spec.family, spec.scheduler.name) == ("sd", "ddim")
+    assert spec.wiring == stable_diffusion(77)
     written = source.config("scheduler/scheduler_config.json")
     assert spec.scheduler.config == {k: written[k] for k in written if k != "_diffusers_version"}
     assert (spec.num_inference_steps, spec.guidance_scale) == (20, 3.0)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -313,11 +314,19 @@ def test_newer_schema_is_refused_even_with_unknown_fields(folder: Path) -> None:
         open_bundle(folder)
 
 
+def old_pipeline(folder: Path) -> dict[str, Any]:
+    """The pipeline of a bundle as schemas before 8 have it."""
+    pipeline: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())["pipeline"]
+    del pipeline["wiring"]
+    return {**pipeline, "max_tokens": 77}
+
+
 def test_a_bundle_of_version_1_is_read(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_bytes())
     for field in ("recipe", "quality"):
         del manifest[field]
-    raw = json.dumps(manifest | {"schema_version": 1}).encode()
+    older = {"schema_version": 1, "pipeline": old_pipeline(folder)}
+    raw = json.dumps(manifest | older).encode()
     (folder / MANIFEST).write_bytes(raw)
     (folder / CHECKSUM).write_bytes(checksum_line(raw))
     found = open_bundle(folder).manifest
@@ -325,9 +334,10 @@ def test_a_bundle_of_version_1_is_read(folder: Path) -> None:
 
 
 def test_capabilities_that_bundles_before_version_8_list_are_ignored(folder: Path) -> None:
-    forge(folder, schema_version=7, required_capabilities=[])
+    pipeline = json.loads((folder / MANIFEST).read_bytes())["pipeline"]
+    forge(folder, schema_version=7, pipeline=old_pipeline(folder), required_capabilities=[])
     assert open_bundle(folder).manifest.schema_version == 7
-    forge(folder, schema_version=SCHEMA_VERSION, required_capabilities=[])
+    forge(folder, schema_version=SCHEMA_VERSION, pipeline=pipeline, required_capabilities=[])
     with pytest.raises(BundleError, match="required_capabilities"):
         open_bundle(folder)
 
@@ -336,8 +346,9 @@ def test_a_bundle_of_version_5_has_no_halves(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_bytes())
     for engine in manifest["engines"].values():
         del engine["halves"]
-    del manifest["pipeline"]["latent"]["levels"]
-    raw = json.dumps(manifest | {"schema_version": 5}).encode()
+    pipeline = old_pipeline(folder)
+    del pipeline["latent"]["levels"]
+    raw = json.dumps(manifest | {"schema_version": 5, "pipeline": pipeline}).encode()
     (folder / MANIFEST).write_bytes(raw)
     (folder / CHECKSUM).write_bytes(checksum_line(raw))
     bundle = open_bundle(folder)

@@ -49,6 +49,7 @@ from edgesd.spec.pipeline import (
     SideSpec,
     TensorSpec,
     TextSpec,
+    TokenizerRef,
     Wiring,
     stable_diffusion,
 )
@@ -108,6 +109,7 @@ HIDDEN, PHRASES, POOLED = (
 RESIDUAL, FEATURE = Part("sketch", "residual"), Part("adapter", "feature")
 WIRING = Wiring(
     texts=(TextSpec("words", "tokenizer", "ids"), TextSpec("phrases", "tokenizer_2", "ids")),
+    tokenizers={name: TokenizerRef(TOKENS) for name in ("tokenizer", "tokenizer_2")},
     sides=(
         SideSpec("adapter", "once", (InputSpec("hint", "control"),)),
         SideSpec(
@@ -145,7 +147,6 @@ SPEC = PipelineSpec(
     scheduler=SchedulerSpec("euler", {}),
     latent=LatentSpec(C, SCALE, 1.0),
     shape=ShapeSpec(16, 12, 8, dynamic=True, multiple_of=SCALE),
-    max_tokens=TOKENS,
     num_inference_steps=STEPS,
     guidance_scale=3.0,
     wiring=WIRING,
@@ -440,6 +441,14 @@ WRONG: dict[str, tuple[Wiring, str]] = {
         changed(texts=(*WIRING.texts, TextSpec("sketch", "tokenizer", "x")), sides=()),
         "there is none|sketch .* has",
     ),
+    "a tokenizer that isn't there": (
+        changed(tokenizers={"tokenizer": TokenizerRef(TOKENS)}),
+        "phrases has no tokenizer tokenizer_2",
+    ),
+    "another number of tokens": (
+        changed(tokenizers={**WIRING.tokenizers, "tokenizer_2": TokenizerRef(64)}),
+        "phrases .* has ids as",
+    ),
     "an image of four colours": (
         changed(decoder=DecoderSpec("adapter", "hint", "feature"), sides=WIRING.sides[1:]),
         "there is none|adapter .* has",
@@ -512,9 +521,13 @@ def test_bundles_of_older_schemas_have_the_wiring_of_stable_diffusion(
     root = write(tmp_path / "bundle", spec).path
     manifest = json.loads((root / MANIFEST).read_bytes())
     del manifest["pipeline"]["wiring"]
+    rewrite(root, manifest)
+    with pytest.raises(BundleError, match="missing required field `wiring`"):
+        open_bundle(root)
+    manifest["pipeline"]["max_tokens"] = TOKENS
     rewrite(root, manifest | {"schema_version": 7})
     found = open_bundle(root).manifest.pipeline
-    assert found.wiring == stable_diffusion(distilled)
+    assert found.wiring == stable_diffusion(TOKENS, distilled)
     assert flow_of(found).components == ("text_encoder", "unet", "vae_decoder")
     assert flow_of(found).distilled == distilled
 

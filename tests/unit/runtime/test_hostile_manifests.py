@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], Any]] = {
         (("pipeline", "scheduler", "name"), ["../x", ""]),
         (("pipeline", "num_inference_steps"), [0, -1, 10**9]),
         (("pipeline", "guidance_scale"), [1e308, -1e308]),
-        (("pipeline", "max_tokens"), [-1, 10**9]),
+        (("pipeline", "wiring", "tokenizers", "tokenizer", "max_tokens"), [-1, 10**9, 64]),
         ((*UNET, "inputs"), [[]]),
         ((*UNET, "outputs"), [[]]),
         ((*UNET, "inputs", 0, "dtype"), ["O", "float99", "datetime64", "int64"]),
