@@ -73,7 +73,11 @@ def decode_json(raw: bytes | str | msgspec.Raw, kind: type[_T]) -> _T:
 
 def check_ranges(spec: Spec) -> None:
     """Raise InputError when a spec that was made here says what no decoded one may say."""
-    decode_json(msgspec.json.encode(spec), type(spec))
+    try:
+        raw = msgspec.json.encode(spec)
+    except UnicodeEncodeError as exc:  # bytes of a command line that are no text
+        raise InputError("a name or text that was given holds bytes that aren't UTF-8") from exc
+    decode_json(raw, type(spec))
 
 
 def is_sha256(text: str) -> bool:
