@@ -97,7 +97,7 @@ def main() -> NoReturn:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup keeps its meaning
         signal.signal(signal.SIGHUP, _terminated)
     arguments = sys.argv[1:]
-    # Also understood behind the subcommand, where it is typed in anger.
+    # Accept --debug after the subcommand, too.
     debug = "--debug" in arguments
     status = _status([argument for argument in arguments if argument != "--debug"], debug)
     flush_streams()

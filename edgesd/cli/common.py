@@ -368,7 +368,7 @@ def each_host(hosts: Sequence[str], arguments: Sequence[str]) -> None:
 
 
 def show_each(results: Mapping[str, _T | EdgesdError], show: Callable[[str, _T], None]) -> None:
-    """Show what came of every board. Every failure is a line, and together they are an error.
+    """Show the result of every board. Every failure is a line, and together they are an error.
 
     Raises the error itself where one board alone was asked, else BoardError.
     """

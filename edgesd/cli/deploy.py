@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import click
 
 from edgesd.cli.common import Reporter, print_json, show_each
 from edgesd.cli.options import json_option, self_test_option
+from edgesd.errors import EdgesdError
 from edgesd.progress import Prefixed
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--wheels",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Folder of wheels for the boards. [default: got by pip, here]",
+    help="Folder of wheels for the boards. [default: downloaded by pip, here]",
 )
 @self_test_option
 @json_option
@@ -36,63 +38,79 @@ def deploy_command(
 ) -> None:
     """Bring BUNDLE onto one or more boards, with edgesd itself, and make it the active one there.
 
-    Only what a board lacks is sent; a link that was lost costs nothing that had arrived. The board
-    verifies every byte and generates a test image before it switches, so that what is active is
-    always whole. The board needs python3 and sshd, no network.
+    Only what a board lacks is sent; after a lost link, what had arrived is not sent again. The
+    board verifies every byte and generates a test image before it switches, so that the active
+    bundle is always whole. The board needs python3 and sshd, no network.
     """
-    from edgesd.remote import deploy
-    from edgesd.remote.hosts import on_each
-    from edgesd.runtime.bundle import SUFFIX, open_bundle
-
     reporter = Reporter(quiet=as_json)
-    if rollback:
-        for name in arguments:
-            if name.endswith(SUFFIX) or Path(name).exists():
-                raise click.UsageError(
-                    f"--rollback goes back to the bundle that a board had before: {name} is a "
-                    "bundle or a file here, so name boards alone"
-                )
     hosts = arguments if rollback else arguments[1:]
+    if rollback:
+        _check_boards_alone(arguments)
     if not hosts:
         raise click.UsageError("name the board: edgesd deploy BUNDLE USER@BOARD")
     found: dict[str, Deployed | Installed] = {}
 
-    def show_deployed(host: str, done: Deployed) -> None:
+    def show(host: str, done: Deployed | Installed) -> None:
         found[host] = done
-        reporter.line(_deployed(host, done))
-
-    def show_installed(host: str, done: Installed) -> None:
-        found[host] = done
-        slot = done.slot
-        reporter.line(f"{host}: {slot.name} {slot.manifest_sha256[:16]} is active again")
+        reporter.line(_line(host, done))
 
     try:
         with reporter.bar():
             if rollback:
-                going_back = on_each(
-                    hosts,
-                    lambda board: deploy.rollback(board, self_test, _prefixed(reporter, board)),
-                )
-                show_each(going_back, show_installed)
-                return
-            bundle = open_bundle(Path(arguments[0]))
-            deployed = on_each(
-                hosts,
-                lambda board: deploy.deploy(
-                    board, bundle, wheels, self_test, _prefixed(reporter, board)
-                ),
-            )
-        show_each(deployed, show_deployed)
+                show_each(_roll_back(hosts, self_test, reporter), show)
+            else:
+                bundle = Path(arguments[0])
+                show_each(_deploy(bundle, hosts, wheels, self_test, reporter), show)
     finally:
         if as_json and found:
             print_json(found)
+
+
+def _check_boards_alone(names: Sequence[str]) -> None:
+    from edgesd.runtime.bundle import SUFFIX
+
+    for name in names:
+        if name.endswith(SUFFIX) or Path(name).exists():
+            raise click.UsageError(
+                f"--rollback goes back to the bundle that a board had before: {name} is a "
+                "bundle or a file here, so name boards alone"
+            )
+
+
+def _roll_back(
+    hosts: Sequence[str], self_test: bool, reporter: Reporter
+) -> Mapping[str, Installed | EdgesdError]:
+    from edgesd.remote.deploy import rollback
+    from edgesd.remote.hosts import on_each
+
+    return on_each(hosts, lambda board: rollback(board, self_test, _prefixed(reporter, board)))
+
+
+def _deploy(
+    path: Path, hosts: Sequence[str], wheels: Path | None, self_test: bool, reporter: Reporter
+) -> Mapping[str, Deployed | EdgesdError]:
+    from edgesd.remote.deploy import deploy
+    from edgesd.remote.hosts import on_each
+    from edgesd.runtime.bundle import open_bundle
+
+    bundle = open_bundle(path)
+    return on_each(
+        hosts,
+        lambda board: deploy(board, bundle, wheels, self_test, _prefixed(reporter, board)),
+    )
 
 
 def _prefixed(reporter: Reporter, board: Board) -> Prefixed:
     return Prefixed(reporter, f"{board.name}: ")
 
 
-def _deployed(host: str, done: Deployed) -> str:
+def _line(host: str, done: Deployed | Installed) -> str:
+    """What became of one board."""
+    from edgesd.device.slots import Installed
+
+    if isinstance(done, Installed):
+        slot = done.slot
+        return f"{host}: {slot.name} {slot.manifest_sha256[:16]} is active again"
     if done.installed is None:
         return f"{host}: that bundle is active already, and every byte of it is right"
     tested = done.installed.self_test

@@ -55,8 +55,9 @@ def prompter_command(
     """Does BUNDLE's prompter help? Generates held-out short prompts as they are, and the
     prompts made of them.
 
-    Each image is held against the text of the prompt which its pair has, and against its image,
-    generated from another seed by the same bundle. No judge here knows beauty.
+    Each image is compared with the text of the prompt that its pair has, and with that prompt's
+    image, generated from another seed by the same bundle. These scores do not measure
+    aesthetics.
     """
     from edgesd.evaluate.agreement import open_agreement
     from edgesd.evaluate.perceptual import open_perceptual

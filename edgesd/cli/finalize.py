@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     "--on",
     "host",
     metavar="USER@BOARD[:PORT]",
-    help="Build them on that board, over SSH, and write a bundle that brings them.",
+    help="Build them on that board, over SSH, and write a bundle that includes them.",
 )
 @click.option("-o", "--output", type=OutputPath(), help="With --on: new folder or NAME.edgesd.")
 @click.option("--check", is_flag=True, help="Only say what plans are built for here.")
@@ -54,24 +54,12 @@ def finalize_command(
         raise click.UsageError("--on writes another bundle: name it by -o, and leave --plans out")
     if output and host is None:
         raise click.UsageError("-o goes with --on: plans of this machine are kept in --plans")
-    from edgesd.engines.plans import Finalized, plans_folder, prepare_plans, read_plan
-    from edgesd.runtime.bundle import open_bundle
-    from edgesd.runtime.signature import check_trusted
-
-    opened = open_bundle(bundle)
     reporter = Reporter(quiet=as_json)
     with reporter.bar():
         if host is not None and output:
-            from edgesd.remote.on_board import finalize_on
-
-            found = finalize_on(host, opened, output, reporter)
+            found = _on_board(bundle, host, output, reporter)
         else:
-            check_trusted(opened)
-            paths = prepare_plans(opened, plans or plans_folder(), reporter)
-            found = {
-                name: Finalized(printable(path), read_plan(path)) if path else Finalized(None, None)
-                for name, path in paths.items()
-            }
+            found = _here(bundle, plans, reporter)
     if as_json:
         print_json(found)
         return
@@ -80,15 +68,33 @@ def finalize_command(
         say(f"bundle with the plans of {host}: {output}")
 
 
+def _on_board(path: Path, host: str, output: Path, reporter: Reporter) -> dict[str, Finalized]:
+    from edgesd.remote.on_board import finalize_on
+    from edgesd.runtime.bundle import open_bundle
+
+    return finalize_on(host, open_bundle(path), output, reporter)
+
+
+def _here(path: Path, folder: Path | None, reporter: Reporter) -> dict[str, Finalized]:
+    from edgesd.engines.plans import Finalized, plans_folder, prepare_plans, read_plan
+    from edgesd.runtime.bundle import open_bundle
+
+    plans = prepare_plans(open_bundle(path), folder or plans_folder(), reporter)
+    return {
+        name: Finalized(printable(plan), read_plan(plan)) if plan else Finalized(None, None)
+        for name, plan in plans.items()
+    }
+
+
 def _check(as_json: bool) -> None:
-    from edgesd.device.detect import detect_machine, explain_machine
+    from edgesd.device.detect import describe_machine, detect_machine
     from edgesd.engines.plans import FinalizeCheck, plan_environment
 
     here = FinalizeCheck(detect_machine(), plan_environment())
     if as_json:
         print_json(here)
     else:
-        say(explain_machine(here.machine))
+        say(describe_machine(here.machine))
         say(f"plans are built for {here.environment}")
 
 

@@ -91,7 +91,8 @@ if TYPE_CHECKING:
 @click.option(
     "--guidance-mode",
     type=click.Choice(["batched", "sequential"]),
-    help="Both halves of guidance in one run, or one by one in less memory. [default: by memory]",
+    help="Run the two passes of guidance together, or one by one in less memory. [default: by "
+    "memory]",
 )
 @click.option(
     "--no-fallback",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgesd.cli.common import Reporter, print_json, say
 from edgesd.cli.options import json_option
 from edgesd.progress import count_bytes
+
+if TYPE_CHECKING:
+    from edgesd.runtime.bundle import Bundle
+    from edgesd.spec.bundle import Engine
 
 
 @click.command("inspect")
@@ -27,9 +32,19 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
     if as_json:
         print_json({"verified": True, "bytes": total, "manifest": manifest})
         return
+    for name, text in _facts(opened).items():
+        say(f"{name:10} {text}")
+    for name, engine in manifest.engines.items():
+        say(f"{name:13} {opened.weight_bytes(name) / 1e6:9.1f} MB  {_engine(engine)}")
+    say(f"verified: {len(manifest.files)} files, {total / 1e6:.1f} MB, every byte")
+
+
+def _facts(bundle: Bundle) -> dict[str, str]:
+    """What people are told of a bundle, by name."""
+    manifest = bundle.manifest
     pipeline, shape = manifest.pipeline, manifest.pipeline.shape
     size = f"{shape.width}x{shape.height}"
-    rows = {
+    facts = {
         "model": f"{manifest.name} (family {pipeline.family}, source sha256 "
         f"{pipeline.source_sha256[:16]})",
         "target": f"{manifest.target} ({manifest.arch}), {manifest.backend}, {manifest.precision}",
@@ -39,23 +54,24 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
         "licence": f"{manifest.licence.name} ({', '.join(manifest.licence.files) or 'no file'})",
         "tools": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
     }
-    if opened.signed:
+    if bundle.signed:
         from edgesd.runtime.signature import signer
 
-        rows["signed by"] = str(signer(opened))
+        facts["signed by"] = str(signer(bundle))
     if manifest.recipe and manifest.recipe.pooled_attention:
-        rows["attention"] = "the largest has a quarter of its keys and values (pooled)"
+        facts["attention"] = "the largest has a quarter of its keys and values (pooled)"
     if manifest.prompter:
         tuned = manifest.prompter
-        rows["prompter"] = f"for {tuned.domain}, {tuned.licence}"
-    for name, text in rows.items():
-        say(f"{name:10} {text}")
-    for name, engine in manifest.engines.items():
-        say(
-            f"{name:13} {opened.weight_bytes(name) / 1e6:9.1f} MB  {engine.precision}  "
-            f"parity {engine.parity.rel_rms:.1e} RMS, {engine.parity.max_abs:.1e} max"
-            + (f"; {engine.checked}" if engine.checked else "")
-            + (f"; its plan is for {engine.built_for}" if engine.plan else "")
-            + (f"; for edgesd's own kernels: {engine.kernels}" if engine.kernels else "")
-        )
-    say(f"verified: {len(manifest.files)} files, {total / 1e6:.1f} MB, every byte")
+        facts["prompter"] = f"for {tuned.domain}, {tuned.licence}"
+    return facts
+
+
+def _engine(engine: Engine) -> str:
+    """One component's engine, for people."""
+    return (
+        f"{engine.precision}  "
+        f"parity {engine.parity.rel_rms:.1e} RMS, {engine.parity.max_abs:.1e} max"
+        + (f"; {engine.checked}" if engine.checked else "")
+        + (f"; its plan is for {engine.built_for}" if engine.plan else "")
+        + (f"; for edgesd's own kernels: {engine.kernels}" if engine.kernels else "")
+    )

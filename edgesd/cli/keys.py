@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from edgesd.runtime.signature import PublicKey
 
 
-@click.group("keys", short_help="Sign bundles; say whose bundles a machine runs.")
+@click.group("keys", short_help="Sign bundles; choose whose bundles a machine runs.")
 def keys_group() -> None:
-    """Sign bundles, and say whose bundles a machine runs.
+    """Sign bundles, and choose whose bundles a machine runs.
 
-    A machine that trusts a key runs only bundles which that key signed. Which keys those are is in
-    /etc/edgesd/trusted_keys where that exists, else in ~/.config/edgesd/trusted_keys. Such a file
-    without a key lets no bundle run; any bundle runs where there is none.
+    If any key is trusted, unsigned bundles and other signers are refused. The trusted keys are
+    listed in /etc/edgesd/trusted_keys where that file exists, else in
+    ~/.config/edgesd/trusted_keys. If the file lists no key, every bundle is refused; without the
+    file any bundle runs.
     """
 
 
@@ -83,13 +84,17 @@ def check_command(bundle: Path) -> None:
 @keys_group.command("trust", short_help="Run only bundles that KEY signed.")
 @click.argument("key")
 @hosts_option
-@click.option("--remove", is_flag=True, help="Trust it no longer.")
-@click.option("--yes", is_flag=True, help="Even where the active bundle doesn't run from then on.")
+@click.option("--remove", is_flag=True, help="Stop trusting the key.")
+@click.option(
+    "--yes",
+    is_flag=True,
+    help="Don't ask, even if the active bundle would be refused from then on.",
+)
 def trust_command(key: str, hosts: tuple[str, ...], remove: bool, yes: bool) -> None:
     """Run only bundles that KEY signed, or another trusted key. KEY: NAME.pub, or its line.
 
-    Where the active bundle wouldn't run any more it is asked first, or refused without a terminal:
-    sign that bundle and deploy it, then trust the key.
+    If the active bundle would be refused from then on, the command asks first, or fails without a
+    terminal: sign that bundle and deploy it, then trust the key.
     """
     from edgesd.runtime.signature import parse_public_key, trust, trusted_keys
     from edgesd.textfiles import read_lines

@@ -197,7 +197,7 @@ def hosts_option(command: _Command) -> _Command:
         "hosts",
         metavar="USER@BOARD[:PORT]",
         multiple=True,
-        help="Do so on that board, over SSH; may be repeated.",
+        help="Do this on that board, over SSH; may be repeated.",
     )(command)
 
 

@@ -130,7 +130,7 @@ def data_command(
     type=click.Choice(GRIDS),
     default="Q4_0",
     show_default=True,
-    help="Type that loftq-gguf rounds the base to. The run then brings its own base.gguf.",
+    help="Type that loftq-gguf rounds the base to. The run then includes its own base.gguf.",
 )
 @click.option(
     "--iterations",

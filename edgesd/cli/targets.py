@@ -13,7 +13,7 @@ from edgesd.cli.options import json_option
 @json_option
 def targets_command(detect: bool, as_json: bool) -> None:
     """List the boards that edgesd builds for."""
-    from edgesd.device.detect import detect_machine, explain_machine
+    from edgesd.device.detect import describe_machine, detect_machine
     from edgesd.device.targets import families, list_targets
 
     if detect:
@@ -21,7 +21,7 @@ def targets_command(detect: bool, as_json: bool) -> None:
         if as_json:
             print_json(machine)
         else:
-            say(explain_machine(machine))
+            say(describe_machine(machine))
         return
     targets = list_targets()
     if as_json:

@@ -31,7 +31,7 @@ def watch_command(
     hosts: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Show what this board does: memory, clocks, temperatures, power, and what holds it back.
+    """Show what this board does: memory, clocks, temperatures, power, and what throttles it.
 
     By tegrastats on a Jetson, by vcgencmd on a Raspberry Pi, and by Linux's own files anywhere. A
     line per sample; with --json an object per line.

@@ -70,7 +70,7 @@ def emulated(root: Path = _ROOT) -> bool:
     return bool(kernel) and kernel != normal_arch(here)
 
 
-def explain_machine(machine: Machine) -> str:
+def describe_machine(machine: Machine) -> str:
     """One line for people: what the machine is, and which bundle to build for it."""
     memory = in_gb(machine.memory_bytes) if machine.memory_bytes else "memory unknown"
     features = ", ".join(machine.capabilities) or "no optional CPU features"

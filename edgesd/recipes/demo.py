@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import edgesd
-from edgesd.device.detect import detect_machine, explain_machine, runnable_targets
+from edgesd.device.detect import describe_machine, detect_machine, runnable_targets
 from edgesd.errors import InputError, TargetError
 
 _MODELS = Path(edgesd.__file__).resolve().parent.parent / "models"
@@ -45,5 +45,5 @@ def demo_target() -> str:
         return machine.target
     runnable = runnable_targets(machine)
     if not runnable:
-        raise TargetError(explain_machine(machine))
+        raise TargetError(describe_machine(machine))
     return runnable[0].name

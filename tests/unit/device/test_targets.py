@@ -17,7 +17,7 @@ import pytest
 
 from edgesd.device import targets
 from edgesd.device.capabilities import CAPABILITIES, CPU_FLAGS, GB, in_gb, normal_arch
-from edgesd.device.detect import check_machine, detect_machine, explain_machine, runnable_targets
+from edgesd.device.detect import check_machine, describe_machine, detect_machine, runnable_targets
 from edgesd.device.targets import (
     all_targets,
     check_request,
@@ -248,9 +248,9 @@ def test_a_machine_runs_the_bundle_of_its_own_target(tree, path):
     if found.target:
         own = get_target(found.target)
         check_machine(own.name, own.arch, found, own.capabilities)
-        assert explain_machine(found).startswith(f"{own.name}: ")
+        assert describe_machine(found).startswith(f"{own.name}: ")
     else:
-        assert explain_machine(found).startswith("not a board that edgesd knows: ")
+        assert describe_machine(found).startswith("not a board that edgesd knows: ")
 
 
 def test_model_is_what_the_machine_calls_itself(tree):
@@ -294,7 +294,7 @@ def test_empty_tree(tmp_path):
         cpu_count=1,
         capabilities=(),
     )
-    assert "edgesd runs on 64-bit systems only (aarch64, x86_64)" in explain_machine(found)
+    assert "edgesd runs on 64-bit systems only (aarch64, x86_64)" in describe_machine(found)
 
 
 def test_arch_without_the_kernel_file(tree, tmp_path):
@@ -438,7 +438,7 @@ def test_unknown_board_is_told_what_it_can_run(tree):
     names = [t.name for t in runnable_targets(server)]
     assert "raspberry-pi-5-16gb" in names
     assert not any(name.startswith(("jetson", "x86")) for name in names)
-    assert explain_machine(server) == (
+    assert describe_machine(server) == (
         "not a board that edgesd knows: Ampere server (aarch64, 4 CPUs, 15.51 GB; dotprod, "
         "fp16_arithmetic): build it with --target raspberry-pi-5-16gb"
     )
