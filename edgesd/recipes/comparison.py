@@ -68,7 +68,7 @@ class Comparison:
     ) -> None:
         self.reference, self.requests = reference, requests
         self._perceptual, self._min_psnr, self._progress = perceptual, min_psnr, progress
-        self.folder = work / f"images-{self._key()}"
+        self.folder = work / f"pictures-{self._key()}"
 
     @cached_property
     def source_images(self) -> list[Image.Image]:

@@ -13,11 +13,22 @@ import pytest
 pytest.importorskip("torch")
 
 from edgesd import recipes
+from edgesd.device.targets import get_target, usable_bytes
 from edgesd.errors import TargetError
-from edgesd.export.source import ModelSource
+from edgesd.export.backends import get_lowering
+from edgesd.export.cost.costs import file_bytes
+from edgesd.export.pipeline import export_spec
+from edgesd.export.quantize.assign import planned
+from edgesd.export.source import ModelSource, resolve_source
 from edgesd.recipes import demo_model
+from edgesd.recipes.footprints import ComponentForm, Networks
 from edgesd.recipes.planner import Estimate, PlanRequest, estimate_build
 from edgesd.spec.build import BuildOptions
+from edgesd.runtime.backends import get_backend
+from edgesd.runtime.fitting import Batch, Budget, Fitting
+from edgesd.runtime.footprint import PROCESS_BYTES, PROGRAM_BYTES, Costs
+from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
+from edgesd.spec.scheme import parse_scheme
 from tests.support import assert_refused, run_cli
 
 pytestmark = pytest.mark.integration
@@ -92,6 +103,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gigabytes of zeros aren't hashed."""
     monkeypatch.setattr(ModelSource, "sha256", lambda _: "0" * 64)
+
+
+PRECISIONS = ("fp32", "fp16", "w8a8", "w4a8-g64")
 
 
 class BegunError(Exception):
@@ -219,6 +233,100 @@ def test_all_advice_fits_when_it_is_followed(
         assert other.mode is not None, line
         if " MB in " in line:
             assert f"{other.memory[other.mode] / 1e6:.0f} MB in {other.mode} mode" in line
+
+
+@pytest.mark.parametrize(
+    ("model", "target"),
+    [
+        ("small", "raspberry-pi-zero-2w"),
+        ("large", "raspberry-pi-5-1gb"),
+        pytest.param("medium", "raspberry-pi-zero-2w", marks=pytest.mark.slow),
+        pytest.param("sd15", "raspberry-pi-5-1gb", marks=pytest.mark.slow),
+    ],
+)
+def test_a_precision_is_advised_if_and_only_if_it_fits(
+    models: Models, model: str, target: str
+) -> None:
+    plans = {p: estimate_build(models[model], target, PlanRequest(p)) for p in PRECISIONS}
+    fits = [p for p in PRECISIONS if plans[p].mode]  # the finest first
+    assert fits and len(fits) < len(PRECISIONS), "nothing to advise"
+    for precision, plan in plans.items():
+        advised = [line.split()[1] for line in plan.advice if line.startswith("--precision")]
+        expected = [] if precision in fits else fits[:1]
+        assert advised == expected, (precision, plan.advice)
+        assert not (plan.mode and plan.advice)
+
+
+KNOWN: dict[tuple[str, str, bool], Costs] = {}
+
+
+def costs_of(plan: Estimate, model: str) -> Costs:
+    """What a bundle of a plan would say of its graphs."""
+    key = (model, plan.precision, plan.kernels)
+    if key not in KNOWN:
+        spec = export_spec(resolve_source(model))
+        networks, lowering = Networks(spec), get_lowering(plan.backend)
+        footprints = {}
+        for stage in networks.flow.stages:
+            workload = networks.trace_own(stage)
+            quantized = plan.precision not in ("fp32", "fp16")
+            schemes = planned(workload.layers, parse_scheme(plan.precision)) if quantized else {}
+            on_disk = file_bytes(workload, schemes, 2 if plan.precision == "fp16" else 4, True)
+            form = ComponentForm(plan.precision, lowering, schemes, on_disk, plan.kernels)
+            footprints[stage.component] = networks.footprint(stage, form)
+        process = PROCESS_BYTES + PROGRAM_BYTES + get_backend(plan.backend).process_bytes
+        KNOWN[key] = Costs(spec.pipeline, footprints, None, process)
+    return KNOWN[key]
+
+
+GRID = [
+    pytest.param(
+        *(target, precision, size, limit),
+        marks=() if size == 256 and limit is None else pytest.mark.slow,
+    )
+    for target in ("raspberry-pi-zero-2w", "raspberry-pi-5-1gb", "raspberry-pi-5")
+    for precision in PRECISIONS
+    for size in (128, 256, 512)
+    for limit in (None, 300 * MB)
+]
+
+
+@pytest.mark.parametrize(("target", "precision", "size", "limit"), GRID)
+def test_plan_build_and_generate_give_one_answer(
+    models: Models,
+    begun: None,
+    tmp_path: Path,
+    target: str,
+    precision: str,
+    size: int,
+    limit: int | None,
+) -> None:
+    """Generate's answer is that of a board with as much memory free as was planned with, by the
+    footprints that the bundle would carry."""
+    model = models["small"]
+    asked = PlanRequest(precision, (size, size), max_memory=limit)
+    plan = estimate_build(model, target, asked)
+    costs = costs_of(plan, model)
+    budget = Budget(limit, None if limit else usable_bytes(get_target(target)))
+    batch = Batch(size, size, guided=plan.guidance > 1)
+
+    def chosen(memory: MemoryMode | None = None) -> str | None:
+        fit = Fitting(costs, budget, memory).choose(batch)
+        return None if fit is None else fit.memory
+
+    # Weights in their file may be read from there again in each run: generate does so where it must
+    # (stream), and nothing is planned so.
+    again = plan.mode is None and limit is None and chosen() == "stream"
+    if again:
+        assert plan.memory["stream"] > plan.usable_bytes
+    else:
+        assert chosen() == plan.mode
+    if plan.mode is None and not again:
+        assert not any(map(chosen, MEMORY_MODES))  # whichever is asked for by name
+    elif plan.mode is not None:
+        assert chosen(next(mode for mode in MEMORY_MODES if mode == plan.mode)) == plan.mode
+    if limit is None and size == 256:  # the model's own
+        assert accepts(model, target, tmp_path / "b", precision) == (plan.mode is not None)
 
 
 def test_build_says_what_would_fit(models: Models, tmp_path: Path) -> None:

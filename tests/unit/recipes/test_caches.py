@@ -1,0 +1,52 @@
+"""What earlier versions kept is found again: names of cache entries don't follow those in code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+
+from edgesd.export import calibrate
+from edgesd.export.quantize.quantize import Method
+from edgesd.export.quantize.store import LayerStore
+from edgesd.progress import SILENT
+from edgesd.recipes.comparison import Comparison
+from edgesd.runtime.requests import CompleteRequest
+from edgesd.spec.pipeline import ShapeSpec
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names depend on torch, and on how many threads share the sums."""
+    monkeypatch.setattr(torch, "__version__", "2.0")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+def test_statistics_of_a_calibration() -> None:
+    asked = calibrate.CalibrationSettings(("a cat", "a dog"), 20, 7.5, "ddim", 64, 64)
+    assert calibrate.calibration_key(asked, "0" * 64) == "4e9c6533bc8ecb9a"
+
+
+def test_quantized_layers(tmp_path: Path) -> None:
+    calibration: Any = SimpleNamespace(folder=Path("calibration-4e9c6533bc8ecb9a"))
+    no: Any = None
+    store = LayerStore(tmp_path, {}, calibration, Method("gptq"), tmp_path, no, no)
+    assert store.folder.name == "layers-0959541f88d7e8ea"
+
+
+def test_images_of_a_source(tmp_path: Path) -> None:
+    pipeline = SimpleNamespace(source_sha256="0" * 64, shape=ShapeSpec(64, 64, 32, True, 8))
+    manifest = SimpleNamespace(tools={"edgesd": "0.1", "torch": "2.0"}, pipeline=pipeline)
+    reference: Any = SimpleNamespace(manifest=manifest)
+    requests = [CompleteRequest("a cat", 7, "", 20, 7.5, 64, 64, "ddim")]
+    no: Any = None
+    comparison = Comparison(reference, requests, no, tmp_path, None, SILENT)  # type: ignore[arg-type]
+    assert comparison.folder.name == "pictures-99ee47d30db085ff"
