@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from edgesd.export.pipeline import export_spec
 from edgesd.export.quantize.assign import planned
 from edgesd.export.source import resolve_source
 from edgesd.recipes import DEMO, BuildOptions, LocalFolders, QuantOptions, build, demo_model
+from edgesd.recipes.footprints import footprinted
 from edgesd.recipes.planner import Estimate, PlanRequest, estimate_build
 from edgesd.runtime import kernels
 from edgesd.runtime.bundle import Bundle
@@ -255,6 +257,33 @@ def test_plan_says_what_the_bundle_itself_says(bundle: Bundle) -> None:
             assert planned_bytes - (50 << 20) - PROGRAM_BYTES == pytest.approx(
                 told, rel=0.06, abs=3 << 20
             ), mode
+
+
+def test_layers_that_got_a_better_scheme_count_as_they_were_written(bundle: Bundle) -> None:
+    """As --min-psnr promotes them: what counts is the recipe of the finished bundle."""
+    manifest, spec = bundle.manifest, export_spec(resolve_source(demo_model()))
+    assert manifest.recipe is not None
+    written = manifest.engines["unet"]
+    assert footprinted(manifest, spec).engines["unet"] == written
+    largest = max(
+        (la for la in manifest.recipe.layers if la.component == "unet" and la.scheme == SCHEME),
+        key=lambda la: la.bytes,
+    )
+    count = math.prod(largest.shape)
+    better = msgspec.structs.replace(largest, scheme="fp16", method="fp16", bytes=2 * count)
+    layers = tuple(better if la == largest else la for la in manifest.recipe.layers)
+    recipe = msgspec.structs.replace(manifest.recipe, layers=layers)
+    weights = manifest.files["unet/weights.bin"]
+    more = msgspec.structs.replace(weights, bytes=weights.bytes + 2 * count - largest.bytes)
+    files = {**manifest.files, "unet/weights.bin": more}
+    changed = msgspec.structs.replace(manifest, recipe=recipe, files=files)
+    found = footprinted(changed, spec).engines["unet"]
+    for before, after in (
+        (written.footprint, found.footprint),
+        (written.kernels_footprint, found.kernels_footprint),
+    ):
+        if before is not None:  # fp16 is computed with in fp32
+            assert after is not None and after.weights - before.weights > 2 * count
 
 
 def test_what_was_planned_is_what_is_taken(bundle: Bundle, tmp_path: Path) -> None:

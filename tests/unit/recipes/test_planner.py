@@ -23,11 +23,11 @@ from edgesd.export.source import ModelSource, resolve_source
 from edgesd.recipes import demo_model
 from edgesd.recipes.footprints import ComponentForm, Networks
 from edgesd.recipes.planner import Estimate, PlanRequest, estimate_build
-from edgesd.spec.build import BuildOptions
 from edgesd.runtime.backends import get_backend
 from edgesd.runtime.fitting import Batch, Budget, Fitting
 from edgesd.runtime.footprint import PROCESS_BYTES, PROGRAM_BYTES, Costs
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
+from edgesd.spec.build import BuildOptions
 from edgesd.spec.scheme import parse_scheme
 from tests.support import assert_refused, run_cli
 
@@ -326,7 +326,8 @@ def test_plan_build_and_generate_give_one_answer(
     elif plan.mode is not None:
         assert chosen(next(mode for mode in MEMORY_MODES if mode == plan.mode)) == plan.mode
     if limit is None and size == 256:  # the model's own
-        assert accepts(model, target, tmp_path / "b", precision) == (plan.mode is not None)
+        options = BuildOptions(target, precision)
+        assert accepts(model, options, tmp_path / "b") == (plan.mode is not None)
 
 
 def test_build_says_what_would_fit(models: Models, tmp_path: Path) -> None:
