@@ -16,7 +16,7 @@ import edgesd
 from edgesd.device.capabilities import in_gb
 from edgesd.device.targets import check_request, get_target
 from edgesd.engines.bundle import pack_bundle
-from edgesd.errors import BundleError, EdgesdError, UsageError
+from edgesd.errors import BundleError, EdgesdError, UsageError, unknown_name
 from edgesd.files import atomic_dir, check_new, check_writable, private_folder
 from edgesd.progress import SILENT, Progress
 from edgesd.recipes.demo import demo_judge, demo_model, demo_sha256, demo_target
@@ -129,7 +129,7 @@ def build(
             )
             writer.put_graphs(graphs)
         if job.lowering.fp16_arithmetic and job.options.precision != "fp32":
-            notes += _keep_in_fp32(job, writer.write())
+            notes += _protect_fp16_overflows(job, writer.write())
         if job.lowering.checks_engines:
             writer.put_engines(_checked_engines(job, writer))
         if folders and folders.prompter:
@@ -178,6 +178,7 @@ def _prepare(
     check_new(out)
     check_writable(out)
     if options.quantized:
+        _check_method(options.quantization.method)
         check_writable(folders.work / "work")
     if options.quantization.pool_attention:
         _check_pooling(options, lowering)
@@ -201,13 +202,21 @@ def _prepare(
             f"building takes about {in_gb(expected.build_bytes)} of memory, and {in_gb(free)} are "
             "free here"
         )
-    plan = export_spec(source, options.size, options.scheduler, options.batch)
-    if lowering.fixed_shapes and plan.pipeline.shape.dynamic:
-        plan = export_spec(source, *fixed_shape(plan.pipeline))
+    export = export_spec(source, options.size, options.scheduler, options.batch)
+    if lowering.fixed_shapes and export.pipeline.shape.dynamic:
+        export = export_spec(source, *fixed_shape(export.pipeline))
     if not options.quantized:
         weights = sum(source.parameters(component) for component in source.family.weights)
         check_writable(out, weights * (4 if options.precision == "fp32" else 2))
-    return Job(source, plan, target, lowering, options, folders, progress)
+    return Job(source, export, target, lowering, options, folders, progress)
+
+
+def _check_method(name: str) -> None:
+    """Raise UsageError for a name that is no method of quantization."""
+    from edgesd.export.quantize.methods import METHODS
+
+    if name not in METHODS:
+        raise UsageError(unknown_name("method", name, METHODS))
 
 
 def _check_pooling(options: BuildOptions, lowering: Lowering) -> None:
@@ -228,22 +237,22 @@ def _check_pooling(options: BuildOptions, lowering: Lowering) -> None:
         raise UsageError(f"--pool-attention {reason}")
 
 
-def _keep_in_fp32(job: Job, bundle: Bundle) -> list[Note]:
-    """Let what exceeds fp16 compute in fp32; a note for each component that has such values."""
+def _protect_fp16_overflows(job: Job, bundle: Bundle) -> list[Note]:
+    """Keep layers whose activations overflow fp16 in fp32; a note for each component with any."""
     from edgesd.recipes import prompts
-    from edgesd.recipes.fp16_ranges import keep_in_fp32
+    from edgesd.recipes.fp16_ranges import protect_fp16_overflows
 
     job.progress.line("graphs: checking fp16 ranges")
-    given = job.options.quantization.calibration_prompts
-    prompt = (given or job.source.prompts("calibration") or prompts.CALIBRATION)[0]
+    chosen = job.options.quantization.calibration_prompts
+    prompt = (chosen or job.source.prompts("calibration") or prompts.CALIBRATION)[0]
     return [
         KeptInFp32(component, len(values), max(values.values()))
-        for component, values in keep_in_fp32(bundle, prompt).items()
+        for component, values in protect_fp16_overflows(bundle, prompt).items()
     ]
 
 
 def _checked_engines(job: Job, writer: BundleWriter) -> dict[str, Engine]:
-    """The engines, with what was found of each, and with plans where they could be built here."""
+    """The engines, each checked by the backend, with plans where they could be built here."""
     engines = {}
     for name, engine in writer.engines.items():
         job.progress.line(f"{name}: compile")

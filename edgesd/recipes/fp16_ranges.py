@@ -36,7 +36,7 @@ Largest = dict[str, dict[str, float]]
 """Component -> value -> largest magnitude."""
 
 
-def keep_in_fp32(bundle: Bundle, prompt: str) -> Largest:
+def protect_fp16_overflows(bundle: Bundle, prompt: str) -> Largest:
     """Rewrite the graphs of a bundle folder whose values exceed `LIMIT` in an image of `prompt`;
     those values, and how large they were.
 

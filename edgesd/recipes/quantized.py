@@ -19,7 +19,6 @@ from edgesd.evaluate.perceptual import open_perceptual
 from edgesd.export.calibrate import CalibrationSettings, calibrate, calibration_key
 from edgesd.export.quantize.assign import planned
 from edgesd.export.quantize.layers import Layer
-from edgesd.export.quantize.methods import METHODS
 from edgesd.export.quantize.quantize import Method
 from edgesd.export.quantize.store import GraphForm, LayerStore, can_pool, find_nodes
 from edgesd.files import atomic_write
@@ -63,8 +62,6 @@ class QuantizedBuild:
 
     def __init__(self, job: Job, reference: Bundle, writer: BundleWriter) -> None:
         options, wiring = job.options.quantization, job.spec.pipeline.wiring
-        if options.method not in METHODS:
-            raise UsageError(f"unknown method {options.method!r}: valid: {', '.join(METHODS)}")
         if options.pool_attention and not any(
             can_pool(reference.path, component.name, wiring) for component in job.spec.components
         ):

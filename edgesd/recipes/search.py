@@ -93,10 +93,10 @@ class SchemeSearch:
         A budget decides on ranks and weights; activations keep the format that was asked for.
         """
         options = {
-            layer: [o for o in found if _same_activations(o.scheme, self.planned[layer])]
-            for layer, found in self.options(probes).items()
+            layer: [o for o in every if _same_activations(o.scheme, self.planned[layer])]
+            for layer, every in self.options(probes).items()
         }
-        least = sum(min(option.bytes for option in found) for found in options.values())
+        least = sum(min(option.bytes for option in few) for few in options.values())
         if least > budget.bytes:
             needed = budget.limit - budget.bytes + least
             raise UsageError(
@@ -104,7 +104,7 @@ class SchemeSearch:
                 f"takes at least {needed / 1e6:.1f} MB: allow more, or choose a scheme of fewer "
                 "bits"
             )
-        fastest = sum(min(option.time for option in found) for found in options.values())
+        fastest = sum(min(option.time for option in few) for few in options.values())
         if budget.max_time is not None and fastest > budget.time:
             raise UsageError(
                 f"--max-time {budget.max_time:g}: {self.scheme} takes at least "

@@ -119,7 +119,7 @@ class BundleWriter:
 
     def _files(self) -> dict[str, FileEntry]:
         """Every file but the manifest, sorted; those that haven't changed aren't hashed again."""
-        found: dict[str, FileEntry] = {}
+        files: dict[str, FileEntry] = {}
         for path in sorted(self.root.rglob("*")):
             name = path.relative_to(self.root).as_posix()
             if not path.is_file() or name in (MANIFEST, CHECKSUM):
@@ -128,5 +128,5 @@ class BundleWriter:
             identity = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
             if name not in self._entries or self._entries[name][0] != identity:
                 self._entries[name] = identity, FileEntry(status.st_size, sha256_file(path))
-            found[name] = self._entries[name][1]
-        return found
+            files[name] = self._entries[name][1]
+        return files

@@ -99,12 +99,12 @@ def assign(
     total of the cheapest options; where that exceeds a budget, one of both gets dearer. When no
     price keeps both budgets (`within`), the last try is returned.
     """
-    found: dict[Layer, Option] = {}
+    chosen: dict[Layer, Option] = {}
     for price in _PRICES:
-        found = _assign_at(price, options, max_bytes, max_time, max_loss, start)
-        if within(found, max_bytes, max_time):
+        chosen = _assign_at(price, options, max_bytes, max_time, max_loss, start)
+        if within(chosen, max_bytes, max_time):
             break
-    return found
+    return chosen
 
 
 def within(chosen: Mapping[Layer, Option], max_bytes: float, max_time: float) -> bool:

@@ -108,16 +108,16 @@ class LayerStore:
                 _log.warning("%s", exc)
         stats = self.calibration.layer(layer)
         weight = matrix_of(self._nodes[layer], layer)
-        found = quantize_layer(layer, weight, stats, scheme, self.method)
-        save_layer(found, path)
-        return found
+        quantized = quantize_layer(layer, weight, stats, scheme, self.method)
+        save_layer(quantized, path)
+        return quantized
 
     def summary(self, layer: Layer, scheme: Scheme) -> Summary:
         """What `get` gives, without its tensors."""
         if (layer, scheme) not in self._summaries:
             q = self.get(layer, scheme)
-            found = Summary(q.scheme, q.method, q.rank, q.bytes(), q.error)
-            self._summaries[layer, scheme] = found
+            summary = Summary(q.scheme, q.method, q.rank, q.bytes(), q.error)
+            self._summaries[layer, scheme] = summary
         return self._summaries[layer, scheme]
 
     def rows_per_run(self, layer: Layer) -> int:
@@ -215,12 +215,12 @@ class LayerStore:
 def find_nodes(graphs: Path, components: Iterable[str]) -> dict[Layer, ir.Node]:
     """All layers that can be quantized, with their nodes, in the graphs COMPONENT/model.onnx below
     the folder `graphs`."""
-    found: dict[Layer, ir.Node] = {}
+    layers: dict[Layer, ir.Node] = {}
     for component in components:
         model = _load(graphs, component)
         nodes = {node.name: node for node in model.graph}
-        found.update({layer: nodes[layer.node] for layer in find_layers(component, model)})
-    return found
+        layers.update({layer: nodes[layer.node] for layer in find_layers(component, model)})
+    return layers
 
 
 def can_pool(graphs: Path, component: str, wiring: Wiring) -> bool:

@@ -27,7 +27,7 @@ from edgesd.export.external_data import write_model  # noqa: E402
 from edgesd.export.passes.fp16_compute import Fp16Compute  # noqa: E402
 from edgesd.export.passes.fp32_region import Fp32Region  # noqa: E402
 from edgesd.export.passes.record_largest import LARGEST, RecordLargest  # noqa: E402
-from edgesd.recipes.fp16_ranges import LIMIT, keep_in_fp32, record  # noqa: E402
+from edgesd.recipes.fp16_ranges import LIMIT, protect_fp16_overflows, record  # noqa: E402
 from edgesd.runtime.bundle import Bundle, open_bundle  # noqa: E402
 from edgesd.runtime.pipeline import Pipeline  # noqa: E402
 from edgesd.runtime.requests import Request  # noqa: E402
@@ -215,14 +215,14 @@ def test_a_bundle_is_mended_before_it_is_written(overflowing: Path, miniature: B
     damaged = open_bundle(overflowing)
     before = record(damaged, "a cat")
     assert max(before["unet"].values()) < LIMIT < max(before["vae_decoder"].values())
-    beyond = keep_in_fp32(damaged, "a cat")
+    beyond = protect_fp16_overflows(damaged, "a cat")
     assert set(beyond) == {"vae_decoder"}
     assert all(name.startswith("amplify") for name in beyond["vae_decoder"])
     changed = damaged.engine_files(damaged.manifest.engines["vae_decoder"])
     update_manifest(overflowing, damaged.manifest, changed)
     bundle = open_bundle(overflowing)
     bundle.verify()
-    assert keep_in_fp32(bundle, "a cat") == {}
+    assert protect_fp16_overflows(bundle, "a cat") == {}
     request = Request("a red apple", 3)
     with Pipeline(miniature) as first, Pipeline(bundle) as second:
         wanted = np.asarray(first.generate([request])[0], int)

@@ -186,3 +186,24 @@ def test_the_command_says_what_it_needs(miniature: Bundle, tmp_path: Path) -> No
     refused = run_cli("build", "--like", bundle.path, "-o", out)
     assert_refused(refused, "say where it is")
     assert "\x1b" not in refused.err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target": "unheard-of"}, "unheard-of"),
+        ({"backend": "unheard-of"}, "unheard-of"),
+        ({"scheduler": "unheard-of"}, "unheard-of"),
+        ({"precision": "w9a9"}, "w9a9"),
+        ({"quantization": QuantOptions(method="unheard-of")}, "unheard-of"),
+    ],
+)
+def test_names_that_only_a_bundle_knows_are_refused(
+    change: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    bundle, out = write_bundle(tmp_path / "foreign"), tmp_path / "out"
+    options = msgspec.structs.replace(BuildOptions("x86-64-cpu", "w8a8"), **change)
+    record = BuildRecord(ModelReference("demo", "demo", SHA), options)
+    update_manifest(bundle.path, msgspec.structs.replace(bundle.manifest, build=record))
+    assert_refused(run_cli("build", "--like", bundle.path, "-o", out), words)
+    assert not out.exists()
