@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,13 @@ import click
 import msgspec
 
 from edgesd.cli.common import OutputPath, Reporter, print_json, say, say_error
-from edgesd.cli.options import json_option, threads_option
+from edgesd.cli.options import json_option, option_arguments, threads_option
 
 if TYPE_CHECKING:
     from edgesd.runtime.rates import Rates
+
+_HERE = ("host", "target", "output", "as_json")
+"""Options that aren't passed on to a board: where the rates are kept, and how a board answers."""
 
 
 @click.command("profile", short_help="Measure how fast this machine, or a board, is.")
@@ -35,29 +39,22 @@ def profile_command(
     """Time each kind of operation alone, at sizes of real networks, so that `edgesd plan` can tell
     how long an image takes there. A minute or two on a PC, some minutes on a board; nothing else
     should run meanwhile."""
-    from edgesd.device.detect import detect_machine
     from edgesd.device.targets import get_target
     from edgesd.errors import EdgesdError
     from edgesd.files import check_file_place, save
-    from edgesd.runtime.rates import measure, rates_path, summary
+    from edgesd.runtime.rates import rates_path, summary
 
     if target is not None:
         target = get_target(target).name
-    machine = detect_machine() if host is None else None
-    name = target or (machine.target if machine else None)
-    path = output or (rates_path(name) if name else None)
-    if machine and path is None and not as_json:
-        raise click.UsageError("this machine is no target that edgesd knows: give --target or -o")
+    path = output or (rates_path(target) if target else None)
     # Of a board that isn't asked yet the cache's name isn't known, but its folder is.
     check_file_place(path or rates_path("board"))
-    reporter = Reporter(quiet=as_json)
-    if machine is None:
-        assert host is not None
-        found, own = _on_board(host, threads)
-        path = path or (rates_path(own) if own else None)
+    if host is None:
+        found, path = _here(threads, path, as_json)
     else:
-        with reporter.bar():
-            found = measure(machine.model, threads, reporter)
+        options = option_arguments(click.get_current_context(), without=_HERE)
+        found, own = _on_board(host, options)
+        path = path or (rates_path(own) if own else None)
     failure = None
     try:
         if path is not None:
@@ -68,16 +65,30 @@ def profile_command(
         print_json(found)
     else:
         for kind, form, speed in summary(found):
-            say(f"{kind:11} {form:6} {speed}")
+            say(f"{kind:11} {form:12} {speed}")
     if failure:
         raise failure
-    if as_json:
-        return
-    kept = path or "not kept: the board is no target that edgesd knows (--target or -o keeps them)"
-    say(f"rates of {found.machine}: {kept}")
+    if not as_json:
+        lost = "not kept: the board is no target that edgesd knows (--target or -o keeps them)"
+        say(f"rates of {found.machine}: {path or lost}")
 
 
-def _on_board(host: str, threads: int) -> tuple[Rates, str | None]:
+def _here(threads: int, path: Path | None, as_json: bool) -> tuple[Rates, Path | None]:
+    """Rates of this machine, and where they are kept: `path`, or the place of its target."""
+    from edgesd.device.detect import detect_machine
+    from edgesd.runtime.rates import measure, rates_path
+
+    machine = detect_machine()
+    if path is None and machine.target:
+        path = rates_path(machine.target)
+    if path is None and not as_json:
+        raise click.UsageError("this machine is no target that edgesd knows: give --target or -o")
+    reporter = Reporter(quiet=as_json)
+    with reporter.bar():
+        return measure(machine.model, threads, reporter), path
+
+
+def _on_board(host: str, options: Sequence[str]) -> tuple[Rates, str | None]:
     """Rates of a board, and which target it is."""
     from edgesd.errors import EdgesdError
     from edgesd.remote import board as boards
@@ -86,7 +97,7 @@ def _on_board(host: str, threads: int) -> tuple[Rates, str | None]:
     from edgesd.spec.target import Machine
 
     async def ask(board: boards.Board) -> tuple[Rates, str | None]:
-        told = await boards.edgesd(board, "profile", "--json", "--threads", str(threads))
+        told = await boards.edgesd(board, "profile", "--json", *options)
         here = await boards.edgesd(board, "targets", "--detect", "--json")
         return boards.decode(board, told, Rates), boards.decode(board, here, Machine).target
 

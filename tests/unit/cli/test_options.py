@@ -9,7 +9,7 @@ from typing import Any
 import click
 import pytest
 
-from edgesd.cli import cli, generate, options, plan, watch
+from edgesd.cli import cli, generate, options, plan, profile, watch
 from edgesd.cli.bench import _HERE
 from edgesd.cli.bench import run_command as bench_run
 from edgesd.cli.common import Bytes, Size
@@ -120,6 +120,7 @@ def test_the_same_option_has_one_help_text() -> None:
 
 HOST_COMMANDS = {
     "bench": (bench_run, ["bundle"], _HERE),
+    "profile": (profile.profile_command, [], profile._HERE),
     "watch": (watch.watch_command, [], ("hosts",)),
     "keys trust": (cli.commands["keys"].commands["trust"], ["key"], ("hosts",)),  # type: ignore[attr-defined]
 }

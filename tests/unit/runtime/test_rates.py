@@ -222,7 +222,7 @@ def test_a_boards_rates_are_kept_under_its_target(
     monkeypatch.setattr("edgesd.remote.hosts.on_each", on_each)
     done = run_cli("profile", "--host", "pi@board", "--threads", "3")
     assert done.code == 0, done.err
-    assert asked[0] == ("profile", "--json", "--threads", "3")
+    assert asked[0] == ("profile", "--json", "--threads=3")
     assert find_rates("raspberry-pi-5") is not None and "raspberry-pi-5" in done.out
 
 
