@@ -223,10 +223,10 @@ def test_sizes_that_no_level_divides_are_generated_as_diffusers_does(
         vae,
         diffusers.DDIMScheduler(),
     )
-    plan = export_spec(resolve_source(model), size)
-    shape = plan.pipeline.shape
+    export = export_spec(resolve_source(model), size)
+    shape = export.pipeline.shape
     assert (shape.width, shape.height, shape.multiple_of) == (26, 18, 2)
-    unet = next(c for c in plan.components if c.name == "unet")
+    unet = next(c for c in export.components if c.name == "unet")
     assert export_one(unet, tmp_path, "ort-mha")["Resize"] == 1
 
 

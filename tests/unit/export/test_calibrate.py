@@ -65,25 +65,25 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def plan() -> ExportSpec:
+def export() -> ExportSpec:
     return export_spec(resolve_source(EMOJI))
 
 
 @pytest.fixture(scope="module")
 def tokenizers(
-    plan: ExportSpec, tmp_path_factory: pytest.TempPathFactory
+    export: ExportSpec, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, PromptTokenizer]:
     folder = tmp_path_factory.mktemp("tokenizer")
-    tokens = plan.pipeline.wiring.tokenizers["tokenizer"].max_tokens
+    tokens = export.pipeline.wiring.tokenizers["tokenizer"].max_tokens
     files = write_tokenizer(EMOJI / "tokenizer", folder, tokens)
     return {"tokenizer": PromptTokenizer(*files.values())}
 
 
 @pytest.fixture(scope="module")
-def layers(plan: ExportSpec) -> list[Layer]:
+def layers(export: ExportSpec) -> list[Layer]:
     """Some layers of each network, made from its modules: of each kind, stride and kernel."""
     found = []
-    for component in plan.components:
+    for component in export.components:
         net = component.load().get_submodule("net")
         kinds = set()
         for name, module in net.named_modules():
@@ -110,8 +110,8 @@ def layers(plan: ExportSpec) -> list[Layer]:
     return found
 
 
-def watched(plan: ExportSpec, layers: list[Layer], seen: Seen) -> ExportSpec:
-    """The same plan, whose modules keep all inputs of the layers."""
+def watched(export: ExportSpec, layers: list[Layer], seen: Seen) -> ExportSpec:
+    """The same spec, whose modules keep all inputs of the layers."""
 
     def loading(component: Any) -> Callable[[], torch.nn.Module]:
         def load() -> torch.nn.Module:
@@ -132,13 +132,13 @@ def watched(plan: ExportSpec, layers: list[Layer], seen: Seen) -> ExportSpec:
 
         return load
 
-    components = tuple(replace(c, load=loading(c)) for c in plan.components)
-    return replace(plan, components=components)
+    components = tuple(replace(c, load=loading(c)) for c in export.components)
+    return replace(export, components=components)
 
 
 @pytest.fixture(scope="module")
 def recorded(
-    plan: ExportSpec,
+    export: ExportSpec,
     layers: list[Layer],
     tokenizers: dict[str, PromptTokenizer],
     tmp_path_factory: pytest.TempPathFactory,
@@ -150,7 +150,7 @@ def recorded(
         patch.setattr(calibrating, "ROWS_PER_RUN", 1 << 30)
         patch.setattr(calibrating, "BLOCKS", (288, 100))
         found = calibrate(
-            watched(plan, layers, seen), layers, HOW, tokenizers,
+            watched(export, layers, seen), layers, HOW, tokenizers,
             tmp_path_factory.mktemp("calibration"), told,
         )  # fmt: skip
     return found, seen, told.updates
@@ -260,7 +260,7 @@ def test_the_sample_holds_rows_of_every_run(
 
 
 def test_what_is_told_and_written(
-    recorded: tuple[Calibration, Seen, list[tuple[str, int, int]]], plan: ExportSpec
+    recorded: tuple[Calibration, Seen, list[tuple[str, int, int]]], export: ExportSpec
 ) -> None:
     calibration, _, told = recorded
     assert told[:4] == [("text_encoder: calibrate", n, 3) for n in range(4)]
@@ -306,7 +306,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(
-    plan: ExportSpec,
+    export: ExportSpec,
     layers: list[Layer],
     tokenizers: dict[str, PromptTokenizer],
     tmp_path_factory: pytest.TempPathFactory,
@@ -314,7 +314,7 @@ def whole(
     """The files of a run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
     few = [layer for layer in layers if layer.columns <= 300]
-    calibrate(plan, few, HOW, tokenizers, folder)
+    calibrate(export, few, HOW, tokenizers, folder)
     return files_of(folder)
 
 
@@ -324,7 +324,7 @@ def whole(
 def test_a_run_that_was_interrupted_ends_with_the_same_bytes(
     component: str,
     at: int,
-    plan: ExportSpec,
+    export: ExportSpec,
     few: list[Layer],
     tokenizers: dict[str, PromptTokenizer],
     whole: dict[str, bytes],
@@ -333,19 +333,19 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(calibrating, "SAVE_SECONDS", 0.0)
     with pytest.raises(StoppedError):
-        calibrate(plan, few, HOW, tokenizers, tmp_path, Stopping(component, at))
+        calibrate(export, few, HOW, tokenizers, tmp_path, Stopping(component, at))
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*"))
     started = {p.stem for p in tmp_path.glob("*.safetensors")}
     order = list(CALLS)
     assert started == set(order[: order.index(component) + (at > 0)])
     told = Recorded()
-    calibrate(plan, few, HOW, tokenizers, tmp_path, told)
+    calibrate(export, few, HOW, tokenizers, tmp_path, told)
     assert told.updates[0][:2] == (f"{component}: calibrate", at)
     assert files_of(tmp_path) == whole
 
 
 def test_a_finished_run_is_not_repeated(
-    plan: ExportSpec,
+    export: ExportSpec,
     few: list[Layer],
     tokenizers: dict[str, PromptTokenizer],
     whole: dict[str, bytes],
@@ -357,17 +357,17 @@ def test_a_finished_run_is_not_repeated(
     def load() -> torch.nn.Module:
         raise AssertionError("nothing has to be loaded")
 
-    unloadable = replace(plan, components=tuple(replace(c, load=load) for c in plan.components))
+    unloadable = replace(export, components=tuple(replace(c, load=load) for c in export.components))
     told = Recorded()
     calibrate(unloadable, few, HOW, tokenizers, tmp_path, told)
     assert told.updates == [] and files_of(tmp_path) == whole
 
 
 def test_layers_that_a_finished_run_left_out_are_recorded(
-    plan: ExportSpec, few: list[Layer], tokenizers: dict[str, PromptTokenizer], tmp_path: Path
+    export: ExportSpec, few: list[Layer], tokenizers: dict[str, PromptTokenizer], tmp_path: Path
 ) -> None:
-    calibrate(plan, few[:2], HOW, tokenizers, tmp_path)
-    found = calibrate(plan, few, HOW, tokenizers, tmp_path)
+    calibrate(export, few[:2], HOW, tokenizers, tmp_path)
+    found = calibrate(export, few, HOW, tokenizers, tmp_path)
     for layer in few:
         assert (found.layer(layer) is None) == (layer.kind == "embedding"), layer.name
 
@@ -390,7 +390,7 @@ def _without_done(data: bytes) -> bytes:
 )  # fmt: skip
 def test_a_damaged_state_is_recorded_again(
     damage: Callable[[bytes], bytes],
-    plan: ExportSpec,
+    export: ExportSpec,
     few: list[Layer],
     tokenizers: dict[str, PromptTokenizer],
     whole: dict[str, bytes],
@@ -401,7 +401,7 @@ def test_a_damaged_state_is_recorded_again(
     state = tmp_path / "text_encoder.safetensors"
     state.write_bytes(damage(whole[state.name]))
     assert state.read_bytes() != whole[state.name]
-    calibrate(plan, few, HOW, tokenizers, tmp_path)
+    calibrate(export, few, HOW, tokenizers, tmp_path)
     assert files_of(tmp_path) == whole
 
 
@@ -427,7 +427,7 @@ def test_statistics_that_cannot_be_read(
 def test_weights_that_are_not_finite(
     component: str,
     bad: float,
-    plan: ExportSpec,
+    export: ExportSpec,
     tokenizers: dict[str, PromptTokenizer],
     whole: dict[str, bytes],
     tmp_path: Path,
@@ -435,7 +435,7 @@ def test_weights_that_are_not_finite(
     order = list(CALLS)
     for name in order[: order.index(component)]:
         (tmp_path / f"{name}.safetensors").write_bytes(whole[f"{name}.safetensors"])
-    component_of = {c.name: c for c in plan.components}
+    component_of = {c.name: c for c in export.components}
 
     def load() -> torch.nn.Module:
         module = component_of[component].load()
@@ -444,9 +444,9 @@ def test_weights_that_are_not_finite(
         return module
 
     broken = replace(
-        plan,
+        export,
         components=tuple(
-            replace(c, load=load) if c.name == component else c for c in plan.components
+            replace(c, load=load) if c.name == component else c for c in export.components
         ),
     )
     with pytest.raises(InputError) as caught:
@@ -457,10 +457,10 @@ def test_weights_that_are_not_finite(
 
 
 def test_the_prompt_that_is_at_fault_is_counted_right(
-    plan: ExportSpec, tokenizers: dict[str, PromptTokenizer], tmp_path: Path
+    export: ExportSpec, tokenizers: dict[str, PromptTokenizer], tmp_path: Path
 ) -> None:
     calls = 0
-    (encoder,) = (c for c in plan.components if c.name == "text_encoder")
+    (encoder,) = (c for c in export.components if c.name == "text_encoder")
 
     def load() -> torch.nn.Module:
         module = encoder.load()
@@ -474,18 +474,18 @@ def test_the_prompt_that_is_at_fault_is_counted_right(
         return module
 
     broken = replace(
-        plan,
-        components=tuple(replace(c, load=load) if c is encoder else c for c in plan.components),
+        export,
+        components=tuple(replace(c, load=load) if c is encoder else c for c in export.components),
     )
     with pytest.raises(InputError, match="calibration prompt 1:"):
         calibrate(broken, [], HOW, tokenizers, tmp_path)
 
 
 def test_a_prompt_that_is_no_text(
-    plan: ExportSpec, tokenizers: dict[str, PromptTokenizer], tmp_path: Path
+    export: ExportSpec, tokenizers: dict[str, PromptTokenizer], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError) as caught:
-        calibrate(plan, [], replace(HOW, prompts=("a\0b",)), tokenizers, tmp_path)
+        calibrate(export, [], replace(HOW, prompts=("a\0b",)), tokenizers, tmp_path)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -580,8 +580,8 @@ def test_the_key_is_of_all_that_matters(monkeypatch: pytest.MonkeyPatch) -> None
     assert key not in keys and len(keys) == len(others) + 2
 
 
-def test_a_torch_module_behind_the_runner_protocol(plan: ExportSpec) -> None:
-    (component,) = (c for c in plan.components if c.name == "vae_decoder")
+def test_a_torch_module_behind_the_runner_protocol(export: ExportSpec) -> None:
+    (component,) = (c for c in export.components if c.name == "vae_decoder")
     module = component.load()
     with TorchRunner(component.spec, module) as runner:
         runner.bind({"latents": (1, 4, 8, 8)})
@@ -645,7 +645,7 @@ class Decoder(torch.nn.Module):
         return out
 
 
-def two_encoders(plan: ExportSpec) -> tuple[ExportSpec, Denoiser]:
+def two_encoders(export: ExportSpec) -> tuple[ExportSpec, Denoiser]:
     """A pipeline of two text encoders, of which the second also gives a pooled state."""
 
     def tensor(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
@@ -691,22 +691,22 @@ def two_encoders(plan: ExportSpec) -> tuple[ExportSpec, Denoiser]:
         zero_negative=True,
     )
     pipeline = msgspec.structs.replace(
-        plan.pipeline, components={spec.name: spec for spec in specs}, wiring=wiring
+        export.pipeline, components={spec.name: spec for spec in specs}, wiring=wiring
     )
     components = tuple(
         Component(spec, lambda module=modules[spec.name]: module, ()) for spec in specs
     )
-    return replace(plan, pipeline=pipeline, components=components), denoiser
+    return replace(export, pipeline=pipeline, components=components), denoiser
 
 
 def test_each_stage_of_the_wiring_is_recorded(
-    plan: ExportSpec,
+    export: ExportSpec,
     tokenizers: dict[str, PromptTokenizer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
-    export, denoiser = two_encoders(plan)
+    export, denoiser = two_encoders(export)
     layers = [
         Layer(name, "0", f"{name}/MatMul", "linear", (rows, columns))
         for name, rows, columns in (
@@ -732,9 +732,9 @@ def test_each_stage_of_the_wiring_is_recorded(
 
 
 def test_a_side_component_can_not_be_calibrated(
-    plan: ExportSpec, tokenizers: dict[str, PromptTokenizer], tmp_path: Path
+    export: ExportSpec, tokenizers: dict[str, PromptTokenizer], tmp_path: Path
 ) -> None:
-    export, _ = two_encoders(plan)
+    export, _ = two_encoders(export)
     wiring = msgspec.structs.replace(
         export.pipeline.wiring, sides=(SideSpec("modulation", "once", ()),)
     )

@@ -1,5 +1,5 @@
-"""A plan takes its values from the libraries' own objects, and is held to what diffusers' own
-pipeline feeds its networks."""
+"""An export spec takes its values from the libraries' own objects, and is compared with what
+diffusers' own pipeline feeds its networks."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ KL = {
 SAMPLERS = sorted(SCHEDULERS.keys() - {"flow-euler"})
 
 
-def planned(folder: Path, **options: Any) -> ExportSpec:
+def exported(folder: Path, **options: Any) -> ExportSpec:
     return export_spec(resolve_source(folder), **options)
 
 
-def tokenizer_of(folder: Path, plan: ExportSpec) -> PromptTokenizer:
-    tokens = plan.pipeline.wiring.tokenizers["tokenizer"].max_tokens
+def tokenizer_of(folder: Path, export: ExportSpec) -> PromptTokenizer:
+    tokens = export.pipeline.wiring.tokenizers["tokenizer"].max_tokens
     files = write_tokenizer(
         folder / "tokenizer",
         folder / "written",
@@ -58,15 +58,15 @@ def tokenizer_of(folder: Path, plan: ExportSpec) -> PromptTokenizer:
 
 
 def check(folder: Path, **options: Any) -> ExportSpec:
-    """The plan of a folder, held to diffusers' own pipeline."""
-    plan = planned(folder, **options)
-    check_own_pipeline(plan, {"tokenizer": tokenizer_of(folder, plan)})
-    return plan
+    """The export spec of a folder, compared with diffusers' own pipeline."""
+    export = exported(folder, **options)
+    check_own_pipeline(export, {"tokenizer": tokenizer_of(folder, export)})
+    return export
 
 
 @pytest.fixture(scope="module")
-def emoji_plan() -> ExportSpec:
-    return planned(EMOJI)
+def emoji_export() -> ExportSpec:
+    return exported(EMOJI)
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +153,8 @@ def at(value: object, path: str) -> object:
 def test_values_are_those_of_diffusers_own_pipeline(
     changes: dict[str, dict[str, Any]], expected: dict[str, object], tmp_path: Path
 ) -> None:
-    plan = check(write_configs(tmp_path / "model", **changes))
-    assert {path: at(plan.pipeline, path) for path in expected} == expected
+    export = check(write_configs(tmp_path / "model", **changes))
+    assert {path: at(export.pipeline, path) for path in expected} == expected
 
 
 def test_a_text_config_inside_of_another_is_found(tmp_path: Path) -> None:
@@ -163,8 +163,8 @@ def test_a_text_config_inside_of_another_is_found(tmp_path: Path) -> None:
     folder = write_configs(
         tmp_path / "model", text_encoder_={"model_type": "clip", "text_config": inner}
     )
-    plan = check(folder)
-    assert plan.pipeline.components["text_encoder"].outputs[0].shape == ("batch", 77, 128)
+    export = check(folder)
+    assert export.pipeline.components["text_encoder"].outputs[0].shape == ("batch", 77, 128)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -191,17 +191,19 @@ def test_own_options_hold_and_defaults_are_not_handed_on() -> None:
     assert own.timesteps[-1] == 1 and other.timesteps[-1] == 0
 
 
-def with_(plan: ExportSpec, **fields: Any) -> ExportSpec:
-    return replace(plan, pipeline=msgspec.structs.replace(plan.pipeline, **fields))
+def with_(export: ExportSpec, **fields: Any) -> ExportSpec:
+    return replace(export, pipeline=msgspec.structs.replace(export.pipeline, **fields))
 
 
-def scheduler(plan: ExportSpec, **options: Any) -> ExportSpec:
-    old = plan.pipeline.scheduler
-    return with_(plan, scheduler=msgspec.structs.replace(old, config=old.config | options))
+def scheduler(export: ExportSpec, **options: Any) -> ExportSpec:
+    old = export.pipeline.scheduler
+    return with_(export, scheduler=msgspec.structs.replace(old, config=old.config | options))
 
 
-def part(plan: ExportSpec, name: str, **fields: Any) -> ExportSpec:
-    return with_(plan, **{name: msgspec.structs.replace(getattr(plan.pipeline, name), **fields)})
+def part(export: ExportSpec, name: str, **fields: Any) -> ExportSpec:
+    return with_(
+        export, **{name: msgspec.structs.replace(getattr(export.pipeline, name), **fields)}
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,11 +221,11 @@ def part(plan: ExportSpec, name: str, **fields: Any) -> ExportSpec:
 def test_a_plan_that_feeds_something_else_is_refused(
     spoil: Callable[[ExportSpec], ExportSpec],
     message: str,
-    emoji_plan: ExportSpec,
+    emoji_export: ExportSpec,
     emoji_tokenizer: PromptTokenizer,
 ) -> None:
     with pytest.raises(ParityError, match=message) as caught:
-        check_own_pipeline(spoil(emoji_plan), {"tokenizer": emoji_tokenizer})
+        check_own_pipeline(spoil(emoji_export), {"tokenizer": emoji_tokenizer})
     assert "\n" not in str(caught.value)
 
 
@@ -234,10 +236,10 @@ def test_a_plan_that_feeds_something_else_is_refused(
         b'{"max_length": 60, "pad_id": 4095, "bos_id": 4094, "eos_id": 4095}',
     ],
 )
-def test_a_tokenizer_that_gives_other_ids_is_refused(spec: bytes, emoji_plan: ExportSpec) -> None:
+def test_a_tokenizer_that_gives_other_ids_is_refused(spec: bytes, emoji_export: ExportSpec) -> None:
     tokenizer = PromptTokenizer((EMOJI / "tokenizer/tokenizer.json").read_bytes(), spec)
     with pytest.raises(ParityError, match=r"tokenizer: .* diffusers feeds 77"):
-        check_own_pipeline(emoji_plan, {"tokenizer": tokenizer})
+        check_own_pipeline(emoji_export, {"tokenizer": tokenizer})
 
 
 @pytest.mark.parametrize(
@@ -299,10 +301,10 @@ def test_any_plan_that_is_made_is_what_diffusers_feeds(
         unet={"sample_size": rng.choice([8, 7, [5, 9]])},
     )
     try:
-        plan = planned(folder, scheduler=rng.choice([None, *SAMPLERS]))
+        export = exported(folder, scheduler=rng.choice([None, *SAMPLERS]))
     except EdgesdError:
         return  # an option that no board has, told before anything is built
-    check_own_pipeline(plan, {"tokenizer": emoji_tokenizer})
+    check_own_pipeline(export, {"tokenizer": emoji_tokenizer})
 
 
 # Sizes.
@@ -310,12 +312,12 @@ def test_any_plan_that_is_made_is_what_diffusers_feeds(
 
 @pytest.mark.parametrize("size", [(104, 72), (72, 136), (8, 8)])
 def test_any_multiple_of_a_latent_can_be_built_alone(
-    size: tuple[int, int], emoji_plan: ExportSpec
+    size: tuple[int, int], emoji_export: ExportSpec
 ) -> None:
-    plan = planned(EMOJI, size=size)
-    shape = plan.pipeline.shape
+    export = exported(EMOJI, size=size)
+    shape = export.pipeline.shape
     assert (shape.width, shape.height, shape.dynamic) == (*size, False)
-    assert emoji_plan.pipeline.shape.multiple_of == 32  # graphs for any size double all the way
+    assert emoji_export.pipeline.shape.multiple_of == 32  # graphs for any size double all the way
 
 
 def test_upsampling_that_follows_the_skips_is_diffusers_own() -> None:
@@ -354,8 +356,8 @@ def with_tokens(folder: Path, tokens: list[Any]) -> Any:
 def test_a_textual_inversion_of_several_vectors_is_fed_whole(tmp_path: Path) -> None:
     folder = write_configs(tmp_path / "model")
     with_tokens(folder, ["<cat-toy>", "<cat-toy>_1", "<cat-toy>_2", "<one>", "<Two>", "<Two>_1"])
-    plan = check(folder)
-    tokenizer = tokenizer_of(folder, plan)
+    export = check(folder)
+    tokenizer = tokenizer_of(folder, export)
     ids = tokenizer.encode("a <cat-toy> <one>")[0][0].tolist()
     assert [i for i in ids if i > 4095] == [4096, 4097, 4098, 4099]
     assert tokenizer.encode("word " * 74 + "<cat-toy>")[1] is not None, "two vectors are cut"
@@ -403,8 +405,8 @@ def inverted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PromptToken
     """diffusers' own pipeline of a model with a textual inversion, and edgesd's tokenizer."""
     folder = write_configs(tmp_path_factory.mktemp("inverted") / "model")
     with_tokens(folder, ["<cat>", "<cat>_1", "<cat>_2", "<dog>"])
-    plan = planned(folder)
-    return plan.own().pipeline, tokenizer_of(folder, plan)
+    export = exported(folder)
+    return export.own().pipeline, tokenizer_of(folder, export)
 
 
 @settings(max_examples=150, deadline=None)

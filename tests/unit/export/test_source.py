@@ -43,9 +43,9 @@ def edit(path: Path, **fields: Any) -> None:
 
 def test_the_embedded_model() -> None:
     source = resolve_source(EMOJI)
-    plan = source.family.export_spec(source, None)
-    spec = plan.pipeline
-    assert [c.name for c in plan.components] == ["text_encoder", "unet", "vae_decoder"]
+    export = source.family.export_spec(source, None)
+    spec = export.pipeline
+    assert [c.name for c in export.components] == ["text_encoder", "unet", "vae_decoder"]
     assert (spec.family, spec.scheduler.name) == ("sd", "ddim")
     assert spec.wiring == stable_diffusion(77)
     written = source.config("scheduler/scheduler_config.json")
@@ -62,10 +62,10 @@ def test_the_embedded_model() -> None:
 
 def test_static_size() -> None:
     source = resolve_source(EMOJI)
-    plan = source.family.export_spec(source, (192, 128))
-    assert not plan.pipeline.shape.dynamic
-    assert plan.pipeline.components["unet"].inputs[0].shape == (1, 4, 16, 24)
-    assert plan.pipeline.components["vae_decoder"].outputs[0].shape == (1, 3, 128, 192)
+    export = source.family.export_spec(source, (192, 128))
+    assert not export.pipeline.shape.dynamic
+    assert export.pipeline.components["unet"].inputs[0].shape == (1, 4, 16, 24)
+    assert export.pipeline.components["vae_decoder"].outputs[0].shape == (1, 3, 128, 192)
     with pytest.raises(UsageError, match="width 100 isn't a multiple of 8: the nearest is 96"):
         source.family.export_spec(source, (100, 64))
 
@@ -467,11 +467,11 @@ def test_another_sampler_for_a_scheduler_that_there_is_none_for(
     index = json.loads((model / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
     (model / "model_index.json").write_text(json.dumps(index))
-    plan = export_spec(resolve_source(model))
-    assert plan.pipeline.scheduler.name == "dpmpp-2m" and "UniPC" in caplog.text
+    export = export_spec(resolve_source(model))
+    assert export.pipeline.scheduler.name == "dpmpp-2m" and "UniPC" in caplog.text
     caplog.clear()
-    plan = export_spec(resolve_source(model), None, "dpmpp-2m")
-    assert plan.pipeline.scheduler.name == "dpmpp-2m" and not caplog.records
+    export = export_spec(resolve_source(model), None, "dpmpp-2m")
+    assert export.pipeline.scheduler.name == "dpmpp-2m" and not caplog.records
     with pytest.raises(UsageError, match="did you mean 'dpmpp-2m'"):
         export_spec(resolve_source(model), None, "dpmpp")
 
