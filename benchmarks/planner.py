@@ -58,7 +58,9 @@ def rows(
     for model, bundle in pairs:
         manifest = bundle.manifest
         layers = manifest.recipe.layers if manifest.recipe else ()
-        method = "svdquant" if any(layer.method == "svdquant" for layer in layers) else "rtn"
+        method = (
+            "svdquant" if any(layer.method.startswith("svdquant") for layer in layers) else "rtn"
+        )
         for kernels in (True, False) if stock else (True,):
             isa = rates.instruction_set if kernels else None
             here = msgspec.structs.replace(rates, instruction_set=isa)

@@ -28,7 +28,8 @@ from edgesd.export.backends.tensorrt_lint import lint
 from edgesd.export.calibrate import LayerStats
 from edgesd.export.external_data import GRAPH_FILE, write_model
 from edgesd.export.quantize.layers import find_layers, matrix_of
-from edgesd.export.quantize.quantize import Method, quantize_layer
+from edgesd.export.quantize.methods import get_method
+from edgesd.export.quantize.quantize import quantize_layer
 from edgesd.recipes import BuildOptions, LocalFolders, QuantOptions, build
 from edgesd.runtime.bundle import open_bundle
 from edgesd.spec.scheme import parse_scheme
@@ -161,7 +162,7 @@ def _layer(shape: tuple[int, ...], precision: str) -> ir.Model:
             rows=rows,
             row_steps=np.zeros(64, np.int64),
         )
-        method = Method("rtn", static=True)
+        method = get_method("rtn", static=True)
         quantized = quantize_layer(layer, found, stats, parse_scheme(precision), method)
         layers = {"layer/op": quantized}
     LOWERING.lower_quantized(model, layers, (), None)

@@ -12,8 +12,8 @@ import msgspec
 
 from edgesd.cli.common import Finite, OutputPath, Reporter, Size, print_json, printable, say
 from edgesd.cli.options import json_option, lpips_option, scheduler_option
-from edgesd.export.quantize.methods import METHODS
-from edgesd.spec.build import BuildOptions, QuantOptions
+from edgesd.export.quantize.methods import method_names
+from edgesd.spec.build import DEFAULT_METHOD, BuildOptions, QuantOptions
 
 if TYPE_CHECKING:
     from edgesd.recipes import Built, LocalFolders
@@ -84,8 +84,8 @@ _QUANTIZATION = (
     ),
     click.option(
         "--method",
-        type=click.Choice(METHODS),
-        help="How codes and branches are chosen.  [default: svdquant]",
+        type=click.Choice(method_names()),
+        help=f"How codes and branches are chosen.  [default: {DEFAULT_METHOD}]",
     ),
     click.option(
         "--static/--no-static",

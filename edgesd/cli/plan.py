@@ -9,6 +9,8 @@ import click
 
 from edgesd.cli.common import Bytes, print_json, say
 from edgesd.cli.options import GenerationOptions, generation_options, json_option
+from edgesd.export.quantize.methods import method_names
+from edgesd.spec.build import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from edgesd.recipes.planner import Estimate
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 @click.option("--backend", help="tensorrt or onnxruntime. [default: the target's best]")
 @click.option(
     "--method",
-    type=click.Choice(["rtn", "gptq", "svdquant"]),
-    default="svdquant",
+    type=click.Choice(method_names()),
+    default=DEFAULT_METHOD,
     show_default=True,
     help="Quantization method.",
 )

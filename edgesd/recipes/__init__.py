@@ -16,7 +16,7 @@ import edgesd
 from edgesd.device.capabilities import in_gb
 from edgesd.device.targets import check_request, get_target
 from edgesd.engines.bundle import pack_bundle
-from edgesd.errors import BundleError, EdgesdError, UsageError, unknown_name
+from edgesd.errors import BundleError, EdgesdError, UsageError
 from edgesd.files import atomic_dir, check_new, check_writable, private_folder
 from edgesd.progress import SILENT, Progress
 from edgesd.recipes.demo import demo_judge, demo_model, demo_sha256, demo_target
@@ -162,6 +162,7 @@ def _prepare(
     """All that can be refused before long work is done."""
     from edgesd.export.backends import get_lowering
     from edgesd.export.pipeline import export_spec
+    from edgesd.export.quantize.methods import check_method
     from edgesd.export.source import resolve_source
     from edgesd.recipes.planner import (
         PlanRequest,
@@ -178,7 +179,7 @@ def _prepare(
     check_new(out)
     check_writable(out)
     if options.quantized:
-        _check_method(options.quantization.method)
+        check_method(options.quantization.method)
         check_writable(folders.work / "work")
     if options.quantization.pool_attention:
         _check_pooling(options, lowering)
@@ -209,14 +210,6 @@ def _prepare(
         weights = sum(source.parameters(component) for component in source.family.weights)
         check_writable(out, weights * (4 if options.precision == "fp32" else 2))
     return Job(source, export, target, lowering, options, folders, progress)
-
-
-def _check_method(name: str) -> None:
-    """Raise UsageError for a name that is no method of quantization."""
-    from edgesd.export.quantize.methods import METHODS
-
-    if name not in METHODS:
-        raise UsageError(unknown_name("method", name, METHODS))
 
 
 def _check_pooling(options: BuildOptions, lowering: Lowering) -> None:

@@ -28,6 +28,7 @@ from edgesd.export.cost.times import multiplications, seconds
 from edgesd.export.cost.workload import Workload
 from edgesd.export.pipeline import export_spec, require_build_tools
 from edgesd.export.quantize.assign import planned
+from edgesd.export.quantize.methods import get_method
 from edgesd.export.source import ModelSource, resolve_source
 from edgesd.recipes.demo import demo_model
 from edgesd.recipes.footprints import ComponentForm, Networks, Shape
@@ -49,7 +50,7 @@ from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.rates import Rates, Speed
 from edgesd.runtime.tiles import TILE, margin_of, tail_shapes, tiles_of
 from edgesd.spec.base import Spec
-from edgesd.spec.build import DEMO
+from edgesd.spec.build import DEFAULT_METHOD, DEMO
 from edgesd.spec.bundle import Footprint
 from edgesd.spec.pipeline import PipelineSpec, check_multiple
 from edgesd.spec.scheme import Precision, number_format, parse_scheme
@@ -114,7 +115,7 @@ class PlanRequest:
     steps: int | None = None
     guidance: float | None = None
     max_memory: int | None = None
-    method: str = "svdquant"
+    method: str = DEFAULT_METHOD
     rates: Rates | None = None
     fixed: bool = False
     batch: int = 1
@@ -428,7 +429,7 @@ class _Planner:
         """A component's graph as it would be built."""
         quantized = precision not in ("fp32", "fp16")
         schemes = planned(workload.layers, parse_scheme(precision)) if quantized else {}
-        smoothed = self.request.method == "svdquant"
+        smoothed = get_method(self.request.method).smooths
         on_disk = file_bytes(workload, schemes, 2 if precision == "fp16" else 4, smoothed)
         own = self._own_kernels(precision)
         return ComponentForm(precision, self.lowering, schemes, on_disk, own)

@@ -19,7 +19,7 @@ from edgesd.evaluate.perceptual import open_perceptual
 from edgesd.export.calibrate import CalibrationSettings, calibrate, calibration_key
 from edgesd.export.quantize.assign import planned
 from edgesd.export.quantize.layers import Layer
-from edgesd.export.quantize.quantize import Method
+from edgesd.export.quantize.methods import get_method
 from edgesd.export.quantize.store import GraphForm, LayerStore, can_pool, find_nodes
 from edgesd.files import atomic_write
 from edgesd.recipes import gates, prompts
@@ -290,7 +290,7 @@ def _store(job: Job, reference: Bundle) -> LayerStore:
 
     calibration = calibrate(job.spec, list(nodes), settings, tokenizers, folder, job.progress)
     options = job.options.quantization
-    method = Method(options.method, options.static or job.lowering.static_ranges)
+    method = get_method(options.method, options.static or job.lowering.static_ranges)
     return LayerStore(reference.path, nodes, calibration, method, work, job.lowering, spec.wiring)
 
 

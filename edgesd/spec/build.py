@@ -14,6 +14,8 @@ _MOST_PROMPTS, _LONGEST_PROMPT = 10_000, 64_000
 _MOST_CHARACTERS = 4_000_000
 """Of all prompts together: a manifest holds them."""
 
+DEFAULT_METHOD = "svdquant"
+
 DEMO, HUB, FOLDER = "demo", "hub", "folder"
 """Kinds of models: the embedded pipeline, a hub id, a folder of the machine that built."""
 
@@ -26,16 +28,16 @@ Prompts = Annotated[
 class QuantOptions(Spec, frozen=True):
     """How to quantize, beyond the scheme's name.
 
-    method: rtn, gptq or svdquant. static: activation ranges recorded in calibration, instead of
-    dynamic ones. calibration_prompts: None takes the model's own, or general ones; quality_prompts:
-    the same, and () generates no images. steps, guidance: of the loop in calibration and
-    comparison; None is the model's default. min_psnr: floor in dB for the worst image. max_size:
-    limit of the bundle's size relative to the fp32 one's; max_time: the same for the estimated time
-    of an image. pool_attention: fewer keys and values in the largest self-attention, where images
-    allow.
+    method: one of export/quantize/methods. static: activation ranges recorded in calibration,
+    instead of dynamic ones. calibration_prompts: None takes the model's own, or general ones;
+    quality_prompts: the same, and () generates no images. steps, guidance: of the loop in
+    calibration and comparison; None is the model's default. min_psnr: floor in dB for the worst
+    image. max_size: limit of the bundle's size relative to the fp32 one's; max_time: the same for
+    the estimated time of an image. pool_attention: fewer keys and values in the largest
+    self-attention, where images allow.
     """
 
-    method: Word = "svdquant"
+    method: Word = DEFAULT_METHOD
     static: bool = False
     calibration_prompts: Prompts | None = None
     quality_prompts: Prompts | None = None

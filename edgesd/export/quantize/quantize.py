@@ -1,4 +1,4 @@
-"""One layer under one scheme and method; and a whole pipeline, layer by layer, on disk."""
+"""One layer under one scheme and method."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from edgesd.export.quantize.activations import (
     static_ranges,
 )
 from edgesd.export.quantize.blocks import spans
-from edgesd.export.quantize.gptq import gptq
 from edgesd.export.quantize.layers import Activations, Layer, QuantizedLayer
-from edgesd.export.quantize.rtn import group_scales, round_to_nearest
-from edgesd.export.quantize.svdquant import svdquant
+from edgesd.export.quantize.method import Method, Problem, plain_branch
+from edgesd.export.quantize.rounding import rounded
 from edgesd.runtime.arrays import Float
 from edgesd.spec.scheme import Scheme
 
@@ -35,25 +34,6 @@ _ALPHAS = (0.25, 0.5, 0.75)
 _WORTHWHILE = 0.7
 """The error must fall to this part for smoothing to be worth it: it costs a multiplication per run,
 and a small gain on sampled rows is a loss in images (docs/quantization.md)."""
-
-_ROUNDS = 4
-_BIG = 4 << 20
-"""Weights of a layer from which on one round less precise search must do."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """How codes are chosen. static: activation ranges are recorded ones, not those at hand.
-
-    name: one of methods.METHODS.
-    """
-
-    name: str = "svdquant"
-    static: bool = False
-
-    def label(self) -> str:
-        """As a recipe has it: the last codes of svdquant come from GPTQ."""
-        return "svdquant+gptq" if self.name == "svdquant" else self.name
 
 
 @dataclass(frozen=True)
@@ -108,32 +88,16 @@ def quantize_layer(
     if smooth is not None:
         matrix = matrix * _per_column(smooth, layer.columns)
     rank = min(scheme.rank, *matrix.shape)
-    if method.name == "svdquant" and rank:
-        noise = _noise(layer, inputs, acts) if mode != "none" else None
-        importance = _importance(inputs)
 
-        def plain(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return _codes(part, group, scheme.weight_bits, importance, None)
+    def noise() -> Tensor | None:
+        return _noise(layer, inputs, acts) if mode != "none" else None
 
-        def last(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            blocks = _noisy(inputs.blocks, noise)
-            return _codes(part, group, scheme.weight_bits, importance, blocks)
-
-        rounds = _ROUNDS if matrix.numel() < _BIG else 2
-        found = svdquant(matrix, rank, inputs.blocks, noise, plain, last, rounds)
-        codes, scales, up, down = found
-    else:
-        up, down = _plain_branch(matrix, rank)
-        rest = matrix if rank == 0 else matrix - up @ down
-        if method.name == "rtn":
-            codes, scales, _ = _codes(rest, group, scheme.weight_bits, None, None)
-        else:
-            importance = _importance(inputs)
-            codes, scales, _ = _codes(rest, group, scheme.weight_bits, importance, inputs.blocks)
+    problem = Problem(matrix, scheme.weight_bits, group, rank, inputs.blocks, noise)
+    codes, scales, up, down = method.represent(problem)
     result = QuantizedLayer(
         layer=layer,
         scheme=scheme,
-        method=method.label(),
+        method=method.label,
         codes=codes.numpy(),
         scales=scales.half().numpy(),
         group=group,
@@ -154,11 +118,11 @@ def rounded_layer(layer: Layer, weight: Float, scheme: Scheme) -> QuantizedLayer
     group = scheme.group or layer.columns
     mode = activation_mode(layer, scheme, False)
     rank = min(scheme.rank, *matrix.shape)
-    up, down = _plain_branch(matrix, 0)
+    up, down = plain_branch(matrix, 0)
     if rank:  # the whole SVD of a large matrix takes a minute, and would be as fast to compute with
         left, values, right = torch.svd_lowrank(matrix, rank)
         up, down = (left * values).half().float(), right.T.half().float()
-    codes, scales, _ = _codes(matrix - up @ down, group, scheme.weight_bits, None, None)
+    codes, scales, _ = rounded(matrix - up @ down, group, scheme.weight_bits)
     bits = scheme.activation_bits
     acts = {
         "none": Activations(),
@@ -206,7 +170,7 @@ def _error(quantized: QuantizedLayer, source: Tensor, inputs: _Inputs | None) ->
 
 def _blind(layer: Layer, matrix: Tensor, scheme: Scheme, group: int) -> QuantizedLayer:
     """Round to nearest: all that can be done for a layer nothing is known of."""
-    codes, scales, _ = _codes(matrix, group, scheme.weight_bits, None, None)
+    codes, scales, _ = rounded(matrix, group, scheme.weight_bits)
     result = QuantizedLayer(
         layer=layer,
         scheme=Scheme(scheme.weight_bits, 16, scheme.group),
@@ -239,40 +203,6 @@ def _per_column(values: Tensor, columns: int) -> Tensor:
     return values.repeat(columns // len(values))
 
 
-def _importance(inputs: _Inputs) -> Tensor:
-    """Mean square of each column of the input [K]."""
-    diagonal = torch.cat([block.diagonal() for block in inputs.blocks])
-    return diagonal.clamp_min(float(diagonal.mean()) * 1e-4 + 1e-12)
-
-
-def _codes(
-    matrix: Tensor, group: int, bits: int, importance: Tensor | None, blocks: list[Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes [N, K], scales [N, G], codes times scales [N, K])."""
-    scales = group_scales(matrix, group, bits, importance)
-    if blocks is None:
-        codes = round_to_nearest(matrix, scales, group, bits)
-    else:
-        codes = gptq(matrix, scales, group, bits, blocks)
-    return codes, scales, codes * scales.repeat_interleave(group, 1)[:, : matrix.shape[1]]
-
-
-def _noisy(blocks: list[Tensor], noise: Tensor | None) -> list[Tensor]:
-    if noise is None:
-        return blocks
-    return [block + torch.diag(noise[span].square()) for span, block in spans(blocks)]
-
-
-def _plain_branch(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The truncated SVD of the weight alone, exact in float16."""
-    if rank == 0:
-        return torch.zeros(len(matrix), 0), torch.zeros(0, matrix.shape[1])
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    root = values[:rank].sqrt()
-    up, down = left[:, :rank] * root, right[:rank] * root[:, None]
-    return up.half().float(), down.half().float()
-
-
 def _noise(layer: Layer, inputs: _Inputs, acts: Activations) -> Tensor:
     """RMS of the change that the number format makes to each column of the input [K]."""
     low = fake_quantize(inputs.rows, acts, layer, inputs.ranges, inputs.steps)
@@ -294,7 +224,7 @@ def _choose_smoothing(
 ) -> tuple[Tensor | None, _Inputs, Activations]:
     """The smoothing whose rounding to nearest loses least, none where it doesn't pay."""
     acts = _activations(layer, inputs, scheme, mode)
-    if mode == "none" or method.name != "svdquant":
+    if mode == "none" or not method.smooths:
         return None, inputs, acts
     best = _trial(layer, matrix, matrix, inputs, inputs, acts, scheme) * _WORTHWHILE
     chosen: tuple[Tensor | None, _Inputs, Activations] = (None, inputs, acts)
@@ -325,5 +255,5 @@ def _trial(
         found = low @ matrix.T
     else:
         group = scheme.group or matrix.shape[1]
-        found = low @ _codes(matrix, group, scheme.weight_bits, None, None)[2].T
+        found = low @ rounded(matrix, group, scheme.weight_bits)[2].T
     return math.sqrt(float((found - wanted).square().mean()))

@@ -36,7 +36,8 @@ from edgesd.export.quantize.layers import (
     save_layer,
     weight_of,
 )
-from edgesd.export.quantize.quantize import Method, quantize_layer
+from edgesd.export.quantize.method import Method
+from edgesd.export.quantize.quantize import quantize_layer
 from edgesd.spec.bundle import SplitDecoder
 from edgesd.spec.pipeline import Wiring
 from edgesd.spec.scheme import Scheme

@@ -36,7 +36,8 @@ from edgesd.errors import (  # noqa: E402
 from edgesd.export.external_data import write_model  # noqa: E402
 from edgesd.export.passes.own_kernels import OwnKernels  # noqa: E402
 from edgesd.export.quantize.layers import QuantizedLayer, find_layers, matrix_of  # noqa: E402
-from edgesd.export.quantize.quantize import Method, quantize_layer  # noqa: E402
+from edgesd.export.quantize.methods import get_method  # noqa: E402
+from edgesd.export.quantize.quantize import quantize_layer  # noqa: E402
 from edgesd.runtime import kernels  # noqa: E402
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner, session_options  # noqa: E402
 from edgesd.runtime.bundle import GraphFile  # noqa: E402
@@ -233,7 +234,7 @@ def quantized_block(proto: onnx.ModelProto, scheme: str) -> list[QuantizedLayer]
         shape = (1, layer.channels, 8, 8) if layer.kind == "conv" else (1, 64, layer.columns)
         stats = record(layer, [normal(*shape)])
         weight = matrix_of(nodes[layer.node], layer)
-        found.append(quantize_layer(layer, weight, stats, parse_scheme(scheme), Method("rtn")))
+        found.append(quantize_layer(layer, weight, stats, parse_scheme(scheme), get_method("rtn")))
     return found
 
 

@@ -29,7 +29,8 @@ from edgesd.export.quantize.layers import (  # noqa: E402
     matrix_of,
     save_layer,
 )
-from edgesd.export.quantize.quantize import Method, quantize_layer  # noqa: E402
+from edgesd.export.quantize.methods import get_method  # noqa: E402
+from edgesd.export.quantize.quantize import quantize_layer  # noqa: E402
 from edgesd.export.to_onnx import graph_from_module  # noqa: E402
 from edgesd.runtime.backends.onnxruntime import session_options  # noqa: E402
 from edgesd.spec.base import Dim  # noqa: E402
@@ -214,7 +215,7 @@ def rounded(model: ir.Model, scheme: str, folder: Path) -> dict[str, QuantizedLa
             continue
         stats = record(layer, [normal(1, 64, layer.columns)])
         weight = matrix_of(nodes[layer.node], layer)
-        made = quantize_layer(layer, weight, stats, parse_scheme(scheme), Method("rtn"))
+        made = quantize_layer(layer, weight, stats, parse_scheme(scheme), get_method("rtn"))
         save_layer(made, folder / "layer.safetensors")  # what is read doesn't refer to the graph
         out[layer.node] = load_layer(folder / "layer.safetensors")
     return out

@@ -30,7 +30,8 @@ from edgesd.export.quantize.layers import (  # noqa: E402
     matrix_of,
     spread,
 )
-from edgesd.export.quantize.quantize import Method, quantize_layer  # noqa: E402
+from edgesd.export.quantize.methods import get_method  # noqa: E402
+from edgesd.export.quantize.quantize import quantize_layer  # noqa: E402
 from edgesd.runtime.backends.onnxruntime import session_options  # noqa: E402
 from edgesd.spec.scheme import parse_scheme  # noqa: E402
 from tests.quantizing import normal, patches  # noqa: E402
@@ -147,7 +148,7 @@ def quantize(
     if layer.kind != "embedding":
         inputs = [example(kind, seed) * np.float32(2**-seed) for seed in range(steps)]
         stats = record(layer, inputs)
-    found = quantize_layer(layer, weight, stats, parse_scheme(scheme), Method("rtn", static))
+    found = quantize_layer(layer, weight, stats, parse_scheme(scheme), get_method("rtn", static))
     if smooth:
         factors = np.random.default_rng(3).uniform(0.5, 2, layer.channels).astype(np.float32)
         found = replace(found, smooth=factors)
@@ -392,7 +393,7 @@ def quantize_all(proto: onnx.ModelProto, scheme: str, static: bool) -> dict[str,
             matrix_of(nodes[layer.node], layer),
             record(layer, inputs),
             parse_scheme(scheme),
-            Method("svdquant" if "-lr" in scheme else "gptq", static),
+            get_method("svdquant" if "-lr" in scheme else "gptq", static),
         )
     assert len(found) == 5
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +12,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from edgesd.errors import EdgesdError  # noqa: E402
+from edgesd.errors import EdgesdError, UsageError  # noqa: E402
 from edgesd.export.calibrate import LayerStats  # noqa: E402
-from edgesd.export.quantize import activations, rtn, svdquant  # noqa: E402
-from edgesd.export.quantize.gptq import DAMPING, gptq  # noqa: E402
+from edgesd.export.quantize import activations, methods, rounding  # noqa: E402
 from edgesd.export.quantize.layers import Activations, Layer  # noqa: E402
-from edgesd.export.quantize.quantize import Method, layer_error, quantize_layer  # noqa: E402
+from edgesd.export.quantize.methods import get_method, svdquant  # noqa: E402
+from edgesd.export.quantize.methods.gptq import DAMPING, gptq  # noqa: E402
+from edgesd.export.quantize.quantize import layer_error, quantize_layer  # noqa: E402
 from edgesd.spec.scheme import parse_scheme  # noqa: E402
 from tests.quantizing import normal  # noqa: E402
 
@@ -143,14 +145,14 @@ def rounded(weight: Array, scales: Array, group: int, bits: int) -> Wide:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_four_bit_scales_and_codes(weight: Array, group: int, weighted: bool) -> None:
     importance = np.abs(normal(weight.shape[1], seed=1)) ** 3 if weighted else None
-    found = rtn.group_scales(
+    found = rounding.group_scales(
         torch.from_numpy(weight), group, 4, None if importance is None else torch.tensor(importance)
     )
     scales = found.numpy()
     assert scales.shape == (len(weight), -(-weight.shape[1] // group))
     assert (scales > 0).all() and np.isfinite(scales).all()
     np.testing.assert_array_equal(scales, scales.astype(np.float16))
-    codes = rtn.round_to_nearest(torch.from_numpy(weight), found, group, 4).numpy()
+    codes = rounding.round_to_nearest(torch.from_numpy(weight), found, group, 4).numpy()
     assert codes.dtype == np.int8 and codes.min() >= -8 and codes.max() <= 7
     np.testing.assert_array_equal(codes, plain_codes(weight, scales, group, 4))
 
@@ -163,8 +165,8 @@ def test_four_bit_scales_and_codes(weight: Array, group: int, weighted: bool) ->
     # Candidates may tie but for the order of a sum: equal scales or an equal loss.
     np.testing.assert_allclose(loss(scales), loss(plain), rtol=1e-5, atol=1e-30)
     assert (scales == plain).mean() > 0.98
-    low, high = rtn.code_range(4)
-    groups = rtn.grouped(torch.from_numpy(weight), group).numpy()
+    low, high = rounding.code_range(4)
+    groups = rounding.grouped(torch.from_numpy(weight), group).numpy()
     largest = np.maximum(groups.max(-1) / high, groups.min(-1) / low)
     unsearched = np.vectorize(usable)(largest).astype(np.float32)
     assert (loss(scales) <= loss(unsearched) * (1 + 1e-6)).all()
@@ -172,17 +174,17 @@ def test_four_bit_scales_and_codes(weight: Array, group: int, weighted: bool) ->
 
 def test_eight_bits_have_a_scale_per_output(weight: Array) -> None:
     columns = weight.shape[1]
-    found = rtn.group_scales(torch.from_numpy(weight), columns, 8)
+    found = rounding.group_scales(torch.from_numpy(weight), columns, 8)
     scales = found.numpy()
     np.testing.assert_array_equal(scales, plain_scales(weight, columns, 8, None))
-    codes = rtn.round_to_nearest(torch.from_numpy(weight), found, columns, 8).numpy()
+    codes = rounding.round_to_nearest(torch.from_numpy(weight), found, columns, 8).numpy()
     assert codes.min() >= -127 and codes.max() <= 127
     np.testing.assert_array_equal(codes, plain_codes(weight, scales, columns, 8))
 
 
 def test_the_error_of_eight_bits_is_at_most_half_a_step() -> None:
     weight = normal(12, 48) * np.float32(0.05)
-    scales = rtn.group_scales(torch.from_numpy(weight), 48, 8).numpy()
+    scales = rounding.group_scales(torch.from_numpy(weight), 48, 8).numpy()
     error = np.abs(rounded(weight, scales, 48, 8) - weight)
     # Rounding the scale to float16 may cost the largest value 127 / 2048 steps more.
     assert (error <= scales * (0.5 + 127 / 2048)).all()
@@ -191,17 +193,17 @@ def test_the_error_of_eight_bits_is_at_most_half_a_step() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_outputs_of_zeros_stay_zero(bits: int) -> None:
     zeros = torch.zeros(3, 20)
-    scales = rtn.group_scales(zeros, 16, bits)
+    scales = rounding.group_scales(zeros, 16, bits)
     assert (scales == 1).all()
-    assert not rtn.round_to_nearest(zeros, scales, 16, bits).any()
+    assert not rounding.round_to_nearest(zeros, scales, 16, bits).any()
 
 
 def test_a_group_never_sees_what_lies_outside_of_it() -> None:
     weight = normal(4, 64)
-    alone = rtn.group_scales(torch.from_numpy(weight[:, :32].copy()), 32, 4).numpy()
+    alone = rounding.group_scales(torch.from_numpy(weight[:, :32].copy()), 32, 4).numpy()
     weight[:, 32:] *= 1000
     np.testing.assert_array_equal(
-        rtn.group_scales(torch.from_numpy(weight), 32, 4).numpy()[:, :1], alone
+        rounding.group_scales(torch.from_numpy(weight), 32, 4).numpy()[:, :1], alone
     )
 
 
@@ -209,8 +211,10 @@ def test_importance_protects_what_matters() -> None:
     weight = normal(16, 32)
     importance = np.ones(32, np.float32)
     importance[3] = 1e4
-    plain = rtn.group_scales(torch.from_numpy(weight), 32, 4).numpy()
-    aware = rtn.group_scales(torch.from_numpy(weight), 32, 4, torch.from_numpy(importance)).numpy()
+    plain = rounding.group_scales(torch.from_numpy(weight), 32, 4).numpy()
+    aware = rounding.group_scales(
+        torch.from_numpy(weight), 32, 4, torch.from_numpy(importance)
+    ).numpy()
     before = (rounded(weight, plain, 32, 4) - weight)[:, 3] ** 2
     after = (rounded(weight, aware, 32, 4) - weight)[:, 3] ** 2
     assert after.sum() < before.sum()
@@ -261,7 +265,7 @@ def output_error(weight: Array, codes: Wide, scales: Array, group: int, hessian:
 )
 def test_gptq_is_the_textbook_algorithm(rows: int, columns: int, group: int, bits: int) -> None:
     weight, hessian = normal(rows, columns), covariance(correlated(4 * columns + 8, columns))
-    scales = rtn.group_scales(torch.from_numpy(weight), group, bits)
+    scales = rounding.group_scales(torch.from_numpy(weight), group, bits)
     found = gptq(torch.from_numpy(weight), scales, group, bits, [torch.from_numpy(hessian)])
     expected = textbook_gptq(weight, scales.numpy(), group, bits, hessian)
     # A tie that falls the other way changes all codes after it in its row.
@@ -279,10 +283,10 @@ def test_gptq_loses_no_more_than_rounding_to_nearest(name: str) -> None:
     weight = ADVERSARIAL[name]()
     columns = weight.shape[1]
     hessian = covariance(correlated(8 * columns, columns, seed=3))
-    scales = rtn.group_scales(torch.from_numpy(weight), 16, 4)
+    scales = rounding.group_scales(torch.from_numpy(weight), 16, 4)
     found = gptq(torch.from_numpy(weight), scales, 16, 4, [torch.from_numpy(hessian)]).numpy()
     assert found.min() >= -8 and found.max() <= 7
-    nearest = rtn.round_to_nearest(torch.from_numpy(weight), scales, 16, 4).numpy()
+    nearest = rounding.round_to_nearest(torch.from_numpy(weight), scales, 16, 4).numpy()
     ours, plain = (
         output_error(weight, codes.astype(np.float64), scales.numpy(), 16, hessian)
         for codes in (found, nearest)
@@ -293,7 +297,7 @@ def test_gptq_loses_no_more_than_rounding_to_nearest(name: str) -> None:
 
 
 def test_gptq_without_inputs_rounds_to_nearest(weight: Array) -> None:
-    scales = rtn.group_scales(torch.from_numpy(weight), 16, 4)
+    scales = rounding.group_scales(torch.from_numpy(weight), 16, 4)
     blocks = [torch.zeros(weight.shape[1], weight.shape[1])]
     found = gptq(torch.from_numpy(weight), scales, 16, 4, blocks).numpy()
     np.testing.assert_array_equal(found, plain_codes(weight, scales.numpy(), 16, 4))
@@ -301,7 +305,7 @@ def test_gptq_without_inputs_rounds_to_nearest(weight: Array) -> None:
 
 def test_gptq_with_uncorrelated_inputs_rounds_to_nearest() -> None:
     weight = normal(6, 40)
-    scales = rtn.group_scales(torch.from_numpy(weight), 16, 4)
+    scales = rounding.group_scales(torch.from_numpy(weight), 16, 4)
     blocks = [torch.diag(torch.linspace(0.1, 3, 40))]
     found = gptq(torch.from_numpy(weight), scales, 16, 4, blocks).numpy()
     np.testing.assert_array_equal(found, plain_codes(weight, scales.numpy(), 16, 4))
@@ -311,7 +315,7 @@ def test_gptq_takes_blocks_one_by_one() -> None:
     weight, x = normal(6, 100), correlated(500, 100)
     parts = [slice(0, 48), slice(48, 96), slice(96, 100)]  # inside of groups, too
     blocks = [torch.from_numpy(covariance(x[:, part])) for part in parts]
-    scales = rtn.group_scales(torch.from_numpy(weight), 32, 4)
+    scales = rounding.group_scales(torch.from_numpy(weight), 32, 4)
     wide = scales.repeat_interleave(32, 1)[:, :100]
     found = gptq(torch.from_numpy(weight), scales, 32, 4, blocks).numpy()
     for part, block in zip(parts, blocks, strict=True):
@@ -322,7 +326,7 @@ def test_gptq_takes_blocks_one_by_one() -> None:
 def test_gptq_with_dead_and_repeated_inputs_is_finite() -> None:
     x = correlated(200, 40)
     x[:, 5], x[:, 6], x[:, 20:30] = 0, x[:, 7], 0
-    scales = rtn.group_scales(torch.from_numpy(normal(6, 40)), 16, 4)
+    scales = rounding.group_scales(torch.from_numpy(normal(6, 40)), 16, 4)
     hessian = torch.from_numpy(covariance(x))
     found = gptq(torch.from_numpy(normal(6, 40)), scales, 16, 4, [hessian]).numpy()
     dead = [5, *range(20, 30)]
@@ -419,8 +423,8 @@ def test_the_metric_is_applied_and_undone() -> None:
 
 
 def coarse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    scales = rtn.group_scales(matrix, 16, 4)
-    codes = rtn.round_to_nearest(matrix, scales, 16, 4)
+    scales = rounding.group_scales(matrix, 16, 4)
+    codes = rounding.round_to_nearest(matrix, scales, 16, 4)
     return codes, scales, codes * scales.repeat_interleave(16, 1)[:, : matrix.shape[1]]
 
 
@@ -602,7 +606,7 @@ SCHEMES = ("w8a8-lr4", "w4a16-g16", "w4a4-g16-lr4")
 def test_every_method_takes_any_weight(weight: Array, scheme: str, name: str) -> None:
     layer = linear(weight)
     x = correlated(96, weight.shape[1], seed=7)
-    found = quantize_layer(layer, weight, stats(x, layer), parse_scheme(scheme), Method(name))
+    found = quantize_layer(layer, weight, stats(x, layer), parse_scheme(scheme), get_method(name))
     low, high = (-8, 7) if scheme.startswith("w4") else (-127, 127)
     assert found.codes.dtype == np.int8 and found.codes.shape == weight.shape
     assert found.codes.min() >= low and found.codes.max() <= high
@@ -620,7 +624,7 @@ def test_methods_are_ordered(name: str) -> None:
     recorded = stats(correlated(400, weight.shape[1], seed=7), layer)
     errors = {
         (method, scheme): quantize_layer(
-            layer, weight, recorded, parse_scheme(scheme), Method(method)
+            layer, weight, recorded, parse_scheme(scheme), get_method(method)
         ).error
         for method in ("rtn", "gptq", "svdquant")
         for scheme in ("w8a16", "w4a16-g32", "w4a16-g32-lr4")
@@ -640,7 +644,7 @@ def test_an_outlier_channel_of_the_input_is_smoothed_away() -> None:
     recorded = stats(x, layer)
     scheme = parse_scheme("w4a4-g32-lr8")
     plain, smoothed = (
-        quantize_layer(layer, weight, recorded, scheme, Method(m)) for m in ("gptq", "svdquant")
+        quantize_layer(layer, weight, recorded, scheme, get_method(m)) for m in ("gptq", "svdquant")
     )
     assert plain.smooth is None and smoothed.smooth is not None
     assert set(np.argsort(smoothed.smooth)[-2:]) == {3, 40}
@@ -652,7 +656,7 @@ def test_the_same_inputs_give_the_same_layer() -> None:
     layer = linear(weight)
     recorded = stats(correlated(200, 40), layer)
     first, second = (
-        quantize_layer(layer, weight, recorded, parse_scheme("w4a4-g16-lr4"), Method())
+        quantize_layer(layer, weight, recorded, parse_scheme("w4a4-g16-lr4"), get_method())
         for _ in range(2)
     )
     for name in ("codes", "scales", "up", "down"):
@@ -668,17 +672,17 @@ def test_values_that_are_not_finite_are_refused_in_one_line(bad: float) -> None:
     broken = weight.copy()
     broken[3, 3] = bad
     with pytest.raises(EdgesdError, match=r"unet: block\.linear holds NaN or infinite weights"):
-        quantize_layer(layer, broken, recorded, scheme, Method())
+        quantize_layer(layer, broken, recorded, scheme, get_method())
     with pytest.raises(EdgesdError, match=r"inputs of block\.linear aren't finite"):
         block = recorded.blocks[0].copy()
         block[0, 0] = bad
         spoiled = LayerStats(**{**vars(recorded), "blocks": (block,)})
-        quantize_layer(layer, weight, spoiled, scheme, Method())
+        quantize_layer(layer, weight, spoiled, scheme, get_method())
 
 
 def test_a_layer_that_saw_nothing_is_rounded_to_nearest() -> None:
     weight = normal(8, 40)
-    found = quantize_layer(linear(weight), weight, None, parse_scheme("w4a8-g16-lr4"), Method())
+    found = quantize_layer(linear(weight), weight, None, parse_scheme("w4a8-g16-lr4"), get_method())
     assert str(found.scheme) == "w4a16-g16" and found.method == "rtn" and found.rank == 0
     assert found.activations == Activations()
     scales = plain_scales(weight, 16, 4, None)
@@ -828,3 +832,50 @@ def test_smoothing_leaves_dead_channels_alone() -> None:
     assert (found >= 1e-3).all() and (found <= 1e3).all()
     nothing = activations.smoothing(torch.zeros(12), torch.zeros(10, 12), 0.5)
     assert (nothing == 1).all()
+
+
+# Methods.
+
+ZEROS = """
+from dataclasses import dataclass
+
+import torch
+
+from edgesd.export.quantize.method import Method, Problem, Represented, plain_branch
+
+
+@dataclass(frozen=True, repr=False)
+class Zeros(Method):
+    name = label = "zeros"
+
+    def represent(self, problem: Problem) -> Represented:
+        codes = torch.zeros_like(problem.matrix, dtype=torch.int8)
+        scales = torch.ones(len(codes), -(-codes.shape[1] // problem.group))
+        return Represented(codes, scales, *plain_branch(problem.matrix, problem.rank))
+
+
+METHOD = Zeros
+"""
+
+
+def test_a_method_is_added_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "zeros.py").write_text(ZEROS)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    assert methods.method_names() == ["gptq", "rtn", "svdquant", "zeros"]
+    weight = normal(8, 40)
+    layer = linear(weight)
+    recorded = stats(normal(64, 40), layer)
+    scheme = parse_scheme("w4a16-g16-lr4")
+    found = quantize_layer(layer, weight, recorded, scheme, get_method("zeros"))
+    assert found.method == "zeros" and not found.codes.any() and found.rank == 4
+
+
+def test_an_unknown_method_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UsageError, match=r"magic.*gptq, rtn, svdquant"):
+        get_method("magic")
+
+
+def test_layers_that_were_quantized_before_are_found_again() -> None:
+    """The cache's keys hash it."""
+    assert repr(get_method()) == "Method(name='svdquant', static=False)"
+    assert repr(get_method("rtn", static=True)) == "Method(name='rtn', static=True)"

@@ -7,17 +7,44 @@ importance (their code's act-order) under scales that are chosen beforehand.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from edgesd.export.quantize.blocks import spans
-from edgesd.export.quantize.rtn import code_range
+from edgesd.export.quantize.method import Method, Problem, Represented, plain_branch
+from edgesd.export.quantize.rounding import code_range, dequantized, group_scales
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to the diagonal (section 3.3, step 3)."""
 
 _PANEL = 128
+
+
+@dataclass(frozen=True, repr=False)
+class Gptq(Method):
+    """Codes that keep the outputs, beside the branch of the weight alone."""
+
+    name = label = "gptq"
+
+    def represent(self, problem: Problem) -> Represented:
+        up, down = plain_branch(problem.matrix, problem.rank)
+        rest = problem.matrix if problem.rank == 0 else problem.matrix - up @ down
+        codes, scales, _ = fitted(rest, problem, problem.blocks)
+        return Represented(codes, scales, up, down)
+
+
+METHOD = Gptq
+
+
+def fitted(
+    matrix: Tensor, problem: Problem, blocks: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [N, K] of matrix [N, K] that keep its outputs, scales [N, G], codes times scales."""
+    scales = group_scales(matrix, problem.group, problem.bits, problem.importance())
+    codes = gptq(matrix, scales, problem.group, problem.bits, blocks)
+    return codes, scales, dequantized(codes, scales, problem.group)
 
 
 def gptq(weight: Tensor, scales: Tensor, group: int, bits: int, blocks: Sequence[Tensor]) -> Tensor:

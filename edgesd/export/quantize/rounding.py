@@ -54,6 +54,20 @@ def round_to_nearest(weight: Tensor, scales: Tensor, group: int, bits: int) -> T
     return (weight / wide).round_().clamp_(low, high).to(torch.int8)
 
 
+def rounded(
+    matrix: Tensor, group: int, bits: int, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [N, K], scales [N, G], codes times scales [N, K]."""
+    scales = group_scales(matrix, group, bits, importance)
+    codes = round_to_nearest(matrix, scales, group, bits)
+    return codes, scales, dequantized(codes, scales, group)
+
+
+def dequantized(codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    """Codes [N, K] times the scales [N, G] of their groups."""
+    return codes * scales.repeat_interleave(group, 1)[:, : codes.shape[1]]
+
+
 def _usable(scale: Tensor) -> Tensor:
     """Rounded to float16, as it is stored; 1 where it would be zero or too small for it."""
     rounded = scale.clamp_max(65504.0).half().float()

@@ -11,11 +11,15 @@ in closed form.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from edgesd.export.quantize.blocks import blockwise, spans
+from edgesd.export.quantize.method import Method, Problem, Represented
+from edgesd.export.quantize.methods.gptq import Gptq, fitted
+from edgesd.export.quantize.rounding import rounded
 
 DAMPING = 1e-4
 """Share of the mean diagonal that is added to a covariance's diagonal, so that it has a factor."""
@@ -24,9 +28,43 @@ _EXACT = 512
 """Up to this size of the smaller side the SVD is exact; above, by subspace iteration."""
 _OVERSAMPLING, _ITERATIONS = 16, 6
 
+_ROUNDS = 4
+_BIG = 4 << 20
+"""Weights of a layer from which on one round less precise search must do."""
 
 Quantizer = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """A matrix [N, K] -> codes [N, K], scales [N, G], codes times scales [N, K]."""
+
+
+@dataclass(frozen=True, repr=False)
+class SvdQuant(Method):
+    """Smoothing, and a branch that is fitted to the codes; the last codes come from GPTQ."""
+
+    name, label, smooths = "svdquant", "svdquant+gptq", True
+
+    def represent(self, problem: Problem) -> Represented:
+        if not problem.rank:
+            return Gptq(self.static).represent(problem)
+        noise, importance = problem.noise(), problem.importance()
+
+        def plain(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return rounded(part, problem.group, problem.bits, importance)
+
+        def last(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return fitted(part, problem, _noisy(problem.blocks, noise))
+
+        rounds = _ROUNDS if problem.matrix.numel() < _BIG else 2
+        found = svdquant(problem.matrix, problem.rank, problem.blocks, noise, plain, last, rounds)
+        return Represented(*found)
+
+
+METHOD = SvdQuant
+
+
+def _noisy(blocks: Sequence[Tensor], noise: Tensor | None) -> list[Tensor]:
+    if noise is None:
+        return list(blocks)
+    return [block + torch.diag(noise[span].square()) for span, block in spans(blocks)]
 
 
 class Metric:

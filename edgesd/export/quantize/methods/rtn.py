@@ -1,0 +1,24 @@
+"""Round to nearest, and the branch of the weight alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgesd.export.quantize.method import Method, Problem, Represented, plain_branch
+from edgesd.export.quantize.rounding import rounded
+
+
+@dataclass(frozen=True, repr=False)
+class RoundToNearest(Method):
+    """Each group's scale is chosen to lose least, whatever the inputs are."""
+
+    name = label = "rtn"
+
+    def represent(self, problem: Problem) -> Represented:
+        up, down = plain_branch(problem.matrix, problem.rank)
+        rest = problem.matrix if problem.rank == 0 else problem.matrix - up @ down
+        codes, scales, _ = rounded(rest, problem.group, problem.bits)
+        return Represented(codes, scales, up, down)
+
+
+METHOD = RoundToNearest
