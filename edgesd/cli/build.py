@@ -78,7 +78,7 @@ _QUANTIZATION = (
     ),
     click.option(
         "--max-time",
-        type=Finite(0, 1e6, min_open=True),
+        type=Finite(0, min_open=True),
         metavar="RATIO",
         help="Limit of the estimated time of an image relative to fp32, e.g. 0.5.",
     ),

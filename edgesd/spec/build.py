@@ -45,7 +45,7 @@ class QuantOptions(Spec, frozen=True):
     guidance: Annotated[float, Meta(ge=-1000, le=1000)] | None = None
     min_psnr: Annotated[float, Meta(ge=0, le=100)] | None = None
     max_size: Annotated[float, Meta(gt=0, le=1)] | None = None
-    max_time: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    max_time: Annotated[float, Meta(gt=0, le=1e15)] | None = None
     pool_attention: bool = False
 
     @property

@@ -155,7 +155,7 @@ def test_two_builds_give_the_same_graphs(four_bits: Bundle, work: Path, tmp_path
     again = open_bundle(out)
     assert again.manifest.build == four_bits.manifest.build
     graphs = [name for name in again.manifest.files if name.endswith((".onnx", ".bin"))]
-    assert len(graphs) == (12 if again.manifest.engines["unet"].kernels else 8)
+    assert len(graphs) == (9 if again.manifest.engines["unet"].kernels else 6)
     for name in graphs:
         assert again.manifest.files[name] == four_bits.manifest.files[name], name
 

@@ -102,7 +102,7 @@ HOSTILE = [
     ("quantization", {"min_psnr": -1}),
     ("quantization", {"max_size": 0}),
     ("quantization", {"max_size": 1.5}),
-    ("quantization", {"max_time": 1e9}),
+    ("quantization", {"max_time": 1e16}),
     ("quantization", {"calibration_prompts": ["a"] * 10_001}),
     ("quantization", {"quality_prompts": ["a" * 64_001]}),
     ("quantization", {"lpips": "/home"}),
