@@ -18,7 +18,7 @@ from edgesd.errors import EXIT_STATUSES, EdgesdError
 from edgesd.runtime.schedulers import SCHEDULERS
 from tests.support import run_cli
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_onnxruntime_keeps_nothing_in_the_user_s_cache(tmp_path: Path) -> None:
