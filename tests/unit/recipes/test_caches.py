@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 import torch
 
 from edgesd.export import calibrate
-from edgesd.export.quantize.quantize import Method
+from edgesd.export.quantize.methods import get_method
 from edgesd.export.quantize.store import LayerStore
 from edgesd.progress import SILENT
 from edgesd.recipes.comparison import Comparison
@@ -38,7 +38,7 @@ def test_statistics_of_a_calibration() -> None:
 def test_quantized_layers(tmp_path: Path) -> None:
     calibration: Any = SimpleNamespace(folder=Path("calibration-4e9c6533bc8ecb9a"))
     no: Any = None
-    store = LayerStore(tmp_path, {}, calibration, Method("gptq"), tmp_path, no, no)
+    store = LayerStore(tmp_path, {}, calibration, get_method("gptq"), tmp_path, no, no)
     assert store.folder.name == "layers-0959541f88d7e8ea"
 
 
