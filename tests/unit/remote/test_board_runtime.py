@@ -283,6 +283,7 @@ def test_the_runtime_is_updated_first_and_a_cut_leaves_one_that_reads_the_active
     shutil.copytree(miniature.path, older)
     manifest = json.loads((older / MANIFEST).read_bytes())
     del manifest["pipeline"]["wiring"]
+    manifest["pipeline"]["max_tokens"] = 77
     raw = json.dumps(manifest | {"schema_version": SCHEMA_VERSION - 1}).encode()
     (older / MANIFEST).write_bytes(raw)
     (older / CHECKSUM).write_bytes(checksum_line(raw))
