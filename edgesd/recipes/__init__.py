@@ -206,9 +206,7 @@ def _prepare(
     export = export_spec(source, options.size, options.scheduler, options.batch)
     if lowering.fixed_shapes and export.pipeline.shape.dynamic:
         export = export_spec(source, *fixed_shape(export.pipeline))
-    if not options.quantized:
-        weights = sum(source.parameters(component) for component in source.family.weights)
-        check_writable(out, weights * (4 if options.precision == "fp32" else 2))
+    check_writable(out, expected.bundle_bytes)
     return Job(source, export, target, lowering, options, folders, progress)
 
 

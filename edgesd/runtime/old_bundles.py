@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.tiles import WINDOWS, decoder_bytes, head_bytes
+from edgesd.runtime.tiles import WINDOWS
 from edgesd.spec.bundle import DecoderPart, Footprint, LayerRecipe
 from edgesd.spec.scheme import parse_scheme
 
 _LIVE_TENSORS = 18
 """Of a UNet's first block, at once."""
+
+_LIVE_IN_DECODER, _LIVE_IN_HEAD = 4, 10
+"""Tensors of a full autoencoder that are in memory at once, about: see `decoder_bytes`."""
 
 _CHANNELS = 320
 """Of that block, where they can't be read: Stable Diffusion's."""
@@ -91,3 +95,24 @@ def _loaded_bytes(layer: LayerRecipe) -> int:
     else:
         per_weight = 1 if scheme.activation_bits == 8 else 4
     return per_weight * math.prod(layer.shape) + 2 * layer.bytes
+
+
+def decoder_bytes(levels: Sequence[int], height: int, width: int) -> int:
+    """Memory of the activations of a full autoencoder's decoder that is run as a whole, about.
+
+    levels: its channels, coarsest first (512, 512, 256, 128); each level but the first is twice as
+    large as the one before, and begins with the channels of that one. height, width: in latents.
+
+    The largest tensor is that behind the last upsampling, with the channels of the level before. At
+    once there are a residual block's input, its norm, what SiLU makes of that, and a fourth: the
+    convolution's output, or buffers that are kept for later. 4 x 4 bytes x channels x pixels:
+    measured are 3.4 to 4.0 (docs/cpu.md).
+    """
+    sizes = [levels[max(0, level - 1)] << (2 * level) for level in range(len(levels))]
+    return _LIVE_IN_DECODER * 4 * max(sizes) * height * width
+
+
+def head_bytes(levels: Sequence[int]) -> int:
+    """The same of its head, for each latent: attention has 5 tensors of the first level at once,
+    and features are copied on their way out."""
+    return _LIVE_IN_HEAD * 4 * levels[0]

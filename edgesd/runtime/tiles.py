@@ -18,7 +18,7 @@ the image's mean and mean square from outside. They are found like this:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -43,36 +43,11 @@ TOLERANCE = 0.01
 MAX_PASSES, _USUAL_PASSES = 4, 2
 """Times that an image is generated at most, and mostly."""
 
-_LIVE_TENSORS = 4
-_LIVE_IN_HEAD = 10
-"""Tensors that are in memory at once, about: see `decoder_bytes`."""
-
 _PATCHES = 3
 """A mosaic has as many rows and columns of patches. Of 2 they miss too much of the image, and of
 4 they consist of borders."""
 
 _EPSILON = 1e-6
-
-
-def decoder_bytes(levels: Sequence[int], height: int, width: int) -> int:
-    """Memory of the activations of a full autoencoder's decoder that is run as a whole, about.
-
-    levels: its channels, coarsest first (512, 512, 256, 128); each level but the first is twice as
-    large as the one before, and begins with the channels of that one. height, width: in latents.
-
-    The largest tensor is that behind the last upsampling, with the channels of the level before. At
-    once there are a residual block's input, its norm, what SiLU makes of that, and a fourth: the
-    convolution's output, or buffers that are kept for later. 4 x 4 bytes x channels x pixels:
-    measured are 3.4 to 4.0 (docs/cpu.md).
-    """
-    sizes = [levels[max(0, level - 1)] << (2 * level) for level in range(len(levels))]
-    return _LIVE_TENSORS * 4 * max(sizes) * height * width
-
-
-def head_bytes(levels: Sequence[int]) -> int:
-    """The same of its head, for each latent: attention has 5 tensors of the first level at once,
-    and features are copied on their way out."""
-    return _LIVE_IN_HEAD * 4 * levels[0]
 
 
 def margin_of(halo: int) -> int:

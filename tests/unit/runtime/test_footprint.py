@@ -12,7 +12,7 @@ import pytest
 
 from edgesd.engines.bundle import update_manifest
 from edgesd.errors import ResourceError
-from edgesd.runtime import fitting
+from edgesd.runtime import fitting, old_bundles
 from edgesd.runtime import loaded as loading
 from edgesd.runtime.backends import get_backend
 from edgesd.runtime.backends.onnxruntime import OnnxRuntime
@@ -296,3 +296,11 @@ def test_a_runner_of_another_survives_a_change_of_mode(bundle: Bundle) -> None:
         assert not closed
         pipeline.restore("vae_decoder")
         assert closed
+
+
+def test_memory_of_a_decoder() -> None:
+    levels = (512, 512, 256, 128)
+    # 256 channels of 512x512 pixels, four times.
+    assert old_bundles.decoder_bytes(levels, 64, 64) == 4 * 4 * 256 * 512 * 512
+    assert old_bundles.head_bytes(levels) == 10 * 4 * 512
+    assert old_bundles.decoder_bytes((64,), 10, 20) == 4 * 4 * 64 * 200

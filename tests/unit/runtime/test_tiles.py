@@ -68,14 +68,6 @@ def test_a_mosaic_is_of_patches_from_all_over() -> None:
     assert rows == [*range(9), *range(46, 55), *range(91, 100)]
 
 
-def test_memory_of_a_decoder() -> None:
-    levels = (512, 512, 256, 128)
-    # 256 channels of 512x512 pixels, four times.
-    assert tiles.decoder_bytes(levels, 64, 64) == 4 * 4 * 256 * 512 * 512
-    assert tiles.head_bytes(levels) == 10 * 4 * 512
-    assert tiles.decoder_bytes((64,), 10, 20) == 4 * 4 * 64 * 200
-
-
 def component(fixed: bool = False, **fields: Any) -> Any:
     """An AutoencoderKL's decoder with random weights, to be exported. fixed: of one size."""
     torch = pytest.importorskip("torch")
