@@ -87,7 +87,7 @@ class OrtOps:
         elif op.kind == "linear":
             self.made.append(replace(op, form=MATMUL_NBITS if choice.weight_bits == 4 else "int8"))
         else:
-            self._conv(op)
+            self._conv(op, op.layer)
 
     def _plain(self, op: Operation) -> Operation:
         """An operation that isn't quantized."""
@@ -116,10 +116,9 @@ class OrtOps:
         self.made.append(Operation("copy", (source,), (value,), form=FUSED))
         return value
 
-    def _conv(self, op: Operation) -> None:
+    def _conv(self, op: Operation, layer: Layer) -> None:
         """Codes of the input, channels last, patches, their product, channels first."""
-        assert op.layer is not None
-        (source,), layer = op.reads, op.layer
+        (source,) = op.reads
         codes = self.new(self.sizes[source] // 4)
         self.made.append(Operation("quantize", (source,), (codes,), form=FUSED))
         last = self._copy(codes, self.sizes[codes])

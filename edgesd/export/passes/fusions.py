@@ -1,8 +1,7 @@
 """What edgesd's own kernels compute, and what becomes part of them: the one table of fusions.
 
 The passes that fuse (own_kernels.py) and the cost model (export/cost/cpu_lowering.py) read it;
-kernels/ops.cpp has the inputs and attributes that the entries name. Heavy imports are left out:
-`edgesd plan` reads this file, too.
+kernels/ops.cpp has the inputs and attributes that the entries name.
 """
 
 from __future__ import annotations

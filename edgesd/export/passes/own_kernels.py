@@ -26,6 +26,7 @@ from edgesd.export.passes.fusions import FUSIONS, Fusion, Kind, attention_taken,
 from edgesd.export.passes.lowering import LayerLowering, Timesteps, replace_node
 from edgesd.export.passes.matching import Match, Matcher
 from edgesd.export.passes.quantized_ort import OrtLowering, QuantizedOrt
+from edgesd.export.passes.values import input_of
 from edgesd.export.quantize.layers import QuantizedLayer
 
 DOMAIN = "edgesd"
@@ -87,9 +88,7 @@ class _Kernel(OrtLowering):
 
     def output(self) -> ir.Value:
         q, layer = self.q, self.q.layer
-        source = self.node.inputs[0]
-        assert source is not None
-        x = self.smoothed(source)
+        x = self.smoothed(input_of(self.node, 0))
         inputs: list[ir.Value | None] = [x, *self._weight(), self.bias()]
         if q.rank:
             inputs.append(self.branch(x))
