@@ -1,4 +1,4 @@
-"""Plans of a bundle on the machine that runs it: built once, kept in a folder, found again.
+"""Plans of a bundle on the machine that runs it: built once, and kept in a folder.
 
 A plan belongs to this GPU, this TensorRT and this JetPack: its name hashes all of them with the
 graph. Beside it lies the report of its build, with its checksum. A bundle may include plans, too;
@@ -142,13 +142,13 @@ def prepare_plans(
     check_trusted(bundle)
     check_networks(bundle.manifest)
     engines = bundle.manifest.engines
-    brought = next((e.built_for for e in engines.values() if e.built_for), None)
+    included = next((e.built_for for e in engines.values() if e.built_for), None)
     gpu = _gpu()
-    here = plan_environment(gpu, brought.module if brought else None)
-    if brought not in (None, here):
+    here = plan_environment(gpu, included.module if included else None)
+    if included not in (None, here):
         _log.warning(
             "the bundle's plans were built for %s, and this machine is %s: others are built here",
-            brought,
+            included,
             here,
         )
     workspace = gpu.memory_bytes // _WORKSPACE_PART
@@ -220,7 +220,7 @@ def _key(bundle: Bundle, component: str, spec: BuildSpec, here: Environment) -> 
     """What a plan depends on: the graph's files (by the manifest's checksums), the spec, here."""
     files = bundle.engine_files(bundle.manifest.engines[component])
     sums = sorted((name, bundle.manifest.files[name].sha256) for name in files)
-    # "profiles" had no effect; plans that were built while there were some are found by it.
+    # "profiles" had no effect: with it, plans of earlier versions are still found.
     described = {
         "component": spec.component,
         "module": spec.module,

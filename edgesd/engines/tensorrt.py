@@ -47,7 +47,7 @@ class BuildSpec(Spec, frozen=True):
 
 
 class PlanReport(Spec, frozen=True):
-    """What a build took and made. seconds: of the build alone. peak_bytes: resident memory of its
+    """The report of a build. seconds: of the build alone. peak_bytes: resident memory of its
     process at most. import_bytes: of the same before the graph was read. warnings: TensorRT's."""
 
     environment: Environment
@@ -137,14 +137,14 @@ def _follow(
     worker: subprocess.Popen[bytes], progress: Progress, component: str
 ) -> PlanReport | Failure | None:
     assert worker.stdout
-    found: PlanReport | Failure | None = None
+    last: PlanReport | Failure | None = None
     for raw in worker.stdout:
         line = msgspec.json.decode(raw, type=Line)
         if isinstance(line, PhaseStep):
             progress.update(f"{component}: {line.phase}", line.done, line.total)
         else:
-            found = line if isinstance(line, Failure) else line.report
-    return found
+            last = line if isinstance(line, Failure) else line.report
+    return last
 
 
 def _failure(spec: BuildSpec, status: int, failure: Failure | None, said: str) -> EdgesdError:

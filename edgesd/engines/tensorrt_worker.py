@@ -77,14 +77,14 @@ def build(graph: Path, weights: Path, spec: BuildSpec, plan: Path, lines: Binary
     if hasattr(config, "progress_monitor"):
         config.progress_monitor = _monitor(trt, lines)
     start = time.perf_counter()
-    found = builder.build_serialized_network(network, config)
+    serialized = builder.build_serialized_network(network, config)
     seconds = time.perf_counter() - start
-    if found is None:
+    if serialized is None:
         words = "; ".join(log.errors[:3]) or "it gives no reason"
         raise BuildError("memory" if _MEMORY.search(words) else "graph", words)
-    size = found.nbytes
+    size = serialized.nbytes
     with atomic_write(plan) as file:
-        file.write(memoryview(found))
+        file.write(memoryview(serialized))
     environment = Environment(
         module=spec.module,
         version=trt.__version__,

@@ -18,14 +18,14 @@ REFERENCE = "onnxruntime"
 
 def get_lowering(name: str) -> Lowering:
     """The lowering of the backend called `name`. Raises UsageError when there is none."""
-    if name in _module_names() and (found := _lowering(name)):
-        return found
+    if name in _module_names() and (lowering := _lowering(name)):
+        return lowering
     raise UsageError(unknown_name("backend", name, [each.name for each in all_lowerings()]))
 
 
 def all_lowerings() -> list[Lowering]:
     """Those of all backends, by name."""
-    return [found for name in _module_names() if (found := _lowering(name))]
+    return [lowering for name in _module_names() if (lowering := _lowering(name))]
 
 
 def _module_names() -> list[str]:
@@ -33,5 +33,5 @@ def _module_names() -> list[str]:
 
 
 def _lowering(name: str) -> Lowering | None:
-    found = getattr(importlib.import_module(f"{__name__}.{name}"), "LOWERING", None)
-    return found if isinstance(found, Lowering) else None
+    lowering = getattr(importlib.import_module(f"{__name__}.{name}"), "LOWERING", None)
+    return lowering if isinstance(lowering, Lowering) else None

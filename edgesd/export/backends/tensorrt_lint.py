@@ -79,20 +79,20 @@ def lint(graph: Path) -> list[Finding]:
         for info in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)
     }
     view = _Graph(model, types)
-    found = [Finding("shapes", name, words) for name, words in _open_shapes(view)]
+    findings = [Finding("shapes", name, words) for name, words in _open_shapes(view)]
     for node in model.graph:
         name = node.name or f"{node.op_type} of {node.outputs[0].name}"
         for rule, check in RULES.items():
-            found += [Finding(rule, name, words) for words in check(view, node)]
-    return found
+            findings += [Finding(rule, name, words) for words in check(view, node)]
+    return findings
 
 
 def check_graph(graph: Path, component: str) -> None:
     """Raise EdgesdError, which names the nodes, for a graph that TensorRT would refuse."""
-    found = lint(graph)
-    if found:
-        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
-        listed = "; ".join(map(str, found[:3]))
+    findings = lint(graph)
+    if findings:
+        more = f" (and {len(findings) - 3} more)" if len(findings) > 3 else ""
+        listed = "; ".join(map(str, findings[:3]))
         raise EdgesdError(f"{component}: TensorRT would refuse the graph: {listed}{more}")
 
 

@@ -15,8 +15,8 @@ from edgesd.runtime.backends.base import Backend
 
 def get_backend(name: str) -> Backend:
     """The backend called `name`. Raises TargetError when this version has none of that name."""
-    if name in _module_names() and (found := _backend(name)):
-        return found
+    if name in _module_names() and (backend := _backend(name)):
+        return backend
     raise TargetError(
         f"this version has no backend {name!r}: it runs {', '.join(backend_names())}; update "
         "edgesd there, or build the bundle for another"
@@ -33,5 +33,5 @@ def _module_names() -> list[str]:
 
 
 def _backend(name: str) -> Backend | None:
-    found = getattr(importlib.import_module(f"{__name__}.{name}"), "BACKEND", None)
-    return found if isinstance(found, Backend) else None
+    backend = getattr(importlib.import_module(f"{__name__}.{name}"), "BACKEND", None)
+    return backend if isinstance(backend, Backend) else None

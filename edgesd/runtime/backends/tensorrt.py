@@ -86,8 +86,8 @@ class TensorRtRunner(BoundRunner):
                     f"{list(shape)}: build the bundle for that --size"
                 )
         for tensor in self.spec.outputs:
-            found = tuple(self._context.get_tensor_shape(tensor.name))
-            self._buffers[tensor.name] = self._memory.buffer(found, tensor.dtype)
+            shape = tuple(self._context.get_tensor_shape(tensor.name))
+            self._buffers[tensor.name] = self._memory.buffer(shape, tensor.dtype)
         for name, buffer in self._buffers.items():
             self._context.set_tensor_address(name, buffer.address)
         self.inputs = {t.name: self._buffers[t.name].host for t in self.spec.inputs}
@@ -122,11 +122,11 @@ class TensorRtRunner(BoundRunner):
     def _check_tensors(self) -> None:
         """The plan has the component's tensors, of the component's types."""
         engine = self._engine
-        found = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+        names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         wanted = {tensor.name: tensor for tensor in (*self.spec.inputs, *self.spec.outputs)}
-        if found != wanted.keys():
+        if names != wanted.keys():
             raise BundleError(
-                f"the plan of {self.spec.name} has the tensors {sorted(found)}, not "
+                f"the plan of {self.spec.name} has the tensors {sorted(names)}, not "
                 f"{sorted(wanted)}: build it again"
             )
         for name, tensor in wanted.items():
