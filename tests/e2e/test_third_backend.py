@@ -73,7 +73,7 @@ class ThirdLowering(Lowering):
     fixed_shapes = True
     checks_engines = True
 
-    def lower(self, model, precision):
+    def lower(self, model, precision, timestep):
         StandardAttention()(model)
 
     def lower_quantized(self, model, layers, fp16_weights, timesteps):
