@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from edgesd.errors import EdgesdError, InputError
 from edgesd.export.families import ExportSpec
 from edgesd.export.quantize.layers import Layer
-from edgesd.export.torch_runner import TorchRunner, any_rows
+from edgesd.export.torch_runner import TorchRunner, any_batch
 from edgesd.files import atomic_path, atomic_write
 from edgesd.progress import SILENT, Progress
 from edgesd.runtime.arrays import Array, Float
@@ -468,7 +468,7 @@ class _Calibrating:
         recorder = _StatsRecorder(module, mine, timesteps, count * runs, tensors)
         saved = time.monotonic()
         try:
-            with TorchRunner(any_rows(component.spec), module) as runner:
+            with TorchRunner(any_batch(component.spec), module) as runner:
                 for index in range(done, count):
                     self.progress.update(task, index, count)
                     outputs.append(run(runner, index, recorder))

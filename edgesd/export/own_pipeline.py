@@ -19,7 +19,7 @@ import torch
 from edgesd.errors import EdgesdError, ParityError
 from edgesd.export.families import ExportSpec, OwnPipeline
 from edgesd.export.quiet import quiet
-from edgesd.export.torch_runner import any_rows
+from edgesd.export.torch_runner import any_batch
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.fake import FakeRunner
 from edgesd.runtime.conditioning import Prompts
@@ -286,7 +286,7 @@ def _generate_ours(spec: PipelineSpec, tokenizers: Tokenizers, steps: int, fed: 
         wiring,
         {
             denoiser.name: FakeRunner(
-                any_rows(denoiser), lambda inputs: {output: _predict(wiring, inputs, fed)}
+                any_batch(denoiser), lambda inputs: {output: _predict(wiring, inputs, fed)}
             )
         },
         scheduler,

@@ -105,7 +105,7 @@ def export_spec(
 ) -> ExportSpec:
     """What `source` becomes, from its configs alone; hashes its weights.
 
-    size: (width, height) in pixels for static graphs, whose denoiser takes `batch` rows; None for
+    size: (width, height) in pixels for static graphs, `batch` being the denoiser's; None for
     any batch and any multiple of the model's granularity. scheduler: another sampler than the
     model's own. Raises InputError for a model that isn't supported, UsageError for a size it
     can't generate, MissingDependencyError without edgesd[build], whose libraries read the configs.

@@ -33,9 +33,9 @@ class TorchRunner(BoundRunner):
         self.seconds += time.perf_counter() - start
 
 
-def any_rows(spec: ComponentSpec) -> ComponentSpec:
-    """The same component for any number of rows, which a source takes also where its graph is to
-    have a fixed one."""
+def any_batch(spec: ComponentSpec) -> ComponentSpec:
+    """The same component for any batch, which a source takes also where its graph is to have a
+    fixed one."""
     inputs = tuple(
         msgspec.structs.replace(tensor, shape=("batch", *tensor.shape[1:]))
         if len(tensor.shape) > 1

@@ -97,8 +97,8 @@ class LatentSpec(Spec, frozen=True):
 class ShapeSpec(Spec, frozen=True):
     """Image sizes in pixels that the graphs accept.
 
-    dynamic: any multiple of `multiple_of`, height and width being the default, and up to `batch`
-    rows of the denoiser. Otherwise this size only, and exactly `batch` rows.
+    dynamic: any multiple of `multiple_of`, height and width being the default, and a batch
+    of the denoiser up to `batch`. Otherwise this size only, and exactly `batch`.
     """
 
     height: Pixels
@@ -131,11 +131,11 @@ Fill = Literal[
 ]
 """How an input is filled at each step.
 
-sample: the latents, scaled as the scheduler wants them [rows, C, h, w], with `concat` behind them
+sample: the latents, scaled as the scheduler wants them [batch, C, h, w], with `concat` behind them
 in the denoiser. timestep: [1]. joined: outputs of text encoders, joined on their last axis.
-guidance_embedding: of the guidance scale [rows, D], for models distilled with it. mask, masked,
-control: what the task gives of each image: where to paint [rows, 1, h, w], latents of the rest
-[rows, C, h, w], a control image [rows, 3, H, W]. side: an output of a side component.
+guidance_embedding: of the guidance scale [batch, D], for models distilled with it. mask, masked,
+control: what the task gives of each image: where to paint [batch, 1, h, w], latents of the rest
+[batch, C, h, w], a control image [batch, 3, H, W]. side: an output of a side component.
 """
 
 GIVEN_BY_TASKS: frozenset[Fill] = frozenset(("mask", "masked", "control"))

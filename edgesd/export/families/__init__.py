@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 MAX_BATCH = 63
-"""Rows of a dynamic graph, at most. diffusers' upsampling takes another branch from 64 on."""
+"""Batch of a dynamic graph, at most. diffusers' upsampling takes another branch from 64 on."""
 
 Sizes = Mapping[str, int]
 """A value for each symbolic dimension of a component's inputs: batch, height, width."""
@@ -98,9 +98,9 @@ class Family:
     weights: folder of each network -> stem of its weight files.
     configs: folders whose json and text files are needed (scheduler, tokenizer).
     export_spec: reads the configs. Takes (width, height) in pixels for static graphs, or None for
-        dynamic ones, the name of a scheduler, or None for the model's own, and the rows of a static
-        denoiser. Raises InputError for a variant that isn't supported, UsageError for a size that
-        the model can't generate or an unknown scheduler.
+        dynamic ones, the name of a scheduler, or None for the model's own, and the batch of a
+        static denoiser. Raises InputError for a variant that isn't supported, UsageError for a size
+        that the model can't generate or an unknown scheduler.
     """
 
     name: str

@@ -49,10 +49,10 @@ def export_spec(
     """Read the configs of an SD 1.x/2.x pipeline, as diffusers' own pipeline has them.
 
     size: (width, height) in pixels for static graphs; None for dynamic ones, the model's own size
-    being the default. batch: rows of a static UNet; the other graphs take one row, since the
-    runtime runs them row by row. scheduler: another sampler than the model's own. Raises InputError
-    for a variant of the family, or a scheduler option, that isn't supported, UsageError for a size
-    that the model can't generate or an unknown scheduler.
+    being the default. batch: of a static UNet; the batch of the other graphs is 1, since the
+    runtime runs them once for each prompt or image. scheduler: another sampler than the model's
+    own. Raises InputError for a variant of the family, or a scheduler option, that isn't supported,
+    UsageError for a size that the model can't generate or an unknown scheduler.
     """
     for component, (library, valid) in _CLASSES.items():
         found, origin = source.class_of(component), source.library_of(component)

@@ -19,7 +19,8 @@ def float_tensor(name: str, *shape: Dim) -> TensorSpec:
 
 
 def dims(shape: ShapeSpec, unit: int) -> tuple[Dim, Dim, Dim]:
-    """Batch, height, width of a tensor whose elements are `unit` pixels wide; one static row."""
+    """Batch, height, width of a tensor whose elements are `unit` pixels wide; the batch is 1 where
+    shapes are static."""
     if shape.dynamic:
         return "batch", "height", "width"
     return 1, shape.height // unit, shape.width // unit
@@ -56,7 +57,7 @@ def timesteps(low: int, high: int) -> Example:
 
 
 def token_ids(vocab_size: int) -> Example:
-    """Ids [rows, tokens] of a prompt, padded from the middle on: CLIP's first and last tokens are
+    """Ids [batch, tokens] of a prompt, padded from the middle on: CLIP's first and last tokens are
     the vocabulary's last."""
 
     def values(rng: np.random.Generator, shape: Sequence[int]) -> npt.NDArray[Any]:
