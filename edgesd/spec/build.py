@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta
 
 from edgesd.errors import UsageError
@@ -11,8 +12,8 @@ from edgesd.spec.base import Pixels, Sha256, Spec, Word
 from edgesd.spec.scheme import Precision, number_format
 
 _MOST_PROMPTS, _LONGEST_PROMPT = 10_000, 64_000
-_MOST_CHARACTERS = 4_000_000
-"""Of all prompts together: a manifest holds them."""
+_MOST_BYTES = 2_000_000
+"""Of a list of prompts in JSON: a manifest of at most 16 MB holds both, those of quality twice."""
 
 DEFAULT_METHOD = "svdquant"
 
@@ -112,9 +113,9 @@ def _check_prompts(what: str, prompts: tuple[str, ...]) -> None:
     if (
         len(prompts) > _MOST_PROMPTS
         or any(len(prompt) > _LONGEST_PROMPT for prompt in prompts)
-        or sum(map(len, prompts)) > _MOST_CHARACTERS
+        or len(msgspec.json.encode(prompts)) > _MOST_BYTES
     ):
         raise UsageError(
-            f"--{what}-prompts: at most {_MOST_PROMPTS} prompts of {_MOST_CHARACTERS} characters "
+            f"--{what}-prompts: at most {_MOST_PROMPTS} prompts of {_MOST_BYTES / 1e6:g} MB "
             "together, as the bundle holds them: give fewer"
         )
