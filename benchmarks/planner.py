@@ -25,7 +25,8 @@ import msgspec
 from benchmarks.common import environment, parser, run, table, write_json
 from edgesd.errors import EdgesdError
 from edgesd.processes import module_command
-from edgesd.recipes.planner import PlanRequest, estimate_build
+from edgesd.recipes.estimate import PlanRequest
+from edgesd.recipes.planner import estimate_build
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.memory import MEMORY_MODES
 from edgesd.runtime.rates import Rates, read_rates

@@ -13,7 +13,7 @@ from edgesd.export.quantize.methods import method_names
 from edgesd.spec.build import DEFAULT_METHOD
 
 if TYPE_CHECKING:
-    from edgesd.recipes.planner import Estimate
+    from edgesd.recipes.estimate import Estimate
 
 
 @click.command("plan", short_help="Predict what a bundle of MODEL would take.")
@@ -63,7 +63,8 @@ def plan_command(
 
     require_build_tools()
     from edgesd.device.targets import get_target
-    from edgesd.recipes.planner import PlanRequest, estimate_build
+    from edgesd.recipes.estimate import PlanRequest
+    from edgesd.recipes.planner import estimate_build
     from edgesd.runtime.rates import find_rates
 
     request = PlanRequest(

@@ -164,12 +164,8 @@ def _prepare(
     from edgesd.export.pipeline import export_spec
     from edgesd.export.quantize.methods import check_method
     from edgesd.export.source import resolve_source
-    from edgesd.recipes.planner import (
-        PlanRequest,
-        check_estimate,
-        check_prompter,
-        estimate_source,
-    )
+    from edgesd.recipes.estimate import PlanRequest, check_estimate
+    from edgesd.recipes.planner import check_prompter, estimate_source
 
     target = get_target(options.target)
     backend = options.backend or target.backends[0]

@@ -31,6 +31,7 @@ from edgesd.export.quantize.assign import planned
 from edgesd.export.quantize.methods import get_method
 from edgesd.export.source import ModelSource, resolve_source
 from edgesd.recipes.demo import demo_model
+from edgesd.recipes.estimate import ComponentCost, Estimate, PlanRequest
 from edgesd.recipes.footprints import ComponentForm, Networks, Shape
 from edgesd.recipes.shapes import fixed_shape
 from edgesd.runtime.backends import get_backend
@@ -47,10 +48,9 @@ from edgesd.runtime.footprint import (
 )
 from edgesd.runtime.kernels import computes, instruction_set_of
 from edgesd.runtime.memory import MemoryMode
-from edgesd.runtime.rates import Rates, Speed
+from edgesd.runtime.rates import Speed
 from edgesd.runtime.tiles import TILE, margin_of, tail_shapes, tiles_of
-from edgesd.spec.base import Spec
-from edgesd.spec.build import DEFAULT_METHOD, DEMO
+from edgesd.spec.build import DEMO
 from edgesd.spec.bundle import Footprint
 from edgesd.spec.pipeline import PipelineSpec, check_multiple
 from edgesd.spec.scheme import Precision, number_format, parse_scheme
@@ -58,68 +58,6 @@ from edgesd.spec.target import Target
 
 _SUGGESTED = ("fp32", "fp16", "w8a8", "w4a8-g64")
 """Precisions that are suggested where another doesn't fit, the finest first."""
-
-
-class ComponentCost(Spec, frozen=True):
-    """One component. bytes: of its files; macs: multiplications of one run of one row, by kind of
-    operation. By --memory mode: memory: peak of the process while it is loaded and runs alone;
-    runs: in an image; seconds: of all these runs, None where rates aren't known."""
-
-    bytes: int
-    macs: dict[str, int]
-    memory: dict[str, int]
-    runs: dict[str, int]
-    seconds: dict[str, float | None]
-
-
-class Estimate(Spec, frozen=True):
-    """What `edgesd plan` predicts.
-
-    memory: peak resident set of `edgesd generate` in each mode (or of the GPU); usable_bytes: what
-    the target, or the limit asked for, allows; needed_bytes: what would be enough for the mode that
-    takes least; mode: the fastest that fits, None for none. seconds: of an image by mode, without
-    loading; None where the target was never profiled. rates: which machine they were measured
-    on. advice: what would fit where this doesn't.
-    """
-
-    model: str
-    target: str
-    backend: str
-    precision: str
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    kernels: bool
-    components: dict[str, ComponentCost]
-    bundle_bytes: int
-    memory: dict[str, int]
-    usable_bytes: int
-    needed_bytes: int
-    mode: str | None
-    build_bytes: int
-    seconds: dict[str, float] | None
-    rates: str | None
-    advice: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What is to be planned; None takes the model's own. max_memory: bytes, instead of the
-    target's RAM. rates: how fast the target is. fixed: of graphs for `size` alone, whose denoiser
-    takes `batch` rows; others generate any size, and so are those for TensorRT. scheduler: the
-    bundle's default sampler."""
-
-    precision: Precision
-    size: tuple[int, int] | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    max_memory: int | None = None
-    method: str = DEFAULT_METHOD
-    rates: Rates | None = None
-    fixed: bool = False
-    batch: int = 1
-    scheduler: str | None = None
 
 
 def estimate_build(
@@ -147,20 +85,6 @@ def estimate_source(
     if found.mode is not None:
         return found
     return msgspec.structs.replace(found, advice=tuple(planner.advice(found)))
-
-
-def check_estimate(estimate: Estimate) -> None:
-    """Raise TargetError for a bundle that can't generate on its target in any mode, with what
-    could."""
-    if estimate.mode is not None:
-        return
-    least = min(estimate.memory, key=lambda mode: estimate.memory[mode])
-    advice = "; ".join(estimate.advice) or "no target that edgesd knows has as much"
-    raise TargetError(
-        f"{estimate.model} in {estimate.precision} at {estimate.width}x{estimate.height} needs "
-        f"{estimate.needed_bytes / 1e6:.0f} MB in {least} mode, and {estimate.target} has "
-        f"{estimate.usable_bytes / 1e6:.0f} MB for it: {advice}"
-    )
 
 
 def check_prompter(target: Target, file_sizes: Iterable[int]) -> None:

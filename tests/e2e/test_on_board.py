@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgesd.engines import plans
 from edgesd.engines.bundle import pack_bundle
 from edgesd.runtime.bundle import Bundle, open_bundle
+from edgesd.runtime.cuda import Gpu
 from tests import fake_tensorrt
 from tests.boards import JETSON, MACHINE, Builder, Jetson, Server, sshd
 from tests.support import assert_refused, run_cli, write_bundle
@@ -101,6 +103,15 @@ def test_a_plan_of_the_bundle_is_used_where_it_was_built_for(
     assert len(board.built) == 3  # its own are for another TensorRT
     (said,) = caplog.messages
     assert "built for tensorrt 10.3.0, sm_87" in said and "is tensorrt 10.7.0, sm_87" in said
+
+    caplog.clear()
+    monkeypatch.setattr(fake_tensorrt, "__version__", "10.3.0")
+    monkeypatch.setattr(plans, "find_gpu", lambda: Gpu("Thor", "sm_110", 8 << 30))
+    outcome = run_cli(*generate, made, "-o", generated, "--no-fallback")
+    assert outcome.code == 0, outcome.err
+    assert len(board.built) == 6  # and these for another GPU
+    (said,) = caplog.messages
+    assert "built for tensorrt 10.3.0, sm_87" in said and "is tensorrt 10.3.0, sm_110" in said
 
 
 def test_a_link_that_is_lost_on_the_way(

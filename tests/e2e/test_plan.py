@@ -19,8 +19,9 @@ from edgesd.export.pipeline import export_spec
 from edgesd.export.quantize.assign import planned
 from edgesd.export.source import resolve_source
 from edgesd.recipes import DEMO, BuildOptions, LocalFolders, QuantOptions, build, demo_model
+from edgesd.recipes.estimate import Estimate, PlanRequest
 from edgesd.recipes.footprints import footprinted
-from edgesd.recipes.planner import Estimate, PlanRequest, estimate_build
+from edgesd.recipes.planner import estimate_build
 from edgesd.runtime import kernels
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.footprint import PROGRAM_BYTES

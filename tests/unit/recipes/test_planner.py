@@ -21,8 +21,9 @@ from edgesd.export.pipeline import export_spec
 from edgesd.export.quantize.assign import planned
 from edgesd.export.source import ModelSource, resolve_source
 from edgesd.recipes import demo_model
+from edgesd.recipes.estimate import Estimate, PlanRequest
 from edgesd.recipes.footprints import ComponentForm, Networks
-from edgesd.recipes.planner import Estimate, PlanRequest, estimate_build
+from edgesd.recipes.planner import estimate_build
 from edgesd.runtime.backends import get_backend
 from edgesd.runtime.fitting import Batch, Budget, Fitting
 from edgesd.runtime.footprint import PROCESS_BYTES, PROGRAM_BYTES, Costs
