@@ -375,7 +375,7 @@ def _ended(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         hint = ": out of memory?" if name == "SIGKILL" else ""
-        return f"drawing was killed by {name}{hint}"
+        return f"generating was killed by {name}{hint}"
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     return lines[-1].removeprefix("edgesd: ") if lines else f"status {done.returncode}"
 

@@ -1,1 +1,1 @@
-"""Quality: one file per metric, drawing and comparing, and the report."""
+"""Quality: a file per metric, and the comparison of a bundle with its source."""

@@ -128,8 +128,8 @@ def decode_tail(tail: Runner, features: Float, scale: int, window: int = WINDOWS
 def tail_shapes(
     height: int, width: int, window: int = WINDOWS[0]
 ) -> tuple[list[tuple[int, int]], int]:
-    """Heights and widths that `decode_tail` runs the tail at in one drawing, and how many drawings
-    there are as a rule."""
+    """Heights and widths that `decode_tail` runs the tail at in one decoding, and how many
+    decodings there are as a rule."""
     if height <= window and width <= window:
         return [(height, width)], 1
     rows, columns = (
