@@ -30,6 +30,7 @@ from edgesd.runtime.backends import get_backend
 from edgesd.runtime.bundle import SUFFIX, Bundle, open_bundle
 from edgesd.runtime.memory import available_bytes
 from edgesd.runtime.prompter import read_prompter
+from edgesd.runtime.tokenizer import check_prompt
 from edgesd.spec.base import check_ranges
 from edgesd.spec.build import DEMO, BuildOptions, BuildRecord, QuantOptions
 from edgesd.spec.bundle import Engine
@@ -174,10 +175,14 @@ def _prepare(
     lowering = get_lowering(backend)
     check_new(out)
     check_writable(out)
+    quantization = options.quantization
+    for prompts in (quantization.calibration_prompts, quantization.quality_prompts):
+        for prompt in prompts or ():
+            check_prompt(prompt)
     if options.quantized:
-        check_method(options.quantization.method)
+        check_method(quantization.method)
         check_writable(folders.work / "work")
-    if options.quantization.pool_attention:
+    if quantization.pool_attention:
         _check_pooling(options, lowering)
     source = resolve_source(str(demo_model()) if model == DEMO else model)
     if folders.prompter:
@@ -186,7 +191,7 @@ def _prepare(
     asked = PlanRequest(
         options.precision,
         options.size,
-        method=options.quantization.method,
+        method=quantization.method,
         fixed=options.size is not None,
         batch=options.batch,
         scheduler=options.scheduler,

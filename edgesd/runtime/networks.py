@@ -27,16 +27,19 @@ from edgesd.spec.scheme import number_format
 
 _FLOAT, _IDS = ("float32", "float16"), ("int64", "int32")
 _COLOURS = 3
+_ANY_SIZE = range(1, 1 << 31)
+_GUIDANCE_WIDTHS = range(4, 1 << 16)
+"""Of an embedding of the guidance scale: two frequencies at least."""
 
 
 class _Like(NamedTuple):
     """What a tensor must be: its rank, sizes on some axes, the types it may have. known: axes whose
-    size must be a number, since the loop reads it."""
+    size must be a number, since the loop reads it, and which numbers it may be."""
 
     rank: int
     sizes: Mapping[int, Dim] = {}
     types: tuple[str, ...] = _FLOAT
-    known: tuple[int, ...] = ()
+    known: Mapping[int, range] = {}
 
     def fits(self, tensor: TensorSpec) -> bool:
         """Whether `tensor` is so."""
@@ -45,14 +48,14 @@ class _Like(NamedTuple):
             len(shape) == self.rank
             and tensor.dtype in self.types
             and all(shape[axis] == size for axis, size in self.sizes.items())
-            and all(isinstance(shape[axis], int) for axis in self.known)
+            and all(shape[axis] in sizes for axis, sizes in self.known.items())
         )
 
 
 _Tensors = Mapping[str, _Like]
 _FEATURES = {"features": _Like(4)}
 _STATISTICS = {
-    "statistics": _Like(3, known=(0, 1, 2)),
+    "statistics": _Like(3, known=dict.fromkeys(range(3), _ANY_SIZE)),
     "own": _Like(1),
     "core": _Like(1, types=("int64",)),
 }
@@ -96,6 +99,8 @@ def _wiring_problems(pipeline: PipelineSpec) -> Iterator[str]:
     before: set[str] = set()
     for spec in _in_loop(pipeline):
         once = isinstance(spec, SideSpec) and spec.when == "once"
+        if len({one.name for one in spec.inputs}) != len(spec.inputs):
+            yield f"{spec.component} has an input that is filled twice"
         for one in spec.inputs:
             where = f"{one.name} of {spec.component}"
             if once and one.fill not in (*GIVEN_BY_TASKS, "side"):
@@ -159,7 +164,7 @@ def _filled(pipeline: PipelineSpec, spec: SideSpec | DenoiserSpec) -> _Tensors:
     fixed = {
         "sample": _Like(4, {1: channels + sum(widths[fill] for fill in concat)}),
         "timestep": _Like(1),
-        "guidance_embedding": _Like(2, known=(1,)),
+        "guidance_embedding": _Like(2, known={1: _GUIDANCE_WIDTHS}),
         "control": _Like(4, {1: _COLOURS}),
         **{fill: _Like(4, {1: width}) for fill, width in widths.items()},
     }

@@ -12,9 +12,9 @@ from edgesd.errors import InputError
 
 # What a decoded spec may say. Files that specs are read from may come from anywhere.
 _SHA256 = r"\A[0-9a-f]{64}\Z"
-_PATH = r"\A(?!/)(?!.*(?:\A|/)\.{0,2}(?:/|\Z))[^\x00-\x1f\x7f\\]{1,200}\Z"
+_PATH = r"\A(?!/)(?!.*(?:\A|/)\.{0,2}(?:/|\Z))[^\x00-\x1f\x7f-\x9f\u2028\u2029\\]{1,200}\Z"
 _WORD = r"\A[A-Za-z0-9][A-Za-z0-9._+-]{0,63}\Z"
-_LABEL = r"\A[^\x00-\x1f\x7f]{1,200}\Z"
+_LABEL = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,200}\Z"
 DTYPE = r"\A(?:float16|float32|float64|u?int(?:8|16|32|64)|bool)\Z"
 _PATTERNS = {
     _SHA256: "a SHA-256 in 64 hexadecimal digits",

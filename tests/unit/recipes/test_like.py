@@ -196,9 +196,11 @@ def test_the_command_says_what_it_needs(miniature: Bundle, tmp_path: Path) -> No
         ({"scheduler": "unheard-of"}, "unheard-of"),
         ({"precision": "w9a9"}, "w9a9"),
         ({"quantization": QuantOptions(method="unheard-of")}, "unheard-of"),
+        ({"quantization": QuantOptions(calibration_prompts=("a\0b",))}, "NUL"),
+        ({"quantization": QuantOptions(quality_prompts=("cat", "\0"))}, "NUL"),
     ],
 )
-def test_names_that_only_a_bundle_knows_are_refused(
+def test_what_only_a_bundle_says_is_refused_before_long_work(
     change: dict[str, object], words: str, tmp_path: Path
 ) -> None:
     bundle, out = write_bundle(tmp_path / "foreign"), tmp_path / "out"

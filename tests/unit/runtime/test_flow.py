@@ -423,6 +423,10 @@ WRONG: dict[str, tuple[Wiring, str]] = {
     "no timestep": (input_of(1, "control"), "not one timestep"),
     "two samples": (input_of(4, "sample"), "not one sample"),
     "another number of channels": (denoiser(concat=()), "net .* has x as"),
+    "an input twice": (
+        denoiser(inputs=(*WIRING.denoiser.inputs, WIRING.denoiser.inputs[2])),
+        "net has an input that is filled twice",
+    ),
     "a mask twice": (denoiser(concat=("mask", "mask")), "a part of its sample twice"),
     "another output": (denoiser(output="other"), "net .* has the outputs noise, not other"),
     "an input that nothing fills": (
@@ -465,6 +469,19 @@ def test_a_wrong_wiring_is_refused_in_one_line(name: str, bundle: Bundle, tmp_pa
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("width", [2, 3, 1 << 20, "width"])
+def test_an_embedding_of_guidance_has_a_width_that_can_be_computed(
+    width: Dim, tmp_path: Path
+) -> None:
+    inputs = (*COMPONENTS["net"].inputs, f32("scale", "batch", width))
+    net = msgspec.structs.replace(COMPONENTS["net"], inputs=inputs)
+    scale = InputSpec("scale", "guidance_embedding")
+    wiring = denoiser(inputs=(*WIRING.denoiser.inputs, scale))
+    spec = msgspec.structs.replace(SPEC, wiring=wiring, components={**COMPONENTS, "net": net})
+    with pytest.raises(BundleError, match="net in the manifest has scale as float32"):
+        Pipeline(write(tmp_path / "wrong", spec), Settings(made_here=True), Fakes())
+
+
 def test_what_no_task_gives_is_refused(tmp_path: Path) -> None:
     bundle = write(tmp_path / "bundle", SPEC)
     with pytest.raises(BundleError, match=r"fakes needs control, mask, masked .* upgrade edgesd"):
@@ -481,6 +498,8 @@ def test_what_no_task_gives_is_refused(tmp_path: Path) -> None:
         (("sides", 0, "when"), "sometimes"),
         (("texts",), []),
         (("texts", 0, "tokenizer"), "../tokenizer"),
+        (("denoiser", "output"), "noise\u2028"),
+        (("denoiser", "output"), "noise\x9b31m"),
         (("tasks",), ["video"]),
         (("tasks",), []),
         (("more",), 1),
