@@ -72,7 +72,7 @@ def export_spec(
         from edgesd.export.families.parts import clip, unet, vae
         from edgesd.export.families.parts.diffusers_pipeline import scheduler_config
 
-    own = _diffusers_pipeline(source, sampler)
+        own = _diffusers_pipeline(source, sampler)
     text_config = own.text_encoder.config.to_dict()
     unet_config, vae_config = own.unet.config, own.vae.config
     _check_unet(source.name, unet_config, text_config)
