@@ -18,10 +18,14 @@ class Weights:
 
 
 class Checkpoint(Protocol):
-    """A model on this machine. `name` is what the user called it; `index` is model_index.json."""
+    """A model on this machine. `name` is what the user called it,
+    `public_name` what bundles say of it; `index` is model_index.json."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def public_name(self) -> str: ...
 
     @property
     def root(self) -> Path: ...

@@ -93,7 +93,7 @@ def export_spec(
     return ExportSpec(
         PipelineSpec(
             family=FAMILY.name,
-            source=source.name,
+            source=source.public_name,
             source_sha256=source.sha256(),
             components={c.name: c.spec for c in components},
             scheduler=SchedulerSpec(sampler, config),

@@ -13,7 +13,7 @@ from typing import Any
 from edgesd.errors import InputError, unknown_name
 from edgesd.export.families import Family, families, family_of
 from edgesd.export.families.checkpoint import Weights
-from edgesd.files import sha256_file
+from edgesd.files import expanded, sha256_file
 from edgesd.runtime.images import read_prompts
 from edgesd.spec.base import is_file_name
 from edgesd.spec.bundle import Licence
@@ -144,6 +144,13 @@ class ModelSource:
                 f"{path} is a link out of the model's folder, to {real}, and would be copied into "
                 "the bundle: put the file itself there, or remove the link"
             )
+
+    @property
+    def public_name(self) -> str:
+        """What bundles say: the hub's id, or the folder's own name, without where it lies."""
+        if self.root != expanded(self.name):
+            return self.name
+        return self.root.resolve().name or "model"
 
     def licence_name(self) -> str:
         """`license` in the model card's front matter, or "unknown"."""

@@ -47,6 +47,7 @@ def test_the_embedded_model() -> None:
     spec = export.pipeline
     assert [c.name for c in export.components] == ["text_encoder", "unet", "vae_decoder"]
     assert (spec.family, spec.scheduler.name) == ("sd", "ddim")
+    assert spec.source == "emoji"  # not where it lies on this machine
     assert spec.wiring == stable_diffusion(77)
     written = source.config("scheduler/scheduler_config.json")
     assert spec.scheduler.config == {k: written[k] for k in written if k != "_diffusers_version"}
@@ -87,7 +88,9 @@ def test_a_typo_beside_a_folder_stays_local(
 
 def test_a_hub_id_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_module, "download", lambda repo_id: EMOJI)
-    assert resolve_source("owner/name").name == "owner/name"
+    source = resolve_source("owner/name")
+    assert source.name == "owner/name"
+    assert source.family.export_spec(source, None).pipeline.source == "owner/name"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "notes.txt"])
