@@ -12,7 +12,7 @@ from typing import ClassVar
 EXIT_STATUSES = {
     0: "done",
     1: "internal fault: an error in edgesd itself",
-    2: "usage: an argument or option that has no meaning",
+    2: "usage: an invalid argument or option",
     3: "input: a file, folder or model is missing, malformed or unsupported",
     4: "bundle: broken, altered, or not signed by a trusted key",
     5: "target: doesn't fit this machine or board, or a package is missing",

@@ -96,7 +96,7 @@ def disk_errors(path: Path, output: bool = True) -> Iterator[None]:
             advice = "choose another -o"
             if not output:
                 wanted = Path(os.fsdecode(exc.filename)) if named else wanted
-                advice = "mend its folder, or move what is there away"
+                advice = "repair its folder, or move that file away"
             raise InputError(f"cannot write {wanted}: {exc.strerror}; {advice}") from exc
         raise
 
@@ -160,7 +160,7 @@ def save(path: Path, content: bytes, new: bool = False) -> None:
         kept = keep(path.name, content)
         if kept is None:
             raise
-        raise type(exc)(f"{exc}; what was made is kept as {kept}") from exc
+        raise type(exc)(f"{exc}; the result is kept as {kept}") from exc
 
 
 def keep(name: str, content: bytes) -> Path | None:
@@ -278,7 +278,7 @@ def _kept(made: Path, path: Path) -> Iterator[None]:
         except OSError:
             raise exc from None
         raise KeptError(
-            f"cannot write {path}: {exc.strerror}; what was made is kept as {kept}"
+            f"cannot write {path}: {exc.strerror}; the result is kept as {kept}"
         ) from exc
 
 

@@ -59,7 +59,7 @@ def cli(debug: bool) -> None:
     \b
     edgesd demo                                   build the embedded pipeline and generate with it
     edgesd build MODEL --target raspberry-pi-5    make a bundle for a board
-    edgesd deploy BUNDLE pi@board                 bring it there, with edgesd itself
+    edgesd deploy BUNDLE pi@board                 install it there, with edgesd itself
     edgesd generate BUNDLE -p "a red apple"       generate, on the board
     """
 

@@ -64,12 +64,12 @@ class _RunByDefault(click.Group):
 
 @click.group("bench", cls=_RunByDefault, short_help="Measure BUNDLE, here or on boards over SSH.")
 def bench_group() -> None:
-    """Generate with BUNDLE again and again, and measure: per image, component and step; memory,
-    heat and energy, too.
+    """Generate images with BUNDLE, and measure the time of each image, component and step, and
+    memory, heat and energy.
 
-    With --host the bundle must be the active one there (edgesd deploy); a board goes on when the
-    link is lost, and the same command joins it again. `edgesd bench compare` shows two results of
-    -o side by side.
+    With --host the bundle must be the active one there (edgesd deploy); if the link is lost, the
+    board continues, and the same command joins it again. `edgesd bench compare` shows two results
+    of -o side by side.
     """
 
 
@@ -82,14 +82,14 @@ def bench_group() -> None:
     type=click.IntRange(1, 1000),
     default=5,
     show_default=True,
-    help="Images that count.",
+    help="Images to measure.",
 )
 @click.option(
     "--warm-up",
     type=click.IntRange(1, 100),
     default=1,
     show_default=True,
-    help="Images before those that count; the first one loads.",
+    help="Images before those that are measured; the first one loads the networks.",
 )
 @click.option("-p", "--prompt", default=_PROMPT, show_default=True, help="What to generate.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
@@ -102,7 +102,9 @@ def bench_group() -> None:
     show_default=True,
     help="Seconds between samples of memory, clocks, heat and power.",
 )
-@click.option("--html", type=OutputPath(), help="Write a report, too; an older one is replaced.")
+@click.option(
+    "--html", type=OutputPath(), help="Also write an HTML report; an older one is replaced."
+)
 @click.option(
     "-o",
     "--output",
@@ -307,7 +309,7 @@ def _show(bench: Bench) -> None:
     if found.watts and found.joules is not None:
         say(f"{'power':20}{found.watts.median:10.2f} W, {found.joules:.1f} J per image")
     else:
-        say(f"{'power':20}{'unknown':>10}: this machine doesn't tell")
+        say(f"{'power':20}{'unknown':>10}: this machine doesn't report it")
     if found.throttled:
         held = ", ".join(found.throttled)
         say(f"{'throttled':20}{'yes':>10}: {held}, from {found.throttled_at:.1f} s on")

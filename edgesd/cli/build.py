@@ -44,21 +44,21 @@ _BUILD = (
         "--precision",
         metavar="NAME",
         help="fp32, fp16 (on CPUs storage only), or fewer bits for weights and activations: w8a16, "
-        "w8a8, w4a16-g64, w4a8-g64, w4a4-g64 (simulated). -gN: N weights share a scale; -lrR "
-        "behind it adds a 16-bit branch of rank R, as in w4a8-g64-lr32.  [default: fp32]",
+        "w8a8, w4a16-g64, w4a8-g64, w4a4-g64 (simulated). -gN: N weights share a scale; A final "
+        "-lrR adds a 16-bit branch of rank R, as in w4a8-g64-lr32.  [default: fp32]",
     ),
     click.option(
         "--size",
         type=Size(),
-        help="Fix the image's size in pixels (static graphs), to any that diffusers generates. "
-        "Without it the bundle generates any multiple of all the UNet's levels (mostly 64 pixels), "
-        "and any number of images at a time.",
+        help="Fix the image size in pixels (static graphs); every size that diffusers generates is "
+        "valid. Without it the bundle takes any batch, and any size that the UNet's levels divide "
+        "(mostly multiples of 64).",
     ),
     click.option(
         "--batch",
         type=click.IntRange(1, 4096),
-        help="With --size: rows of the static UNet. An image takes two of them in batched "
-        "guidance, one otherwise.  [default: 1]",
+        help="With --size: batch of the static denoiser. Batched guidance needs 2 for each image, "
+        "otherwise 1 is enough.  [default: 1]",
     ),
     scheduler_option("Default sampler of the bundle"),
 )
@@ -74,7 +74,8 @@ _QUANTIZATION = (
         "--max-size",
         type=Finite(0, 1, min_open=True),
         metavar="RATIO",
-        help="Size limit relative to fp32, e.g. 0.2: ranks and bits go where images gain.",
+        help="Size limit relative to fp32, e.g. 0.2: ranks and bits go to the layers where images "
+        "gain most.",
     ),
     click.option(
         "--max-time",
@@ -85,7 +86,7 @@ _QUANTIZATION = (
     click.option(
         "--method",
         type=click.Choice(method_names()),
-        help=f"How codes and branches are chosen.  [default: {DEFAULT_METHOD}]",
+        help=f"Quantization method.  [default: {DEFAULT_METHOD}]",
     ),
     click.option(
         "--static/--no-static",
@@ -100,8 +101,8 @@ _QUANTIZATION = (
     click.option(
         "--quality-prompts",
         type=click.Path(path_type=Path, dir_okay=False, exists=True),
-        help="Prompts whose images are compared; their places are the seeds. [default: the model's "
-        "prompts/quality.txt]",
+        help="Text file of prompts whose images are compared, a prompt per line; the first has "
+        "seed 0. [default: the model's prompts/quality.txt]",
     ),
     click.option(
         "--pool-attention/--no-pool-attention",
@@ -161,7 +162,7 @@ def _options(function: Callable[..., None]) -> Callable[..., None]:
     "--like",
     type=click.Path(path_type=Path, exists=True),
     metavar="BUNDLE",
-    help="Build as that bundle was built: its model and options, but for those given here.",
+    help="Build as BUNDLE was built, with its model and options except those given here.",
 )
 @click.option(
     "-o",
@@ -174,7 +175,7 @@ def _options(function: Callable[..., None]) -> Callable[..., None]:
     "--on",
     "host",
     metavar="USER@BOARD[:PORT]",
-    help="For Jetsons: let that board build the TensorRT plans, over SSH; they are included in the "
+    help="For Jetsons: build the TensorRT plans on that board, over SSH, and include them in the "
     "bundle.",
 )
 @json_option
@@ -190,11 +191,11 @@ def build_command(
     """Turn MODEL into a bundle for a board.
 
     MODEL is `demo` (the embedded pipeline), the folder of a diffusers pipeline, or a hub id such as
-    OWNER/NAME. Each network is compared with its source before the bundle is written; of a
-    quantized bundle the images are, too, and `edgesd report` shows them.
+    OWNER/NAME. Each network is compared with its source before the bundle is written. Images of a
+    quantized bundle are compared, too; `edgesd report` shows them.
 
     A bundle holds the options that it was built with: `edgesd build --like BUNDLE` builds it again,
-    and says whether graphs and weights are the same. MODEL must be given where it was a folder.
+    and says whether graphs and weights are the same. Give MODEL if it was a folder.
     """
     from edgesd.recipes import build, default_output
     from edgesd.recipes.like import Like
@@ -237,7 +238,7 @@ def _plans_from(host: str, target: str, reporter: Reporter) -> Callable[[Path], 
     from edgesd.runtime.backends import get_backend
 
     if not get_backend(get_target(target).backends[0]).needs_plans:
-        raise click.UsageError(f"--on builds plans, and {target} takes none")
+        raise click.UsageError(f"--on builds plans, and {target} needs none")
     place = check_board(host, target).environment
     reporter.line(f"{host} builds plans for {place}")
     return partial(add_plans, host, progress=reporter)

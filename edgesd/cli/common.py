@@ -91,7 +91,7 @@ class OutputPath(click.Path):
             if self._stdout:
                 return STDOUT
             raise click.BadParameter(
-                "standard output can't be written to: give a name (./- for one called so)",
+                "standard output can't be written to: give a name (./- for a file called -)",
                 ctx,
                 param,
             )

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from edgesd.remote.deploy import Deployed
 
 
-@click.command("deploy", short_help="Bring BUNDLE, and edgesd itself, onto boards over SSH.")
+@click.command("deploy", short_help="Install BUNDLE, and edgesd itself, on boards over SSH.")
 @click.argument("arguments", nargs=-1, required=True, metavar="[BUNDLE] USER@BOARD[:PORT]...")
-@click.option("--rollback", is_flag=True, help="Go back to the bundle before; name boards alone.")
+@click.option("--rollback", is_flag=True, help="Go back to the previous bundle; give only boards.")
 @click.option(
     "--wheels",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
@@ -36,9 +36,9 @@ def deploy_command(
     self_test: bool,
     as_json: bool,
 ) -> None:
-    """Bring BUNDLE onto one or more boards, with edgesd itself, and make it the active one there.
+    """Install BUNDLE, and edgesd itself, on one or more boards, and make it the active bundle.
 
-    Only what a board lacks is sent; after a lost link, what had arrived is not sent again. The
+    Only missing files are sent; after a lost link, the same command continues. The
     board verifies every byte and generates a test image before it switches, so that the active
     bundle is always whole. The board needs python3 and sshd, no network.
     """
@@ -72,8 +72,8 @@ def _check_boards_alone(names: Sequence[str]) -> None:
     for name in names:
         if name.endswith(SUFFIX) or Path(name).exists():
             raise click.UsageError(
-                f"--rollback goes back to the bundle that a board had before: {name} is a "
-                "bundle or a file here, so name boards alone"
+                f"--rollback goes back to the previous bundle of a board: {name} is a bundle or a "
+                "file here, so give only boards"
             )
 
 

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from edgesd.evaluate.prompter import Agreed
 
 
-@click.group("eval", short_help="Measure what a part of a bundle is good for.")
+@click.group("eval", short_help="Measure how much a part of a bundle helps.")
 def eval_group() -> None:
-    """Measure what a part of a bundle is good for."""
+    """Measure how much a part of a bundle helps."""
 
 
 @eval_group.command("prompter")
@@ -25,7 +25,7 @@ def eval_group() -> None:
     "--pairs",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="Those it was trained on: the held-out ones are judged.",
+    help="The pairs it was trained on; the held-out ones are used here.",
 )
 @click.option(
     "-n",
@@ -52,12 +52,11 @@ def prompter_command(
     lpips: Path | None,
     as_json: bool,
 ) -> None:
-    """Does BUNDLE's prompter help? Generates held-out short prompts as they are, and the
-    prompts made of them.
+    """Measure whether BUNDLE's prompter helps: generate images of held-out short prompts, and of
+    the prompts made from them.
 
-    Each image is compared with the text of the prompt that its pair has, and with that prompt's
-    image, generated from another seed by the same bundle. These scores do not measure
-    aesthetics.
+    Each image is compared with the text of its pair's prompt, and with an image that the same
+    bundle generates of that prompt from another seed. These scores do not measure aesthetics.
     """
     from edgesd.evaluate.agreement import open_agreement
     from edgesd.evaluate.perceptual import open_perceptual

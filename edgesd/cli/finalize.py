@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     help="Build them on that board, over SSH, and write a bundle that includes them.",
 )
 @click.option("-o", "--output", type=OutputPath(), help="With --on: new folder or NAME.edgesd.")
-@click.option("--check", is_flag=True, help="Only say what plans are built for here.")
+@click.option("--check", is_flag=True, help="Only show what plans are built for on this machine.")
 @json_option
 def finalize_command(
     bundle: Path | None,

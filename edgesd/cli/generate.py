@@ -77,15 +77,15 @@ if TYPE_CHECKING:
     type=OutputPath(stdout=True),
     default=Path("images"),
     show_default=True,
-    help="A .png, whose older file is replaced; a folder, whose images are numbered on; or - for "
-    "standard output.",
+    help="A .png file, which is replaced; a folder, where numbering continues; or - for standard "
+    "output.",
 )
 @click.option(
     "--preview",
     type=click.IntRange(0),
     default=0,
     metavar="K",
-    help="Write NAME.preview.png every K steps, until the image is there. [default: never]",
+    help="Write NAME.preview.png every K steps, until the image is done. [default: never]",
 )
 @run_options
 @click.option(
@@ -129,8 +129,8 @@ def generate_command(
 ) -> None:
     """Generate images with BUNDLE (a folder, or a .edgesd file).
 
-    No image of an earlier run is replaced, unless -o names its file. One that can't be written
-    when it is generated is kept in the cache or the temporary folder, and the error says where.
+    No image of an earlier run is replaced, unless -o names its file. An image that can't be written
+    to its place is kept in the cache or the temporary folder, and the error says where.
     """
     from edgesd.device.opening import open_for_generate
     from edgesd.runtime.images import check_output, expand_requests, read_prompts

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @json_option
 def inspect_command(bundle: Path, as_json: bool) -> None:
-    """Show what BUNDLE is, and verify every byte of it."""
+    """Describe BUNDLE, and verify every byte of it."""
     from edgesd.runtime.bundle import open_bundle
 
     opened = open_bundle(bundle)
@@ -40,7 +40,7 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
 
 
 def _facts(bundle: Bundle) -> dict[str, str]:
-    """What people are told of a bundle, by name."""
+    """Facts about a bundle to print, by name."""
     manifest = bundle.manifest
     pipeline, shape = manifest.pipeline, manifest.pipeline.shape
     size = f"{shape.width}x{shape.height}"

@@ -15,8 +15,8 @@ from edgesd.cli.options import json_option
 def kernels_group() -> None:
     """Kernels of edgesd's own, for quantized bundles on CPUs: faster, and in less memory.
 
-    They are optional: without them ONNX Runtime's own operators do the work. EDGESD_KERNELS=none
-    leaves them out, EDGESD_KERNELS=FILE takes that library.
+    They are optional: without them ONNX Runtime's own operators are used. EDGESD_KERNELS=none
+    leaves them out, EDGESD_KERNELS=FILE uses that library.
     """
 
 
@@ -30,8 +30,8 @@ def kernels_group() -> None:
     "-o", "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder. [default: cache]"
 )
 def build_command(arch: str | None, out: Path | None) -> None:
-    """Compile the library with the C++ compiler that is here: a minute. For another architecture
-    than this machine's: apt install g++-aarch64-linux-gnu."""
+    """Compile the library with the C++ compiler of this machine, in about a minute. Another
+    architecture needs a cross compiler: apt install g++-aarch64-linux-gnu."""
     from edgesd.engines.kernels import build_library
 
     say(build_library(arch or platform.machine(), out, Reporter()))
@@ -40,7 +40,7 @@ def build_command(arch: str | None, out: Path | None) -> None:
 @kernels_group.command("status", short_help="Which library is used here.")
 @json_option
 def status_command(as_json: bool) -> None:
-    """Tell where the library is, and which instruction set it computes with here."""
+    """Show where the library is, and which instruction set it uses here."""
     from edgesd.runtime.kernels import instruction_set, library
 
     path, isa = library(), instruction_set()

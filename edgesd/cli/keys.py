@@ -66,10 +66,10 @@ def sign_command(bundle: Path, key: Path) -> None:
     say(f"{bundle} is signed by {signer(open_bundle(bundle))}")
 
 
-@keys_group.command("check", short_help="Say who signed BUNDLE, and whether it may run here.")
+@keys_group.command("check", short_help="Show who signed BUNDLE, and whether it may run here.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 def check_command(bundle: Path) -> None:
-    """Say who signed BUNDLE. Fails when this machine wouldn't run it for that."""
+    """Show who signed BUNDLE. Fails if this machine would refuse it."""
     from edgesd.runtime.bundle import open_bundle
     from edgesd.runtime.signature import check_trusted, signer
 
@@ -122,10 +122,10 @@ def trust_command(key: str, hosts: tuple[str, ...], remove: bool, yes: bool) -> 
         say(f"no key is left: no bundle runs here. Any bundle runs once {file} is removed")
 
 
-@keys_group.command("list", short_help="The keys that are trusted.")
+@keys_group.command("list", short_help="List the trusted keys.")
 @hosts_option
 def list_command(hosts: tuple[str, ...]) -> None:
-    """Show the keys that this machine trusts."""
+    """List the keys that this machine trusts."""
     from edgesd.runtime.signature import keys_file, trusted_keys
 
     if hosts:

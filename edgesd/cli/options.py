@@ -131,8 +131,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.memory is not None and self.max_memory is not None:
             raise click.UsageError(
-                f"--memory {self.memory} is taken whatever it needs, and --max-memory "
-                "chooses one that fits: give one of the two"
+                f"--memory {self.memory} is used whatever it needs, and --max-memory chooses one "
+                "that fits: give only one of them"
             )
 
     def settings(self, **others: Any) -> Settings:
@@ -147,7 +147,7 @@ threads_option = click.option(
     type=click.IntRange(0, 256),
     default=0,
     show_default=True,
-    help="CPU threads; 0 takes all fast cores.",
+    help="CPU threads; 0 uses all fast cores.",
 )
 
 run_options = OptionGroup(
@@ -158,14 +158,13 @@ run_options = OptionGroup(
             "--memory",
             type=click.Choice(["fast", "balanced", "stream"]),
             help="fast keeps all networks loaded, balanced releases each after its use, stream "
-            "leaves weights in their file. [default: by the memory that is free]",
+            "leaves weights in their file. [default: by free memory]",
         ),
         click.option(
             "--max-memory",
             type=Bytes(),
-            help="Take the fastest --memory that fits into this (400MB, 1.5GB) at the size and "
-            "batch asked for. Mapped weights count, as in the peak that is printed; what doesn't "
-            "fit is refused.",
+            help="Use the fastest --memory that fits into this (400MB, 1.5GB) at the given size "
+            "and batch; fail if none does. Mapped weights count, as in the printed peak.",
         ),
         threads_option,
     ],

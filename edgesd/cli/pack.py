@@ -14,7 +14,7 @@ from edgesd.progress import count_bytes
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("output", type=OutputPath())
 def pack_command(bundle: Path, output: Path) -> None:
-    """Write BUNDLE as the one file OUTPUT (NAME.edgesd), which every command takes as it is.
+    """Write BUNDLE as the one file OUTPUT (NAME.edgesd), which every command can read.
 
     `tar -xf NAME.edgesd` turns it into a folder again.
     """

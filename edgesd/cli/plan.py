@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edgesd.recipes.estimate import Estimate
 
 
-@click.command("plan", short_help="Predict what a bundle of MODEL would take.")
+@click.command("plan", short_help="Predict size, memory and time of a bundle of MODEL.")
 @click.argument("model")
 @click.option("--target", required=True, help="Board to plan for; `edgesd targets` lists them.")
 @click.option(
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     help="Quantization method.",
 )
 @click.option(
-    "--max-memory", type=Bytes(), help="What generating may take, instead of the target's RAM."
+    "--max-memory", type=Bytes(), help="Memory limit for generating, instead of the target's RAM."
 )
 @click.option(
     "--rates",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="What `edgesd profile` measured on the board. [default: the cache's for the target]",
+    help="File of `edgesd profile` for the board. [default: the target's in the cache]",
 )
 @json_option
 def plan_command(
@@ -54,10 +54,10 @@ def plan_command(
     rates: Path | None,
     as_json: bool,
 ) -> None:
-    """Predict what a bundle of MODEL would take on a board, before anything is built.
+    """Predict size, memory and time of a bundle of MODEL on a board, before it is built.
 
-    Size on disk, peak memory of each network and each --memory mode, memory of the build, and time
-    of an image, where the board was profiled. MODEL as in `edgesd build`.
+    Prints the size on disk, the peak memory of each network and each --memory mode, the memory of
+    the build and, if the board was profiled, the time of an image. MODEL as in `edgesd build`.
     """
     from edgesd.export.pipeline import require_build_tools
 

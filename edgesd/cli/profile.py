@@ -23,22 +23,23 @@ _HERE = ("host", "target", "output", "as_json")
 @click.option("--host", metavar="USER@BOARD[:PORT]", help="Measure that board, over SSH.")
 @click.option(
     "--target",
-    help="Name to keep the rates under for `edgesd plan --target`. [default: what the machine is]",
+    help="Keep the rates under this name for `edgesd plan --target`. [default: the machine's "
+    "target]",
 )
 @click.option(
     "-o",
     "--output",
     type=OutputPath(dir_okay=False),
-    help="File to write; an older one is replaced. [default: the cache's for the target]",
+    help="File to write; an older one is replaced. [default: the target's in the cache]",
 )
 @threads_option
 @json_option
 def profile_command(
     host: str | None, target: str | None, output: Path | None, threads: int, as_json: bool
 ) -> None:
-    """Time each kind of operation alone, at sizes of real networks, so that `edgesd plan` can tell
-    how long an image takes there. A minute or two on a PC, some minutes on a board; nothing else
-    should run meanwhile."""
+    """Time each kind of operation alone, at sizes of real networks, so that `edgesd plan` can
+    predict how long an image takes there. This takes a minute or two on a PC and some minutes on a
+    board; nothing else should run meanwhile."""
     from edgesd.device.targets import get_target
     from edgesd.errors import EdgesdError
     from edgesd.files import check_file_place, save
@@ -110,9 +111,8 @@ def _on_board(host: str, options: Sequence[str]) -> tuple[Rates, str | None]:
 @click.command("calibrate", hidden=True, params=profile_command.params)
 @click.pass_context
 def calibrate_command(context: click.Context, /, **options: object) -> None:
-    """The older name of `edgesd profile`."""
+    """The old name of `edgesd profile`."""
     say_error(
-        "note: `edgesd calibrate` is `edgesd profile` from this release on; the older name goes "
-        "with the next one"
+        "note: `edgesd calibrate` is now `edgesd profile`; the next release removes the old name"
     )
     context.forward(profile_command)

@@ -45,7 +45,7 @@ def prompter_group() -> None:
 @click.option(
     "--closed/--open",
     default=None,
-    help="Whether these prompts are all that the image model knows: the prompter then answers with "
+    help="Whether the image model knows only these prompts; the prompter then always answers with "
     "one of them. [default: closed for emoji]",
 )
 @click.option("--domain", help="Name of the domain. [default: the format's]")
@@ -54,7 +54,7 @@ def prompter_group() -> None:
     type=Finite(0, 0.9, min_open=True),
     default=0.1,
     show_default=True,
-    help="Part of the subjects that is kept out of training.",
+    help="Fraction of the subjects that is held out of training.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -122,8 +122,8 @@ def data_command(
     type=click.Choice(ADAPTER_STARTS),
     default="default",
     show_default=True,
-    help="What the adapter begins as. loftq: what rounding to NF4 takes away (peft, needs CUDA); "
-    "loftq-gguf: what rounding to --grid takes away; -control: its norms in random directions.",
+    help="How the adapter starts. loftq: the error of rounding to NF4 (peft, needs CUDA); "
+    "loftq-gguf: the error of rounding to --grid; -control: random directions of the same norms.",
 )
 @click.option(
     "--grid",
@@ -137,7 +137,7 @@ def data_command(
     type=click.IntRange(1, 100),
     default=5,
     show_default=True,
-    help="LoftQ's, of rounding and decomposing.",
+    help="LoftQ's iterations of rounding and decomposing.",
 )
 @click.option("--full", is_flag=True, help="Train all weights instead of an adapter.")
 @click.option(
@@ -145,7 +145,7 @@ def data_command(
     type=click.Choice(OPTIMIZERS),
     default="adamw",
     show_default=True,
-    help="For --full; the others keep less state.",
+    help="Optimizer for --full; galore and apollo keep less state than adamw.",
 )
 @click.option(
     "--learning-rate",
@@ -158,7 +158,7 @@ def data_command(
     "--output",
     type=OutputPath(file_okay=False),
     required=True,
-    help="Folder of the run, new or that of an earlier run. One that was interrupted goes on.",
+    help="Folder of the run, new or that of an earlier run; an interrupted run continues.",
 )
 @json_option
 def train_command(
@@ -214,12 +214,17 @@ def train_command(
 @prompter_group.command("export")
 @click.argument("run", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--base", type=_FILE, required=True, help="The GGUF file that it was trained on.")
-@click.option("--pairs", type=_FILE, required=True, help="Its pairs: the held-out ones are judged.")
+@click.option(
+    "--pairs",
+    type=_FILE,
+    required=True,
+    help="The pairs it was trained on; the held-out ones are used here.",
+)
 @click.option("--licence", required=True, help="Name and licence of the base model.")
 @click.option(
     "--merge",
     type=click.Choice(MERGED_TYPES),
-    help="One model of that type, instead of the base as it is with an adapter.",
+    help="Write one merged model of that type, instead of the unchanged base and an adapter.",
 )
 @click.option("-o", "--output", type=OutputPath(), required=True, help="New folder.")
 @json_option
@@ -232,7 +237,7 @@ def export_command(
     output: Path,
     as_json: bool,
 ) -> None:
-    """Turn the training in the folder RUN into what `edgesd build --prompter` takes.
+    """Export the training in the folder RUN for `edgesd build --prompter`.
 
     The held-out loss is measured in llama.cpp; the export fails when it is more than 3 % worse than
     after training.
@@ -265,7 +270,7 @@ def export_command(
     type=Finite(0, min_open=True),
     default=20.0,
     show_default=True,
-    help="For one short prompt, at most.",
+    help="Time limit of one short prompt.",
 )
 @threads_option
 @json_option

@@ -15,14 +15,14 @@ from edgesd.cli.common import OutputPath, say
     "-o",
     "--output",
     type=OutputPath(),
-    help="The page, NAME.html; an older file is replaced. [default: BUNDLE-report.html, where no "
-    "page but edgesd's is replaced]",
+    help="The page, NAME.html; an older file is replaced. [default: BUNDLE-report.html, which is "
+    "replaced only if edgesd wrote it]",
 )
 def report_command(bundle: Path, output: Path | None) -> None:
     """Write an HTML page on BUNDLE: its images beside its source's, its layers, its sizes.
 
-    The page is one file that loads nothing else. Nothing is measured anew: the figures are those
-    that the build left in the bundle.
+    The page is one file that loads nothing else. Nothing is measured again: the build stored the
+    figures in the bundle.
     """
     from edgesd.pages.report import write_report
     from edgesd.runtime.bundle import open_bundle

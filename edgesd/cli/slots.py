@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.group("slots", short_help="The bundles that were deployed to this machine.")
 def slots_group() -> None:
-    """The bundles that were deployed to this machine: one is active, one is there to go back to.
+    """The bundles that were deployed to this machine: the active one, and one to go back to.
 
     They lie in ~/edgesd (EDGESD_HOME); ~/edgesd/current is the active one.
     """
@@ -25,7 +25,7 @@ def slots_group() -> None:
 @click.option("--wait", is_flag=True, help="Wait until no deploy is at work.")
 @json_option
 def show_command(wait: bool, as_json: bool) -> None:
-    """Show both."""
+    """Show both slots."""
     from edgesd.device.slots import Slots
 
     found = Slots().show(wait)
@@ -47,7 +47,7 @@ def show_command(wait: bool, as_json: bool) -> None:
 def install_command(
     manifest: str, checksum: str, signature: str | None, self_test: bool, as_json: bool
 ) -> None:
-    """Make a bundle active that was sent to ~/edgesd/objects: what `edgesd deploy` runs here.
+    """Activate a bundle that was sent to ~/edgesd/objects; `edgesd deploy` runs this command.
 
     MANIFEST, CHECKSUM: SHA-256 of its bundle.json and bundle.sha256.
     """
@@ -60,7 +60,7 @@ def install_command(
 @self_test_option
 @json_option
 def rollback_command(self_test: bool, as_json: bool) -> None:
-    """Make the other bundle active, once it is verified and has generated an image."""
+    """Activate the other bundle, once it is verified and has generated an image."""
     from edgesd.device.slots import Slots
 
     _tell(Slots().rollback(self_test, Reporter()), as_json)

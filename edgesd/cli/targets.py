@@ -9,7 +9,7 @@ from edgesd.cli.options import json_option
 
 
 @click.command("targets")
-@click.option("--detect", is_flag=True, help="Say what this machine is instead.")
+@click.option("--detect", is_flag=True, help="Describe this machine instead.")
 @json_option
 def targets_command(detect: bool, as_json: bool) -> None:
     """List the boards that edgesd builds for."""

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     help="Seconds between samples.",
 )
 @click.option(
-    "--seconds", type=Finite(0, min_open=True), help="End after so long. [default: never]"
+    "--seconds", type=Finite(0, min_open=True), help="Stop after this time. [default: never]"
 )
-@click.option("--pid", type=click.IntRange(1), help="A process whose memory is shown, too.")
+@click.option("--pid", type=click.IntRange(1), help="Also show the memory of this process.")
 @hosts_option
 @json_option
 def watch_command(
@@ -35,7 +35,7 @@ def watch_command(
     hosts: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Show what this board does: memory, clocks, temperatures, power, and what throttles it.
+    """Show memory, clocks, temperatures and power of this board, and what throttles it.
 
     By tegrastats on a Jetson, by vcgencmd on a Raspberry Pi, and by Linux's own files anywhere. A
     line per sample; with --json an object per line.

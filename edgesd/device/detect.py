@@ -130,7 +130,7 @@ def _advice(machine: Machine) -> str:
         arches = sorted({target.arch for target in list_targets()})
         if machine.arch not in arches:
             return f"edgesd runs on 64-bit systems only ({', '.join(arches)})"
-        return "no target asks for as little as it has"
+        return "every target needs more than it has"
     own = next((target for target in able if target.name == machine.target), None)
     best = own or max(able, key=lambda target: (len(target.capabilities), target.memory_bytes))
     return f"build it with --target {best.name}"

@@ -147,7 +147,7 @@ def prepare_plans(
     here = plan_environment(gpu, included.module if included else None)
     if included not in (None, here):
         _log.warning(
-            "the bundle's plans were built for %s, and this machine is %s: others are built here",
+            "the bundle's plans were built for %s, and this machine is %s: new ones are built here",
             included,
             here,
         )

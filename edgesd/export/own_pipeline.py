@@ -184,7 +184,7 @@ def _check_image(own: OwnPipeline, spec: PipelineSpec, tokenizers: Tokenizers, s
     if problem is not None:
         if not np.isfinite(theirs.samples[-1]).all():
             return
-        raise ParityError(f"{steps} steps: diffusers generates them, edgesd doesn't: {problem}")
+        raise ParityError(f"{steps} steps: diffusers runs them, edgesd doesn't: {problem}")
     size, wanted = (fed.samples[0].shape[-2:] for fed in (ours, theirs))
     if size != wanted:
         scale = spec.latent.scale_factor

@@ -214,7 +214,7 @@ def _about(bench: Bench) -> tuple[Fact, ...]:
         ("machine", f"{bench.machine.model}, {bench.machine.arch}, kernel {bench.kernel}"),
         ("power mode", bench.power_mode or None),
         ("clocks", clocks or None),
-        ("power", power or "unknown: this machine doesn't tell"),
+        ("power", power or "unknown: this machine doesn't report it"),
         ("hottest", heat),
         ("bundle", f"{bench.bundle}, {bench.precision}, for {bench.target}, {bench.backend}"),
         ("manifest", bench.manifest_sha256),

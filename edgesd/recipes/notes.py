@@ -26,7 +26,7 @@ class KeptInFp32:
 
     def __str__(self) -> str:
         return (
-            f"{self.values} values of {self.component} come near fp16's end or exceed it (up to "
+            f"{self.values} values of {self.component} come near fp16's limit or exceed it (up to "
             f"{self.largest:.2g}): they stay in fp32"
         )
 

@@ -66,7 +66,7 @@ class QuantizedBuild:
             can_pool(reference.path, component.name, wiring) for component in job.spec.components
         ):
             raise UsageError(
-                f"--pool-attention: {job.source.name} has no self-attention whose rows and columns "
+                f"--pool-attention: {job.source.name} has no self-attention whose height and width "
                 "are always even: leave it out"
             )
         self.pipeline, self.options, self.reference = job.spec.pipeline, options, reference
@@ -249,7 +249,7 @@ class QuantizedBuild:
 
 
 def _no_images(probes: Probes) -> Mapping[Layer, float]:
-    raise UsageError("budgets and floors are held by generating images: give prompts for them")
+    raise UsageError("budgets and floors are checked on images: give prompts for them")
 
 
 def _comparison(job: Job, reference: Bundle) -> Comparison | None:

@@ -149,7 +149,7 @@ async def deploy(
     # An unsigned copy takes no signature away; "" where the active bundle can't be opened.
     same = active is not None and active.manifest_sha256 == bundle.manifest_sha256
     if active and same and signature not in ("", active.signature_sha256):
-        progress.line("it is active already: bringing its signature")
+        progress.line("it is active already: sending its signature")
     elif same:
         progress.line("it is active already: verifying it there")
         try:

@@ -153,7 +153,7 @@ def kernels_for(arch: str, progress: Progress = SILENT, compiling: bool = True) 
     try:
         return build_library(arch, progress=progress)
     except EdgesdError as exc:
-        _log.warning("the board will do without edgesd's own kernels: %s", exc)
+        _log.warning("the board will run without edgesd's own kernels: %s", exc)
         return None
 
 
@@ -200,7 +200,8 @@ def _fingerprint() -> str:
 def _pip(arguments: list[str]) -> None:
     if importlib.util.find_spec("pip") is None:
         raise MissingDependencyError(
-            "wheels for the board are got by pip, which isn't installed here: give --wheels FOLDER"
+            "wheels for the board are downloaded by pip, which isn't installed here: give --wheels "
+            "FOLDER"
         )
     command = module_command("pip", "--disable-pip-version-check", "--quiet", *arguments)
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)

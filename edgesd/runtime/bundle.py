@@ -501,7 +501,7 @@ def read_manifest(path: Path, raw: bytes) -> BundleManifest:
     except InputError as exc:
         raise BundleError(f"{path}: {MANIFEST} isn't valid: {exc}") from exc
     if manifest.engines.keys() != manifest.pipeline.components.keys():
-        raise BundleError(f"{path}: {MANIFEST} has not one engine for each component")
+        raise BundleError(f"{path}: {MANIFEST} doesn't have one engine for each component")
     for name in manifest.files:
         if not is_relative_path(name):
             raise BundleError(f"{path}: {MANIFEST} lists the unsafe path {name[:200]!r}")

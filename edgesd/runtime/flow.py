@@ -12,7 +12,7 @@ from edgesd.errors import UsageError
 from edgesd.spec.pipeline import PipelineSpec, ShapeSpec
 
 GuidanceMode = Literal["batched", "sequential"]
-"""Both halves of guidance in one run of twice the rows, or one after the other in less memory."""
+"""Both halves of guidance in one run of twice the batch, or one after the other in less memory."""
 
 Per = Literal["prompt", "image", "step"]
 Role = Literal["text", "side", "denoiser", "decoder"]
@@ -117,25 +117,27 @@ _WHEN = ("once", "each_step")
 def guidance_mode(
     shape: ShapeSpec, count: int, guided: bool, fast: bool, asked: GuidanceMode | None
 ) -> GuidanceMode:
-    """How `count` images are generated in one batch: batched if `fast` and the denoiser's rows
-    allow it.
+    """How `count` images are generated at a time: batched if `fast` and the denoiser's batch allows
+    it.
 
-    asked: the mode that must be taken, None for either. Raises UsageError when the denoiser's rows,
-    or `asked`, don't allow so many images.
+    asked: the mode that must be used, None for either. Raises UsageError when the denoiser's
+    batch, or `asked`, doesn't allow so many images.
     """
-    rows: dict[GuidanceMode, int] = {"batched": 2 * count, "sequential": count}
+    batches: dict[GuidanceMode, int] = {"batched": 2 * count, "sequential": count}
     if not guided:
-        rows = {"sequential": count}
+        batches = {"sequential": count}
     fits = [
-        mode for mode, n in rows.items() if n == shape.batch or (shape.dynamic and n < shape.batch)
+        mode
+        for mode, n in batches.items()
+        if n == shape.batch or (shape.dynamic and n < shape.batch)
     ]
-    if asked and len(rows) == 2:
+    if asked and len(batches) == 2:
         fits = [mode for mode in fits if mode == asked]
     if not fits:
         most = "up to" if shape.dynamic else "exactly"
-        need = " or ".join(f"{n} ({mode} guidance)" for mode, n in rows.items())
+        need = " or ".join(f"{n} ({mode} guidance)" for mode, n in batches.items())
         raise UsageError(
-            f"this bundle's denoiser takes {most} {shape.batch} rows; {count} at a time need {need}"
-            ": change --batch or --guidance-mode"
+            f"this bundle's denoiser takes a batch of {most} {shape.batch}; {count} at a time need "
+            f"{need}: change --batch or --guidance-mode"
         )
     return fits[0] if fast else fits[-1]

@@ -106,8 +106,8 @@ def keys_file() -> Path | None:
 
 
 def trusted_keys(path: Path | None = None) -> dict[str, PublicKey] | None:
-    """Fingerprint -> key of those that this machine trusts. Empty: it trusts nobody, and runs no
-    bundle. None, where there is no such file: it runs any bundle.
+    """Trusted keys by fingerprint. Empty: no bundle runs here. None, if there is no such file: any
+    bundle runs.
 
     path: the file, instead of `keys_file`. Raises InputError for a file that can't be read, has a
     line that is no key, or that every user may change: a machine whose keys are unknown runs no
@@ -140,16 +140,16 @@ def trusted_keys(path: Path | None = None) -> dict[str, PublicKey] | None:
 def _unreadable(path: Path, error: OSError) -> InputError:
     why = error.strerror or str(error)
     return InputError(
-        f"{path}, which says whose bundles run here, can't be read ({why}): no bundle runs "
-        "until it is mended, or removed: then any does"
+        f"{path}, which says whose bundles run here, can't be read ({why}): no bundle runs until "
+        "it is repaired, or removed, after which any bundle runs"
     )
 
 
 def trust(key: PublicKey, trusted: bool = True) -> Path:
     """Add `key` to the user's trusted keys, or take it out; the file. Raises InputError.
 
-    Without the last one the file stays: the machine then trusts nobody. Whoever wants it to run any
-    bundle removes the file.
+    When the last key is taken out, the empty file stays, and no bundle runs. To let any bundle run,
+    remove the file.
     """
     path = user_keys()
     if path is None:
@@ -212,8 +212,8 @@ def check_trusted(bundle: Bundle) -> PublicKey | None:
         return None
     if not trusted:
         raise BundleError(
-            f"{keys_file()} names no key, so this machine trusts nobody and runs no bundle: edgesd "
-            "keys trust NAME.pub names one; without the file any bundle runs"
+            f"{keys_file()} lists no key, so no bundle runs here: edgesd keys trust NAME.pub adds "
+            "one; without the file any bundle runs"
         )
     names, name = ", ".join(map(str, trusted.values())), bundle.manifest.name
     found = signer(bundle)
@@ -240,7 +240,7 @@ def new_key(path: Path, passphrase: bytes | None = None) -> PublicKey:
     for file in (private, public):
         check_file_place(file)
         if file.exists():
-            raise InputError(f"{file} exists already: keys aren't written over; take another name")
+            raise InputError(f"{file} exists already: keys aren't overwritten; choose another name")
     key = ed25519.Ed25519PrivateKey.generate()
     encryption = (
         serialization.BestAvailableEncryption(passphrase)

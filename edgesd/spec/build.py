@@ -82,11 +82,11 @@ class BuildOptions(Spec, frozen=True):
         """Raise UsageError for options that contradict each other, or that nothing can build."""
         number_format(self.precision)
         if self.batch > 1 and not self.size:
-            raise UsageError("--batch fixes the rows of static graphs: give --size, too")
+            raise UsageError("--batch is for static graphs: give --size, too")
         if self.quantization.limited and self.quantization.quality_prompts == ():
             raise UsageError(
-                "--min-psnr, --max-size and --max-time are held by generating images: "
-                "leave --no-quality out"
+                "--min-psnr, --max-size and --max-time are checked on images: leave --no-quality "
+                "out"
             )
         for what in ("calibration", "quality"):
             prompts = getattr(self.quantization, f"{what}_prompts") or ()

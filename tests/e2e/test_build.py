@@ -161,7 +161,7 @@ def test_static_rows_hold_both_halves_of_guidance_or_images(demo: Path, tmp_path
     refused = run_cli(
         "generate", out, *base, "-n", 3, "--batch", 2, "--guidance-mode", "sequential"
     )
-    assert_refused(refused, "exactly 2 rows; 1 at a time need")
+    assert_refused(refused, "a batch of exactly 2; 1 at a time need")
 
 
 def test_without_the_build_extra_it_says_what_to_install(

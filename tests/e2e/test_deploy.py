@@ -204,7 +204,7 @@ def test_a_signature_is_delivered_to_the_bundle_that_is_active(
     new_key(tmp_path / "release")
     assert run_cli("keys", "sign", other.path, "--key", tmp_path / "release.key").code == 0
     outcome = deploy(server, open_bundle(other.path), "--no-self-test")
-    assert outcome.code == 0 and "bringing its signature" in outcome.err, outcome.err
+    assert outcome.code == 0 and "sending its signature" in outcome.err, outcome.err
     slots = pi.slots.show()
     assert [slot.manifest_sha256 for slot in slots] == [
         other.manifest_sha256,
@@ -228,7 +228,7 @@ def test_a_home_of_edgesd_that_the_board_sets_does_not_mislead_deploy(
 def test_a_rollback_names_boards_alone(server: Server, pi: Pi, miniature: Bundle) -> None:
     outcome = run_cli("deploy", "--rollback", miniature.path, host(server))
     assert outcome.code == 2
-    assert_refused(outcome, "name boards alone")
+    assert_refused(outcome, "give only boards")
 
 
 def test_several_boards_at_once(server: Server, pi: Pi, miniature: Bundle) -> None:

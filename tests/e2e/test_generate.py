@@ -135,13 +135,13 @@ def test_a_long_prompt_is_cut_with_a_warning(miniature: Bundle, tmp_path: Path) 
         (["-p", "x", "-n", "2", "-o", "two.png"], "one file for 2 images"),
         (
             ["-p", "x", "-n", "64", "--batch", "64"],
-            "up to 63 rows; 64 at a time need 128 (batched guidance)",
+            "up to 63; 64 at a time need 128 (batched guidance)",
         ),
         (["-p", "a\0b"], "NUL"),
         (["--prompts", "missing.txt"], "missing.txt"),
         (
             ["-p", "x", "--memory", "fast", "--max-memory", "1GB"],
-            "--memory fast is taken whatever it needs, and --max-memory chooses one that fits",
+            "--memory fast is used whatever it needs, and --max-memory chooses one that fits",
         ),
     ],
 )

@@ -267,7 +267,7 @@ class TestBuild:
 
     def test_a_target_without_plans(self, tmp_path: Path) -> None:
         outcome = run_cli("build", "demo", "--target", "raspberry-pi-5", "--on", "pi@board")
-        assert outcome.code == 2 and "raspberry-pi-5 takes none" in outcome.err
+        assert outcome.code == 2 and "raspberry-pi-5 needs none" in outcome.err
 
 
 def test_an_empty_address_is_no_address_and_nothing_is_built(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Fp16Compute(Pass):
             largest = float(np.abs(tensor.numpy()).max())
             if not largest <= MAX_FP16:
                 raise EdgesdError(
-                    f"{model.graph.name}: {name} holds {largest:.3g}, and fp16 ends at "
+                    f"{model.graph.name}: {name} holds {largest:.3g}, above fp16's "
                     f"{MAX_FP16:.0f}: build it in fp32"
                 )
         for node in model.graph:

@@ -165,4 +165,4 @@ def shared_constant(model: ir.Model, name: str, array: Array, dtype: Any = None)
 def check_opset_21(model: ir.Model) -> None:
     """Raise EdgesdError where raising the opset from 20 to 21 changes a meaning, not only types."""
     if any(node.op_type == "GroupNormalization" for node in model.graph):
-        raise EdgesdError("GroupNormalization means something else since opset 21")
+        raise EdgesdError("GroupNormalization has another meaning since opset 21")

@@ -95,7 +95,7 @@ def _check_inputs(name: str, quantized: QuantizedLayer) -> None:
     act = quantized.activations
     if act.bits == 4:
         raise EdgesdError(
-            f"{name} has 4-bit activations ({quantized.scheme}), which TensorRT hasn't: "
+            f"{name} has 4-bit activations ({quantized.scheme}), which TensorRT doesn't have: "
             "expected w8a8, w8a16, w4a16 or w4a8"
         )
     if act.mode == "dynamic" or (act.mode == "static" and act.symmetric_scale is None):

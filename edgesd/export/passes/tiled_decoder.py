@@ -66,7 +66,7 @@ class DecoderTail(Pass):
         inside = {id(out) for node in behind for out in node.outputs}
         norms = [(node, norm) for node in behind if (norm := group_norm(model, node)) is not None]
         if len({norm.groups for _, norm in norms}) != 1:
-            raise EdgesdError("the decoder has no group normalization behind its first upsampling")
+            raise EdgesdError("the decoder has no group normalization after its first upsampling")
         parts = {id(part) for node, norm in norms for part in _nodes_of(node, norm)}
         for node in behind:
             if id(node) in parts:

@@ -81,8 +81,8 @@ def sampler_of(class_name: str, config: Mapping[str, Any]) -> str:
         except InputError:
             continue
         _log.warning(
-            "the model asks for %s, which edgesd doesn't have: %s is taken, the nearest to it. "
-            "Images show the same subjects and differ in details from diffusers'; %s",
+            "the model asks for %s, which edgesd doesn't have: %s, the nearest, is used. Images "
+            "show the same subjects as diffusers' and differ in details; %s",
             class_name,
             name,
             _choice(),

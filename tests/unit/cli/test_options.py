@@ -98,7 +98,7 @@ def test_options_that_are_left_out_are_unknown() -> None:
 
 
 def test_one_of_memory_and_max_memory_may_be_given() -> None:
-    with pytest.raises(click.UsageError, match="give one of the two"):
+    with pytest.raises(click.UsageError, match="give only one of them"):
         built(run_options)("--memory", "stream", "--max-memory", "1GB")
 
 

@@ -73,7 +73,7 @@ def test_every_option_of_a_record_differs_from_its_default() -> None:
     ("change", "words"),
     [
         ({"precision": "int3"}, "unknown precision 'int3'"),
-        ({"size": None}, "--batch fixes the rows"),
+        ({"size": None}, "--batch is for static graphs"),
         ({"quantization": QuantOptions(quality_prompts=(), min_psnr=3.0)}, "leave --no-quality"),
         ({"quantization": QuantOptions(calibration_prompts=("a",) * 10_001)}, "at most 10000"),
         ({"quantization": QuantOptions(quality_prompts=("a" * 60_000,) * 99)}, "at most 10000"),

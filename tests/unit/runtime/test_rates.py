@@ -184,7 +184,7 @@ def test_the_older_name_of_profile_works_and_says_the_new_one(
     assert done.code == 0
     assert msgspec.json.decode(done.out, type=Rates) == read_rates(path)
     (line,) = done.err.splitlines()
-    assert "`edgesd calibrate` is `edgesd profile`" in line
+    assert "`edgesd calibrate` is now `edgesd profile`" in line
     listed = run_cli("--help").out
     assert "  profile " in listed and "calibrate" not in listed
 

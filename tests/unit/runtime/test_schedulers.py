@@ -511,7 +511,7 @@ def test_the_nearest_sampler_stands_in_for_one_that_there_isn_t_with_a_warning(
     config = dict(getattr(diffusers, class_name)().config) | {"_class_name": class_name}
     assert sampler_of(class_name, config) == name
     (warning,) = caplog.messages
-    assert class_name in warning and f"{name} is taken" in warning
+    assert class_name in warning and f"{name}, the nearest, is used" in warning
     assert all(known in warning.partition("--scheduler takes")[2] for known in SCHEDULERS)
     create_scheduler(name, config).set_timesteps(20)
 

@@ -130,7 +130,7 @@ def test_who_trusts_somebody_refuses_the_rest(bundle: Bundle, tmp_path: Path) ->
     assert found and found.name == "ours"
     trust(ours, trusted=False)
     assert trusted_keys() == {}
-    with pytest.raises(BundleError, match="trusts nobody"):
+    with pytest.raises(BundleError, match="so no bundle runs here"):
         check_trusted(bundle)
 
 
@@ -269,7 +269,7 @@ class TestCommands:
     def test_from_a_new_key_to_a_refusal(self, bundle: Bundle, tmp_path: Path) -> None:
         name = tmp_path / "release"
         assert run_cli("keys", "new", name).code == 0
-        assert_refused(run_cli("keys", "new", name), "aren't written over")
+        assert_refused(run_cli("keys", "new", name), "aren't overwritten")
         assert "any bundle runs here" in run_cli("keys", "list").out
         assert run_cli("keys", "trust", f"{name}.pub").code == 0
         generate = ("generate", bundle.path, "-p", "a", "--steps", "1", "-o", tmp_path / "a.png")

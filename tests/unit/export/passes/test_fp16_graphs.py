@@ -133,7 +133,7 @@ def test_without_a_sine_the_timestep_is_like_other_inputs() -> None:
 def test_weights_beyond_fp16_are_refused_by_name() -> None:
     weight = normal(64, 32)
     weight[3, 4] = 7e4
-    with pytest.raises(EdgesdError, match=r"w holds 7e\+04, and fp16 ends at 65504"):
+    with pytest.raises(EdgesdError, match=r"w holds 7e\+04, above fp16's 65504"):
         Fp16Compute()(small_unet(weight))
 
 
