@@ -40,8 +40,6 @@ BENCH_VERSION = 2
 _LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "pillow")
 _FIRST_SAMPLE_SECONDS = 15
 
-"""Told what is generated ("warm-up", "run 2"), steps done, of how many."""
-
 
 class Stats(Spec, frozen=True):
     """Of `count` values, in their own unit. p90: nearest rank. spread: the interquartile range."""

@@ -59,8 +59,6 @@ _PATIENCE_SECONDS, _POLL_SECONDS = 600, 0.2
 """How long another deploy on the same board is waited for, and how often it is looked."""
 _SHARED_MEMORY = Path("/dev/shm")
 
-"""Told of what is done ("verify"), bytes or steps, of how many."""
-
 
 class SelfTest(Spec, frozen=True):
     """The result of the generation before a switch. Seconds of wall time, loading included.

@@ -34,8 +34,6 @@ _RESAMPLES = 10_000
 _OTHER_SEEDS = 1_000_000
 """Added to a seed for the image that others are held against."""
 
-"""Told of what is generated, images done, and of how many."""
-
 
 class Interval(Spec, frozen=True):
     """A mean, and the interval that holds it with 95 % (bootstrap over short prompts, percentiles:

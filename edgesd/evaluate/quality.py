@@ -26,8 +26,6 @@ EQUAL_DB = 100.0
 _BATCH_PIXELS = 8 * 256 * 256
 _MAX_BATCH = 8
 
-"""Told of images generated, and of how many."""
-
 
 def requests_for(prompts: Sequence[str], **settings: object) -> list[Request]:
     """One request per prompt; the prompt's place, counted from 0, is its seed."""

@@ -33,7 +33,7 @@ from edgesd.runtime.footprint import prompter_bytes
 from edgesd.spec.base import Spec
 
 _HOME = "edgesd"
-"""Folder on the board, as engines.slots.home_folder says it."""
+"""Folder on the board, as device.slots.home_folder says it."""
 _PYTHONS = ((3, 10), (3, 13))
 _SPARE_BYTES = 64 << 20
 """Of the board's disk, left free."""
@@ -42,8 +42,6 @@ _SHOW_SECONDS = 900.0
 """For slots, which wait for another deploy to end."""
 _UNPACKED = 4
 """A wheel takes about so many times its size once installed."""
-
-"""Told what is sent ("runtime", "bundle"), bytes, of how many."""
 
 
 class Deployed(Spec, frozen=True):

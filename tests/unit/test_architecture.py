@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import pytest
 from edgesd.runtime.backends import backend_names
 
 ROOT = Path(__file__).resolve().parents[2]
+TREES = ("edgesd", "tests", "docs", "benchmarks", "scripts")
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "peft", "safetensors")
 
 COMPONENTS = {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
@@ -203,6 +207,32 @@ def test_no_backend_s_name_is_compared_with_outside_the_backends() -> None:
 )
 def test_a_comparison_with_a_backend_s_name_is_seen(code: str) -> None:
     assert list(backend_comparisons(ast.parse(code), {"BACKEND"}))
+
+
+def stray_strings(tree: ast.Module) -> Iterator[int]:
+    """Lines of strings that describe nothing: they follow no assignment directly."""
+    for scope in ast.walk(tree):
+        if isinstance(scope, ast.Module | ast.ClassDef | ast.FunctionDef):
+            for before, node in pairwise(scope.body):
+                alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+                named = isinstance(before, ast.Assign | ast.AnnAssign)
+                if alone and not (named and node.lineno == (before.end_lineno or 0) + 1):
+                    yield node.lineno
+
+
+def test_every_string_that_stands_alone_describes_the_name_above_it() -> None:
+    assert not {f"{name}:{line}" for name, tree in trees(()) for line in stray_strings(tree)}
+    gone = 'x = 1\n\n"""Of what is gone."""\n'
+    assert list(stray_strings(ast.parse(gone))) == [3]
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_documents_name_files_that_are_there(document: str) -> None:
+    text = (ROOT / document).read_text("utf-8")
+    tracked = {path.name for top in TREES for path in (ROOT / top).rglob("*.*")}
+    assert not {*re.findall(r"\b\w+\.(?:py|cpp|md)\b", text)} - tracked - {*os.listdir(ROOT)}
+    paths = re.findall(r"(?:edgesd|tests|docs|benchmarks|scripts)/[\w/.]*\w", text)
+    assert paths and not {path for path in paths if not (ROOT / path).exists()}
 
 
 def test_the_unit_tests_mirror_the_packages() -> None:

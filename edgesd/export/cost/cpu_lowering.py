@@ -1,6 +1,6 @@
 """What ONNX Runtime makes of a workload on a CPU: which kernels run, and what they write.
 
-It follows `backends.lower_quantized` and `lower_to_kernels`, without a graph: each operation of the
+It follows `Lowering.lower_quantized` and `lower_to_kernels`, without a graph: each operation of the
 source becomes those of the graph, which differ in what lies in memory meanwhile and in the time
 that they take.
 """

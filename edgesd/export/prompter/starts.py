@@ -44,8 +44,6 @@ OWN_BASE = "base.gguf"
 INITIAL = "initial"
 """Folder in a run's: PiSSA's adapter before training."""
 
-"""Told of weights done, and of how many."""
-
 
 @dataclass(frozen=True)
 class AdapterSettings:

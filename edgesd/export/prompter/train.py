@@ -52,8 +52,6 @@ _SAVE_SECONDS = 60.0
 Row = tuple[list[int], list[int]]
 """Token ids of the frame with the short prompt, and of the line to learn with its end."""
 
-"""Told of a phase, steps done, of how many, and the loss (NaN where there is none yet)."""
-
 
 LEARNING_RATES = {"lora": 1e-3, "adamw": 1e-4, "galore": 1e-3, "galore8bit": 1e-3, "apollo": 3e-4}
 """Defaults: of an adapter, and of all weights by optimizer."""
