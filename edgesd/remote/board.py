@@ -6,15 +6,18 @@ Paths on a board are relative to its user's home folder, POSIX.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import re
 import shlex
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, Protocol, TypeVar
 
 from edgesd import __version__
 from edgesd.errors import BoardError, InputError, LinkError, ResourceError, UsageError
+from edgesd.runtime.bundle import Bundle
 from edgesd.spec.base import decode_json
 
 _T = TypeVar("_T")
@@ -91,6 +94,18 @@ class Item(NamedTuple):
     size: int
     sha256: str
     chunks: Callable[[], Iterator[bytes]]
+
+
+def bundle_items(bundle: Bundle) -> dict[str, Item]:
+    """Every file of a bundle, by its name; its manifest is last: without it the rest is none."""
+    items = {
+        name: Item(entry.bytes, entry.sha256, partial(bundle.verified_chunks, name))
+        for name, entry in bundle.manifest.files.items()
+    }
+    for name in bundle.frame:
+        raw = b"".join(bundle.chunks(name))
+        items[name] = Item(len(raw), hashlib.sha256(raw).hexdigest(), partial(iter, [raw]))
+    return items
 
 
 ANSWER_SECONDS = 120.0

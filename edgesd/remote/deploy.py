@@ -24,7 +24,7 @@ from edgesd.errors import BoardError, TargetError
 from edgesd.files import sha256_file
 from edgesd.progress import SILENT, Progress, count_bytes
 from edgesd.remote import board as boards
-from edgesd.remote.board import Board, Item
+from edgesd.remote.board import Board, Item, bundle_items
 from edgesd.remote.wheels import BOARD_PACKAGES, cached_wheels, fitting_wheels
 from edgesd.runtime.backends import get_backend
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SIGNATURE, Bundle
@@ -142,7 +142,9 @@ async def deploy(
     sent, written = await _runtime(board, bundle, here, wheels, progress)
     state = "installed" if written else "kept"
     active = await active_slot(board)
-    items, frame = _items(bundle)
+    files = bundle_items(bundle)
+    frame = {name: files[name].sha256 for name in bundle.frame}
+    items = {item.sha256: item for item in files.values()}
     signature = frame.get(SIGNATURE, "")
     # An unsigned copy takes no signature away; "" where the active bundle can't be opened.
     same = active is not None and active.manifest_sha256 == bundle.manifest_sha256
@@ -284,20 +286,6 @@ async def _runtime(
     if not used:
         raise boards.strange(board, "du", output)
     return sent, sent + (int(used[1]) << 10)
-
-
-def _items(bundle: Bundle) -> tuple[dict[str, Item], dict[str, str]]:
-    """Every file of a bundle by its sha256; and the sha256 of those that no manifest lists."""
-    items = {
-        entry.sha256: Item(entry.bytes, entry.sha256, partial(bundle.verified_chunks, name))
-        for name, entry in bundle.manifest.files.items()
-    }
-    frame = {}
-    for name in bundle.frame:
-        raw = b"".join(bundle.chunks(name))
-        frame[name] = hashlib.sha256(raw).hexdigest()
-        items[frame[name]] = Item(len(raw), frame[name], partial(iter, [raw]))
-    return items, frame
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

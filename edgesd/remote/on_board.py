@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -30,7 +29,7 @@ from edgesd.files import (
 )
 from edgesd.progress import SILENT, Progress, count_bytes
 from edgesd.remote import board as boards
-from edgesd.remote.board import Board, Item, parse_address
+from edgesd.remote.board import Board, bundle_items, parse_address
 from edgesd.remote.ssh import connect
 from edgesd.runtime.bundle import MANIFEST, SUFFIX, Bundle, open_bundle
 from edgesd.runtime.flow import flow_of
@@ -134,7 +133,7 @@ async def _look(board: Board, target_name: str) -> FinalizeCheck:
 async def _build(
     board: Board, bundle: Bundle, root: Path, progress: Progress
 ) -> dict[str, Finalized]:
-    items = _items(bundle)
+    items = bundle_items(bundle)
     raw = b"".join(bundle.chunks(MANIFEST))
     folder = f"{_INCOMING}/{hashlib.sha256(raw).hexdigest()[:16]}"
     total = sum(item.size for item in items.values())
@@ -170,15 +169,3 @@ async def _fetch(board: Board, final: Finalized, root: Path, name: str, progress
         await board.get(final.path, total, file, count_bytes(progress, "fetch", total))
     if sha256_file(path) != final.plan.sha256:
         raise BoardError(f"{board.name}: the plan of {name} arrived damaged")
-
-
-def _items(bundle: Bundle) -> dict[str, Item]:
-    """Every file of a bundle folder, its manifest last: without it the rest is no bundle yet."""
-    items = {
-        name: Item(entry.bytes, entry.sha256, partial(bundle.verified_chunks, name))
-        for name, entry in bundle.manifest.files.items()
-    }
-    for name in bundle.frame:
-        raw = b"".join(bundle.chunks(name))
-        items[name] = Item(len(raw), hashlib.sha256(raw).hexdigest(), partial(iter, [raw]))
-    return items
