@@ -112,12 +112,20 @@ def generation_options(of: str, without: Collection[str] = ()) -> OptionGroup[Ge
 
 def scheduler_option(words: str, default: str = "the model's own") -> _Decorator:
     """--scheduler. words: what it sets."""
-    return click.option(
-        "--scheduler",
-        metavar="NAME",
-        help=f"{words}: ddim, dpmpp-2m, euler, euler-a, flow-euler, lcm or pndm. "
-        f"[default: {default}]",
-    )
+    default = f"[default: {default}]"
+
+    class Named(click.Option):
+        """Its help names all samplers, which are imported when it is shown."""
+
+        def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+            from edgesd.runtime.schedulers import SCHEDULERS
+
+            *names, last = sorted(SCHEDULERS)
+            return f"--scheduler {self.metavar}", (
+                f"{words}: {', '.join(names)} or {last}. {default}"
+            )
+
+    return click.option("--scheduler", cls=Named, metavar="NAME", help=f"{words}. {default}")
 
 
 @dataclass(frozen=True)

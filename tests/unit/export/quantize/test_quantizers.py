@@ -860,8 +860,9 @@ METHOD = Zeros
 
 def test_a_method_is_added_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "zeros.py").write_text(ZEROS)
+    before = methods.method_names()
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
-    assert methods.method_names() == ["gptq", "rtn", "svdquant", "zeros"]
+    assert methods.method_names() == sorted([*before, "zeros"])
     weight = normal(8, 40)
     layer = linear(weight)
     recorded = stats(normal(64, 40), layer)
@@ -871,7 +872,7 @@ def test_a_method_is_added_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_an_unknown_method_is_refused_with_those_there_are() -> None:
-    with pytest.raises(UsageError, match=r"magic.*gptq, rtn, svdquant"):
+    with pytest.raises(UsageError, match=f"magic.*{', '.join(methods.method_names())}"):
         get_method("magic")
 
 
