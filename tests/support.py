@@ -18,10 +18,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgesd.cli import main
-from edgesd.engines.bundle import file_entries, update_manifest, write_manifest
+from edgesd.engines.bundle import update_manifest, write_manifest
+from edgesd.files import sha256_file
 from edgesd.progress import Lines
 from edgesd.runtime.bundle import Bundle, open_bundle
-from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, Engine, Licence, Parity
+from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, Engine, FileEntry, Licence, Parity
 from edgesd.spec.pipeline import (
     ComponentSpec,
     LatentSpec,
@@ -46,6 +47,15 @@ def wait_until(done: Callable[[], object], what: str, seconds: float = PATIENCE_
     while not done():
         assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
         time.sleep(0.01)
+
+
+def file_entries(root: Path) -> dict[str, FileEntry]:
+    """What a manifest says of every file below `root`, sorted by name."""
+    return {
+        path.relative_to(root).as_posix(): FileEntry(path.stat().st_size, sha256_file(path))
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
 
 
 class Recorded(Lines):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -33,15 +33,6 @@ def engine_from_graph(graph: Graph, backend: str) -> Engine:
         kernels=graph.kernels,
         split=graph.split,
     )
-
-
-def file_entries(root: Path, leave_out: Collection[str] = ()) -> dict[str, FileEntry]:
-    """Name (relative, POSIX) -> size in bytes and sha256 of every file below `root`, sorted."""
-    return {
-        path.relative_to(root).as_posix(): FileEntry(path.stat().st_size, sha256_file(path))
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and path.relative_to(root).as_posix() not in leave_out
-    }
 
 
 def write_manifest(root: Path, manifest: BundleManifest) -> None:

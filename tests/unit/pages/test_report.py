@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgesd.engines.bundle import file_entries, pack_bundle, write_manifest
+from edgesd.engines.bundle import pack_bundle, write_manifest
 from edgesd.errors import BundleError, InputError, UsageError
 from edgesd.pages.report import SIMULATED, report_html, write_report
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, open_bundle
 from edgesd.spec.bundle import CalibrationSpec, FileEntry, LayerRecipe, QuantRecipe
 from edgesd.spec.quality import ImageQuality, Quality
-from tests.support import assert_refused, run_cli
+from tests.support import assert_refused, file_entries, run_cli
 from tests.unit.pages.outline import HOSTILE, Outline, assert_stands_alone
 
 METRIC = "multi-scale gradient distance (stands in for LPIPS)"
