@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
 import pytest
 
-from edgesd.engines.bundle import file_entries, write_manifest
+from edgesd.engines.bundle import write_manifest
 from edgesd.errors import BundleError
 from edgesd.runtime import tasks
 from edgesd.runtime.arrays import Array, Float
@@ -40,6 +40,7 @@ from edgesd.spec.pipeline import (
     DecoderSpec,
     DenoiserSpec,
     Dim,
+    Fill,
     InputSpec,
     LatentSpec,
     Part,
@@ -53,7 +54,7 @@ from edgesd.spec.pipeline import (
     Wiring,
     stable_diffusion,
 )
-from tests.support import pipeline_spec, run_cli, write_tokenizer
+from tests.support import file_entries, pipeline_spec, run_cli, write_tokenizer
 
 C, SCALE, TOKENS, STEPS = 4, 2, 77, 3
 LATENT: tuple[Dim, ...] = ("batch", C, "height", "width")
@@ -467,6 +468,17 @@ def test_a_wrong_wiring_is_refused_in_one_line(name: str, bundle: Bundle, tmp_pa
     with pytest.raises(BundleError, match=words) as caught:
         Pipeline(wrong, Settings(made_here=True), Fakes())
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("fill", get_args(Fill))
+def test_whatever_fills_an_input_has_a_shape_that_is_checked(fill: Fill, tmp_path: Path) -> None:
+    inputs = (*COMPONENTS["net"].inputs, f32("more", 1, 2, 3, 4, 5))
+    net = msgspec.structs.replace(COMPONENTS["net"], inputs=inputs)
+    parts = {"joined": (HIDDEN,), "side": (FEATURE,)}.get(fill, ())
+    wiring = denoiser(inputs=(*WIRING.denoiser.inputs, InputSpec("more", fill, parts)))
+    spec = msgspec.structs.replace(SPEC, wiring=wiring, components={**COMPONENTS, "net": net})
+    with pytest.raises(BundleError, match=r"net in the manifest has more as|not one"):
+        Pipeline(write(tmp_path / "wrong", spec), Settings(made_here=True), Fakes())
 
 
 @pytest.mark.parametrize("width", [2, 3, 1 << 20, "width"])
