@@ -503,7 +503,7 @@ def test_what_no_task_gives_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("at", "value"),
     [
-        (("denoiser", "inputs", 0, "fill"), "size_ids"),
+        (("denoiser", "inputs", 0, "fill"), "a later word"),
         (("denoiser", "inputs", 0, "parts"), [{"component": "words", "output": "hidden"}]),
         (("denoiser", "inputs", 2, "parts"), []),
         (("denoiser", "concat"), ["control"]),
