@@ -53,7 +53,7 @@ class Fp16Compute(Pass):
         graph = model.graph
         phase = self._phase(graph)
         for value in list(graph.initializers.values()):
-            self._convert_weight(graph, value, phase)
+            self._convert_weight(value, phase)
         for node in graph:
             if node in phase:
                 continue
@@ -91,7 +91,7 @@ class Fp16Compute(Pass):
                     reached.update(node.outputs)
         return found if any(node.op_type in _LAST_EXACT for node in found) else {}
 
-    def _convert_weight(self, graph: ir.Graph, value: ir.Value, phase: Collection[ir.Node]) -> None:
+    def _convert_weight(self, value: ir.Value, phase: Collection[ir.Node]) -> None:
         tensor = value.const_value
         if tensor is None or tensor.dtype != ir.DataType.FLOAT:
             return
