@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import click
 
 from edgesd.cli.common import Bytes, Finite, Size
+from edgesd.spec.base import MAX_GUIDANCE
 
 if TYPE_CHECKING:
     from edgesd.runtime.memory import MemoryMode
@@ -26,7 +27,6 @@ _Command = Callable[..., Any]
 _Decorator = Callable[[Any], Any]
 
 MAX_STEPS = 1000
-MAX_GUIDANCE = 1000
 
 
 class OptionGroup(Generic[_T]):

@@ -8,9 +8,8 @@ from typing import TypeVar
 from edgesd.errors import InputError, UsageError
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
 from edgesd.runtime.tokenizer import check_prompt
+from edgesd.spec.base import MAX_GUIDANCE
 from edgesd.spec.pipeline import PipelineSpec, check_multiple
-
-_MAX_GUIDANCE = 1000
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,9 @@ class Completion:
             width=_first(request.width, shape.width),
             scheduler=_first(request.scheduler, spec.scheduler.name),
         )
-        if not abs(found.guidance_scale) <= _MAX_GUIDANCE:
+        if not abs(found.guidance_scale) <= MAX_GUIDANCE:
             raise UsageError(
-                f"guidance must be a number of at most {_MAX_GUIDANCE}, not "
+                f"guidance must be a number of at most {MAX_GUIDANCE}, not "
                 f"{found.guidance_scale}: 1 is none, 7.5 is usual"
             )
         check_prompt(found.prompt)

@@ -37,6 +37,9 @@ Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Size = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 Pixels = Annotated[int, Meta(ge=1, le=1 << 14)]
 Number = Annotated[float, Meta(ge=-1e15, le=1e15)]
+MAX_GUIDANCE = 1000
+Guidance = Annotated[float, Meta(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)]
+"""The scale of classifier-free guidance."""
 
 _MOST_WORDS = 600
 """Characters of a message."""

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from edgesd.errors import UsageError
-from edgesd.spec.base import Pixels, Sha256, Spec, Word
+from edgesd.spec.base import Guidance, Pixels, Sha256, Spec, Word
 from edgesd.spec.scheme import Precision, number_format
 
 _MOST_PROMPTS, _LONGEST_PROMPT = 10_000, 64_000
@@ -43,7 +43,7 @@ class QuantOptions(Spec, frozen=True):
     calibration_prompts: Prompts | None = None
     quality_prompts: Prompts | None = None
     steps: Annotated[int, Meta(ge=1, le=100_000)] | None = None
-    guidance: Annotated[float, Meta(ge=-1000, le=1000)] | None = None
+    guidance: Guidance | None = None
     min_psnr: Annotated[float, Meta(ge=0, le=100)] | None = None
     max_size: Annotated[float, Meta(gt=0, le=1)] | None = None
     max_time: Annotated[float, Meta(gt=0, le=1e15)] | None = None

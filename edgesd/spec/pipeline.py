@@ -14,6 +14,7 @@ from edgesd.spec.base import (
     MOST_DIMS,
     MOST_TENSORS,
     Dim,
+    Guidance,
     Label,
     Pixels,
     RelativePath,
@@ -281,5 +282,5 @@ class PipelineSpec(Spec, frozen=True):
     latent: LatentSpec
     shape: ShapeSpec
     num_inference_steps: Annotated[int, Meta(ge=1, le=MOST_CONFIG)]
-    guidance_scale: Annotated[float, Meta(ge=-1000, le=1000)]
+    guidance_scale: Guidance
     wiring: Wiring
