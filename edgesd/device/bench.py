@@ -141,6 +141,15 @@ class Bench(Spec, frozen=True):
     images: tuple[bytes, ...] = msgspec.field(name="pictures")
     host: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what no benchmark lacks: when decoded, as an invalid value."""
+        if not self.runs or not all(run.steps for run in self.runs):
+            raise ValueError("a benchmark has runs, and each has steps")
+        if len(self.images) != len(self.runs):
+            raise ValueError("a benchmark has an image of each run")
+        if self.summary.throttled and self.summary.throttled_at is None:
+            raise ValueError("a board that was throttled was so from some time on")
+
     @property
     def title(self) -> str:
         """Where it ran."""

@@ -130,6 +130,25 @@ def test_compare(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"runs": []},
+        {"pictures": []},
+        {"runs": [{"seed": 0, "start": 0, "end": 1, "load": {}, "run": {}, "steps": []}] * 3},
+    ],
+)
+@pytest.mark.integration
+def test_a_benchmark_without_what_it_is_of_is_refused(
+    change: dict[str, object], made: Path, tmp_path: Path
+) -> None:
+    (found,) = json.loads(made.read_bytes())
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([found | change]))
+    with pytest.raises(InputError, match="isn't a file of .*: a benchmark has"):
+        read_bench(path)
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         (None, "can't be read"),
