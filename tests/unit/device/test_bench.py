@@ -173,7 +173,7 @@ def test_what_is_no_benchmark(content: bytes | None, words: str, tmp_path: Path)
         (("--html", "page.pdf"), 2, "HTML page"),
         (("--steps", "0"), 2, "steps"),
         (("--host", "a b"), 2, "isn't a board's address"),
-        (("--memory", "stream", "--max-memory", "1GB"), 2, "give one of the two"),
+        (("--memory", "stream", "--max-memory", "1GB"), 2, "give only one of them"),
     ],
 )
 def test_what_is_asked_in_the_wrong_way(
