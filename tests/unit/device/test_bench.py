@@ -144,7 +144,7 @@ def test_a_benchmark_without_what_it_is_of_is_refused(
     (found,) = json.loads(made.read_bytes())
     path = tmp_path / "x.json"
     path.write_text(json.dumps([found | change]))
-    with pytest.raises(InputError, match="isn't a file of .*: a benchmark has"):
+    with pytest.raises(InputError, match=r"isn't a file of .*: a benchmark has"):
         read_bench(path)
 
 
