@@ -35,12 +35,7 @@ def _whole(loaded: Loaded, latents: Float) -> Float:
     decoder, scale = spec.wiring.decoder, spec.latent.scale_factor
     outputs = loaded.run(decoder.component, {decoder.input: latents})
     image: Float = np.array(outputs[decoder.output], np.float32)[0]
-    expected = (3, *(scale * size for size in latents.shape[2:]))
-    if image.shape != expected:
-        raise BundleError(
-            f"{decoder.component} makes an image of the shape {list(image.shape)}, not "
-            f"{list(expected)}: build the bundle again"
-        )
+    _check_shape(f"{decoder.component} makes an image", image, 3, latents[0], scale)
     return image
 
 
@@ -51,11 +46,25 @@ def _in_parts(loaded: Loaded, split: SplitDecoder, latents: Float) -> Float:
     with loaded.part(decoder.component, split.head) as head:
         (output,) = run_once(head, {decoder.input: latents[None]}).values()
         features: Float = np.array(output, np.float32)[0]
+    what = f"the head of {decoder.component} makes features"
+    _check_shape(what, features, len(features), latents, 1)
     with loaded.part(decoder.component, split.tail) as tail:
         try:
-            return decode_tail(tail, features, scale, loaded.window)
+            image = decode_tail(tail, features, scale, loaded.window)
         except ValueError as exc:  # its tiles have other sizes than those of the features
             raise BundleError(
                 f"head and tail of {decoder.component} don't fit each other ({exc}): build the "
                 "bundle again"
             ) from exc
+    _check_shape(f"the tail of {decoder.component} makes an image", image, 3, latents, scale)
+    return image
+
+
+def _check_shape(what: str, found: Float, channels: int, latents: Float, scale: int) -> None:
+    """Raise BundleError unless what was made of latents [C, h, w] is [channels, scale h, scale w].
+    what: for the message."""
+    expected = (channels, *(scale * size for size in latents.shape[1:]))
+    if found.shape != expected:
+        raise BundleError(
+            f"{what} of the shape {list(found.shape)}, not {list(expected)}: build the bundle again"
+        )
