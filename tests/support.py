@@ -73,6 +73,22 @@ class Recorded(Lines):
         self.updates.append((task, done, total))
 
 
+class Interrupting(Recorded):
+    """Progress at which Ctrl-C is pressed, when `step` parts of a task are done."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def update(
+        self, task: str, done: int, total: int, note: str = "", *, in_bytes: bool = False
+    ) -> None:
+        """See Progress."""
+        super().update(task, done, total, note, in_bytes=in_bytes)
+        if done == self.step:
+            raise KeyboardInterrupt
+
+
 class Outcome(NamedTuple):
     """What a command line did."""
 

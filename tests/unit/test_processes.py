@@ -19,6 +19,7 @@ from edgesd.engines import kernels
 from edgesd.engines.tensorrt import BuildSpec, build_plan
 from edgesd.errors import EdgesdError
 from edgesd.processes import find_program, module_command
+from edgesd.progress import SILENT
 from edgesd.remote import wheels
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.prompter import COMMAND
@@ -91,7 +92,7 @@ def test_a_detached_benchmark_runs_nothing_of_the_current_folder(
 def test_the_self_test_of_a_slot_runs_nothing_of_the_current_folder(
     hostile: Path, miniature: Bundle
 ) -> None:
-    tested = Slots()._self_test(miniature.path, lambda what, done, total: None)
+    tested = Slots()._self_test(miniature.path, SILENT)
     assert tested.step_seconds > 0 and marks(hostile) == []
 
 

@@ -119,7 +119,7 @@ def test_targets_are_consistent(target):
     assert target.backends == (("tensorrt", "onnxruntime") if nvidia else ("onnxruntime",))
     assert any(name.startswith("sm_") for name in target.capabilities) == nvidia
     assert bool(target.module_ids) == jetson
-    assert get_target(target.name) is target
+    assert get_target(target.name) == target
     assert msgspec.json.decode(msgspec.json.encode(target), type=Target) == target
 
 

@@ -687,6 +687,7 @@ def two_encoders(export: ExportSpec) -> tuple[ExportSpec, Denoiser]:
             ),
             "noise",
         ),
+        tokenizers=export.pipeline.wiring.tokenizers,
         decoder=DecoderSpec("decoder", "z", "pixels"),
         zero_negative=True,
     )

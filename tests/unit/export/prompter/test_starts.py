@@ -36,7 +36,8 @@ from edgesd.export.prompter.loftq import loftq, random_like  # noqa: E402
 from edgesd.export.prompter.pairs import PairSet, write_pairs  # noqa: E402
 from edgesd.export.prompter.starts import OWN_BASE, AdapterSettings, begin  # noqa: E402
 from edgesd.export.prompter.train import Training, train  # noqa: E402
-from tests.support import assert_refused, run_cli  # noqa: E402
+from edgesd.progress import SILENT  # noqa: E402
+from tests.support import Interrupting, assert_refused, run_cli  # noqa: E402
 from tests.unit.export.prompter.test_training import (  # noqa: E402, F401
     IDS,
     LORA,
@@ -156,7 +157,7 @@ def test_loftq_starts_nearer_to_the_model_than_its_rounded_base(
     tmp_path: Path,
 ) -> None:
     settings = AdapterSettings(16, 32, "loftq-gguf", "Q4_0", 5)
-    started = begin(small[0], tmp_path, settings, lambda done, total: None)
+    started = begin(small[0], tmp_path, settings, SILENT)
     layout = Layout(started.file)
     away = {}
     with torch.no_grad():
@@ -170,9 +171,9 @@ def test_loftq_starts_nearer_to_the_model_than_its_rounded_base(
 def test_loftq_of_what_lies_on_the_grid(small: tuple[Path, Any], tmp_path: Path) -> None:  # noqa: F811
     settings = AdapterSettings(4, 8, "loftq-gguf", "Q8_0")
     with pytest.raises(InputError, match="is Q8_0 already"):
-        begin(small[0], tmp_path, settings, lambda done, total: None)
+        begin(small[0], tmp_path, settings, SILENT)
     with pytest.raises(InputError, match="LoftQ writes a GGUF file"):
-        begin(tmp_path, tmp_path, settings, lambda done, total: None)
+        begin(tmp_path, tmp_path, settings, SILENT)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -183,7 +184,7 @@ def test_what_needs_a_gpu_says_so(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(MissingDependencyError, match="use loftq-gguf"):
-        begin(small[0], tmp_path, AdapterSettings(4, 8, "loftq"), lambda done, total: None)
+        begin(small[0], tmp_path, AdapterSettings(4, 8, "loftq"), SILENT)
     pytest.importorskip("apollo_torch")
     with pytest.raises(MissingDependencyError, match="use galore or apollo"):
         train(base, pairs, "x", tmp_path, Training(None, "galore8bit", steps=1))
@@ -208,7 +209,7 @@ def test_a_pissa_adapter_fits_the_base_as_it_was(
 
     settings = AdapterSettings(4, 8, "pissa")
     (tmp_path / "a").mkdir()
-    started = begin(base, tmp_path / "a", settings, lambda done, total: None)
+    started = begin(base, tmp_path / "a", settings, SILENT)
     plain = load_base(base)
     ids = IDS % 10
     with torch.no_grad():
@@ -249,12 +250,8 @@ def test_all_weights_learn_and_an_interrupted_run_ends_the_same(
         assert whole.state_bytes < 8 * whole.trained_parameters
     monkeypatch.setattr(training_module, "_SAVE_SECONDS", 0.0)
 
-    def interrupt(phase: str, done: int, total: int, loss: float) -> None:
-        if done == 4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(base, pairs, "x", tmp_path / "cut", training, interrupt)
+        train(base, pairs, "x", tmp_path / "cut", training, Interrupting(4))
     again = train(base, pairs, "x", tmp_path / "cut", training)
     assert again.loss_after == pytest.approx(whole.loss_after, abs=1e-6)
     assert (again.loss_before, again.state_bytes) == (whole.loss_before, whole.state_bytes)

@@ -41,7 +41,7 @@ from edgesd.export.prompter.train import (  # noqa: E402
     TrainingReport,
     train,
 )
-from tests.support import assert_refused, run_cli  # noqa: E402
+from tests.support import Interrupting, Recorded, assert_refused, run_cli  # noqa: E402
 from tests.unit.runtime.test_prompter import smollm2  # noqa: E402
 
 pytestmark = pytest.mark.integration
@@ -95,11 +95,12 @@ def model(vocabulary: int) -> Any:
 # Training
 
 
-def test_the_loss_falls_and_is_told(base: Path, pairs: PairSet, tmp_path: Path) -> None:
-    seen = []
-    report = train(base, pairs, "x", tmp_path / "run", TRAINING, lambda *step: seen.append(step))
+def test_the_loss_falls_and_progress_is_shown(base: Path, pairs: PairSet, tmp_path: Path) -> None:
+    progress = Recorded()
+    report = train(base, pairs, "x", tmp_path / "run", TRAINING, progress)
     assert report.loss_after < report.loss_before
-    assert [step[1] for step in seen] == list(range(1, 7)) and seen[0][2] == 6
+    steps = [(done, total) for _, done, total in progress.updates]
+    assert steps == [(done, 6) for done in range(1, 7)]
     assert read_report(tmp_path / "run") == report
     assert not (tmp_path / "run" / STATE).exists()
     assert report.held_pairs == len(pairs.held) and report.training_pairs == len(pairs.training)
@@ -111,12 +112,8 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_end(
     whole = train(base, pairs, "x", tmp_path / "whole", TRAINING)
     monkeypatch.setattr(training_module, "_SAVE_SECONDS", 0.0)
 
-    def interrupt(phase: str, done: int, total: int, loss: float) -> None:
-        if done == 4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(base, pairs, "x", tmp_path / "cut", TRAINING, interrupt)
+        train(base, pairs, "x", tmp_path / "cut", TRAINING, Interrupting(4))
     with pytest.raises(InputError, match="a run of another base, data or settings"):
         train(base, pairs, "y", tmp_path / "cut", TRAINING)
     again = train(base, pairs, "x", tmp_path / "cut", TRAINING)
