@@ -192,9 +192,7 @@ def write(root: Path, spec: PipelineSpec) -> Bundle:
 
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    monkeypatch.setitem(
-        tasks.TASKS, "text", Task(prepare, frozenset(("mask", "masked", "control")))
-    )
+    monkeypatch.setitem(tasks.TASKS, "text", TASK)
     return write(tmp_path / "bundle", SPEC)
 
 
@@ -216,6 +214,9 @@ def prepare(
     first = requests[0]
     latents = noise((len(requests), C, first.height // SCALE, first.width // SCALE))
     return Start(latents * np.float32(scheduler.init_noise_sigma), given=images_of(requests))
+
+
+TASK = Task(prepare, frozenset(("mask", "masked", "control")))
 
 
 def words(inputs: Mapping[str, Any]) -> dict[str, Array]:

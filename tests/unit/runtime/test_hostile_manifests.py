@@ -19,6 +19,7 @@ from edgesd.device.slots import Slots
 from edgesd.engines.bundle import update_manifest
 from edgesd.errors import BundleError, EdgesdError, InputError
 from edgesd.files import sha256_file
+from edgesd.runtime import tasks
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, checksum_line, open_bundle
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.prompter import read_prompter
@@ -34,6 +35,7 @@ from edgesd.spec.bundle import (
 )
 from edgesd.spec.quality import ImageQuality, Quality
 from tests.support import assert_refused, run_cli
+from tests.unit.runtime import test_flow as fakes
 
 QUICK, MANY = 120, 5000
 MOST_PIXELS, MOST_STEPS = 1 << 16, 50
@@ -227,6 +229,30 @@ def test_many_mutated_manifests_work_or_are_refused(forge: Forge) -> None:
     counts = count_mutations(forge, range(QUICK, QUICK + MANY))
     print(counts)
     assert sum(counts.values()) == MANY
+
+
+def test_mutated_wirings_work_or_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two encoders, sides and what tasks give: the rich wiring of the fakes."""
+    monkeypatch.setitem(tasks.TASKS, "text", fakes.TASK)
+    forge = Forge(fakes.write(tmp_path / "bundle", fakes.SPEC).path, {})
+    manifest = json.loads((forge.folder / MANIFEST).read_bytes())
+    where = [path for path in places(manifest) if path[:2] == ("pipeline", "wiring")]
+    counts = {"refused": 0, "generated": 0}
+    for seed in range(2 * QUICK):
+        raw = mutated(manifest, where, random.Random(seed))
+        try:
+            bundle = open_bundle(forge.write(raw))
+            with Pipeline(bundle, Settings(made_here=True), fakes.Fakes()) as pipeline:
+                pipeline.generate([Request("a", 1), Request("b", 2)])
+            counts["generated"] += 1
+        except EdgesdError as exc:
+            assert len(str(exc).splitlines()) == 1, exc
+            counts["refused"] += 1
+        except BaseException as exc:
+            raise AssertionError(f"seed {seed}: {raw[:3000]!r}") from exc
+    assert all(counts.values()), counts
 
 
 def at(*path: Any) -> Callable[[dict[str, Any], Any], None]:
