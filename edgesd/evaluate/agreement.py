@@ -1,4 +1,4 @@
-"""Do an image and a text agree? By CLIP where its weights are at hand, else by a small judge.
+"""Do an image and a text agree? Judged by CLIP if its weights are there, else by a small model.
 
 CLIP score: 100 times the cosine of CLIP's embeddings of image and text, at least 0 (Hessel et al.
 2021, arXiv 2104.08718, eq. 1, with the factor of 100 that has become usual). The small judge is of

@@ -1,4 +1,5 @@
-"""Workstation side: from a diffusers pipeline to checked ONNX graphs. torch lives here only.
+"""Workstation side: from a diffusers pipeline to checked ONNX graphs. Only this package imports
+torch.
 
 Importing this package costs nothing heavy: torch, diffusers, transformers and onnx are imported
 when a model is exported. Entry points: `edgesd.export.source.resolve_source` and

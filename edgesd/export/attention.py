@@ -41,7 +41,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, causa
 
 
 class Processor:
-    """What diffusers' AttnProcessor2_0 does, through `attend`."""
+    """Computes what diffusers' AttnProcessor2_0 does, through `attend`."""
 
     def __init__(self, lowering: Lowering) -> None:
         self.attend = _ATTEND[lowering]
@@ -135,7 +135,7 @@ _ATTEND: dict[Lowering, Any] = {"ort-mha": multi_head_attention, "sdpa": _attend
 
 
 def _mha_op() -> onnxscript.values.Op:
-    """The contrib operator, as far as it is used here: onnx itself has no schema for it."""
+    """The parts of the contrib operator that are used here; onnx has no schema for it."""
     schema = onnx.defs.OpSchema
     kinds = schema.AttrType
     return onnxscript.values.Op(

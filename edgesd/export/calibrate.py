@@ -150,7 +150,7 @@ class CalibrationSettings:
     first_seed: int = 1 << 20
 
     def spec(self) -> CalibrationSpec:
-        """As the bundle's manifest has it."""
+        """The settings as the bundle's manifest has them."""
         return CalibrationSpec(
             prompts=len(self.prompts),
             prompts_sha256=hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
@@ -162,7 +162,7 @@ class CalibrationSettings:
         )
 
     def request(self, index: int) -> CompleteRequest:
-        """That of a prompt."""
+        """The request of a calibration prompt."""
         return CompleteRequest(
             prompt=self.prompts[index],
             seed=self.first_seed + index,
@@ -372,7 +372,7 @@ class _Calibrating:
                     raise EdgesdError(f"{stage.component}: a {stage.role} can't be calibrated")
 
     def _encode(self, stage: Stage) -> dict[Part, Float]:
-        """What a text encoder makes of the empty prompt and all others, row by row."""
+        """Encode the empty prompt and all others with a text encoder, one by one."""
         wiring = self.export.pipeline.wiring
         text = next(text for text in wiring.texts if text.component == stage.component)
         tokenizer = self.tokenizers[text.tokenizer]
@@ -434,7 +434,7 @@ class _Calibrating:
     def _run_each(
         self, stage: Stage, inputs: Sequence[Mapping[str, Array]], labels: Sequence[str]
     ) -> list[Float]:
-        """Run a component once for each of `inputs`, recording; its outputs, one row for each."""
+        """Run a component once for each of `inputs`, recording; its outputs, one for each."""
 
         def run(runner: TorchRunner, index: int, recorder: _StatsRecorder) -> list[Float]:
             outputs = run_once(runner, inputs[index])

@@ -1,4 +1,4 @@
-"""CLIP behind `edgesd.evaluate.agreement`: by transformers, from a folder that it saved."""
+"""CLIP for `edgesd.evaluate.agreement`, by transformers, from a folder that it saved."""
 
 from __future__ import annotations
 

@@ -141,15 +141,15 @@ def _replace_encoder(
 
 
 def _embedding(ids: npt.NDArray[np.int64], width: int) -> Float:
-    """What stands in for text embeddings [rows, tokens, width]: differs from prompt to prompt."""
+    """A stand-in for text embeddings [batch, tokens, width], which differs between prompts."""
     waves = np.arange(1, width + 1, dtype=np.float32) / width
     found: Float = np.sin(ids[..., None].astype(np.float32) * waves)
     return found
 
 
 def _predict(wiring: Wiring, given: Mapping[str, Float], fed: _Fed) -> Float:
-    """What stands in for the denoiser: notes its inputs, takes all of them in, row by row, and is
-    of limited size."""
+    """A stand-in for the denoiser: notes its inputs, depends on all of them, and is of limited
+    size."""
     by_fill = {one.fill: given[one.name] for one in wiring.denoiser.inputs}
     sample = by_fill["sample"]
     fed.samples.append(sample.copy())

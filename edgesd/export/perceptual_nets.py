@@ -1,4 +1,4 @@
-"""The networks behind `edgesd.evaluate.perceptual`, in plain torch, and where their weights are."""
+"""The networks of `edgesd.evaluate.perceptual`, in plain torch, and where their weights are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A component's torch source behind the runner protocol: calibration runs the device's own loop."""
+"""A component's torch source as a runner, so that calibration runs the device's own loop."""
 
 from __future__ import annotations
 

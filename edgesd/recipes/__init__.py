@@ -212,7 +212,7 @@ def _prepare(
 
 
 def _check_pooling(options: BuildOptions, lowering: Lowering) -> None:
-    """Raise UsageError where pooled attention can't be had, or nobody would see what it loses."""
+    """Raise UsageError where pooled attention isn't possible, or its loss wouldn't be measured."""
     from edgesd.export.backends import all_lowerings
 
     reason = None

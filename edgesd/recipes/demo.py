@@ -18,7 +18,7 @@ def demo_judge() -> Path | None:
 
 
 def demo_model() -> Path:
-    """Folder of the embedded pipeline. Raises InputError where it isn't at hand."""
+    """Folder of the embedded pipeline. Raises InputError where it isn't there."""
     folder = _MODELS / "emoji"
     if not (folder / "model_index.json").is_file():
         raise InputError(

@@ -40,7 +40,7 @@ def protect_fp16_overflows(bundle: Bundle, prompt: str) -> Largest:
     """Rewrite the graphs of a bundle folder whose values exceed `LIMIT` in an image of `prompt`;
     those values, and how large they were.
 
-    The folder is one that nobody else sees yet; its manifest must be written anew.
+    The folder isn't visible to others yet; its manifest must be written anew.
     """
     largest = record(bundle, prompt)
     beyond: Largest = {}

@@ -1,4 +1,4 @@
-"""Prompts for models that bring none: scenes of many kinds."""
+"""Prompts for models without their own: scenes of many kinds."""
 
 from __future__ import annotations
 

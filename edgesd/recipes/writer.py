@@ -40,7 +40,7 @@ class Identity:
 
 
 class BundleWriter:
-    """The manifest of the bundle folder `root`, which nobody else sees yet.
+    """The manifest of the bundle folder `root`, which isn't visible to others yet.
 
     What is known of the bundle is put in as it becomes known; `write` writes the manifest of all
     that, with the files that are in `root` then. engines: by component.

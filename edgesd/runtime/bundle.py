@@ -48,7 +48,7 @@ OnBytes = Callable[[int], None]
 
 
 class OpenFile:
-    """A regular file that is open for reading, until nobody refers to it any more.
+    """A regular file, open for reading as long as this object is referenced.
 
     What was hashed is what is read and mapped later, wherever the file's name leads by then.
     """
@@ -68,18 +68,17 @@ class OpenFile:
             os.close(self._fd)
 
     def fileno(self) -> int:
-        """The descriptor."""
+        """The file descriptor."""
         return self._fd
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return os.fstat(self._fd).st_size
 
     @property
     def identity(self) -> tuple[int, ...]:
-        """Equal as long as it is the same file and nobody writes into it, as far as its times
-        tell."""
+        """Equal as long as it is the same file and, by its times, unchanged."""
         found = os.fstat(self._fd)
         times = (found.st_mtime_ns, found.st_ctime_ns)
         return (found.st_dev, found.st_ino, found.st_size, *times)
@@ -257,7 +256,7 @@ class Bundle:
 
     @property
     def manifest_sha256(self) -> str:
-        """Of bundle.json: it stands for the whole bundle."""
+        """SHA-256 of bundle.json, which identifies the whole bundle."""
         return hashlib.sha256(self._frame[MANIFEST]).hexdigest()
 
     @property
@@ -267,7 +266,7 @@ class Bundle:
 
     @property
     def frame(self) -> tuple[str, ...]:
-        """Names of the files that the manifest doesn't list: what it is found by."""
+        """Names of the files that the manifest doesn't list: itself, its checksum and signature."""
         return tuple(name for name in (CHECKSUM, SIGNATURE, MANIFEST) if name in self._frame)
 
     def framed(self, name: str) -> bytes:

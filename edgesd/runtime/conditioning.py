@@ -1,4 +1,4 @@
-"""Prompts to what the text encoders make of them, encoder by encoder."""
+"""Encodes prompts, text encoder by text encoder."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Encoded = Mapping[Part, Float]
 """Output of a text encoder -> its values [B, ...]."""
 
 Run = Callable[[str, Mapping[str, Array]], Mapping[str, Array]]
-"""Runs one component on inputs of one row: its outputs, which are copied from there."""
+"""Runs one component on inputs of batch 1 and returns its outputs, which the caller copies."""
 
 
 class Conditioned(NamedTuple):
-    """What prompts became. `negative` is None without guidance."""
+    """The encoded prompts of a batch. `negative` is None without guidance."""
 
     positive: Encoded
     negative: Encoded | None
 
 
 class Prompts:
-    """Encodes prompts, and keeps what they became until `keep` or `forget`.
+    """Encodes prompts, and caches the results until `keep` or `forget`.
 
     truncations: of every prompt that was too long for an encoder, what was cut.
     """
@@ -79,8 +79,8 @@ class Prompts:
         return {name: np.array(values, np.float32) for name, values in outputs.items()}
 
     def _joined(self, prompts: Sequence[str | None], like: str) -> Encoded:
-        """All outputs of all encoders, a row for each prompt; zeros, as of the prompt `like`, for
-        None."""
+        """All outputs of all encoders for a batch of prompts; for None zeros, shaped as for the
+        prompt `like`."""
         joined: dict[Part, Float] = {}
         for text in self._texts:
             for name, values in self._known[like, text.component].items():

@@ -142,7 +142,7 @@ def denoise(
 
 
 def with_sides(wiring: Wiring, start: Start, run: Run, done: Callable[[str], None]) -> Start:
-    """`start` with what the sides that run once make of what it gives, image by image. run, done:
+    """`start` with the outputs of the sides that run once, image by image. run, done:
     see conditioning.Prompts."""
     given = dict(start.given)
     for side in wiring.sides:
@@ -198,8 +198,8 @@ def _networks(
     given: Given,
     guidance_scale: float,
 ) -> list[_Network]:
-    """Sides that run at each step, and the denoiser behind them. runs: of a step, each with the
-    halves that its rows are conditioned on."""
+    """Sides that run at each step, then the denoiser. runs: of a step, each with the halves of
+    guidance that its batch is conditioned on."""
 
     def fixed(runner: Runner, one: InputSpec, halves: Sequence[Encoded]) -> Array | None:
         if one.fill == "joined":

@@ -48,10 +48,10 @@ class DeviceMemory(Protocol):
         """A zeroed buffer. It lives until `close`."""
 
     def upload(self, buffer: Buffer) -> None:
-        """Let work that follows on the stream see what is in `buffer.host` now."""
+        """Copy `buffer.host` to the GPU, before the work that follows on the stream."""
 
     def download(self, buffer: Buffer) -> None:
-        """Bring what work on the stream leaves in the buffer to its host side."""
+        """Copy the buffer to its host side, after the work on the stream so far."""
 
     def stream(self) -> int:
         """The handle that `execute_async_v3` takes."""
@@ -181,7 +181,7 @@ class CudaBindingsMemory(Closeable):
         self._graphs, self._device, self._host, self._stream = [], [], [], None
 
     def _check(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What a call returned after its status. Raises ResourceError or TargetError."""
+        """The results of a call, without its status. Raises ResourceError or TargetError."""
         status, *values = result
         if int(status):
             _, words = self._rt.cudaGetErrorString(status)

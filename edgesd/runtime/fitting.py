@@ -33,7 +33,7 @@ from edgesd.spec.pipeline import ShapeSpec
 @dataclass(frozen=True)
 class Batch:
     """Images that are generated at a time. height, width: in pixels. guided: with guidance, which
-    takes two rows of the denoiser for each image. previews: whether unfinished ones are decoded."""
+    doubles the denoiser's batch. previews: whether unfinished images are decoded."""
 
     height: int
     width: int
@@ -44,7 +44,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that may be taken. limit: by the whole process, mapped weights included (--max-memory);
+    """Bytes that may be used. limit: by the whole process, mapped weights included (--max-memory);
     without one, what is free counts. free: what the machine can still give; None where it isn't
     known. taken: of a need, what the process has already. mapped: whether weights in their file
     count, too, which the system may take back."""
@@ -67,7 +67,7 @@ class Fit:
 
 
 def images_per_run(shape: ShapeSpec, guided: bool) -> int:
-    """Images that a bundle with a fixed number of rows generates at a time; 1 where it isn't."""
+    """Images that a bundle of a fixed batch generates at a time; 1 for other bundles."""
     if shape.dynamic:
         return 1
     return shape.batch // 2 if guided and shape.batch % 2 == 0 else shape.batch
@@ -79,7 +79,7 @@ def unimported_bytes(backends: Iterable[Backend]) -> int:
 
 
 def process_bytes(backends: Collection[Backend]) -> int:
-    """What this process takes without any component, backends included."""
+    """Memory of this process without any component, backends included."""
     for_good = sum(backend.process_bytes for backend in backends)
     return resident_bytes() + unimported_bytes(backends) + for_good
 
@@ -96,7 +96,7 @@ def bundle_costs(
     process: int,
     whole: Collection[str] = (),
 ) -> Costs:
-    """What a bundle's networks take; of bundles that don't say it, an estimate that is rather too
+    """Memory of a bundle's networks; for bundles without footprints an estimate that is rather too
     large. own_kernels: whether a component's graph for edgesd's own kernels is run. whole: the
     components that aren't split."""
 
@@ -144,7 +144,8 @@ class Fitting:
         return None
 
     def generation(self, batch: Batch, memory: MemoryMode) -> Generation:
-        """What a batch takes at a time in a memory mode. Raises UsageError as `guidance_mode`."""
+        """The sizes that a batch's memory depends on, in a memory mode. Raises UsageError as
+        `guidance_mode`."""
         spec = self.costs.pipeline
         scale, fast = spec.latent.scale_factor, memory == "fast"
         mode = guidance_mode(spec.shape, batch.count, batch.guided, fast, self.guidance)
@@ -178,7 +179,7 @@ class Fitting:
         return max(0, held - self.budget.taken)
 
     def _weights_kept(self, need: Need, mode: MemoryMode) -> dict[str, int]:
-        """What is left of the limit keeps weights mapped."""
+        """Bytes of weights that may stay mapped within the limit."""
         limit = self.budget.limit
         if limit is None or mode != "stream":
             return {}
@@ -188,7 +189,7 @@ class Fitting:
         }
 
     def least(self, batch: Batch) -> tuple[MemoryMode, int]:
-        """The mode that takes least, and the bytes that would do for it."""
+        """The mode that needs least, and the bytes it needs."""
         found = {
             mode: self._required(self.costs.need(mode, self.generation(batch, mode), min(WINDOWS)))
             for mode in self._modes
@@ -197,7 +198,7 @@ class Fitting:
         return mode, found[mode]
 
     def _shortage(self, batch: Batch) -> str:
-        """Why nothing fits, and what would: each is tried."""
+        """Why nothing fits, and which changes would make it fit; each is tried."""
         ways = list(self._ways(batch))
         needed = -(-self.least(batch)[1] // 10**6)
         several = f", {batch.count} at a time," if batch.count > 1 else ""

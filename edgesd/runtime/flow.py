@@ -28,7 +28,7 @@ class Stage:
     per: Per
 
     def rows(self, count: int, guided: bool, mode: GuidanceMode) -> int:
-        """Rows of one run, where `count` images are generated at a time."""
+        """Batch of one run, if `count` images are generated at a time."""
         if self.per != "step":
             return 1
         return 2 * count if guided and mode == "batched" else count
@@ -82,7 +82,7 @@ class Flow:
 
     @property
     def loop(self) -> tuple[Stage, ...]:
-        """What runs at each step: sides, and the denoiser behind them."""
+        """What runs at each step: the sides, then the denoiser."""
         return tuple(stage for stage in self.stages if stage.per == "step")
 
     def stage(self, component: str) -> Stage | None:

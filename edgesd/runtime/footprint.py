@@ -1,7 +1,7 @@
-"""What generating images takes in memory: the estimate of `plan`, `build`, `deploy`, `generate`.
+"""Estimates the memory of generating images, for `plan`, `build`, `deploy` and `generate`.
 
-A Footprint says what one graph takes (spec.bundle.Footprint); `Costs` adds graphs up for a memory
-mode, a size, a number of images at a time and the denoiser's rows. All figures are bytes.
+A Footprint is the memory of one graph (spec.bundle.Footprint); `Costs` adds graphs up for a memory
+mode, a size, a number of images at a time and the denoiser's batch. All figures are bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROGRAM_BYTES = 14 << 20
 """What `edgesd generate` loads besides: Click, Pillow, the board's description."""
 
 HEADROOM_BYTES = 64 << 20
-"""Left for others where a mode is chosen by what is free."""
+"""Left for other programs where a mode is chosen by free memory."""
 
 _PROMPTER_BYTES = 80 << 20
 """Of a prompter's process, besides its files (measured: 72 MB)."""
@@ -35,14 +35,14 @@ _TEXT_COPIES = 10
 """Of a prompt's embedding, both halves of guidance (measured with 16 images at a time)."""
 
 _MARGIN = 0.13
-"""What estimates were too low by at most, as a part of what generating adds to the process."""
+"""Largest error of estimates that were too low, relative to what generating adds to the process."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What is generated at a time. height, width: of the latents; scale: pixels of a latent; count:
-    images; rows: of the denoiser's runs; text_values: of one prompt's embedding; previews:
-    whether unfinished images are decoded, while the denoiser is loaded."""
+    """Sizes that the memory of generating depends on. height, width: of the latents; scale: pixels
+    of a latent; count: images; rows: the denoiser's batch; text_values: of one prompt's embedding;
+    previews: whether unfinished images are decoded, while the denoiser is loaded."""
 
     height: int
     width: int
@@ -66,7 +66,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Part:
-    """A component as one generation takes it. resident: while it is loaded and computes, without
+    """Memory of one component. resident: while it is loaded and computes, without
     the process. in_file: of that, what lies in the bundle's file and can be read again from there,
     so that the system may take it back. loaded: what stays when it doesn't compute; workspace: of
     its kernels, which components share one after another."""
@@ -88,7 +88,7 @@ class Need:
 
 
 def computing(footprint: Footprint, units: int) -> tuple[int, int]:
-    """Activations and workspace of a run of `units`: rows times height times width of the input.
+    """Activations and workspace of a run of `units`: batch times height times width of the input.
 
     Between sizes that were traced in proportion; beyond, as of the largest.
     """
@@ -150,7 +150,7 @@ def decoder_in_parts(
 
 
 def with_margin(estimate: int, process: int) -> int:
-    """What a generation surely stays below: for limits that must hold."""
+    """An upper bound of the memory of generating, for limits that must hold."""
     return estimate + int(_MARGIN * max(0, estimate - process))
 
 
@@ -180,7 +180,7 @@ class Costs:
     process: int
 
     def need(self, mode: MemoryMode, generation: Generation, window: int = max(WINDOWS)) -> Need:
-        """Memory of a generation in a mode. window: side in latents of a streamed decoder's
+        """Memory of generating in a mode. window: side in latents of a streamed decoder's
         tiles."""
         flow = flow_of(self.pipeline)
         groups = [
@@ -190,7 +190,7 @@ class Costs:
         return together(groups, self.process + generation.kept_bytes, mode, generation.previews)
 
     def loaded(self, components: Iterable[str], streamed: bool) -> int:
-        """What components take once they are loaded: their weights, at least."""
+        """Memory of components once they are loaded: their weights, at least."""
         found = [self.footprints[name] for name in components if name in self.footprints]
         return sum(each.graph + (each.streamed if streamed else each.weights) for each in found)
 
@@ -207,7 +207,7 @@ class Costs:
 
 
 def units_of(stage: Stage, generation: Generation) -> int:
-    """What a run of a stage is measured in (`computing`): 1 for a prompt."""
+    """Units of one run of a stage, for `computing`; 1 for a prompt."""
     if stage.per == "prompt":
         return 1
     rows = generation.rows if stage.per == "step" else 1
@@ -217,8 +217,8 @@ def units_of(stage: Stage, generation: Generation) -> int:
 def together(
     groups: Sequence[Mapping[str, Part]], base: int, mode: MemoryMode, previews: bool = False
 ) -> Need:
-    """All components of a generation. groups: those that are loaded together, in order of their
-    runs. base: what the process takes without any. previews: whether the last group also runs
+    """All components together. groups: those that are loaded together, in order of their
+    runs. base: of the process without any. previews: whether the last group also runs
     beside the one before it, on unfinished images."""
     if mode == "fast":
         parts = {name: part for group in groups for name, part in group.items()}
@@ -236,6 +236,6 @@ def together(
 
 
 def _at_once(parts: Collection[Part]) -> int:
-    """Of parts that are loaded together, and run one after another."""
+    """Memory of parts that are loaded together, and run one after another."""
     loaded = sum(part.loaded for part in parts) + max(part.workspace for part in parts)
     return max(loaded, *(part.resident for part in parts))

@@ -1,4 +1,4 @@
-"""Makes a list of images and writes them, with how they were made in each file."""
+"""Generates images and writes them; each file says how it was made."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".a
 
 _MOST_PROMPTS = 100_000
 _MOST_IMAGES = 1_000_000
-"""Of one run: each is planned before the first is generated."""
+"""In one run, which plans all images before the first is generated."""
 
 _NUMBERED = re.compile(r"(\d{3,9})-.*\.png", re.IGNORECASE)
 
@@ -115,7 +115,7 @@ def make_images(
     nothing is; or an open file for one image. preview_every: every so many steps, decode the
     unfinished latents into NAME.preview.png (0: never), or the next free name; it goes when the
     image is there, or the work is interrupted. on_step gets the index of the batch's first
-    image, and the step. on_note: told what the user should know.
+    image, and the step. on_note: called with messages for the user.
     Raises what `check_output` raises and UsageError for bad values before anything is run. A
     image that can't be written then is kept elsewhere, and the error says where.
     """
@@ -205,8 +205,8 @@ def _write_out(content: bytes, out: BinaryIO, request: CompleteRequest) -> Saved
 
 
 class _Previews:
-    """Unfinished images beside those that they become. Only what was written here is replaced or
-    removed: a file of the user's may have the same name, or take it meanwhile."""
+    """Preview files of unfinished images, beside their final places. Only what was written here is
+    replaced or removed: a file of the user's may have the same name, or take it meanwhile."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
@@ -215,7 +215,7 @@ class _Previews:
         self._failed = False
 
     def show(self, image: Image.Image, path: Path) -> None:
-        """Write `image` for the image `path`. What fails costs the preview, not the image."""
+        """Write `image` as the preview of `path`. A failure costs the preview, not the image."""
         if self._failed:
             return
         content = png_bytes(image, {})
@@ -251,7 +251,7 @@ class _Previews:
             return None
 
     def remove(self, path: Path) -> None:
-        """The image `path` is there."""
+        """Remove the preview of `path`, which is written."""
         name = self._ours(path)
         if name is not None:
             try:
@@ -261,13 +261,13 @@ class _Previews:
         self._shown.pop(path, None)
 
     def remove_all(self) -> None:
-        """No more images come."""
+        """Remove all previews."""
         for path in [*self._shown]:
             self.remove(path)
 
 
 def text_chunks(pipeline: Pipeline, request: CompleteRequest) -> dict[str, str]:
-    """What an image's PNG says of its making: enough to make it again."""
+    """Text chunks of an image's PNG: everything needed to generate it again."""
     manifest = pipeline.bundle.manifest
     return {
         "Software": f"edgesd {manifest.tools.get('edgesd', '')}".strip(),

@@ -63,7 +63,8 @@ def library_folders() -> tuple[Path, Path]:
 def library() -> Path | None:
     """The library for this machine: EDGESD_KERNELS, the package's, or the cache's; or None.
 
-    What another user could have put into the cache isn't taken: its code would run as this user.
+    A file that another user could have put into the cache isn't used: its code would run as this
+    user.
     """
     given = os.environ.get("EDGESD_KERNELS")
     if given is not None:
@@ -121,8 +122,8 @@ def _functions() -> ctypes.CDLL | None:
 
 @cache
 def instruction_set() -> str:
-    """What the library computes with here (avx512_vnni, neon_dotprod ...); "" where it can't be
-    used, or isn't there."""
+    """The instruction set that the library uses here (avx512_vnni, neon_dotprod ...); "" where it
+    can't be used, or isn't there."""
     functions = _functions()
     name: bytes | None = functions.edgesd_instruction_set() if functions else None
     return (name or b"").decode(errors="replace")

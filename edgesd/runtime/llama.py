@@ -73,7 +73,7 @@ class Llama(Protocol):
         """
 
     def close(self) -> None:
-        """Free it."""
+        """Free the model."""
 
 
 def open_llama(base: Path, adapter: Path | None, threads: int) -> Llama:

@@ -1,4 +1,4 @@
-"""The networks of a bundle that are in memory: which, in what mode, and what they cost."""
+"""The networks of a bundle that are in memory, their memory mode and cost."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ class Loaded:
         return self._fit.window if self._fit else WINDOWS[0]
 
     def fit(self, batch: Batch) -> None:
-        """Choose the fastest mode that `batch` fits into; what was loaded for another is freed.
+        """Choose the fastest mode that `batch` fits into; components loaded for another mode are
+        freed.
 
         Raises ResourceError where it fits into none, and UsageError as flow.guidance_mode.
         """
@@ -117,7 +118,7 @@ class Loaded:
         return fitting.costs.need(self.memory, generation, self.window).resident
 
     def _fitting(self) -> Fitting:
-        """What is asked to fit, with what is free now."""
+        """The choice of modes, with the memory that is free now."""
         settings, process = self.settings, self.process_bytes
         components = flow_of(self.bundle.manifest.pipeline).components
         costs = bundle_costs(self.bundle, components, self._own_kernels, process, self._replaced)
@@ -171,7 +172,7 @@ class Loaded:
 
     @contextmanager
     def part(self, component: str, part: DecoderPart) -> Iterator[Runner]:
-        """A runner of a part of a component, which is freed behind."""
+        """A runner of a part of a component, which is freed at the end."""
         with self.timings.loading(component):
             runner = self._open_by_backend(component, part)
         with runner, self.timings.running(component, runner):
@@ -204,7 +205,7 @@ class Loaded:
         self._replaced.discard(component)
 
     def close(self) -> None:
-        """Free all."""
+        """Free all components."""
         for runner in self._runners.values():
             runner.close()
         self._runners.clear()

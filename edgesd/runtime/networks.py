@@ -1,6 +1,6 @@
-"""What the networks of a bundle must take and give for its wiring to hold.
+"""Checks that the networks' inputs and outputs fit the wiring.
 
-A manifest may come from anywhere: what the loop relies on is checked before anything is loaded.
+A manifest may come from anywhere, so everything the loop relies on is checked before loading.
 """
 
 from __future__ import annotations
@@ -87,13 +87,13 @@ def check_networks(manifest: BundleManifest) -> None:
 
 
 def _in_loop(pipeline: PipelineSpec) -> tuple[SideSpec | DenoiserSpec, ...]:
-    """What inputs are filled for, in the order in which it runs."""
+    """The components with filled inputs, in the order in which they run."""
     wiring = pipeline.wiring
     return *sorted(wiring.sides, key=lambda side: side.when != "once"), wiring.denoiser
 
 
 def _wiring_problems(pipeline: PipelineSpec) -> Iterator[str]:
-    """Inputs that are filled from what isn't there by then."""
+    """Inputs whose source isn't available when they are filled."""
     wiring, components = pipeline.wiring, pipeline.components
     texts = {text.component for text in wiring.texts}
     before: set[str] = set()
@@ -118,7 +118,7 @@ def _wiring_problems(pipeline: PipelineSpec) -> Iterator[str]:
         before.add(spec.component)
     for fill in ("sample", "timestep"):
         if sum(one.fill == fill for one in wiring.denoiser.inputs) != 1:
-            yield f"{wiring.denoiser.component} has not one {fill} among its inputs"
+            yield f"{wiring.denoiser.component} doesn't have exactly one input filled with {fill}"
     if len(set(wiring.denoiser.concat)) != len(wiring.denoiser.concat):
         yield f"{wiring.denoiser.component} has a part of its sample twice"
 
@@ -175,7 +175,7 @@ def _filled(pipeline: PipelineSpec, spec: SideSpec | DenoiserSpec) -> _Tensors:
 
 
 def _joined(pipeline: PipelineSpec, parts: Sequence[Part]) -> _Like:
-    """What outputs side by side on their last axis are like, as far as their sizes are known."""
+    """The tensor that outputs joined on their last axis make; sizes may be unknown."""
     found = [pipeline.components[part.component].output(part.output) for part in parts]
     shapes = [tensor.shape for tensor in found if tensor is not None]
     rank, widths = len(shapes[0]), [shape[-1] for shape in shapes]
@@ -186,7 +186,7 @@ def _joined(pipeline: PipelineSpec, parts: Sequence[Part]) -> _Like:
 def _misfits(
     name: str, spec: ComponentSpec, inputs: _Tensors, outputs: _Tensors | None
 ) -> Iterator[str]:
-    """What of a component isn't as it must be. outputs: None for any, in floating point."""
+    """Problems of a component's inputs and outputs. outputs: None for any, in floating point."""
     anything = {tensor.name: _Like(len(tensor.shape)) for tensor in spec.outputs}
     for what, tensors, needed in (
         ("inputs", spec.inputs, inputs),

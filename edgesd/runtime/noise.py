@@ -136,7 +136,7 @@ class TorchNoise:
         return words
 
     def _fill(self, count: int) -> None:
-        """Have at least `count` words at hand."""
+        """Make at least `count` words available."""
         missing = count - len(self._words)
         if missing > 0:
             new = self._state.randint(0, 2**32, size=missing, dtype=np.uint32)

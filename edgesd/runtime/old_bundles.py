@@ -1,4 +1,4 @@
-"""What graphs of bundles take that don't say it themselves: those of a schema before 7."""
+"""Estimates memory for bundles without footprints: those of a schema before 7."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def decoder_bytes(levels: Sequence[int], height: int, width: int) -> int:
     levels: its channels, coarsest first (512, 512, 256, 128); each level but the first is twice as
     large as the one before, and begins with the channels of that one. height, width: in latents.
 
-    The largest tensor is that behind the last upsampling, with the channels of the level before. At
+    The largest tensor is that after the last upsampling, with the channels of the level before. At
     once there are a residual block's input, its norm, what SiLU makes of that, and a fourth: the
     convolution's output, or buffers that are kept for later. 4 x 4 bytes x channels x pixels:
     measured are 3.4 to 4.0 (docs/cpu.md).

@@ -5,7 +5,7 @@ copied (measured: RSS doubles). So each reference `(location, offset)` is rewrit
 file that was verified, and into it where that is a one-file bundle, before the model is loaded.
 
 A model may have such references in other places, too: in attributes, subgraphs, functions. edgesd
-writes none there, and nobody would have verified what they lead to: they are refused.
+writes none there, and their targets wouldn't be verified, so they are refused.
 
 Field numbers are those of onnx.proto; the encoding is that of the Protocol Buffers specification
 ("Encoding", wire types 0, 1, 2 and 5).
@@ -73,7 +73,7 @@ def relocate_external_data(model: bytes, move: Relocation) -> bytes:
         # Each reference has "location" in it: most models need no second, longer look.
         if model.count(b"location") != moved and _references(memoryview(model), "model") != moved:
             raise BundleError(
-                "the graph refers to a file from elsewhere than its weights, which nobody verifies"
+                "the graph refers to a file other than its weights, which isn't verified"
                 ": build the bundle again"
             )
     except (IndexError, KeyError, ValueError, UnicodeDecodeError) as exc:

@@ -48,13 +48,11 @@ class Pipeline(Closeable):
     open_runner: opens the runner of a component, instead of the bundle's backend.
 
     Raises BundleError for a bundle that this machine doesn't trust (runtime.signature), or whose
-    networks aren't what images are generated with.
-
-    Threads may share a pipeline: it does one thing at a time, and whoever calls meanwhile waits,
-    `close` included. Pipelines of their own generate side by side. Within `on_step`, on the thread
-    that generates, `decode` shows a preview; what would change the networks that are in use
-    (`generate`, `replace`, `restore`, `close` ...) raises UsageError there, as every use after
-    `close` does.
+    networks aren't what images are generated with. Threads may share a pipeline: it does one thing
+    at a time, and other callers wait, `close` included. Pipelines of their own generate
+    side by side. Within `on_step`, on the thread that generates, `decode` shows a preview; what
+    would change the networks that are in use (`generate`, `replace`, `restore`, `close` ...) raises
+    UsageError there, as every use after `close` does.
     """
 
     def __init__(
@@ -91,14 +89,14 @@ class Pipeline(Closeable):
 
     def guidance_mode(self, request: CompleteRequest, count: int) -> GuidanceMode:
         """How `count` images like `request` are generated in one batch, in the mode that was fitted
-        last. Raises UsageError when the bundle's rows, or the mode asked for in the settings, don't
-        allow that."""
+        last. Raises UsageError when the bundle's batch, or the mode asked for in the settings,
+        doesn't allow that."""
         guided, fast = self.flow.guided(request.guidance_scale), self.memory == "fast"
         return guidance_mode(self.spec.shape, count, guided, fast, self.settings.guidance_mode)
 
     def images_per_run(self, request: Request | CompleteRequest) -> int:
-        """Images like `request` that a bundle with a fixed number of rows generates at a time; 1
-        with others."""
+        """Images like `request` that a bundle of a fixed batch generates at a time; 1 with
+        others."""
         guided = self.flow.guided(self.complete(request).guidance_scale)
         return images_per_run(self.spec.shape, guided)
 
@@ -155,7 +153,7 @@ class Pipeline(Closeable):
         return Batch(request.height, request.width, count, guided, previews)
 
     def _conditioned(self, requests: Sequence[CompleteRequest]) -> Conditioned:
-        """What the text encoders make of the requests' prompts; other prompts are forgotten."""
+        """The encoded prompts of the requests; other prompts are forgotten."""
         positive = [request.prompt for request in requests]
         negative = [request.negative_prompt for request in requests]
         asked = negative if self.flow.guided(requests[0].guidance_scale) else None
@@ -245,7 +243,7 @@ class Pipeline(Closeable):
 
     @property
     def process_bytes(self) -> int:
-        """What the process takes without any component, backends included."""
+        """Memory of the process without any component, backends included."""
         return self._loaded.process_bytes
 
     @property
@@ -255,7 +253,7 @@ class Pipeline(Closeable):
 
     @property
     def timings(self) -> Timings:
-        """Where the time of all images went; new ones may be put in their place."""
+        """Timings of all images so far; may be replaced by new ones."""
         return self._loaded.timings
 
     @timings.setter

@@ -90,7 +90,7 @@ def in_form(form: str, line: str) -> str:
 
 
 class Enhanced(NamedTuple):
-    """What became of a short prompt. problem: why `prompt` is the short prompt itself, or None.
+    """The result for a short prompt. problem: why `prompt` is the short prompt itself, or None.
     seconds: of the model alone, without its start. bytes: most memory of its process so far, mapped
     model included; 0 where there was none."""
 
@@ -114,7 +114,7 @@ def clean_user_prompt(user_prompt: str) -> str:
 
 
 class Prompter(NamedTuple):
-    """Files of a prompter, and what it is. adapter: None where it is merged into the base. grammar:
+    """Files of a prompter, and its spec. adapter: None where it is merged into the base. grammar:
     of its line. opened: files of a bundle that `base` and `adapter` lead to while they are open."""
 
     base: Path
@@ -162,7 +162,7 @@ def enhance(
 
 
 def _finish(text: str, form: str, tokenizer: PromptTokenizer | None) -> str:
-    """The model's line in its form, cut at a word to what the text encoder takes."""
+    """The model's line in its form, cut at a word to fit the text encoder."""
     plain = "".join(c if c.isprintable() else " " for c in text[:_ANSWER_CHARACTERS])
     words = plain.strip(" ,.'&-").split()
     while words:
@@ -176,7 +176,7 @@ def _finish(text: str, form: str, tokenizer: PromptTokenizer | None) -> str:
 def _answers(
     prompter: Prompter, user_prompts: Sequence[str], threads: int, seconds: float
 ) -> Generator[Line, None, None]:
-    """What the worker says; a Refusal is the last line, where it fails or takes too long."""
+    """The worker's answers; a Refusal is the last line, where it fails or takes too long."""
     if not user_prompts:
         return
     task = Task(
@@ -221,7 +221,7 @@ def _answers(
 
 
 class _Talk:
-    """What goes to a worker and comes from it, in threads: a pipe has no time limit, and a worker
+    """Writes to a worker and reads from it, in threads: a pipe has no time limit, and a worker
     may read nothing, or print without end."""
 
     def __init__(self, worker: subprocess.Popen[bytes], task_json: bytes, answers: int) -> None:
@@ -264,7 +264,7 @@ class _Talk:
 
 
 def read_prompter(folder: Path) -> PrompterSpec:
-    """What an exported prompter is. Raises InputError when the folder holds none."""
+    """The spec of an exported prompter. Raises InputError when the folder holds none."""
     if not (folder / SPEC).is_file():
         raise InputError(f"{folder} holds no prompter: edgesd prompter export makes one")
     text = read_text(folder / SPEC)

@@ -46,7 +46,7 @@ _RUNS, _SECONDS = 5, 0.4
 """Of a probe, at least, and for how long at least."""
 
 _FORMER_NAMES = {"nbits": "matmul_nbits", "own8": "edgesd_int8", "own4": "edgesd_int4"}
-"""Of forms."""
+"""Old names of forms, in files that older versions wrote."""
 
 
 class Probe(Spec, frozen=True):
@@ -106,12 +106,12 @@ class Rates(Spec, frozen=True):
 
 
 def rates_path(target: str) -> Path:
-    """Where what was measured on a target is kept."""
+    """The file of a target's measured rates."""
     return user_cache() / "rates" / f"{target}.json"
 
 
 def read_rates(path: Path) -> Rates:
-    """What `edgesd profile` wrote to `path`. Raises InputError."""
+    """Read a file of `edgesd profile`. Raises InputError."""
     try:
         return decode_json(path.read_bytes(), Rates)
     except FileNotFoundError as exc:
@@ -226,7 +226,7 @@ def _runner(probe: Probe, graph: GraphFile, threads: int) -> OnnxRuntimeRunner:
 
 
 def _time(runner: OnnxRuntimeRunner) -> float:
-    """Median seconds of a run; the first one, in which memory is taken, isn't counted."""
+    """Median seconds of a run; the first one, which allocates memory, isn't counted."""
     runner.run()
     seconds: list[float] = []
     begin = time.perf_counter()

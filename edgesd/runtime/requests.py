@@ -1,4 +1,4 @@
-"""What is asked for, and what is generated then: every value filled in and checked."""
+"""Requests for images, and complete requests with every value filled in and checked."""
 
 from __future__ import annotations
 

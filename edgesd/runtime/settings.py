@@ -18,7 +18,7 @@ class Settings:
     threads: per operator, 0 for all cores. plan_of: component -> its plan for TensorRT on this
     machine, built if need be (engines.plans). fallback: a bundle for TensorRT is generated on the
     CPU where there is no plan, or it fails. kernels: edgesd's own, where the bundle and this
-    machine have them. made_here: the bundle was just built by this program, so that nobody need
+    machine have them. made_here: the bundle was just built by this program, so that nobody needs to
     have signed it.
     """
 

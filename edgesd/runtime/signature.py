@@ -3,8 +3,8 @@
 `bundle.sig` is one line: a version, the signer's public key and the signature, the latter two in
 base64. Signed are a fixed prefix and the bytes of bundle.json, which holds the hash of every other
 file. Public keys are lines as OpenSSH writes them ("ssh-ed25519 AAAA... name"); a file of such
-lines says whom a machine trusts. Where there is such a file, nothing runs that others signed, or
-nobody; one without keys, or that can't be read, lets nothing run.
+lines says whom a machine trusts. If there is such a file, unsigned bundles and other signers are
+refused; if it has no keys or can't be read, every bundle is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from edgesd.textfiles import read_lines, read_text
 _VERSION = "edgesd-ed25519-v1"
 _PREFIX = b"edgesd bundle manifest, version 1\n"
 SYSTEM_KEYS = Path("/etc/edgesd/trusted_keys")
-"""Where it is there, it alone decides."""
+"""If this file exists, it alone decides."""
 _TYPE = "ssh-ed25519"
 _KEY_BYTES = 32
 _MOST_CHARACTERS = 1000
@@ -56,7 +56,7 @@ class PublicKey(NamedTuple):
 
 def parse_public_key(line: str) -> PublicKey:
     """One line "ssh-ed25519 BASE64 [name]" (RFC 8709, section 4). Raises InputError, also for more
-    than a line: what is trusted is what is shown."""
+    than one line, so that the whole trusted text is shown."""
     if len(line.strip()) > _MOST_CHARACTERS or re.search(r"[\x00-\x1f\x7f]", line.strip()):
         raise InputError(
             f"{line.strip()[:60]!r} isn't one line of at most {_MOST_CHARACTERS} characters, as a "

@@ -39,9 +39,9 @@ WINDOWS, MARGIN = (28, 22), 3
 short; and the margins: about half of what the tail sees, 7."""
 
 TOLERANCE = 0.01
-"""How far, in standard deviations, figures may be from the image's: RMS over all groups."""
+"""Allowed distance of the figures from the image's, in standard deviations: RMS over all groups."""
 MAX_PASSES, _USUAL_PASSES = 4, 2
-"""Times that an image is generated at most, and mostly."""
+"""Number of decodings of an image: at most, and usually."""
 
 _PATCHES = 3
 """A mosaic has as many rows and columns of patches. Of 2 they miss too much of the image, and of
@@ -85,8 +85,8 @@ def decode_tiles(
 ) -> Float:
     """Latents (or features) [C, h, w] -> [3, h * scale, w * scale].
 
-    decode: makes what a tile with its margins [1, C, ...] becomes [3, ...], margins included; it is
-    told which rows and columns those are. image: to generate over.
+    decode: makes what a tile with its margins [1, C, ...] becomes [3, ...], margins included; it
+    gets their rows and columns, too. image: overwritten, if given.
     """
     _, height, width = latents.shape
     if image is None:

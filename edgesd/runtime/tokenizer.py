@@ -35,7 +35,7 @@ class TokenizerSpec(Spec, frozen=True):
 
 
 class Truncation(NamedTuple):
-    """What of a prompt didn't fit: its text, its number of tokens, and how many were kept.
+    """The part of a prompt that didn't fit: its text, its number of tokens, and how many were kept.
 
     kept_tokens doesn't count beginning and end.
     """

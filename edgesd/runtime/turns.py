@@ -1,4 +1,4 @@
-"""Who may use a pipeline: one thread at a time, and nobody once it is closed."""
+"""Lets one thread at a time use a pipeline, and none once it is closed."""
 
 from __future__ import annotations
 

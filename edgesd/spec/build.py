@@ -95,7 +95,7 @@ class BuildOptions(Spec, frozen=True):
 
 class ModelReference(Spec, frozen=True):
     """The model that a bundle was made of. kind: DEMO, HUB or FOLDER. name: the hub's id; of a
-    folder its own name alone, as where it lay is nobody's business. sha256: of what was read."""
+    folder only its name, not its path. sha256: of what was read."""
 
     kind: Word
     name: Annotated[str, Meta(min_length=1, max_length=1000)]
@@ -103,7 +103,7 @@ class ModelReference(Spec, frozen=True):
 
 
 class BuildRecord(Spec, frozen=True):
-    """How a bundle was built: what `edgesd build --like` takes."""
+    """How a bundle was built; `edgesd build --like` reads it."""
 
     model: ModelReference
     options: BuildOptions

@@ -51,7 +51,7 @@ class Parity(Spec, frozen=True):
 
 
 class LayerRecipe(Spec, frozen=True, omit_defaults=True):
-    """What became of one layer. Names are those of the source's modules, below its component.
+    """How one layer was quantized. Names are those of the source's modules, below its component.
 
     kind: conv, linear or embedding. shape: of the source's weight, output channels first.
     scheme: as it is now: "fp16", or a Scheme. method: a method, or "fp16". rank: of its
@@ -74,7 +74,7 @@ class LayerRecipe(Spec, frozen=True, omit_defaults=True):
 
 
 class CalibrationSpec(Spec, frozen=True):
-    """What activations were recorded on: the pipeline's own loop over a file of prompts."""
+    """How activations were recorded: in the pipeline's own loop over a file of prompts."""
 
     prompts: Count
     prompts_sha256: Sha256
@@ -105,7 +105,7 @@ class Footprint(Spec, frozen=True):
 
     weights: what stays of them once loaded, mapped or copied; loading: what there is besides while
     they are loaded. streamed: what stays of them in `stream`; in_file: of that, what lies in the
-    bundle's file. graph: of the session itself. runs: for growing units (rows times height times
+    bundle's file. graph: of the session itself. runs: for growing units (batch times height times
     width of the input) what a run's activations take, and the workspace of edgesd's own kernels.
     spread: how many times as much runs of several sizes take that follow one another.
     """

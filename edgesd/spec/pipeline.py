@@ -132,8 +132,8 @@ Fill = Literal[
 ]
 """How an input is filled at each step.
 
-sample: the latents, scaled as the scheduler wants them [batch, C, h, w], with `concat` behind them
-in the denoiser. timestep: [1]. joined: outputs of text encoders, joined on their last axis.
+sample: the latents, scaled as the scheduler wants them [batch, C, h, w], followed by `concat` in
+the denoiser. timestep: [1]. joined: outputs of text encoders, joined on their last axis.
 guidance_embedding: of the guidance scale [batch, D], for models distilled with it. mask, masked,
 control: what the task gives of each image: where to paint [batch, 1, h, w], latents of the rest
 [batch, C, h, w], a control image [batch, 3, H, W]. side: an output of a side component.
@@ -167,7 +167,7 @@ class InputSpec(Spec, frozen=True):
 
     @property
     def source(self) -> Fill | Part:
-        """What a value for this input is found by."""
+        """The key that a value for this input is found by."""
         return self.parts[0] if self.fill == "side" else self.fill
 
 
@@ -201,7 +201,7 @@ class SideSpec(Spec, frozen=True):
 
 
 class DenoiserSpec(Spec, frozen=True):
-    """The denoiser. output: what it predicts, of the latents' shape. concat: what stands behind the
+    """The denoiser. output: what it predicts, of the latents' shape. concat: what follows the
     latents on the channel axis of its sample."""
 
     component: Word
@@ -265,7 +265,7 @@ def stable_diffusion(max_tokens: int = 77, distilled: bool = False) -> Wiring:
 
 
 def wiring_before_schema_8(components: Mapping[str, ComponentSpec], max_tokens: int) -> Wiring:
-    """That of a bundle that doesn't say it."""
+    """The wiring of a bundle that doesn't say it."""
     denoiser = components.get(stable_diffusion().denoiser.component)
     distilled = denoiser is not None and denoiser.input("timestep_cond") is not None
     return stable_diffusion(max_tokens, distilled)

@@ -7,7 +7,7 @@ from edgesd.spec.scheme import PRECISIONS, Precision
 
 
 class Machine(Spec, frozen=True):
-    """What a computer is, as far as it can be read from it.
+    """What a computer reports about itself.
 
     memory_bytes: RAM that this process may use at most (0: can't be read). target: the nearest
     registered one, or None. l4t: release of the Jetson's Linux (36.4.3), or None.

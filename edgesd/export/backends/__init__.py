@@ -1,4 +1,4 @@
-"""What an exported graph goes through for each backend: a file per backend, found by its name.
+"""Rewrites exported graphs for each backend: a file per backend, found by its name.
 
 The module NAME in this folder has the backend's `LOWERING`; what runs its graphs is the module
 NAME in edgesd/runtime/backends.
@@ -13,7 +13,7 @@ from edgesd.errors import UsageError, unknown_name
 from edgesd.export.backends.base import Lowering
 
 REFERENCE = "onnxruntime"
-"""The backend that runs on every machine: what others are compared with, and calibrated by."""
+"""The backend that runs on every machine; others are compared and calibrated with it."""
 
 
 def get_lowering(name: str) -> Lowering:
@@ -24,7 +24,7 @@ def get_lowering(name: str) -> Lowering:
 
 
 def all_lowerings() -> list[Lowering]:
-    """Those of all backends, by name."""
+    """The lowerings of all backends, by name."""
     return [lowering for name in _module_names() if (lowering := _lowering(name))]
 
 

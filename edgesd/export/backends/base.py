@@ -1,4 +1,4 @@
-"""What a backend's graphs are: how an exported graph is rewritten for it, and how it is checked."""
+"""How an exported graph is rewritten for a backend, and how it is checked."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Lowering(ABC):
     """Makes the graphs of one backend.
 
     name: of the backend (edgesd/runtime/backends). fixed_shapes: its graphs take one size and
-    number of rows. static_ranges: 8-bit activations need ranges recorded in calibration.
-    fp16_arithmetic: what isn't quantized is computed in fp16 (unless the bundle is fp32), so that
-    values which overflow must be kept in fp32. splits_decoder: a decoder's head and tail have
-    graphs of their own. own_kernels: there are graphs for edgesd's own kernels, too.
-    pools_attention: attention of quantized graphs may be pooled. weight_bytes: number format ->
-    bytes of a weight in a GPU's memory; None where ONNX Runtime's allocator is what counts.
-    checks_engines: `check_engine` looks at each graph of a finished bundle.
+    batch. static_ranges: 8-bit activations need ranges recorded in calibration. fp16_arithmetic:
+    what isn't quantized is computed in fp16 (unless the bundle is fp32), so that values which
+    overflow must be kept in fp32. splits_decoder: a decoder's head and tail have graphs of their
+    own. own_kernels: there are graphs for edgesd's own kernels, too. pools_attention: attention of
+    quantized graphs may be pooled. weight_bytes: number format -> bytes of a weight in a GPU's
+    memory; None where ONNX Runtime's allocator is what counts. checks_engines: `check_engine` looks
+    at each graph of a finished bundle.
     """
 
     name: ClassVar[str]

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class OnnxRuntimeLowering(Lowering):
-    """See the module."""
+    """Lowers graphs for ONNX Runtime on CPUs."""
 
     name = BACKEND.name
     splits_decoder = True

@@ -47,7 +47,8 @@ _log = logging.getLogger(__name__)
 
 
 class TensorRtLowering(Lowering):
-    """See the module. A plan of fixed shapes needs least memory, to be built and to run."""
+    """Lowers graphs for TensorRT, with fixed shapes: such plans need least memory to build and
+    run."""
 
     name = BACKEND.name
     fixed_shapes = True

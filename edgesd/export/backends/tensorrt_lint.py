@@ -1,4 +1,4 @@
-"""What TensorRT refuses, or crashes on, told before it is asked: by the node's name, with the cure.
+"""Finds what TensorRT refuses, or crashes on, before it is run: names the node and the remedy.
 
 Each rule is a refusal that was seen (`benchmarks/tensorrt_refusals.py` shows TensorRT-RTX's own
 words for the same graphs), or one that NVIDIA documents for a version that can't be asked here.
@@ -65,8 +65,7 @@ Rule = Callable[[_Graph, ir.Node], Iterator[str]]
 
 
 def lint(graph: Path) -> list[Finding]:
-    """What TensorRT would refuse of the ONNX file `graph`; weights beside it are read.
-
+    """The nodes of the ONNX file `graph` that TensorRT would refuse; weights beside it are read.
     Raises EdgesdError when the file can't be read.
     """
     try:
@@ -196,7 +195,7 @@ def _types(view: _Graph, node: ir.Node) -> Iterator[str]:
 
 
 def _finite(view: _Graph, node: ir.Node) -> Iterator[str]:
-    """TensorRT takes NaN without a word."""
+    """TensorRT accepts NaN without a warning."""
     for value in node.inputs:
         tensor = None if value is None else value.const_value
         if tensor is None or tensor.dtype not in _FLOATS:

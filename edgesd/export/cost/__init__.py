@@ -1,1 +1,1 @@
-"""What a network costs on a machine: memory, time, bytes."""
+"""Estimates a network's memory, time and bytes on a machine."""

@@ -1,4 +1,4 @@
-"""What a network costs on a CPU in bytes, on disk and in memory. docs/planner.md derives each.
+"""Estimates a network's bytes on disk and in memory on a CPU. docs/planner.md derives each.
 
 All take a workload as ONNX Runtime runs it (export/cost/cpu_lowering.py) and the layers' schemes.
 """
@@ -18,7 +18,7 @@ NODE_BYTES = 16_000
 """Memory of a session for each operation: ONNX Runtime's graph, kernels and their names."""
 
 NODE_FILE_BYTES = 700
-"""The same in the graph's file."""
+"""Bytes for each operation in the graph's file."""
 
 OTHER_FILES_BYTES = 400_000
 """Tokenizer, manifest, licences."""

@@ -1,4 +1,4 @@
-"""What ONNX Runtime makes of a workload on a CPU: which kernels run, and what they write.
+"""Lowers a workload to the kernels that ONNX Runtime runs on a CPU, with their outputs.
 
 It follows `Lowering.lower_quantized` and `lower_to_kernels`, without a graph: each operation of the
 source becomes those of the graph, which differ in what lies in memory meanwhile and in the time
@@ -63,7 +63,7 @@ class OrtOps:
         return replace(self.source, operations=tuple(self.made), sizes=tuple(self.sizes))
 
     def lower(self, op: Operation) -> None:
-        """Append what becomes of one operation."""
+        """Append one lowered operation."""
         choice = self.choices.get(op.layer) if op.layer else None
         if op.kind == "attention":  # its inputs head by head
             copies = tuple(self.sizes[value] for value in op.reads)
@@ -93,7 +93,7 @@ class OrtOps:
         """An operation that isn't quantized."""
         if op.kind not in ("conv", "linear"):
             return op
-        # A convolution among others that aren't fp32's brings its input into blocks of channels.
+        # A convolution among others that aren't fp32's reorders its input into blocks of channels.
         blocks = op.kind == "conv" and self.choices and op.layer and op.layer.channels >= 16
         spare = (self.sizes[op.reads[0]],) if blocks else ()
         return replace(op, form="fp32", spare=spare)
@@ -183,7 +183,7 @@ class EdgesdOps(OrtOps):
         return EDGESD_INT8 if choice.weight_bits == 8 else EDGESD_INT4
 
     def _fuse_epilogue(self, op: Operation) -> Operation:
-        """A layer with what follows it, as far as it becomes part of it."""
+        """A layer, fused with the operations after it."""
         # A low-rank branch comes in where another branch's values would.
         taken = {"residual"} if self._has_branch(op) else set()
         fusions = [f for f in self.fusions if f.side == "epilogue" and op.kind in f.layers]
@@ -214,7 +214,7 @@ class EdgesdOps(OrtOps):
         return op
 
     def _fuse_prologue(self, op: Operation) -> Operation:
-        """A layer with what its input comes from, as far as it becomes part of it."""
+        """A layer, fused with the operations before it."""
         if self._has_branch(op):  # which reads the input, too
             return op
         for fusion in self.fusions:
@@ -257,7 +257,7 @@ class EdgesdOps(OrtOps):
         return chain if alone else []
 
     def _others(self, value: int, chain: Sequence[Operation]) -> list[int]:
-        """What operations read that isn't `value` and that none of them wrote."""
+        """Values that the operations read, other than `value` and those they wrote."""
         made = {value, *(v for op in chain for v in op.writes)}
         return [v for op in chain for v in op.reads if v not in made]
 

@@ -1,4 +1,4 @@
-"""What a network has to do, read off its torch module on shapes alone: no weight is loaded.
+"""Traces a network's operations from its torch module, on shapes alone: no weight is loaded.
 
 The module is made on torch's meta device and run once; every operation that reaches torch's
 dispatcher is recorded with the sizes of what it reads and writes. That takes under a second for
@@ -102,7 +102,8 @@ class Workload:
 
 
 def split_workload(workload: Workload) -> tuple[Workload, Workload]:
-    """A decoder's, before and behind the first upsampling: as passes/tiled_decoder.py cuts it."""
+    """A decoder's workload before and after its first upsampling, where passes/tiled_decoder.py
+    cuts."""
     cut = next(i for i, op in enumerate(workload.operations) if op.kind == "resize")
     features = workload.operations[cut].reads[:1]
     before, behind = workload.operations[:cut], workload.operations[cut:]
@@ -155,7 +156,7 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._new(tensor)
 
     def workload(self, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> Workload:
-        """What was recorded, without what leads to no output."""
+        """The recorded operations, without those that lead to no output."""
         results = tuple(self._values[id(t)] for t in outputs)
         wanted, kept = set(results), []
         for op in reversed(self._operations):

@@ -79,10 +79,9 @@ class OwnPipeline:
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """What a checkpoint becomes: the pipeline as a whole, and its networks in export order.
-
-    own: makes diffusers' own pipeline of it, with the same scheduler, which the pipeline is
-    compared with (own_pipeline.py).
+    """How a checkpoint is exported: the pipeline as a whole, and its networks in export order. own:
+    makes diffusers' own pipeline of it, with the same scheduler, which the pipeline is compared
+    with (own_pipeline.py).
     """
 
     pipeline: PipelineSpec
@@ -125,11 +124,11 @@ _KNOWN = {
     "^Flux": ("a FLUX pipeline", _NOT_YET),
     "Video|^Wan|^LTX|^CogVideo|^Mochi": ("a video pipeline", ": edgesd generates images"),
 }
-"""What is asked for and isn't taken: pattern of its class -> what it is, and what to do."""
+"""Unsupported pipelines: pattern of the class -> its kind, and advice."""
 
 
 def families() -> tuple[Family, ...]:
-    """All families."""
+    """All families that are listed in `_MODULES`."""
     return tuple(
         importlib.import_module(f"edgesd.export.families.{name}").FAMILY for name in _MODULES
     )

@@ -1,4 +1,4 @@
-"""What a family reads of a checkpoint, whatever its form on disk (export/source)."""
+"""The parts of a checkpoint that a family reads, whatever its form on disk (export/source)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Graph rewrites. Each is a pass: requires -> call -> ensures, and says whether it changed a thing.
+"""Graph rewrites. Each is a pass: requires -> call -> ensures, and says whether it changed
+anything.
 
 The habit is onnx_ir's (its passes/_pass_infra.py); a rewrite goes into a file of its own here.
 """

@@ -20,7 +20,7 @@ MAX_FP16 = float(np.finfo(np.float16).max)
 
 
 class Fp16Weights(Pass):
-    """Every fp32 weight of two or more dimensions becomes an fp16 one with a Cast behind it.
+    """Every fp32 weight of two or more dimensions becomes an fp16 one with a Cast after it.
 
     Norms and biases stay in fp32, as does a tensor with a value above 65504, the largest fp16.
     `kept` names those after the call. only: names of the weights to take; None for all. Inputs,

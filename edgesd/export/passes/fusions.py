@@ -1,4 +1,4 @@
-"""What edgesd's own kernels compute, and what becomes part of them: the one table of fusions.
+"""The table of fusions: the operators that edgesd's own kernels compute along with a layer.
 
 The passes that fuse (own_kernels.py) and the cost model (export/cost/cpu_lowering.py) read it;
 kernels/ops.cpp has the inputs and attributes that the entries name.
@@ -28,7 +28,7 @@ Pattern = Callable[..., Any]
 one's output. The inputs of Add and Mul may stand in either order."""
 
 Bindings = Mapping[str, Any]
-"""What a pattern's parameters were found to be, by name."""
+"""A match's values of the pattern's parameters, by name."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def normalized_groups(
 
 
 def _exact_gelu(found: Bindings) -> Mapping[str, int | float] | None:
-    """Kernels compute no approximation of it."""
+    """Whether a GELU is the exact one: kernels don't compute its approximation."""
     approximate = found["gelu"].producer().attributes.get("approximate")
     return {} if approximate is None or approximate.as_string() == "none" else None
 
@@ -169,7 +169,7 @@ FUSIONS = (
         read=groups_of,
     ),
 )
-"""All of them. Sums behind a layer may come in any order, each once."""
+"""All fusions. Sums after a layer may come in any order, each once."""
 
 
 def kernel_takes(layer: Layer) -> bool:

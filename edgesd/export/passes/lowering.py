@@ -1,4 +1,4 @@
-"""What the lowerings of quantized layers share: finding nodes, putting others in their place.
+"""Shared code of the lowerings of quantized layers: finding and replacing nodes.
 
 A lowering is a pass over the layers to be replaced, and a `LayerLowering` that writes one of them.
 """
@@ -95,7 +95,7 @@ class LayerLowering:
 
     @abstractmethod
     def output(self) -> ir.Value:
-        """Write the nodes; what the layer gives."""
+        """Write the nodes; the layer's output."""
 
     def ops(
         self,
@@ -136,7 +136,7 @@ class LayerLowering:
 
 
 def replace_node(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node], out: ir.Value) -> None:
-    """Put `nodes` in the place of `node`, whose one output everybody reads from `out` then."""
+    """Put `nodes` in the place of `node`, whose one output is read from `out` then."""
     old = node.outputs[0]
     out.shape, out.type = old.shape, old.type
     graph.insert_before(node, nodes)

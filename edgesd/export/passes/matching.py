@@ -15,7 +15,7 @@ from onnxscript.rewriter.pattern import RewriteRule
 from edgesd.export.passes.fusions import Pattern
 
 _FARTHEST = 3
-"""Nodes from a layer to the end of the longest pattern behind it."""
+"""Nodes from a layer to the end of the longest pattern after it."""
 
 
 class Match(NamedTuple):

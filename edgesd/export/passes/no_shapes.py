@@ -1,4 +1,4 @@
-"""Drops what a graph says of values in between and, twice, of weights: loaders work it out anew."""
+"""Drops types and shapes of inner values, and the repeated ones of weights: loaders infer them."""
 
 from __future__ import annotations
 

@@ -3,14 +3,14 @@
 | layer                                  | becomes                                             |
 |----------------------------------------|-----------------------------------------------------|
 | linear with 8-bit inputs               | QuantLinear: each row of the input has a format     |
-| convolution with 8-bit inputs          | QuantConv: each image of the input has a format   |
+| convolution with 8-bit inputs          | QuantConv: each image of the input has a format     |
 | attention that isn't causal            | QuantAttention, in 8 bits                           |
 | anything else                          | what QuantizedOrt makes of it                       |
 
 Weights lie in the file as QuantizedOrt writes them, so that both graphs of a component share one
 file. What follows a layer (bias, residual, the offset of a timestep, GEGLU, ReLU) becomes
 part of it: it is added while the output is still in the registers. What comes before a convolution
-(group normalization, SiLU, upsampling) is computed while the input is brought to 8 bits.
+(group normalization, SiLU, upsampling) is computed while the input is rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class _Kernel(OrtLowering):
 
 
 class FuseEpilogue(Pass):
-    """What alone reads a layer of ours, its kernel computes: it becomes its inputs and attributes.
+    """Fuses the only readers of a layer's output into its kernel, as inputs and attributes.
 
     fusions: of passes/fusions.py; those of the other side are left out.
     """
@@ -165,7 +165,7 @@ class FuseEpilogue(Pass):
 
 
 class FusePrologue(Pass):
-    """What only a layer of ours reads, its kernel computes. fusions: as FuseEpilogue's."""
+    """Fuses operators that only a layer reads into its kernel. fusions: as FuseEpilogue's."""
 
     def __init__(self, fusions: Iterable[Fusion]) -> None:
         self._matchers = _matchers(fusions, "prologue")

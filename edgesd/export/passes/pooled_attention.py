@@ -1,4 +1,4 @@
-"""Averages what the largest self-attention takes its keys and values from, over 2x2 latents.
+"""Averages the input of keys and values of the largest self-attention over 2x2 latents.
 
 After "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images" (arXiv
 2402.13573), which takes every second token of each row and column and not the mean.
@@ -22,7 +22,7 @@ from edgesd.export.quantize.layers import weight_of
 class _SelfAttention:
     """An attention whose query, key and value are linears of one `source` [B, tokens, C].
 
-    key, value: what the linears give and, where there is one, what their bias behind it gives.
+    key, value: the linears' outputs and, where there is a bias after them, its output.
     """
 
     node: ir.Node
@@ -122,7 +122,7 @@ def _self_attentions(model: ir.Model) -> list[_SelfAttention]:
 
 
 def _linear(value: ir.Value | None) -> tuple[ir.Node | None, tuple[ir.Value, ...]]:
-    """The MatMul with a weight that gives `value`, perhaps through a bias, and all it gives."""
+    """The MatMul with a weight that computes `value`, perhaps with a bias, and all its outputs."""
     node = None if value is None else value.producer()
     given = () if value is None else (value,)
     if node is not None and node.op_type == "Add":

@@ -130,7 +130,7 @@ class OrtLowering(LayerLowering):
         return self.op("Mul", [x, self.const("smooth", self.per_channel(factor))])
 
     def bias(self) -> ir.Value | None:
-        """The node's own bias [N], if it has one: a MatMul's is an Add behind it."""
+        """The node's own bias [N], if it has one: a MatMul's is an Add after it."""
         has = self.node.op_type in ("Conv", "Gemm") and len(self.node.inputs) > 2
         return self.node.inputs[2] if has else None
 
@@ -147,14 +147,14 @@ class OrtLowering(LayerLowering):
         assert self.q.down is not None and self.q.up is not None
         layer = self.q.layer
         if layer.kind == "linear":
-            down = self._half("down", self.q.down.T)
-            up = self._half("up", self.q.up.T)
+            down = self._fp16("down", self.q.down.T)
+            up = self._fp16("up", self.q.up.T)
             return self.op("MatMul", [self.op("MatMul", [x, down]), up])
-        down = self._half("down", self.kernel(self.q.down))
-        up = self._half("up", self.q.up[:, :, None, None])
+        down = self._fp16("down", self.kernel(self.q.down))
+        up = self._fp16("up", self.q.up[:, :, None, None])
         return self.op("Conv", [self._convolved(x, down), up], kernel_shape=[1, 1])
 
-    def _half(self, name: str, array: Array) -> ir.Value:
+    def _fp16(self, name: str, array: Array) -> ir.Value:
         value = self.const(name, array.astype(np.float16))
         return self.op("Cast", [value], to=ir.DataType.FLOAT)
 
@@ -176,7 +176,7 @@ class OrtLowering(LayerLowering):
         four = self.q.scheme.weight_bits == 4
         values: list[ir.Value | None] = [
             self.const("codes", codes, ir.DataType.INT4 if four else ir.DataType.INT8),
-            self._half("scales", scales),
+            self._fp16("scales", scales),
         ]
         attributes = {"axis": axis, "block_size": self.q.group} if four else {"axis": axis}
         return self.ops("DequantizeLinear", values, attributes)[0]

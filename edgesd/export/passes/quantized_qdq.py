@@ -15,7 +15,7 @@ same (smoothed, unquantized) input, added.
 
 What TensorRT asks for, in the words of its parser and builder: zero points of zero and int8 or int4
 codes; positive scales; whole blocks, along one of the last two axes, so that convs have none; an
-even last dimension for int4; nothing but a DQ behind a quantized constant. INT4 is for weights only
+even last dimension for int4; nothing but a DQ after a quantized constant. INT4 is for weights only
 ("Working with Quantized Types" of its documentation). A DQ's scale has the activations' type:
 TensorRT issue 4832. Opset 21 is newer than what TensorRT 10.3 names as its newest; the parser of
 10.1 has int4 and blocks already and refuses no opset for being new (onnx-tensorrt 10.1-GA,

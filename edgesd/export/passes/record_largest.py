@@ -1,4 +1,4 @@
-"""Adds an output that tells the largest magnitude of every fp16 value of a graph, run by run."""
+"""Adds an output with the largest magnitude of every fp16 value of a graph, run by run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGEST = "largest_magnitudes"
 class RecordLargest(Pass):
     """names: those of the values, in the order of the output; filled when the pass ran.
 
-    Each value is measured right behind the node that makes it: in that order (and not in ONNX
+    Each value is measured right after the node that makes it: in that order (and not in ONNX
     Runtime's default one) no value has to be kept for it.
     """
 
@@ -25,7 +25,7 @@ class RecordLargest(Pass):
         self.names: list[str] = []
 
     def call(self, model: ir.Model) -> bool:
-        """See the class. A graph without fp16 values is left as it is."""
+        """Add the output, unless the graph has no fp16 values."""
         graph = model.graph
         types = Types(graph)
         values = [out for node in graph for out in node.outputs if types[out] == FP16]

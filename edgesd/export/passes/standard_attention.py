@@ -12,7 +12,7 @@ from edgesd.export.passes.values import dtype_of, input_of, shape_of
 from edgesd.runtime.arrays import Array
 
 MASKED = -1e4
-"""Added to a score that doesn't count: exact in fp16, and its exponential is 0 in fp32."""
+"""Added to a masked score: exact in fp16, and its exponential is 0 in fp32."""
 
 _DOMAIN, _OP = "com.microsoft", "MultiHeadAttention"
 

@@ -1,4 +1,4 @@
-"""Removes what computes nothing: identities, repeated subexpressions, unused nodes."""
+"""Removes nodes that compute nothing: identities, repeated subexpressions, unused nodes."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 FEATURES, STATISTICS, OWN, CORE, MOMENTS = "features", "statistics", "own", "core", "moments"
 
 _LOCAL = {"Sigmoid", "Mul", "Add"}
-"""What sees no further than its own place."""
+"""Operators whose output at a place depends on that place only."""
 
 
 class DecoderHead(Pass):
@@ -59,7 +59,7 @@ class DecoderTail(Pass):
     their statistics from outside. See the module."""
 
     def requires(self, model: ir.Model) -> None:
-        """There is an upsampling; all behind it depends on its input alone, and sees only so far
+        """There is an upsampling; all nodes after it depend on its input alone, and see only so far
         but for group normalizations, which have as many groups each."""
         cut = _cut(model)
         behind = _behind(cut)
@@ -111,7 +111,7 @@ def split_decoder(model: ir.Model) -> tuple[ir.Model, ir.Model] | None:
     """Head and tail of an exported decoder, which is left as it is; weights are shared.
 
     None where it can't be split: AutoencoderTiny's, which has no group normalization, those with
-    attention behind an upsampling, and graphs of one size.
+    attention after an upsampling, and graphs of one size.
     """
     dims = [dim for value in model.graph.inputs for dim in value.shape or ()]
     if all(isinstance(dim, int) for dim in dims):
@@ -128,8 +128,8 @@ def split_decoder(model: ir.Model) -> tuple[ir.Model, ir.Model] | None:
 def describe_split(
     folder: str, parts: Sequence[ir.Model], files: Sequence[str], kernels: Sequence[str] = ()
 ) -> SplitDecoder:
-    """What a bundle says of the two, once they are lowered. files, kernels: their names in
-    `folder`, those of the graphs for edgesd's own kernels where there are some."""
+    """The two parts as a manifest describes them, once they are lowered. files, kernels: their
+    names in `folder`, those of the graphs for edgesd's own kernels where there are some."""
     head, tail = (
         DecoderPart(
             f"{folder}/{files[index]}",
@@ -224,7 +224,7 @@ class _Statistics:
 
 
 def _cut(model: ir.Model) -> ir.Value:
-    """What the first upsampling takes."""
+    """The input of the first upsampling."""
     resize = next((node for node in model.graph if node.op_type == "Resize"), None)
     cut = None if resize is None else resize.inputs[0]
     if cut is None:
@@ -255,7 +255,7 @@ def _nodes_of(add: ir.Node, norm: GroupNorm) -> list[ir.Node]:
 
 
 def _is_local(node: ir.Node) -> bool:
-    """Whether what a node computes at a place depends on a few places around it."""
+    """Whether a node's output at a place depends on a few places around it only."""
     if node.op_type == "Conv":
         strides = node.attributes.get("strides")
         return strides is None or set(strides.as_ints()) == {1}
@@ -270,7 +270,7 @@ def _is_local(node: ir.Node) -> bool:
 
 
 def _scales(cut: ir.Value) -> dict[int, int]:
-    """How much larger than the features each value behind is, by id."""
+    """How much larger than the features each later value is, by id."""
     scales = {id(cut): 1}
     for node in _behind(cut):
         known = [scales[id(value)] for value in node.inputs if id(value) in scales]

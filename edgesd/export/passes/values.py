@@ -1,4 +1,4 @@
-"""What onnx-ir leaves open in its types, and the graphs that passes see have: absence is an error.
+"""Values that onnx-ir's types make optional and that all our graphs have: absence is an error.
 
 Each function raises EdgesdError, naming the value or node, where the graph has no such thing.
 """

@@ -1,2 +1,1 @@
-"""The prompter on the workstation: pairs of a short prompt and a prompt, training, and what is
-deployed."""
+"""The prompter on the workstation: pairs of a short prompt and a prompt, training, and export."""

@@ -1,4 +1,4 @@
-"""A trained adapter becomes what a bundle carries: GGUF files, checked in llama.cpp itself."""
+"""Exports a trained adapter for bundles: GGUF files, checked in llama.cpp itself."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""LoftQ on the grids of GGUF files: a rounded weight, and an adapter that begins as what rounding
-took away (Li et al. 2023, arXiv 2310.08659, algorithm 1)."""
+"""LoftQ on the grids of GGUF files: a rounded weight, and an adapter that begins as the rounding
+error (Li et al. 2023, arXiv 2310.08659, algorithm 1)."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 
 
 def state_classes(kind: str) -> list[Any]:
-    """Classes of what is in that optimizer's state besides tensors and numbers."""
+    """Classes of objects in that optimizer's state other than tensors and numbers."""
     if kind == "adamw":
         return []
     package = _package()

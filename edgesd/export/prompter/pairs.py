@@ -60,16 +60,16 @@ class PairSet:
 
     @property
     def training(self) -> tuple[Pair, ...]:
-        """Those to train on."""
+        """The pairs to train on."""
         return tuple(pair for pair in self.pairs if not pair.held)
 
     @property
     def held(self) -> tuple[Pair, ...]:
-        """Those kept out."""
+        """The pairs held out of training."""
         return tuple(pair for pair in self.pairs if pair.held)
 
     def some_held(self, count: int) -> tuple[Pair, ...]:
-        """At most `count` of those kept out, spread over all of them."""
+        """At most `count` of the held-out pairs, spread over all of them."""
         return self.held[:: max(1, len(self.held) // count)][:count]
 
 

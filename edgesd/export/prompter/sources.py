@@ -134,7 +134,7 @@ def from_templates(path: Path, seed: int) -> Iterator[Pair]:
 
 
 def from_coco(path: Path, seed: int) -> Iterator[Pair]:
-    """COCO Captions (captions_train2017.json): of a picture's captions the longest is the prompt,
+    """COCO Captions (captions_train2017.json): of an image's captions the longest is the prompt,
     the others give short prompts."""
     by_image: dict[str, list[str]] = {}
     try:
@@ -160,7 +160,7 @@ def from_mjhq(path: Path, seed: int) -> Iterator[Pair]:
 
 
 def from_sdci(path: Path, seed: int) -> Iterator[Pair]:
-    """sDCI: {PICTURE: caption}, or a list of Densely Captioned Images with short_caption and
+    """sDCI: {IMAGE: caption}, or a list of Densely Captioned Images with short_caption and
     summaries."""
     document = _json(path)
     rng = random.Random(seed)

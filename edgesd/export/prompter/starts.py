@@ -1,8 +1,8 @@
-"""What an adapter is before it is trained, and which weights it stands beside.
+"""How an adapter starts before training, and which base weights it belongs to.
 
 default: nothing (B = 0), beside the base. pissa: the weights' principal directions, beside what is
 left of them (Meng et al. 2024, arXiv 2404.02948); written as an adapter of twice the rank for the
-base as it was. loftq and loftq-gguf: what rounding takes away, beside the rounded base, which the
+base as it was. loftq and loftq-gguf: the rounding error, beside the rounded base, which the
 run then includes (`OWN_BASE`); peft's rounds to NF4, which GGUF files don't know, so that its base
 is written in fp16; loftq-gguf rounds to the very grid of the file. loftq-gguf-control: loftq-gguf's
 norms in random directions.

@@ -243,7 +243,7 @@ def _losses_of_starts(
 
 
 def row(base: Base, pair: Pair) -> Row:
-    """What is learned of one pair. Its set's form isn't: code adds it."""
+    """The tokens of one pair. Its set's form isn't learned: code adds it."""
     answer = [*base.encode(f" {pair.prompt}\n"), base.eos]
     return base.encode(FRAME.format(pair.user_prompt)), answer
 

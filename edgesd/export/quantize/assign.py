@@ -1,7 +1,7 @@
 """Mixed precision: which scheme each layer gets.
 
-`planned` is the rule before anything is measured. `assign` spends a budget of bytes where a
-image gains most, given what each option of each layer does to the image.
+`planned` is the rule before anything is measured. `assign` spends a budget of bytes where images
+gain most, given the error of each option of each layer in the image.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def assign(
 
 
 def within(chosen: Mapping[Layer, Option], max_bytes: float, max_time: float) -> bool:
-    """Whether what was chosen keeps both budgets."""
+    """Whether the chosen options keep both budgets."""
     return (
         sum(option.bytes for option in chosen.values()) <= max_bytes
         and sum(option.time for option in chosen.values()) <= max_time

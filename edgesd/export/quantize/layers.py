@@ -1,4 +1,4 @@
-"""What can be quantized in a graph, and the description of a quantized layer.
+"""Finds the layers of a graph that can be quantized, and describes a quantized layer.
 
 A layer's weight is a matrix W [N, K]: N outputs, K inputs. A convolution is the product with its
 input's patches (im2col), tap by tap: k = (row * kernel_w + column) * C + channel. A group of the
@@ -159,7 +159,7 @@ def matrix_of(node: ir.Node, layer: Layer) -> Float:
 class Activations:
     """The number format of a layer's input.
 
-    mode "none": floating point. "dynamic": 8 bits, asymmetric, range of the tensor at hand.
+    mode "none": floating point. "dynamic": 8 bits, asymmetric, range of the current tensor.
     "static": 8 bits, `scale` [T] and `zero_point` [T] for each timestep recorded (T = 1: one for
     all; asymmetric), and `symmetric_scale` [1], for backends that take nothing else. "group": a
     scale per `group` channels of each row, symmetric, `bits` wide.

@@ -1,4 +1,4 @@
-"""What a quantization method is: a configuration, and how it represents a weight."""
+"""The interface of a quantization method: its configuration, and how it represents a weight."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class Represented(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Method(ABC):
-    """How codes are chosen. static: activation ranges are recorded ones, not those at hand.
+    """How codes are chosen. static: activation ranges are recorded ones, not those of the current
+    tensor.
 
     name: of its file. label: as a recipe has it. smooths: outliers of the inputs move into the
     weights, where that pays.

@@ -38,7 +38,7 @@ and a small gain on sampled rows is a loss in images (docs/quantization.md)."""
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What is known of a layer's input, as tensors."""
+    """Statistics of a layer's input, as tensors."""
 
     blocks: list[Tensor]
     rows: Tensor
@@ -57,7 +57,7 @@ class _Inputs:
         return torch.maximum(self.low.abs(), self.high.abs()).amax(0)
 
     def divided(self, smooth: Tensor) -> _Inputs:
-        """The same, of inputs divided by `smooth` [C]."""
+        """The statistics of inputs divided by `smooth` [C]."""
         wide = _per_column(smooth, self.rows.shape[1])
         blocks = [block / wide[span, None] / wide[span] for span, block in spans(self.blocks)]
         return _Inputs(blocks, self.rows / wide, self.steps, self.low / smooth, self.high / smooth)
@@ -169,7 +169,7 @@ def _error(quantized: QuantizedLayer, source: Tensor, inputs: _Inputs | None) ->
 
 
 def _blind(layer: Layer, matrix: Tensor, scheme: Scheme, group: int) -> QuantizedLayer:
-    """Round to nearest: all that can be done for a layer nothing is known of."""
+    """Round to nearest, for a layer without statistics."""
     codes, scales, _ = rounded(matrix, group, scheme.weight_bits)
     result = QuantizedLayer(
         layer=layer,

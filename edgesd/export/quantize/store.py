@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 _FILES = {False: (GRAPH_FILE, *SPLIT_FILES), True: (KERNELS_FILE, *KERNELS_SPLIT_FILES)}
 """For edgesd's own kernels or not: files of the whole graph, and of a decoder's head and tail."""
 _OTHERS = (KERNELS_FILE, *SPLIT_FILES, *KERNELS_SPLIT_FILES)
-"""In the order that their weights have behind those of the first graph."""
+"""In the order of their weights, which follow those of the first graph."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ class Runner(Protocol):
 
 
 def run_once(runner: Runner, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Run on copies of `inputs`; what comes out is the runner's own, until its next run."""
+    """Run on copies of `inputs`. The outputs belong to the runner and are valid until its next
+    run."""
     runner.bind({name: array.shape for name, array in inputs.items()})
     for name, array in inputs.items():
         runner.inputs[name][:] = array

@@ -77,7 +77,7 @@ def session_options(threads: int = 0, library: Path | None = None) -> onnxruntim
         options.add_session_config_entry("session.x64quantprecision", "1")
     # Weights behind a DequantizeLinear are folded once; else they would be computed in every run.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    # Never ONNX Runtime's own format, whose references to other files nobody has looked at.
+    # Never ONNX Runtime's own format, whose references to other files weren't checked.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     options.log_severity_level = 4  # failures are raised, too
     if library is not None:

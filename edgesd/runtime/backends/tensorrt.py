@@ -139,8 +139,8 @@ class TensorRtRunner(BoundRunner):
 
 
 class TensorRt(Backend):
-    """Runs plans. Where that can't be done, ONNX Runtime takes the graphs: they are of standard
-    operators."""
+    """Runs plans. If that fails, ONNX Runtime runs the graphs, which have standard operators
+    only."""
 
     name = "tensorrt"
     needs_plans = True
@@ -166,7 +166,7 @@ class TensorRt(Backend):
         return onnxruntime.BACKEND.open_runner(bundle, component, options)
 
     def unimported_bytes(self) -> int:
-        """See Backend. ONNX Runtime's, which may have to stand in."""
+        """See Backend. Includes ONNX Runtime's, which is the fallback."""
         return onnxruntime.BACKEND.unimported_bytes()
 
     def _run_plan(self, bundle: Bundle, component: str, options: RunnerOptions) -> TensorRtRunner:

@@ -1,4 +1,4 @@
-"""What a pipeline can be asked for, one file per task: where generation starts, and from what.
+"""The tasks of a pipeline, a file for each: they say where denoising starts.
 
 A task is the only place beside the samplers that draws noise: the order of its draws is a part of
 the image.

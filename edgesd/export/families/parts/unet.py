@@ -98,7 +98,7 @@ def unet(
 
 
 def size_multiple(config: Mapping[str, Any]) -> int:
-    """Latent rows and columns that are a multiple of this are halved at each level but the last,
+    """A latent height and width that are a multiple of this are halved at each level but the last,
     and doubled again."""
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
