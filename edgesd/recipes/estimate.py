@@ -58,8 +58,8 @@ class Estimate(Spec, frozen=True):
 class PlanRequest:
     """What is to be planned; None takes the model's own. max_memory: bytes, instead of the
     target's RAM. rates: how fast the target is. fixed: of graphs for `size` alone, whose denoiser
-    takes `batch` rows; others generate any size, and so are those for TensorRT. scheduler: the
-    bundle's default sampler."""
+    takes `batch`; others generate any size, and so are those for TensorRT. scheduler: the bundle's
+    default sampler."""
 
     precision: Precision
     size: tuple[int, int] | None = None

@@ -26,7 +26,7 @@ from edgesd.spec.bundle import BundleManifest, Footprint
 from edgesd.spec.scheme import Precision, number_format, parse_scheme
 
 Shape = tuple[int, int, int]
-"""Height, width and rows of a component's input; height and width in its own unit."""
+"""Height, width and batch of a component's input; height and width in its own unit."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Networks:
         """The workload of a stage's component."""
         name = stage.component
         if (name, shape) not in self._traced:
-            height, width, rows = shape
-            sizes = {"batch": rows, "height": height, "width": width}
+            height, width, batch = shape
+            sizes = {"batch": batch, "height": height, "width": width}
             traced = trace(self._components[name], sizes)
             if shape != self.own_shape(stage):
                 traced = _with_layers_of(self.trace_own(stage), traced)
@@ -83,8 +83,8 @@ class Networks:
         return height // unit, width // unit
 
     def own_shape(self, stage: Stage) -> Shape:
-        """That of a component at the pipeline's own size, of one image; of all rows, where their
-        number is fixed."""
+        """The shape of a component's input at the pipeline's own size: for one image, or the fixed
+        batch."""
         shape = self.pipeline.shape
         height, width = self.latents(shape.width, shape.height)
         return height, width, shape.batch if stage.per == "step" and not shape.dynamic else 1
@@ -101,8 +101,8 @@ class Networks:
             touched = takes.activations, takes.workspace
             if on_gpu:
                 touched = arena_bytes([workload]) // (1 if form.precision == "fp32" else 2), 0
-            height, width, rows = shape
-            units = 1 if stage.per == "prompt" else height * width * rows
+            height, width, batch = shape
+            units = 1 if stage.per == "prompt" else height * width * batch
             runs[units] = max(runs.get(units, (0, 0)), touched)
         if on_gpu:
             weights = int(on_gpu[number_format(form.precision)] * workload.parameters)
@@ -122,8 +122,8 @@ class Networks:
         """Of a full autoencoder's decoder that is split: its head, and its tail at each window.
         at: as in `footprint`, of the head."""
         heads = {
-            height * width: [(height, width, rows)]
-            for height, width, rows in sorted(set(at) or self._shapes(self.flow.decoder))
+            height * width: [(height, width, batch)]
+            for height, width, batch in sorted(set(at) or self._shapes(self.flow.decoder))
         }
         tails = {
             window**2: [(h, w, 1) for h, w in tail_shapes(4 * window, 4 * window, window)[0]]
@@ -147,10 +147,10 @@ class Networks:
     def _shapes(self, stage: Stage) -> list[Shape]:
         """Where a component is traced: a quarter, one, four and sixteen times its own area; and
         at several images at a time. Of a prompt there is one size."""
-        height, width, rows = self.own_shape(stage)
+        height, width, batch = self.own_shape(stage)
         shape = self.pipeline.shape
         if not shape.dynamic or stage.per == "prompt":
-            return [(height, width, rows)]
+            return [(height, width, batch)]
         step = max(1, shape.multiple_of // self.pipeline.latent.scale_factor)
         small = [max(step, n // 2 // step * step) for n in (height, width)]
         found = [(small[0], small[1], 1), *((n * height, n * width, 1) for n in (1, 2, 4))]
@@ -179,8 +179,8 @@ def _sorted(runs: Mapping[int, tuple[int, int]]) -> tuple[tuple[int, int, int], 
 
 
 def _with_layers_of(one: Workload, other: Workload) -> Workload:
-    """`other` with the layers of the same network at another size: of several rows, a linear of the
-    timestep's vector looks like one of many rows."""
+    """`other` with the layers of the same network at another size: in a larger batch, a linear of
+    the timestep's vector looks like one of many rows."""
     known = {op.layer.name: op.layer for op in one.operations if op.layer is not None}
     return replace(
         other,

@@ -133,14 +133,14 @@ class _Plan:
         return stage.runs(self.steps, batch.guided, guidance)
 
     def workloads(self, stage: Stage, mode: MemoryMode) -> tuple[list[Workload], Footprint]:
-        """What a run computes, one after another, and the footprint of the graph that does most."""
+        """The workloads of a run, one after another, and the footprint of the largest graph."""
         networks, form, (height, width) = self.networks, self.forms[stage.component], self.size
         costs = self.fitting.costs
         shapes = [(height, width, 1)]
         if stage.per == "prompt":
             shapes = [networks.own_shape(stage)]
         elif stage.per == "step":
-            shapes = [(height, width, self.generations[mode].rows)]
+            shapes = [(height, width, self.generations[mode].batch)]
         elif stage.role == "decoder" and mode == "stream" and costs.split is not None:
             head = form.lowered(networks.trace_part((height, width, 1), 0))
             tiles, times = tail_shapes(height, width)
@@ -367,15 +367,15 @@ class _Planner:
         return computes(isa if rates is None else rates.instruction_set or "", [precision])
 
     def _shapes(self, networks: Networks, stage: Stage, batch: Batch) -> list[Shape]:
-        """What a component is run at for a batch."""
+        """The shapes that a component is run at for a batch."""
         spec = networks.pipeline
         height, width = networks.latents(batch.width, batch.height)
         if not spec.shape.dynamic or stage.per == "prompt":
             return [networks.own_shape(stage)]
         if stage.per == "step":
             modes: tuple[GuidanceMode, ...] = ("sequential", "batched")
-            rows = {stage.rows(batch.count, batch.guided, mode) for mode in modes}
-            return [(height, width, n) for n in sorted(rows)]
+            batches = {stage.batch(batch.count, batch.guided, mode) for mode in modes}
+            return [(height, width, n) for n in sorted(batches)]
         found = [(height, width, 1)]
         if stage.role == "decoder" and spec.latent.halo is not None:
             tall, wide = zip(*_tiles(spec, (height, width)), strict=True)

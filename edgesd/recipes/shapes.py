@@ -7,10 +7,10 @@ from edgesd.spec.pipeline import PipelineSpec
 
 
 def fixed_shape(pipeline: PipelineSpec) -> tuple[tuple[int, int], str, int]:
-    """Size, scheduler and rows of the same pipeline with fixed shapes: its own size, one image.
+    """Size, scheduler and batch of the same pipeline with fixed shapes: its own size, one image.
 
     A plan of fixed shapes needs least memory, to be built and to run.
     """
     shape = pipeline.shape
-    rows = 2 if flow_of(pipeline).guided(pipeline.guidance_scale) else 1
-    return (shape.width, shape.height), pipeline.scheduler.name, rows
+    batch = 2 if flow_of(pipeline).guided(pipeline.guidance_scale) else 1
+    return (shape.width, shape.height), pipeline.scheduler.name, batch

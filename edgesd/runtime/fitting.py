@@ -154,7 +154,7 @@ class Fitting:
             batch.width // scale,
             scale,
             batch.count,
-            flow_of(spec).denoiser.rows(batch.count, batch.guided, mode),
+            flow_of(spec).denoiser.batch(batch.count, batch.guided, mode),
             text_values(spec),
             batch.previews,
         )

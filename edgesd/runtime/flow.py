@@ -27,7 +27,7 @@ class Stage:
     role: Role
     per: Per
 
-    def rows(self, count: int, guided: bool, mode: GuidanceMode) -> int:
+    def batch(self, count: int, guided: bool, mode: GuidanceMode) -> int:
         """Batch of one run, if `count` images are generated at a time."""
         if self.per != "step":
             return 1

@@ -41,14 +41,14 @@ _MARGIN = 0.13
 @dataclass(frozen=True)
 class Generation:
     """Sizes that the memory of generating depends on. height, width: of the latents; scale: pixels
-    of a latent; count: images; rows: the denoiser's batch; text_values: of one prompt's embedding;
+    of a latent; count: images; batch: of the denoiser; text_values: of one prompt's embedding;
     previews: whether unfinished images are decoded, while the denoiser is loaded."""
 
     height: int
     width: int
     scale: int
     count: int = 1
-    rows: int = 1
+    batch: int = 1
     text_values: int = 0
     previews: bool = False
 
@@ -210,8 +210,8 @@ def units_of(stage: Stage, generation: Generation) -> int:
     """Units of one run of a stage, for `computing`; 1 for a prompt."""
     if stage.per == "prompt":
         return 1
-    rows = generation.rows if stage.per == "step" else 1
-    return generation.height * generation.width * rows
+    batch = generation.batch if stage.per == "step" else 1
+    return generation.height * generation.width * batch
 
 
 def together(

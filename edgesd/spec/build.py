@@ -59,7 +59,7 @@ class BuildOptions(Spec, frozen=True):
     """What is built of a model.
 
     target: a board's name. backend: whose graphs are made; None takes the target's best. size:
-    (width, height) in pixels for static graphs, whose denoiser takes `batch` rows; None exports
+    (width, height) in pixels for static graphs, whose denoiser takes `batch`; None exports
     graphs for any size and batch (where plans have fixed shapes: for one image of the model's own
     size). scheduler: the bundle's default sampler, if not the model's own. quantization: for a
     precision that is a scheme.

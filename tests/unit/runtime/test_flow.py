@@ -383,10 +383,10 @@ def test_stages_are_in_the_order_of_their_runs() -> None:
 )
 def test_rows_and_runs_of_a_stage(per: Any, mode: GuidanceMode, rows: int, runs: int) -> None:
     stage = Stage("net", "denoiser", per)
-    assert (stage.rows(3, True, mode), stage.runs(20, True, mode)) == (rows, runs)
+    assert (stage.batch(3, True, mode), stage.runs(20, True, mode)) == (rows, runs)
     unguided = {"prompt": 1, "image": 1, "step": 20}[per]
     assert stage.runs(20, False, mode) == unguided
-    assert stage.rows(3, False, mode) == (3 if per == "step" else 1)
+    assert stage.batch(3, False, mode) == (3 if per == "step" else 1)
 
 
 def changed(**fields: Any) -> Wiring:
