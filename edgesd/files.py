@@ -1,5 +1,5 @@
-"""Writing files so that a crash, a full disk or Ctrl-C leaves no half-written one and costs nobody
-a file.
+"""Writing files so that a crash, a full disk or Ctrl-C leaves no half-written one and never loses a
+file.
 
 The rules for everything that edgesd writes:
 
@@ -54,7 +54,7 @@ class ExistsError(InputError):
 
 
 class KeptError(InputError):
-    """What was made couldn't be put into its place, and lies beside it: the message says where."""
+    """A file couldn't be moved to its place and is kept beside it: the message says where."""
 
 
 def fsync_dir(path: Path) -> None:
@@ -147,7 +147,7 @@ def atomic_write(path: Path, private: bool = False, new: bool = False) -> Iterat
 
 
 def save(path: Path, content: bytes, new: bool = False) -> None:
-    """Write what took long to make. Where it can't be, it is kept elsewhere.
+    """Write the result of long work. If that fails, it is kept elsewhere.
 
     new: as `atomic_path`. Raises what `atomic_path` raises; the message says where `content` is.
     """
@@ -231,7 +231,7 @@ def _chmod(path: Path, mode: int) -> None:
 
 
 def _replace(made: Path, path: Path) -> None:
-    """Move `made` to `path`; it takes the mode, and as far as may be the owner, of an older one."""
+    """Move `made` to `path`; it takes the mode and, if possible, the owner of an older one."""
     try:
         older = path.stat()
     except OSError:
@@ -392,7 +392,7 @@ def check_new(path: Path) -> None:
 def check_writable(path: Path, needed_bytes: int = 0) -> None:
     """Try to write at `path`, before long work is done in vain. Nothing is left there.
 
-    needed_bytes: what will be written, as far as it is known. Raises InputError when a file or
+    needed_bytes: what will be written, if known. Raises InputError when a file or
     folder of that name can't be made, ResourceError when the disk is too full.
     """
     if is_special(path):

@@ -1,4 +1,4 @@
-"""How edgesd starts other programs: none of the current folder is run that wasn't asked for.
+"""How edgesd starts other programs: no program of the current folder is run by accident.
 
 `python -m` puts the current folder first among the places where modules are looked for, and an
 empty or relative entry of PATH does so for programs: a downloaded folder would run its code.

@@ -1,4 +1,4 @@
-"""How long work tells what it does: one protocol, from exports down to bytes that are hashed.
+"""The protocol by which long work reports progress, from exports down to hashed bytes.
 
 The command line shows it (cli.common.Reporter); a program may give any object with these methods.
 """

@@ -52,7 +52,7 @@ class _RunByDefault(click.Group):
         return super().parse_args(ctx, args)
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Both forms."""
+        """Write the usage of both forms."""
         formatter.write_usage(ctx.command_path, "[OPTIONS] BUNDLE")
         formatter.write_usage(ctx.command_path, "compare [OPTIONS] BEFORE AFTER", prefix="       ")
 
@@ -130,7 +130,7 @@ def run_command(
     detached: str | None,
     as_json: bool,
 ) -> None:
-    """Generate with BUNDLE again and again, and measure: what `edgesd bench BUNDLE` stands for."""
+    """Generate images with BUNDLE, and measure: `edgesd bench BUNDLE` runs this command."""
     if detached:
         _follow(detached)
         return
@@ -159,7 +159,7 @@ def run_command(
 
 
 def _check_places(bundle: Path, html: Path | None, output: Path | None) -> None:
-    """What can't be written is said before anything is measured."""
+    """Raise InputError for a file that can't be written, before anything is measured."""
     from edgesd.files import check_file_place
     from edgesd.pages.page import check_page_path
 
@@ -260,7 +260,7 @@ def forget_command(key: str) -> None:
 
 
 class _Images(Lines):
-    """Progress of a benchmark on a board, for those who follow it: a line for each image."""
+    """Progress of a benchmark on a board: a line for each image."""
 
     def __init__(self) -> None:
         super().__init__(lambda text: say(text, err=True))

@@ -27,7 +27,7 @@ class Given(NamedTuple):
     quantization: dict[str, Any]
 
     def over(self, base: BuildOptions | None) -> BuildOptions:
-        """`base` with what was given in its place. Raises UsageError where no target is known."""
+        """`base`, overridden by the given options. Raises UsageError where no target is known."""
         if base is None:
             if "target" not in self.build:
                 raise click.UsageError("Missing option '--target'.")
@@ -232,7 +232,7 @@ def build_command(
 
 
 def _plans_from(host: str, target: str, reporter: Reporter) -> Callable[[Path], object]:
-    """What adds the plans that the board `host` builds. Raises before long work."""
+    """The function that adds the plans which the board `host` builds. Raises before long work."""
     from edgesd.device.targets import get_target
     from edgesd.remote.on_board import add_plans, check_board
     from edgesd.runtime.backends import get_backend

@@ -142,7 +142,7 @@ def binary_stdout() -> Iterator[BinaryIO]:
 
 
 class Finite(click.FloatRange):
-    """A FloatRange that NaN isn't in."""
+    """A FloatRange without NaN."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -162,8 +162,8 @@ def printable(path: Path) -> str:
 def say(text: object = "", err: bool = False) -> None:
     """Print one line, on standard error where `err`: safe for a terminal, whatever is in it.
 
-    Every command prints by this, `say_lines` or `print_json`. What can't be written to standard
-    error is dropped, as the work itself goes on; standard output raises OSError.
+    Every command prints by this, `say_lines` or `print_json`. Failures to write to standard error
+    are ignored, as the work itself goes on; standard output raises OSError.
     """
     _print(shown(text), err)
 
@@ -181,7 +181,7 @@ def print_json(value: object, indent: int = 2) -> None:
 
 
 def say_error(message: str) -> None:
-    """Print `message` as one line on standard error, behind the program's name.
+    """Print `message` as one line on standard error, after the program's name.
 
     Of more than 4,000 characters the middle is left out: an argument or a library's words can have
     megabytes.
@@ -258,7 +258,7 @@ _BYTE_UNITS = ((10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
 class Messages(logging.Handler):
     """Shows what edgesd logs, and errors of its libraries, as a line on standard error, safe for a
-    terminal. What libraries warn of is for who writes programs with them."""
+    terminal. Warnings of libraries are for programmers, and not shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.ERROR and record.name.partition(".")[0] != "edgesd":
@@ -307,7 +307,7 @@ class Reporter:
         self._bar.console.print(shown(text), highlight=False, markup=False, emoji=False)
 
     def bar(self) -> AbstractContextManager[object]:
-        """A context in which `update` generates a bar, where there is a terminal."""
+        """A context in which `update` draws a bar, where there is a terminal."""
         if not self.fancy:
             return nullcontext()
         from rich.console import Console
@@ -419,7 +419,7 @@ def fail(error: BaseException, debug: bool) -> int:
 
 
 def _caused_by_interrupt(error: BaseException) -> bool:
-    """Whether Ctrl-C is behind it: in the import of a compiled module it becomes an ImportError."""
+    """Whether Ctrl-C caused it: in the import of a compiled module it becomes an ImportError."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, KeyboardInterrupt):
         cause = cause.__cause__

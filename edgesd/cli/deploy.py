@@ -105,7 +105,7 @@ def _prefixed(reporter: Reporter, board: Board) -> Prefixed:
 
 
 def _line(host: str, done: Deployed | Installed) -> str:
-    """What became of one board."""
+    """The result of one board in a line."""
     from edgesd.device.slots import Installed
 
     if isinstance(done, Installed):

@@ -196,7 +196,7 @@ def generate(
     batch: int = 1,
     preview_every: int = 0,
 ) -> list[SavedImage]:
-    """Make and write `requests`, showing each step, each file, and what the user should know."""
+    """Make and write `requests`, showing each step, each file, and messages for the user."""
     from edgesd.runtime.images import make_images
 
     warned: set[str] = set()
@@ -245,7 +245,7 @@ def summary(pipeline: Pipeline, made: Sequence[SavedImage]) -> str:
 
 
 def _outcome(pipeline: Pipeline, made: Sequence[SavedImage]) -> dict[str, object]:
-    """The same, and more, for programs."""
+    """The summary, and more, for programs."""
     timings = pipeline.timings
     return {
         "images": [

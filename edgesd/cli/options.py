@@ -1,7 +1,7 @@
 """Options that several commands have: described once, with the object that they describe.
 
-A group adds its options to a command and hands the command that object. What a command is asked to
-do on a board is derived from its options, so that one which is added later reaches the board, too.
+A group adds its options to a command and hands the command that object. The command to run on a
+board is derived from these options, so that an option which is added later reaches the board, too.
 """
 
 from __future__ import annotations

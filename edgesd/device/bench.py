@@ -1,4 +1,4 @@
-"""How fast a bundle generates on this machine, and what that costs in memory, heat and energy.
+"""Measures how fast a bundle generates on this machine, and the memory, heat and energy it needs.
 
 Light: this runs on boards. What it finds is a `Bench`, one JSON object, with its images and every
 sample in it.
@@ -88,7 +88,7 @@ class Asked(Spec, frozen=True):
 
 class Summary(Spec, frozen=True):
     """The figures. Seconds, bytes, degrees Celsius, MHz, watts, joules; None: this machine doesn't
-    tell.
+    report it.
 
     load: by component, of the first image, from a file system whose cache was emptied of the
     bundle. peak_memory_bytes: of the process. idle_watts: before anything was loaded. joules: per

@@ -60,7 +60,7 @@ def follow(key: str, command: Sequence[str], on_line: Callable[[str], None]) -> 
         end = time.monotonic() + _START_SECONDS
         while (link := _connect(key)) is None and not result.exists():
             if started.poll() is not None and _connect(key) is None and not result.exists():
-                break  # it is gone, and nobody else began the same
+                break  # it is gone, and no other process began the same
             if time.monotonic() > end:
                 started.terminate()
                 raise BoardError(f"the work doesn't begin within {_START_SECONDS:.0f} s")
@@ -82,7 +82,7 @@ def follow(key: str, command: Sequence[str], on_line: Callable[[str], None]) -> 
 
 
 def _lines(link: socket.socket) -> Iterator[str]:
-    """What comes over `link`, until its other end is gone: closed, or killed before it was read."""
+    """The lines of `link`, until its other end is gone: closed, or killed before it was read."""
     with link, link.makefile("r", encoding="utf-8", errors="replace") as lines:
         try:
             while line := lines.readline(_LINE_CHARACTERS):
@@ -101,7 +101,7 @@ def _result(key: str) -> Path:
 
 
 def _name(key: str) -> str:
-    """Of the socket: one for each user and cache."""
+    """Name of the socket: one for each user and cache."""
     who = hashlib.sha256(f"{os.getuid()} {user_cache()} {key}".encode()).hexdigest()[:32]
     return f"\0edgesd-{who}"
 
@@ -123,7 +123,7 @@ def _connect(key: str) -> socket.socket | None:
 
 
 def _user_of(link: socket.socket) -> int:
-    """Who is at the other end."""
+    """The user id of the process at the other end."""
     credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return int(struct.unpack("3i", credentials)[1])
 

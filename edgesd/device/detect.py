@@ -1,4 +1,4 @@
-"""What this machine is, read from Linux's own files, and whether a bundle may run on it.
+"""Detects this machine from Linux's own files, and checks whether a bundle may run on it.
 
 Nothing here fails on a file that is missing, unreadable or odd: a container hides some, a kernel
 lacks others. What can't be read isn't guessed: it stays out of the answer.
@@ -199,7 +199,7 @@ def _arch(root: Path, cpus: list[dict[str, str]]) -> str:
 
 
 def _model(root: Path, cpus: list[dict[str, str]]) -> str:
-    """What the machine calls itself; the later sources are for containers, PCs and servers."""
+    """The machine's own name; the later sources are for containers, PCs and servers."""
     named = [cpu[key] for key in ("Model", "model name") for cpu in cpus if key in cpu]
     return (
         _read(root, "proc/device-tree/model")
@@ -220,7 +220,7 @@ def _cpu_count(root: Path, cpus: list[dict[str, str]]) -> int:
 def _capabilities(
     arch: str, cpus: list[dict[str, str]], compatible: list[str], jetson: bool, gpus: set[str]
 ) -> tuple[str, ...]:
-    """What every CPU has (big and little cores may differ), and the GPU. Sorted."""
+    """Features of every CPU (big and little cores may differ), and of the GPU. Sorted."""
     key = "Features" if arch == "aarch64" else "flags"
     flags = [set(cpu[key].split()) for cpu in cpus if key in cpu]
     common = set.intersection(*flags) if flags else set()
@@ -233,7 +233,7 @@ def _capabilities(
 
 
 def _pc_gpus(root: Path) -> set[str]:
-    """What the driver's GPUs are: /proc/driver/nvidia/gpus/BUS/information, without CUDA."""
+    """The driver's GPUs: /proc/driver/nvidia/gpus/BUS/information, without CUDA."""
     folder = root / "proc/driver/nvidia/gpus"
     try:
         buses = sorted(entry.name for entry in folder.iterdir())

@@ -1,4 +1,4 @@
-"""A bundle that is to run on this machine: whether it may."""
+"""Checks whether a bundle may run on this machine."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def open_for_generate(path: Path, any_machine: bool = False) -> Bundle:
 
 
 def check_runs_here(bundle: Bundle, any_machine: bool = False) -> PublicKey | None:
-    """Whether this machine trusts `bundle` and is one that it was built for; the trusted key that
-    signed it, if any.
+    """Check that this machine trusts `bundle` and is one that it was built for; the trusted key
+    that signed it, if any.
 
     Raises BundleError for one that isn't trusted here, TargetError for one of another board.
     """

@@ -3,12 +3,12 @@
 Below `home_folder()`:
 
     objects/SHA256     files that were sent, by their content
-    slots/a  slots/b   bundles, of hard links to objects: what both have is on the card once
+    slots/a  slots/b   bundles, of hard links to objects: files that both have are on the card once
     current            symbolic link to the active slot
 
-A bundle is put together beside the slots, verified, and generated with. Only then it takes the
-place of the slot that isn't active, and `current` is switched by one rename: whatever is killed or
-cut, and whenever, `current` leads to the whole old bundle or to the whole new one.
+A bundle is assembled beside the slots, verified, and tested by generating an image. Only then it
+takes the place of the slot that isn't active, and `current` is switched by one rename: whatever is
+killed or cut, and whenever, `current` leads to the whole old bundle or to the whole new one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 class SelfTest(Spec, frozen=True):
-    """The result of the generation before a switch. Seconds of wall time, loading included.
+    """The result of the self-test before a switch. Seconds of wall time, loading included.
 
     emulated: they are not a board's.
     """
@@ -97,7 +97,7 @@ class Installed(Spec, frozen=True):
 
 
 _BETTER_DISK = "bundles are deployed to a home folder on a disk with links and locks (ext4)"
-"""What helps where symbolic links or locks are missing. Not EDGESD_HOME: deploy sets it."""
+"""Advice where symbolic links or locks are missing. Not EDGESD_HOME: deploy sets it."""
 
 
 def home_folder() -> Path:
@@ -124,7 +124,7 @@ class Slots:
     def show(self, wait: bool = False) -> list[Slot]:
         """The bundles that are there, the active one first.
 
-        wait: until nobody changes them any more: a deploy whose link was lost works on.
+        wait: until no other process changes them: a deploy whose link was lost works on.
         """
         if wait and self.root.is_dir():
             with self._alone():
@@ -144,7 +144,7 @@ class Slots:
         """Make the bundle active whose bundle.json, bundle.sha256 and bundle.sig are these objects.
 
         Raises BundleError when an object is missing or damaged (it is removed: sending it anew
-        mends that) or nobody trusted signed the bundle, TargetError when it is for another board,
+        mends that) or no trusted key signed the bundle, TargetError when it is for another board,
         BoardError when the self-test fails. In all these cases the active bundle stays, and so does
         the one to go back to.
         """
@@ -167,7 +167,7 @@ class Slots:
             return Installed(self._look(into, True), tested, signer)
 
     def rollback(self, self_test: bool = True, progress: Progress = SILENT) -> Installed:
-        """Make the other slot active again, once it was verified and generated with.
+        """Make the other slot active again, once it was verified and has generated an image.
 
         Raises InputError when there is no other, else as `install`.
         """
@@ -246,7 +246,7 @@ class Slots:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Nobody else changes slots meanwhile. Waits for who does; raises InputError at last."""
+        """Lock the slots. Waits for another process that has them; raises InputError at last."""
         with disk_errors(self.root, output=False):
             self._slots.mkdir(parents=True, exist_ok=True)
             self._objects.mkdir(exist_ok=True)
@@ -330,7 +330,7 @@ class Slots:
         fsync_dir(self.root)
 
     def _clear(self, path: Path) -> None:
-        """Remove a slot in one go: nobody ever sees half of one."""
+        """Remove a slot in one go, so that it is never seen in part."""
         if not path.exists():
             return
         old = self._slots / ".old"

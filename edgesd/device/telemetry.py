@@ -1,4 +1,4 @@
-"""What a board does while it works: memory, clocks, heat, power, and what holds it back.
+"""Samples a board's memory, clocks, heat and power, and what throttles it.
 
 Read from Linux's own files, from tegrastats on a Jetson and vcgencmd on a Raspberry Pi, whichever
 are there; what can't be read isn't guessed. Sampled in a process of its own (`Sampler`), so that it
@@ -90,7 +90,7 @@ def power_mode(root: Path = _ROOT) -> str:
 
 
 def board_watts(watts: Mapping[str, float]) -> float | None:
-    """What the whole board takes, in watts, or None where its rails aren't measured.
+    """The power of the whole board in watts, or None where its rails aren't measured.
 
     A Jetson's input rail, or the sum of those that make it up. Of a Raspberry Pi 5 the sum of the
     rails after its power chip: what the chip itself and the 5 V ports take isn't in it.
@@ -129,7 +129,7 @@ def parse_tegrastats(line: str) -> dict[str, Any]:
 
 
 def parse_throttled(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """vcgencmd get_throttled -> what holds the board back, and what has since it started."""
+    """vcgencmd get_throttled -> what throttles the board now, and what has since it started."""
     match = re.fullmatch(r"throttled=0x([0-9a-fA-F]{1,8})", text.strip())
     if not match:
         return (), ()
@@ -181,7 +181,7 @@ def read_files(root: Path = _ROOT, pid: int | None = None) -> dict[str, Any]:
 
 
 class Sources:
-    """All that this machine can be asked. A context manager; tegrastats runs for as long."""
+    """All sources of samples on this machine. A context manager; tegrastats runs for as long."""
 
     def __init__(self, interval: float, pid: int | None = None, root: Path = _ROOT) -> None:
         self._pid, self._root = pid, root
@@ -208,7 +208,7 @@ class Sources:
             self._tegrastats.wait()
 
     def read(self, seconds: float) -> Sample:
-        """The present moment."""
+        """A sample of the present moment."""
         found = read_files(self._root, self._pid)
         if self._latest:
             parsed = parse_tegrastats(self._latest)
@@ -267,7 +267,7 @@ class Sampler:
 
     @property
     def pid(self) -> int:
-        """Of the process that samples."""
+        """Id of the process that samples."""
         return self._process.pid
 
     def __enter__(self) -> Sampler:
@@ -332,7 +332,7 @@ def _number(path: Path) -> int | None:
 
 
 def _numbered(paths: Iterable[Path]) -> list[Path]:
-    """By the number that their names end with."""
+    """Paths sorted by the number that their names end with."""
     return sorted(paths, key=lambda path: int(re.sub(r"\D", "", path.name)))
 
 

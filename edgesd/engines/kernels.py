@@ -1,4 +1,4 @@
-"""Compiles edgesd's own kernels (edgesd/kernels) with the C++ compiler that is at hand."""
+"""Compiles edgesd's own kernels (edgesd/kernels) with an installed C++ compiler."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def find_compiler(arch: str) -> str | None:
 def ensure_library(progress: Progress = SILENT) -> Path | None:
     """The library for this machine, compiled if need be; None where it can't be, or shall not be.
 
-    What stands in the way is logged: builds go on without it.
+    Failures are logged: builds go on without it.
     """
     if runtime_kernels.library() is None and os.environ.get("EDGESD_KERNELS") is None:
         try:

@@ -163,7 +163,7 @@ def prepare_plans(
 class Plans:
     """`prepare_plans`, when the first plan is asked for: all are built before any is loaded.
 
-    What went wrong is raised again for every component, without another try.
+    A failure is raised again for every component, without another try.
     """
 
     def __init__(self, bundle: Bundle, folder: Path, progress: Progress = SILENT) -> None:

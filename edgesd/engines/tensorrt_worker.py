@@ -133,7 +133,7 @@ def _parser_error(error: Any) -> str:
 
 def _logger(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps what TensorRT says. One per process."""
+        """Keeps TensorRT's messages. One per process."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)

@@ -1,11 +1,10 @@
-"""Does the prompter help? Images of held-out short prompts beside those of the prompts made of
-them.
+"""Does the prompter help? Compares images of held-out short prompts with those of its prompts.
 
-For each short prompt the pairs say which prompt was meant. Two judges: one that holds an image
+For each short prompt the pairs give the wanted prompt. Two judges: one that holds an image
 against the text of that prompt (CLIP, or the small one of evaluate.agreement), and the image model
 itself: its image of that prompt, generated from another seed, is what an image should be like, by
-perceptual distance, and by whether of all such images it is the nearest. Neither says anything of
-taste.
+perceptual distance, and by whether of all such images it is the nearest. Neither measures
+aesthetics.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from edgesd.spec.base import Spec
 
 _RESAMPLES = 10_000
 _OTHER_SEEDS = 1_000_000
-"""Added to a seed for the image that others are held against."""
+"""Added to a seed for the image that others are compared with."""
 
 
 class Interval(Spec, frozen=True):
@@ -176,7 +175,7 @@ def judge(
 def agreed(
     judge: Agreement, generated: Mapping[str, Sequence[ImageLike]], wanted: Sequence[str]
 ) -> Agreed:
-    """Hold images against texts. generated: "user_prompts", "prompts" and "wanted", one image for
+    """Compare images with texts. generated: "user_prompts", "prompts" and "wanted", one image for
     each of the texts `wanted`."""
     names = list(dict.fromkeys(wanted))
     own = np.array([names.index(name) for name in wanted])

@@ -21,7 +21,7 @@ from edgesd.runtime.requests import Request
 from edgesd.spec.quality import ImageQuality, Quality
 
 EQUAL_DB = 100.0
-"""What two equal images count in a mean of PSNR."""
+"""PSNR of equal images in a mean, in dB."""
 
 _BATCH_PIXELS = 8 * 256 * 256
 _MAX_BATCH = 8
@@ -40,8 +40,8 @@ def generate(
     *,
     together: bool = False,
 ) -> list[Image.Image]:
-    """The images of all requests, one by one, as `edgesd generate` does; of a bundle with a fixed
-    number of rows as many at a time as these make.
+    """The images of all requests, one by one, as `edgesd generate` does; of a bundle of a fixed
+    batch as many at a time as it makes.
 
     together: several at a time where they are small, which is faster. Images that are generated
     together share the ranges of dynamically quantized activations: figures would be worse.

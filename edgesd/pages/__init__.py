@@ -1,1 +1,1 @@
-"""HTML pages of what was built and measured."""
+"""HTML pages about builds and measurements."""

@@ -42,8 +42,8 @@ class Span(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """A plot, in its units. joined: the points are one line. label: what is plotted, for who can't
-    see it."""
+    """A plot, in its units. joined: the points are one line. label: what is plotted, for screen
+    readers."""
 
     title: str
     label: str
@@ -61,14 +61,14 @@ class Plot(NamedTuple):
 
 
 class BenchImage(NamedTuple):
-    """One image of the runs that count."""
+    """One image of the measured runs."""
 
     uri: str
     caption: str
 
 
 class BoardPart(NamedTuple):
-    """What the page says of one board. prefix: of its headings, where there are several boards.
+    """The page's part on one board. prefix: of its headings, where there are several boards.
     small: images are shown with their pixels kept sharp. throttled: "" where nothing held it back.
     """
 

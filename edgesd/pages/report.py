@@ -81,7 +81,7 @@ class Card(NamedTuple):
 
 
 class QualityPart(NamedTuple):
-    """What the page says of the bundle's images. amplification: of all difference maps."""
+    """The page's part on the bundle's images. amplification: of all difference maps."""
 
     about: tuple[Fact, ...]
     images: Table
@@ -124,7 +124,7 @@ class Histogram(NamedTuple):
 
 
 class LayersPart(NamedTuple):
-    """What the page says of the layers. errors: None where none was measured."""
+    """The page's part on the layers. errors: None where none was measured."""
 
     table: Table
     errors: Histogram | None

@@ -57,7 +57,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Built:
-    """What a build made. notes: what the user should know of. reference: the fp32 bundle of the
+    """What a build made. notes: messages for the user. reference: the fp32 bundle of the
     same source that a quantized one was compared with. unfinished: why there are no plans from the
     board that was to build them; the bundle is whole without."""
 
@@ -160,7 +160,7 @@ def _prepare(
     progress: Progress,
     warn: Callable[[str], object] | None,
 ) -> Job:
-    """All that can be refused before long work is done."""
+    """Check everything that can be refused before long work."""
     from edgesd.export.backends import get_lowering
     from edgesd.export.pipeline import export_spec
     from edgesd.export.quantize.methods import check_method

@@ -1,4 +1,4 @@
-"""What `edgesd plan` predicts, and what it is asked: planner.py makes the one of the other."""
+"""Requests to `edgesd plan`, and its estimates, which planner.py makes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgesd.spec.scheme import Precision
 
 
 class ComponentCost(Spec, frozen=True):
-    """One component. bytes: of its files; macs: multiplications of one run of one row, by kind of
+    """One component. bytes: of its files; macs: multiplications of one run of batch 1, by kind of
     operation. By --memory mode: memory: peak of the process while it is loaded and runs alone;
     runs: in an image; seconds: of all these runs, None where rates aren't known."""
 
@@ -56,7 +56,7 @@ class Estimate(Spec, frozen=True):
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is to be planned; None takes the model's own. max_memory: bytes, instead of the
+    """A request for an estimate; None takes the model's own. max_memory: bytes, instead of the
     target's RAM. rates: how fast the target is. fixed: of graphs for `size` alone, whose denoiser
     takes `batch`; others generate any size, and so are those for TensorRT. scheduler: the bundle's
     default sampler."""

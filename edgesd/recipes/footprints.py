@@ -1,4 +1,4 @@
-"""What a pipeline's graphs take in memory, traced: what `plan` predicts and bundles carry.
+"""Traces the memory of a pipeline's graphs: `plan` predicts with it, and bundles include it.
 
 Networks are made on shapes alone (export/cost/workload.py); export/cost/costs.py says what a
 workload costs. How footprints add up for an image is runtime/footprint.py's.
@@ -90,8 +90,8 @@ class Networks:
         return height, width, shape.batch if stage.per == "step" and not shape.dynamic else 1
 
     def footprint(self, stage: Stage, form: ComponentForm, at: Iterable[Shape] = ()) -> Footprint:
-        """Of a component's graph. at: shapes that matter; () for all that a bundle may be run
-        at."""
+        """The footprint of a component's graph. at: shapes that matter; () for all that a bundle
+        may be run at."""
         shapes = sorted(set(at) or self._shapes(stage))
         on_gpu = form.lowering.weight_bytes
         runs: dict[int, tuple[int, int]] = {}

@@ -1,8 +1,8 @@
-"""What of a graph that computes in fp16 must stay in fp32, found by generating an image with it.
+"""Finds what must stay in fp32 in a graph that computes in fp16, by generating an image with it.
 
 On a CPU, ONNX Runtime computes these graphs in fp32, and an overflow on the GPU wouldn't show in
 its images. So the largest magnitude of every fp16 value is recorded while the pipeline's own loop
-generates; where one comes near fp16's end, what makes and reads it is kept in fp32.
+generates; where one comes near fp16's limit, the nodes that make and read it are kept in fp32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from edgesd.runtime.settings import Settings
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
 LIMIT = MAX_FP16 / 2
-"""Other prompts and seeds reach other values: half of fp16's range is left to them."""
+"""Other prompts and seeds reach larger values: a factor of 2 is left for them."""
 
 STEPS = 4
 """They span the schedule from its first timestep to its last."""

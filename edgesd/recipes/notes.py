@@ -1,4 +1,4 @@
-"""What the user of a build should know of, as values; their text is made where they are shown."""
+"""Notes for the user of a build, as values; their text is made where they are shown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PlansPending:
 
 @dataclass(frozen=True)
 class KeptInFp32:
-    """Values of a component that come near fp16's end. largest: magnitude of the largest one."""
+    """Values of a component that come near fp16's limit. largest: magnitude of the largest one."""
 
     component: str
     values: int

@@ -1,4 +1,4 @@
-"""What a build takes from this machine, and how a bundle says what it was built of."""
+"""A build's folders on this machine, and a bundle's reference to its model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a bundle would take, before anything is built: disk, memory, build memory, time.
+"""Predicts disk, memory, build memory and time of a bundle, before it is built.
 
 Networks are made on shapes alone from their configs and traced (export/cost/workload.py);
-export/cost/costs.py says what that costs. docs/planner.md derives the formulas and says how far
+export/cost/costs.py gives their cost. docs/planner.md derives the formulas and says how far
 they are off.
 """
 
@@ -118,7 +118,7 @@ class _Plan:
 
     @cached_property
     def generations(self) -> dict[MemoryMode, Generation]:
-        """What is generated at a time in each mode."""
+        """The sizes that memory depends on, in each mode."""
         return {mode: self.fitting.generation(self.batch, mode) for mode in self.fitting.modes}
 
     @cached_property
@@ -164,7 +164,7 @@ class _Plan:
         return once * self.runs(stage, mode) + fresh
 
     def cost(self, stage: Stage, speed: Speed | None) -> ComponentCost:
-        """Of one component."""
+        """The cost of one component."""
         form, modes = self.forms[stage.component], self.fitting.modes
         own = self.networks.trace_own(stage)
         graphs = NODE_FILE_BYTES * len(own.operations) * (2 if form.own_kernels else 1)
@@ -201,7 +201,7 @@ class _Planner:
         return usable_bytes(self.target) if limit is None else limit
 
     def estimate(self, precision: Precision, size: tuple[int, int] | None) -> Estimate:
-        """What one precision and size take. Raises UsageError for what can't be generated."""
+        """The estimate of one precision and size. Raises UsageError for what can't be generated."""
         request, spec = self.request, self.default
         width, height = size or (spec.shape.width, spec.shape.height)
         check_multiple("width", width, spec.latent.scale_factor)
@@ -262,7 +262,7 @@ class _Planner:
         yield self._more_memory(estimate)
 
     def _more_memory(self, estimate: Estimate) -> str:
-        """Where there is room for what fits in no precision or size."""
+        """Advice on more memory, where no precision or size fits."""
         needed = estimate.needed_bytes
         if self.request.max_memory is not None:
             return f"no precision or size fits: --max-memory {-(-needed // 10**6)}MB would do"

@@ -91,7 +91,7 @@ class QuantizedBuild:
         )
 
     def run(self) -> list[Note]:
-        """Fill `root`; what the user should know of. Raises QualityError, naming the worst layers,
+        """Fill `root`; notes for the user. Raises QualityError, naming the worst layers,
         when the floor can't be held, and UsageError when the budgets can't."""
         form, assignment = self._form(), Assignment(self.search.planned)
         if self.options.max_size is not None or self.options.max_time is not None:
@@ -218,7 +218,7 @@ class QuantizedBuild:
         return math.inf if ratio is None else int(ratio * self.reference.disk_bytes())
 
     def _budget(self, assignment: Assignment, form: GraphForm) -> Budget:
-        """What layers may take altogether, by --max-size and --max-time."""
+        """The limits of all layers together, by --max-size and --max-time."""
         ratio, max_time = self.options.max_size, self.options.max_time
         time = math.inf if max_time is None else max_time * self.search.source_time()
         if ratio is None:
@@ -253,7 +253,7 @@ def _no_images(probes: Probes) -> Mapping[Layer, float]:
 
 
 def _comparison(job: Job, reference: Bundle) -> Comparison | None:
-    """What images are compared with; None where none are wanted."""
+    """What images are compared with; None if no images are wanted."""
     options, folders = job.options.quantization, job.folders
     quality_prompts = options.quality_prompts
     if quality_prompts is None:

@@ -1,6 +1,6 @@
 """Which scheme each layer gets: what budgets of bytes and time allow, what a quality floor needs.
 
-Nothing is generated or written here: what a layer does to the image is asked for.
+Nothing is generated or written here; a function gives each layer's effect on the image.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Layers(Protocol):
     """What a search asks of layers (LayerStore)."""
 
     def summary(self, layer: Layer, scheme: Scheme) -> Summary:
-        """What becomes of `layer` under `scheme`."""
+        """`layer` quantized by `scheme`."""
 
     def rows_per_run(self, layer: Layer) -> int:
         """Rows of the layer's matrix product in one run of its network."""
@@ -194,7 +194,7 @@ class SchemeSearch:
         return sum(self.layer_bytes(*item) for item in assignment.schemes.items())
 
     def recipes(self, assignment: Assignment) -> tuple[LayerRecipe, ...]:
-        """What became of every layer."""
+        """The recipe of every layer."""
         return tuple(
             self._recipe(layer, scheme, assignment.reasons.get(layer))
             for layer, scheme in assignment.schemes.items()

@@ -1,4 +1,4 @@
-"""What quantizing one layer alone does to the image, measured by generating."""
+"""Measures the effect of quantizing one layer alone on the image, by generating."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collects what the manifest of a bundle says, and writes it."""
+"""Collects the contents of a bundle's manifest, and writes it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Identity:
 class BundleWriter:
     """The manifest of the bundle folder `root`, which isn't visible to others yet.
 
-    What is known of the bundle is put in as it becomes known; `write` writes the manifest of all
-    that, with the files that are in `root` then. engines: by component.
+    Facts are added as they become known; `write` writes a manifest of them and of the files in
+    `root`. engines: by component.
     """
 
     def __init__(self, root: Path, identity: Identity, build: BuildRecord | None = None) -> None:
@@ -69,7 +69,7 @@ class BundleWriter:
                 file.write(content)
 
     def put_engines(self, engines: Mapping[str, Engine]) -> None:
-        """The same engines, of which more is known."""
+        """Replace the engines by the same with more facts."""
         self.engines = dict(engines)
 
     def put_prompter(self, folder: Path, spec: PrompterSpec) -> None:
@@ -86,7 +86,7 @@ class BundleWriter:
         )
 
     def manifest(self) -> BundleManifest:
-        """Of what is in the folder now."""
+        """The manifest of the folder's present content."""
         if self._graphs is None:
             raise ValueError("a bundle has graphs: put_graphs comes first")
         graphs, identity = self._graphs, self.identity

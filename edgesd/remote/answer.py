@@ -1,6 +1,6 @@
 """The output of a command on a board, separated from what the login shell prints around it.
 
-A command's output stands between two marks that nobody can foresee, each with a number: the
+A command's output stands between two unpredictable marks, each with a number: the
 shell's process id before it, the exit status after it. Banners, .bashrc and .bash_logout print
 outside of them.
 """
@@ -22,7 +22,7 @@ _NOISE_BYTES = 1 << 20
 _LINE_BYTES = 1 << 16
 """A longer line is handed out in pieces."""
 
-# The mark comes in two halves: a shell that prints the command which it runs doesn't print the
+# The mark comes in two parts: a shell that prints the command which it runs doesn't print the
 # mark. Without `exec` before "$@": somebody must be left to print the second one.
 _SCRIPT = """set -- %s
 one=$1; two=$2; shift 2

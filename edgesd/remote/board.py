@@ -1,4 +1,4 @@
-"""A board that answers, behind one protocol: over SSH (remote/ssh.py), and a fake that is a folder.
+"""The protocol of a board: over SSH (remote/ssh.py), and a fake that is a folder.
 
 Paths on a board are relative to its user's home folder, POSIX.
 """
@@ -23,7 +23,7 @@ from edgesd.spec.base import decode_json
 _T = TypeVar("_T")
 
 OnLine = Callable[[str], None]
-"""Told each line that a command prints, while it runs."""
+"""Called with each line that a command prints, while it runs."""
 
 _ADDRESS = re.compile(
     r"(?:(?P<user>[^@\s:/]+)@)?(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<host>[\w.-]+))(?::(?P<port>\d+))?"
@@ -115,7 +115,7 @@ ANSWER_SECONDS = 120.0
 async def in_time(
     board: Board, work: Awaitable[_T], what: str, limit_seconds: float | None = ANSWER_SECONDS
 ) -> _T:
-    """What `work` comes to. Raises BoardError when that takes longer than the limit."""
+    """The result of `work`. Raises BoardError when it takes longer than the limit."""
     try:
         return await asyncio.wait_for(work, limit_seconds)
     except asyncio.TimeoutError as exc:
@@ -130,8 +130,8 @@ async def ask(
     on_line: OnLine | None = None,
     limit_seconds: float | None = ANSWER_SECONDS,
 ) -> str:
-    """What `command` prints. Raises BoardError with its last words when it fails, or when it isn't
-    done in time; None for work that may take as long as it wants."""
+    """The output of `command`. Raises BoardError with its last words when it fails, or when it
+    isn't done in time; None for work that may take as long as it wants."""
     done = await in_time(board, board.run(command, on_line), command[0], limit_seconds)
     if done.status == 0:
         return done.out
@@ -161,7 +161,7 @@ async def edgesd(
     on_output: OnLine | None = None,
     limit_seconds: float | None = None,
 ) -> str:
-    """What `edgesd ARGUMENTS` prints on the board. Raises BoardError with its last words, which
+    """The output of `edgesd ARGUMENTS` on the board. Raises BoardError with its last words, which
     `on_line` isn't given, or when it isn't done in time."""
     listener = None if on_line is None else _without_error(on_line)
     places = ":".join(p if p.startswith("/") else f"$HOME/{p}" for p in EDGESD_PATHS)
@@ -188,7 +188,7 @@ def _without_error(on_line: OnLine) -> OnLine:
 
 
 def decode(board: Board, answer: str, kind: type[_T]) -> _T:
-    """What an edgesd there printed with --json. Raises BoardError when it isn't a `kind`."""
+    """Decode the --json output of edgesd on the board. Raises BoardError when it isn't a `kind`."""
     try:
         return decode_json(answer, kind)
     except InputError as exc:

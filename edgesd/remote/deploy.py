@@ -1,6 +1,6 @@
 """`edgesd deploy`: the runtime and a bundle onto a board, over SSH.
 
-What is on a board before is python3 and sshd. The runtime goes into a virtual environment, from
+The board needs python3 and sshd only. The runtime goes into a virtual environment, from
 wheels, without a network there; then `edgesd slots` there (device/slots.py) takes the bundle in.
 """
 
@@ -61,7 +61,7 @@ class Deployed(Spec, frozen=True):
 
 
 class _Here(NamedTuple):
-    """What a board is, before it has edgesd. glibc: the minor version of 2."""
+    """Facts about a board that has no edgesd yet. glibc: the minor version of 2."""
 
     python: str
     arch: str
@@ -130,12 +130,11 @@ async def deploy(
     self_test: bool = True,
     progress: Progress = SILENT,
 ) -> Deployed:
-    """Bring the runtime and `bundle` onto the board, and make it the active one.
-
-    wheels: folder that they are chosen from; None asks pip's index, on this machine. Raises
-    TargetError when the board isn't one of the bundle's architecture, has no fit Python or too
-    little memory for any mode, ResourceError when its disk is too small, BoardError with the
-    board's own words when it refuses the bundle, or the self-test fails there.
+    """Install the runtime and `bundle` on the board, and make it the active bundle. wheels: folder
+    that they are chosen from; None asks pip's index, on this machine. Raises TargetError when the
+    board isn't one of the bundle's architecture, has no fit Python or too little memory for any
+    mode, ResourceError when its disk is too small, BoardError with the board's own words when it
+    refuses the bundle, or the self-test fails there.
     """
     start = time.perf_counter()
     here = await _look(board, bundle)
@@ -180,7 +179,7 @@ async def deploy(
 
 
 async def rollback(board: Board, self_test: bool = True, progress: Progress = SILENT) -> Installed:
-    """Make the bundle active again that was so before. Raises BoardError with the board's words."""
+    """Make the previous bundle active again. Raises BoardError with the board's words."""
     arguments = ["slots", "rollback", "--json", *([] if self_test else ["--no-self-test"])]
     return boards.decode(
         board, await boards.edgesd(board, *arguments, on_line=progress.line), Installed

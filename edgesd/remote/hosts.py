@@ -26,7 +26,7 @@ def on_each(
     retries: int = 0,
     on_retry: Callable[[str, BoardError], None] | None = None,
 ) -> dict[str, T | EdgesdError]:
-    """Host -> what `work` comes to there, or why it failed. Connected to all of them at once.
+    """Host -> the result of `work` there, or why it failed. Connected to all of them at once.
 
     hosts: user@host[:port]. retries: how often `work` is begun again, after a pause that grows from
     1 s to 30 s, when the link to a board that was reached is lost; on_retry is called. A fault on
@@ -52,7 +52,7 @@ def on_each(
                 await asyncio.sleep(min(30, 2**attempt))
             except EdgesdError as exc:
                 return exc
-            except BrokenPipeError:  # nobody reads what is printed here: there's no more to do
+            except BrokenPipeError:  # the output is closed: there's no more to do
                 raise
             except OSError as exc:  # a file or the disk of this machine: the link's are LinkErrors
                 fault = InputError(f"{exc.filename or address}: {exc.strerror or exc}")

@@ -39,10 +39,9 @@ _INCOMING = ".cache/edgesd/incoming"
 
 
 def check_board(host: str, target_name: str) -> FinalizeCheck:
-    """What the board `host` is and builds plans for, before long work is done for it.
-
-    host: user@host[:port]. Raises UsageError for a malformed one, BoardError when the board can't
-    be reached or can't build plans, TargetError when it isn't a board of the target.
+    """Ask the board `host` what it is and builds plans for, before long work. host:
+    user@host[:port]. Raises UsageError for a malformed one, BoardError when the board can't be
+    reached or can't build plans, TargetError when it isn't a board of the target.
     """
 
     async def check() -> FinalizeCheck:
@@ -59,7 +58,7 @@ def add_plans(
 ) -> dict[str, Finalized]:
     """Build the plans of the bundle folder `root` on the board `host`, and put them into it.
 
-    Not atomic: `root` is a folder that nobody else sees yet. Raises UsageError, TargetError,
+    Not atomic: `root` isn't visible to others yet. Raises UsageError, TargetError,
     BoardError, ResourceError when the board's disk is too small.
     """
     bundle = open_bundle(root)

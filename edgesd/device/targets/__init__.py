@@ -2,7 +2,7 @@
 
 Adding a board touches one module: it is found by itself. A target is named after its board; where
 a board is sold with more than one size of RAM under one name, NAME is the smallest of them and
-NAME-8gb says which one is at hand. A family name (jetson-orin) picks its smallest member.
+NAME-8gb says which one is meant. A family name (jetson-orin) picks its smallest member.
 """
 
 from __future__ import annotations

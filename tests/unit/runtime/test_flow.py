@@ -422,8 +422,8 @@ WRONG: dict[str, tuple[Wiring, str]] = {
     "widths that don't add up": (input_of(2, "joined", (HIDDEN,)), "net .* has text as"),
     "ranks that differ": (input_of(2, "joined", (HIDDEN, POOLED)), "can't be joined"),
     "another rank": (input_of(3, "joined", (PHRASES,)), "net .* has vector as"),
-    "no timestep": (input_of(1, "control"), "not one timestep"),
-    "two samples": (input_of(4, "sample"), "not one sample"),
+    "no timestep": (input_of(1, "control"), "exactly one input filled with timestep"),
+    "two samples": (input_of(4, "sample"), "exactly one input filled with sample"),
     "another number of channels": (denoiser(concat=()), "net .* has x as"),
     "an input twice": (
         denoiser(inputs=(*WIRING.denoiser.inputs, WIRING.denoiser.inputs[2])),
