@@ -96,7 +96,7 @@ def disk_errors(path: Path, output: bool = True) -> Iterator[None]:
             advice = "choose another -o"
             if not output:
                 wanted = Path(os.fsdecode(exc.filename)) if named else wanted
-                advice = "repair its folder, or move that file away"
+                advice = "repair its folder, or move what is there away"
             raise InputError(f"cannot write {wanted}: {exc.strerror}; {advice}") from exc
         raise
 
