@@ -478,7 +478,7 @@ def test_whatever_fills_an_input_has_a_shape_that_is_checked(fill: Fill, tmp_pat
     parts = {"joined": (HIDDEN,), "side": (FEATURE,)}.get(fill, ())
     wiring = denoiser(inputs=(*WIRING.denoiser.inputs, InputSpec("more", fill, parts)))
     spec = msgspec.structs.replace(SPEC, wiring=wiring, components={**COMPONENTS, "net": net})
-    with pytest.raises(BundleError, match=r"net in the manifest has more as|not one"):
+    with pytest.raises(BundleError, match=r"net in the manifest has more as|exactly one input"):
         Pipeline(write(tmp_path / "wrong", spec), Settings(made_here=True), Fakes())
 
 
