@@ -51,7 +51,7 @@ _EPSILON = 1e-6
 
 
 def margin_of(halo: int) -> int:
-    """Margin in latents of AutoencoderTiny's tiles, whose decoder sees as far as `halo`.
+    """Margin in latents of AutoencoderTiny's tiles, whose decoder sees up to `halo`.
 
     What lies beyond half of that changes a value by less than 1/255: a margin of all would double
     the work and the memory.

@@ -248,7 +248,7 @@ def test_attention_that_cannot_be_pooled_is_said_before_calibration(
     source = next(work.glob("source-*"))
     other = tmp_path / "work"
     shutil.copytree(source, other / source.name)
-    with pytest.raises(UsageError, match="has no self-attention whose rows"):
+    with pytest.raises(UsageError, match="has no self-attention whose height"):
         built(tmp_path / "out", other, "w8a8", pool_attention=True)
     assert [path.name for path in other.iterdir()] == [source.name]
     assert not (tmp_path / "out").exists()

@@ -126,7 +126,7 @@ def svdquant(
     weight [N, K] and the inputs' covariance `blocks` are smoothed. noise [K]: RMS error of the
     quantized input, which passes through the codes alone, as the branch sees the input in 16 bits;
     None for inputs in 16 bits. quantize: used in all rounds but the `last` one. Each of
-    `rounds` takes the branch that is best for the codes at hand, then codes for what is left.
+    `rounds` takes the branch that is best for the present codes, then codes for what is left.
     """
     metric = Metric(blocks, noise)
     up, down = _rounded_to_fp16(low_rank(weight, rank, metric))
