@@ -48,8 +48,13 @@ class _Like(NamedTuple):
             len(shape) == self.rank
             and tensor.dtype in self.types
             and all(shape[axis] == size for axis, size in self.sizes.items())
-            and all(shape[axis] in sizes for axis, sizes in self.known.items())
+            and all(_among(shape[axis], sizes) for axis, sizes in self.known.items())
         )
+
+
+def _among(size: Dim, sizes: range) -> bool:
+    """Whether a size is a number of a range; a name would be compared with each of them."""
+    return isinstance(size, int) and size in sizes
 
 
 _Tensors = Mapping[str, _Like]
