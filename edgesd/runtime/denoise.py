@@ -91,7 +91,6 @@ def denoise(
     behind = [start.given[fill] for fill in denoiser.concat]
     sample = np.concatenate([np.concatenate([latents, *behind], axis=1)] * len(runs[0]))
     sample_halves = sample.reshape(len(runs[0]), batch, *sample.shape[1:])
-    scaled = np.empty_like(latents)
     timestep = np.zeros(1, np.float32)
     expected = (len(sample), *latents.shape[1:])
 
@@ -115,8 +114,8 @@ def denoise(
     count = len(scheduler.timesteps) - start.first_step
     for index in range(count):
         began, at = time.perf_counter(), start.first_step + index
-        scheduler.scale_model_input(latents, at, out=scaled)
-        sample_halves[:, :, :channels] = scaled
+        scheduler.scale_model_input(latents, at, out=sample_halves[0, :, :channels])
+        sample_halves[1:, :, :channels] = sample_halves[0, :, :channels]
         timestep[0] = scheduler.timesteps[at]
         noise_pred = predict(0)
         if len(runs) == 2:
