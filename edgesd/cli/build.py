@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from edgesd.cli.common import Finite, OutputPath, Reporter, Size, print_json, printable, say
-from edgesd.cli.options import json_option, lpips_option, scheduler_option
+from edgesd.cli.options import OptionGroup, json_option, lpips_option, scheduler_option
 from edgesd.export.quantize.methods import method_names
 from edgesd.spec.build import DEFAULT_METHOD, BuildOptions, QuantOptions
 
@@ -129,35 +129,30 @@ _FOLDERS = (
 )
 
 
-def _options(function: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options of a build, and hands them on as `given` and `folders`."""
+def _given(**values: Any) -> Given:
+    for name in ("calibration_prompts", "quality_prompts"):
+        values[name] = _prompts(values[name])
+    if values.pop("no_quality"):
+        values["quality_prompts"] = ()
+    build = _present(values)
+    named = QuantOptions.__struct_fields__
+    return Given(build, {name: build.pop(name) for name in named if name in build})
 
-    @wraps(function)
-    def command(**values: Any) -> None:
-        from edgesd.recipes import LocalFolders
 
-        def take(*names: str) -> dict[str, Any]:
-            taken = {name: values.pop(name) for name in names}
-            return {name: value for name, value in taken.items() if value is not None}
+def _folders(**values: Any) -> LocalFolders:
+    from edgesd.recipes import LocalFolders
 
-        for name in ("calibration_prompts", "quality_prompts"):
-            values[name] = _prompts(values[name])
-        if values.pop("no_quality"):
-            values["quality_prompts"] = ()
-        build = take("target", "precision", "size", "batch", "scheduler")
-        quantization = take(*(name for name in QuantOptions.__struct_fields__ if name in values))
-        folders = LocalFolders(**take("work", "lpips", "prompter"))
-        function(given=Given(build, quantization), folders=folders, **values)
+    return LocalFolders(**_present(values))
 
-    decorated: Callable[..., None] = command
-    for option in reversed((*_BUILD, *_QUANTIZATION, *_FOLDERS)):
-        decorated = option(decorated)
-    return decorated
+
+def _present(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @click.command("build")
 @click.argument("model", required=False)
-@_options
+@OptionGroup("given", _given, (*_BUILD, *_QUANTIZATION))
+@OptionGroup("folders", _folders, _FOLDERS)
 @click.option(
     "--like",
     type=click.Path(path_type=Path, exists=True),
