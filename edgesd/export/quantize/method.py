@@ -32,6 +32,11 @@ class Problem:
         diagonal = torch.cat([block.diagonal() for block in self.blocks])
         return diagonal.clamp_min(float(diagonal.mean()) * 1e-4 + 1e-12)
 
+    def plain_branch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """up, down of the branch of the weight alone, and the rest of the weight [N, K]."""
+        up, down = plain_branch(self.matrix, self.rank)
+        return up, down, self.matrix if self.rank == 0 else self.matrix - up @ down
+
 
 class Represented(NamedTuple):
     """codes [N, K], scales [N, G]; up [N, r] and down [r, K] of the branch, exact in float16."""

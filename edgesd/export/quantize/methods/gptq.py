@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from edgesd.export.quantize.blocks import spans
-from edgesd.export.quantize.method import Method, Problem, Represented, plain_branch
+from edgesd.export.quantize.method import Method, Problem, Represented
 from edgesd.export.quantize.rounding import code_range, dequantized, group_scales
 
 DAMPING = 0.01
@@ -29,8 +29,7 @@ class Gptq(Method):
     name = label = "gptq"
 
     def represent(self, problem: Problem) -> Represented:
-        up, down = plain_branch(problem.matrix, problem.rank)
-        rest = problem.matrix if problem.rank == 0 else problem.matrix - up @ down
+        up, down, rest = problem.plain_branch()
         codes, scales, _ = fitted(rest, problem, problem.blocks)
         return Represented(codes, scales, up, down)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgesd.export.quantize.method import Method, Problem, Represented, plain_branch
+from edgesd.export.quantize.method import Method, Problem, Represented
 from edgesd.export.quantize.rounding import rounded
 
 
@@ -15,8 +15,7 @@ class RoundToNearest(Method):
     name = label = "rtn"
 
     def represent(self, problem: Problem) -> Represented:
-        up, down = plain_branch(problem.matrix, problem.rank)
-        rest = problem.matrix if problem.rank == 0 else problem.matrix - up @ down
+        up, down, rest = problem.plain_branch()
         codes, scales, _ = rounded(rest, problem.group, problem.bits)
         return Represented(codes, scales, up, down)
 
