@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,12 @@ class ModelSource:
         return tuple(read_prompts(path))
 
     def sha256(self) -> str:
-        """Hash over the names and contents of all files that the pipeline is made from."""
+        """Hash over the names and contents of all files that the pipeline is made from, as they
+        were when it was first asked for."""
+        return self._sha256
+
+    @cached_property  # each spec of an export has it, and the files are gigabytes
+    def _sha256(self) -> str:
         digest = hashlib.sha256()
         for path in self._files():
             name = path.relative_to(self.root).as_posix()

@@ -61,6 +61,19 @@ def test_the_embedded_model() -> None:
     assert len(files) == 1 + len(list((EMOJI / "LICENSES").iterdir()))
 
 
+def test_a_model_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, hashed = resolve_source(EMOJI), list[Path]()
+
+    def sha256_file(path: Path) -> str:
+        hashed.append(path)
+        return "0" * 64
+
+    monkeypatch.setattr("edgesd.export.source.folder.sha256_file", sha256_file)
+    for size in (None, (128, 128)):
+        source.family.export_spec(source, size)
+    assert hashed and len(hashed) == len(set(hashed))
+
+
 def test_static_size() -> None:
     source = resolve_source(EMOJI)
     export = source.family.export_spec(source, (192, 128))
