@@ -310,7 +310,7 @@ def _calibration(job: Job) -> CalibrationSettings:
     return CalibrationSettings(
         prompts=tuple(chosen),
         num_inference_steps=steps,
-        guidance_scale=options.guidance or spec.guidance_scale,
+        guidance_scale=spec.guidance_scale if options.guidance is None else options.guidance,
         scheduler=spec.scheduler.name,
         height=spec.shape.height,
         width=spec.shape.width,
