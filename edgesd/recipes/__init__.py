@@ -108,9 +108,8 @@ def build(
     job = _prepare(model, options, out, folders or LocalFolders(), progress, warn)
     sha256 = job.spec.pipeline.source_sha256
     if like and warn:
-        for line in like.expected_differences(
-            sha256, tool_versions(), job.folders.prompter is not None
-        ):
+        tools = {"edgesd": edgesd.__version__, **tool_versions()}
+        for line in like.expected_differences(sha256, tools, job.folders.prompter is not None):
             warn(line)
     record = BuildRecord(model_reference(model, sha256), job.options)
     identity = Identity(model_name(model), job.target, job.lowering.name)
@@ -133,8 +132,8 @@ def build(
             notes += _protect_fp16_overflows(job, writer.write())
         if job.lowering.checks_engines:
             writer.put_engines(_checked_engines(job, writer))
-        if folders and folders.prompter:
-            writer.put_prompter(folders.prompter, read_prompter(folders.prompter))
+        if job.folders.prompter:
+            writer.put_prompter(job.folders.prompter, read_prompter(job.folders.prompter))
         writer.put_engines(footprinted(writer.manifest(), job.spec).engines)
         writer.write()
         if finish:

@@ -15,7 +15,7 @@ from edgesd.recipes.options import model_reference
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.spec.base import check_ranges, decode_json
 from edgesd.spec.build import BuildOptions, BuildRecord, ModelReference, QuantOptions
-from edgesd.spec.bundle import BundleManifest
+from edgesd.spec.bundle import BundleManifest, PrompterSpec
 from tests.support import assert_refused, run_cli, write_bundle
 
 SHA = "0123456789abcdef" * 4
@@ -162,6 +162,12 @@ def test_differences_are_expected_where_model_tools_or_prompter_differ(like: Reb
     assert "0123456789abcdef... there" in line and "will differ" in line
     (line,) = same.expected_differences(SHA, {**tools, "torch": "9.9"}, prompter=False)
     assert "other releases of torch" in line
+    prompter = PrompterSpec("prompter/base.gguf", None, "emoji", "{}", "apache-2.0")
+    manifest = msgspec.structs.replace(same.manifest, prompter=prompter)
+    other = Like(same.path, manifest, same.record)
+    (line,) = other.expected_differences(SHA, tools, prompter=False)
+    assert "give --prompter FOLDER" in line
+    assert not other.expected_differences(SHA, tools, prompter=True)
 
 
 def test_files_that_differ_are_named(like: Rebuild) -> None:
