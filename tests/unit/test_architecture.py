@@ -121,7 +121,7 @@ def test_light_packages_import_nothing_heavy(code: str) -> None:
     assert not modules_after(code) & {*HEAVY, "onnx_ir", "onnxruntime", "pydantic", "scipy"}
 
 
-def test_help_loads_no_numpy() -> None:
+def test_the_command_line_is_imported_without_numpy() -> None:
     assert "numpy" not in modules_after("import edgesd.cli")
 
 
@@ -179,6 +179,7 @@ def test_components_and_their_tensors_are_named_in_families_and_flow_alone() -> 
         if node.value in COMPONENTS | TENSORS
     }
     assert not spelled
+    assert {"unet"} == {node.value for node in strings(ast.parse('"""Of unet."""\nx = "unet"'))}
 
 
 def test_no_backend_s_name_is_compared_with_outside_the_backends() -> None:
