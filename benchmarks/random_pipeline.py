@@ -1,90 +1,203 @@
-"""Writes a Stable Diffusion 1.5 pipeline of true size with random weights: for speed and memory.
+"""Writes a pipeline of true size with random weights: for speed and memory.
 
-python -m benchmarks.random_pipeline FOLDER [--tiny-vae] [--channels N]
+python -m benchmarks.random_pipeline FOLDER [--model sdxl] [--tiny-vae] [--channels N]
 
-The networks' configurations are those of the published model; the tokenizer is the embedded
-model's, whose ids are a part of CLIP's. Weights are fp16, 2.1 GB. What it generates is noise.
+The networks' configurations are those of the published models; the tokenizers are the embedded
+model's, whose ids are a part of CLIP's. Weights are fp16: 2.1 GB for Stable Diffusion 1.5, 7 GB for
+SDXL and SDXL-Turbo. What they generate is noise.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from edgesd.files import atomic_write
 from edgesd.recipes import demo_model
 
+CLIP_L = CLIPTextConfig(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_attention_heads=12,
+    num_hidden_layers=12,
+    projection_dim=768,
+    vocab_size=49408,
+    eos_token_id=2,
+    bos_token_id=0,
+    pad_token_id=1,
+)
+CLIP_BIG_G = CLIPTextConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_attention_heads=20,
+    num_hidden_layers=32,
+    projection_dim=1280,
+    hidden_act="gelu",
+    vocab_size=49408,
+    eos_token_id=2,
+    bos_token_id=0,
+    pad_token_id=1,
+)
+SD15_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "block_out_channels": (320, 640, 1280, 1280),
+}
+SDXL_UNET: dict[str, Any] = {
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+_BETAS: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+_PAD_2 = "!"
+"""What SDXL's second tokenizer fills a prompt with."""
 
-def write_pipeline(folder: Path, tiny_vae: bool = False, channels: int = 320) -> None:
-    """Write the pipeline to the new folder `folder`; the same weights each time. tiny_vae: with an
-    autoencoder of TAESD's size. channels: of the UNet's first level; the others have 2 and 4 times
-    as many."""
+Parts = Mapping[str, Callable[[], Any]]
+"""Folder -> what makes a network or scheduler."""
+
+
+def sd15(tiny_vae: bool, channels: int = 320) -> Parts:
+    """Stable Diffusion 1.5. channels: of the UNet's first level; the others have 2 and 4 times as
+    many."""
+    widths = tuple(channels * factor for factor in (1, 2, 4, 4))
+    return {
+        "unet": lambda: UNet2DConditionModel(**{**SD15_UNET, "block_out_channels": widths}),
+        "vae": AutoencoderTiny if tiny_vae else lambda: AutoencoderKL(**_VAE, sample_size=512),
+        "text_encoder": lambda: CLIPTextModel(CLIP_L),
+        "scheduler": lambda: DDIMScheduler(**_BETAS, clip_sample=False, set_alpha_to_one=False),
+    }
+
+
+def sdxl(tiny_vae: bool, turbo: bool = False) -> Parts:
+    """SDXL, or SDXL-Turbo: the same networks, made for 512x512 pixels and few steps."""
+
+    def vae() -> Any:
+        return AutoencoderKL(**_VAE, sample_size=1024, scaling_factor=0.13025, force_upcast=True)
+
+    return {
+        "unet": lambda: UNet2DConditionModel(**SDXL_UNET, sample_size=64 if turbo else 128),
+        "vae": (lambda: AutoencoderTiny(scaling_factor=1.0)) if tiny_vae else vae,
+        "text_encoder": lambda: CLIPTextModel(CLIP_L),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIP_BIG_G),
+        "scheduler": lambda: (
+            EulerAncestralDiscreteScheduler(**_BETAS, timestep_spacing="trailing")
+            if turbo
+            else EulerDiscreteScheduler(**_BETAS, timestep_spacing="leading")
+        ),
+    }
+
+
+MODELS: dict[str, tuple[str, Callable[..., Parts]]] = {
+    "sd15": ("StableDiffusionPipeline", sd15),
+    "sdxl": ("StableDiffusionXLPipeline", sdxl),
+    "sdxl-turbo": (
+        "StableDiffusionXLPipeline",
+        lambda tiny_vae: sdxl(tiny_vae, turbo=True),
+    ),
+}
+"""Name -> class of the pipeline, and what makes its parts."""
+
+
+def write_pipeline(
+    folder: Path, model: str = "sd15", tiny_vae: bool = False, **options: int
+) -> None:
+    """Write a pipeline to the new folder `folder`, one network in memory at a time; the same
+    weights each time. tiny_vae: with an autoencoder of TAESD's size. options: of `sd15`."""
+    class_name, make = MODELS[model]
+    parts = make(tiny_vae, **options)
+    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": "0.30.0"}
+    for name, made in parts.items():
+        with _half():
+            part = made()
+        part.save_pretrained(folder / name)
+        index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
+    for name in parts:
+        if name.startswith("text_encoder"):
+            tokenizer = name.replace("text_encoder", "tokenizer")
+            _write_tokenizer(folder / tokenizer, None if tokenizer == "tokenizer" else _PAD_2)
+            index[tokenizer] = ["transformers", "CLIPTokenizer"]
+    if class_name == "StableDiffusionXLPipeline":
+        index["force_zeros_for_empty_prompt"] = True
+    else:
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    _write(folder / "model_index.json", json.dumps(index, indent=2))
+    _write(folder / "README.md", "---\nlicense: apache-2.0\n---\nRandom weights.\n")
+
+
+@contextmanager
+def _half() -> Iterator[None]:
+    """Make networks in fp16 at once: SDXL's UNet takes 10 GB in fp32."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=64,
-        cross_attention_dim=768,
-        attention_head_dim=8,
-        block_out_channels=(channels, 2 * channels, 4 * channels, 4 * channels),
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            hidden_size=768,
-            intermediate_size=3072,
-            num_attention_heads=12,
-            num_hidden_layers=12,
-            projection_dim=768,
-            vocab_size=49408,
-            eos_token_id=49407,
-            bos_token_id=49406,
-        )
-    )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    if tiny_vae:
-        vae = AutoencoderTiny()
-    for name, part in (("unet", unet), ("vae", vae), ("text_encoder", text)):
-        part.half().save_pretrained(folder / name)
-    scheduler.save_pretrained(folder / "scheduler")
-    shutil.copytree(demo_model() / "tokenizer", folder / "tokenizer")
-    (folder / "model_index.json").write_text(
-        '{"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", '
-        '"feature_extractor": [null, null], "safety_checker": [null, null], '
-        '"scheduler": ["diffusers", "DDIMScheduler"], '
-        '"text_encoder": ["transformers", "CLIPTextModel"], '
-        '"tokenizer": ["transformers", "CLIPTokenizer"], '
-        '"unet": ["diffusers", "UNet2DConditionModel"], '
-        f'"vae": ["diffusers", "{type(vae).__name__}"]}}'
-    )
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nRandom weights.\n")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _write_tokenizer(folder: Path, pad: str | None) -> None:
+    """The embedded model's tokenizer. pad: what fills a prompt, if not its own."""
+    shutil.copytree(demo_model() / "tokenizer", folder)
+    if pad:
+        path = folder / "tokenizer_config.json"
+        _write(path, json.dumps({**json.loads(path.read_text()), "pad_token": pad}))
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", choices=MODELS, default="sd15", help="(default: sd15)")
     parser.add_argument("--tiny-vae", action="store_true", help="an autoencoder of TAESD's size")
     parser.add_argument(
-        "--channels", type=int, default=320, help="of the UNet's first level (default: 320)"
+        "--channels", type=int, help="of the first level of sd15's UNet (default: 320)"
     )
     given = parser.parse_args()
-    write_pipeline(given.folder, given.tiny_vae, given.channels)
+    options = {} if given.channels is None else {"channels": given.channels}
+    if options and given.model != "sd15":
+        parser.error("--channels is for --model sd15")
+    write_pipeline(given.folder, given.model, given.tiny_vae, **options)
 
 
 if __name__ == "__main__":
