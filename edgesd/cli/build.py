@@ -11,7 +11,13 @@ import click
 import msgspec
 
 from edgesd.cli.common import Finite, OutputPath, Reporter, Size, print_json, printable, say
-from edgesd.cli.options import OptionGroup, json_option, lpips_option, scheduler_option
+from edgesd.cli.options import (
+    OptionGroup,
+    json_option,
+    lpips_option,
+    scheduler_option,
+    variant_option,
+)
 from edgesd.export.quantize.methods import method_names
 from edgesd.spec.build import DEFAULT_METHOD, BuildOptions, QuantOptions
 
@@ -61,6 +67,7 @@ _BUILD = (
         "otherwise 1 is enough.  [default: 1]",
     ),
     scheduler_option("Default sampler of the bundle"),
+    variant_option,
 )
 _QUANTIZATION = (
     click.option(

@@ -16,6 +16,7 @@ import click
 
 from edgesd.cli.common import Bytes, Finite, Size
 from edgesd.spec.base import MAX_GUIDANCE
+from edgesd.spec.build import VARIANTS
 
 if TYPE_CHECKING:
     from edgesd.runtime.memory import MemoryMode
@@ -126,6 +127,15 @@ def scheduler_option(words: str, default: str = "the model's own") -> _Decorator
             )
 
     return click.option("--scheduler", cls=Named, metavar="NAME", help=f"{words}. {default}")
+
+
+variant_option = click.option(
+    "--variant",
+    type=click.Choice(VARIANTS),
+    help="What kind of model MODEL is, if its pipeline, scheduler and edgesd.json don't tell, as "
+    "those of single files: it sets steps, guidance and schedule. [default: what they tell, or "
+    "base]",
+)
 
 
 @dataclass(frozen=True)

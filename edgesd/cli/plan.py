@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from edgesd.cli.common import Bytes, print_json, say
-from edgesd.cli.options import GenerationOptions, generation_options, json_option
+from edgesd.cli.options import GenerationOptions, generation_options, json_option, variant_option
 from edgesd.export.quantize.methods import method_names
-from edgesd.spec.build import DEFAULT_METHOD
+from edgesd.spec.build import DEFAULT_METHOD, Variant
 
 if TYPE_CHECKING:
     from edgesd.recipes.estimate import Estimate
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     help="fp32, fp16, or a scheme: w8a8, w4a8-g64.",
 )
 @generation_options("model", without=["negative", "scheduler"])
+@variant_option
 @click.option("--backend", help="tensorrt or onnxruntime. [default: the target's best]")
 @click.option(
     "--method",
@@ -48,6 +49,7 @@ def plan_command(
     target: str,
     precision: str,
     generation: GenerationOptions,
+    variant: Variant | None,
     backend: str | None,
     method: str,
     max_memory: int | None,
@@ -74,6 +76,7 @@ def plan_command(
         guidance=generation.guidance,
         max_memory=max_memory,
         method=method,
+        variant=variant,
         rates=find_rates(get_target(target).name, rates),
     )
     estimate = estimate_build(model, target, request, backend)
@@ -85,6 +88,8 @@ def plan_command(
 
 def _show(estimate: Estimate) -> None:
     guided = "without guidance" if estimate.guidance <= 1 else f"guidance {estimate.guidance:g}"
+    if estimate.assumed:
+        say(estimate.assumed)
     how = f"{estimate.backend}, own kernels" if estimate.kernels else estimate.backend
     say(
         f"{estimate.model} for {estimate.target} ({how}), "

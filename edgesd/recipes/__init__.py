@@ -163,9 +163,9 @@ def _prepare(
     from edgesd.export.backends import get_lowering
     from edgesd.export.pipeline import export_spec
     from edgesd.export.quantize.methods import check_method
-    from edgesd.export.source import resolve_source
     from edgesd.recipes.estimate import PlanRequest, check_estimate
     from edgesd.recipes.planner import check_prompter, estimate_source
+    from edgesd.recipes.sources import open_model
 
     target = get_target(options.target)
     backend = options.backend or target.backends[0]
@@ -183,7 +183,7 @@ def _prepare(
         check_writable(folders.work / "work")
     if quantization.pool_attention:
         _check_pooling(options, lowering)
-    source = resolve_source(str(demo_model()) if model == DEMO else model)
+    source = open_model(model, options.variant)
     if folders.prompter:
         names = read_prompter(folders.prompter).files
         check_prompter(target, ((folders.prompter / name).stat().st_size for name in names))
@@ -204,6 +204,8 @@ def _prepare(
             "free here"
         )
     export = export_spec(source, options.size, options.scheduler, options.batch)
+    if export.assumed:
+        progress.line(export.assumed)
     if lowering.fixed_shapes and export.pipeline.shape.dynamic:
         export = export_spec(source, *fixed_shape(export.pipeline))
     check_writable(out, expected.bundle_bytes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from edgesd.errors import TargetError
 from edgesd.runtime.rates import Rates
 from edgesd.spec.base import Spec
-from edgesd.spec.build import DEFAULT_METHOD
+from edgesd.spec.build import DEFAULT_METHOD, Variant
 from edgesd.spec.scheme import Precision
 
 
@@ -30,7 +30,8 @@ class Estimate(Spec, frozen=True):
     the target, or the limit asked for, allows; needed_bytes: what would be enough for the mode that
     takes least; mode: the fastest that fits, None for none. seconds: of an image by mode, without
     loading; None where the target was never profiled. rates: which machine they were measured
-    on. advice: what would fit where this doesn't.
+    on. advice: what would fit where this doesn't. assumed: what the model
+    doesn't say of itself.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Estimate(Spec, frozen=True):
     seconds: dict[str, float] | None
     rates: str | None
     advice: tuple[str, ...] = ()
+    assumed: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class PlanRequest:
     """A request for an estimate; None takes the model's own. max_memory: bytes, instead of the
     target's RAM. rates: how fast the target is. fixed: of graphs for `size` alone, whose denoiser
     takes `batch`; others generate any size, and so are those for TensorRT. scheduler: the bundle's
-    default sampler."""
+    default sampler. variant: the kind of model that it is said to be."""
 
     precision: Precision
     size: tuple[int, int] | None = None
@@ -71,6 +73,7 @@ class PlanRequest:
     fixed: bool = False
     batch: int = 1
     scheduler: str | None = None
+    variant: Variant | None = None
 
 
 def check_estimate(estimate: Estimate) -> None:

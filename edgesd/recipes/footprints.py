@@ -52,7 +52,7 @@ class Networks:
     """
 
     def __init__(self, spec: ExportSpec) -> None:
-        self.pipeline = spec.pipeline
+        self.pipeline, self.assumed = spec.pipeline, spec.assumed
         self.flow = flow_of(spec.pipeline)
         self._components = {component.name: component for component in spec.components}
         self._traced: dict[tuple[str, Shape], Workload] = {}

@@ -29,11 +29,11 @@ from edgesd.export.cost.workload import Workload
 from edgesd.export.pipeline import export_spec, require_build_tools
 from edgesd.export.quantize.assign import planned
 from edgesd.export.quantize.methods import get_method
-from edgesd.export.source import ModelSource, resolve_source
-from edgesd.recipes.demo import demo_model
+from edgesd.export.source import ModelSource
 from edgesd.recipes.estimate import ComponentCost, Estimate, PlanRequest
 from edgesd.recipes.footprints import ComponentForm, Networks, Shape
 from edgesd.recipes.shapes import fixed_shape
+from edgesd.recipes.sources import open_model
 from edgesd.runtime.backends import get_backend
 from edgesd.runtime.fitting import Batch, Budget, Fitting, images_per_run
 from edgesd.runtime.flow import GuidanceMode, Stage, guidance_mode
@@ -50,7 +50,6 @@ from edgesd.runtime.kernels import computes, instruction_set_of
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.rates import Speed
 from edgesd.runtime.tiles import TILE, margin_of, tail_shapes, tiles_of
-from edgesd.spec.build import DEMO
 from edgesd.spec.bundle import Footprint
 from edgesd.spec.pipeline import PipelineSpec, check_multiple
 from edgesd.spec.scheme import Precision, number_format, parse_scheme
@@ -72,7 +71,7 @@ def estimate_build(
     target = get_target(target_name)
     backend = target.backends[0] if backend is None else backend
     check_request(target, request.precision, backend)
-    source = resolve_source(str(demo_model()) if model == DEMO else model)
+    source = open_model(model, request.variant)
     return estimate_source(source, model, target, backend, request)
 
 
@@ -191,8 +190,9 @@ class _Planner:
         self.request, self.backend = request, get_backend(backend)
         self.lowering = get_lowering(backend)
         self._known: dict[tuple[int, int] | None, Networks] = {}
-        self.default = self._networks(None).pipeline
-        """The pipeline with its own size and settings."""
+        own = self._networks(None)
+        self.default, self.assumed = own.pipeline, own.assumed
+        """The pipeline with its own size and settings, and what is taken for granted of it."""
 
     @property
     def usable(self) -> int:
@@ -232,6 +232,7 @@ class _Planner:
             build_bytes=self._build_bytes(width * height),
             seconds=_together(costs) if speed else None,
             rates=request.rates.machine if request.rates else None,
+            assumed=self.assumed,
         )
 
     def advice(self, estimate: Estimate) -> Iterator[str]:

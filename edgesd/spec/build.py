@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -19,6 +19,11 @@ DEFAULT_METHOD = "svdquant"
 
 DEMO, HUB, FOLDER = "demo", "hub", "folder"
 """Kinds of models: the embedded pipeline, a hub id, a folder of the machine that built."""
+
+Variant = Literal["base", "turbo", "lightning", "lcm"]
+"""Kinds of a model (export/families/variants.py)."""
+
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 Prompts = Annotated[
     tuple[Annotated[str, Meta(max_length=_LONGEST_PROMPT)], ...],
@@ -61,8 +66,9 @@ class BuildOptions(Spec, frozen=True):
     target: a board's name. backend: whose graphs are made; None takes the target's best. size:
     (width, height) in pixels for static graphs, whose denoiser takes `batch`; None exports
     graphs for any size and batch (where plans have fixed shapes: for one image of the model's own
-    size). scheduler: the bundle's default sampler, if not the model's own. quantization: for a
-    precision that is a scheme.
+    size). scheduler: the bundle's default sampler, if not the model's own. variant: what kind of
+    model it is, where the model itself doesn't tell. quantization: for a precision that is a
+    scheme.
     """
 
     target: Word
@@ -71,6 +77,7 @@ class BuildOptions(Spec, frozen=True):
     size: tuple[Pixels, Pixels] | None = None
     batch: Annotated[int, Meta(ge=1, le=4096)] = 1
     scheduler: Word | None = None
+    variant: Variant | None = None
     quantization: QuantOptions = QuantOptions()
 
     @property

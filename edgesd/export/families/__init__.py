@@ -81,12 +81,13 @@ class OwnPipeline:
 class ExportSpec:
     """How a checkpoint is exported: the pipeline as a whole, and its networks in export order. own:
     makes diffusers' own pipeline of it, with the same scheduler, which the pipeline is compared
-    with (own_pipeline.py).
+    with (own_pipeline.py). assumed: a line on what the model doesn't say; empty where it says all.
     """
 
     pipeline: PipelineSpec
     components: tuple[Component, ...]
     own: Callable[[], OwnPipeline]
+    assumed: str = ""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ class Checkpoint(Protocol):
         """The best weight files of a component. Raises InputError when there are none."""
 
     def hints(self) -> dict[str, Any]:
-        """Defaults that the model asks for: num_inference_steps, guidance_scale."""
+        """Defaults that the model asks for: num_inference_steps, guidance_scale, variant (a kind
+        of families/variants.py)."""
 
     def sha256(self) -> str:
         """Hash over the names and contents of all files that the pipeline is made from."""

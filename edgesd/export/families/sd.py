@@ -6,15 +6,15 @@ arXiv 2112.10752). Their graphs: parts/clip.py, parts/unet.py, parts/vae.py.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from edgesd.errors import InputError
 from edgesd.export.families import ExportSpec, Family, OwnPipeline
 from edgesd.export.families.checkpoint import Checkpoint
+from edgesd.export.families.variants import SCHEDULER_CONFIG, Defaults, defaults_of
 from edgesd.export.quiet import quiet
-from edgesd.runtime.schedulers import create_scheduler, sampler_class, sampler_of
+from edgesd.runtime.schedulers import create_scheduler, sampler_class
 from edgesd.spec.pipeline import PipelineSpec, SchedulerSpec, stable_diffusion
 
 _TEXT_ENCODER, _UNET, _VAE, _TOKENIZER = "text_encoder", "unet", "vae", "tokenizer"
@@ -28,8 +28,6 @@ _CLASSES = {
 _LCM = "LatentConsistencyModelPipeline"
 _FROM_TEXT = {"StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline"}
 """Pipelines that begin with an image -> the one that generates from prompts alone."""
-_STEPS = {False: 20, True: 4}
-"""Latent consistency model or not -> steps."""
 _UNSUPPORTED = (
     "class_embed_type",
     "num_class_embeds",
@@ -65,14 +63,18 @@ def export_spec(
     for field in _UNSUPPORTED:  # before the network is made: some can't be without their weights
         if given.get(field):
             raise InputError(f"{source.name}: a UNet with {field}={given[field]!r} isn't supported")
-    options = source.config("scheduler/scheduler_config.json")
-    sampler = scheduler or sampler_of(source.class_of("scheduler"), options)
-    create_scheduler(sampler, options)  # before diffusers, whose advice may not fit edgesd
     with quiet():  # libraries log while they are imported
         from edgesd.export.families.parts import clip, unet, vae
-        from edgesd.export.families.parts.diffusers_pipeline import scheduler_config
+        from edgesd.export.families.parts.diffusers_pipeline import (
+            default_guidance,
+            scheduler_config,
+        )
 
-        own = _diffusers_pipeline(source, sampler)
+        guidance = default_guidance(_class_of(source))
+    defaults = defaults_of(source, scheduler, guidance, bool(given.get("time_cond_proj_dim")))
+    # Before diffusers makes one, whose advice may not fit edgesd.
+    create_scheduler(defaults.sampler, {**source.config(SCHEDULER_CONFIG), **defaults.options})
+    own = _diffusers_pipeline(source, defaults)
     text_config = own.text_encoder.config.to_dict()
     unet_config, vae_config = own.unet.config, own.vae.config
     _check_unet(source.name, unet_config, text_config)
@@ -86,9 +88,7 @@ def export_spec(
         vae.vae_decoder(source, "vae_decoder", latent, shape),
     )
     config = scheduler_config(own.scheduler)
-    hints = source.hints()
-    steps = int(hints.get("num_inference_steps", _STEPS[_is_lcm(source)]))
-    guidance = inspect.signature(own.__call__).parameters["guidance_scale"].default
+    sampler, steps = defaults.sampler, defaults.steps
     create_scheduler(sampler, config).set_timesteps(steps)  # refuses here what the board would
     return ExportSpec(
         PipelineSpec(
@@ -100,11 +100,12 @@ def export_spec(
             latent=latent,
             shape=shape,
             num_inference_steps=steps,
-            guidance_scale=float(hints.get("guidance_scale", guidance)),
+            guidance_scale=defaults.guidance,
             wiring=stable_diffusion(tokens, bool(unet_config["time_cond_proj_dim"])),
         ),
         components,
-        lambda: _own_pipeline(source, sampler),
+        lambda: _own_pipeline(source, defaults),
+        defaults.assumed,
     )
 
 
@@ -121,8 +122,10 @@ FAMILY = Family(
 )
 
 
-def _is_lcm(source: Checkpoint) -> bool:
-    return source.index.get("_class_name") == _LCM
+def _class_of(source: Checkpoint) -> str:
+    """The pipeline that generates from prompts alone."""
+    class_name = str(source.index["_class_name"])
+    return _FROM_TEXT.get(class_name, class_name)
 
 
 def _check_unet(name: str, unet: Mapping[str, Any], text: Mapping[str, Any]) -> None:
@@ -142,7 +145,7 @@ def _check_unet(name: str, unet: Mapping[str, Any], text: Mapping[str, Any]) -> 
         raise InputError(f"{name}: a text encoder with use_attention_mask isn't supported")
 
 
-def _diffusers_pipeline(source: Checkpoint, sampler: str) -> Any:
+def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
     """diffusers' own text-to-image pipeline of a model, as its constructor leaves the configs."""
     with quiet():
         import diffusers
@@ -151,17 +154,17 @@ def _diffusers_pipeline(source: Checkpoint, sampler: str) -> Any:
         from edgesd.export.families.parts.clip import load_tokenizer
         from edgesd.export.families.parts.diffusers_pipeline import diffusers_pipeline
 
-    class_name = str(source.index["_class_name"])
     return diffusers_pipeline(
         source,
-        _FROM_TEXT.get(class_name, class_name),
+        _class_of(source),
         {
             _TEXT_ENCODER: transformers.CLIPTextModel,
             _UNET: diffusers.UNet2DConditionModel,
             _VAE: getattr(diffusers, source.class_of(_VAE)),
         },
         {_TOKENIZER: lambda: load_tokenizer(source.root / _TOKENIZER)},
-        sampler_class(sampler),
+        sampler_class(defaults.sampler),
+        defaults.options,
         safety_checker=None,
         feature_extractor=None,
         image_encoder=None,
@@ -169,11 +172,11 @@ def _diffusers_pipeline(source: Checkpoint, sampler: str) -> Any:
     )
 
 
-def _own_pipeline(source: Checkpoint, sampler: str) -> OwnPipeline:
+def _own_pipeline(source: Checkpoint, defaults: Defaults) -> OwnPipeline:
     """The same with a scheduler of the sampler's diffusers class, made from its own one's options
     where that is another. The pipeline of latent consistency models takes its own only: Stable
     Diffusion's, which feeds such a UNet just as well, takes the others."""
-    pipeline, cls = _diffusers_pipeline(source, sampler), sampler_class(sampler)
+    pipeline, cls = _diffusers_pipeline(source, defaults), sampler_class(defaults.sampler)
     if type(pipeline.scheduler).__name__ != cls:
         import diffusers
 

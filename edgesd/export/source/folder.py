@@ -17,6 +17,7 @@ from edgesd.export.families.checkpoint import Weights
 from edgesd.files import expanded, sha256_file
 from edgesd.runtime.images import read_prompts
 from edgesd.spec.base import is_file_name
+from edgesd.spec.build import VARIANTS, Variant
 from edgesd.spec.bundle import Licence
 from edgesd.text import first_sentence
 from edgesd.textfiles import read_json
@@ -34,17 +35,20 @@ HINTS = "edgesd.json"
 _HINT_TYPES: dict[str, tuple[type, ...]] = {
     "num_inference_steps": (int,),
     "guidance_scale": (int, float),
+    "variant": (str,),
 }
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine. `name` is what the user called it; `index` is model_index.json."""
+    """A model on this machine. `name` is what the user called it; `index` is model_index.json.
+    variant: what kind of model the user says that it is."""
 
     name: str
     root: Path
     index: Mapping[str, Any]
     family: Family
+    variant: Variant | None = None
 
     def config(self, path: str) -> dict[str, Any]:
         """The json object in the file `path`, relative to the model. Raises InputError."""
@@ -179,10 +183,17 @@ class ModelSource:
         )
 
     def hints(self) -> dict[str, Any]:
-        """Defaults that the model asks for in edgesd.json: num_inference_steps, guidance_scale.
+        """Defaults that the model asks for in edgesd.json: num_inference_steps, guidance_scale,
+        variant. Those of another variant than the user says don't hold.
 
         Raises InputError for another field, or a value that makes no sense.
         """
+        found = self._own_hints()
+        if self.variant in (None, found.get("variant")):
+            return found
+        return {"variant": self.variant}
+
+    def _own_hints(self) -> dict[str, Any]:
         path = self.root / HINTS
         if not path.exists():
             return {}
@@ -191,6 +202,10 @@ class ModelSource:
             kinds = _HINT_TYPES.get(name)
             if kinds is None:
                 raise InputError(f"{path}: {unknown_name('field', name, _HINT_TYPES)}")
+            if kinds == (str,):
+                if value not in VARIANTS:
+                    raise InputError(f"{path}: {unknown_name(name, str(value), VARIANTS)}")
+                continue
             number = value if type(value) in kinds else math.nan
             least = 1 if kinds == (int,) else 0
             if not least <= number <= 1000:

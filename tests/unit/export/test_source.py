@@ -289,6 +289,9 @@ def test_missing_files(model: Path, missing: str) -> None:
         '{"guidance_scale": -1}',
         '{"num_inference_steps": 2.5}',
         '{"num_inference_steps": true}',
+        '{"variant": "turbu"}',
+        '{"variant": 1}',
+        '{"variant": null}',
     ],
 )
 def test_hints(model: Path, hints: str) -> None:
@@ -525,14 +528,6 @@ def test_what_the_board_would_refuse_is_refused_at_once(model: Path) -> None:
     edit_json(model / "scheduler" / "scheduler_config.json", prediction_type="noise")
     with pytest.raises(InputError, match="prediction_type"):
         export_spec(resolve_source(model))
-
-
-def test_latent_consistency_models_have_their_own_defaults(model: Path) -> None:
-    (model / "edgesd.json").unlink()
-    assert export_spec(resolve_source(model)).pipeline.num_inference_steps == 20
-    edit_json(model / "model_index.json", _class_name="LatentConsistencyModelPipeline")
-    pipeline = export_spec(resolve_source(model)).pipeline
-    assert (pipeline.num_inference_steps, pipeline.guidance_scale) == (4, 8.5)
 
 
 def test_parameters_are_counted_without_loading(model: Path) -> None:

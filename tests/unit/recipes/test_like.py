@@ -26,6 +26,7 @@ OPTIONS = BuildOptions(
     size=(64, 128),
     batch=2,
     scheduler="ddim",
+    variant="turbo",
     quantization=QuantOptions(
         method="rtn",
         static=True,
@@ -95,6 +96,7 @@ HOSTILE = [
     ("batch", 0),
     ("batch", 1 << 40),
     ("scheduler", "a\x1b[2J"),
+    ("variant", "Turbo"),
     ("work", "/tmp"),
     ("quantization", {"method": "rtn; rm"}),
     ("quantization", {"steps": 0}),

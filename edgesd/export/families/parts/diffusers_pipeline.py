@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -27,14 +28,16 @@ def diffusers_pipeline(
     networks: Mapping[str, Any],
     tokenizers: Mapping[str, Callable[[], Any]],
     sampler: str,
+    scheduler_options: Mapping[str, Any],
     **options: Any,
 ) -> Any:
     """diffusers' pipeline `class_name` of a model, as its constructor leaves the configs.
 
     networks: component -> class; they are made of their configs alone, on torch's meta device.
     tokenizers: component -> what makes it. sampler: class of the scheduler where diffusers has none
-    of the model's own name, or lacks a package that it needs. options: for the constructor. Raises
-    InputError for what the libraries can't make sense of.
+    of the model's own name, or lacks a package that it needs. scheduler_options: in place of the
+    model's own. options: for the constructor. Raises InputError for what the libraries can't make
+    sense of.
     """
     scheduler: Any = getattr(diffusers, source.class_of("scheduler"), None)
     if scheduler is None or isinstance(scheduler, DummyObject):
@@ -47,7 +50,9 @@ def diffusers_pipeline(
     made["scheduler"] = _made(
         source,
         "scheduler",
-        lambda: scheduler.from_pretrained(str(source.root / "scheduler"), local_files_only=True),
+        lambda: scheduler.from_pretrained(
+            str(source.root / "scheduler"), local_files_only=True, **scheduler_options
+        ),
     )
     try:
         with quiet():
@@ -65,6 +70,12 @@ def _made(source: Checkpoint, part: str, make: Callable[[], Any]) -> Any:
         raise
     except Exception as exc:  # as above
         raise InputError(f"cannot read {source.root / part}: {first_sentence(exc)}") from exc
+
+
+def default_guidance(class_name: str) -> float:
+    """The guidance scale of diffusers' pipeline `class_name` where nobody gives one."""
+    call = getattr(diffusers, class_name).__call__
+    return float(inspect.signature(call).parameters["guidance_scale"].default)
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
