@@ -39,12 +39,14 @@ class Start:
 
     latents: [B, C, h, w], as noisy as `first_step` of the schedule expects. given: see Given.
     after_step: makes of a step's index in the schedule and its latents those that go on.
+    last_step: the index of the first step that isn't taken; None where all are.
     """
 
     latents: Float
     first_step: int = 0
     given: Given = field(default_factory=dict)
     after_step: Callable[[int, Float], Float] | None = None
+    last_step: int | None = None
 
 
 def guidance_scale_embedding(guidance_scale: float, dim: int) -> Float:
@@ -111,7 +113,8 @@ def denoise(
     scale = np.float32(guidance_scale)
     difference = np.empty_like(latents)
     negative = np.empty_like(latents)
-    count = len(scheduler.timesteps) - start.first_step
+    count = len(scheduler.timesteps[start.first_step : start.last_step])
+    scheduler.begin(start.first_step)
     for index in range(count):
         began, at = time.perf_counter(), start.first_step + index
         scheduler.scale_model_input(latents, at, out=sample_halves[0, :, :channels])

@@ -13,7 +13,7 @@ import numpy as np
 
 from edgesd.errors import InputError
 from edgesd.runtime.arrays import Array
-from edgesd.runtime.schedulers.schedule import F32, I64, BetaSchedule, alphas_cumprod
+from edgesd.runtime.schedulers.schedule import F32, I64, BetaSchedule, alphas_cumprod, combine
 
 Noise = Callable[[tuple[int, ...]], F32]
 """shape -> standard normal float32 values of that shape; TorchNoise and BatchNoise are such."""
@@ -22,12 +22,14 @@ Noise = Callable[[tuple[int, ...]], F32]
 class Scheduler(ABC):
     """A sampler: turns noise into latents along the timesteps, one model output at a time.
 
-    timesteps [n]: as handed to the network, descending, int64 or float32 as in diffusers.
-    init_noise_sigma: initial latents are noise * init_noise_sigma.
+    timesteps [n]: as handed to the network, descending, int64 or float32 as in diffusers: an entry
+    for each run of the network. init_noise_sigma: initial latents are noise * init_noise_sigma.
+    order: runs of the network for each step that is asked for, but the last, as in diffusers.
     """
 
     name: ClassVar[str]
     diffusers_class: ClassVar[str]
+    order: ClassVar[int] = 1
 
     timesteps: F32 | I64
     init_noise_sigma: float = 1.0
@@ -40,6 +42,22 @@ class Scheduler(ABC):
         with dynamic shifting reads it. `timesteps` can be longer than `num_inference_steps`.
         Raises UsageError for a number of steps that this schedule can't make.
         """
+
+    def begin(self, first: int = 0) -> None:  # noqa: B027 - most samplers remember nothing
+        """Forget what earlier loops left; the next step is the one of index `first`.
+
+        To be called before each loop.
+        """
+
+    @abstractmethod
+    def noise_level(self, i: int) -> tuple[float, float]:
+        """(a, b) such that the sample before step i is a x_0 + b noise."""
+
+    def add_noise(self, x0: F32, noise: F32, i: int) -> F32:
+        """x0 [B, ...] made as noisy as the sample before step i is, by standard normal noise of the
+        same shape; a new array."""
+        signal, spread = self.noise_level(i)
+        return combine(signal, x0, spread, noise)
 
     def scale_model_input(self, sample: F32, i: int, out: Array | None = None) -> Array:
         """sample [B, ...] as the network wants it at step i; into `out` if given.
@@ -58,7 +76,7 @@ class Scheduler(ABC):
         model_output (float32, or float16 of a reduced engine), sample (float32): same shape;
         neither is changed or kept by reference.
         noise: called only by a stochastic sampler, once, exactly when diffusers draws. Steps
-        go 0, 1, ... after `set_timesteps`; step 0 starts over.
+        go on by one from where the loop began.
         """
 
 

@@ -60,6 +60,9 @@ class DDIM(Scheduler):
         self._weights = [self._step_weights(int(t), int(t) - stride) for t in timesteps]
         self.timesteps = timesteps
 
+    def noise_level(self, i: int) -> tuple[float, float]:
+        return schedule.signal_and_noise(schedule.alpha_at(self._table, int(self.timesteps[i])))
+
     def _step_weights(self, t: int, t_prev: int) -> tuple[float, ...]:
         """x_0 and epsilon from (sample, model_output), then x_prev from (x_0, epsilon)."""
         prediction = self.config.prediction_type

@@ -69,7 +69,7 @@ class DPMSolverPlusPlus(Scheduler):
             c.thresholding, c.dynamic_thresholding_ratio, c.sample_max_value
         )
         self.timesteps = np.arange(c.num_train_timesteps, dtype=np.int64)[::-1].copy()
-        self._forget()
+        self.begin()
 
     def _check_options(self) -> None:
         """Raise InputError for an option value that isn't implemented."""
@@ -101,8 +101,7 @@ class DPMSolverPlusPlus(Scheduler):
             if not supported:
                 raise InputError(refusal(self.name, option, value, expected))
 
-    def _forget(self) -> None:
-        """Drop the history."""
+    def begin(self, first: int = 0) -> None:
         self._previous_x0: F32 | None = None
 
     def set_timesteps(self, num_inference_steps: int, *, image_seq_len: int | None = None) -> None:
@@ -127,7 +126,11 @@ class DPMSolverPlusPlus(Scheduler):
         for weights in (*self._first, *self._second):
             schedule.check_finite(num_inference_steps, *weights)
         self.timesteps = timesteps
-        self._forget()
+        self._levels = [_signal_and_noise(sigma) for sigma in values]
+        self.begin()
+
+    def noise_level(self, i: int) -> tuple[float, float]:
+        return self._levels[i]
 
     def _ends_low(self, i: int, n: int) -> bool:
         """Whether step i of n is the last one and must be of the first order."""
@@ -188,8 +191,6 @@ class DPMSolverPlusPlus(Scheduler):
         return scale, main + share, -share, spread
 
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
-        if i == 0:
-            self._forget()
         from_sample, from_output = self._conversions[i]
         x0 = schedule.combine(from_sample, sample, from_output, model_output)
         if self._limit is not None:

@@ -70,7 +70,11 @@ class ExplodingScheduler(Scheduler):
         whole_range = self._common.timestep_spacing in ("linspace", "trailing")
         self.init_noise_sigma = top if whole_range else math.sqrt(top * top + 1.0)
         self._divisors = [math.sqrt(sigma * sigma + 1.0) for sigma in values]
+        self._sigmas = values
         return values
+
+    def noise_level(self, i: int) -> tuple[float, float]:
+        return 1.0, self._sigmas[i]
 
     def scale_model_input(self, sample: F32, i: int, out: Array | None = None) -> Array:
         """sample / sqrt(sigma_i**2 + 1), see Scheduler (Karras et al., table 1, c_in)."""

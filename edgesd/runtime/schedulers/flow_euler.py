@@ -144,6 +144,10 @@ class FlowEuler(Scheduler):
         shifted: F32 | F64 = weight / (weight + (1 / sigmas - 1))
         return shifted
 
+    def noise_level(self, i: int) -> tuple[float, float]:
+        sigma = self._pairs[i][0]
+        return 1.0 - sigma, sigma
+
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
         sigma, sigma_next = self._pairs[i]
         if not self.config.stochastic_sampling:

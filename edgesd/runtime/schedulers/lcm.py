@@ -82,6 +82,9 @@ class LCM(Scheduler):
             self._weights.append((x0_s, x0_m, signal * skip, signal * out, spread))
         self.timesteps = timesteps
 
+    def noise_level(self, i: int) -> tuple[float, float]:
+        return schedule.signal_and_noise(float(self._table[self.timesteps[i]]))
+
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
         x0_s, x0_m, skip, out, spread = self._weights[i]
         x0 = schedule.combine(x0_s, sample, x0_m, model_output)

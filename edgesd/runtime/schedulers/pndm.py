@@ -50,13 +50,6 @@ class PNDM(Scheduler):
         self.config = c = read_config(PNDMConfig, config, self.name)
         self._table = c.table()
         self.timesteps = np.arange(c.num_train_timesteps, dtype=np.int64)[::-1].copy()
-        self._forget()
-
-    def _forget(self) -> None:
-        """Drop the history."""
-        self._outputs: list[F32] = []  # newest first, at most four
-        self._start: F32 | None = None
-        self._sum: F32 | None = None
 
     def set_timesteps(self, num_inference_steps: int, *, image_seq_len: int | None = None) -> None:
         """See Scheduler; num_train_timesteps at most, and 4 at least unless skip_prk_steps.
@@ -69,31 +62,42 @@ class PNDM(Scheduler):
             c.timestep_spacing, c.num_train_timesteps, n, c.steps_offset
         )
         down = spaced.round().astype(np.int64)
-        stride = c.num_train_timesteps // n
+        self._stride = c.num_train_timesteps // n
+        self._warm_up = np.empty(0, np.int64)
         if c.skip_prk_steps:
-            warm_up = 0
-            timesteps = np.concatenate([down[:1], down[1:2], down[1:]])
-            spans = [(int(t), int(t) - stride) for t in timesteps]
-            if n > 1:
-                spans[1] = (int(timesteps[1]) + stride, int(timesteps[1]))
+            self.timesteps = np.concatenate([down[:1], down[1:2], down[1:]])
         else:
             if n < _WARM_UP_TIMESTEPS:
                 raise UsageError(
                     f"num_inference_steps is {n}: scheduler pndm with skip_prk_steps false "
                     f"expects {_WARM_UP_TIMESTEPS} or more"
                 )
-            half = stride // 2
-            pairs = np.repeat(down[:_WARM_UP_TIMESTEPS][::-1], 2) + np.tile([0, half], 4)
-            prk = np.repeat(pairs[:-1], 2)[1:-1][::-1]
-            warm_up = len(prk)
-            timesteps = np.concatenate([prk, down[3:]])
-            spans = [(int(t), int(t) - stride) for t in timesteps]
-            for i in range(warm_up):
-                spans[i] = (int(prk[i // 4 * 4]), int(prk[i]) - (0 if i % 2 else half))
-        self._weights = [self._step_weights(t, t_prev) for t, t_prev in spans]
-        self._warm_up = warm_up
-        self.timesteps = timesteps
-        self._forget()
+            half = np.tile([0, self._stride // 2], 4)
+            pairs = np.repeat(down[:_WARM_UP_TIMESTEPS][::-1], 2) + half
+            self._warm_up = np.repeat(pairs[:-1], 2)[1:-1][::-1]
+            self.timesteps = np.concatenate([self._warm_up, down[3:]])
+        self.begin()
+
+    def begin(self, first: int = 0) -> None:
+        """See Scheduler. The warm-up begins there, too; as in diffusers, its evaluations are
+        counted from the first one, whatever their timesteps are."""
+        self._first = first
+        self._outputs: list[F32] = []  # newest first, at most four
+        self._start: F32 | None = None
+        self._sum: F32 | None = None
+        spans = [self._span(k, int(t)) for k, t in enumerate(self.timesteps[first:])]
+        self._weights = [self._step_weights(*span) for span in spans]
+
+    def _span(self, k: int, t: int) -> tuple[int, int]:
+        """Timesteps from which and to which the evaluation k of a loop, at timestep t, steps."""
+        if k < len(self._warm_up):
+            return int(self._warm_up[k // 4 * 4]), t - (0 if k % 2 else self._stride // 2)
+        if k == 1 and not len(self._warm_up):
+            return t + self._stride, t
+        return t, t - self._stride
+
+    def noise_level(self, i: int) -> tuple[float, float]:
+        return schedule.signal_and_noise(schedule.alpha_at(self._table, int(self.timesteps[i])))
 
     def _step_weights(self, t: int, t_prev: int) -> tuple[float, float]:
         """x_prev from (sample, combined output); a v_prediction is turned into epsilon first."""
@@ -108,18 +112,17 @@ class PNDM(Scheduler):
 
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
         """See Scheduler; steps must be taken in order."""
-        if i == 0:
-            self._forget()
-        if i < self._warm_up:
-            output, start = self._runge_kutta(model_output, i, sample)
+        k = i - self._first
+        if k < len(self._warm_up):
+            output, start = self._runge_kutta(model_output, k, sample)
         else:
-            output, start = self._multistep(model_output, i, sample)
-        from_sample, from_output = self._weights[i]
+            output, start = self._multistep(model_output, k, sample)
+        from_sample, from_output = self._weights[k]
         return schedule.combine(from_sample, start, from_output, output)
 
-    def _runge_kutta(self, model_output: Array, i: int, sample: F32) -> tuple[Array, F32]:
+    def _runge_kutta(self, model_output: Array, k: int, sample: F32) -> tuple[Array, F32]:
         """The output and the sample to step with; four evaluations make one step."""
-        stage = i % 4
+        stage = k % 4
         part = np.multiply(model_output, _RUNGE_KUTTA[stage], dtype=np.float32)
         if stage == 0:
             self._remember(model_output)
@@ -130,15 +133,15 @@ class PNDM(Scheduler):
         assert self._start is not None
         return (self._sum if stage == 3 else model_output), self._start
 
-    def _multistep(self, model_output: Array, i: int, sample: F32) -> tuple[Array, F32]:
+    def _multistep(self, model_output: Array, k: int, sample: F32) -> tuple[Array, F32]:
         """The output and the sample to step with."""
-        if self._warm_up == 0 and i == 1:
+        if k == 1 and not len(self._warm_up):
             # The second evaluation corrects the first step: Heun's rule from the same start.
             assert self._start is not None
             start, self._start = self._start, None
             return schedule.combine(0.5, model_output, 0.5, self._outputs[0]), start
         self._remember(model_output)
-        if i == 0:
+        if k == 0:
             self._start = sample.copy()
         weights = _MULTISTEP[len(self._outputs)]
         total = np.multiply(self._outputs[0], weights[0])

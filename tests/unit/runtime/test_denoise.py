@@ -136,3 +136,18 @@ def test_guidance_embedding_equals_diffusers() -> None:
         None, torch.tensor([6.5]), embedding_dim=257
     ).numpy()
     np.testing.assert_allclose(guidance_scale_embedding(7.5, 257), expected, rtol=0, atol=5e-4)
+
+
+def test_a_loop_takes_the_steps_from_its_first_to_its_last() -> None:
+    seen: list[Step] = []
+    scheduler = create_scheduler("pndm", {"skip_prk_steps": True})
+    scheduler.set_timesteps(10)
+    states = np.zeros((1, 77, 8), np.float32)
+    runner, conditioned = FakeRunner(SPEC, predict), Conditioned({STATES: states}, None)
+    noise = BatchNoise([0])
+    whole = noise((1, 4, 4, 4))
+    denoise(
+        WIRING, {SPEC.name: runner}, scheduler, Start(whole, first_step=2, last_step=7),
+        conditioned, 1.0, noise, on_step=seen.append,
+    )  # fmt: skip
+    assert [(step.index, step.count) for step in seen] == [(k, 5) for k in range(5)]

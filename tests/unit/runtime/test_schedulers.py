@@ -61,12 +61,15 @@ def model(sample: np.ndarray, timestep: float, prediction: str = "epsilon") -> n
 
 
 def ours(
-    scheduler: Scheduler, noise: Callable[[tuple[int, ...]], np.ndarray]
+    scheduler: Scheduler, noise: Callable[[tuple[int, ...]], np.ndarray], first: int = 0
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """The sample after each step, and the timesteps."""
+    """The sample after each step, and the timesteps; from step `first` on, of a noisy PATTERN."""
     sample = noise(SHAPE) * np.float32(scheduler.init_noise_sigma)
+    if first:
+        sample = scheduler.add_noise(PATTERN, noise(SHAPE), first)
     trace = [sample]
-    for i, t in enumerate(scheduler.timesteps):
+    scheduler.begin(first)
+    for i, t in enumerate(scheduler.timesteps[first:], first):
         scaled = scheduler.scale_model_input(sample, i)
         before = sample.copy()
         output = model(scaled, t)
@@ -83,6 +86,7 @@ def reference(
     scheduler: Any,
     monkeypatch: pytest.MonkeyPatch,
     noise: Callable[[tuple[int, ...]], np.ndarray],
+    first: int = 0,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """The same by diffusers, whose randn_tensor draws from `noise`."""
     import sys
@@ -94,10 +98,14 @@ def reference(
         sys.modules[type(scheduler).__module__], "randn_tensor", draw, raising=False
     )
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
+        scheduler.set_begin_index(first)
     sample = draw(SHAPE) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    if first:
+        timesteps = scheduler.timesteps[first : first + 1].expand(SHAPE[0])
+        noisy = getattr(scheduler, "add_noise", None) or scheduler.scale_noise
+        sample = noisy(*_ordered(noisy, torch.from_numpy(PATTERN), draw(SHAPE), timesteps))
     trace = [sample.numpy()]
-    for t in scheduler.timesteps:
+    for t in scheduler.timesteps[first:]:
         scaled = sample
         if hasattr(scheduler, "scale_model_input"):
             scaled = scheduler.scale_model_input(sample, t)
@@ -105,6 +113,11 @@ def reference(
         sample = scheduler.step(output, t, sample, return_dict=False)[0]
         trace.append(sample.numpy())
     return trace, scheduler.timesteps.numpy()
+
+
+def _ordered(noisy: Callable[..., Any], x0: Any, noise: Any, timesteps: Any) -> tuple[Any, ...]:
+    """Arguments of add_noise, or of a flow's scale_noise."""
+    return (x0, timesteps, noise) if noisy.__name__ == "scale_noise" else (x0, noise, timesteps)
 
 
 class Compare:
@@ -119,6 +132,7 @@ class Compare:
         config: Mapping[str, Any],
         steps: int,
         roundings: int = 0,
+        first: int = 0,
         **timesteps: Any,
     ) -> None:
         """roundings: float32 roundings of the largest sample so far that are let pass; where
@@ -130,10 +144,10 @@ class Compare:
         theirs.set_timesteps(None if "sigmas" in timesteps else steps, **timesteps)
         with pytest.MonkeyPatch.context() as patch:
             noise = TorchNoise(SEED)
-            want, want_timesteps = reference(self.torch, theirs, patch, noise)
+            want, want_timesteps = reference(self.torch, theirs, patch, noise, first)
             left = noise((3,))
         noise = TorchNoise(SEED)
-        got, got_timesteps = ours(scheduler, noise)
+        got, got_timesteps = ours(scheduler, noise, first)
         assert got_timesteps.dtype == want_timesteps.dtype
         np.testing.assert_allclose(got_timesteps, want_timesteps, rtol=1e-6, atol=2e-4)
         if hasattr(theirs, "init_noise_sigma"):
@@ -171,6 +185,14 @@ def test_grid(compare: Compare, name: str, prediction: str, spacing: str, steps:
         "clip_sample": False,
     }
     compare(name, SD | options, steps)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_a_loop_begins_anywhere(compare: Compare, name: str, spacing: str) -> None:
+    config = {"timestep_spacing": spacing, "steps_offset": 1, "skip_prk_steps": True}
+    for first in (1, 2, 3, 9):
+        compare(name, SD | config | {"clip_sample": False}, 10, first=first)
 
 
 BETAS = tuple(np.linspace(0.001, 0.02, 200).tolist())
