@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ from edgesd.errors import EdgesdError
 from edgesd.files import atomic_dir
 from edgesd.spec.base import Dim
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
+
+_HEADER_BYTES = 1 << 20
+"""Of a GGUF file: more than the names of its tensors take."""
 
 Inputs = dict[str, npt.NDArray[np.float32]]
 TOKENS = 77
@@ -268,30 +272,63 @@ def _make_openvino_int8(folder: Path, model: Model, out: Path) -> None:
     openvino.save_model(quantized, out / "unet.xml", compress_to_fp16=False)
 
 
-def _make_sdcpp(folder: Path, model: Model, out: Path, kind: str) -> None:
+def _make_sdcpp(_: Path, model: Model, out: Path, kind: str) -> None:
+    from benchmarks.random_pipeline import write_pipeline
+
+    if model.name != "sd15":
+        raise EdgesdError(
+            "stable-diffusion.cpp's steps are measured with --model sd15 only: "
+            "benchmarks.whole_images has the others"
+        )
+    write_pipeline(out / "pipeline")
+    convert_sdcpp(out / "pipeline", kind, out).rename(out / "model.gguf")
+    shutil.rmtree(out / "pipeline")
+
+
+def convert_sdcpp(pipeline: Path, kind: str, work: Path) -> Path:
+    """The file of stable-diffusion.cpp for a diffusers folder, made once and kept in `work`. kind:
+    one of SDCPP_TYPES. Raises EdgesdError when it can't be made."""
+    path = work / f"{pipeline.name}-{kind}.gguf"
+    if path.exists():
+        return path
     import stable_diffusion_cpp
     from safetensors.torch import load_file, save_file
     from stable_diffusion_cpp.stable_diffusion import GGML_TYPE_MAP
 
-    from benchmarks.random_pipeline import write_pipeline
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        copy, part = Path(folder) / "pipeline", Path(folder) / path.name
+        for file in sorted(pipeline.rglob("*")):
+            target = copy / file.relative_to(pipeline)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_file() and file.parent.name.startswith("text_encoder"):
+                # Its names are those that transformers wrote before version 5.
+                if file.suffix == ".safetensors":
+                    tensors = load_file(file)
+                    old = "text_model."
+                    plain = not any(name.startswith(old) for name in tensors)
+                    named = {f"{old}{name}" if plain else name: t for name, t in tensors.items()}
+                    save_file(named, target)
+            elif file.is_file():
+                target.symlink_to(file.resolve())
+        done = stable_diffusion_cpp.convert(
+            str(copy).encode(), b"", str(part).encode(), GGML_TYPE_MAP[kind], b"", True
+        )
+        if not done:
+            raise EdgesdError("stable-diffusion.cpp can't convert the model: see above")
+        _mend_names(part)
+        part.rename(path)
+    return path
 
-    if model.name != "sd15":
-        raise EdgesdError("stable-diffusion.cpp is measured with --model sd15 only")
-    write_pipeline(out / "pipeline")
-    text = out / "pipeline" / "text_encoder" / "model.safetensors"
-    # Its names are those that transformers wrote before version 5.
-    save_file({f"text_model.{name}": part for name, part in load_file(text).items()}, text)
-    done = stable_diffusion_cpp.convert(
-        str(out / "pipeline").encode(),
-        b"",
-        str(out / "model.gguf").encode(),
-        GGML_TYPE_MAP[kind],
-        b"",
-        True,
-    )
-    shutil.rmtree(out / "pipeline")
-    if not done:
-        raise EdgesdError("stable-diffusion.cpp can't convert the model: see above")
+
+def _mend_names(gguf: Path) -> None:
+    """Its converter names a second encoder of a diffusers folder as its reader doesn't know it.
+    Both names are equally long, so that they can be replaced in the file's header."""
+    with gguf.open("r+b") as file:
+        header = file.read(_HEADER_BYTES)
+        mended = header.replace(b"stage_model.transformer.1.", b"stage_model.1.transformer.")
+        file.seek(0)
+        file.write(mended)
 
 
 _MAKERS: dict[str, Callable[[Path, Model, Path], None]] = {

@@ -1,0 +1,223 @@
+r"""A whole image of a bundle beside stable-diffusion.cpp: prompt to pixels, each in a process.
+
+    python -m benchmarks.whole_images MODEL --bundle BUNDLE --modes stream balanced \
+        --sdcpp q8_0 q4_0
+
+MODEL is the diffusers folder that each BUNDLE was built from (benchmarks/random_pipeline.py makes
+some). All generate the same size and number of steps, without guidance unless --guidance is more
+than 1, in turn: A B C A B C. Seconds of a step, of the whole image with loading and decoding, and
+the process's peak resident set (mapped files included) and largest anonymous memory. What
+stable-diffusion.cpp reads is made from MODEL once and kept in --work; it decodes in tiles, with
+flash attention. `python -m benchmarks.peers --install` gets it.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import environment, paired_ratio, parser, run, spread, table, write_json
+from benchmarks.peer_files import SDCPP_TYPES, convert_sdcpp
+from benchmarks.peers import status_bytes
+from edgesd.errors import EdgesdError
+from edgesd.processes import module_command
+from edgesd.runtime.memory import MEMORY_MODES
+
+_PROMPT, _SEED = "a red apple", 1
+_SAMPLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is generated. size: (width, height)."""
+
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """One image. step_seconds: median. seconds: of the process, from its start to the pixels."""
+
+    step_seconds: float
+    seconds: float
+    peak_bytes: int
+    peak_anonymous_bytes: int
+
+
+def by_edgesd(bundle: Path, mode: str, asked: Asked) -> Made:
+    """One image by `edgesd generate`. Raises EdgesdError with its message when it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = module_command("edgesd", "generate", str(bundle), "-p", _PROMPT)
+        command += ["--seed", str(_SEED), "--memory", mode, "--steps", str(asked.steps)]
+        command += ["--size", "{}x{}".format(*asked.size), "--guidance", str(asked.guidance)]
+        command += ["--threads", str(asked.threads), "--any-machine", "--json"]
+        out, log = Path(folder) / "out.json", Path(folder) / "log"
+        began = time.perf_counter()
+        with out.open("wb") as written, log.open("wb") as said:
+            child = subprocess.Popen(
+                [*command, "-o", f"{folder}/out.png"], stdout=written, stderr=said
+            )
+            anonymous = 0
+            while child.poll() is None:
+                anonymous = max(anonymous, status_bytes(child.pid, "RssAnon"))
+                time.sleep(_SAMPLE_SECONDS)
+        seconds = time.perf_counter() - began
+        if child.returncode:
+            raise EdgesdError(f"{bundle}: {log.read_text(errors='replace').strip()[-500:]}")
+        told = json.loads(out.read_text())
+    return Made(
+        statistics.median(told["step_seconds"]), seconds, told["peak_memory_bytes"], anonymous
+    )
+
+
+def by_sdcpp(model: Path, asked: Asked) -> Made:
+    """One image by stable-diffusion.cpp. Raises EdgesdError when it fails."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    began = time.perf_counter()
+    process = context.Process(target=_sdcpp, args=(model, asked, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    anonymous = 0
+    while not ours.poll(_SAMPLE_SECONDS):
+        anonymous = max(anonymous, status_bytes(process.pid, "RssAnon"))
+    seconds = time.perf_counter() - began
+    try:
+        steps = ours.recv()
+    except EOFError:
+        process.join()
+        raise EdgesdError(
+            f"stable-diffusion.cpp ended with status {process.exitcode} on {model.name}"
+        ) from None
+    peak = status_bytes(process.pid, "VmHWM")
+    process.kill()
+    process.join()
+    return Made(statistics.median(steps), seconds, peak, anonymous)
+
+
+def _sdcpp(path: Path, asked: Asked, connection: Connection[list[float], None]) -> None:
+    """In the child: generate, answer with each step's seconds, and wait to be read and killed."""
+    import stable_diffusion_cpp
+
+    model = stable_diffusion_cpp.StableDiffusion(
+        model_path=str(path), n_threads=asked.threads, diffusion_flash_attn=True, verbose=False
+    )
+    ends: list[float] = []
+    width, height = asked.size
+    model.generate_image(
+        _PROMPT,
+        width=width,
+        height=height,
+        seed=_SEED,
+        sample_steps=asked.steps,
+        cfg_scale=asked.guidance,
+        vae_tiling=True,
+        progress_callback=lambda *_: ends.append(time.perf_counter()),
+    )
+    # It is called before the first step and after each; later calls are of the decoder's tiles.
+    ends = ends[: asked.steps + 1]
+    connection.send([after - before for before, after in pairwise(ends)])
+    time.sleep(60)
+
+
+def measure(
+    contenders: dict[str, Callable[[Asked], Made]], asked: Asked, rounds: int
+) -> list[dict[str, Any]]:
+    """`rounds` images of each, in turn. Ratios are the first contender's over each one's."""
+    made: dict[str, list[Made]] = {name: [] for name in contenders}
+    for index in range(rounds):
+        for name, generate in contenders.items():
+            image = generate(asked)
+            made[name].append(image)
+            print(f"round {index + 1}: {name} {image}", flush=True)
+    first = made[next(iter(made))]
+    return [
+        {
+            "contender": name,
+            "step_seconds": spread(image.step_seconds for image in images),
+            "seconds": spread(image.seconds for image in images),
+            "peak_bytes": max(image.peak_bytes for image in images),
+            "peak_anonymous_bytes": max(image.peak_anonymous_bytes for image in images),
+            "step_ratio": paired_ratio(
+                [image.step_seconds for image in first], [image.step_seconds for image in images]
+            ),
+            "memory_ratio": max(image.peak_bytes for image in first)
+            / max(image.peak_bytes for image in images),
+        }
+        for name, images in made.items()
+    ]
+
+
+def _contenders(
+    model: Path, bundles: Sequence[Path], modes: Sequence[str], kinds: Sequence[str], work: Path
+) -> dict[str, Callable[[Asked], Made]]:
+    found: dict[str, Callable[[Asked], Made]] = {}
+    for bundle in bundles:
+        for mode in modes:
+            found[f"{bundle.stem} {mode}"] = partial(by_edgesd, bundle, mode)
+    for kind in kinds:
+        found[f"sdcpp {kind}"] = partial(by_sdcpp, convert_sdcpp(model, kind, work))
+    return found
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    arguments = parser(__doc__)
+    arguments.add_argument("model", type=Path, help="diffusers folder of all contenders")
+    arguments.add_argument("--bundle", type=Path, nargs="+", default=[])
+    arguments.add_argument(
+        "--modes", nargs="+", choices=MEMORY_MODES, default=["balanced"], help="of each bundle"
+    )
+    arguments.add_argument("--sdcpp", nargs="*", choices=SDCPP_TYPES, default=[])
+    arguments.add_argument("--work", type=Path, default=Path("out/whole_images"))
+    arguments.add_argument("--size", type=int, nargs=2, default=(1024, 1024), metavar="PIXELS")
+    arguments.add_argument("--steps", type=int, default=2)
+    arguments.add_argument("--guidance", type=float, default=1.0)
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--rounds", type=int, default=3)
+    given = arguments.parse_args()
+    asked = Asked(tuple(given.size), given.steps, given.guidance, given.threads)
+    contenders = _contenders(given.model, given.bundle, given.modes, given.sdcpp, given.work)
+    if not contenders:
+        raise EdgesdError("nothing to measure: give --bundle or --sdcpp")
+    rows = measure(contenders, asked, given.rounds)
+    first = rows[0]["contender"]
+    print(
+        table(
+            ["contender", "s/step", f"{first}'s / its", "s/image", "peak RSS MB", "anonymous MB"],
+            (
+                [
+                    row["contender"],
+                    row["step_seconds"].text(2),
+                    row["step_ratio"].text(),
+                    row["seconds"].text(1),
+                    f"{row['peak_bytes'] / 1e6:.0f}",
+                    f"{row['peak_anonymous_bytes'] / 1e6:.0f}",
+                ]
+                for row in rows
+            ),
+        )
+    )
+    lines = [
+        {key: v._asdict() if hasattr(v, "_asdict") else v for key, v in row.items()} for row in rows
+    ]
+    packages = environment("stable-diffusion-cpp-python")
+    write_json(given.json, {"environment": packages, "asked": vars(asked), "contenders": lines})
+
+
+if __name__ == "__main__":
+    run(main)
