@@ -29,7 +29,7 @@ from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.requests import Completion, Request, scheduler_of
 from edgesd.runtime.tasks import text as text_to_image
 from edgesd.runtime.tokenizer import PromptTokenizer
-from edgesd.spec.pipeline import PipelineSpec, Wiring
+from edgesd.spec.pipeline import LatentSpec, PipelineSpec, Wiring
 from edgesd.text import first_sentence
 
 _PROMPTS = (
@@ -295,6 +295,16 @@ def _generate_ours(spec: PipelineSpec, tokenizers: Tokenizers, steps: int, fed: 
         request.guidance_scale,
         noise,
     )
-    fed.decoded.append(
-        latents / np.float32(latent.scaling_factor) + np.float32(latent.shift_factor)
-    )
+    fed.decoded.append(_descaled(latent, latents))
+
+
+def _descaled(latent: LatentSpec, latents: Float) -> Float:
+    """Latents [B, C, h, w] as the autoencoder itself takes them."""
+    scale, shift = np.float32(latent.scaling_factor), np.float32(latent.shift_factor)
+    found: Float
+    if latent.mean is None or latent.std is None:
+        found = latents / scale + shift
+    else:
+        mean, std = (np.array(one, np.float32)[:, None, None] for one in (latent.mean, latent.std))
+        found = latents * std / scale + mean
+    return found

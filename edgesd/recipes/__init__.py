@@ -22,7 +22,7 @@ from edgesd.progress import SILENT, Progress
 from edgesd.recipes.demo import demo_judge, demo_model, demo_sha256, demo_target
 from edgesd.recipes.job import Job
 from edgesd.recipes.like import Like
-from edgesd.recipes.notes import KeptInFp32, Note, PlansPending
+from edgesd.recipes.notes import AllInFp32, KeptInFp32, Note, PlansPending
 from edgesd.recipes.options import LocalFolders, model_name, model_reference
 from edgesd.recipes.shapes import fixed_shape
 from edgesd.recipes.writer import BundleWriter, Identity
@@ -231,16 +231,21 @@ def _check_pooling(options: BuildOptions, lowering: Lowering) -> None:
 
 
 def _protect_fp16_overflows(job: Job, bundle: Bundle) -> list[Note]:
-    """Keep layers whose activations overflow fp16 in fp32; a note for each component with any."""
+    """Keep layers whose activations overflow fp16 in fp32, and components of which the model says
+    so; a note for each component with any."""
     from edgesd.recipes import prompts
     from edgesd.recipes.fp16_ranges import protect_fp16_overflows
 
     job.progress.line("graphs: checking fp16 ranges")
     chosen = job.options.quantization.calibration_prompts
     prompt = (chosen or job.source.prompts("calibration") or prompts.CALIBRATION)[0]
+    exact = {component.name for component in job.spec.components if component.fp32}
+    found = protect_fp16_overflows(bundle, prompt, exact)
     return [
-        KeptInFp32(component, len(values), max(values.values()))
-        for component, values in protect_fp16_overflows(bundle, prompt).items()
+        AllInFp32(component)
+        if component in exact
+        else KeptInFp32(component, len(values), max(values.values()))
+        for component, values in found.items()
     ]
 
 

@@ -32,13 +32,15 @@ Shape = tuple[int, int, int]
 @dataclass(frozen=True)
 class ComponentForm:
     """How a component's graph is built. schemes: of its quantized layers. on_disk: bytes of its
-    weights' file. own_kernels: for edgesd's own kernels."""
+    weights' file. own_kernels: for edgesd's own kernels. fp32: on a GPU, what isn't quantized stays
+    in fp32."""
 
     precision: Precision
     lowering: Lowering
     schemes: Mapping[Layer, LayerScheme]
     on_disk: int
     own_kernels: bool = False
+    fp32: bool = False
 
     def lowered(self, workload: Workload, tail: bool = False) -> Workload:
         """A workload as the graph runs it. tail: of a decoder's tail."""
@@ -56,6 +58,10 @@ class Networks:
         self.flow = flow_of(spec.pipeline)
         self._components = {component.name: component for component in spec.components}
         self._traced: dict[tuple[str, Shape], Workload] = {}
+
+    def in_fp32(self, component: str, precision: Precision) -> bool:
+        """Whether what isn't quantized of a component stays in fp32 on a GPU."""
+        return precision == "fp32" or self._components[component].fp32
 
     def trace(self, stage: Stage, shape: Shape) -> Workload:
         """The workload of a stage's component."""
@@ -100,12 +106,14 @@ class Networks:
             takes = memory([workload], form.schemes, form.on_disk)
             touched = takes.activations, takes.workspace
             if on_gpu:
-                touched = arena_bytes([workload]) // (1 if form.precision == "fp32" else 2), 0
+                touched = arena_bytes([workload]) // (1 if form.fp32 else 2), 0
             height, width, batch = shape
             units = 1 if stage.per == "prompt" else height * width * batch
             runs[units] = max(runs.get(units, (0, 0)), touched)
         if on_gpu:
-            weights = int(on_gpu[number_format(form.precision)] * workload.parameters)
+            plain = form.fp32 and not form.schemes
+            each = on_gpu["fp32" if plain else number_format(form.precision)]
+            weights = int(each * workload.parameters)
             return Footprint(weights, 0, weights, 0, 0, _sorted(runs))
         tiled = stage.role == "decoder" and any(max(shape) > TILE for shape in shapes)
         return Footprint(
@@ -218,7 +226,8 @@ def footprinted(manifest: BundleManifest, spec: ExportSpec) -> BundleManifest:
         for own, field in ((False, "footprint"), (True, "kernels_footprint")):
             if own and engine.kernels is None:
                 continue
-            form = ComponentForm(engine.precision, lowering, schemes, on_disk, own)
+            fp32 = networks.in_fp32(stage.component, engine.precision)
+            form = ComponentForm(engine.precision, lowering, schemes, on_disk, own, fp32)
             found: dict[str, object] = {field: networks.footprint(stage, form)}
             if engine.split is not None:
                 head, tail = networks.split(form)

@@ -7,6 +7,7 @@ generates; where one comes near fp16's limit, the nodes that make and read it ar
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import msgspec
@@ -36,16 +37,18 @@ Largest = dict[str, dict[str, float]]
 """Component -> value -> largest magnitude."""
 
 
-def protect_fp16_overflows(bundle: Bundle, prompt: str) -> Largest:
+def protect_fp16_overflows(bundle: Bundle, prompt: str, exact: Collection[str] = ()) -> Largest:
     """Rewrite the graphs of a bundle folder whose values exceed `LIMIT` in an image of `prompt`;
-    those values, and how large they were.
+    those values, and how large they were. exact: components all of whose values become fp32.
 
     The folder isn't visible to others yet; its manifest must be written anew.
     """
     largest = record(bundle, prompt)
     beyond: Largest = {}
     for component, values in largest.items():
-        found = {name: size for name, size in values.items() if not size <= LIMIT}
+        found = {
+            name: size for name, size in values.items() if component in exact or not size <= LIMIT
+        }
         if not found:
             continue
         beyond[component] = found

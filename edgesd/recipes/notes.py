@@ -32,6 +32,16 @@ class KeptInFp32:
 
 
 @dataclass(frozen=True)
+class AllInFp32:
+    """A component whose values fp16 can't hold, as the model's config says (force_upcast)."""
+
+    component: str
+
+    def __str__(self) -> str:
+        return f"{self.component} computes in fp32, as force_upcast of its config asks for"
+
+
+@dataclass(frozen=True)
 class PoolingMeasured:
     """Whether attention is pooled. before, after: figures without and with it."""
 
@@ -68,4 +78,4 @@ class PoolingFailed:
         return f"attention isn't pooled: {self.reason}"
 
 
-Note = PlansPending | KeptInFp32 | PoolingMeasured | PoolingFailed
+Note = PlansPending | KeptInFp32 | AllInFp32 | PoolingMeasured | PoolingFailed

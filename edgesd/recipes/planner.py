@@ -327,7 +327,7 @@ class _Planner:
         guided = networks.flow.guided(guidance)
         batch = Batch(height, width, images_per_run(spec.shape, guided), guided)
         forms = {
-            stage.component: self._form(networks.trace_own(stage), precision)
+            stage.component: self._form(networks, stage, precision)
             for stage in networks.flow.stages
         }
         shapes = {
@@ -350,14 +350,17 @@ class _Planner:
         steps = spec.num_inference_steps if self.request.steps is None else self.request.steps
         return _Plan(networks, batch, steps, fitting, forms)
 
-    def _form(self, workload: Workload, precision: Precision) -> ComponentForm:
+    def _form(self, networks: Networks, stage: Stage, precision: Precision) -> ComponentForm:
         """A component's graph as it would be built."""
+        workload = networks.trace_own(stage)
         quantized = precision not in ("fp32", "fp16")
         schemes = planned(workload.layers, parse_scheme(precision)) if quantized else {}
         smoothed = get_method(self.request.method).smooths
-        on_disk = file_bytes(workload, schemes, 2 if precision == "fp16" else 4, smoothed)
+        fp32 = networks.in_fp32(stage.component, precision)
+        halved = precision == "fp16" and not (fp32 and self.lowering.fp16_arithmetic)
+        on_disk = file_bytes(workload, schemes, 2 if halved else 4, smoothed)
         own = self._own_kernels(precision)
-        return ComponentForm(precision, self.lowering, schemes, on_disk, own)
+        return ComponentForm(precision, self.lowering, schemes, on_disk, own, fp32)
 
     def _own_kernels(self, precision: Precision) -> bool:
         """Whether edgesd's own kernels will run there: by runtime.kernels."""

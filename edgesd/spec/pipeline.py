@@ -73,10 +73,16 @@ class SchedulerSpec(Spec, frozen=True):
                 raise ValueError(f"{name!r} of the scheduler is larger than any is")
 
 
+_PerChannel = Annotated[
+    tuple[Annotated[float, Meta(ge=-1e6, le=1e6)], ...], Meta(min_length=1, max_length=1024)
+]
+
+
 class LatentSpec(Spec, frozen=True):
     """How latents relate to images: [B, channels, H / scale_factor, W / scale_factor].
 
-    latents = (encoded - shift_factor) * scaling_factor, as in diffusers' AutoencoderKL. halo: how
+    latents = (encoded - shift_factor) * scaling_factor, as in diffusers' AutoencoderKL; where each
+    channel has a mean and std, (encoded - mean) * scaling_factor / std instead. halo: how
     far off, in latent pixels, a latent still changes a pixel; None where every one changes all.
     levels: channels of a full autoencoder's decoder, coarsest level first; None for others, and in
     bundles of a schema before 6.
@@ -93,6 +99,20 @@ class LatentSpec(Spec, frozen=True):
         ]
         | None
     ) = None
+    mean: _PerChannel | None = None
+    std: _PerChannel | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse statistics that aren't one number for each channel, as invalid values."""
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("latents have a mean and a std, or neither")
+        for values in (self.mean, self.std):
+            if values is not None and len(values) != self.channels:
+                raise ValueError(
+                    f"{len(values)} values of mean or std for {self.channels} channels of latents"
+                )
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"the std of a channel of latents is {min(self.std)}")
 
 
 class ShapeSpec(Spec, frozen=True):

@@ -45,6 +45,7 @@ class Component:
     sizes: where parity is checked; all equal when the graph is static.
     multiples: what a symbolic dimension must be a multiple of (1 if absent).
     examples: input -> its values where parity is checked; standard normal ones if absent.
+    fp32: whether its arithmetic stays in fp32 where a backend has fp16.
     """
 
     spec: ComponentSpec
@@ -52,6 +53,7 @@ class Component:
     sizes: tuple[Sizes, ...]
     multiples: Mapping[str, int] = field(default_factory=dict)
     examples: Mapping[str, Example] = field(default_factory=dict)
+    fp32: bool = False
 
     @property
     def name(self) -> str:

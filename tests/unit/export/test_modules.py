@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 
 from edgesd.errors import InputError  # noqa: E402
 from edgesd.export.attention import replace_attention  # noqa: E402
-from edgesd.export.parity import example_inputs  # noqa: E402
+from edgesd.export.cost.workload import trace  # noqa: E402
+from edgesd.export.external_data import write_model  # noqa: E402
+from edgesd.export.parity import check_parity, example_inputs, reference_cases  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
+from edgesd.spec.pipeline import ShapeSpec  # noqa: E402
+from tests.models import write_configs  # noqa: E402
 
 pytestmark = pytest.mark.integration
 
@@ -80,6 +84,49 @@ def test_kl_autoencoder(tmp_path: Path) -> None:
         torch.testing.assert_close(std, posterior.std * 0.5)
         again = VaeDecoder(net, latent)(mean)
         torch.testing.assert_close(again, net.decode(posterior.mean).sample)
+
+
+def test_latents_with_a_mean_and_a_std_of_each_channel(tmp_path: Path) -> None:
+    """As diffusers' pipelines of Stable Diffusion XL have it, for Playground's autoencoder."""
+    from edgesd.export.families.parts.vae import VaeEncoder, latent_spec, vae_decoder
+    from edgesd.export.to_onnx import graph_from_module
+
+    mean, std = (-1.6, 0.2, 0.05, -2.0), (8.4, 5.1, 5.9, 0.5)
+    root = write_configs(tmp_path / "model", index={"vae": ["diffusers", "AutoencoderKL"]})
+    torch.manual_seed(0)
+    net = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+        latents_mean=mean,
+        latents_std=std,
+    ).eval()
+    net.save_pretrained(root / "vae")
+    source = resolve_source(root)
+    latent = latent_spec(source, net.config, 4, 2, per_channel=True)
+    assert (latent.mean, latent.std) == (mean, std)
+    assert latent_spec(source, net.config, 4, 2).mean is None
+    for wrong in ((1.0,) * 3, (1.0, 1.0, 0.0, 1.0), (float("nan"),) * 4):
+        with pytest.raises(InputError, match=r"latents_std are .* expected 4 numbers each"):
+            latent_spec(source, {**net.config, "latents_std": wrong}, 4, 2, per_channel=True)
+    shape = ShapeSpec(32, 32, 2, dynamic=True, multiple_of=2)
+    part = vae_decoder(source, "vae_decoder", latent, shape)
+    image = torch.rand(1, 3, 32, 32)
+    means, stds = (torch.tensor(each).view(1, 4, 1, 1) for each in (mean, std))
+    with torch.inference_mode():
+        posterior = net.encode(image).latent_dist
+        found, spread = VaeEncoder(net, latent)(image)
+        torch.testing.assert_close(found, (posterior.mean - means) * 0.5 / stds)
+        torch.testing.assert_close(spread, posterior.std * 0.5 / stds)
+        decoded = part.load()(found)
+        torch.testing.assert_close(decoded, net.decode(found * stds / 0.5 + means).sample)
+    module = part.load()
+    cases = reference_cases(module, part)
+    write_model(graph_from_module(module, part, "ort-mha"), tmp_path / "graph")
+    assert check_parity(tmp_path / "graph" / "model.onnx", part, cases, "fp32").rel_rms < 1e-5
+    assert trace(part, {"batch": 1, "height": 4, "width": 4}).parameters
 
 
 class TestBrokenWeights:

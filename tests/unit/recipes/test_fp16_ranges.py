@@ -211,6 +211,24 @@ def _amplify(model: ir.Model) -> None:
         latents = out
 
 
+def test_a_component_may_be_in_fp32_whatever_the_image_hits(
+    overflowing: Path, miniature: Bundle
+) -> None:
+    damaged = open_bundle(overflowing)
+    beyond = protect_fp16_overflows(damaged, "a cat", {"unet", "spare"})
+    assert set(beyond) == {"unet", "vae_decoder"} and max(beyond["unet"].values()) < LIMIT
+    manifest = damaged.manifest
+    changed = [n for name in beyond for n in damaged.engine_files(manifest.engines[name])]
+    update_manifest(overflowing, manifest, changed)
+    found = lint(overflowing / "unet" / "model.onnx")
+    assert not [one for one in found if one.rule != "shapes"]
+    model = ir.load(overflowing / "unet" / "model.onnx")
+    values = [*model.graph.initializers.values(), *(v for n in model.graph for v in n.outputs)]
+    assert values and not any(value.dtype == ir.DataType.FLOAT16 for value in values)
+    with Pipeline(open_bundle(overflowing)) as pipeline:
+        pipeline.generate([Request("a red apple", 3)])
+
+
 def test_a_bundle_is_mended_before_it_is_written(overflowing: Path, miniature: Bundle) -> None:
     damaged = open_bundle(overflowing)
     before = record(damaged, "a cat")

@@ -282,6 +282,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], Any]] = {
         (("pipeline", "latent", "scale_factor"), [0, -8, 10**6]),
         (("pipeline", "latent", "channels"), [-4, 0, 3, 10**6]),
         (("pipeline", "latent", "levels"), [[], [0], [10**18] * 3, [8] * 100]),
+        (("pipeline", "latent", "mean"), [[0.0] * 4, [], [1e300], "0"]),
+        (("pipeline", "latent", "std"), [[1.0] * 4, [0.0] * 4, [1e300]]),
         (("pipeline", "latent", "halo"), [-100, 10**9]),
         (("pipeline", "latent", "scaling_factor"), [0.0, -1.0, 1e300]),
         (("pipeline", "scheduler", "config", "num_train_timesteps"), [0, -5, 3 * 10**9, 10**18]),

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
+import torch
 from torch import Tensor, nn
 
 from edgesd.errors import InputError
@@ -39,13 +40,18 @@ class VaeDecoder(nn.Module):
     def __init__(self, net: nn.Module, latent: LatentSpec) -> None:
         super().__init__()
         self.net = net
-        self.scale, self.shift = latent.scaling_factor, latent.shift_factor
+        self.latent = latent
 
     def forward(self, latents: Tensor) -> Tensor:
-        if self.scale != 1:
-            latents = latents / self.scale
-        if self.shift:
-            latents = latents + self.shift
+        latent = self.latent
+        if latent.std is not None:
+            latents = latents * _per_channel(latent.std, latents)
+        if latent.scaling_factor != 1:
+            latents = latents / latent.scaling_factor
+        if latent.mean is not None:
+            latents = latents + _per_channel(latent.mean, latents)
+        elif latent.shift_factor:
+            latents = latents + latent.shift_factor
         out: Tensor = self.net.decode(latents, return_dict=False)[0]  # type: ignore[operator]
         return out
 
@@ -59,22 +65,38 @@ class VaeEncoder(nn.Module):
     def __init__(self, net: nn.Module, latent: LatentSpec) -> None:
         super().__init__()
         self.net = net
-        self.scale, self.shift = latent.scaling_factor, latent.shift_factor
+        self.latent = latent
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         encoded = self.net.encode(image)  # type: ignore[operator]
         if hasattr(encoded, "latents"):
             return self._scaled(encoded.latents)
-        return self._scaled(encoded.latent_dist.mean), encoded.latent_dist.std * self.scale
+        spread = encoded.latent_dist.std * self.latent.scaling_factor
+        if self.latent.std is not None:
+            spread = spread / _per_channel(self.latent.std, spread)
+        return self._scaled(encoded.latent_dist.mean), spread
 
     def _scaled(self, latents: Tensor) -> Tensor:
-        if self.shift:
-            latents = latents - self.shift
-        return latents * self.scale if self.scale != 1 else latents
+        latent = self.latent
+        if latent.mean is not None:
+            latents = latents - _per_channel(latent.mean, latents)
+        elif latent.shift_factor:
+            latents = latents - latent.shift_factor
+        if latent.scaling_factor != 1:
+            latents = latents * latent.scaling_factor
+        return latents if latent.std is None else latents / _per_channel(latent.std, latents)
 
 
-def vae_decoder(source: Checkpoint, name: str, latent: LatentSpec, shape: ShapeSpec) -> Component:
-    """The component `name`: the decoder of the autoencoder in the folder vae."""
+def _per_channel(values: Sequence[float], latents: Tensor) -> Tensor:
+    """Values [C, 1, 1]: a constant of the graph."""
+    return torch.tensor(values, dtype=latents.dtype, device=latents.device)[:, None, None]
+
+
+def vae_decoder(
+    source: Checkpoint, name: str, latent: LatentSpec, shape: ShapeSpec, fp32: bool = False
+) -> Component:
+    """The component `name`: the decoder of the autoencoder in the folder vae. fp32: whether fp16
+    can't hold its values, as `force_upcast` of its config says where the pipeline reads it."""
 
     def load(weights: bool = True) -> nn.Module:
         net = _autoencoder(source, weights)
@@ -91,6 +113,7 @@ def vae_decoder(source: Checkpoint, name: str, latent: LatentSpec, shape: ShapeS
         ),
         load,
         sizes=sizes(shape, latent.scale_factor),
+        fp32=fp32,
     )
 
 
@@ -119,12 +142,16 @@ def vae_encoder(source: Checkpoint, name: str, latent: LatentSpec, shape: ShapeS
 
 
 def latent_spec(
-    source: Checkpoint, config: Mapping[str, Any], channels: int, scale_factor: int
+    source: Checkpoint,
+    config: Mapping[str, Any],
+    channels: int,
+    scale_factor: int,
+    per_channel: bool = False,
 ) -> LatentSpec:
     """What the denoiser works on. config: diffusers' of the autoencoder. channels: of the denoiser.
-
-    diffusers' Stable Diffusion pipelines scale latents, and leave an autoencoder's shift_factor,
-    latents_mean and latents_std alone. Raises InputError.
+    per_channel: whether the pipeline reads latents_mean and latents_std, as those of Stable
+    Diffusion XL do; both those and others leave an autoencoder's shift_factor alone. Raises
+    InputError.
     """
     if config["latent_channels"] != channels:
         raise InputError(
@@ -144,13 +171,34 @@ def latent_spec(
             "that latents are divided by, such as 0.18215"
         )
     tiny = _is_tiny(source)
+    mean, std = _channel_statistics(source, config) if per_channel else (None, None)
     return LatentSpec(
         channels=config["latent_channels"],
         scale_factor=scale_factor,
         scaling_factor=float(scaling),
         halo=_tiny_halo(config["num_decoder_blocks"]) if tiny else None,
         levels=None if tiny else tuple(reversed(config["block_out_channels"])),
+        mean=mean,
+        std=std,
     )
+
+
+def _channel_statistics(
+    source: Checkpoint, config: Mapping[str, Any]
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and std of each channel of the latents; None, None where not both are given."""
+    given = [config[name] for name in ("latents_mean", "latents_std") if config.get(name)]
+    if len(given) < 2:
+        return None, None
+    channels = config["latent_channels"]
+    mean, std = (tuple(map(float, values)) for values in given)
+    finite = all(math.isfinite(value) for value in (*mean, *std))
+    if not finite or {len(mean), len(std)} != {channels} or min(std) <= 0:
+        raise InputError(
+            f"{source.root}/{_FOLDER}/config.json: latents_mean and latents_std are {given}: "
+            f"expected {channels} numbers each, those of latents_std above 0"
+        )
+    return mean, std
 
 
 def _is_tiny(source: Checkpoint) -> bool:
