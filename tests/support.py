@@ -163,7 +163,7 @@ def _value(name: str, dtype: int, shape: list[int | str]) -> onnx.ValueInfoProto
     return helper.make_tensor_value_info(name, dtype, shape)
 
 
-def _write_graphs(root: Path) -> None:
+def _write_graphs(root: Path, tokens: int | str) -> None:
     rng = np.random.default_rng(0)
 
     def weight(*shape: int) -> np.ndarray:
@@ -192,7 +192,7 @@ def _write_graphs(root: Path) -> None:
         [
             _value("sample", F32, latent),
             _value("timestep", F32, [1]),
-            _value("encoder_hidden_states", F32, ["batch", 77, TEXT]),
+            _value("encoder_hidden_states", F32, ["batch", tokens, TEXT]),
         ],
         [_value("noise_pred", F32, latent)],
         {
@@ -223,8 +223,9 @@ def _component(name: str, inputs: list[TensorSpec], output: TensorSpec) -> Compo
     return ComponentSpec(name, tuple(inputs), (output,))
 
 
-def pipeline_spec() -> PipelineSpec:
-    """Spec of the miniature pipeline: 4 latent channels, 2 pixels per latent, DDIM."""
+def pipeline_spec(tokens: int | str = 77) -> PipelineSpec:
+    """Spec of the miniature pipeline: 4 latent channels, 2 pixels per latent, DDIM. tokens: that
+    its denoiser takes of a prompt."""
     latent = ("batch", CHANNELS, "height", "width")
     states = _tensor("encoder_hidden_states", "float32", "batch", 77, TEXT)
     return PipelineSpec(
@@ -240,7 +241,7 @@ def pipeline_spec() -> PipelineSpec:
                 [
                     _tensor("sample", "float32", *latent),
                     _tensor("timestep", "float32", 1),
-                    states,
+                    _tensor("encoder_hidden_states", "float32", "batch", tokens, TEXT),
                 ],
                 _tensor("noise_pred", "float32", *latent),
             ),
@@ -284,13 +285,15 @@ def write_bundle(
     target: str = "x86-64-cpu",
     arch: str = "x86_64",
     backend: str = "onnxruntime",
+    tokens: int | str = 77,
 ) -> Bundle:
-    """Write the miniature pipeline as a bundle to the new folder `root`."""
+    """Write the miniature pipeline as a bundle to the new folder `root`. tokens: that its denoiser
+    takes of a prompt."""
     root.mkdir(parents=True)
-    _write_graphs(root)
+    _write_graphs(root, tokens)
     write_tokenizer(root / "tokenizer")
     (root / "LICENSE").write_text("Public domain.\n")
-    spec = pipeline_spec()
+    spec = pipeline_spec(tokens)
     manifest = BundleManifest(
         schema_version=SCHEMA_VERSION,
         name="miniature",

@@ -68,6 +68,12 @@ _BUILD = (
     ),
     scheduler_option("Default sampler of the bundle"),
     variant_option,
+    click.option(
+        "--prompt-chunks",
+        type=click.IntRange(1, 32),
+        help="With --size, or for Jetsons: chunks of 75 tokens that a prompt is encoded in. Other "
+        "bundles take prompts of any length.  [default: 1]",
+    ),
 )
 _QUANTIZATION = (
     click.option(

@@ -24,10 +24,12 @@ from edgesd.cli.common import (
 )
 from edgesd.cli.options import (
     GenerationOptions,
+    PromptOptions,
     RunOptions,
     any_machine_option,
     generation_options,
     json_option,
+    prompt_options,
     run_options,
 )
 from edgesd.errors import BundleError, EdgesdError
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
     from edgesd.runtime.images import SavedImage
     from edgesd.runtime.pipeline import Pipeline
     from edgesd.runtime.requests import Request
+
+
+_MOST_REMARKS = 5
+"""On how prompts are read, before images are generated."""
 
 
 @click.command("generate", short_help="Generate images with BUNDLE.")
@@ -64,6 +70,7 @@ if TYPE_CHECKING:
     help="Seed of the first image. [default: a random one, which is printed]",
 )
 @generation_options("bundle")
+@prompt_options
 @click.option(
     "--batch",
     type=click.IntRange(1, 1024),
@@ -116,6 +123,7 @@ def generate_command(
     count: int,
     seed: int | None,
     generation: GenerationOptions,
+    prompting: PromptOptions,
     batch: int,
     output: Path,
     preview: int,
@@ -155,7 +163,7 @@ def generate_command(
         if enhance:
             texts = _enhanced(opened, texts, run.threads, show_prompt, reporter)
         first = generation.request("", secrets.randbits(32) if seed is None else seed)
-        requests = expand_requests(first, texts, count)
+        requests = expand_requests(prompting.applied(first), texts, count)
         with Pipeline(opened, settings) as pipeline:
             made = generate(pipeline, requests, out, reporter, batch, preview)
             if as_json:
@@ -199,6 +207,8 @@ def generate(
     """Make and write `requests`, showing each step, each file, and messages for the user."""
     from edgesd.runtime.images import make_images
 
+    for remark in _remarks(requests):
+        reporter.warn(remark)
     warned: set[str] = set()
 
     def warn(key: str, text: str) -> None:
@@ -210,13 +220,13 @@ def generate(
         for reason in pipeline.fallbacks.values():
             warn(reason, reason)
 
-    def on_step(first: int, step: Step) -> None:
+    def on_step(images: range, step: Step) -> None:
         warn_of_fallbacks()
         for prompt, cut in pipeline.truncations.items():
             words = f"{cut.cut_tokens} were cut: {shorten(cut.text, 200)}"
             warn(prompt, f"the text encoder takes {cut.kept_tokens} tokens; {words}")
-        last = min(first + batch, len(requests))
-        name = f"image {last}" if last == first + 1 else f"images {first + 1}-{last}"
+        first, last = images.start + 1, images.stop
+        name = f"image {last}" if first == last else f"images {first}-{last}"
         reporter.update(
             f"{name} of {len(requests)}", step.index + 1, step.count, f"{step.seconds:.3f} s/step"
         )
@@ -232,6 +242,25 @@ def generate(
         )
     warn_of_fallbacks()
     return made
+
+
+def _remarks(requests: Sequence[Request]) -> list[str]:
+    """What the user should know of how prompts are read: of plain ones, one example."""
+    from edgesd.runtime.syntax import remarks
+
+    found: dict[str, None] = {}
+    for request in requests:
+        texts = (
+            request.prompt,
+            request.negative_prompt,
+            request.prompt_2,
+            request.negative_prompt_2,
+        )
+        for text in filter(None, texts):
+            found |= dict.fromkeys(remarks(text, request.syntax))
+            if found and request.syntax == "plain":
+                return list(found)
+    return list(found)[:_MOST_REMARKS]
 
 
 def summary(pipeline: Pipeline, made: Sequence[SavedImage]) -> str:

@@ -7,7 +7,7 @@ board is derived from these options, so that an option which is added later reac
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgesd.runtime.memory import MemoryMode
     from edgesd.runtime.requests import Request
     from edgesd.runtime.settings import Settings
+    from edgesd.runtime.syntax import Syntax
 
 _T = TypeVar("_T")
 _Command = Callable[..., Any]
@@ -109,6 +110,50 @@ def generation_options(of: str, without: Collection[str] = ()) -> OptionGroup[Ge
     }
     chosen = [option for name, option in options.items() if name not in without]
     return OptionGroup("generation", GenerationOptions, chosen)
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How prompts are read; None: a second tokenizer reads what the first does."""
+
+    prompt_2: str | None = None
+    negative_2: str | None = None
+    prompt_syntax: Syntax = "plain"
+
+    def applied(self, request: Request) -> Request:
+        """`request` with these."""
+        return replace(
+            request,
+            prompt_2=self.prompt_2,
+            negative_prompt_2=self.negative_2,
+            syntax=self.prompt_syntax,
+        )
+
+
+prompt_options = OptionGroup(
+    "prompting",
+    PromptOptions,
+    [
+        click.option(
+            "--prompt-2",
+            metavar="TEXT",
+            help="What the second of two text encoders reads. [default: the prompt]",
+        ),
+        click.option(
+            "--negative-2",
+            metavar="TEXT",
+            help="What it reads of what not to generate.",
+        ),
+        click.option(
+            "--prompt-syntax",
+            type=click.Choice(["plain", "a1111"]),
+            default="plain",
+            show_default=True,
+            help="a1111 reads (word:1.3), [word] and BREAK as AUTOMATIC1111's web UI does.",
+        ),
+    ],
+)
+"""--prompt-2, --negative-2 and --prompt-syntax, as `prompting`."""
 
 
 def scheduler_option(words: str, default: str = "the model's own") -> _Decorator:

@@ -274,8 +274,8 @@ def _generate_ours(spec: PipelineSpec, tokenizers: Tokenizers, steps: int, fed: 
         return {tensor.name: _embedding(ids, int(tensor.shape[-1])) for tensor in outputs}
 
     conditioned = Prompts(wiring.texts, tokenizers).conditioned(
-        [request.prompt],
-        [request.negative_prompt] if guided else None,
+        [request.positive],
+        [request.negative] if guided else None,
         encode,
         lambda component: None,
     )

@@ -102,18 +102,20 @@ def export_spec(
     size: tuple[int, int] | None = None,
     scheduler: str | None = None,
     batch: int = 1,
+    chunks: int = 1,
 ) -> ExportSpec:
     """What `source` becomes, from its configs alone; hashes its weights.
 
-    size: (width, height) in pixels for static graphs, `batch` being the denoiser's; None for
-    any batch and any multiple of the model's granularity. scheduler: another sampler than the
-    model's own. Raises InputError for a model that isn't supported, UsageError for a size it
-    can't generate, MissingDependencyError without edgesd[build], whose libraries read the configs.
+    size: (width, height) in pixels for static graphs, whose denoiser takes `batch`, and `chunks` of
+    a prompt; None for any of these, and any multiple of the model's granularity. scheduler: another
+    sampler than the model's own. Raises InputError for a model that isn't supported, UsageError for
+    a size it can't generate, MissingDependencyError without edgesd[build], whose libraries read the
+    configs.
     """
     require_build_tools()
     source.check_configs()
     try:
-        spec = source.family.export_spec(source, size, scheduler, batch)
+        spec = source.family.export_spec(source, size, scheduler, batch, chunks)
     except (TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise InputError(f"{source.name}: its configs hold a value of a wrong type: {exc}") from exc
     try:

@@ -181,6 +181,11 @@ def _prepare(
     if options.quantized:
         check_method(quantization.method)
         check_writable(folders.work / "work")
+    if options.prompt_chunks > 1 and not (options.size or lowering.fixed_shapes):
+        raise UsageError(
+            "--prompt-chunks is for graphs of fixed shapes, and this bundle takes prompts of any "
+            "length: leave it out, or give --size, too"
+        )
     if quantization.pool_attention:
         _check_pooling(options, lowering)
     source = open_model(model, options.variant)
@@ -194,6 +199,7 @@ def _prepare(
         fixed=options.size is not None,
         batch=options.batch,
         scheduler=options.scheduler,
+        prompt_chunks=options.prompt_chunks,
     )
     expected = estimate_source(source, model, target, backend, asked)
     check_estimate(expected)
@@ -203,11 +209,12 @@ def _prepare(
             f"building takes about {in_gb(expected.build_bytes)} of memory, and {in_gb(free)} are "
             "free here"
         )
-    export = export_spec(source, options.size, options.scheduler, options.batch)
+    chunks = options.prompt_chunks
+    export = export_spec(source, options.size, options.scheduler, options.batch, chunks)
     if export.assumed:
         progress.line(export.assumed)
     if lowering.fixed_shapes and export.pipeline.shape.dynamic:
-        export = export_spec(source, *fixed_shape(export.pipeline))
+        export = export_spec(source, *fixed_shape(export.pipeline), chunks)
     check_writable(out, expected.bundle_bytes)
     return Job(source, export, target, lowering, options, folders, progress)
 

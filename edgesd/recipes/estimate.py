@@ -61,7 +61,8 @@ class PlanRequest:
     """A request for an estimate; None takes the model's own. max_memory: bytes, instead of the
     target's RAM. rates: how fast the target is. fixed: of graphs for `size` alone, whose denoiser
     takes `batch`; others generate any size, and so are those for TensorRT. scheduler: the bundle's
-    default sampler. variant: the kind of model that it is said to be."""
+    default sampler. variant: the kind of model that it is said to be. prompt_chunks: of a prompt,
+    in fixed graphs."""
 
     precision: Precision
     size: tuple[int, int] | None = None
@@ -74,6 +75,7 @@ class PlanRequest:
     batch: int = 1
     scheduler: str | None = None
     variant: Variant | None = None
+    prompt_chunks: int = 1
 
 
 def check_estimate(estimate: Estimate) -> None:

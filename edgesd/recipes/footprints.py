@@ -18,6 +18,7 @@ from edgesd.export.cost.costs import memory, part_bytes
 from edgesd.export.cost.cpu_lowering import lower_workload
 from edgesd.export.cost.workload import Workload, split_workload, trace
 from edgesd.export.families import ExportSpec
+from edgesd.export.families.parts.shapes import TOKENS
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 from edgesd.runtime.flow import Stage, flow_of
@@ -57,23 +58,30 @@ class Networks:
         self.pipeline, self.assumed = spec.pipeline, spec.assumed
         self.flow = flow_of(spec.pipeline)
         self._components = {component.name: component for component in spec.components}
-        self._traced: dict[tuple[str, Shape], Workload] = {}
+        self._traced: dict[tuple[str, Shape, int], Workload] = {}
 
     def in_fp32(self, component: str, precision: Precision) -> bool:
         """Whether what isn't quantized of a component stays in fp32 on a GPU."""
         return precision == "fp32" or self._components[component].fp32
 
-    def trace(self, stage: Stage, shape: Shape) -> Workload:
-        """The workload of a stage's component."""
+    def trace(self, stage: Stage, shape: Shape, chunks: int = 1) -> Workload:
+        """The workload of a stage's component. chunks: of prompts, where it takes any number."""
         name = stage.component
-        if (name, shape) not in self._traced:
+        key = name, shape, chunks
+        if key not in self._traced:
             height, width, batch = shape
             sizes = {"batch": batch, "height": height, "width": width}
+            sizes[TOKENS] = chunks * self._chunk_tokens
             traced = trace(self._components[name], sizes)
-            if shape != self.own_shape(stage):
+            if (shape, chunks) != (self.own_shape(stage), 1):
                 traced = _with_layers_of(self.trace_own(stage), traced)
-            self._traced[name, shape] = traced
-        return self._traced[name, shape]
+            self._traced[key] = traced
+        return self._traced[key]
+
+    @property
+    def _chunk_tokens(self) -> int:
+        wiring = self.pipeline.wiring
+        return max(tokenizer.max_tokens for tokenizer in wiring.tokenizers.values())
 
     def trace_own(self, stage: Stage) -> Workload:
         """The same at the pipeline's own size."""
@@ -124,7 +132,20 @@ class Networks:
             graph=takes.graph,
             runs=_sorted(runs),
             spread=self._spread(form) if tiled else 1.0,
+            chunk=self._chunk(stage, form, shapes[0]),
         )
+
+    def _chunk(self, stage: Stage, form: ComponentForm, shape: Shape) -> int:
+        """What one further chunk of a prompt takes in a batch of one: at a small size, where the
+        embeddings of tokens are a larger part of what is there at a time."""
+        inputs = self._components[stage.component].spec.inputs
+        if not any(TOKENS in tensor.shape for tensor in inputs):
+            return 0
+        few, more = (
+            memory([form.lowered(self.trace(stage, (*shape[:2], 1), chunks))], form.schemes, 0)
+            for chunks in (1, 2)
+        )
+        return max(0, more.activations + more.workspace - few.activations - few.workspace)
 
     def split(self, form: ComponentForm, at: Iterable[Shape] = ()) -> tuple[Footprint, Footprint]:
         """Of a full autoencoder's decoder that is split: its head, and its tail at each window.

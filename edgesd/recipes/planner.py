@@ -315,7 +315,8 @@ class _Planner:
             batch = self.request.batch
             if self.lowering.fixed_shapes and size not in (None, self.request.size):
                 _, _, batch = fixed_shape(self.default)
-            spec = export_spec(self.source, size, self.request.scheduler, batch)
+            chunks = self.request.prompt_chunks
+            spec = export_spec(self.source, size, self.request.scheduler, batch, chunks)
             self._known[size] = Networks(spec)
         return self._known[size]
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from edgesd.errors import BundleError
 from edgesd.runtime.arrays import Array, Float
+from edgesd.runtime.chunks import MOST_CHUNKS, Chunk, Prompt, chunks_of
 from edgesd.runtime.tokenizer import PromptTokenizer, Truncation
 from edgesd.spec.pipeline import Part, TextSpec
 
@@ -27,72 +28,117 @@ class Conditioned(NamedTuple):
 
 
 class Prompts:
-    """Encodes prompts, and caches the results until `keep` or `forget`.
+    """Encodes prompts, and caches what it encoded last until `forget`.
 
     truncations: of every prompt that was too long for an encoder, what was cut.
     """
 
     def __init__(
-        self, texts: Sequence[TextSpec], tokenizers: Mapping[str, PromptTokenizer]
+        self,
+        texts: Sequence[TextSpec],
+        tokenizers: Mapping[str, PromptTokenizer],
+        chunks: int | None = 1,
     ) -> None:
-        """tokenizers: by the folders that `texts` name."""
+        """tokenizers: by the folders that `texts` name. chunks: that each prompt is given as
+        (chunks.fixed_chunks); None for as many as the longest of a batch has."""
         self.truncations: dict[str, Truncation] = {}
-        self._texts, self._tokenizers = texts, tokenizers
-        self._known: dict[tuple[str, str], dict[str, Float]] = {}
+        self._texts, self._tokenizers, self._fixed = texts, tokenizers, chunks
+        self._places = list(dict.fromkeys(text.tokenizer for text in texts))
+        self._known: dict[tuple[str, bytes], dict[str, Float]] = {}
+
+    def count(self, prompts: Iterable[Prompt | None]) -> int:
+        """Chunks that each of `prompts` is given as when they are encoded together, all encoders
+        and both halves of guidance alike."""
+        if self._fixed:
+            return self._fixed
+        given = (prompt for prompt in dict.fromkeys(prompts) if prompt is not None)
+        return max(len(self._chunks(prompt, folder)) for prompt in given for folder in self._places)
 
     def conditioned(
         self,
-        positive: Sequence[str],
-        negative: Sequence[str | None] | None,
+        positive: Sequence[Prompt],
+        negative: Sequence[Prompt | None] | None,
         run: Run,
         done: Callable[[str], None],
     ) -> Conditioned:
-        """Encode prompts, one encoder after another; each distinct prompt is run once.
+        """Encode prompts, one encoder after another; each distinct chunk is run once.
 
         negative: None without guidance; a prompt that is None becomes zeros. done: called with each
-        encoder when nothing is left for it to run.
+        encoder when nothing is left for it to run. Shorter prompts are filled up with chunks
+        without a token, as the web UI does (`pad_cond_uncond`).
         """
+        both = (*positive, *(negative or ()))
+        count, known = self.count(both), self._known
+        encoded: dict[tuple[Prompt, str], dict[str, Float]] = {}
+        self._known = {}
         for text in self._texts:
-            for prompt in dict.fromkeys((*positive, *(negative or ()))):
-                if prompt is not None and (prompt, text.component) not in self._known:
-                    self._known[prompt, text.component] = self._encoded(text, prompt, run)
+            for prompt in dict.fromkeys(one for one in both if one is not None):
+                chunks = self._chunks(prompt, text.tokenizer)
+                chunks += [Chunk(self._tokenizers[text.tokenizer].framed(()))] * (
+                    count - len(chunks)
+                )
+                for chunk in chunks:
+                    key = text.component, chunk.ids.tobytes()
+                    if key not in self._known:
+                        self._known[key] = known.get(key) or _run(text, chunk, run)
+                encoded[prompt, text.component] = self._whole(text, chunks)
             done(text.component)
         return Conditioned(
-            self._joined(positive, positive[0]),
-            None if negative is None else self._joined(negative, positive[0]),
+            self._joined(encoded, positive, positive[0]),
+            None if negative is None else self._joined(encoded, negative, positive[0]),
         )
-
-    def keep(self, prompts: Iterable[str | None]) -> None:
-        """Forget all prompts but these."""
-        kept = {*prompts}
-        self._known = {key: found for key, found in self._known.items() if key[0] in kept}
 
     def forget(self) -> None:
         """Encode every prompt anew from now on."""
         self._known.clear()
 
-    def _encoded(self, text: TextSpec, prompt: str, run: Run) -> dict[str, Float]:
-        ids, cut = self._tokenizers[text.tokenizer].encode(prompt)
+    def _chunks(self, prompt: Prompt, folder: str) -> list[Chunk]:
+        """The chunks of what a tokenizer reads of a prompt."""
+        text = prompt.texts[min(self._places.index(folder), len(prompt.texts) - 1)]
+        most = self._fixed or MOST_CHUNKS
+        chunks, cut = chunks_of(self._tokenizers[folder], text, prompt.syntax, most)
         if cut:
-            self.truncations.setdefault(prompt, cut)
-        outputs = run(text.component, {text.input: ids})
-        return {name: np.array(values, np.float32) for name, values in outputs.items()}
+            self.truncations.setdefault(text, cut)
+        return chunks
 
-    def _joined(self, prompts: Sequence[str | None], like: str) -> Encoded:
+    def _whole(self, text: TextSpec, chunks: Sequence[Chunk]) -> dict[str, Float]:
+        """All outputs of an encoder for the chunks of a prompt: embeddings of tokens one after
+        another [1, chunks x tokens, C]; what is of a whole prompt, as the first chunk has it."""
+        outputs = [self._known[text.component, chunk.ids.tobytes()] for chunk in chunks]
+        found = {}
+        for name, first in outputs[0].items():
+            found[name] = first
+            if first.ndim == 3:
+                pairs = zip(chunks, outputs, strict=True)
+                rows = [chunk.weighted(each[name]) for chunk, each in pairs]
+                found[name] = stacked(rows, Part(text.component, name), 1)
+        return found
+
+    def _joined(
+        self,
+        encoded: Mapping[tuple[Prompt, str], Mapping[str, Float]],
+        prompts: Sequence[Prompt | None],
+        like: Prompt,
+    ) -> Encoded:
         """All outputs of all encoders for a batch of prompts; for None zeros, shaped as for the
         prompt `like`."""
         joined: dict[Part, Float] = {}
         for text in self._texts:
-            for name, values in self._known[like, text.component].items():
+            for name, values in encoded[like, text.component].items():
                 rows = [
                     np.zeros_like(values)
                     if prompt is None
-                    else self._known[prompt, text.component][name]
+                    else encoded[prompt, text.component][name]
                     for prompt in prompts
                 ]
                 part = Part(text.component, name)
                 joined[part] = stacked(rows, part)
         return joined
+
+
+def _run(text: TextSpec, chunk: Chunk, run: Run) -> dict[str, Float]:
+    outputs = run(text.component, {text.input: chunk.ids})
+    return {name: np.array(values, np.float32) for name, values in outputs.items()}
 
 
 def joined(encoded: Encoded, parts: Sequence[Part]) -> Float:

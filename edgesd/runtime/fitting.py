@@ -33,13 +33,15 @@ from edgesd.spec.pipeline import ShapeSpec
 @dataclass(frozen=True)
 class Batch:
     """Images that are generated at a time. height, width: in pixels. guided: with guidance, which
-    doubles the denoiser's batch. previews: whether unfinished images are decoded."""
+    doubles the denoiser's batch. previews: whether unfinished images are decoded. chunks: of
+    tokens, that a prompt has."""
 
     height: int
     width: int
     count: int = 1
     guided: bool = False
     previews: bool = False
+    chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,9 @@ class Fitting:
             scale,
             batch.count,
             flow_of(spec).denoiser.batch(batch.count, batch.guided, mode),
-            text_values(spec),
+            text_values(spec) * batch.chunks,
             batch.previews,
+            batch.chunks,
         )
 
     @property

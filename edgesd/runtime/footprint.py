@@ -42,7 +42,8 @@ _MARGIN = 0.13
 class Generation:
     """Sizes that the memory of generating depends on. height, width: of the latents; scale: pixels
     of a latent; count: images; batch: of the denoiser; text_values: of one prompt's embedding;
-    previews: whether unfinished images are decoded, while the denoiser is loaded."""
+    previews: whether unfinished images are decoded, while the denoiser is loaded; chunks: of
+    tokens, that a prompt has."""
 
     height: int
     width: int
@@ -51,6 +52,7 @@ class Generation:
     batch: int = 1
     text_values: int = 0
     previews: bool = False
+    chunks: int = 1
 
     @property
     def image_bytes(self) -> int:
@@ -198,7 +200,9 @@ class Costs:
         latent, shape = self.pipeline.latent, self.pipeline.shape
         footprint = self.footprints[stage.component]
         if stage.role != "decoder":
-            return whole(footprint, units_of(stage, generation), mode)
+            further = (generation.chunks - 1) * generation.batch if stage.per == "step" else 0
+            behind = further * footprint.chunk
+            return whole(footprint, units_of(stage, generation), mode, behind)
         if mode == "stream" and self.split is not None:
             features = 4 * (latent.levels or (0,))[0]
             return decoder_in_parts(*self.split, generation, features, window)

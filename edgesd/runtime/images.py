@@ -105,7 +105,7 @@ def make_images(
     out: Path | BinaryIO,
     batch: int = 1,
     preview_every: int = 0,
-    on_step: Callable[[int, Step], None] | None = None,
+    on_step: Callable[[range, Step], None] | None = None,
     on_image: Callable[[SavedImage], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> list[SavedImage]:
@@ -114,15 +114,17 @@ def make_images(
     out: a .png for one image, whose older file is replaced, or a device or pipe; a folder, where
     nothing is; or an open file for one image. preview_every: every so many steps, decode the
     unfinished latents into NAME.preview.png (0: never), or the next free name; it goes when the
-    image is there, or the work is interrupted. on_step gets the index of the batch's first
-    image, and the step. on_note: called with messages for the user.
+    image is there, or the work is interrupted. on_step gets the indices of the batch's images,
+    and the step. on_note: called with messages for the user.
     Raises what `check_output` raises and UsageError for bad values before anything is run. A
     image that can't be written then is kept elsewhere, and the error says where.
     """
     check_output(out, len(requests))
     complete = [pipeline.complete(request) for request in requests]
-    for count in {min(batch, len(complete)), len(complete) % batch} - {0}:
-        pipeline.fit(complete[0], count, preview_every > 0)
+    batches = _batches(pipeline, complete, batch)
+    sizes = {(len(each), pipeline.chunks(complete[each[0]])): each[0] for each in batches}
+    for (count, _), index in sizes.items():
+        pipeline.fit(complete[index], count, preview_every > 0)
     if isinstance(out, Path):
         paths = plan_paths(out, complete)
         check_writable(paths[0], sum(map(_most_bytes, complete[:batch])))
@@ -131,14 +133,15 @@ def make_images(
     previews = _Previews(on_note or (lambda text: None))
     written: list[SavedImage] = []
     try:
-        for first in range(0, len(complete), batch):
-            group, group_paths = complete[first : first + batch], paths[first : first + batch]
+        for indices in batches:
+            chosen = slice(indices.start, indices.stop)
+            group, group_paths = complete[chosen], paths[chosen]
 
             def watch(
-                step: Step, first: int = first, group_paths: list[Path] = group_paths
+                step: Step, indices: range = indices, group_paths: list[Path] = group_paths
             ) -> None:
                 if on_step:
-                    on_step(first, step)
+                    on_step(indices, step)
                 done = step.index + 1
                 if preview_every and done % preview_every == 0 and done < step.count:
                     for image, path in zip(pipeline.decode(step.latents), group_paths, strict=True):
@@ -170,6 +173,20 @@ def make_images(
         finally:  # again, for a signal that came meanwhile
             previews.remove_all()
     return written
+
+
+def _batches(pipeline: Pipeline, requests: Sequence[CompleteRequest], most: int) -> list[range]:
+    """Indices of requests that are generated together, in order: at most `most`, with equally many
+    chunks of tokens."""
+    chunks = [pipeline.chunks(request) if most > 1 else 0 for request in requests]
+    found: list[range] = []
+    first = 0
+    for index in range(1, len(requests) + 1):
+        full = index - first == most
+        if index == len(requests) or full or chunks[index] != chunks[first]:
+            found.append(range(first, index))
+            first = index
+    return found
 
 
 def _most_bytes(request: CompleteRequest) -> int:
@@ -272,7 +289,12 @@ def text_chunks(pipeline: Pipeline, request: CompleteRequest) -> dict[str, str]:
     return {
         "Software": f"edgesd {manifest.tools.get('edgesd', '')}".strip(),
         "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt or "",
+        **_present(
+            prompt_2=request.prompt_2,
+            negative_prompt=request.negative_prompt,
+            negative_prompt_2=request.negative_prompt_2,
+            prompt_syntax=request.syntax,
+        ),
         "seed": str(request.seed),
         "steps": str(request.num_inference_steps),
         "guidance_scale": str(request.guidance_scale),
@@ -283,6 +305,10 @@ def text_chunks(pipeline: Pipeline, request: CompleteRequest) -> dict[str, str]:
         "precision": manifest.precision,
         "target": manifest.target,
     }
+
+
+def _present(**values: str | None) -> dict[str, str]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def png_bytes(image: Image.Image, chunks: dict[str, str]) -> bytes:

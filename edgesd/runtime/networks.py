@@ -27,6 +27,9 @@ from edgesd.spec.scheme import number_format
 
 _FLOAT, _IDS = ("float32", "float16"), ("int64", "int32")
 _COLOURS = 3
+_PER_TOKEN = 3
+"""Rank of embeddings of tokens: [batch, tokens, C]."""
+
 _ANY_SIZE = range(1, 1 << 31)
 _GUIDANCE_WIDTHS = range(4, 1 << 16)
 """Of an embedding of the guidance scale: two frequencies at least."""
@@ -141,6 +144,7 @@ def _network_problems(manifest: BundleManifest) -> Iterator[str]:
         else:
             ids = _Like(2, {1: tokenizer.max_tokens}, _IDS)
             yield from _misfits(text.component, spec, {text.input: ids}, None)
+    yield from _chunk_problems(pipeline)
     for side in wiring.sides:
         spec = components[side.component]
         yield from _misfits(side.component, spec, _filled(pipeline, side), None)
@@ -159,6 +163,25 @@ def _network_problems(manifest: BundleManifest) -> Iterator[str]:
         yield from _misfits("head", split.head.spec, latents, _FEATURES)
         outputs = {**image, "moments": _Like(3)}
         yield from _misfits("tail", split.tail.spec, {**_FEATURES, **_STATISTICS}, outputs)
+
+
+def _chunk_problems(pipeline: PipelineSpec) -> Iterator[str]:
+    """Inputs for the embeddings of tokens that don't all take equally many chunks of a prompt."""
+    counts = set()
+    for spec in _in_loop(pipeline):
+        for one in spec.inputs:
+            tensor = pipeline.components[spec.component].input(one.name)
+            if one.fill != "joined" or tensor is None or len(tensor.shape) != _PER_TOKEN:
+                continue
+            part = one.parts[0]
+            made = pipeline.components[part.component].output(part.output)
+            taken, given = tensor.shape[1], made.shape[1] if made else 0
+            if isinstance(taken, int) and isinstance(given, int):
+                if given < 1 or taken < 1 or taken % given:
+                    yield f"{one.name} of {spec.component} takes {taken} tokens of {given}"
+                counts.add(taken)
+    if len(counts) > 1:
+        yield f"{pipeline.wiring.denoiser.component} and its sides take chunks of unlike numbers"
 
 
 def _filled(pipeline: PipelineSpec, spec: SideSpec | DenoiserSpec) -> _Tensors:

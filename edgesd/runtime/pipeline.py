@@ -13,6 +13,7 @@ from edgesd.errors import UsageError
 from edgesd.runtime.arrays import Float
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.chunks import fixed_chunks
 from edgesd.runtime.closeable import Closeable
 from edgesd.runtime.conditioning import Conditioned, Prompts
 from edgesd.runtime.decoding import decoded
@@ -70,7 +71,8 @@ class Pipeline(Closeable):
         self.flow = flow_of(self.spec)
         texts = self.spec.wiring.texts
         folders = {text.tokenizer for text in texts}
-        self._prompts = Prompts(texts, {name: tokenizer_of(bundle, name) for name in folders})
+        tokenizers = {name: tokenizer_of(bundle, name) for name in folders}
+        self._prompts = Prompts(texts, tokenizers, fixed_chunks(self.spec))
         self._completion = Completion(self.spec)
         self._loaded = Loaded(bundle, self.settings, open_runner)
         self.truncations, self.fallbacks = self._prompts.truncations, self._loaded.fallbacks
@@ -100,6 +102,12 @@ class Pipeline(Closeable):
         guided = self.flow.guided(self.complete(request).guidance_scale)
         return images_per_run(self.spec.shape, guided)
 
+    def chunks(self, request: CompleteRequest) -> int:
+        """Chunks of tokens that the request's prompts are encoded in. Only images of equally many
+        share a batch: an empty chunk behind a prompt changes its image."""
+        guided = self.flow.guided(request.guidance_scale)
+        return self._prompts.count((request.positive, request.negative if guided else None))
+
     def generate(
         self,
         requests: Sequence[Request | CompleteRequest],
@@ -108,9 +116,9 @@ class Pipeline(Closeable):
     ) -> list[Image.Image]:
         """Make one image per request, all in one batch.
 
-        The requests may differ in prompt, negative prompt and seed only. Image k depends on its
-        own request alone, not on the batch it was made in (up to the backend's rounding; where
-        activations are quantized dynamically, the images of a batch share their ranges).
+        The requests may differ in prompts (of equally many `chunks`) and seed only. Image k depends
+        on its own request alone, not on the batch it was made in (up to the backend's rounding;
+        where activations are quantized dynamically, the images of a batch share their ranges).
         on_step gets each step; what it raises ends the generation, not the pipeline. previews:
         whether it decodes unfinished images, which takes memory of its own.
         Raises UsageError for requests that can't share a batch, once the pipeline is closed, and
@@ -129,6 +137,8 @@ class Pipeline(Closeable):
         began, first, wiring = time.perf_counter(), requests[0], self.spec.wiring
         if not all(request.like(first) for request in requests):
             raise UsageError("the images of one batch must share steps, size and scheduler")
+        if len(requests) > 1 and len({self.chunks(request) for request in requests}) > 1:
+            raise UsageError("the prompts of one batch must have the same number of chunks")
         self._loaded.fit(self._batch(first, len(requests), previews))
         conditioned = self._conditioned(requests)
         noise = BatchNoise([request.seed for request in requests])
@@ -149,18 +159,16 @@ class Pipeline(Closeable):
         return images
 
     def _batch(self, request: CompleteRequest, count: int, previews: bool) -> Batch:
-        guided = self.flow.guided(request.guidance_scale)
-        return Batch(request.height, request.width, count, guided, previews)
+        guided, chunks = self.flow.guided(request.guidance_scale), self.chunks(request)
+        return Batch(request.height, request.width, count, guided, previews, chunks)
 
     def _conditioned(self, requests: Sequence[CompleteRequest]) -> Conditioned:
-        """The encoded prompts of the requests; other prompts are forgotten."""
-        positive = [request.prompt for request in requests]
-        negative = [request.negative_prompt for request in requests]
+        """The encoded prompts of the requests."""
+        positive = [request.positive for request in requests]
+        negative = [request.negative for request in requests]
         asked = negative if self.flow.guided(requests[0].guidance_scale) else None
         loaded = self._loaded
-        found = self._prompts.conditioned(positive, asked, loaded.run, loaded.release)
-        self._prompts.keep((*positive, *negative))
-        return found
+        return self._prompts.conditioned(positive, asked, loaded.run, loaded.release)
 
     def _watch(self, on_step: Listener | None) -> Listener:
         def watch(step: Step) -> None:

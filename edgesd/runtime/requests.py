@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from edgesd.errors import InputError, UsageError
+from edgesd.runtime.chunks import Prompt
 from edgesd.runtime.schedulers import Scheduler, create_scheduler
+from edgesd.runtime.syntax import Syntax, segments
 from edgesd.runtime.tokenizer import check_prompt
 from edgesd.spec.base import MAX_GUIDANCE
 from edgesd.spec.pipeline import PipelineSpec, check_multiple
@@ -17,6 +19,8 @@ class Request:
     """One image to make; None takes the bundle's own default.
 
     height, width: pixels. guidance_scale <= 1 turns guidance off. scheduler: one of our names.
+    prompt_2, negative_prompt_2: what a pipeline's second tokenizer reads; None: the same as the
+    first. syntax: of all prompts.
     """
 
     prompt: str
@@ -27,6 +31,9 @@ class Request:
     height: int | None = None
     width: int | None = None
     scheduler: str | None = None
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    syntax: Syntax = "plain"
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,23 @@ class CompleteRequest:
     height: int
     width: int
     scheduler: str
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    syntax: Syntax = "plain"
+
+    @property
+    def positive(self) -> Prompt:
+        """The prompt, as it is encoded."""
+        second = self.prompt if self.prompt_2 is None else self.prompt_2
+        return Prompt((self.prompt, second), self.syntax)
+
+    @property
+    def negative(self) -> Prompt | None:
+        """The negative prompt, as it is encoded."""
+        first, second = self.negative_prompt, self.negative_prompt_2
+        if first is None:
+            return None
+        return Prompt((first, first if second is None else second), self.syntax)
 
     def like(self, other: CompleteRequest) -> bool:
         """Whether both can be generated in one batch: they differ in prompts and seed only."""
@@ -50,6 +74,8 @@ class CompleteRequest:
             prompt=other.prompt,
             seed=other.seed,
             negative_prompt=other.negative_prompt,
+            prompt_2=other.prompt_2,
+            negative_prompt_2=other.negative_prompt_2,
         )
         return same == other
 
@@ -82,15 +108,16 @@ class Completion:
             height=_first(request.height, shape.height),
             width=_first(request.width, shape.width),
             scheduler=_first(request.scheduler, spec.scheduler.name),
+            prompt_2=request.prompt_2,
+            negative_prompt_2=request.negative_prompt_2,
+            syntax=request.syntax,
         )
         if not abs(found.guidance_scale) <= MAX_GUIDANCE:
             raise UsageError(
                 f"guidance must be a number of at most {MAX_GUIDANCE}, not "
                 f"{found.guidance_scale}: 1 is none, 7.5 is usual"
             )
-        check_prompt(found.prompt)
-        if found.negative_prompt is not None:
-            check_prompt(found.negative_prompt)
+        self._check_prompts(found)
         for name, size, built in (
             ("height", found.height, shape.height),
             ("width", found.width, shape.width),
@@ -106,6 +133,24 @@ class Completion:
             scheduler_of(spec, found)
             self._checked.add(schedule)
         return found
+
+    def _check_prompts(self, request: CompleteRequest) -> None:
+        """Raise InputError for prompts that can't be encoded, UsageError for more than are read."""
+        second = request.prompt_2, request.negative_prompt_2
+        if second != (None, None) and len(self._spec.wiring.tokenizers) < 2:
+            raise UsageError(
+                "a second prompt is for pipelines with two text encoders, and this one has a "
+                "single one: leave --prompt-2 and --negative-2 out"
+            )
+        if request.negative_prompt_2 is not None and request.negative_prompt is None:
+            raise UsageError(
+                "without a negative prompt, zeros stand for both encoders' in this pipeline: give "
+                "--negative with --negative-2"
+            )
+        for prompt in (request.prompt, request.negative_prompt, *second):
+            if prompt is not None:
+                check_prompt(prompt)
+                segments(prompt, request.syntax)
 
 
 def scheduler_of(spec: PipelineSpec, request: CompleteRequest) -> Scheduler:

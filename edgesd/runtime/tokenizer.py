@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -70,6 +71,8 @@ class PromptTokenizer:
             self._word_end = None if word_end is None else str(word_end)
             added = [str(token["content"]) for token in content.get("added_tokens", ())]
             self._vectors = _vectors(added, spec.max_length)
+            comma = self._tokenizer.encode(",", add_special_tokens=False).ids
+            self.comma: int | None = comma[0] if len(comma) == 1 else None
             frame = self._tokenizer.encode("").ids
             size = self._tokenizer.get_vocab_size()
         if (
@@ -89,18 +92,40 @@ class PromptTokenizer:
         textual inversion of several vectors becomes all of them, as in diffusers. Raises InputError
         for a prompt that isn't valid Unicode text or holds a NUL character.
         """
-        check_prompt(prompt)
-        spec = self.spec
+        ids = self.ids(prompt)
+        cut = ids[self.capacity :]
+        truncation = Truncation(self.text(cut), len(cut), self.capacity) if cut else None
+        return self.framed(ids[: self.capacity]), truncation
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a prompt between beginning and end."""
+        return self.spec.max_length - 2
+
+    def ids(self, text: str) -> list[int]:
+        """The token ids of a text, however many. Raises InputError as `encode`."""
+        check_prompt(text)
         with _faults("tokenizer.json can't encode the prompt"):
-            ids: list[int] = self._tokenizer.encode(self._with_all_vectors(prompt)).ids
-        truncation = None
-        if len(ids) > spec.max_length:
-            cut = ids[spec.max_length - 1 : -1]
-            truncation = Truncation(self._decode(cut), len(cut), spec.max_length - 2)
-            ids = [*ids[: spec.max_length - 1], spec.eos_id]
+            with_all = self._with_all_vectors(text)
+            ids: list[int] = self._tokenizer.encode(with_all, add_special_tokens=False).ids
+        return ids
+
+    def framed(self, ids: Sequence[int]) -> NDArray[np.int64]:
+        """At most `capacity` ids with beginning, end and padding [1, max_length]."""
+        spec = self.spec
         padded = np.full((1, spec.max_length), spec.pad_id, np.int64)
-        padded[0, : len(ids)] = ids
-        return padded, truncation
+        padded[0, : len(ids) + 2] = [spec.bos_id, *ids, spec.eos_id]
+        return padded
+
+    def units(self, ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """Ids in groups that belong together: the vectors of one textual inversion, and all others
+        alone."""
+        at = 0
+        while at < len(ids):
+            whole = self._runs.get(ids[at], ())
+            count = len(whole) if whole and tuple(ids[at : at + len(whole)]) == whole else 1
+            yield tuple(ids[at : at + count])
+            at += count
 
     def _with_all_vectors(self, prompt: str) -> str:
         """The prompt with `<cat> <cat>_1 <cat>_2` for each `<cat>`, as diffusers'
@@ -108,25 +133,32 @@ class PromptTokenizer:
         if self._vectors:
             found = self._tokenizer.encode(prompt, add_special_tokens=False).tokens
             for token in sorted(set(found) & self._vectors.keys()):
-                prompt = prompt.replace(token, self._vectors[token])
+                prompt = prompt.replace(token, " ".join(self._vectors[token]))
         return prompt
 
-    def _decode(self, ids: list[int]) -> str:
+    @cached_property
+    def _runs(self) -> dict[int, tuple[int, ...]]:
+        """First id of a textual inversion of several vectors -> the ids of all."""
+        known: dict[str, int] = self._tokenizer.get_vocab()
+        runs = (tuple(known[name] for name in names) for names in self._vectors.values())
+        return {run[0]: run for run in runs}
+
+    def text(self, ids: Sequence[int]) -> str:
         """The text of tokens, control tokens included, with a space after each word."""
         with _faults("tokenizer.json can't decode its tokens"):
-            text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+            text: str = self._tokenizer.decode([*ids], skip_special_tokens=False)
         return text.replace(self._word_end, " ").strip() if self._word_end else text
 
 
-def _vectors(added: list[str], most: int) -> dict[str, str]:
+def _vectors(added: list[str], most: int) -> dict[str, list[str]]:
     """Each added token that has more than one vector -> it and `TOKEN_1`, `TOKEN_2` ... of these
-    tokens, with spaces; at most as many as a prompt has tokens."""
+    tokens; at most as many as a prompt has tokens."""
     known, found = set(added), {}
     for token in added:
         numbers = range(1, most)
         more = itertools.takewhile(known.__contains__, (f"{token}_{n}" for n in numbers))
         if len(names := [token, *more]) > 1:
-            found[token] = " ".join(names)
+            found[token] = names
     return found
 
 

@@ -68,7 +68,7 @@ class BuildOptions(Spec, frozen=True):
     graphs for any size and batch (where plans have fixed shapes: for one image of the model's own
     size). scheduler: the bundle's default sampler, if not the model's own. variant: what kind of
     model it is, where the model itself doesn't tell. quantization: for a precision that is a
-    scheme.
+    scheme. prompt_chunks: of tokens, that static graphs take of each prompt.
     """
 
     target: Word
@@ -79,6 +79,7 @@ class BuildOptions(Spec, frozen=True):
     scheduler: Word | None = None
     variant: Variant | None = None
     quantization: QuantOptions = QuantOptions()
+    prompt_chunks: Annotated[int, Meta(ge=1, le=32)] = 1
 
     @property
     def quantized(self) -> bool:

@@ -107,7 +107,8 @@ class Footprint(Spec, frozen=True):
     they are loaded. streamed: what stays of them in `stream`; in_file: of that, what lies in the
     bundle's file. graph: of the session itself. runs: for growing units (batch times height times
     width of the input) what a run's activations take, and the workspace of edgesd's own kernels.
-    spread: how many times as much runs of several sizes take that follow one another.
+    spread: how many times as much runs of several sizes take that follow one another. chunk: what
+    each further chunk of a prompt takes, for each of the batch (runtime/chunks.py).
     """
 
     weights: Bytes
@@ -117,6 +118,7 @@ class Footprint(Spec, frozen=True):
     graph: Bytes
     runs: Annotated[tuple[tuple[Bytes, Bytes, Bytes], ...], Meta(max_length=64)]
     spread: Annotated[float, Meta(ge=1, le=16)] = 1.0
+    chunk: Bytes = 0
 
 
 class DecoderPart(Spec, frozen=True):

@@ -28,7 +28,7 @@ MAX_BATCH = 63
 """Batch of a dynamic graph, at most. diffusers' upsampling takes another branch from 64 on."""
 
 Sizes = Mapping[str, int]
-"""A value for each symbolic dimension of a component's inputs: batch, height, width."""
+"""A value for each symbolic dimension of a component's inputs: batch, height, width, tokens."""
 
 
 Example = Callable[[np.random.Generator, Sequence[int]], npt.NDArray[Any]]
@@ -100,16 +100,17 @@ class Family:
     weights: folder of each network -> stem of its weight files.
     configs: folders whose json and text files are needed (scheduler, tokenizer).
     export_spec: reads the configs. Takes (width, height) in pixels for static graphs, or None for
-        dynamic ones, the name of a scheduler, or None for the model's own, and the batch of a
-        static denoiser. Raises InputError for a variant that isn't supported, UsageError for a size
-        that the model can't generate or an unknown scheduler.
+        dynamic ones, the name of a scheduler, or None for the model's own, the batch of a static
+        denoiser, and the chunks of a prompt that it takes (runtime/chunks.py). Raises InputError
+        for a variant that isn't supported, UsageError for a size that the model can't generate or
+        an unknown scheduler.
     """
 
     name: str
     class_names: tuple[str, ...]
     weights: Mapping[str, str]
     configs: tuple[str, ...]
-    export_spec: Callable[[Checkpoint, tuple[int, int] | None, str | None, int], ExportSpec]
+    export_spec: Callable[[Checkpoint, tuple[int, int] | None, str | None, int, int], ExportSpec]
 
 
 _MODULES = ("sd",)

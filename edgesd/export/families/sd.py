@@ -43,14 +43,16 @@ def export_spec(
     size: tuple[int, int] | None = None,
     scheduler: str | None = None,
     batch: int = 1,
+    chunks: int = 1,
 ) -> ExportSpec:
     """Read the configs of an SD 1.x/2.x pipeline, as diffusers' own pipeline has them.
 
     size: (width, height) in pixels for static graphs; None for dynamic ones, the model's own size
     being the default. batch: of a static UNet; the batch of the other graphs is 1, since the
-    runtime runs them once for each prompt or image. scheduler: another sampler than the model's
-    own. Raises InputError for a variant of the family, or a scheduler option, that isn't supported,
-    UsageError for a size that the model can't generate or an unknown scheduler.
+    runtime runs them once for each prompt or image. chunks: of a prompt, in a static UNet.
+    scheduler: another sampler than the model's own. Raises InputError for a variant of the family,
+    or a scheduler option, that isn't supported, UsageError for a size that the model can't generate
+    or an unknown scheduler.
     """
     for component, (library, valid) in _CLASSES.items():
         found, origin = source.class_of(component), source.library_of(component)
@@ -84,7 +86,7 @@ def export_spec(
     states = tokens, text_config["hidden_size"]
     components = (
         clip.text_encoder(source, _TEXT_ENCODER, text_config, tokens, shape),
-        unet.unet(source, _UNET, unet_config, states, shape, latent),
+        unet.unet(source, _UNET, unet_config, states, shape, latent, chunks),
         vae.vae_decoder(source, "vae_decoder", latent, shape),
     )
     config = scheduler_config(own.scheduler)

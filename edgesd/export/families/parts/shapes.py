@@ -12,6 +12,9 @@ from edgesd.export.families import Example, Sizes
 from edgesd.spec.base import Dim
 from edgesd.spec.pipeline import ShapeSpec, TensorSpec
 
+TOKENS = "tokens"
+"""The symbolic dimension of embeddings of any number of chunks of tokens."""
+
 
 def float_tensor(name: str, *shape: Dim) -> TensorSpec:
     """An input or output in fp32."""
@@ -24,6 +27,19 @@ def dims(shape: ShapeSpec, unit: int) -> tuple[Dim, Dim, Dim]:
     if shape.dynamic:
         return "batch", "height", "width"
     return 1, shape.height // unit, shape.width // unit
+
+
+def token_dim(shape: ShapeSpec, tokens: int, chunks: int) -> Dim:
+    """Tokens of the embeddings that a denoiser takes: of any number of chunks, or of `chunks` with
+    `tokens` each where shapes are static (runtime/chunks.py)."""
+    return TOKENS if shape.dynamic else tokens * chunks
+
+
+def with_tokens(found: Sequence[Sizes], tokens: int) -> tuple[Sizes, ...]:
+    """The same sizes, the first for one chunk of `tokens`, the second for two, and so on."""
+    return tuple(
+        {**each, TOKENS: number * tokens} if each else each for number, each in enumerate(found, 1)
+    )
 
 
 def sizes(shape: ShapeSpec, unit: int) -> tuple[Sizes, ...]:

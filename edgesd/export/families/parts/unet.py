@@ -17,7 +17,14 @@ from torch.nn import functional
 from edgesd.errors import InputError, UsageError
 from edgesd.export.families import MAX_BATCH, Component, Sizes
 from edgesd.export.families.checkpoint import Checkpoint
-from edgesd.export.families.parts.shapes import dims, float_tensor, sizes, timesteps
+from edgesd.export.families.parts.shapes import (
+    dims,
+    float_tensor,
+    sizes,
+    timesteps,
+    token_dim,
+    with_tokens,
+)
 from edgesd.export.families.parts.weights import load_network
 from edgesd.spec.pipeline import ComponentSpec, LatentSpec, ShapeSpec, check_multiple
 
@@ -65,9 +72,10 @@ def unet(
     states: tuple[int, int],
     shape: ShapeSpec,
     latent: LatentSpec,
+    chunks: int = 1,
 ) -> Component:
     """The component `name`, in a folder of that name. config: diffusers' of the UNet. states:
-    tokens and width of the text embeddings."""
+    tokens and width of the text embeddings. chunks: of so many tokens, where shapes are static."""
     multiple = size_multiple(config)
     follow = shape.dynamic and shape.multiple_of % (multiple * latent.scale_factor) != 0
 
@@ -78,10 +86,11 @@ def unet(
     batch, height, width = dims(shape, latent.scale_factor)
     if not shape.dynamic:
         batch = shape.batch
+    tokens, channels = states
     inputs = [
         float_tensor("sample", batch, latent.channels, height, width),
         float_tensor("timestep", 1),
-        float_tensor("encoder_hidden_states", batch, *states),
+        float_tensor("encoder_hidden_states", batch, token_dim(shape, tokens, chunks), channels),
     ]
     if dim := config["time_cond_proj_dim"]:
         inputs.append(float_tensor("timestep_cond", batch, dim))
@@ -90,9 +99,12 @@ def unet(
         ComponentSpec(name, tuple(inputs), (noise_pred,)),
         load,
         multiples={} if follow else {"height": multiple, "width": multiple},
-        sizes=_odd_sizes(shape, latent.scale_factor, multiple)
-        if follow
-        else sizes(shape, latent.scale_factor),
+        sizes=with_tokens(
+            _odd_sizes(shape, latent.scale_factor, multiple)
+            if follow
+            else sizes(shape, latent.scale_factor),
+            tokens,
+        ),
         examples={"timestep": timesteps(*_TIMESTEPS)},
     )
 
