@@ -1,11 +1,18 @@
-"""The parts of a checkpoint that a family reads, whatever its form on disk (export/source)."""
+"""What families and the loader of networks read of a checkpoint, whatever its form on disk.
+
+Forms are in export/source. Of each, configs and tokenizers lie in folders as save_pretrained writes
+them; weights lie there, too, or are handed out as tensors (`state`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -28,10 +35,11 @@ class Checkpoint(Protocol):
     def public_name(self) -> str: ...
 
     @property
-    def root(self) -> Path: ...
-
-    @property
     def index(self) -> Mapping[str, Any]: ...
+
+    def folder(self, name: str) -> Path:
+        """The folder of a component's config, of a tokenizer or of the scheduler; it may be
+        missing."""
 
     def config(self, path: str) -> dict[str, Any]:
         """The json object in the file `path`, relative to the model. Raises InputError."""
@@ -43,7 +51,19 @@ class Checkpoint(Protocol):
         """The library of that class: diffusers, transformers, or a file of the model's own."""
 
     def weights(self, component: str) -> Weights:
-        """The best weight files of a component. Raises InputError when there are none."""
+        """The best weight files in a component's folder. Raises InputError when there are none."""
+
+    def state(self, component: str, net: nn.Module) -> Mapping[str, Tensor] | None:
+        """The weights of a component whose folder has none: name in the state dict of `net` ->
+        tensor, mapped where the file allows it, in the type that the file has it in.
+
+        None where diffusers' and transformers' own loaders read them, from `weights` in `folder`.
+        net: the network, made of the component's config alone, on torch's meta device. What comes
+        back has each of its parameters, in their shapes, and nothing else. Raises InputError.
+        """
+
+    def parameters(self, component: str) -> int:
+        """Number of weights of a component. Raises InputError when a file can't be read."""
 
     def hints(self) -> dict[str, Any]:
         """Defaults that the model asks for: num_inference_steps, guidance_scale, variant (a kind

@@ -80,7 +80,7 @@ def export_spec(
     text_config = own.text_encoder.config.to_dict()
     unet_config, vae_config = own.unet.config, own.vae.config
     _check_unet(source.name, unet_config, text_config)
-    tokens = clip.token_count(source.root / _TOKENIZER, own.tokenizer, text_config)
+    tokens = clip.token_count(source.folder(_TOKENIZER), own.tokenizer, text_config)
     latent = vae.latent_spec(source, vae_config, unet_config["in_channels"], own.vae_scale_factor)
     shape = unet.shape_spec(size, batch, unet_config, latent.scale_factor)
     states = tokens, text_config["hidden_size"]
@@ -164,7 +164,7 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
             _UNET: diffusers.UNet2DConditionModel,
             _VAE: getattr(diffusers, source.class_of(_VAE)),
         },
-        {_TOKENIZER: lambda: load_tokenizer(source.root / _TOKENIZER)},
+        {_TOKENIZER: lambda: load_tokenizer(source.folder(_TOKENIZER))},
         sampler_class(defaults.sampler),
         defaults.options,
         safety_checker=None,

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import InputError, unknown_name
 from edgesd.export.families import Family, families, family_of
@@ -21,6 +21,9 @@ from edgesd.spec.build import VARIANTS, Variant
 from edgesd.spec.bundle import Licence
 from edgesd.text import first_sentence
 from edgesd.textfiles import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -49,6 +52,10 @@ class ModelSource:
     index: Mapping[str, Any]
     family: Family
     variant: Variant | None = None
+
+    def folder(self, name: str) -> Path:
+        """The folder of a component, a tokenizer or the scheduler; it may be missing."""
+        return self.root / name
 
     def config(self, path: str) -> dict[str, Any]:
         """The json object in the file `path`, relative to the model. Raises InputError."""
@@ -91,6 +98,10 @@ class ModelSource:
         if found is None:
             raise InputError(_lacking(folder, names, stem))
         return found
+
+    def state(self, component: str, net: nn.Module) -> Mapping[str, Tensor] | None:
+        """None: diffusers and transformers load the `weights` of a component."""
+        return None
 
     def parameters(self, component: str) -> int:
         """Number of weights of a component; for .bin files, as if they were stored in fp32.

@@ -51,7 +51,7 @@ def diffusers_pipeline(
         source,
         "scheduler",
         lambda: scheduler.from_pretrained(
-            str(source.root / "scheduler"), local_files_only=True, **scheduler_options
+            str(source.folder("scheduler")), local_files_only=True, **scheduler_options
         ),
     )
     try:
@@ -69,7 +69,7 @@ def _made(source: Checkpoint, part: str, make: Callable[[], Any]) -> Any:
     except InputError:
         raise
     except Exception as exc:  # as above
-        raise InputError(f"cannot read {source.root / part}: {first_sentence(exc)}") from exc
+        raise InputError(f"cannot read {source.folder(part)}: {first_sentence(exc)}") from exc
 
 
 def default_guidance(class_name: str) -> float:

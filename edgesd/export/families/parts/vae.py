@@ -167,7 +167,7 @@ def latent_spec(
     scaling = config["scaling_factor"]
     if scaling is None or not math.isfinite(scaling) or scaling == 0:
         raise InputError(
-            f"{source.root}/{_FOLDER}/config.json: scaling_factor is {scaling}: expected a number "
+            f"{source.folder(_FOLDER)}/config.json: scaling_factor is {scaling}: expected a number "
             "that latents are divided by, such as 0.18215"
         )
     tiny = _is_tiny(source)
@@ -195,7 +195,7 @@ def _channel_statistics(
     finite = all(math.isfinite(value) for value in (*mean, *std))
     if not finite or {len(mean), len(std)} != {channels} or min(std) <= 0:
         raise InputError(
-            f"{source.root}/{_FOLDER}/config.json: latents_mean and latents_std are {given}: "
+            f"{source.folder(_FOLDER)}/config.json: latents_mean and latents_std are {given}: "
             f"expected {channels} numbers each, those of latents_std above 0"
         )
     return mean, std

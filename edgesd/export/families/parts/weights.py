@@ -24,7 +24,7 @@ def load_network(source: Checkpoint, component: str, cls: Any, weights: bool = T
     if not weights:
         return shell(source, component, cls)
     files = source.weights(component)
-    folder = source.root / component
+    folder = source.folder(component)
     load: Callable[..., tuple[Any, dict[str, Any]]] = cls.from_pretrained
     try:
         with quiet():
@@ -56,14 +56,14 @@ def shell(source: Checkpoint, component: str, cls: Any) -> Any:
         with torch.device("meta"), quiet():
             if issubclass(cls, transformers.PreTrainedModel):
                 known = cls.config_class.from_pretrained(
-                    str(source.root / component), local_files_only=True
+                    str(source.folder(component)), local_files_only=True
                 )
                 net = cls(known)
             else:
                 net = cls.from_config(config)
     except Exception as exc:  # as above
         raise InputError(
-            f"{source.root / component}/config.json makes no {cls.__name__}: {first_sentence(exc)}"
+            f"{source.folder(component)}/config.json makes no {cls.__name__}: {first_sentence(exc)}"
         ) from exc
     return net.eval().requires_grad_(False).float()
 
