@@ -19,15 +19,17 @@ import numpy as np
 
 from benchmarks.common import Spread, environment, parser, run, spread, table, write_json
 from edgesd.errors import InputError
+from edgesd.runtime.arrays import Float
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.backends.fake import FakeRunner
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import Bundle, open_bundle
-from edgesd.runtime.conditioning import Conditioned
+from edgesd.runtime.conditioning import Conditioned, with_size_ids
 from edgesd.runtime.denoise import Start, denoise
 from edgesd.runtime.noise import TorchNoise
+from edgesd.runtime.requests import Completion, Request
 from edgesd.runtime.schedulers import SCHEDULERS, create_scheduler
-from edgesd.spec.pipeline import PipelineSpec
+from edgesd.spec.pipeline import Fill, Part, PipelineSpec
 
 GUIDANCE = 4.0
 
@@ -76,13 +78,16 @@ def lap(runner: Runner, spec: PipelineSpec, scheduler_name: str, steps: int) -> 
         for part in one.parts
     }
     positive, negative = (
-        {
-            part: rng.standard_normal((1, *map(int, tensor.shape[1:])), dtype=np.float32)
-            for part, tensor in outputs.items()
-            if tensor is not None
-        }
+        dict[Part | Fill, Float](
+            {
+                part: rng.standard_normal((1, *map(int, tensor.shape[1:])), dtype=np.float32)
+                for part, tensor in outputs.items()
+                if tensor is not None
+            }
+        )
         for _ in range(2)
     )
+    request = Completion(spec).complete(Request("", 0))
     scale = spec.latent.scale_factor
     noise = TorchNoise(0)
     latents = noise(
@@ -97,7 +102,7 @@ def lap(runner: Runner, spec: PipelineSpec, scheduler_name: str, steps: int) -> 
         {runner.spec.name: runner},
         scheduler,
         Start(latents * np.float32(scheduler.init_noise_sigma)),
-        Conditioned(positive, negative),
+        with_size_ids(Conditioned(positive, negative), request, 1),
         GUIDANCE,
         noise,
     )

@@ -53,6 +53,25 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new release
         )
 
 
+class Offset(click.ParamType):  # type: ignore[type-arg]  # as above
+    """LEFT,TOP in pixels -> (left, top)."""
+
+    name = "LEFT,TOP"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Parse `value`; fails with a usage message."""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"([0-9]{1,5}),([0-9]{1,5})", str(value))
+        if match is None:
+            raise click.BadParameter(
+                f"{value!r} isn't an offset: write LEFT,TOP in pixels, such as 0,128", ctx, param
+            )
+        return int(match[1]), int(match[2])
+
+
 class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in new releases only
     """A size in memory: 400MB, 1.5GB, 512MiB, or bytes -> bytes. 1 MB is the least: a number
     without a unit was meant otherwise."""

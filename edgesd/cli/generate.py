@@ -23,10 +23,12 @@ from edgesd.cli.common import (
     printable,
 )
 from edgesd.cli.options import (
+    FineOptions,
     GenerationOptions,
     PromptOptions,
     RunOptions,
     any_machine_option,
+    fine_options,
     generation_options,
     json_option,
     prompt_options,
@@ -71,6 +73,7 @@ _MOST_REMARKS = 5
 )
 @generation_options("bundle")
 @prompt_options
+@fine_options
 @click.option(
     "--batch",
     type=click.IntRange(1, 1024),
@@ -124,6 +127,7 @@ def generate_command(
     seed: int | None,
     generation: GenerationOptions,
     prompting: PromptOptions,
+    fine: FineOptions,
     batch: int,
     output: Path,
     preview: int,
@@ -163,7 +167,7 @@ def generate_command(
         if enhance:
             texts = _enhanced(opened, texts, run.threads, show_prompt, reporter)
         first = generation.request("", secrets.randbits(32) if seed is None else seed)
-        requests = expand_requests(prompting.applied(first), texts, count)
+        requests = expand_requests(fine.applied(prompting.applied(first)), texts, count)
         with Pipeline(opened, settings) as pipeline:
             made = generate(pipeline, requests, out, reporter, batch, preview)
             if as_json:

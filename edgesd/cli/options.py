@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
-from edgesd.cli.common import Bytes, Finite, Size
+from edgesd.cli.common import Bytes, Finite, Offset, Size
 from edgesd.spec.base import MAX_GUIDANCE
 from edgesd.spec.build import VARIANTS
 
@@ -154,6 +154,77 @@ prompt_options = OptionGroup(
     ],
 )
 """--prompt-2, --negative-2 and --prompt-syntax, as `prompting`."""
+
+
+@dataclass(frozen=True)
+class FineOptions:
+    """What few models need to be told; None takes the default. Sizes: width, height; crops: left,
+    top."""
+
+    guidance_rescale: float = 0.0
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crop: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    negative_aesthetic_score: float | None = None
+
+    def applied(self, request: Request) -> Request:
+        """`request` with these."""
+        from edgesd.runtime.requests import Micro
+
+        return replace(
+            request,
+            guidance_rescale=self.guidance_rescale,
+            micro=Micro(self.original_size, self.crop, self.target_size, self.aesthetic_score),
+            negative_micro=Micro(
+                self.negative_original_size,
+                self.negative_crop,
+                self.negative_target_size,
+                self.negative_aesthetic_score,
+            ),
+        )
+
+
+def _fine_options() -> list[_Decorator]:
+    told = (
+        ("original-size", Size(), "size before scaling: small ones are soft", "the image's"),
+        ("crop", Offset(), "what was cut off at its left and top", "0,0"),
+        ("target-size", Size(), "size after that", "the image's"),
+        ("aesthetic-score", Finite(-1000, 1000), "quality, up to 10, for refiners", "6"),
+    )
+    own = [
+        click.option(
+            f"--{name}",
+            type=kind,
+            help=f"SDXL: as a training picture's {words}. [default: {default}]",
+        )
+        for name, kind, words, default in told
+    ]
+    negative = [
+        click.option(
+            f"--negative-{name}",
+            type=kind,
+            help=f"--{name} of what not to generate. [default: "
+            f"{'2.5' if name == 'aesthetic-score' else f'that of --{name}'}]",
+        )
+        for name, kind, _, _ in told
+    ]
+    rescale = click.option(
+        "--guidance-rescale",
+        type=Finite(0, 1),
+        default=0.0,
+        show_default=True,
+        help="Bring back the contrast that guidance adds, by this share; 0.7 suits models of zero "
+        "terminal SNR.",
+    )
+    return [rescale, *own, *negative]
+
+
+fine_options = OptionGroup("fine", FineOptions, _fine_options())
+"""--guidance-rescale and what SDXL is told of sizes, as `fine`."""
 
 
 def scheduler_option(words: str, default: str = "the model's own") -> _Decorator:

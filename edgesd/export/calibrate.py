@@ -34,15 +34,15 @@ from edgesd.files import atomic_path, atomic_write
 from edgesd.progress import SILENT, Progress
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.base import run_once
-from edgesd.runtime.conditioning import Conditioned, Encoded
+from edgesd.runtime.conditioning import Conditioned, Encoded, with_size_ids
 from edgesd.runtime.denoise import Step, denoise
 from edgesd.runtime.flow import Stage, flow_of
 from edgesd.runtime.noise import BatchNoise
-from edgesd.runtime.requests import CompleteRequest, scheduler_of
+from edgesd.runtime.requests import Completion, Request, scheduler_of
 from edgesd.runtime.tasks import text as text_to_image
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.bundle import CalibrationSpec
-from edgesd.spec.pipeline import Part
+from edgesd.spec.pipeline import Fill, Part
 
 VERSION = 4
 """Part of the cache key: raised when the statistics change in meaning."""
@@ -161,12 +161,11 @@ class CalibrationSettings:
             width=self.width,
         )
 
-    def request(self, index: int) -> CompleteRequest:
+    def request(self, index: int) -> Request:
         """The request of a calibration prompt."""
-        return CompleteRequest(
+        return Request(
             prompt=self.prompts[index],
             seed=self.first_seed + index,
-            negative_prompt=_NEGATIVE,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             height=self.height,
@@ -358,7 +357,7 @@ class _Calibrating:
     progress: Progress
 
     def run(self) -> None:
-        encoded: dict[Part, Float] = {}
+        encoded: dict[Part | Fill, Float] = {}
         latents = np.empty(0, np.float32)
         for stage in flow_of(self.export.pipeline).stages:
             match stage.role:
@@ -371,7 +370,7 @@ class _Calibrating:
                 case _:
                     raise EdgesdError(f"{stage.component}: a {stage.role} can't be calibrated")
 
-    def _encode(self, stage: Stage) -> dict[Part, Float]:
+    def _encode(self, stage: Stage) -> dict[Part | Fill, Float]:
         """Encode the empty prompt and all others with a text encoder, one by one."""
         wiring = self.export.pipeline.wiring
         text = next(text for text in wiring.texts if text.component == stage.component)
@@ -389,8 +388,10 @@ class _Calibrating:
         """Generate every prompt with the denoising loop; the final latents [prompts, C, h, w]."""
         spec, settings = self.export.pipeline, self.settings
         guided = flow_of(spec).guided(settings.guidance_scale)
+        completion = Completion(spec)
+        first = completion.complete(settings.request(0))
         # A sampler may call the network twice at one timestep.
-        every = [float(value) for value in scheduler_of(spec, settings.request(0)).timesteps]
+        every = [float(value) for value in scheduler_of(spec, first).timesteps]
         timesteps = list(dict.fromkeys(every))
         index_of = [timesteps.index(value) for value in every]
         with atomic_write(self.folder / "timesteps.npy") as file:
@@ -398,7 +399,7 @@ class _Calibrating:
         negative = {part: self._negative(rows[:1]) for part, rows in encoded.items()}
 
         def run(runner: TorchRunner, index: int, recorder: _StatsRecorder) -> list[Float]:
-            request = settings.request(index)
+            request = completion.complete(settings.request(index))
             scheduler, noise = scheduler_of(spec, request), BatchNoise([request.seed])
             recorder.step = index_of[0]
 
@@ -411,7 +412,7 @@ class _Calibrating:
                 {stage.component: runner},
                 scheduler,
                 text_to_image.prepare(spec, [request], scheduler, noise),
-                Conditioned(positive, negative if guided else None),
+                with_size_ids(Conditioned(positive, negative if guided else None), request, 1),
                 request.guidance_scale,
                 noise,
                 on_step=step_done,

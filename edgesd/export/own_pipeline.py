@@ -22,7 +22,7 @@ from edgesd.export.quiet import quiet
 from edgesd.export.torch_runner import any_batch
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.fake import FakeRunner
-from edgesd.runtime.conditioning import Prompts
+from edgesd.runtime.conditioning import Prompts, with_size_ids
 from edgesd.runtime.denoise import denoise
 from edgesd.runtime.flow import flow_of
 from edgesd.runtime.noise import BatchNoise
@@ -279,6 +279,7 @@ def _generate_ours(spec: PipelineSpec, tokenizers: Tokenizers, steps: int, fed: 
         encode,
         lambda component: None,
     )
+    conditioned = with_size_ids(conditioned, request, 1)
     denoiser = spec.components[wiring.denoiser.component]
     output = wiring.denoiser.output
     scheduler, noise = scheduler_of(spec, request), BatchNoise([request.seed])

@@ -1,4 +1,5 @@
-"""Encodes prompts, text encoder by text encoder."""
+"""What the denoiser is conditioned on: prompts, encoded by one text encoder after another, and
+sizes."""
 
 from __future__ import annotations
 
@@ -10,18 +11,20 @@ import numpy as np
 from edgesd.errors import BundleError
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.chunks import MOST_CHUNKS, Chunk, Prompt, chunks_of
+from edgesd.runtime.requests import CompleteMicro, CompleteRequest
 from edgesd.runtime.tokenizer import PromptTokenizer, Truncation
-from edgesd.spec.pipeline import Part, TextSpec
+from edgesd.spec.pipeline import Fill, Part, TextSpec
 
-Encoded = Mapping[Part, Float]
-"""Output of a text encoder -> its values [B, ...]."""
+Encoded = Mapping[Part | Fill, Float]
+"""What a half of guidance is conditioned on [B, ...]: by the output of a text encoder, or by how
+an input is filled."""
 
 Run = Callable[[str, Mapping[str, Array]], Mapping[str, Array]]
 """Runs one component on inputs of batch 1 and returns its outputs, which the caller copies."""
 
 
 class Conditioned(NamedTuple):
-    """The encoded prompts of a batch. `negative` is None without guidance."""
+    """What both halves of guidance are conditioned on; `negative` is None without guidance."""
 
     positive: Encoded
     negative: Encoded | None
@@ -122,7 +125,7 @@ class Prompts:
     ) -> Encoded:
         """All outputs of all encoders for a batch of prompts; for None zeros, shaped as for the
         prompt `like`."""
-        joined: dict[Part, Float] = {}
+        joined: dict[Part | Fill, Float] = {}
         for text in self._texts:
             for name, values in encoded[like, text.component].items():
                 rows = [
@@ -139,6 +142,28 @@ class Prompts:
 def _run(text: TextSpec, chunk: Chunk, run: Run) -> dict[str, Float]:
     outputs = run(text.component, {text.input: chunk.ids})
     return {name: np.array(values, np.float32) for name, values in outputs.items()}
+
+
+def with_size_ids(conditioned: Conditioned, request: CompleteRequest, count: int) -> Conditioned:
+    """Encoded prompts of `count` images like `request`, and what the model is told of their sizes,
+    if anything."""
+    if request.micro is None or request.negative_micro is None:
+        return conditioned
+    positive, negative = conditioned
+    return Conditioned(
+        {**positive, **_size_ids(request.micro, count)},
+        None if negative is None else {**negative, **_size_ids(request.negative_micro, count)},
+    )
+
+
+def _size_ids(micro: CompleteMicro, count: int) -> dict[Part | Fill, Float]:
+    """As diffusers' _get_add_time_ids: sizes [count, 6]; sizes and aesthetic score [count, 5]."""
+    sizes = [*micro.original_size[::-1], *micro.crop[::-1]]
+    ids: dict[Part | Fill, list[float]] = {
+        "size_ids": [*sizes, *micro.target_size[::-1]],
+        "aesthetic_ids": [*sizes, micro.aesthetic_score],
+    }
+    return {fill: np.array([row] * count, np.float32) for fill, row in ids.items()}
 
 
 def joined(encoded: Encoded, parts: Sequence[Part]) -> Float:

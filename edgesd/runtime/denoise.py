@@ -16,7 +16,15 @@ from edgesd.runtime.conditioning import Conditioned, Encoded, Run, joined, stack
 from edgesd.runtime.flow import GuidanceMode
 from edgesd.runtime.schedulers import Scheduler
 from edgesd.runtime.schedulers.base import Noise
-from edgesd.spec.pipeline import DenoiserSpec, Fill, InputSpec, Part, SideSpec, Wiring
+from edgesd.spec.pipeline import (
+    SIZE_FILLS,
+    DenoiserSpec,
+    Fill,
+    InputSpec,
+    Part,
+    SideSpec,
+    Wiring,
+)
 
 Given = Mapping[Fill | Part, Float]
 """What stays the same in all steps [B, ...]: by how an input is filled, or the output of a side
@@ -72,6 +80,7 @@ def denoise(
     noise: Noise,
     mode: GuidanceMode = "batched",
     on_step: Callable[[Step], None] | None = None,
+    guidance_rescale: float = 0.0,
 ) -> Float:
     """Take `start` to an image's latents [B, C, h, w].
 
@@ -80,7 +89,8 @@ def denoise(
     Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, eq. 6, in diffusers' form)
     noise_pred = negative + guidance_scale * (positive - negative), when `conditioned.negative`
     is given: both halves in one run of batch 2 B ("batched"), or one after the other
-    ("sequential", less memory). Raises InputError when the latents stop being finite.
+    ("sequential", less memory). guidance_rescale: see `_rescale`. Raises InputError when the
+    latents stop being finite.
     """
     latents, batch, channels = start.latents, len(start.latents), start.latents.shape[1]
     halves = [conditioned.positive]
@@ -129,6 +139,8 @@ def denoise(
             np.subtract(noise_pred[-batch:], low, out=difference)
             difference *= scale
             difference += low
+            if guidance_rescale > 0:
+                _rescale(difference, noise_pred[-batch:], guidance_rescale)
             noise_pred = difference
         latents = scheduler.step(noise_pred, at, latents, noise)
         if start.after_step:
@@ -141,6 +153,19 @@ def denoise(
         if on_step:
             on_step(Step(index, count, time.perf_counter() - began, latents))
     return latents
+
+
+def _rescale(guided: Float, positive: Array, strength: float) -> None:
+    """Bring a prediction under guidance [B, C, h, w] back to the deviation of its positive half, in
+    place, by `strength` of the way.
+
+    Lin et al. 2023, arXiv 2305.08891, eq. 15 and 16, with the deviation of samples, as diffusers
+    has it.
+    """
+    axes = tuple(range(1, guided.ndim))
+    deviations = (values.std(axes, ddof=1, keepdims=True) for values in (positive, guided))
+    wanted, found = deviations
+    guided *= np.float32(strength) * wanted / found + np.float32(1 - strength)
 
 
 def with_sides(wiring: Wiring, start: Start, run: Run, done: Callable[[str], None]) -> Start:
@@ -206,6 +231,8 @@ def _networks(
     def fixed(runner: Runner, one: InputSpec, halves: Sequence[Encoded]) -> Array | None:
         if one.fill == "joined":
             return stacked([joined(half, one.parts) for half in halves], one.parts[0])
+        if one.fill in SIZE_FILLS:
+            return np.concatenate([half[one.fill] for half in halves])
         if one.fill == "guidance_embedding":
             width = next(int(t.shape[1]) for t in runner.spec.inputs if t.name == one.name)
             embedding = guidance_scale_embedding(guidance_scale, width)

@@ -15,7 +15,7 @@ from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.chunks import fixed_chunks
 from edgesd.runtime.closeable import Closeable
-from edgesd.runtime.conditioning import Conditioned, Prompts
+from edgesd.runtime.conditioning import Conditioned, Prompts, with_size_ids
 from edgesd.runtime.decoding import decoded
 from edgesd.runtime.denoise import Step, denoise, with_sides
 from edgesd.runtime.fitting import Batch, images_per_run
@@ -150,7 +150,7 @@ class Pipeline(Closeable):
         with self._loaded.running(loop) as runners:
             latents = denoise(
                 wiring, runners, scheduler, start, conditioned, guidance, noise, mode,
-                self._watch(on_step),
+                self._watch(on_step), first.guidance_rescale,
             )  # fmt: skip
         self._loaded.release(*loop)
         images = self._images(latents)
@@ -163,12 +163,13 @@ class Pipeline(Closeable):
         return Batch(request.height, request.width, count, guided, previews, chunks)
 
     def _conditioned(self, requests: Sequence[CompleteRequest]) -> Conditioned:
-        """The encoded prompts of the requests."""
+        """What the requests are conditioned on."""
         positive = [request.positive for request in requests]
         negative = [request.negative for request in requests]
         asked = negative if self.flow.guided(requests[0].guidance_scale) else None
         loaded = self._loaded
-        return self._prompts.conditioned(positive, asked, loaded.run, loaded.release)
+        found = self._prompts.conditioned(positive, asked, loaded.run, loaded.release)
+        return with_size_ids(found, requests[0], len(requests))
 
     def _watch(self, on_step: Listener | None) -> Listener:
         def watch(step: Step) -> None:

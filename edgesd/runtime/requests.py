@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 from edgesd.errors import InputError, UsageError
@@ -11,7 +11,39 @@ from edgesd.runtime.schedulers import Scheduler, create_scheduler
 from edgesd.runtime.syntax import Syntax, segments
 from edgesd.runtime.tokenizer import check_prompt
 from edgesd.spec.base import MAX_GUIDANCE
-from edgesd.spec.pipeline import PipelineSpec, check_multiple
+from edgesd.spec.pipeline import SIZE_FILLS, PipelineSpec, check_multiple
+
+_MOST_PIXELS = 1 << 20
+_SCORE, _NEGATIVE_SCORE = 6.0, 2.5
+"""Aesthetic scores that diffusers' pipelines tell a model."""
+
+_MOST_SCORE = 1000
+
+
+@dataclass(frozen=True)
+class Micro:
+    """What a model is told of an image's sizes and quality: micro-conditioning (Podell et al. 2023,
+    arXiv 2307.01952, sec. 2.2). None takes the default.
+
+    original_size, target_size: width and height in pixels of a picture as in training, before and
+    after it was scaled and cropped; the image's own are the default. crop: how far from its left
+    and top; 0 and 0 are the default. aesthetic_score: of its quality, up to 10.
+    """
+
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float | None = None
+
+
+@dataclass(frozen=True)
+class CompleteMicro:
+    """The same with every value."""
+
+    original_size: tuple[int, int]
+    crop: tuple[int, int]
+    target_size: tuple[int, int]
+    aesthetic_score: float
 
 
 @dataclass(frozen=True)
@@ -21,6 +53,9 @@ class Request:
     height, width: pixels. guidance_scale <= 1 turns guidance off. scheduler: one of our names.
     prompt_2, negative_prompt_2: what a pipeline's second tokenizer reads; None: the same as the
     first. syntax: of all prompts.
+    guidance_rescale: 0 to 1, how far the prediction under guidance is brought back to the deviation
+    it has without. negative_micro: where it differs from `micro`, for the negative half of
+    guidance.
     """
 
     prompt: str
@@ -34,12 +69,15 @@ class Request:
     prompt_2: str | None = None
     negative_prompt_2: str | None = None
     syntax: Syntax = "plain"
+    guidance_rescale: float = 0.0
+    micro: Micro = Micro()
+    negative_micro: Micro = Micro()
 
 
 @dataclass(frozen=True)
 class CompleteRequest:
     """The same with every value, as `Completion` makes it. negative_prompt: None where zeros stand
-    for its encoding."""
+    for its encoding. micro, negative_micro: None where the model takes none."""
 
     prompt: str
     seed: int
@@ -52,6 +90,9 @@ class CompleteRequest:
     prompt_2: str | None = None
     negative_prompt_2: str | None = None
     syntax: Syntax = "plain"
+    guidance_rescale: float = 0.0
+    micro: CompleteMicro | None = None
+    negative_micro: CompleteMicro | None = None
 
     @property
     def positive(self) -> Prompt:
@@ -111,6 +152,7 @@ class Completion:
             prompt_2=request.prompt_2,
             negative_prompt_2=request.negative_prompt_2,
             syntax=request.syntax,
+            guidance_rescale=request.guidance_rescale,
         )
         if not abs(found.guidance_scale) <= MAX_GUIDANCE:
             raise UsageError(
@@ -118,6 +160,11 @@ class Completion:
                 f"{found.guidance_scale}: 1 is none, 7.5 is usual"
             )
         self._check_prompts(found)
+        if not 0 <= found.guidance_rescale <= 1:
+            raise UsageError(
+                f"guidance_rescale must be 0 to 1, not {found.guidance_rescale}: 0 is off, "
+                "0.7 usual"
+            )
         for name, size, built in (
             ("height", found.height, shape.height),
             ("width", found.width, shape.width),
@@ -132,7 +179,23 @@ class Completion:
         if schedule not in self._checked:
             scheduler_of(spec, found)
             self._checked.add(schedule)
-        return found
+        return self._with_micro(found, request)
+
+    def _with_micro(self, found: CompleteRequest, request: Request) -> CompleteRequest:
+        """A complete request with what the model is told of sizes, if it takes that. As in
+        diffusers, the negative half is told the same, but for its aesthetic score."""
+        asked, negative = request.micro, request.negative_micro
+        if not any(self._spec.wiring.denoiser.input_of(fill) for fill in SIZE_FILLS):
+            if asked != Micro() or negative != Micro():
+                raise UsageError(
+                    "this model isn't told sizes, crops and aesthetic scores, as SDXL is: leave "
+                    "them out"
+                )
+            return found
+        own = found.width, found.height
+        micro = _micro(asked, CompleteMicro(own, (0, 0), own, _SCORE))
+        like = replace(micro, aesthetic_score=_NEGATIVE_SCORE)
+        return replace(found, micro=micro, negative_micro=_micro(negative, like))
 
     def _check_prompts(self, request: CompleteRequest) -> None:
         """Raise InputError for prompts that can't be encoded, UsageError for more than are read."""
@@ -170,6 +233,24 @@ def scheduler_of(spec: PipelineSpec, request: CompleteRequest) -> Scheduler:
             f"computed from the bundle's configuration ({exc}): choose another --scheduler"
         ) from exc
     return scheduler
+
+
+def _micro(asked: Micro, default: CompleteMicro) -> CompleteMicro:
+    """What was asked for, and the default for the rest. Raises UsageError."""
+    given = {one.name: getattr(asked, one.name) for one in fields(asked)}
+    found = replace(default, **{name: value for name, value in given.items() if value is not None})
+    for name, least in ("original_size", 1), ("crop", 0), ("target_size", 1):
+        pair: tuple[int, int] = getattr(found, name)
+        if not all(least <= value <= _MOST_PIXELS for value in pair):
+            raise UsageError(
+                f"{name} {pair[0]}x{pair[1]} is out of range: expected {least} to {_MOST_PIXELS}"
+            )
+    if not abs(found.aesthetic_score) <= _MOST_SCORE:
+        raise UsageError(
+            f"aesthetic_score {found.aesthetic_score} is out of range: expected a number such as "
+            f"{_SCORE:g}, {_MOST_SCORE} at most"
+        )
+    return found
 
 
 _T = TypeVar("_T")

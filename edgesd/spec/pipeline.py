@@ -148,16 +148,22 @@ def check_multiple(what: str, value: int, step: int, built_step: int | None = No
 
 
 Fill = Literal[
-    "sample", "timestep", "joined", "guidance_embedding", "mask", "masked", "control", "side"
-]
+    "sample", "timestep", "joined", "guidance_embedding", "size_ids", "aesthetic_ids", "mask",
+    "masked", "control", "side",
+]  # fmt: skip
 """How an input is filled at each step.
 
 sample: the latents, scaled as the scheduler wants them [batch, C, h, w], followed by `concat` in
 the denoiser. timestep: [1]. joined: outputs of text encoders, joined on their last axis.
-guidance_embedding: of the guidance scale [batch, D], for models distilled with it. mask, masked,
-control: what the task gives of each image: where to paint [batch, 1, h, w], latents of the rest
-[batch, C, h, w], a control image [batch, 3, H, W]. side: an output of a side component.
+guidance_embedding: of the guidance scale [batch, D], for models distilled with it. size_ids: what
+the model is told of the image's sizes [batch, 6], height before width and top before left: original
+size, crop, target size. aesthetic_ids: original size, crop, aesthetic score [batch, 5]. mask,
+masked, control: what the task gives of each image: where to paint [batch, 1, h, w], latents of the
+rest [batch, C, h, w], a control image [batch, 3, H, W]. side: an output of a side component.
 """
+
+SIZE_FILLS: frozenset[Fill] = frozenset(("size_ids", "aesthetic_ids"))
+"""Fills by what a request says of the image's sizes; each half of guidance has its own."""
 
 GIVEN_BY_TASKS: frozenset[Fill] = frozenset(("mask", "masked", "control"))
 

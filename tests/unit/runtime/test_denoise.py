@@ -11,7 +11,7 @@ from edgesd.errors import InputError
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.fake import FakeRunner
 from edgesd.runtime.conditioning import Conditioned
-from edgesd.runtime.denoise import Start, Step, denoise, guidance_scale_embedding
+from edgesd.runtime.denoise import Start, Step, _rescale, denoise, guidance_scale_embedding
 from edgesd.runtime.flow import GuidanceMode
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.schedulers import create_scheduler
@@ -37,7 +37,13 @@ def predict(inputs: Mapping[str, Array]) -> dict[str, Array]:
     return {"noise_pred": np.tanh(inputs["sample"] * 0.7 + text + inputs["timestep"] * 1e-3)}
 
 
-def run(mode: GuidanceMode, batch: int = 2, scale: float = 4.0, guided: bool = True) -> np.ndarray:
+def run(
+    mode: GuidanceMode,
+    batch: int = 2,
+    scale: float = 4.0,
+    guided: bool = True,
+    rescale: float = 0.0,
+) -> np.ndarray:
     rng = np.random.default_rng(1)
     positive, negative = rng.standard_normal((2, batch, 77, 8)).astype(np.float32)
     scheduler = create_scheduler("ddim", {"clip_sample": False})
@@ -52,6 +58,7 @@ def run(mode: GuidanceMode, batch: int = 2, scale: float = 4.0, guided: bool = T
         scale,
         noise,
         mode=mode,
+        guidance_rescale=rescale,
     )
 
 
@@ -63,6 +70,28 @@ def test_guidance_scale_one_is_the_positive_prediction() -> None:
     plain = run("batched", guided=False)
     np.testing.assert_allclose(run("batched", scale=1.0), plain, rtol=0, atol=1e-5)
     assert not np.allclose(run("batched", scale=3.0), plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_rescaled_guidance_equals_diffusers(strength: float) -> None:
+    torch = pytest.importorskip("torch")
+    pipelines = pytest.importorskip(
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
+    )
+    rng = np.random.default_rng(2)
+    guided, positive = rng.standard_normal((2, 3, 4, 5, 6)).astype(np.float32)
+    guided *= np.float32([3, 1, 0.2])[:, None, None, None]
+    wanted = pipelines.rescale_noise_cfg(
+        torch.from_numpy(guided), torch.from_numpy(positive), strength
+    )
+    _rescale(guided, positive, strength)
+    np.testing.assert_allclose(guided, wanted.numpy(), rtol=0, atol=1e-6)
+
+
+def test_guidance_is_rescaled_in_both_modes() -> None:
+    batched = run("batched", rescale=0.7)
+    np.testing.assert_allclose(batched, run("sequential", rescale=0.7), rtol=0, atol=1e-6)
+    assert not np.allclose(batched, run("batched"), atol=1e-3)
 
 
 def test_steps_are_reported_in_order() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from edgesd.engines.bundle import write_manifest
-from edgesd.errors import BundleError
+from edgesd.errors import BundleError, UsageError
 from edgesd.runtime import tasks
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.fake import FakeRunner
@@ -21,7 +22,7 @@ from edgesd.runtime.denoise import Start
 from edgesd.runtime.flow import GuidanceMode, Stage, flow_of
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.requests import CompleteRequest, Request
+from edgesd.runtime.requests import CompleteRequest, Micro, Request
 from edgesd.runtime.schedulers import Scheduler
 from edgesd.runtime.schedulers.base import Noise
 from edgesd.runtime.settings import Settings
@@ -54,7 +55,7 @@ from edgesd.spec.pipeline import (
     Wiring,
     stable_diffusion,
 )
-from tests.support import file_entries, pipeline_spec, run_cli, write_tokenizer
+from tests.support import assert_refused, file_entries, pipeline_spec, run_cli, write_tokenizer
 
 C, SCALE, TOKENS, STEPS = 4, 2, 77, 3
 LATENT: tuple[Dim, ...] = ("batch", C, "height", "width")
@@ -93,6 +94,8 @@ COMPONENTS = {
             f32("t", 1),
             f32("text", "batch", TOKENS, 12),
             f32("vector", "batch", 4),
+            f32("sizes", "batch", 6),
+            f32("quality", "batch", 5),
             f32("residual", *LATENT),
             f32("feature", *LATENT),
         ),
@@ -133,6 +136,8 @@ WIRING = Wiring(
             InputSpec("vector", "joined", (POOLED,)),
             InputSpec("residual", "side", (RESIDUAL,)),
             InputSpec("feature", "side", (FEATURE,)),
+            InputSpec("sizes", "size_ids"),
+            InputSpec("quality", "aesthetic_ids"),
         ),
         "noise",
         concat=("mask", "masked"),
@@ -337,6 +342,97 @@ def test_every_input_gets_what_the_wiring_says(bundle: Bundle) -> None:
         np.testing.assert_array_equal(ours["residual"], residual["residual"])
         np.testing.assert_array_equal(ours["feature"], np.concatenate([features, features]))
         assert ours["t"] == side["t"] and (step == 0 or ours["t"] < seen["net"][step - 1]["t"])
+
+
+SIZES = {
+    "as diffusers has them": (Micro(), Micro(), [16, 12, 0, 0, 16, 12], [16, 12, 0, 0, 16, 12]),
+    "of the image": (
+        Micro((640, 480), (3, 7), (320, 240)),
+        Micro(),
+        [480, 640, 7, 3, 240, 320],
+        [480, 640, 7, 3, 240, 320],
+    ),
+    "of each half": (
+        Micro(crop=(3, 7), aesthetic_score=9),
+        Micro((64, 48), target_size=(5, 6), aesthetic_score=1),
+        [16, 12, 7, 3, 16, 12],
+        [48, 64, 7, 3, 6, 5],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("mode", ["batched", "sequential"])
+def test_each_half_is_told_its_sizes_height_first(
+    name: str, mode: GuidanceMode, bundle: Bundle
+) -> None:
+    asked, negative_asked, positive, negative = SIZES[name]
+    requests = [replace(one, micro=asked, negative_micro=negative_asked) for one in REQUESTS]
+    fakes = Fakes()
+    with Pipeline(bundle, Settings(made_here=True, guidance_mode=mode), fakes) as pipeline:
+        pipeline.generate(requests)
+    seen, scores = fakes.seen["net"], (asked.aesthetic_score or 6, negative_asked.aesthetic_score)
+    halves = np.float32([negative] * 2 + [positive] * 2)
+    quality = np.float32([[scores[1] or 2.5]] * 2 + [[scores[0]]] * 2)
+    runs = (
+        seen
+        if mode == "batched"
+        else [
+            {key: np.concatenate([a[key], b[key]]) for key in ("sizes", "quality")}
+            for a, b in zip(seen[::2], seen[1::2], strict=True)
+        ]
+    )
+    assert len(runs) == STEPS
+    for run in runs:
+        np.testing.assert_array_equal(run["sizes"], halves)
+        np.testing.assert_array_equal(run["quality"], np.concatenate([halves[:, :4], quality], 1))
+
+
+@pytest.mark.parametrize(
+    ("micro", "words"),
+    [
+        (Micro(original_size=(0, 64)), "original_size 0x64 is out of range: expected 1 to"),
+        (Micro(crop=(-1, 0)), "crop -1x0 is out of range"),
+        (Micro(target_size=(64, 1 << 30)), "target_size .* is out of range"),
+        (Micro(aesthetic_score=float("nan")), "aesthetic_score nan is out of range"),
+    ],
+)
+def test_sizes_and_scores_have_ranges(micro: Micro, words: str, bundle: Bundle) -> None:
+    for field in "micro", "negative_micro":
+        with pytest.raises(UsageError, match=words):
+            pipeline_request(bundle, replace(REQUESTS[0], **{field: micro}))  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_told_no_sizes_refuses_them(miniature: Bundle) -> None:
+    with Pipeline(miniature) as pipeline:
+        assert pipeline.complete(Request("a cat", 1)).micro is None
+        for field in "micro", "negative_micro":
+            request = replace(Request("a cat", 1), **{field: Micro(crop=(0, 0))})  # type: ignore[arg-type]
+            with pytest.raises(UsageError, match=r"isn't told sizes.* leave them out"):
+                pipeline.complete(request)
+
+
+def test_command_line_tells_the_model_sizes(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Request] = []
+    monkeypatch.setattr(
+        "edgesd.runtime.images.expand_requests", lambda first, texts, count: made.append(first)
+    )
+    monkeypatch.setattr("edgesd.cli.generate.generate", lambda *args: [])
+    monkeypatch.setattr("edgesd.cli.generate.summary", lambda *args: "")
+    options = (
+        *("--guidance-rescale", 0.5, "--original-size", "64x48", "--crop", "3,7"),
+        *("--target-size", "32x24", "--aesthetic-score", 7, "--negative-original-size", "8x9"),
+        *("--negative-crop", "1,2", "--negative-target-size", 5, "--negative-aesthetic-score", 3),
+    )
+    outcome = run_cli("generate", bundle.path, "-p", "a cat", *options, "-o", bundle.path / "x.png")
+    assert outcome.code == 0, outcome.err
+    (found,) = made
+    assert found.guidance_rescale == 0.5
+    assert found.micro == Micro((64, 48), (3, 7), (32, 24), 7.0)
+    assert found.negative_micro == Micro((8, 9), (1, 2), (5, 5), 3.0)
+    assert_refused(run_cli("generate", bundle.path, "-p", "a", "--crop", "3x7"), "LEFT,TOP")
 
 
 def pipeline_request(bundle: Bundle, request: Request) -> CompleteRequest:
