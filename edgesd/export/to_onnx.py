@@ -7,13 +7,16 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from edgesd import __version__
 from edgesd.errors import EdgesdError
 from edgesd.export.attention import Lowering, replace_attention, translation_table
 from edgesd.export.families import MAX_BATCH, Component
+from edgesd.export.mapped import release
 from edgesd.export.parity import example_inputs
+from edgesd.export.passes.bind import BindWeights
 from edgesd.export.passes.check import MAX_IR_VERSION, OPSET, CheckGraph
 from edgesd.export.passes.dims import NameDims
 from edgesd.export.passes.names import StableNames
@@ -26,17 +29,20 @@ from edgesd.text import first_sentence
 def graph_from_module(module: nn.Module, component: Component, lowering: Lowering) -> ir.Model:
     """Export `module`, whose attention is replaced in place, with the inputs of component.spec.
 
-    The graph shares its weights' memory with the module. Raises EdgesdError when the exporter
-    fails, or the graph breaks a promise of `passes.check`.
+    The module is left without its weights (see `release`), which the graph reads where the module
+    had them. Raises EdgesdError when the exporter fails, or the graph breaks a promise of
+    `passes.check`.
     """
     attentions = replace_attention(module, lowering)
     spec = component.spec
     example = example_inputs(component, component.sizes[-1], seed=0)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    state = release(module, fake)
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module,
-                tuple(torch.from_numpy(array) for array in example.values()),
+                tuple(fake.from_tensor(torch.from_numpy(array)) for array in example.values()),
                 dynamo=True,
                 verbose=False,
                 opset_version=OPSET,
@@ -44,15 +50,18 @@ def graph_from_module(module: nn.Module, component: Component, lowering: Lowerin
                 output_names=[tensor.name for tensor in spec.outputs],
                 dynamic_shapes=_dynamic_shapes(component),
                 custom_translation_table=translation_table(),
-                optimize=True,
+                optimize=False,  # it would need the weights
             )
+            assert program is not None
+            model = program.model
+            BindWeights(state)(model)
+    except EdgesdError:
+        raise
     except Exception as exc:  # the exporter raises errors of many libraries
         raise EdgesdError(
             f"{component.name} could not be exported to ONNX: {_reason(exc)}; "
             "see the chained error with --debug"
         ) from exc
-    assert program is not None
-    model = program.model
     for rewrite in (Tidy(), StableNames(), NameDims(spec), CheckGraph(attentions, lowering)):
         rewrite(model)
     model.producer_name, model.producer_version = "edgesd", __version__

@@ -26,6 +26,7 @@ from edgesd.export.calibrate import (  # noqa: E402
     calibration_key,
 )
 from edgesd.export.families import Component, ExportSpec  # noqa: E402
+from edgesd.export.mapped import state_of  # noqa: E402
 from edgesd.export.pipeline import export_spec  # noqa: E402
 from edgesd.export.quantize.layers import Layer  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
@@ -440,7 +441,7 @@ def test_weights_that_are_not_finite(
     def load() -> torch.nn.Module:
         module = component_of[component].load()
         with torch.no_grad():
-            next(p for p in reversed(list(module.parameters())) if p.ndim == 1).fill_(bad)
+            next(p for p in reversed(state_of(module).values()) if p.ndim == 1).fill_(bad)
         return module
 
     broken = replace(

@@ -1,4 +1,4 @@
-"""Networks from disk: with their weights, or by their configs alone."""
+"""Networks from disk: with their weights, which stay mapped, or by their configs alone."""
 
 from __future__ import annotations
 
@@ -9,22 +9,58 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 
 from edgesd.errors import InputError
 from edgesd.export.families.checkpoint import Checkpoint, Weights
+from edgesd.export.mapped import hold_mapped
 from edgesd.export.quiet import quiet
 from edgesd.text import first_sentence
 
+_MAPPED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+"""Types of weights that stay in their files."""
+
 
 def load_network(source: Checkpoint, component: str, cls: Any, weights: bool = True) -> Any:
-    """The network of a component in fp32, as an instance of `cls`; without weights: see `shell`.
+    """The network of a component, which computes in fp32, as an instance of `cls`; without weights:
+    see `shell`. Its weights stay mapped where the files allow it (export/mapped.py).
 
     Raises InputError for missing, broken or non-finite weights.
     """
     if not weights:
         return shell(source, component, cls)
-    files = source.weights(component)
-    folder = source.folder(component)
+    files, folder = source.weights(component), source.folder(component)
+    dtype = _stored_type(folder, files)
+    net = _from_pretrained(folder, files, cls, dtype)
+    if dtype != torch.float32 and any(b.is_floating_point() for b in net.buffers()):
+        # Tables that a network computes for itself lose nothing in fp32.
+        net = _from_pretrained(folder, files, cls, torch.float32)
+    net = net.eval().requires_grad_(False)
+    for name, tensor in net.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{folder}: {name} holds NaN or infinite weights: download it again")
+    hold_mapped(net)
+    return net
+
+
+def _stored_type(folder: Path, files: Weights) -> torch.dtype:
+    """The type of a component's weights where they have one that can be mapped and made fp32
+    without loss; else fp32, which they are then read in. Broken files are the loader's to tell."""
+    if not files.safetensors:
+        return torch.float32
+    types = set()
+    for name in files.files:
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(folder / name, "pt") as file:
+                    types |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError):
+                return torch.float32
+    return _MAPPED[types.pop()] if len(types) == 1 and types <= set(_MAPPED) else torch.float32
+
+
+def _from_pretrained(folder: Path, files: Weights, cls: Any, dtype: torch.dtype) -> Any:
+    """What the libraries load. Raises InputError."""
     load: Callable[..., tuple[Any, dict[str, Any]]] = cls.from_pretrained
     try:
         with quiet():
@@ -34,6 +70,7 @@ def load_network(source: Checkpoint, component: str, cls: Any, weights: bool = T
                 variant=files.variant,
                 local_files_only=True,
                 output_loading_info=True,
+                torch_dtype=dtype,
             )
     except Exception as exc:  # many libraries read here, each with exceptions of its own
         raise InputError(_why_not_loaded(folder, files, exc)) from exc
@@ -41,10 +78,6 @@ def load_network(source: Checkpoint, component: str, cls: Any, weights: bool = T
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"the weights in {folder} lack {missing[0]}{more}: download them again")
-    net = net.eval().requires_grad_(False).float()
-    for name, tensor in net.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{folder}: {name} holds NaN or infinite weights: download it again")
     return net
 
 

@@ -1,0 +1,109 @@
+"""Networks whose weights stay in the checkpoint's files: mapped, in 16 bits, computed with in fp32.
+
+A layer has its weights in fp32 only while it runs. So a network takes the memory of its largest
+layer, whatever its own size; the pages of the files are the system's to keep or to drop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+_HELD = "_edgesd_held"
+"""Attribute of a module whose parameters are mapped: its `_Held`."""
+
+
+def hold_mapped(net: nn.Module) -> None:
+    """Let each module of `net` have its parameters in fp32 while it runs, and at no other time.
+
+    In place. Between runs a parameter is on torch's meta device, of its shape and in fp32, and
+    `state_of` has the values: a network that computes with a parameter outside of the forward of
+    its module makes garbage, which the parity gate sees. Floating-point buffers, which are small,
+    become fp32.
+    """
+    stand_ins: dict[int, nn.Parameter] = {}
+    for module in net.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.float()
+        own = {name: value for name, value in module._parameters.items() if value is not None}
+        if own:
+            for value in own.values():
+                # Parameters that modules share stay shared.
+                stand_ins.setdefault(id(value), _stand_in(value))
+            places = {name: stand_ins[id(value)] for name, value in own.items()}
+            setattr(module, _HELD, _Held(module, own, places))
+
+
+def state_of(net: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a network, mapped or not: name as in its state dict ->
+    tensor, of the type that the checkpoint has it in."""
+    found: dict[str, Tensor] = {}
+    for path, module in net.named_modules():
+        held: _Held | None = getattr(module, _HELD, None)
+        own = {**module._buffers, **(module._parameters if held is None else held.values)}
+        prefix = f"{path}." if path else ""
+        found |= {f"{prefix}{name}": t.detach() for name, t in own.items() if t is not None}
+    return found
+
+
+def release(net: nn.Module, fake: FakeTensorMode) -> dict[str, Tensor]:
+    """Take parameters and buffers out of `net`, for an export; returns `state_of` it.
+
+    Tensors of `fake` take their places: of the same shapes, on the CPU, without values.
+    """
+    state = state_of(net)
+    made: dict[int, Tensor] = {}  # parameters that modules share stay shared
+    for module in net.modules():
+        held: _Held | None = getattr(module, _HELD, None)
+        if held is not None:
+            held.close()
+            delattr(module, _HELD)
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for own in stores:
+            for name, value in own.items():
+                if value is not None:
+                    with fake:
+                        empty = torch.empty(value.shape, dtype=value.dtype)
+                    if isinstance(value, nn.Parameter):
+                        empty = nn.Parameter(empty, requires_grad=False)
+                    own[name] = made.setdefault(id(value), empty)
+    return state
+
+
+class _Held:
+    """The parameters of one module: where the checkpoint has them, and what stands in for them."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        values: Mapping[str, Tensor],
+        stand_ins: Mapping[str, nn.Parameter],
+    ) -> None:
+        self.values, self._stand_ins = values, stand_ins
+        self._hooks = (
+            module.register_forward_pre_hook(self._bring),
+            module.register_forward_hook(self._take_away, always_call=True),
+        )
+        self._take_away(module, None, None)
+
+    def close(self) -> None:
+        """Leave the module with what stands in for its parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _bring(self, module: nn.Module, inputs: object) -> None:
+        for name, value in self.values.items():
+            module._parameters[name] = nn.Parameter(value.float(), requires_grad=False)
+
+    def _take_away(self, module: nn.Module, inputs: object, outputs: object) -> None:
+        module._parameters.update(self._stand_ins)
+
+
+def _stand_in(value: Tensor) -> nn.Parameter:
+    empty = torch.empty(value.shape, dtype=torch.float32, device="meta")
+    return nn.Parameter(empty, requires_grad=False)
