@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from edgesd.runtime.flow import GuidanceMode
     from edgesd.runtime.images import SavedImage
     from edgesd.runtime.pipeline import Pipeline
+    from edgesd.runtime.recorded import Recorded
     from edgesd.runtime.requests import Request
 
 
@@ -70,6 +71,13 @@ _MOST_REMARKS = 5
     "--seed",
     type=click.IntRange(0, 2**64 - 1),
     help="Seed of the first image. [default: a random one, which is printed]",
+)
+@click.option(
+    "--like",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="PNG",
+    help="Generate the image in this file again, by what edgesd or AUTOMATIC1111's web UI wrote "
+    "into it; other options change that.",
 )
 @generation_options("bundle")
 @prompt_options
@@ -125,6 +133,7 @@ def generate_command(
     prompt_file: BinaryIO | None,
     count: int,
     seed: int | None,
+    like: Path | None,
     generation: GenerationOptions,
     prompting: PromptOptions,
     fine: FineOptions,
@@ -147,8 +156,12 @@ def generate_command(
     from edgesd.device.opening import open_for_generate
     from edgesd.runtime.images import check_output, expand_requests, read_prompts
     from edgesd.runtime.pipeline import Pipeline
+    from edgesd.runtime.recorded import recorded
 
     texts = [*prompts, *(read_prompts(prompt_file) if prompt_file else ())]
+    known = None if like is None else recorded(like)
+    if known and not texts and not enhance:
+        texts = [known.values["prompt"]]
     if not texts:
         raise click.UsageError("no prompt: give -p PROMPT, or --prompts FILE")
     if show_prompt and not enhance:
@@ -166,13 +179,33 @@ def generate_command(
         check_output(out, len(texts) * count)
         if enhance:
             texts = _enhanced(opened, texts, run.threads, show_prompt, reporter)
-        first = generation.request("", secrets.randbits(32) if seed is None else seed)
-        requests = expand_requests(fine.applied(prompting.applied(first)), texts, count)
+        first = generation.request("", _seed(seed, known))
+        first = fine.applied(prompting.applied(first))
+        if like and known:
+            first = known.request(first)
+            _tell(like, known, opened, reporter)
+        requests = expand_requests(first, texts, count)
         with Pipeline(opened, settings) as pipeline:
             made = generate(pipeline, requests, out, reporter, batch, preview)
             if as_json:
                 print_json(_outcome(pipeline, made))
             reporter.line(summary(pipeline, made))
+
+
+def _seed(given: int | None, known: Recorded | None) -> int:
+    """The seed that was given, or is known of an image; else a random one."""
+    if given is None and known is not None:
+        given = known.values.get("seed")
+    return secrets.randbits(32) if given is None else given
+
+
+def _tell(like: Path, known: Recorded, bundle: Bundle, reporter: Reporter) -> None:
+    """Warn of what makes another image than that in the file `like`."""
+    if differing := known.differing(bundle.manifest):
+        said = ", ".join(f"{name} {known.made_by[name][:60]}" for name in differing)
+        reporter.warn(f"{like} was made by another bundle ({said}): this one's image differs")
+    for remark in known.remarks:
+        reporter.warn(f"{like}: {remark}")
 
 
 def _enhanced(

@@ -21,10 +21,12 @@ from edgesd.files import (
     save,
     write_free,
 )
+from edgesd.runtime import a1111
 from edgesd.runtime.denoise import Step
 from edgesd.runtime.noise import image_seeds
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.requests import CompleteMicro, CompleteRequest, Request
+from edgesd.runtime.recorded import texts_of
+from edgesd.runtime.requests import CompleteRequest, Request
 from edgesd.textfiles import read_lines
 
 if TYPE_CHECKING:
@@ -285,44 +287,7 @@ class _Previews:
 
 def text_chunks(pipeline: Pipeline, request: CompleteRequest) -> dict[str, str]:
     """Text chunks of an image's PNG: everything needed to generate it again."""
-    manifest = pipeline.bundle.manifest
-    rescale = {"guidance_rescale": str(request.guidance_rescale)}
-    return {
-        "Software": f"edgesd {manifest.tools.get('edgesd', '')}".strip(),
-        "prompt": request.prompt,
-        **_present(
-            prompt_2=request.prompt_2,
-            negative_prompt=request.negative_prompt,
-            negative_prompt_2=request.negative_prompt_2,
-            prompt_syntax=request.syntax,
-        ),
-        "seed": str(request.seed),
-        "steps": str(request.num_inference_steps),
-        "guidance_scale": str(request.guidance_scale),
-        **(rescale if request.guidance_rescale else {}),
-        "scheduler": request.scheduler,
-        "size": f"{request.width}x{request.height}",
-        **_micro_chunks(request.micro),
-        **_micro_chunks(request.negative_micro, "negative_"),
-        "model": manifest.name,
-        "model_sha256": manifest.pipeline.source_sha256,
-        "precision": manifest.precision,
-        "target": manifest.target,
-    }
-
-
-def _present(**values: str | None) -> dict[str, str]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _micro_chunks(micro: CompleteMicro | None, prefix: str = "") -> dict[str, str]:
-    """What the model was told of sizes: pairs as 1024x768, width or left first."""
-    if micro is None:
-        return {}
-    return {
-        f"{prefix}{name}": "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        for name, value in vars(micro).items()
-    }
+    return texts_of(pipeline.bundle.manifest, request)
 
 
 def png_bytes(image: Image.Image, chunks: dict[str, str]) -> bytes:
@@ -331,7 +296,10 @@ def png_bytes(image: Image.Image, chunks: dict[str, str]) -> bytes:
 
     info = PngInfo()
     for key, value in chunks.items():
-        info.add_itxt(key, value)
+        if key == a1111.KEY:
+            info.add_text(key, value)  # as there, for readers that know no other kind
+        else:
+            info.add_itxt(key, value)
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=info)
     return file.getvalue()

@@ -136,6 +136,14 @@ def _number(text: str) -> float:
         ) from exc
 
 
+def escaped(text: str) -> str:
+    """A plain text so that it means itself in the web UI's syntax. What no escape is known for is
+    broken up by a backslash, which vanishes before other characters."""
+    text = re.sub(r"[()\[\]\\]", r"\\\g<0>", text)
+    text = re.sub(r"\b(?:BREA(?=K\b)|AN(?=D\b))", r"\g<0>\\", text)
+    return re.sub(r"<(?=\w+:)", r"<\\", text)
+
+
 def without_networks(prompt: str) -> str:
     """A prompt without `<lora:NAME:SCALE>` and its kind, which is no text in the web UI."""
     return _NETWORK.sub("", prompt)

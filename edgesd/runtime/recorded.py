@@ -1,0 +1,250 @@
+"""How an image was made, as the text in its PNG says it: written with every image, and read again.
+
+Two forms are read: edgesd's own, a text for each value of the request, from which the same bundle
+makes the same image; and the `parameters` of AUTOMATIC1111's web UI (a1111.py).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edgesd.errors import InputError
+from edgesd.runtime import a1111
+from edgesd.runtime.requests import CompleteRequest, Micro, Request
+from edgesd.runtime.syntax import SYNTAXES
+from edgesd.spec.base import MAX_GUIDANCE
+from edgesd.spec.bundle import BundleManifest
+from edgesd.text import first_sentence
+
+_MOST_BYTES = 4 << 20
+"""Of a PNG, read from its beginning: what is said of an image stands before its pixels."""
+
+_MOST_TEXT = 256_000
+_MOST_STEPS, _MOST_PIXELS = 1000, 16384
+_MOST_ORIGINAL, _MOST_SCORE = 1 << 20, 1000
+_PAIR = "WIDTHxHEIGHT in pixels"
+
+
+class _Field(NamedTuple):
+    """A value of a request as text. names: of the attributes that it holds; of those that lie in
+    another, such as micro.crop. read: the text -> their values; raises ValueError."""
+
+    names: tuple[str, ...]
+    read: Callable[[str], tuple[Any, ...]]
+    expected: str = "text"
+
+
+def _text(text: str) -> tuple[str]:
+    return (text,)
+
+
+def _whole(least: int, most: int) -> Callable[[str], tuple[int]]:
+    def read(text: str) -> tuple[int]:
+        if not (text.isascii() and text.isdigit() and len(text) <= 20):
+            raise ValueError
+        return (_within(int(text), least, most),)
+
+    return read
+
+
+def _real(least: float, most: float) -> Callable[[str], tuple[float]]:
+    return lambda text: (_within(float(text), least, most),)
+
+
+def _within(value: Any, least: float, most: float) -> Any:
+    if not least <= value <= most or not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _pair(least: int, most: int) -> Callable[[str], tuple[int, int]]:
+    one = _whole(least, most)
+
+    def read(text: str) -> tuple[int, int]:
+        width, height = text.split("x")
+        return one(width)[0], one(height)[0]
+
+    return read
+
+
+def _as_one(least: int, most: int) -> Callable[[str], tuple[tuple[int, int]]]:
+    both = _pair(least, most)
+    return lambda text: (both(text),)
+
+
+def _one_of(*names: str) -> Callable[[str], tuple[str]]:
+    def read(text: str) -> tuple[str]:
+        if text not in names:
+            raise ValueError
+        return (text,)
+
+    return read
+
+
+_FIELDS = {
+    "prompt": _Field(("prompt",), _text),
+    "prompt_2": _Field(("prompt_2",), _text),
+    "negative_prompt": _Field(("negative_prompt",), _text),
+    "negative_prompt_2": _Field(("negative_prompt_2",), _text),
+    "prompt_syntax": _Field(("syntax",), _one_of(*SYNTAXES), " or ".join(SYNTAXES)),
+    "seed": _Field(("seed",), _whole(0, 2**64 - 1), "0 to 18446744073709551615"),
+    "steps": _Field(("num_inference_steps",), _whole(1, _MOST_STEPS), f"1 to {_MOST_STEPS}"),
+    "guidance_scale": _Field(
+        ("guidance_scale",),
+        _real(-MAX_GUIDANCE, MAX_GUIDANCE),
+        f"a number of at most {MAX_GUIDANCE}",
+    ),
+    "scheduler": _Field(("scheduler",), _text),
+    "size": _Field(("width", "height"), _pair(1, _MOST_PIXELS), _PAIR),
+    "guidance_rescale": _Field(("guidance_rescale",), _real(0, 1), "0 to 1"),
+    **{
+        f"{prefix}{name}": _Field((f"{prefix}micro.{name}",), read, expected)
+        for prefix in ("", "negative_")
+        for name, read, expected in (
+            ("original_size", _as_one(1, _MOST_ORIGINAL), _PAIR),
+            ("crop", _as_one(0, _MOST_ORIGINAL), "LEFTxTOP in pixels"),
+            ("target_size", _as_one(1, _MOST_ORIGINAL), _PAIR),
+            ("aesthetic_score", _real(-_MOST_SCORE, _MOST_SCORE), "a number such as 6"),
+        )
+    },
+}
+"""All values of a request, by the names of their texts. Values that nobody asked for have none."""
+
+_DEFAULTS = Request("", -1)
+
+_MADE_BY = "model", "model_sha256", "precision", "target"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What an image says of its making.
+
+    values: of the attributes of a Request. made_by: what it says of the bundle, by the names of the
+    texts. remarks: on what it says that isn't used.
+    """
+
+    values: Mapping[str, Any]
+    made_by: Mapping[str, str]
+    remarks: tuple[str, ...] = ()
+
+    def request(self, given: Request) -> Request:
+        """The request that the image was made of, with what is `given` in place of it."""
+        other = {n: value for n, value in vars(given).items() if value != getattr(_DEFAULTS, n)}
+        return replace(given, **{**self.values, **other})
+
+    def differing(self, manifest: BundleManifest) -> list[str]:
+        """Which of what is said of the bundle another bundle's manifest doesn't say."""
+        own = _bundle_texts(manifest)
+        return [name for name, text in self.made_by.items() if own.get(name) != text]
+
+
+def texts_of(manifest: BundleManifest, request: CompleteRequest) -> dict[str, str]:
+    """The texts of an image that a bundle makes of a request: all that is needed to make it
+    again."""
+    found = {"Software": f"edgesd {manifest.tools.get('edgesd', '')}".strip()}
+    for key, field in _FIELDS.items():
+        values = [_value(request, name) for name in field.names]
+        if values[0] is not None and values[0] != getattr(_DEFAULTS, field.names[0], None):
+            parts = values[0] if isinstance(values[0], tuple) else values
+            found[key] = "x".join(map(str, parts))
+    parameters = a1111.parameters(manifest, request)
+    return {**found, **_bundle_texts(manifest), a1111.KEY: parameters}
+
+
+def _value(request: CompleteRequest, name: str) -> Any:
+    outer, _, inner = name.partition(".")
+    found = getattr(request, outer)
+    return getattr(found, inner) if inner and found is not None else found
+
+
+def _bundle_texts(manifest: BundleManifest) -> dict[str, str]:
+    pipeline = manifest.pipeline
+    values = manifest.name, pipeline.source_sha256, manifest.precision, manifest.target
+    return dict(zip(_MADE_BY, values, strict=True))
+
+
+def recorded(path: Path) -> Recorded:
+    """How the image in a PNG file was made. Raises InputError where it can't be read, doesn't say,
+    or says what no image can be made of."""
+    texts = _texts_in(path)
+    if texts.get("Software", "").startswith("edgesd") and "seed" in texts:
+        return _own(path, texts)
+    if a1111.KEY in texts:
+        return _foreign(texts[a1111.KEY])
+    raise InputError(
+        f"{path} doesn't say how it was made: expected an image of edgesd, or the text "
+        f"{a1111.KEY!r} that AUTOMATIC1111's web UI writes"
+    )
+
+
+def _own(path: Path, texts: Mapping[str, str]) -> Recorded:
+    values: dict[str, Any] = {}
+    for key, field in _FIELDS.items():
+        if key in texts:
+            try:
+                values |= _read(field, texts[key])
+            except ValueError:
+                raise InputError(
+                    f"{path} says {key} {texts[key][:60]!r}: expected {field.expected}"
+                ) from None
+    if "prompt" not in values:
+        raise InputError(f"{path} says no prompt: expected an image of edgesd")
+    made_by = {name: texts[name] for name in _MADE_BY if name in texts}
+    return Recorded(_nested(values), made_by)
+
+
+def _foreign(text: str) -> Recorded:
+    found, values = a1111.parsed(text), {"syntax": "a1111"}
+    remarks = list(found.remarks)
+    for key, value in found.values.items():
+        try:
+            values |= _read(_FIELDS[key], value)
+        except ValueError:
+            remarks.append(f"{key} {value[:60]!r} isn't used: expected {_FIELDS[key].expected}")
+    return Recorded(values, {}, tuple(remarks))
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with those of micro.NAME together."""
+    found = {name: value for name, value in values.items() if "." not in name}
+    for outer in ("micro", "negative_micro"):
+        inner = {n.partition(".")[2]: v for n, v in values.items() if n.startswith(f"{outer}.")}
+        if inner:
+            found[outer] = Micro(**inner)
+    return found
+
+
+def _read(field: _Field, text: str) -> dict[str, Any]:
+    """The values of a text. Raises ValueError."""
+    return dict(zip(field.names, field.read(text), strict=True))
+
+
+def _texts_in(path: Path) -> dict[str, str]:
+    """The texts of a PNG that stand before its pixels."""
+    from PIL import Image
+
+    try:
+        with path.open("rb") as file:
+            head = io.BytesIO(file.read(_MOST_BYTES))
+    except OSError as exc:
+        raise InputError(f"{path} can't be read: {exc.strerror or exc}") from exc
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images, whose pixels aren't read
+            with Image.open(head, formats=("PNG",)) as image:
+                texts = {key: value for key, value in image.info.items() if isinstance(value, str)}
+    except Exception as exc:  # pillow raises errors of many kinds
+        raise InputError(f"{path} isn't a PNG image: {first_sentence(exc)}") from exc
+    for key, text in texts.items():
+        if len(text) > _MOST_TEXT:
+            raise InputError(
+                f"{path} has a text {key[:40]!r} of {len(text)} characters, and {_MOST_TEXT} are "
+                "the most: is it the right file?"
+            )
+    return texts
