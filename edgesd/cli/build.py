@@ -16,6 +16,7 @@ from edgesd.cli.options import (
     json_option,
     lpips_option,
     scheduler_option,
+    vae_option,
     variant_option,
 )
 from edgesd.export.quantize.methods import method_names
@@ -166,6 +167,7 @@ def _present(values: dict[str, Any]) -> dict[str, Any]:
 @click.argument("model", required=False)
 @OptionGroup("given", _given, (*_BUILD, *_QUANTIZATION))
 @OptionGroup("folders", _folders, _FOLDERS)
+@vae_option
 @click.option(
     "--like",
     type=click.Path(path_type=Path, exists=True),
@@ -191,6 +193,7 @@ def build_command(
     model: str | None,
     given: Given,
     folders: LocalFolders,
+    vae: str | None,
     like: Path | None,
     output: Path | None,
     host: str | None,
@@ -215,6 +218,8 @@ def build_command(
         if other is None:
             raise click.UsageError("Missing argument 'MODEL'.")
         model = other.model()
+    if vae is None and other is not None:
+        vae = other.vae()
     built = build(
         model,
         options,
@@ -224,6 +229,7 @@ def build_command(
         warn=reporter.warn,
         finish=None if host is None else _plans_from(host, options.target, reporter),
         like=other,
+        vae=vae,
     )
     differing = None if other is None else other.differing_files(built.bundle.manifest)
     if as_json:

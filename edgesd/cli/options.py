@@ -254,6 +254,14 @@ variant_option = click.option(
 )
 
 
+vae_option = click.option(
+    "--vae",
+    metavar="MODEL",
+    help="Take this autoencoder of the same latents instead of the model's own, as TAESD: a folder "
+    "that diffusers saved, alone or in a pipeline, or a hub id.",
+)
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How to run. threads: 0 for all fast cores. memory, max_memory: at most one is given."""

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from edgesd.cli.common import Bytes, print_json, say
-from edgesd.cli.options import GenerationOptions, generation_options, json_option, variant_option
+from edgesd.cli.options import (
+    GenerationOptions,
+    generation_options,
+    json_option,
+    vae_option,
+    variant_option,
+)
 from edgesd.export.quantize.methods import method_names
 from edgesd.spec.build import DEFAULT_METHOD, Variant
 
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
     help="fp32, fp16, or a scheme: w8a8, w4a8-g64.",
 )
 @generation_options("model", without=["negative", "scheduler"])
+@vae_option
 @variant_option
 @click.option("--backend", help="tensorrt or onnxruntime. [default: the target's best]")
 @click.option(
@@ -49,6 +56,7 @@ def plan_command(
     target: str,
     precision: str,
     generation: GenerationOptions,
+    vae: str | None,
     variant: Variant | None,
     backend: str | None,
     method: str,
@@ -77,6 +85,7 @@ def plan_command(
         max_memory=max_memory,
         method=method,
         variant=variant,
+        vae=vae,
         rates=find_rates(get_target(target).name, rates),
     )
     estimate = estimate_build(model, target, request, backend)

@@ -189,15 +189,14 @@ def _write_graph(
 def _copy_licence(source: ModelSource, root: Path) -> list[str]:
     """Copy the model card and licence files; returns their paths below `root`."""
     folder = root / LICENCE_FOLDER
-    card = source.model_card()
-    paths = [*([card] if card else []), *source.licence_files()]
+    papers = source.papers()
     with disk_errors(folder):
         folder.mkdir()
-        for path in paths:
-            target = folder / path.relative_to(source.root)
-            target.parent.mkdir(exist_ok=True)
+        for name, path in papers.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-    return [f"{LICENCE_FOLDER}/{path.relative_to(source.root).as_posix()}" for path in paths]
+    return [f"{LICENCE_FOLDER}/{name}" for name in papers]
 
 
 def require_build_tools() -> None:

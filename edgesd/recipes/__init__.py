@@ -87,16 +87,19 @@ def build(
     warn: Callable[[str], object] | None = None,
     finish: Callable[[Path], object] | None = None,
     like: Like | None = None,
+    vae: str | None = None,
 ) -> Built:
     """Export `model`, check it against its source, and write the bundle `out`.
 
     model: "demo", a diffusers folder, or a hub id. An `out` that ends in `.edgesd` is the one-file
     form. warn: called before long work with what may go wrong. finish: adds to the folder of the
     finished bundle, such as plans from a board; what it raises spoils nothing. like: a bundle that
-    this one should equal: a warning says where it can't.
+    this one should equal: a warning says where it can't. vae: a model, or an autoencoder alone,
+    which stands in for the model's own.
     Nothing is left at `out` on another error: UsageError, InputError, TargetError,
     ParityError, QualityError, ResourceError.
     """
+    from edgesd.export.families import AUTOENCODER
     from edgesd.export.pipeline import export_pipeline, require_build_tools, tool_versions
 
     options.check()
@@ -105,13 +108,18 @@ def build(
     from edgesd.recipes.footprints import footprinted
     from edgesd.recipes.quantized import QuantizedBuild
 
-    job = _prepare(model, options, out, folders or LocalFolders(), progress, warn)
+    job = _prepare(model, vae, options, out, folders or LocalFolders(), progress, warn)
     sha256 = job.spec.pipeline.source_sha256
     if like and warn:
         tools = {"edgesd": edgesd.__version__, **tool_versions()}
         for line in like.expected_differences(sha256, tools, job.folders.prompter is not None):
             warn(line)
-    record = BuildRecord(model_reference(model, sha256), job.options)
+    other = job.source.others.get(AUTOENCODER)
+    record = BuildRecord(
+        model_reference(model, sha256),
+        job.options,
+        model_reference(vae, other.network_sha256(AUTOENCODER)) if vae and other else None,
+    )
     identity = Identity(model_name(model), job.target, job.lowering.name)
     one_file = out.suffix == SUFFIX
     reference: Bundle | None = None
@@ -153,6 +161,7 @@ def build(
 
 def _prepare(
     model: str,
+    vae: str | None,
     options: BuildOptions,
     out: Path,
     folders: LocalFolders,
@@ -188,7 +197,7 @@ def _prepare(
         )
     if quantization.pool_attention:
         _check_pooling(options, lowering)
-    source = open_model(model, options.variant)
+    source = open_model(model, options.variant, vae)
     if folders.prompter:
         names = read_prompter(folders.prompter).files
         check_prompter(target, ((folders.prompter / name).stat().st_size for name in names))

@@ -61,7 +61,8 @@ class PlanRequest:
     """A request for an estimate; None takes the model's own. max_memory: bytes, instead of the
     target's RAM. rates: how fast the target is. fixed: of graphs for `size` alone, whose denoiser
     takes `batch`; others generate any size, and so are those for TensorRT. scheduler: the bundle's
-    default sampler. variant: the kind of model that it is said to be. prompt_chunks: of a prompt,
+    default sampler. variant: the kind of model that it is said to be. vae: of which model its
+    autoencoder is. prompt_chunks: of a prompt,
     in fixed graphs."""
 
     precision: Precision
@@ -75,6 +76,7 @@ class PlanRequest:
     batch: int = 1
     scheduler: str | None = None
     variant: Variant | None = None
+    vae: str | None = None
     prompt_chunks: int = 1
 
 

@@ -41,15 +41,29 @@ class Like:
         a folder: where it is now, the user must say."""
         from edgesd.export.source import is_hub_id
 
-        kind, name = self.record.model.kind, self.record.model.name
-        if kind == DEMO:
+        reference = self.record.model
+        if reference.kind == DEMO:
             return DEMO
-        if kind == HUB and is_hub_id(name):
-            return name
+        if reference.kind == HUB and is_hub_id(reference.name):
+            return reference.name
         raise UsageError(
-            f"{self.path} was built from a model called {name!r} (sha256 "
-            f"{self.record.model.sha256[:16]}...): say where it is: edgesd build MODEL --like "
-            f"{self.path}"
+            f"{self.path} was built from a model called {reference.name!r} (sha256 "
+            f"{reference.sha256[:16]}...): say where it is: edgesd build MODEL --like {self.path}"
+        )
+
+    def vae(self) -> str | None:
+        """The model of its autoencoder where that isn't the model's own. Raises UsageError for one
+        that lay in a folder."""
+        from edgesd.export.source import is_hub_id
+
+        reference = self.record.vae
+        if reference is None:
+            return None
+        if reference.kind == HUB and is_hub_id(reference.name):
+            return reference.name
+        raise UsageError(
+            f"{self.path} was built with an autoencoder called {reference.name!r} (sha256 "
+            f"{reference.sha256[:16]}...): say where it is: --vae MODEL"
         )
 
     def expected_differences(

@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from edgesd.export.source import ModelSource, resolve_source
+from edgesd.errors import InputError
+from edgesd.export.families import AUTOENCODER
+from edgesd.export.source import ModelSource, resolve_network, resolve_source
 from edgesd.recipes.demo import demo_model
 from edgesd.spec.build import DEMO, Variant
 
 
-def open_model(model: str, variant: Variant | None = None) -> ModelSource:
-    """What the user called `model`: "demo", a diffusers folder, or a hub id. variant: the kind that
-    it is said to be. Raises what `resolve_source` raises."""
-    source = resolve_source(str(demo_model()) if model == DEMO else model)
-    return replace(source, variant=variant)
+def open_model(model: str, variant: Variant | None = None, vae: str | None = None) -> ModelSource:
+    """What the user called `model`: "demo", a diffusers folder, or a hub id.
+
+    variant: the kind that it is said to be. vae: the model whose autoencoder stands in for its own.
+    Raises what `resolve_source` raises, and InputError for an autoencoder of other latents.
+    """
+    source = replace(resolve_source(str(demo_model()) if model == DEMO else model), variant=variant)
+    if vae is None:
+        return source
+    other = resolve_network(vae, AUTOENCODER)
+    _check_latents(source, other)
+    return replace(source, others={AUTOENCODER: other})
+
+
+def _check_latents(source: ModelSource, other: ModelSource) -> None:
+    """Raise InputError where latents of an autoencoder have another form than those of a model's
+    own. Where the model has none of its own, the denoiser is compared with later."""
+    config = other.config(f"{AUTOENCODER}/config.json")
+    if not (source.folder(AUTOENCODER) / "config.json").is_file():
+        return
+    own = source.config(f"{AUTOENCODER}/config.json")
+    for what, of in (("channels", _channels), ("pixels to a side of a latent", _scale_factor)):
+        if of(config) != of(own):
+            raise InputError(
+                f"--vae {other.name}: it has {of(config)} {what}, and the latents of {source.name} "
+                f"have {of(own)}: give an autoencoder of the same latents"
+            )
+
+
+def _channels(config: Mapping[str, Any]) -> object:
+    return config.get("latent_channels", 4)  # diffusers' default
+
+
+def _scale_factor(config: Mapping[str, Any]) -> int:
+    """Pixels to each side of a latent. diffusers' pipelines compute it so, of both kinds."""
+    levels = config.get("block_out_channels", config.get("decoder_block_out_channels", (64,)))
+    return 1 << (len(levels) - 1) if isinstance(levels, list) and levels else 1

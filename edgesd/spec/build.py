@@ -111,10 +111,12 @@ class ModelReference(Spec, frozen=True):
 
 
 class BuildRecord(Spec, frozen=True):
-    """How a bundle was built; `edgesd build --like` reads it."""
+    """How a bundle was built; `edgesd build --like` reads it. vae: where its autoencoder is of
+    another model."""
 
     model: ModelReference
     options: BuildOptions
+    vae: ModelReference | None = None
 
 
 def _check_prompts(what: str, prompts: tuple[str, ...]) -> None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 MAX_BATCH = 63
 """Batch of a dynamic graph, at most. diffusers' upsampling takes another branch from 64 on."""
 
+AUTOENCODER = "vae"
+"""The autoencoder's folder in every pipeline of diffusers."""
+
 Sizes = Mapping[str, int]
 """A value for each symbolic dimension of a component's inputs: batch, height, width, tokens."""
 

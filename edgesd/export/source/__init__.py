@@ -13,9 +13,10 @@ from pathlib import Path
 from edgesd.errors import InputError
 from edgesd.export.source.folder import SINGLE_FILE, ModelSource, not_a_folder, open_folder
 from edgesd.export.source.hub import download
+from edgesd.export.source.network import open_network
 from edgesd.files import expanded
 
-__all__ = ["ModelSource", "is_hub_id", "resolve_source"]
+__all__ = ["ModelSource", "is_hub_id", "resolve_network", "resolve_source"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -39,6 +40,25 @@ def resolve_source(model: str | Path) -> ModelSource:
             "or a hub id such as owner/name"
         )
     return open_folder(name, download(name))
+
+
+def resolve_network(model: str, component: str) -> ModelSource:
+    """Find a network to stand in for the `component` of a model: its own folder, that of a pipeline
+    that has one, or a hub id of either. Raises InputError."""
+    path = expanded(model)
+    if path.is_file():
+        raise InputError(
+            f"{model} is a file: expected the folder of one network, as diffusers saves it, or of "
+            "a pipeline"
+        )
+    if path.is_dir():
+        return open_network(model, path, component)
+    if _looks_local(model):
+        raise InputError(
+            f"{model} doesn't exist: give the folder of one network, as diffusers saves it, or of "
+            "a pipeline, or a hub id such as owner/name"
+        )
+    return open_network(model, download(model, component), component)
 
 
 def is_hub_id(model: str) -> bool:

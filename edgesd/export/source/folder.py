@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,9 @@ _LARGE = ("vocab_size", "max_position_embeddings", "model_max_length")
 _LARGEST, _LARGEST_SIZE = 1 << 20, 1 << 14
 """Of those numbers in a component's config.json and of ids of tokens; of all others."""
 HINTS = "edgesd.json"
+INDEX = "model_index.json"
+STEM = "diffusion_pytorch_model"
+"""Of the weight files of a network that diffusers saved."""
 _HINT_TYPES: dict[str, tuple[type, ...]] = {
     "num_inference_steps": (int,),
     "guidance_scale": (int, float),
@@ -45,21 +48,25 @@ _HINT_TYPES: dict[str, tuple[type, ...]] = {
 @dataclass(frozen=True)
 class ModelSource:
     """A model on this machine. `name` is what the user called it; `index` is model_index.json.
-    variant: what kind of model the user says that it is."""
+    variant: what kind of model the user says that it is. others: component -> the model whose
+    network stands in for it."""
 
     name: str
     root: Path
     index: Mapping[str, Any]
     family: Family
     variant: Variant | None = None
+    others: Mapping[str, ModelSource] = field(default_factory=dict)
 
     def folder(self, name: str) -> Path:
         """The folder of a component, a tokenizer or the scheduler; it may be missing."""
-        return self.root / name
+        other = self.others.get(name)
+        return self.root / name if other is None else other.folder(name)
 
     def config(self, path: str) -> dict[str, Any]:
         """The json object in the file `path`, relative to the model. Raises InputError."""
-        return read_json_object(self.root / path)
+        name, _, file = path.rpartition("/")
+        return read_json_object(self.folder(name) / file if name else self.root / file)
 
     def check_configs(self) -> None:
         """Raise InputError for a component whose config.json has a number that no model has, before
@@ -70,9 +77,10 @@ class ModelSource:
                 large = key in _LARGE or key.endswith("_token_id")
                 most = _LARGEST if large else _LARGEST_SIZE
                 if abs(value) > most:
+                    path = self.folder(component) / "config.json"
                     raise InputError(
-                        f"{self.root / name}: {key} is {str(value)[:20]}, and {most} is the "
-                        "most that any model has: download the model again"
+                        f"{path}: {key} is {str(value)[:20]}, and {most} is the most that any "
+                        "model has: download the model again"
                     )
 
     def class_of(self, component: str) -> str:
@@ -84,6 +92,8 @@ class ModelSource:
         return self._entry(component)[0]
 
     def _entry(self, component: str) -> tuple[str, str]:
+        if other := self.others.get(component):
+            return other._entry(component)
         entry = self.index.get(component)
         if isinstance(entry, list) and [type(part) for part in entry] == [str, str]:
             return entry[0], entry[1]
@@ -91,7 +101,9 @@ class ModelSource:
 
     def weights(self, component: str) -> Weights:
         """The best weight files of a component. Raises InputError when there are none."""
-        folder = self.root / component
+        if other := self.others.get(component):
+            return other.weights(component)
+        folder = self.folder(component)
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         stem = self.family.weights[component]
         found = choose_weights(names, stem)
@@ -101,7 +113,8 @@ class ModelSource:
 
     def state(self, component: str, net: nn.Module) -> Mapping[str, Tensor] | None:
         """None: diffusers and transformers load the `weights` of a component."""
-        return None
+        other = self.others.get(component)
+        return None if other is None else other.state(component, net)
 
     def parameters(self, component: str) -> int:
         """Number of weights of a component; for .bin files, as if they were stored in fp32.
@@ -109,7 +122,7 @@ class ModelSource:
         Raises InputError when a file can't be read.
         """
         weights = self.weights(component)
-        paths = [self.root / component / name for name in weights.files]
+        paths = [self.folder(component) / name for name in weights.files]
         for path in paths:
             check_no_pointer(path)
         if not weights.safetensors:
@@ -127,6 +140,17 @@ class ModelSource:
                 raise InputError(f"cannot read {path}: {first_sentence(exc)}") from exc
             count += sum(math.prod(shape) for shape in shapes)
         return count
+
+    def papers(self, cards: bool = True) -> dict[str, Path]:
+        """The model card and all licence files, by their names below the licences of a bundle;
+        those of other components' models lie below the component's name there. cards: without
+        them, licence files alone."""
+        card = self.model_card() if cards else None
+        own = [*([card] if card else []), *self.licence_files()]
+        found = {path.relative_to(self.root).as_posix(): path for path in own}
+        for component, other in self.others.items():
+            found |= {f"{component}/{name}": path for name, path in other.papers(cards).items()}
+        return found
 
     def licence_files(self) -> tuple[Path, ...]:
         """LICENSE, NOTICE and the like in the model's folder, and all files in its LICENSES/."""
@@ -187,11 +211,12 @@ class ModelSource:
         return name or "unknown"
 
     def licence(self, folder: str) -> Licence:
-        """The licence, its files taken to be copied to `folder`."""
-        return Licence(
-            self.licence_name(),
-            tuple(f"{folder}/{p.relative_to(self.root).as_posix()}" for p in self.licence_files()),
-        )
+        """The licence, its files taken to be copied to `folder`; with those of other components'
+        models, whose names say which."""
+        names = [self.licence_name()]
+        names += [f"{name}: {other.licence_name()}" for name, other in self.others.items()]
+        files = tuple(f"{folder}/{name}" for name in self.papers(cards=False))
+        return Licence("; ".join(names), files)
 
     def hints(self) -> dict[str, Any]:
         """Defaults that the model asks for in edgesd.json: num_inference_steps, guidance_scale,
@@ -247,11 +272,22 @@ class ModelSource:
         for path in self._files():
             name = path.relative_to(self.root).as_posix()
             digest.update(f"{name}\0{sha256_file(path)}\n".encode())
+        for component, other in sorted(self.others.items()):
+            digest.update(f"{component}\0{other.network_sha256(component)}\n".encode())
+        return digest.hexdigest()
+
+    def network_sha256(self, component: str) -> str:
+        """Hash over the config and the weights of one component."""
+        digest, folder = hashlib.sha256(), self.folder(component)
+        for name in ("config.json", *self.weights(component).files):
+            digest.update(f"{name}\0{sha256_file(folder / name)}\n".encode())
         return digest.hexdigest()
 
     def _files(self) -> list[Path]:
-        paths = [self.root / "model_index.json"]
+        paths = [self.root / INDEX]
         for component in self.family.weights:
+            if component in self.others:
+                continue
             folder = self.root / component
             paths.append(folder / "config.json")
             paths += [folder / name for name in self.weights(component).files]
@@ -349,11 +385,16 @@ def _lacking(folder: Path, names: Collection[str], stem: str) -> str:
     return f"{folder} has no weights: {expected}; download the model again"
 
 
+def is_pipeline(root: Path) -> bool:
+    """Whether a folder holds a pipeline."""
+    return (root / INDEX).is_file()
+
+
 def open_folder(name: str, root: Path) -> ModelSource:
-    if not (root / "model_index.json").is_file():
+    if not is_pipeline(root):
         raise InputError(_no_pipeline(root))
-    index = read_json_object(root / "model_index.json")
-    class_name = class_name_of(root / "model_index.json", index)
+    index = read_json_object(root / INDEX)
+    class_name = class_name_of(root / INDEX, index)
     return ModelSource(name, root, index, family_of(class_name, name))
 
 
@@ -388,7 +429,7 @@ def _brief(value: object) -> str:
 def _no_pipeline(root: Path) -> str:
     """What a folder without model_index.json is instead, and what to do with it."""
     names = sorted(path.name for path in root.iterdir())
-    inner = [name for name in names if (root / name / "model_index.json").is_file()]
+    inner = [name for name in names if (root / name / INDEX).is_file()]
     snapshots = sorted((root / "snapshots").glob("*/model_index.json"))
     single = [name for name in names if Path(name).suffix.lower() in SINGLE_FILE]
     if "bundle.json" in names:

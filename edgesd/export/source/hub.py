@@ -15,9 +15,11 @@ from edgesd.errors import InputError, MissingDependencyError
 from edgesd.export.families import Family, family_of
 from edgesd.export.source.folder import (
     HINTS,
+    INDEX,
     LICENCES,
     MODEL_CARD,
     NOTICE,
+    STEM,
     TEXT_FILE,
     choose_weights,
     class_name_of,
@@ -27,8 +29,11 @@ from edgesd.files import user_home
 from edgesd.text import first_sentence
 
 
-def download(repo_id: str) -> Path:
-    """Fetch just the files that the family needs; from the cache when the hub can't be reached."""
+def download(repo_id: str, component: str | None = None) -> Path:
+    """Fetch just the files that the family needs; from the cache when the hub can't be reached.
+
+    component: fetch this network alone, of a pipeline or of a repository that holds no other.
+    """
     if user_home() is None:
         raise InputError(f"downloading {repo_id} needs a home folder: set HOME to one")
     try:
@@ -47,10 +52,13 @@ def download(repo_id: str) -> Path:
     try:
         if offline:  # its five tries would take half a minute
             return Path(hub.snapshot_download(repo_id, local_files_only=True))
-        index_path = Path(hub.hf_hub_download(repo_id, "model_index.json"))
-        family = family_of(class_name_of(index_path, read_json_object(index_path)), repo_id)
+        family = None
+        if component is None:
+            index_path = Path(hub.hf_hub_download(repo_id, INDEX))
+            family = family_of(class_name_of(index_path, read_json_object(index_path)), repo_id)
         try:
-            patterns = _wanted(hub.list_repo_files(repo_id), family)
+            files = hub.list_repo_files(repo_id)
+            patterns = _wanted(files, family) if family else _network(files, str(component))
         except errors.HfHubHTTPError:
             raise  # the hub answered, and said no
         except Exception:  # noqa: BLE001  each hub version raises those of its own HTTP library
@@ -112,13 +120,24 @@ def reachable(url: str, seconds: float = 4.0) -> bool:
 
 
 def _wanted(files: Collection[str], family: Family) -> list[str]:
-    wanted = ["model_index.json", MODEL_CARD, HINTS]
-    wanted += [name for name in files if NOTICE.fullmatch(name)] + [f"{LICENCES}/*"]
+    wanted = [INDEX, HINTS, *_papers(files)]
     wanted += [f"{folder}/*{suffix}" for folder in family.configs for suffix in TEXT_FILE]
     for component, stem in family.weights.items():
-        prefix = f"{component}/"
-        names = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
-        weights = choose_weights(names, stem)
-        wanted.append(f"{prefix}config.json")
-        wanted += [prefix + name for name in weights.files] if weights else []
+        wanted += _of_network(files, f"{component}/", stem)
     return wanted
+
+
+def _network(files: Collection[str], component: str) -> list[str]:
+    pipeline = INDEX in files
+    found = _of_network(files, f"{component}/" if pipeline else "", STEM)
+    return [*([INDEX] if pipeline else []), *found, *_papers(files)]
+
+
+def _of_network(files: Collection[str], prefix: str, stem: str) -> list[str]:
+    names = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
+    weights = choose_weights(names, stem)
+    return [prefix + name for name in ("config.json", *(weights.files if weights else ()))]
+
+
+def _papers(files: Collection[str]) -> list[str]:
+    return [MODEL_CARD, *(name for name in files if NOTICE.fullmatch(name)), f"{LICENCES}/*"]

@@ -16,7 +16,7 @@ from edgesd.export import source as source_module
 from edgesd.export.families.checkpoint import Weights
 from edgesd.export.pipeline import export_spec
 from edgesd.export.source import hub as hub_module
-from edgesd.export.source import resolve_source
+from edgesd.export.source import resolve_network, resolve_source
 from edgesd.export.source.folder import choose_weights
 from edgesd.spec.pipeline import stable_diffusion
 
@@ -461,6 +461,27 @@ class TestDownload:
         assert "unet/diffusion_pytorch_model.safetensors" in asked
         assert "tokenizer/*.json" in asked and "NOTICE" in asked
         assert not set(extra) & set(asked)
+
+    @pytest.mark.parametrize("prefix", ["", "vae/"])
+    def test_of_a_network_only_its_own_files_are_fetched(
+        self, hub: Any, monkeypatch: pytest.MonkeyPatch, prefix: str
+    ) -> None:
+        """Those of a repository of one network, and of a pipeline."""
+        weights = "diffusion_pytorch_model.safetensors"
+        files = [f"{prefix}config.json", f"{prefix}{weights}", "taesd_decoder.pth", "README.md"]
+        files += ["model_index.json", f"unet/{weights}"] if prefix else []
+        asked: list[str] = []
+
+        def snapshot(repo_id: str, allow_patterns: list[str]) -> str:
+            asked.extend(allow_patterns)
+            return str(EMOJI if prefix else EMOJI / "vae")
+
+        monkeypatch.setattr(hub, "list_repo_files", lambda repo: files)
+        monkeypatch.setattr(hub, "snapshot_download", snapshot)
+        source = resolve_network("some-owner/taesd", "vae")
+        assert source.class_of("vae") == "AutoencoderTiny" and source.parameters("vae") > 1000
+        assert source.public_name == "some-owner/taesd"
+        assert {*files[:2], "README.md"} <= {*asked} and not {*files[2:3], *files[5:]} & {*asked}
 
 
 def edit_json(path: Path, **changes: object) -> None:

@@ -27,6 +27,7 @@ OPTIONS = BuildOptions(
     batch=2,
     scheduler="ddim",
     variant="turbo",
+    prompt_chunks=2,
     quantization=QuantOptions(
         method="rtn",
         static=True,
@@ -154,6 +155,21 @@ def test_a_path_in_a_bundle_is_never_opened(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="say where it is: edgesd build MODEL --like other"):
         like(model).model()
+
+
+def test_an_autoencoder_of_another_model_is_found_again_on_the_hub_alone(like: Rebuild) -> None:
+    same = like(ModelReference("demo", "demo", SHA))
+    assert same.vae() is None
+
+    def built_with(kind: str, name: str) -> Like:
+        record = msgspec.structs.replace(same.record, vae=ModelReference(kind, name, SHA))
+        assert decode_json(msgspec.json.encode(record), BuildRecord) == record
+        return Like(same.path, same.manifest, record)
+
+    assert built_with("hub", "owner/taesd").vae() == "owner/taesd"
+    for kind, name in (("folder", "taesd"), ("hub", "/etc"), ("hub", "../up"), ("demo", "demo")):
+        with pytest.raises(UsageError, match="say where it is: --vae MODEL"):
+            built_with(kind, name).vae()
 
 
 def test_differences_are_expected_where_model_tools_or_prompter_differ(like: Rebuild) -> None:

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from edgesd.errors import InputError
-from edgesd.export.families import Component
+from edgesd.export.families import AUTOENCODER, Component
 from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.export.families.parts.shapes import dims, float_tensor, sizes, uniform
 from edgesd.export.families.parts.weights import load_network
 from edgesd.spec.pipeline import ComponentSpec, LatentSpec, ShapeSpec
 
-_FOLDER = "vae"
 _TINY = "AutoencoderTiny"
 _COLOURS = 3
 """Channels of an image."""
@@ -167,8 +166,8 @@ def latent_spec(
     scaling = config["scaling_factor"]
     if scaling is None or not math.isfinite(scaling) or scaling == 0:
         raise InputError(
-            f"{source.folder(_FOLDER)}/config.json: scaling_factor is {scaling}: expected a number "
-            "that latents are divided by, such as 0.18215"
+            f"{source.folder(AUTOENCODER)}/config.json: scaling_factor is {scaling}: expected a "
+            "number that latents are divided by, such as 0.18215"
         )
     tiny = _is_tiny(source)
     mean, std = _channel_statistics(source, config) if per_channel else (None, None)
@@ -195,19 +194,19 @@ def _channel_statistics(
     finite = all(math.isfinite(value) for value in (*mean, *std))
     if not finite or {len(mean), len(std)} != {channels} or min(std) <= 0:
         raise InputError(
-            f"{source.folder(_FOLDER)}/config.json: latents_mean and latents_std are {given}: "
+            f"{source.folder(AUTOENCODER)}/config.json: latents_mean and latents_std are {given}: "
             f"expected {channels} numbers each, those of latents_std above 0"
         )
     return mean, std
 
 
 def _is_tiny(source: Checkpoint) -> bool:
-    return source.class_of(_FOLDER) == _TINY
+    return source.class_of(AUTOENCODER) == _TINY
 
 
 def _autoencoder(source: Checkpoint, weights: bool) -> Any:
-    cls = getattr(diffusers, source.class_of(_FOLDER))
-    return load_network(source, _FOLDER, cls, weights)
+    cls = getattr(diffusers, source.class_of(AUTOENCODER))
+    return load_network(source, AUTOENCODER, cls, weights)
 
 
 def _tiny_halo(blocks: Sequence[int]) -> int:
