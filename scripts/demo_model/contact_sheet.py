@@ -9,10 +9,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from .sampling import draw
+from .sampling import draw, open_pipeline, settings_of
 from .vocabulary import SHEET_PROMPTS
 
 COLUMNS = 8
@@ -36,19 +35,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--prompts", help="other prompts, separated by semicolons")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, help="[default: the model's]")
+    parser.add_argument("--guidance", type=float, help="[default: the model's]")
     arguments = parser.parse_args()
-    pipeline = StableDiffusionPipeline.from_pretrained(arguments.pipeline)
-    pipeline.set_progress_bar_config(disable=True)
     prompts = arguments.prompts.split(";") if arguments.prompts else SHEET_PROMPTS
-    pictures = draw(
-        pipeline,
-        prompts,
-        seed=arguments.seed,
-        num_inference_steps=arguments.steps,
-        guidance_scale=arguments.guidance,
-    )
+    settings = settings_of(arguments.pipeline, arguments.steps, arguments.guidance)
+    pictures = draw(open_pipeline(arguments.pipeline), prompts, seed=arguments.seed, **settings)
     tile(pictures).save(arguments.out, optimize=True)
 
 

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from . import dataset
 from .colour import HUES, hue_distance, main_hue
 from .contact_sheet import tile
 from .dataset import Emoji, Kind
-from .sampling import draw
+from .sampling import draw, open_pipeline, settings_of
 from .vocabulary import TINTED
 
 FEATURE_SIZE = 32
@@ -97,9 +97,7 @@ def names_of(emoji: Sequence[Emoji], kind: Kind, limit: int) -> list[str]:
 
 
 @torch.no_grad()
-def reconstruction_psnr(
-    pipeline: StableDiffusionPipeline, pictures: npt.NDArray[np.uint8]
-) -> float:
+def reconstruction_psnr(pipeline: DiffusionPipeline, pictures: npt.NDArray[np.uint8]) -> float:
     """PSNR in dB of pictures [N, S, S, 3] after encoding and decoding them."""
     wanted = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     errors = []
@@ -116,24 +114,18 @@ def main() -> None:
     parser.add_argument("--kinds", default="held,shown,core,tint,rest")
     parser.add_argument("--limit", type=int, default=64, help="prompts of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, help="[default: the model's]")
+    parser.add_argument("--guidance", type=float, help="[default: the model's]")
     parser.add_argument("--sheets", type=Path, help="folder for a sheet of each kind")
     arguments = parser.parse_args()
     pictures, emoji = dataset.load(arguments.data, style="flat")
     known = features(pictures)
     names = [entry.name for entry in emoji]
-    pipeline = StableDiffusionPipeline.from_pretrained(arguments.pipeline)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = open_pipeline(arguments.pipeline)
+    settings = settings_of(arguments.pipeline, arguments.steps, arguments.guidance)
     for kind in arguments.kinds.split(","):
         prompts = names_of(emoji, kind, arguments.limit)
-        drawn = draw(
-            pipeline,
-            prompts,
-            seed=arguments.seed,
-            num_inference_steps=arguments.steps,
-            guidance_scale=arguments.guidance,
-        )
+        drawn = draw(pipeline, prompts, seed=arguments.seed, **settings)
         verdicts = judge(prompts, drawn, known, names)
         right = sum(verdict.right for verdict in verdicts)
         chosen = [index for index, entry in enumerate(emoji) if entry.kind == kind]

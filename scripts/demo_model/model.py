@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
+    DiffusionPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -147,19 +148,28 @@ def assemble(
     return pipeline
 
 
-def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Write the pipeline in fp16, with the classic tokenizer files next to ``tokenizer.json``."""
     pipeline.to(torch.float16)
     pipeline.save_pretrained(folder)
-    # transformers would otherwise load the text encoder in the stored type, diffusers the rest
-    # in fp32, and the two would not fit together.
-    config_path = folder / "text_encoder" / "config.json"
+    for config_path in folder.glob("text_encoder*/config.json"):
+        _load_in_fp32(config_path)
+    for tokenizer in folder.glob("tokenizer*"):
+        _write_classic_files(tokenizer)
+
+
+def _load_in_fp32(config_path: Path) -> None:
+    """transformers would otherwise load a text encoder in the stored type, diffusers the rest in
+    fp32, and the two would not fit together."""
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config["dtype"] = "float32"
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    fast = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def _write_classic_files(tokenizer: Path) -> None:
+    fast = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in fast["model"]["merges"]]
     vocabulary = json.dumps(fast["model"]["vocab"], ensure_ascii=False)
-    (folder / "tokenizer" / "vocab.json").write_text(vocabulary, encoding="utf-8")
+    (tokenizer / "vocab.json").write_text(vocabulary, encoding="utf-8")
     lines = ["#version: 0.2", *merges, ""]
-    (folder / "tokenizer" / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    (tokenizer / "merges.txt").write_text("\n".join(lines), encoding="utf-8")

@@ -13,7 +13,6 @@ import argparse
 import copy
 import random
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
@@ -21,21 +20,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import dataset, model
-from .captions import pick_caption
-from .dataset import Emoji, Kind
-from .training import (
-    Budget,
-    StopSignal,
-    learning_rate,
-    sampling_weights,
-    save_checkpoint,
-    set_learning_rate,
-    update_average,
-)
-from .vocabulary import SHOWN_TINTED
+from .training import fit, pick, weights_of
 
-WEIGHTS: dict[Kind, float] = {"shown": 2.0, "core": 1.5, "tint": 1.0, "rest": 0.6}
-SHOWN_TINT_FACTOR = 2.0
 EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance
 MIN_SNR_GAMMA = 5.0
 TIMESTEPS = 1000
@@ -63,8 +49,11 @@ def stratified_timesteps(batch: int) -> Tensor:
     return (places[torch.randperm(batch)] * TIMESTEPS).long()
 
 
-def diffusion_loss(net: Denoiser, alphas: Tensor, latents: Tensor, ids: Tensor) -> Tensor:
-    """Min-SNR weighted error of the v-prediction, a scalar."""
+def diffusion_loss(net: nn.Module, alphas: Tensor, latents: Tensor, conditioning: object) -> Tensor:
+    """Min-SNR weighted error of the v-prediction, a scalar.
+
+    ``net`` takes noisy latents, timesteps and the conditioning, and gives v.
+    """
     timesteps = stratified_timesteps(len(latents))
     alpha = alphas[timesteps][:, None, None, None]
     noise = torch.randn_like(latents)
@@ -72,18 +61,9 @@ def diffusion_loss(net: Denoiser, alphas: Tensor, latents: Tensor, ids: Tensor) 
     wanted = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
     snr = alpha / (1 - alpha)
     weight = 2.0 * snr.clamp(max=MIN_SNR_GAMMA) / (snr + 1)
-    prediction = net(noisy.to(memory_format=torch.channels_last), timesteps, ids).float()
+    prediction = net(noisy.to(memory_format=torch.channels_last), timesteps, conditioning).float()
     loss: Tensor = (weight * (prediction - wanted).pow(2)).mean()
     return loss
-
-
-def weights_of(emoji: list[Emoji]) -> Tensor:
-    """Sampling weight of each picture, [N]."""
-    weights = sampling_weights(emoji, WEIGHTS)
-    for index, entry in enumerate(emoji):
-        if entry.kind == "tint" and entry.name.split(maxsplit=1)[1] in SHOWN_TINTED:
-            weights[index] *= SHOWN_TINT_FACTOR
-    return weights
 
 
 def train(
@@ -105,72 +85,23 @@ def train(
         )
     net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     average = copy.deepcopy(net).requires_grad_(False).eval()
-    parameters = list(net.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
-    )
-    step, spent_s, samples = 0, 0.0, 0
-    checkpoint = work / "unet.pt"
-    if checkpoint.exists():
-        state: dict[str, Any] = torch.load(checkpoint)
-        net.load_state_dict(state["net"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent_s, samples = state["step"], state["spent_s"], state["samples"]
-    torch.manual_seed(step + 1)
-    rng = random.Random(step + 1)
     alphas = model.scheduler().alphas_cumprod
-    budget = Budget(cpu_minutes, spent_s)
 
-    def save() -> None:
-        save_checkpoint(
-            checkpoint,
-            {
-                "net": net.state_dict(),
-                "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-                "spent_s": budget.spent_s,
-                "samples": samples,
-            },
-        )
+    def loss_of(rng: random.Random) -> Tensor:
+        chosen, captions = pick(emoji, weights, batch, rng, EMPTY_CAPTION_SHARE)
+        ids = model.token_ids(tokenizer, captions)
+        return diffusion_loss(net, alphas, latents[chosen], ids)
 
-    stop = StopSignal()
-    running = float("nan")
-    saved_s = budget.spent_s
-    while budget.progress < 1 and not stop.asked:
-        rate = learning_rate(lr, step, budget.progress, warmup=200, flat=0.4)
-        set_learning_rate(optimizer, rate)
-        chosen = torch.multinomial(weights, batch, replacement=True)
-        captions = [
-            ""
-            if rng.random() < EMPTY_CAPTION_SHARE
-            else pick_caption(emoji[index].name, emoji[index].tags, "flat", rng)
-            for index in chosen.tolist()
-        ]
-        loss = diffusion_loss(net, alphas, latents[chosen], model.token_ids(tokenizer, captions))
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        samples += batch
-        update_average(average, net, step, AVERAGE_DECAY)
-        running = (
-            loss.item()
-            if step == 1 or running != running
-            else (0.99 * running + 0.01 * loss.item())
-        )
-        if step % 100 == 0:
-            print(
-                f"step {step} samples {samples} loss {running:.4f} lr {rate:.1e} "
-                f"cpu {budget.spent_s / 60:.1f} min",
-                flush=True,
-            )
-        if budget.spent_s - saved_s > 120:
-            save()
-            saved_s = budget.spent_s
-    save()
+    fit(
+        net,
+        average,
+        loss_of,
+        work / "unet.pt",
+        cpu_minutes=cpu_minutes,
+        batch=batch,
+        lr=lr,
+        average_decay=AVERAGE_DECAY,
+    )
 
 
 def main() -> None:

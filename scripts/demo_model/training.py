@@ -1,10 +1,11 @@
-"""What all training stages share: the time budget, sampling weights, checkpoints."""
+"""What all training stages share: the loop, the time budget, sampling, checkpoints."""
 
 from __future__ import annotations
 
+import random
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .captions import pick_caption
 from .dataset import Emoji, Kind
+from .vocabulary import SHOWN_TINTED
+
+# How often diffusion training samples a picture of each kind; the held-out pairs never.
+WEIGHTS: dict[Kind, float] = {"shown": 2.0, "core": 1.5, "tint": 1.0, "rest": 0.6}
+SHOWN_TINT_FACTOR = 2.0
+SAVE_EVERY_S = 120.0
+PRINT_EVERY_STEPS = 100
 
 
 class Budget:
@@ -63,6 +72,29 @@ def sampling_weights(emoji: Sequence[Emoji], by_kind: Mapping[Kind, float]) -> T
     return torch.tensor([by_kind.get(entry.kind, 0.0) for entry in emoji])
 
 
+def weights_of(emoji: Sequence[Emoji]) -> Tensor:
+    """Sampling weight of each picture in diffusion training, [N]."""
+    weights = sampling_weights(emoji, WEIGHTS)
+    for index, entry in enumerate(emoji):
+        if entry.kind == "tint" and entry.name.split(maxsplit=1)[1] in SHOWN_TINTED:
+            weights[index] *= SHOWN_TINT_FACTOR
+    return weights
+
+
+def pick(
+    emoji: Sequence[Emoji], weights: Tensor, batch: int, rng: random.Random, empty_share: float
+) -> tuple[Tensor, list[str]]:
+    """Indices [batch] of pictures and a caption for each, a share of them empty."""
+    chosen = torch.multinomial(weights, batch, replacement=True)
+    captions = [
+        ""
+        if rng.random() < empty_share
+        else pick_caption(emoji[index].name, emoji[index].tags, "flat", rng)
+        for index in chosen.tolist()
+    ]
+    return chosen, captions
+
+
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
     """Move the exponential moving average of the weights; it is short while training is young."""
@@ -81,3 +113,75 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 def to_unit_range(pictures: Tensor) -> Tensor:
     """uint8 pictures, 0 to 255 -> float, -1 to 1."""
     return pictures.float() / 127.5 - 1.0
+
+
+def fit(
+    net: nn.Module,
+    average: nn.Module,
+    loss_of: Callable[[random.Random], Tensor],
+    checkpoint: Path,
+    *,
+    cpu_minutes: float,
+    batch: int,
+    lr: float,
+    average_decay: float,
+) -> None:
+    """Train ``net`` for ``cpu_minutes`` of CPU time, ``average`` following it.
+
+    ``loss_of`` draws a batch and returns its loss, a scalar; parameters that need no gradient
+    stay. Goes on from ``checkpoint`` where there is one, and writes it every two minutes and at
+    the end.
+    """
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+    )
+    step, spent_s, samples = 0, 0.0, 0
+    if checkpoint.exists():
+        state: dict[str, Any] = torch.load(checkpoint)
+        net.load_state_dict(state["net"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent_s, samples = state["step"], state["spent_s"], state["samples"]
+    torch.manual_seed(step + 1)
+    rng = random.Random(step + 1)
+    budget = Budget(cpu_minutes, spent_s)
+
+    def save() -> None:
+        save_checkpoint(
+            checkpoint,
+            {
+                "net": net.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "spent_s": budget.spent_s,
+                "samples": samples,
+            },
+        )
+
+    stop = StopSignal()
+    running = float("nan")
+    saved_s = budget.spent_s
+    while budget.progress < 1 and not stop.asked:
+        rate = learning_rate(lr, step, budget.progress, warmup=200, flat=0.4)
+        set_learning_rate(optimizer, rate)
+        loss = loss_of(rng)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        samples += batch
+        update_average(average, net, step, average_decay)
+        running = loss.item() if running != running else 0.99 * running + 0.01 * loss.item()
+        if step % PRINT_EVERY_STEPS == 0:
+            print(
+                f"step {step} samples {samples} loss {running:.4f} lr {rate:.1e} "
+                f"cpu {budget.spent_s / 60:.1f} min",
+                flush=True,
+            )
+        if budget.spent_s - saved_s > SAVE_EVERY_S:
+            save()
+            saved_s = budget.spent_s
+    save()
