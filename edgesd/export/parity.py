@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from edgesd.errors import ParityError
 from edgesd.export.families import Component, Sizes
 from edgesd.export.passes.tiled_decoder import CORE, FEATURES, OWN, STATISTICS
+from edgesd.export.pieces import run_in_pieces
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends.onnxruntime import session_options
 from edgesd.spec.bundle import Parity, SplitDecoder
@@ -52,13 +53,13 @@ def reference_cases(module: nn.Module, component: Component) -> list[Case]:
 
 def graph_cases(graph: Path, component: Component) -> list[Case]:
     """What the graph file makes of the inputs that `reference_cases` uses."""
-    session = _session(graph)
     names = [tensor.name for tensor in component.spec.outputs]
-    cases = []
-    for seed, sizes in enumerate(component.sizes):
-        inputs = example_inputs(component, sizes, seed)
-        cases.append((inputs, tuple(session.run(names, inputs))))
-    return cases
+    cases = [example_inputs(component, sizes, seed) for seed, sizes in enumerate(component.sizes)]
+    made = run_in_pieces(graph, cases)
+    return [
+        (inputs, tuple(outputs[name] for name in names))
+        for inputs, outputs in zip(cases, made, strict=True)
+    ]
 
 
 def check_parity(
@@ -68,7 +69,8 @@ def check_parity(
     precision: Precision,
     library: Path | None = None,
 ) -> Parity:
-    """Run the graph file in ONNX Runtime on the CPU and compare. The worst output and case count.
+    """Run the graph file in ONNX Runtime on the CPU, in pieces where it is large, and compare. The
+    worst output and case count.
 
     library: of edgesd's own kernels, for a graph that needs it.
 
@@ -77,11 +79,11 @@ def check_parity(
     """
     names = [tensor.name for tensor in component.spec.outputs]
 
-    def load() -> Callable[[dict[str, Array]], Sequence[Array]]:
-        session = _session(graph, library)
-        return lambda inputs: session.run(names, inputs)
+    def run(inputs: list[dict[str, Array]]) -> Iterator[Sequence[Array]]:
+        for made in run_in_pieces(graph, inputs, library):
+            yield [made[name] for name in names]
 
-    return _check(load, component, cases, precision)
+    return _check(run, component, cases, precision)
 
 
 def check_split(
@@ -102,37 +104,32 @@ def check_split(
     statistics = next(t for t in split.tail.spec.inputs if t.name == STATISTICS)
     none = np.zeros([int(dim) for dim in statistics.shape], statistics.dtype)
 
-    def load() -> Callable[[dict[str, Array]], Sequence[Array]]:
+    def run(inputs: list[dict[str, Array]]) -> Iterator[Sequence[Array]]:
         head, tail = (_session(file, library) for file in files)
-
-        def run(inputs: dict[str, Array]) -> Sequence[Array]:
+        for each in inputs:
             images = []
-            for row in inputs[latents.name]:
+            for row in each[latents.name]:
                 features = head.run(None, {latents.name: row[None]})[0]
                 core = np.array([0, 0, *features.shape[2:]])
                 fed = {FEATURES: features, STATISTICS: none, CORE: core}
                 images.append(tail.run(None, {**fed, OWN: np.ones(1, np.float32)})[0])
-            return [np.concatenate(images)]
+            yield [np.concatenate(images)]
 
-        return run
-
-    return _check(load, component, cases, precision)
+    return _check(run, component, cases, precision)
 
 
 def _check(
-    load: Callable[[], Callable[[dict[str, Array]], Sequence[Array]]],
+    run: Callable[[list[dict[str, Array]]], Iterable[Sequence[Array]]],
     component: Component,
     cases: Sequence[Case],
     precision: Precision,
 ) -> Parity:
-    """load: gives what makes outputs of inputs."""
+    """run: makes the outputs of each case, given all inputs."""
     tolerance = TOLERANCE.get(precision, QUANTIZED_TOLERANCE)
     names = [tensor.name for tensor in component.spec.outputs]
     max_abs, rel_rms = 0.0, 0.0
     try:
-        run = load()
-        for inputs, wanted in cases:
-            found = run(inputs)
+        for found, (_, wanted) in zip(run([inputs for inputs, _ in cases]), cases, strict=True):
             for name, ours, source in zip(names, found, wanted, strict=True):
                 if ours.shape != source.shape:
                     raise ParityError(
