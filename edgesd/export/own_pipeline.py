@@ -3,13 +3,14 @@
 Parity compares a graph with its module on inputs that follow from the export spec: it can't see
 a spec that is wrong. Here diffusers' pipeline generates, and edgesd's loop beside it, with networks
 that compute next to nothing and write down what they are given: token ids, the sample and its size,
-timesteps, the embedding of the guidance scale, and the latents that are decoded.
+timesteps, all else that the denoiser is told, and the latents that are decoded.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.requests import Completion, Request, scheduler_of
 from edgesd.runtime.tasks import text as text_to_image
 from edgesd.runtime.tokenizer import PromptTokenizer
-from edgesd.spec.pipeline import LatentSpec, PipelineSpec, Wiring
+from edgesd.spec.pipeline import ComponentSpec, LatentSpec, PipelineSpec, Wiring
 from edgesd.text import first_sentence
 
 _PROMPTS = (
@@ -43,8 +44,12 @@ _TOGETHER = 6
 """Added tokens in one prompt: all of them stay, whatever the tokenizer makes of them."""
 
 _SEED = 5
-_SECOND_COUNT = 7
-"""Of steps, beside the model's own: spacings that agree for one count may differ for another."""
+_SECOND_COUNT, _SECOND_GUIDANCE = 7, 3.0
+"""Of steps, beside the model's own: spacings that agree for one count may differ for another. With
+guidance, so that the negative half is seen, and of an oblong size where any can be asked for."""
+
+_STEP = 8
+"""Pixels that diffusers' pipelines take multiples of, whatever their autoencoder does."""
 
 _TOLERANCE = 1e-3
 """Of what is fed, relative to its largest value: samplers round in another order."""
@@ -52,11 +57,12 @@ _TOLERANCE = 1e-3
 
 @dataclass
 class _Fed:
-    """What the networks were given for one image: step by step, and at the end."""
+    """What the networks were given for one image: step by step, and at the end. inputs: of the
+    denoiser at the first step, but its sample and timestep, by name."""
 
     samples: list[Float] = field(default_factory=list)
     timesteps: list[float] = field(default_factory=list)
-    guidance: list[Float] = field(default_factory=list)
+    inputs: dict[str, Float] = field(default_factory=dict)
     decoded: list[Float] = field(default_factory=list)
 
 
@@ -74,12 +80,13 @@ def check_own_pipeline(export: ExportSpec, tokenizers: Tokenizers) -> None:
     own = export.own()
     pipeline = own.pipeline
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.__class__ = _on_cpu(type(pipeline))
+    for each in (pipeline, own.autoencoder, *own.encoders.values()):
+        each.__class__ = _on_cpu(type(each))
     try:
         with quiet(), torch.inference_mode():
-            _check_tokens(own, spec.wiring, tokenizers)
-            for steps in dict.fromkeys((spec.num_inference_steps, _SECOND_COUNT)):
-                _check_image(own, spec, tokenizers, steps)
+            _check_tokens(own, spec, tokenizers)
+            for asked in _asked(spec):
+                _check_image(own, spec, tokenizers, asked)
     except EdgesdError:
         raise
     except Exception as exc:  # diffusers and the libraries below it, each with its own exceptions
@@ -90,7 +97,8 @@ def check_own_pipeline(export: ExportSpec, tokenizers: Tokenizers) -> None:
 
 
 def _on_cpu(cls: type[Any]) -> type[Any]:
-    """The pipeline class, whose networks lie on the meta device, with its work on the CPU."""
+    """A class of a pipeline or network that lies on the meta device, which takes its inputs on the
+    CPU."""
     device = property(lambda _: torch.device("cpu"))
     return type(cls.__name__, (cls,), {"_execution_device": device, "device": device})
 
@@ -107,11 +115,26 @@ def _prompts(tokenizer: Any) -> Iterator[str]:
         yield "word " * 73 + " ".join(some)
 
 
-def _check_tokens(own: OwnPipeline, wiring: Wiring, tokenizers: Tokenizers) -> None:
+def _asked(spec: PipelineSpec) -> Iterator[Request]:
+    """The images that are generated: as the pipeline does where nobody says otherwise, and one that
+    differs in all that its graphs allow."""
+    own = Request(_PROMPTS[1], _SEED, num_inference_steps=spec.num_inference_steps)
+    yield own
+    guidance = max(spec.guidance_scale, _SECOND_GUIDANCE)
+    other = replace(own, num_inference_steps=_SECOND_COUNT, guidance_scale=guidance)
+    shape = spec.shape
+    if shape.dynamic:
+        higher = shape.height + math.lcm(shape.multiple_of, _STEP)
+        other = replace(other, height=higher, width=shape.width)
+    yield other
+
+
+def _check_tokens(own: OwnPipeline, spec: PipelineSpec, tokenizers: Tokenizers) -> None:
     """The ids that the pipeline gives its text encoders."""
     seen: dict[str, list[int]] = {}
+    wiring = spec.wiring
     for text in wiring.texts:
-        _replace_encoder(own, text.component, seen.__setitem__)
+        _replace_encoder(own, spec.components[text.component], seen.__setitem__)
     for text in wiring.texts:
         for prompt in _prompts(own.tokenizers[text.tokenizer]):
             own.encode(prompt)
@@ -128,22 +151,28 @@ def _check_tokens(own: OwnPipeline, wiring: Wiring, tokenizers: Tokenizers) -> N
 
 
 def _replace_encoder(
-    own: OwnPipeline, component: str, note: Callable[[str, list[int]], object]
+    own: OwnPipeline, spec: ComponentSpec, note: Callable[[str, list[int]], object]
 ) -> None:
     """Let a text encoder compute next to nothing, and note its name and the ids of a prompt."""
-    encoder = own.encoders[component]
 
-    def encode(input_ids: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
-        note(component, input_ids[0].tolist())
-        return (torch.from_numpy(_embedding(input_ids.numpy(), encoder.config.hidden_size)),)
+    def encode(input_ids: torch.Tensor, **_: object) -> object:
+        note(spec.name, input_ids[0].tolist())
+        outputs = _encoded(spec, input_ids.numpy()).values()
+        return own.encoded(spec.name, [torch.from_numpy(values) for values in outputs])
 
-    encoder.forward = encode
+    own.encoders[spec.name].forward = encode
 
 
-def _embedding(ids: npt.NDArray[np.int64], width: int) -> Float:
-    """A stand-in for text embeddings [batch, tokens, width], which differs between prompts."""
-    waves = np.arange(1, width + 1, dtype=np.float32) / width
-    found: Float = np.sin(ids[..., None].astype(np.float32) * waves)
+def _encoded(spec: ComponentSpec, ids: npt.NDArray[np.int64]) -> dict[str, Float]:
+    """Stand-ins for the outputs of a text encoder, of tokens [batch, tokens, C] or of a whole
+    prompt [batch, C], which differ between prompts, encoders and outputs."""
+    found: dict[str, Float] = {}
+    for place, tensor in enumerate(spec.outputs):
+        width = int(tensor.shape[-1])
+        waves = np.arange(1, width + 1, dtype=np.float32) / width + np.float32(place)
+        phase = np.float32(len(spec.name))
+        values = np.sin(ids[..., None].astype(np.float32) * waves + phase)
+        found[tensor.name] = values if len(tensor.shape) == 3 else values.mean(axis=1)
     return found
 
 
@@ -154,29 +183,30 @@ def _predict(wiring: Wiring, given: Mapping[str, Float], fed: _Fed) -> Float:
     sample = by_fill["sample"]
     fed.samples.append(sample.copy())
     fed.timesteps.append(float(by_fill["timestep"].reshape(-1)[0]))
-    if "guidance_embedding" in by_fill:
-        fed.guidance.append(by_fill["guidance_embedding"].copy())
     rows = np.zeros(len(sample), np.float32)
     for one in wiring.denoiser.inputs:
         if one.fill not in ("sample", "timestep"):
             value = given[one.name]
-            rows += value.mean(axis=tuple(range(1, value.ndim)), dtype=np.float64)
+            fed.inputs.setdefault(one.name, value.copy())
+            rows += np.tanh(value).mean(axis=tuple(range(1, value.ndim)), dtype=np.float64)
     mixed = np.tanh(sample * np.float32(0.9) + np.roll(sample, 1, -1) * np.float32(0.1))
     out: Float = mixed + rows[:, None, None, None] * np.float32(0.2)
     return out
 
 
-def _check_image(own: OwnPipeline, spec: PipelineSpec, tokenizers: Tokenizers, steps: int) -> None:
-    """One image of `steps` steps by both, at the spec's guidance and with what is generated where
-    nobody says otherwise."""
+def _check_image(
+    own: OwnPipeline, spec: PipelineSpec, tokenizers: Tokenizers, asked: Request
+) -> None:
+    """One image by both."""
     theirs, ours = _Fed(), _Fed()
+    steps = asked.num_inference_steps
     problem: EdgesdError | None = None
     try:
-        _generate_ours(spec, tokenizers, steps, ours)
+        _generate_ours(spec, tokenizers, asked, ours)
     except EdgesdError as exc:
         problem = exc
     try:
-        _generate_theirs(own, spec, steps, theirs)
+        _generate_theirs(own, spec, asked, theirs)
     except Exception:
         if problem is not None and steps != spec.num_inference_steps:
             return  # a number of steps that neither has
@@ -198,10 +228,10 @@ def _check_image(own: OwnPipeline, spec: PipelineSpec, tokenizers: Tokenizers, s
             f"{spec.scheduler.name}: {steps} steps have the timesteps {_few(ours.timesteps)}, in "
             f"diffusers {_few(theirs.timesteps)}"
         )
+    for name, value in ours.inputs.items():
+        _compare(f"{name} of {spec.wiring.denoiser.component}", value, theirs.inputs[name])
     for index, (sample, other) in enumerate(zip(ours.samples, theirs.samples, strict=True)):
         _compare(f"{spec.scheduler.name}: the sample of step {index + 1} of {steps}", sample, other)
-    for embedding, other in zip(ours.guidance, theirs.guidance, strict=True):
-        _compare("the embedding of the guidance scale", embedding, other)
     for latents, other in zip(ours.decoded, theirs.decoded, strict=True):
         _compare(f"what is decoded after {steps} steps", latents, other)
 
@@ -224,20 +254,20 @@ def _few(values: list[float]) -> str:
     return f"{shown}{', ...' if len(values) > 4 else ''} ({len(values)})"
 
 
-def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, steps: int, fed: _Fed) -> None:
+def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, asked: Request, fed: _Fed) -> None:
     wiring = spec.wiring
     sample, timestep = (wiring.denoiser.input_of(fill) for fill in ("sample", "timestep"))
 
     def predict(first: torch.Tensor, second: Any, **others: Any) -> tuple[torch.Tensor]:
-        tensors = {name for name, value in others.items() if isinstance(value, torch.Tensor)}
-        for name in sorted(tensors - {one.name for one in wiring.denoiser.inputs}):
+        tensors = dict(_tensors(others))
+        for name in sorted(tensors.keys() - {one.name for one in wiring.denoiser.inputs}):
             raise ParityError(f"{wiring.denoiser.component}: diffusers feeds it {name}, too")
         given = {
             one.name: first
             if one == sample
             else torch.as_tensor(second)
             if one == timestep
-            else others[one.name]
+            else tensors[one.name]
             for one in wiring.denoiser.inputs
         }
         values = {name: tensor.numpy() for name, tensor in given.items()}
@@ -248,30 +278,41 @@ def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, steps: int, fed: _Fed
         return (torch.zeros(1, 3, 1, 1),)
 
     for text in wiring.texts:
-        _replace_encoder(own, text.component, lambda component, ids: None)
+        _replace_encoder(own, spec.components[text.component], lambda component, ids: None)
     own.denoiser.forward, own.autoencoder.decode = predict, decode
-    size: dict[str, int] = {}
-    if not spec.shape.dynamic or not own.has_size:
+    size: dict[str, int | None] = {}
+    if asked.height is not None:
+        size = {"height": asked.height, "width": asked.width}
+    elif not spec.shape.dynamic or not own.has_size:
         size = {"height": spec.shape.height, "width": spec.shape.width}
+    guidance = asked.guidance_scale
     own.pipeline(
-        _PROMPTS[1],
-        num_inference_steps=steps,
-        guidance_scale=spec.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(_SEED),
+        asked.prompt,
+        num_inference_steps=asked.num_inference_steps,
+        guidance_scale=spec.guidance_scale if guidance is None else guidance,
+        generator=torch.Generator("cpu").manual_seed(asked.seed),
         output_type="pt",
         **size,
     )
 
 
-def _generate_ours(spec: PipelineSpec, tokenizers: Tokenizers, steps: int, fed: _Fed) -> None:
+def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Arguments that are tensors, those within dictionaries included."""
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, dict):
+            yield from _tensors(value)
+
+
+def _generate_ours(spec: PipelineSpec, tokenizers: Tokenizers, asked: Request, fed: _Fed) -> None:
     wiring, latent = spec.wiring, spec.latent
-    request = Completion(spec).complete(Request(_PROMPTS[1], _SEED, num_inference_steps=steps))
+    request = Completion(spec).complete(asked)
     guided = flow_of(spec).guided(request.guidance_scale)
 
     def encode(component: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         (ids,) = inputs.values()
-        outputs = spec.components[component].outputs
-        return {tensor.name: _embedding(ids, int(tensor.shape[-1])) for tensor in outputs}
+        return dict(_encoded(spec.components[component], ids))
 
     conditioned = Prompts(wiring.texts, tokenizers).conditioned(
         [request.positive],

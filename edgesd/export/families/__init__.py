@@ -22,7 +22,7 @@ from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.spec.pipeline import ComponentSpec, PipelineSpec
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 MAX_BATCH = 63
 """Batch of a dynamic graph, at most. diffusers' upsampling takes another branch from 64 on."""
@@ -70,7 +70,8 @@ class OwnPipeline:
     torch's meta device.
 
     encoders: by the component's name. tokenizers: by the folder's name. encode: hands a prompt to
-    the pipeline's encoders. has_size: whether it knows a default size by itself.
+    the pipeline's encoders. encoded: what the pipeline takes from an encoder, by its component's
+    name and outputs, in the order of its spec. has_size: whether it knows a default size by itself.
     """
 
     pipeline: Any
@@ -79,6 +80,7 @@ class OwnPipeline:
     denoiser: Any
     autoencoder: Any
     encode: Callable[[str], object]
+    encoded: Callable[[str, Sequence[Tensor]], object]
     has_size: bool
 
 
@@ -116,7 +118,7 @@ class Family:
     export_spec: Callable[[Checkpoint, tuple[int, int] | None, str | None, int, int], ExportSpec]
 
 
-_MODULES = ("sd",)
+_MODULES = ("sd", "sdxl")
 
 _NOT_YET = ": edgesd doesn't support that yet"
 _KNOWN = {
@@ -126,7 +128,6 @@ _KNOWN = {
     "ControlNet": ("a pipeline with a ControlNet", _NOT_YET),
     "Inpaint": ("an inpainting pipeline", _NOT_YET),
     "InstructPix2Pix|Upscal|Depth2Img|ImageVariation": ("a pipeline of another task", _NOT_YET),
-    "^StableDiffusionXL": ("an SDXL pipeline", _NOT_YET),
     "^StableDiffusion3": ("a Stable Diffusion 3 pipeline", _NOT_YET),
     "^Flux": ("a FLUX pipeline", _NOT_YET),
     "Video|^Wan|^LTX|^CogVideo|^Mochi": ("a video pipeline", ": edgesd generates images"),

@@ -132,7 +132,6 @@ def test_broken_index(model: Path, content: str) -> None:
         (["my_pipeline", "MyPipeline"], r"MyPipeline of the model's own code \(my_pipeline\.py\)"),
         (None, "names no pipeline class"),
         (["a", "b", "c"], "names no pipeline class"),
-        ("StableDiffusionXLPipeline", r"is an SDXL pipeline.*doesn't support that yet"),
         ("StableDiffusion3Pipeline", r"is a Stable Diffusion 3 pipeline.*yet"),
         ("FluxKontextPipeline", r"is a FLUX pipeline.*yet"),
         ("StableDiffusionXLInpaintPipeline", r"is an inpainting pipeline.*yet"),

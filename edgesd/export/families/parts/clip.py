@@ -1,7 +1,8 @@
 """CLIP's text encoder and its tokenizer.
 
 Graph: input_ids int64 [batch, tokens] -> encoder_hidden_states [batch, tokens, C], the last hidden
-state after the final norm.
+state after the final norm, or an earlier one, as it is (and text_embeds [batch, P], the projected
+state of the end of the text).
 """
 
 from __future__ import annotations
@@ -20,34 +21,80 @@ from edgesd.export.families.parts.shapes import dims, float_tensor, token_ids
 from edgesd.export.families.parts.weights import load_network
 from edgesd.spec.pipeline import ComponentSpec, ShapeSpec, TensorSpec
 
+HIDDEN, POOLED = "encoder_hidden_states", "text_embeds"
+"""Outputs."""
+
 
 class TextEncoder(nn.Module):
-    """input_ids [batch, tokens] -> last hidden state, after the final norm [batch, tokens, C]."""
+    """input_ids [batch, tokens] -> hidden state [batch, tokens, C] behind the last layer but
+    `dropped`, which are dropped; after the final norm if `normed`."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: Any, dropped: int = 0, normed: bool = True) -> None:
         super().__init__()
         self.net = net
+        if dropped:
+            net.encoder.layers = net.encoder.layers[:-dropped]
+        if not normed:
+            net.final_layer_norm = nn.Identity()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         out: Tensor = self.net(input_ids=input_ids).last_hidden_state
         return out
 
 
+class ProjectedTextEncoder(nn.Module):
+    """input_ids [batch, tokens] -> hidden state [batch, tokens, C] behind the last layer but
+    `behind`, as it is, and the projected state of the end of the text [batch, P], behind all.
+
+    The end is where the token of the highest id is, or the first of the config's eos_token_id,
+    unless that is 2, which stands for the former (transformers' CLIPTextModel.forward).
+    """
+
+    def __init__(self, net: nn.Module, behind: int) -> None:
+        super().__init__()
+        self.net = net
+        self.place = -1 - behind
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.net(input_ids=input_ids, output_hidden_states=True)
+        return out.hidden_states[self.place], out.text_embeds
+
+
 def text_encoder(
-    source: Checkpoint, name: str, config: Mapping[str, Any], tokens: int, shape: ShapeSpec
+    source: Checkpoint,
+    name: str,
+    config: Mapping[str, Any],
+    tokens: int,
+    shape: ShapeSpec,
+    behind: int = 0,
+    normed: bool = True,
+    pooled: bool = False,
 ) -> Component:
-    """The component `name`, in a folder of that name. config: transformers' of the encoder."""
+    """The component `name`, in a folder of that name. config: transformers' of the encoder.
+
+    behind: layers behind the hidden state that is read, which are dropped. normed: whether it is
+    read after the final norm. pooled: with the text's projected embedding, for which all layers
+    stay, and the hidden state is read as it is. Raises InputError when there are no such layers.
+    """
+    if not 0 <= behind < config["num_hidden_layers"]:
+        raise InputError(
+            f"{source.name}: {name} has {config['num_hidden_layers']} layers, and {behind} of them "
+            "can't be skipped: give a smaller --clip-skip"
+        )
 
     def load(weights: bool = True) -> nn.Module:
-        return TextEncoder(load_network(source, name, transformers.CLIPTextModel, weights))
+        if pooled:
+            cls = transformers.CLIPTextModelWithProjection
+            return ProjectedTextEncoder(load_network(source, name, cls, weights), behind)
+        net = load_network(source, name, transformers.CLIPTextModel, weights)
+        return TextEncoder(net, behind, normed)
 
     batch = dims(shape, 1)[0]
+    outputs = [float_tensor(HIDDEN, batch, tokens, config["hidden_size"])]
+    if pooled:
+        outputs.append(float_tensor(POOLED, batch, config["projection_dim"]))
     return Component(
-        ComponentSpec(
-            name,
-            (TensorSpec("input_ids", "int64", (batch, tokens)),),
-            (float_tensor("encoder_hidden_states", batch, tokens, config["hidden_size"]),),
-        ),
+        ComponentSpec(name, (TensorSpec("input_ids", "int64", (batch, tokens)),), tuple(outputs)),
         load,
         sizes=({"batch": 1}, {"batch": 2}) if shape.dynamic else ({}, {}),
         examples={"input_ids": token_ids(config["vocab_size"])},

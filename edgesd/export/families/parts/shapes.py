@@ -63,8 +63,8 @@ def uniform(low: float, high: float) -> Example:
     return values
 
 
-def timesteps(low: int, high: int) -> Example:
-    """Whole timesteps from `low` to below `high`."""
+def whole_numbers(low: int, high: int) -> Example:
+    """Whole numbers from `low` to below `high`: timesteps, sizes in pixels."""
 
     def values(rng: np.random.Generator, shape: Sequence[int]) -> npt.NDArray[Any]:
         return rng.integers(low, high, shape).astype(np.float32)

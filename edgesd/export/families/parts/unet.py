@@ -1,7 +1,8 @@
 """diffusers' UNet2DConditionModel.
 
 Graph, with h and w in latents: sample [batch, C, h, w], timestep [1], encoder_hidden_states
-[batch, tokens, D] (and timestep_cond [batch, G] where guidance is distilled) -> noise_pred.
+[batch, tokens, D] (text_embeds [batch, P] and time_ids [batch, 6 or 5] where it is told the text as
+a whole and sizes; timestep_cond [batch, G] where guidance is distilled) -> noise_pred.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from edgesd.export.families.parts.shapes import (
     dims,
     float_tensor,
     sizes,
-    timesteps,
     token_dim,
+    whole_numbers,
     with_tokens,
 )
 from edgesd.export.families.parts.weights import load_network
 from edgesd.spec.pipeline import ComponentSpec, LatentSpec, ShapeSpec, check_multiple
 
-_TIMESTEPS = 1, 1000
+_TIMESTEPS, _PIXELS = (1, 1000), (0, 1025)
+TEXT_EMBEDS, TIME_IDS = "text_embeds", "time_ids"
 _NO_SIZE_IS_A_MULTIPLE = 40
 """Upsamplings of a UNet that asks whether a size is a multiple of two to that power."""
 
@@ -65,6 +67,30 @@ class Unet(nn.Module):
         return out
 
 
+class TextTimeUnet(Unet):
+    """The same for Stable Diffusion XL's: text_embeds [batch, P], the text as a whole, and time_ids
+    [batch, 6 or 5], what it is told of sizes (spec.pipeline.SIZE_FILLS)."""
+
+    def forward(  # type: ignore[override]  # called with the inputs of its own component alone
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        out: Tensor = self.net(
+            sample,
+            timestep,
+            encoder_hidden_states=encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
+            return_dict=False,
+        )[0]
+        return out
+
+
 def unet(
     source: Checkpoint,
     name: str,
@@ -73,15 +99,17 @@ def unet(
     shape: ShapeSpec,
     latent: LatentSpec,
     chunks: int = 1,
+    added: tuple[int, int] | None = None,
 ) -> Component:
     """The component `name`, in a folder of that name. config: diffusers' of the UNet. states:
-    tokens and width of the text embeddings. chunks: of so many tokens, where shapes are static."""
+    tokens and width of the text embeddings. chunks: of so many tokens, where shapes are static.
+    added: widths of text_embeds and time_ids, where it takes them."""
     multiple = size_multiple(config)
     follow = shape.dynamic and shape.multiple_of % (multiple * latent.scale_factor) != 0
 
     def load(weights: bool = True) -> nn.Module:
         net = load_network(source, name, diffusers.UNet2DConditionModel, weights)
-        return Unet(net, follow)
+        return TextTimeUnet(net, follow) if added else Unet(net, follow)
 
     batch, height, width = dims(shape, latent.scale_factor)
     if not shape.dynamic:
@@ -92,6 +120,11 @@ def unet(
         float_tensor("timestep", 1),
         float_tensor("encoder_hidden_states", batch, token_dim(shape, tokens, chunks), channels),
     ]
+    if added:
+        inputs += [
+            float_tensor(name, batch, width)
+            for name, width in zip((TEXT_EMBEDS, TIME_IDS), added, strict=True)
+        ]
     if dim := config["time_cond_proj_dim"]:
         inputs.append(float_tensor("timestep_cond", batch, dim))
     noise_pred = float_tensor("noise_pred", batch, latent.channels, height, width)
@@ -105,7 +138,10 @@ def unet(
             else sizes(shape, latent.scale_factor),
             tokens,
         ),
-        examples={"timestep": timesteps(*_TIMESTEPS)},
+        examples={
+            "timestep": whole_numbers(*_TIMESTEPS),
+            **({TIME_IDS: whole_numbers(*_PIXELS)} if added else {}),
+        },
     )
 
 

@@ -1,0 +1,147 @@
+"""What the families of Stable Diffusion share: checks of a model, and its spec in the end.
+
+They are CLIP text encoders, a UNet2DConditionModel and an AutoencoderKL or AutoencoderTiny, all of
+which parts/ describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from edgesd.errors import InputError
+from edgesd.export.families import Component, ExportSpec, OwnPipeline
+from edgesd.export.families.checkpoint import Checkpoint
+from edgesd.export.families.variants import SCHEDULER_CONFIG, Defaults, defaults_of
+from edgesd.export.quiet import quiet
+from edgesd.runtime.schedulers import create_scheduler, sampler_class
+from edgesd.spec.pipeline import LatentSpec, PipelineSpec, SchedulerSpec, ShapeSpec, Wiring
+
+UNET, VAE, DECODER = "unet", "vae", "vae_decoder"
+
+CLASSES = {
+    UNET: ("diffusers", ("UNet2DConditionModel",)),
+    VAE: ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
+}
+"""Component -> its library, and the classes of it that are taken."""
+
+TOKENIZERS = ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"))
+WEIGHTS = {UNET: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model"}
+_UNSUPPORTED = (
+    "class_embed_type",
+    "num_class_embeds",
+    "encoder_hid_dim_type",
+    "encoder_hid_dim",
+    "dual_cross_attention",
+)
+
+
+def check_classes(source: Checkpoint, classes: Mapping[str, tuple[str, Sequence[str]]]) -> None:
+    """Raise InputError unless the components are of classes that are taken. classes: as CLASSES."""
+    for component, (library, valid) in classes.items():
+        found, origin = source.class_of(component), source.library_of(component)
+        if found not in valid or origin != library:
+            raise InputError(
+                f"{source.name}: {component} is a {found} of {origin}, which isn't supported: "
+                f"valid: {', '.join(valid)} of {library}"
+            )
+
+
+def unet_config(source: Checkpoint, addition: str | None = None) -> dict[str, Any]:
+    """The UNet's config as its file has it; some can't be made without their weights. addition: the
+    kind of further embedding that it must have. Raises InputError for what isn't supported."""
+    given = source.config(f"{UNET}/config.json")
+    for field in _UNSUPPORTED:
+        if given.get(field):
+            raise InputError(f"{source.name}: a UNet with {field}={given[field]!r} isn't supported")
+    if (found := given.get("addition_embed_type")) != addition:
+        raise InputError(
+            f"{source.name}: a UNet with addition_embed_type={found!r} isn't supported: a "
+            f"{source.index.get('_class_name')} has {addition!r}"
+        )
+    return given
+
+
+def check_unet(name: str, unet: Mapping[str, Any], texts: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError unless a UNet takes what it is given. unet, texts: configs of the UNet and
+    of the text encoders, as the libraries have them."""
+    channels, context = unet["in_channels"], unet["cross_attention_dim"]
+    if channels != unet["out_channels"]:
+        raise InputError(
+            f"{name}: its UNet takes {channels} channels and returns {unet['out_channels']}"
+            ": inpainting, depth and editing models aren't supported"
+        )
+    widths = set(context) if isinstance(context, list | tuple) else {context}  # of each block
+    width = sum(text["hidden_size"] for text in texts)
+    if widths != {width}:
+        makes = "encoder makes" if len(texts) == 1 else "encoders make"
+        raise InputError(
+            f"{name}: the UNet expects text embeddings of width {context}, and the text {makes} "
+            f"{width}: do both belong to one model?"
+        )
+    if any(text.get("use_attention_mask") for text in texts):
+        raise InputError(f"{name}: a text encoder with use_attention_mask isn't supported")
+
+
+def sampling(
+    source: Checkpoint, class_name: str, scheduler: str | None, unet: Mapping[str, Any]
+) -> Defaults:
+    """What a model is sampled with by default. class_name: of diffusers' own pipeline. scheduler:
+    the sampler that is asked for, None for the model's. unet: its config, as the file has it.
+    Raises InputError for a scheduler, or an option of it, that isn't supported."""
+    with quiet():  # libraries log while they are imported
+        from edgesd.export.families.parts.diffusers_pipeline import default_guidance
+
+        guidance = default_guidance(class_name)
+    defaults = defaults_of(source, scheduler, guidance, bool(unet.get("time_cond_proj_dim")))
+    # Before diffusers makes one, whose advice may not fit edgesd.
+    create_scheduler(defaults.sampler, {**source.config(SCHEDULER_CONFIG), **defaults.options})
+    return defaults
+
+
+def with_sampler(pipeline: Any, sampler: str) -> Any:
+    """diffusers' pipeline with a scheduler of the sampler's diffusers class, made from its own
+    one's options where that is another."""
+    cls = sampler_class(sampler)
+    if type(pipeline.scheduler).__name__ != cls:
+        import diffusers
+
+        with quiet():
+            pipeline.scheduler = getattr(diffusers, cls).from_config(pipeline.scheduler.config)
+    return pipeline
+
+
+def finished(
+    family: str,
+    source: Checkpoint,
+    defaults: Defaults,
+    scheduler: Any,
+    components: tuple[Component, ...],
+    latent: LatentSpec,
+    shape: ShapeSpec,
+    wiring: Wiring,
+    own: Callable[[], OwnPipeline],
+) -> ExportSpec:
+    """The spec of a model. scheduler: diffusers', with all its options. Raises InputError where it
+    gives no schedule."""
+    from edgesd.export.families.parts.diffusers_pipeline import scheduler_config
+
+    config, sampler, steps = scheduler_config(scheduler), defaults.sampler, defaults.steps
+    create_scheduler(sampler, config).set_timesteps(steps)  # refuses here what the board would
+    return ExportSpec(
+        PipelineSpec(
+            family=family,
+            source=source.public_name,
+            source_sha256=source.sha256(),
+            components={c.name: c.spec for c in components},
+            scheduler=SchedulerSpec(sampler, config),
+            latent=latent,
+            shape=shape,
+            num_inference_steps=steps,
+            guidance_scale=defaults.guidance,
+            wiring=wiring,
+        ),
+        components,
+        own,
+        defaults.assumed,
+    )

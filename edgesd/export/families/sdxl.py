@@ -1,0 +1,240 @@
+"""Stable Diffusion XL, and models of the same build: Turbo, Lightning, LCM, SSD-1B, Playground.
+
+Two CLIP text encoders, of which the second also gives an embedding of the whole text, and a UNet
+that is told that and sizes (Podell et al. 2023, arXiv 2307.01952). Their graphs: parts/clip.py,
+parts/unet.py, parts/vae.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from edgesd.errors import InputError
+from edgesd.export.families import Component, ExportSpec, Family, OwnPipeline
+from edgesd.export.families.checkpoint import Checkpoint
+from edgesd.export.families.latent_diffusion import (
+    CLASSES,
+    DECODER,
+    TOKENIZERS,
+    UNET,
+    VAE,
+    WEIGHTS,
+    check_classes,
+    check_unet,
+    finished,
+    sampling,
+    unet_config,
+    with_sampler,
+)
+from edgesd.export.families.variants import Defaults
+from edgesd.export.quiet import quiet
+from edgesd.runtime.schedulers import sampler_class
+from edgesd.spec.pipeline import (
+    DecoderSpec,
+    DenoiserSpec,
+    Fill,
+    InputSpec,
+    Part,
+    TextSpec,
+    TokenizerRef,
+    Wiring,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FIRST, _SECOND = "text_encoder", "text_encoder_2"
+_TOKENIZER_OF = {_FIRST: "tokenizer", _SECOND: "tokenizer_2"}
+_CLASSES = {
+    _FIRST: ("transformers", ("CLIPTextModel",)),
+    _SECOND: ("transformers", ("CLIPTextModelWithProjection",)),
+    **dict.fromkeys(_TOKENIZER_OF.values(), TOKENIZERS),
+    **CLASSES,
+}
+_PIPELINE = "StableDiffusionXLPipeline"
+_SIZES: Mapping[Fill, int] = {"size_ids": 6, "aesthetic_ids": 5}
+_PENULTIMATE = 1
+"""Layers behind the hidden state that is read."""
+
+
+def export_spec(
+    source: Checkpoint,
+    size: tuple[int, int] | None = None,
+    scheduler: str | None = None,
+    batch: int = 1,
+    chunks: int = 1,
+) -> ExportSpec:
+    """Read the configs of an SDXL pipeline, as diffusers' own pipeline has them. See sd.export_spec
+    for arguments and errors."""
+    check_classes(source, _CLASSES)
+    given = unet_config(source, addition="text_time")
+    defaults = sampling(source, _PIPELINE, scheduler, given)
+    with quiet():  # libraries log while they are imported
+        from edgesd.export.families.parts import clip, unet, vae
+
+    own = _diffusers_pipeline(source, defaults)
+    encoders = _encoders(own)
+    texts = {name: encoder.config.to_dict() for name, encoder in encoders.items()}
+    config = own.unet.config
+    check_unet(source.name, config, list(texts.values()))
+    tokens = _token_count(source, own, texts)
+    ids: Fill = "size_ids"
+    added = _added_widths(source.name, config, texts[_SECOND], ids)
+    latent = vae.latent_spec(
+        source, own.vae.config, config["in_channels"], own.vae_scale_factor, per_channel=True
+    )
+    shape = unet.shape_spec(size, batch, config, latent.scale_factor)
+    states = tokens, sum(text["hidden_size"] for text in texts.values())
+    components = (
+        *(
+            clip.text_encoder(
+                source, name, text, tokens, shape, _PENULTIMATE, False, pooled=name == _SECOND
+            )
+            for name, text in texts.items()
+        ),
+        unet.unet(source, UNET, config, states, shape, latent, chunks, added),
+        vae.vae_decoder(source, DECODER, latent, shape, fp32=bool(own.vae.config.force_upcast)),
+    )
+    zero_negative = bool(own.config.force_zeros_for_empty_prompt)
+    wiring = _wiring(components, tokens, ids, zero_negative)
+    return finished(
+        FAMILY.name, source, defaults, own.scheduler, components, latent, shape, wiring,
+        lambda: _own_pipeline(source, defaults),
+    )  # fmt: skip
+
+
+FAMILY = Family(
+    name="sdxl",
+    class_names=(_PIPELINE, "StableDiffusionXLImg2ImgPipeline"),
+    weights={_FIRST: "model", _SECOND: "model", **WEIGHTS},
+    configs=("scheduler", *_TOKENIZER_OF.values()),
+    export_spec=export_spec,
+)
+
+
+def _encoders(own: Any) -> dict[str, Any]:
+    """The text encoders of diffusers' pipeline, in the order in which their outputs are joined."""
+    return {name: getattr(own, name) for name in _TOKENIZER_OF if getattr(own, name) is not None}
+
+
+def _token_count(source: Checkpoint, own: Any, texts: Mapping[str, Mapping[str, Any]]) -> int:
+    """Tokens of a prompt, for each of its encoders."""
+    from edgesd.export.families.parts import clip
+
+    counts = {
+        name: clip.token_count(source.folder(folder), getattr(own, folder), texts[name])
+        for name, folder in _TOKENIZER_OF.items()
+        if name in texts
+    }
+    if len(set(counts.values())) > 1:
+        found = " and ".join(f"{name}'s {count}" for name, count in counts.items())
+        raise InputError(
+            f"{source.name}: its text encoders take different numbers of tokens ({found}), and "
+            "what they make is joined token by token: do both belong to one model?"
+        )
+    return counts[_SECOND]
+
+
+def _added_widths(
+    name: str, unet: Mapping[str, Any], text: Mapping[str, Any], ids: Fill
+) -> tuple[int, int]:
+    """Widths of the text's embedding and of the ids of sizes that the UNet is told. Raises
+    InputError unless that is what it takes."""
+    embedding, count = text["projection_dim"], _SIZES[ids]
+    each, takes = unet["addition_time_embed_dim"], unet["projection_class_embeddings_input_dim"]
+    if takes != count * each + embedding:
+        raise InputError(
+            f"{name}: the UNet is told {takes} values, and {count} sizes of {each} with a text "
+            f"embedding of {embedding} are {count * each + embedding}: do all networks belong to "
+            "one model?"
+        )
+    return embedding, count
+
+
+def _wiring(components: Sequence[Component], tokens: int, ids: Fill, zero_negative: bool) -> Wiring:
+    """How the components are joined. ids: how what the UNet is told of sizes is filled."""
+    from edgesd.export.families.parts import clip, unet
+
+    specs = {component.name: component.spec for component in components}
+    texts = [name for name in _TOKENIZER_OF if name in specs]
+    inputs = [
+        InputSpec("sample", "sample"),
+        InputSpec("timestep", "timestep"),
+        InputSpec(
+            "encoder_hidden_states", "joined", tuple(Part(name, clip.HIDDEN) for name in texts)
+        ),
+        InputSpec(unet.TEXT_EMBEDS, "joined", (Part(_SECOND, clip.POOLED),)),
+        InputSpec(unet.TIME_IDS, ids),
+    ]
+    if specs[UNET].input("timestep_cond") is not None:
+        inputs.append(InputSpec("timestep_cond", "guidance_embedding"))
+    return Wiring(
+        texts=tuple(TextSpec(name, _TOKENIZER_OF[name], "input_ids") for name in texts),
+        tokenizers={_TOKENIZER_OF[name]: TokenizerRef(tokens) for name in texts},
+        denoiser=DenoiserSpec(UNET, tuple(inputs), "noise_pred"),
+        decoder=DecoderSpec(DECODER, "latents", "image"),
+        zero_negative=zero_negative,
+    )
+
+
+def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
+    """diffusers' own text-to-image pipeline of a model, as its constructor leaves the configs."""
+    with quiet():
+        import diffusers
+        import transformers
+
+        from edgesd.export.families.parts.clip import load_tokenizer
+        from edgesd.export.families.parts.diffusers_pipeline import diffusers_pipeline
+
+    return diffusers_pipeline(
+        source,
+        _PIPELINE,
+        {
+            _FIRST: transformers.CLIPTextModel,
+            _SECOND: transformers.CLIPTextModelWithProjection,
+            UNET: diffusers.UNet2DConditionModel,
+            VAE: getattr(diffusers, source.class_of(VAE)),
+        },
+        {name: partial(load_tokenizer, source.folder(name)) for name in _TOKENIZER_OF.values()},
+        sampler_class(defaults.sampler),
+        defaults.options,
+        feature_extractor=None,
+        image_encoder=None,
+        add_watermarker=False,
+        force_zeros_for_empty_prompt=source.index.get("force_zeros_for_empty_prompt", True),
+    )
+
+
+def _own_pipeline(source: Checkpoint, defaults: Defaults) -> OwnPipeline:
+    """The same with the sampler's scheduler."""
+    pipeline = with_sampler(_diffusers_pipeline(source, defaults), defaults.sampler)
+    return OwnPipeline(
+        pipeline,
+        encoders=_encoders(pipeline),
+        tokenizers={name: getattr(pipeline, name) for name in _TOKENIZER_OF.values()},
+        denoiser=pipeline.unet,
+        autoencoder=pipeline.vae,
+        encode=lambda prompt: pipeline.encode_prompt(prompt, None, "cpu", 1, False),
+        encoded=_encoded,
+        has_size=isinstance(pipeline.unet.config.sample_size, int),
+    )
+
+
+class _Encoded(SimpleNamespace):
+    """What the pipeline reads of an encoder: its hidden states, and its first output."""
+
+    hidden_states: Sequence[Tensor]
+    first: Tensor
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.first,)[index]
+
+
+def _encoded(component: str, outputs: Sequence[Tensor]) -> _Encoded:
+    """The last output is the text's embedding where there is one, and is read first."""
+    hidden = outputs[0]
+    behind = [hidden * 0] * _PENULTIMATE
+    return _Encoded(hidden_states=[hidden, *behind], first=outputs[-1])

@@ -1,0 +1,313 @@
+"""Tiny random pipelines of every kind that edgesd takes, as diffusers saves them.
+
+Weights are random and few (0.1 to 0.4 M a pipeline), but all that changes how values flow is there:
+hidden states of another layer than the last, projections, `!` as padding, ids of sizes, guidance as
+an input. The same seeds give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from edgesd.engines.bundle import write_manifest
+from edgesd.export.families import ExportSpec
+from edgesd.export.source import ModelSource
+from edgesd.export.tokenizer import write_tokenizer
+from edgesd.export.torch_runner import TorchRunner, any_batch
+from edgesd.runtime.bundle import open_bundle
+from edgesd.runtime.pipeline import Pipeline
+from edgesd.runtime.settings import Settings
+from edgesd.spec.bundle import (
+    SCHEMA_VERSION,
+    BundleManifest,
+    Engine,
+    Footprint,
+    Licence,
+    Parity,
+)
+from tests.support import file_entries
+
+WORDS = "a red green blue yellow purple apple star cat dog house tree sea sketch of the on in photo"
+TOKENS, WIDTH, PROJECTION, SIZE = 77, 16, 12, 16
+"""Tokens of a prompt, width of a text encoder, of a projected text; latents' height and width."""
+
+NEW_WORD = "<toy>"
+LEVELS = (16, 32)
+"""Channels of UNets and autoencoders."""
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+TRAILING = {"timestep_spacing": "trailing"}
+
+
+def clip_tokenizer(pad: str = "<|endoftext|>") -> Any:
+    """A CLIP tokenizer of characters and a few words. pad: what fills prompts up."""
+    letters = sorted({chr(code) for code in range(33, 127)})
+    tokens = ["!", *(c for c in letters if c != "!"), *(f"{c}</w>" for c in letters)]
+    merges: list[tuple[str, str]] = []
+    vocab = {token: i for i, token in enumerate(tokens)}
+    for word in WORDS.split():
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            pair = (parts[0], parts[1])
+            if pair not in merges:
+                merges.append(pair)
+                vocab.setdefault("".join(pair), len(vocab))
+            parts = ["".join(pair), *parts[2:]]
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[special] = len(vocab)
+    made: Any = transformers.CLIPTokenizer
+    return made(vocab=vocab, merges=merges, pad_token=pad, model_max_length=TOKENS)
+
+
+def clip(tokenizer: Any, projection: int | None = None, **more: Any) -> Any:
+    """A text encoder of three layers. projection: of the second of SDXL."""
+    settings = {
+        "hidden_act": "quick_gelu" if projection is None else "gelu",
+        "eos_token_id": tokenizer.eos_token_id,
+        **({} if projection is None else {"projection_dim": projection}),
+    }
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **(settings | more),
+    )
+    if projection is None:
+        return transformers.CLIPTextModel(config)
+    return transformers.CLIPTextModelWithProjection(config)
+
+
+def vae(**more: Any) -> Any:
+    """An AutoencoderKL of one halving."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=LEVELS,
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * len(LEVELS),
+        up_block_types=("UpDecoderBlock2D",) * len(LEVELS),
+        sample_size=SIZE * 2,
+        **more,
+    )
+
+
+def unet(context: int = WIDTH, **more: Any) -> Any:
+    """A UNet of a level without attention and one with it."""
+    settings: dict[str, Any] = {
+        "block_out_channels": LEVELS,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    return diffusers.UNet2DConditionModel(
+        sample_size=SIZE, cross_attention_dim=context, **(settings | more)
+    )
+
+
+def sdxl_unet(ids: int = 6, context: int = 2 * WIDTH, **more: Any) -> Any:
+    """The same with linear projections, more transformer layers in one level, heads by level, and
+    `ids` sizes that it is told."""
+    settings: dict[str, Any] = {
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": (2, 4),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 8 * ids + PROJECTION,
+    }
+    return unet(context, **(settings | more))
+
+
+def _sd(scheduler: Any, cls: Any = None, pad: str = "<|endoftext|>", **unet_: Any) -> Any:
+    tokenizer = clip_tokenizer(pad)
+    encoder = clip(tokenizer, hidden_act="gelu" if pad == "!" else "quick_gelu")
+    return (cls or diffusers.StableDiffusionPipeline)(
+        vae=vae(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet(**unet_),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sdxl(
+    scheduler: Any, old_eos: bool = False, force_zeros: bool = True, vae_: Any = None, **unet_: Any
+) -> Any:
+    """old_eos: the second encoder's config says 2, as SDXL's do."""
+    one, two = clip_tokenizer(), clip_tokenizer("!")
+    eos = {"eos_token_id": 2} if old_eos else {}
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae(scaling_factor=0.13025, force_upcast=True, **(vae_ or {})),
+        text_encoder=clip(one),
+        text_encoder_2=clip(two, PROJECTION, **eos),
+        tokenizer=one,
+        tokenizer_2=two,
+        unet=sdxl_unet(**unet_),
+        scheduler=scheduler,
+        add_watermarker=False,
+        force_zeros_for_empty_prompt=force_zeros,
+    )
+
+
+def _with_word(pipeline: Any) -> Any:
+    """An SDXL with a word that was added to both tokenizers, as textual inversion does: its id is
+    above that of the end of a text."""
+    for number in "", "_2":
+        tokenizer = getattr(pipeline, f"tokenizer{number}")
+        encoder = getattr(pipeline, f"text_encoder{number}")
+        tokenizer.add_tokens([NEW_WORD])
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return pipeline
+
+
+def _refiner() -> Any:
+    """One text encoder, the second, and an aesthetic score among what the UNet is told."""
+    parts = {**_sdxl(_euler()).components, "tokenizer": None, "text_encoder": None}
+    parts["unet"] = sdxl_unet(ids=5, context=WIDTH)
+    return diffusers.StableDiffusionXLImg2ImgPipeline(
+        **parts,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
+def _euler(**more: Any) -> Any:
+    return diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1, **more)
+
+
+def _ancestral() -> Any:
+    return diffusers.EulerAncestralDiscreteScheduler(**BETAS, steps_offset=1, **TRAILING)
+
+
+def _pndm() -> Any:
+    return diffusers.PNDMScheduler(
+        **BETAS, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
+    )
+
+
+def _v_prediction() -> Any:
+    options = {"prediction_type": "v_prediction", "clip_sample": False, "steps_offset": 1}
+    return diffusers.DDIMScheduler(**BETAS, **options)
+
+
+def _lcm() -> Any:
+    return diffusers.LCMScheduler(**BETAS)
+
+
+PIPELINES: Mapping[str, Callable[[], Any]] = {
+    "sd": lambda: _sd(_pndm()),
+    # Padding, activation, projections and heads of 2.x.
+    "sd2-v": lambda: _sd(
+        _v_prediction(), pad="!", use_linear_projection=True, attention_head_dim=(2, 4)
+    ),
+    "sd-turbo": lambda: _sd(_euler(**TRAILING)),
+    "lcm": lambda: _sd(_lcm(), diffusers.LatentConsistencyModelPipeline, time_cond_proj_dim=8),
+    "sdxl": lambda: _sdxl(_euler()),
+    "sdxl-turbo": lambda: _sdxl(_ancestral(), old_eos=True),
+    "sdxl-lightning": lambda: _sdxl(_euler(**TRAILING), old_eos=True),
+    # "" is encoded where there is no negative prompt.
+    "sdxl-encoded-negative": lambda: _sdxl(_euler(), force_zeros=False),
+    # A LoRA of LCM merged: guidance as in any model; and a distilled one: guidance as an input.
+    "sdxl-lcm-lora": lambda: _sdxl(_lcm()),
+    "sdxl-lcm": lambda: _sdxl(_lcm(), time_cond_proj_dim=8),
+    # As SSD-1B: no block in the middle, layers by block, fewer on the way down.
+    "sdxl-pruned": lambda: _sdxl(
+        _euler(),
+        mid_block_type=None,
+        transformer_layers_per_block=((1,), (2,)),
+        reverse_transformer_layers_per_block=((2, 1), (1, 1)),
+    ),
+    # As Playground 2.5: latents with a mean and deviation of each channel.
+    "sdxl-per-channel": lambda: _sdxl(
+        _euler(),
+        vae_={"latents_mean": [-1.6, 1.1, 0.5, 0.2], "latents_std": [8.5, 5.8, 6.1, 4.9]},
+    ),
+    # The end of a text is the highest id, or the first that equals the config's.
+    "sdxl-word": lambda: _with_word(_sdxl(_euler())),
+    "sdxl-word-old-eos": lambda: _with_word(_sdxl(_euler(), old_eos=True)),
+    "sdxl-refiner": _refiner,
+}
+"""Name -> what makes diffusers' pipeline."""
+
+
+def tiny(name: str) -> Any:
+    """diffusers' pipeline `name` in fp32, with the same weights every time."""
+    torch.manual_seed(sum(map(ord, name)))
+    pipeline = PIPELINES[name]()
+    nets = [net for net in pipeline.components.values() if isinstance(net, torch.nn.Module)]
+    with torch.no_grad():
+        for net in nets:
+            net.eval().requires_grad_(False)
+            # Norms and biases away from 1 and 0: else one that is left out isn't noticed.
+            for parameter in net.parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.05 * torch.randn_like(parameter)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def write_tiny(name: str, folder: Path) -> Path:
+    """The pipeline `name` in the new `folder`, as diffusers saves it."""
+    tiny(name).save_pretrained(folder)
+    return folder
+
+
+def on_torch(source: ModelSource, export: ExportSpec, folder: Path) -> Pipeline:
+    """edgesd's pipeline of a model, whose networks are those that would be exported: without the
+    time that exporting takes. folder: for its tokenizers; new."""
+    spec = export.pipeline
+    engines = {}
+    footprint = Footprint(1, 0, 1, 0, 1, ((1, 1, 1),))
+    for name in spec.components:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.onnx").write_bytes(b"x")
+        parity, path = Parity(0.0, 0.0, 1e-4), f"{name}/model.onnx"
+        engines[name] = Engine(name, path, "onnxruntime", "fp32", parity, footprint=footprint)
+    for name, tokenizer in spec.wiring.tokenizers.items():
+        write_tokenizer(source.folder(name), folder / name, tokenizer.max_tokens)
+    manifest = BundleManifest(
+        schema_version=SCHEMA_VERSION,
+        name=source.name,
+        target="x86-64-cpu",
+        arch="x86_64",
+        backend="onnxruntime",
+        precision="fp32",
+        pipeline=spec,
+        engines=engines,
+        licence=Licence("CC0-1.0"),
+        tools={},
+        files=file_entries(folder),
+    )
+    write_manifest(folder, manifest)
+    components = {component.name: component for component in export.components}
+
+    def open_runner(name: str) -> TorchRunner:
+        return TorchRunner(any_batch(components[name].spec), components[name].load())
+
+    return Pipeline(open_bundle(folder), Settings(made_here=True), open_runner)
+
+
+def diffusers_images(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any
+) -> list[Any]:
+    """What diffusers' pipeline makes, image by image of a batch. options: of its call."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with torch.inference_mode():
+        images: list[Any] = pipeline([*prompts], generator=generators, **options).images
+    return images
