@@ -135,6 +135,14 @@ _FOLDERS = (
     ),
     lpips_option,
     click.option(
+        "--embedding",
+        "embeddings",
+        metavar="FILE[:TOKEN]",
+        multiple=True,
+        help="Add a textual inversion (.safetensors), which prompts name by TOKEN [default: the "
+        "file's own, or its name]; may be repeated.",
+    ),
+    click.option(
         "--prompter",
         type=click.Path(path_type=Path, file_okay=False),
         help="Folder of an exported prompter (edgesd prompter export), which is included in the "
@@ -218,6 +226,8 @@ def build_command(
         if other is None:
             raise click.UsageError("Missing argument 'MODEL'.")
         model = other.model()
+    if other is not None:
+        other.check_embeddings(folders.embeddings)
     if vae is None and other is not None:
         vae = other.vae()
     built = build(

@@ -70,7 +70,9 @@ def export_pipeline(
         tokenizers = {}
         for folder, tokenizer in spec.pipeline.wiring.tokenizers.items():
             progress.line(f"{folder}: tokenizer")
-            files = write_tokenizer(source.folder(folder), root / folder, tokenizer.max_tokens)
+            files = write_tokenizer(
+                source.folder(folder), root / folder, tokenizer.max_tokens, source.embeddings
+            )
             assets += [f"{folder}/{name}" for name in files]
             tokenizers[folder] = PromptTokenizer(*files.values())
         progress.line("pipeline: compare with diffusers' own")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from edgesd.errors import BundleError, InputError
+from edgesd.export.families.checkpoint import Embedding
 from edgesd.export.families.parts.clip import load_tokenizer
 from edgesd.export.quiet import quiet
 from edgesd.files import atomic_write
@@ -14,15 +16,18 @@ from edgesd.runtime.tokenizer import PromptTokenizer, TokenizerSpec
 from edgesd.text import first_sentence
 
 
-def write_tokenizer(source: Path, folder: Path, max_tokens: int) -> dict[str, bytes]:
+def write_tokenizer(
+    source: Path, folder: Path, max_tokens: int, embeddings: Sequence[Embedding] = ()
+) -> dict[str, bytes]:
     """Write tokenizer.json and tokenizer_spec.json to `folder` from a diffusers tokenizer folder.
 
-    max_tokens: of a prompt, with its padding. Returns the files, by name. Raises InputError when
-    `source` can't be read. own_pipeline.py compares what is written with diffusers' ids.
+    max_tokens: of a prompt, with its padding. embeddings: textual inversions whose tokens are
+    added. Returns the files, by name. Raises InputError when `source` can't be read.
+    own_pipeline.py compares what is written with diffusers' ids.
     """
     try:
         with quiet():
-            original = load_tokenizer(source)
+            original = load_tokenizer(source, embeddings)
             backend = original.backend_tokenizer
     except InputError:
         raise

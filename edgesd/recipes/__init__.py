@@ -32,7 +32,7 @@ from edgesd.runtime.memory import available_bytes
 from edgesd.runtime.prompter import read_prompter
 from edgesd.runtime.tokenizer import check_prompt
 from edgesd.spec.base import check_ranges
-from edgesd.spec.build import DEMO, BuildOptions, BuildRecord, QuantOptions
+from edgesd.spec.build import DEMO, BuildOptions, BuildRecord, EmbeddingReference, QuantOptions
 from edgesd.spec.bundle import Engine
 
 __all__ = [
@@ -119,6 +119,7 @@ def build(
         model_reference(model, sha256),
         job.options,
         model_reference(vae, other.network_sha256(AUTOENCODER)) if vae and other else None,
+        tuple(EmbeddingReference(one.token, one.sha256) for one in job.source.embeddings),
     )
     identity = Identity(model_name(model), job.target, job.lowering.name)
     one_file = out.suffix == SUFFIX
@@ -197,7 +198,9 @@ def _prepare(
         )
     if quantization.pool_attention:
         _check_pooling(options, lowering)
-    source = open_model(model, options.variant, vae)
+    source = open_model(model, options.variant, vae, folders.embeddings)
+    for embedding in source.embeddings:
+        progress.line(f"{embedding.token}: a token of {len(embedding.tokens)} vectors is added")
     if folders.prompter:
         names = read_prompter(folders.prompter).files
         check_prompter(target, ((folders.prompter / name).stat().st_size for name in names))

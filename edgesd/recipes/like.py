@@ -6,7 +6,7 @@ is the embedded one or a hub id.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,16 @@ class Like:
             f"{self.path} was built with an autoencoder called {reference.name!r} (sha256 "
             f"{reference.sha256[:16]}...): say where it is: --vae MODEL"
         )
+
+    def check_embeddings(self, given: Collection[str]) -> None:
+        """Raise UsageError where it was built with textual inversions and none are `given`: their
+        files are the user's."""
+        if self.record.embeddings and not given:
+            tokens = ", ".join(one.token for one in self.record.embeddings)
+            raise UsageError(
+                f"{self.path} was built with the textual inversions {tokens[:200]}: say where they "
+                "are: --embedding FILE:TOKEN for each"
+            )
 
     def expected_differences(
         self, sha256: str, tools: Mapping[str, str], prompter: bool

@@ -19,12 +19,14 @@ class LocalFolders:
     """Folders of this machine that a build uses; its bundle doesn't name them.
 
     work: for intermediate results. lpips: with the weights of LPIPS; None for what stands in for
-    it. prompter: an exported prompter that is included in the bundle.
+    it. prompter: an exported prompter that is included in the bundle. embeddings: files of textual
+    inversions, as FILE or FILE:TOKEN.
     """
 
     work: Path = field(default_factory=cache_folder)
     lpips: Path | None = None
     prompter: Path | None = None
+    embeddings: tuple[str, ...] = ()
 
 
 def model_name(model: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +13,24 @@ from edgesd.recipes.demo import demo_model
 from edgesd.spec.build import DEMO, Variant
 
 
-def open_model(model: str, variant: Variant | None = None, vae: str | None = None) -> ModelSource:
+def open_model(
+    model: str,
+    variant: Variant | None = None,
+    vae: str | None = None,
+    embeddings: Collection[str] = (),
+) -> ModelSource:
     """What the user called `model`: "demo", a diffusers folder, or a hub id.
 
     variant: the kind that it is said to be. vae: the model whose autoencoder stands in for its own.
-    Raises what `resolve_source` raises, and InputError for an autoencoder of other latents.
+    embeddings: textual inversions that are added, as FILE or FILE:TOKEN. Raises what
+    `resolve_source` and `read_embeddings` raise, and InputError for an autoencoder of other
+    latents.
     """
     source = replace(resolve_source(str(demo_model()) if model == DEMO else model), variant=variant)
+    if embeddings:
+        from edgesd.export.source.embedding import read_embeddings
+
+        source = replace(source, embeddings=read_embeddings(embeddings))
     if vae is None:
         return source
     other = resolve_network(vae, AUTOENCODER)

@@ -110,13 +110,21 @@ class ModelReference(Spec, frozen=True):
     sha256: Sha256
 
 
+class EmbeddingReference(Spec, frozen=True):
+    """A textual inversion that was added to the model. sha256: of its file."""
+
+    token: Annotated[str, Meta(min_length=1, max_length=100)]
+    sha256: Sha256
+
+
 class BuildRecord(Spec, frozen=True):
     """How a bundle was built; `edgesd build --like` reads it. vae: where its autoencoder is of
-    another model."""
+    another model. embeddings: in the order in which they were added."""
 
     model: ModelReference
     options: BuildOptions
     vae: ModelReference | None = None
+    embeddings: Annotated[tuple[EmbeddingReference, ...], Meta(max_length=1000)] = ()
 
 
 def _check_prompts(what: str, prompts: tuple[str, ...]) -> None:

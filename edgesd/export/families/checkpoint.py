@@ -24,6 +24,26 @@ class Weights:
     safetensors: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """A textual inversion (Gal et al. 2022, arXiv 2208.01618): a token, and the vectors that stand
+    for it in text encoders.
+
+    sha256: of its file. vectors: [n, C] in fp32, by the text encoder's name in the file (clip_l,
+    clip_g), or "" where it has one.
+    """
+
+    token: str
+    sha256: str
+    vectors: Mapping[str, Tensor]
+
+    @property
+    def tokens(self) -> list[str]:
+        """A token for each vector, with the names that diffusers gives them."""
+        count = len(next(iter(self.vectors.values())))
+        return [self.token, *(f"{self.token}_{number}" for number in range(1, count))]
+
+
 class Checkpoint(Protocol):
     """A model on this machine. `name` is what the user called it,
     `public_name` what bundles say of it; `index` is model_index.json."""
@@ -36,6 +56,10 @@ class Checkpoint(Protocol):
 
     @property
     def index(self) -> Mapping[str, Any]: ...
+
+    @property
+    def embeddings(self) -> tuple[Embedding, ...]:
+        """Textual inversions that are added to its tokenizers and text encoders."""
 
     def folder(self, name: str) -> Path:
         """The folder of a component's config, of a tokenizer or of the scheduler; it may be

@@ -114,7 +114,7 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
             UNET: diffusers.UNet2DConditionModel,
             VAE: getattr(diffusers, source.class_of(VAE)),
         },
-        {_TOKENIZER: lambda: load_tokenizer(source.folder(_TOKENIZER))},
+        {_TOKENIZER: lambda: load_tokenizer(source.folder(_TOKENIZER), source.embeddings)},
         sampler_class(defaults.sampler),
         defaults.options,
         safety_checker=None,

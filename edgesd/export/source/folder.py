@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import InputError, unknown_name
 from edgesd.export.families import Family, families, family_of
-from edgesd.export.families.checkpoint import Weights
+from edgesd.export.families.checkpoint import Embedding, Weights
 from edgesd.files import expanded, sha256_file
 from edgesd.runtime.images import read_prompts
 from edgesd.spec.base import is_file_name
@@ -49,7 +49,7 @@ _HINT_TYPES: dict[str, tuple[type, ...]] = {
 class ModelSource:
     """A model on this machine. `name` is what the user called it; `index` is model_index.json.
     variant: what kind of model the user says that it is. others: component -> the model whose
-    network stands in for it."""
+    network stands in for it. embeddings: textual inversions that are added to it."""
 
     name: str
     root: Path
@@ -57,6 +57,7 @@ class ModelSource:
     family: Family
     variant: Variant | None = None
     others: Mapping[str, ModelSource] = field(default_factory=dict)
+    embeddings: tuple[Embedding, ...] = ()
 
     def folder(self, name: str) -> Path:
         """The folder of a component, a tokenizer or the scheduler; it may be missing."""
@@ -274,6 +275,8 @@ class ModelSource:
             digest.update(f"{name}\0{sha256_file(path)}\n".encode())
         for component, other in sorted(self.others.items()):
             digest.update(f"{component}\0{other.network_sha256(component)}\n".encode())
+        for embedding in self.embeddings:
+            digest.update(f"{embedding.token}\0{embedding.sha256}\n".encode())
         return digest.hexdigest()
 
     def network_sha256(self, component: str) -> str:

@@ -7,7 +7,7 @@ state of the end of the text).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from edgesd.errors import InputError
 from edgesd.export.families import Component
-from edgesd.export.families.checkpoint import Checkpoint
+from edgesd.export.families.checkpoint import Checkpoint, Embedding
 from edgesd.export.families.parts.shapes import dims, float_tensor, token_ids
+from edgesd.export.families.parts.textual_inversion import add_tokens
 from edgesd.export.families.parts.weights import load_network
 from edgesd.spec.pipeline import ComponentSpec, ShapeSpec, TensorSpec
 
@@ -121,10 +122,11 @@ def token_count(folder: Path, tokenizer: Any, config: Mapping[str, Any]) -> int:
     return int(tokens)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, embeddings: Sequence[Embedding] = ()) -> Any:
     """The tokenizer as diffusers' pipelines use it: the one that knows tokenizer.json, which
-    transformers 4 has beside one in Python. Raises InputError where its files are missing, which
-    transformers takes for a tokenizer without words."""
+    transformers 4 has beside one in Python; with the tokens of textual inversions. Raises
+    InputError where its files are missing, which transformers takes for a tokenizer without words,
+    and for a token that it has already."""
     names = ("vocab.json", "merges.txt"), ("tokenizer.json",)
     if not any(all((folder / name).is_file() for name in files) for files in names):
         raise InputError(
@@ -132,4 +134,6 @@ def load_tokenizer(folder: Path) -> Any:
             "download the model again"
         )
     cls: Any = transformers.CLIPTokenizerFast  # type: ignore[attr-defined]
-    return cls.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = cls.from_pretrained(str(folder), local_files_only=True)
+    add_tokens(tokenizer, embeddings)
+    return tokenizer

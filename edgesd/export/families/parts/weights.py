@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from edgesd.errors import InputError
 from edgesd.export.families.checkpoint import Checkpoint, Weights
+from edgesd.export.families.parts.textual_inversion import add_vectors
 from edgesd.export.mapped import hold_mapped
 from edgesd.export.quiet import quiet
 from edgesd.text import first_sentence
@@ -36,6 +37,7 @@ def load_network(source: Checkpoint, component: str, cls: Any, weights: bool = T
         # Tables that a network computes for itself lose nothing in fp32.
         net = _from_pretrained(folder, files, cls, torch.float32)
     net = net.eval().requires_grad_(False)
+    add_vectors(net, source, component)
     for name, tensor in net.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{folder}: {name} holds NaN or infinite weights: download it again")
@@ -98,7 +100,9 @@ def shell(source: Checkpoint, component: str, cls: Any) -> Any:
         raise InputError(
             f"{source.folder(component)}/config.json makes no {cls.__name__}: {first_sentence(exc)}"
         ) from exc
-    return net.eval().requires_grad_(False).float()
+    net = net.eval().requires_grad_(False).float()
+    add_vectors(net, source, component)
+    return net
 
 
 def _why_not_loaded(folder: Path, files: Weights, exc: Exception) -> str:
