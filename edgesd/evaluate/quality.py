@@ -68,7 +68,7 @@ def generate_cached(
     progress: Progress = SILENT,
     task: str = "images",
 ) -> list[Image.Image]:
-    """The images of an fp32 bundle, kept in `folder`, whose name says what they depend on."""
+    """The images of a source, kept in `folder`, whose name says what they depend on."""
     paths = [folder / f"{index:04d}.png" for index in range(len(requests))]
     if all(path.is_file() for path in paths):
         return [_open(path) for path in paths]

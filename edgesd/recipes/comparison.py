@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
@@ -14,9 +15,12 @@ import msgspec
 
 from edgesd.evaluate import quality as quality_
 from edgesd.evaluate.psnr import psnr
+from edgesd.export.families import Component
+from edgesd.export.torch_runner import TorchRunner
 from edgesd.files import atomic_write
 from edgesd.progress import Progress
 from edgesd.recipes.gates import WORST, WorstImages
+from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import CompleteRequest, Request
@@ -52,13 +56,16 @@ class Measured:
 
 
 class Comparison:
-    """What bundles are compared with: images of the fp32 bundle `reference`, kept below `work`.
+    """What bundles are compared with: images of their source, kept below `work`.
 
-    min_psnr: the floor that was asked for, in dB; it is noted beside the figures.
+    components: the source's networks, which torch runs in fp32 from the checkpoint's own files.
+    reference: the fp32 bundle of them, for all that isn't a network. min_psnr: the floor that was
+    asked for, in dB; it is noted beside the figures.
     """
 
     def __init__(
         self,
+        components: Sequence[Component],
         reference: Bundle,
         requests: Sequence[Request],
         perceptual: Perceptual,
@@ -67,16 +74,28 @@ class Comparison:
         progress: Progress,
     ) -> None:
         self.reference, self.requests = reference, requests
+        self._components = {component.name: component for component in components}
         self._perceptual, self._min_psnr, self._progress = perceptual, min_psnr, progress
         self.folder = work / f"pictures-{self._key()}"
 
     @cached_property
     def source_images(self) -> list[Image.Image]:
-        """The reference's images of all requests, generated once."""
-        with Pipeline(self.reference, Settings(made_here=True)) as pipeline:
+        """The source's images of all requests, generated once."""
+        with self.source_pipeline() as pipeline:
             return quality_.generate_cached(
                 pipeline, self.requests, self.folder, self._progress, "source images"
             )
+
+    def source_pipeline(self) -> Pipeline:
+        """Generates with the source's own networks, whose weights stay in its files."""
+
+        def runner(name: str) -> Runner:
+            spec = self.reference.manifest.pipeline.components[name]
+            return TorchRunner(spec, self._components[name].load())
+
+        # What torch takes is no bundle's footprint: any amount is allowed.
+        settings = Settings(memory="fast", max_memory=sys.maxsize, made_here=True)
+        return Pipeline(self.reference, settings, runner)
 
     def measure(self, bundle: Bundle) -> Measured:
         """A bundle's images by the backend's own operators, all of them."""
@@ -122,7 +141,7 @@ class Comparison:
         return msgspec.structs.replace(measured.quality, images=tuple(images))
 
     def _key(self) -> str:
-        """Hash of all that the reference's images depend on."""
+        """Hash of all that the source's images depend on."""
         pipeline = self.reference.manifest.pipeline
         requests = [msgspec.json.encode(_named(request)) for request in self.requests]
         tools = {**self.reference.manifest.tools, "sha": pipeline.source_sha256}

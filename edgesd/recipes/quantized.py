@@ -264,7 +264,15 @@ def _comparison(job: Job, reference: Bundle) -> Comparison | None:
         quality_prompts, num_inference_steps=options.steps, guidance_scale=options.guidance
     )
     perceptual = open_perceptual(folders.lpips)
-    return Comparison(reference, requests, perceptual, folders.work, options.min_psnr, job.progress)
+    return Comparison(
+        job.spec.components,
+        reference,
+        requests,
+        perceptual,
+        folders.work,
+        options.min_psnr,
+        job.progress,
+    )
 
 
 def _copy_assets(reference: Bundle, root: Path) -> tuple[str, ...]:

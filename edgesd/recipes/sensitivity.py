@@ -26,7 +26,6 @@ from edgesd.runtime.bundle import GraphFile
 from edgesd.runtime.flow import flow_of
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
-from edgesd.runtime.settings import Settings
 from edgesd.spec.base import decode_json
 from edgesd.spec.scheme import Scheme
 
@@ -67,7 +66,7 @@ class Sensitivities:
         if unknown:
             requests = [self.comparison.requests[index] for index in probes]
             source = [self.comparison.source_images[index] for index in probes]
-            with Pipeline(self.comparison.reference, Settings(made_here=True)) as pipeline:
+            with self.comparison.source_pipeline() as pipeline:
                 for number, layer in enumerate(unknown):
                     self._progress.update(
                         f"{layer.component}: sensitivity", number + 1, len(unknown)

@@ -48,5 +48,5 @@ def test_images_of_a_source(tmp_path: Path) -> None:
     reference: Any = SimpleNamespace(manifest=manifest)
     requests = [CompleteRequest("a cat", 7, "", 20, 7.5, 64, 64, "ddim")]
     no: Any = None
-    comparison = Comparison(reference, requests, no, tmp_path, None, SILENT)  # type: ignore[arg-type]
+    comparison = Comparison([], reference, requests, no, tmp_path, None, SILENT)  # type: ignore[arg-type]
     assert comparison.folder.name == "pictures-99ee47d30db085ff"
