@@ -173,6 +173,37 @@ class Finite(click.FloatRange):
         return found
 
 
+_MOST_NUMBERS = 1001
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # as above
+    """Numbers with commas between them, as a tuple. words: names that may stand in their place.
+    whole: without fractions."""
+
+    def __init__(self, name: str, whole: bool = False, words: Sequence[str] = ()) -> None:
+        self.name, self._whole, self._words = name, whole, words
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | tuple[float, ...]:
+        """Parse `value`; fails with a usage message."""
+        if isinstance(value, tuple) or value in self._words:
+            found: str | tuple[float, ...] = value
+            return found
+        parts = str(value).split(",")
+        try:
+            if len(parts) > _MOST_NUMBERS:
+                raise ValueError
+            numbers = tuple(int(part) if self._whole else float(part) for part in parts)
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError
+        except (ValueError, OverflowError):
+            expected = "whole numbers" if self._whole else "numbers"
+            names = f"{', '.join(self._words)}, or " if self._words else ""
+            self.fail(f"{value!r}: expected {names}{expected} with commas between", param, ctx)
+        return numbers
+
+
 def printable(path: Path) -> str:
     """`path` as valid Unicode text, whatever bytes it has."""
     return os.fsencode(path).decode(errors="replace")

@@ -27,12 +27,14 @@ from edgesd.cli.options import (
     GenerationOptions,
     PromptOptions,
     RunOptions,
+    ScheduleOptions,
     any_machine_option,
     fine_options,
     generation_options,
     json_option,
     prompt_options,
     run_options,
+    schedule_options,
 )
 from edgesd.errors import BundleError, EdgesdError
 
@@ -81,6 +83,7 @@ _MOST_REMARKS = 5
 )
 @generation_options("bundle")
 @prompt_options
+@schedule_options
 @fine_options
 @click.option(
     "--batch",
@@ -136,6 +139,7 @@ def generate_command(
     like: Path | None,
     generation: GenerationOptions,
     prompting: PromptOptions,
+    schedule: ScheduleOptions,
     fine: FineOptions,
     batch: int,
     output: Path,
@@ -180,7 +184,7 @@ def generate_command(
         if enhance:
             texts = _enhanced(opened, texts, run.threads, show_prompt, reporter)
         first = generation.request("", _seed(seed, known))
-        first = fine.applied(prompting.applied(first))
+        first = schedule.applied(fine.applied(prompting.applied(first)))
         if like and known:
             first = known.request(first)
             _tell(like, known, opened, reporter)

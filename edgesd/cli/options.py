@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
-from edgesd.cli.common import Bytes, Finite, Offset, Size
+from edgesd.cli.common import Bytes, Finite, Numbers, Offset, Size
 from edgesd.spec.base import MAX_GUIDANCE
 from edgesd.spec.build import VARIANTS
 
@@ -225,6 +225,44 @@ def _fine_options() -> list[_Decorator]:
 
 fine_options = OptionGroup("fine", FineOptions, _fine_options())
 """--guidance-rescale and what SDXL is told of sizes, as `fine`."""
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """How the sampler places its steps; None takes the bundle's way."""
+
+    sigmas: str | tuple[float, ...] | None = None
+    timesteps: tuple[int, ...] | None = None
+    eta: float | None = None
+
+    def applied(self, request: Request) -> Request:
+        """`request` with these."""
+        return replace(request, sigmas=self.sigmas, timesteps=self.timesteps, eta=self.eta)
+
+
+schedule_options = OptionGroup(
+    "schedule",
+    ScheduleOptions,
+    [
+        click.option(
+            "--sigmas",
+            type=Numbers("KIND|LIST", words=("normal", "karras", "exponential", "beta")),
+            help="How noise levels are spread: normal, karras, exponential or beta; or all of "
+            "them, as 14.6,6.3,3.8,1.6,0. [default: the bundle's]",
+        ),
+        click.option(
+            "--timesteps",
+            type=Numbers("LIST", whole=True),
+            help="All timesteps, as 999,749,499,249, of a model that was distilled for those.",
+        ),
+        click.option(
+            "--eta",
+            type=Finite(0, 1),
+            help="Share of the noise that ddim and tcd draw anew at each step. [default: 0]",
+        ),
+    ],
+)
+"""--sigmas, --timesteps and --eta, as `schedule`."""
 
 
 def scheduler_option(words: str, default: str = "the model's own") -> _Decorator:

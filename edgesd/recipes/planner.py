@@ -49,6 +49,7 @@ from edgesd.runtime.footprint import (
 from edgesd.runtime.kernels import computes, instruction_set_of
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.rates import Speed
+from edgesd.runtime.requests import CompleteRequest, scheduler_of
 from edgesd.runtime.tiles import TILE, margin_of, tail_shapes, tiles_of
 from edgesd.spec.bundle import Footprint
 from edgesd.spec.pipeline import PipelineSpec, check_multiple
@@ -100,13 +101,23 @@ def check_prompter(target: Target, file_sizes: Iterable[int]) -> None:
     )
 
 
+def _calls(pipeline: PipelineSpec, steps: int, size: tuple[int, int]) -> int:
+    """How often the pipeline's sampler calls the denoiser in so many steps of an image of a width
+    and height."""
+    (width, height), scheduler = size, pipeline.scheduler
+    request = CompleteRequest("", 0, None, steps, 1.0, height, width, scheduler.name)
+    return len(scheduler_of(pipeline, request).timesteps)
+
+
 @dataclass(frozen=True)
 class _Plan:
-    """One image, by networks as they would be built. forms: of their graphs, by component."""
+    """One image, by networks as they would be built. calls: of the denoiser by the sampler, which
+    some make twice in a step. forms: of their graphs, by component."""
 
     networks: Networks
     batch: Batch
     steps: int
+    calls: int
     fitting: Fitting
     forms: Mapping[str, ComponentForm]
 
@@ -129,7 +140,7 @@ class _Plan:
         """How often a stage runs for an image."""
         shape, batch = self.networks.pipeline.shape, self.batch
         guidance = guidance_mode(shape, batch.count, batch.guided, mode == "fast", None)
-        return stage.runs(self.steps, batch.guided, guidance)
+        return stage.runs(self.calls, batch.guided, guidance)
 
     def workloads(self, stage: Stage, mode: MemoryMode) -> tuple[list[Workload], Footprint]:
         """The workloads of a run, one after another, and the footprint of the largest graph."""
@@ -349,7 +360,7 @@ class _Planner:
         budget = Budget(limit, usable_bytes(self.target), mapped=True)
         fitting = Fitting(costs, budget, modes=self.backend.memory_modes)
         steps = spec.num_inference_steps if self.request.steps is None else self.request.steps
-        return _Plan(networks, batch, steps, fitting, forms)
+        return _Plan(networks, batch, steps, _calls(spec, steps, size), fitting, forms)
 
     def _form(self, networks: Networks, stage: Stage, precision: Precision) -> ComponentForm:
         """A component's graph as it would be built."""

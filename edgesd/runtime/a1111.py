@@ -15,10 +15,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgesd.runtime.requests import CompleteRequest
 from edgesd.runtime.schedulers import SCHEDULERS
+from edgesd.runtime.schedulers.sigmas import SPREADS, option_of
 from edgesd.runtime.syntax import escaped
 from edgesd.spec.bundle import BundleManifest
 
@@ -34,6 +35,7 @@ _SAMPLERS = {
     "deis": "DEIS",
     "dpmpp-2m": "DPM++ 2M",
     "dpmpp-2m-sde": "DPM++ 2M SDE",
+    "dpmpp-3m-sde": "DPM++ 3M SDE",
     "dpmpp-2s": "DPM++ 2S",
     "dpmpp-sde": "DPM++ SDE",
     "euler": "Euler",
@@ -82,7 +84,7 @@ def parameters(manifest: BundleManifest, request: CompleteRequest) -> str:
     pairs = {
         "Steps": str(request.num_inference_steps),
         "Sampler": _SAMPLERS.get(request.scheduler, request.scheduler),
-        "Schedule type": next((name for key, name in _SCHEDULES.items() if config.get(key)), ""),
+        "Schedule type": _schedule(config, request),
         "CFG scale": f"{request.guidance_scale:g}",
         "Seed": str(request.seed),
         "Size": f"{request.width}x{request.height}",
@@ -94,6 +96,13 @@ def parameters(manifest: BundleManifest, request: CompleteRequest) -> str:
     lines = [prompt, *([f"{_NEGATIVE} {negative}"] if negative else [])]
     last = ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value)
     return "\n".join([*lines, last])
+
+
+def _schedule(config: Mapping[str, Any], request: CompleteRequest) -> str:
+    """The web UI's name of how noise levels are spread; "" where they aren't."""
+    if isinstance(request.sigmas, str):
+        return _SCHEDULES.get(option_of(request.sigmas), "")
+    return next((name for key, name in _SCHEDULES.items() if config.get(key)), "")
 
 
 def _line_safe(prompt: str) -> str:
@@ -122,6 +131,8 @@ def parsed(text: str) -> Parsed:
     sampler, schedule = _sampler(pairs)
     if ours := _ours(sampler):
         values["scheduler"] = ours
+        if schedule in SPREADS and SCHEDULERS[ours].spreads:
+            values["sigmas"], schedule = schedule, ""
     return Parsed(values, tuple(_remarks(pairs, sampler, schedule)))
 
 

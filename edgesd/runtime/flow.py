@@ -33,15 +33,15 @@ class Stage:
             return 1
         return 2 * count if guided and mode == "batched" else count
 
-    def runs(self, steps: int, guided: bool, mode: GuidanceMode) -> int:
-        """Runs for one image, generated on its own, by a sampler that calls once in each of
-        `steps`."""
+    def runs(self, calls: int, guided: bool, mode: GuidanceMode) -> int:
+        """Runs for one image, generated on its own, by a sampler that asks for `calls` predictions:
+        one for each of its timesteps."""
         if self.per == "image":
             return 1
         halves = 2 if guided else 1
         if self.per == "prompt":
             return halves
-        return steps * (halves if mode == "sequential" else 1)
+        return calls * (halves if mode == "sequential" else 1)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ class TorchNoise:
     def __init__(self, seed: int) -> None:
         if not 0 <= seed < 2**64:
             raise UsageError(f"seed {seed} is out of range: expected 0 to 18446744073709551615")
+        self.seeds = (seed,)
         # RandomState seeds MT19937 with init_genrand, as torch does, and its stream is frozen
         # by numpy's NEP 19.
         self._state = np.random.RandomState(seed & 0xFFFFFFFF)
@@ -217,6 +218,7 @@ class BatchNoise:
         if not seeds:
             raise UsageError("no seed was given: expected one for each image of the batch")
         self._generators = tuple(TorchNoise(seed) for seed in seeds)
+        self.seeds = tuple(seeds)
 
     def __call__(self, shape: tuple[int, ...]) -> F32:
         """The same as `normal`: serves as a scheduler's noise."""

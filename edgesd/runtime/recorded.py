@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from edgesd.errors import InputError
 from edgesd.runtime import a1111
 from edgesd.runtime.requests import CompleteRequest, Micro, Request
+from edgesd.runtime.schedulers import SIGMA_KINDS
 from edgesd.runtime.syntax import SYNTAXES
 from edgesd.spec.base import MAX_GUIDANCE
 from edgesd.spec.bundle import BundleManifest
@@ -28,16 +29,19 @@ _MOST_BYTES = 4 << 20
 _MOST_TEXT = 256_000
 _MOST_STEPS, _MOST_PIXELS = 1000, 16384
 _MOST_ORIGINAL, _MOST_SCORE = 1 << 20, 1000
+_MOST_TIMESTEPS, _MOST_SIGMA = 100_000, 1e6
 _PAIR = "WIDTHxHEIGHT in pixels"
 
 
 class _Field(NamedTuple):
     """A value of a request as text. names: of the attributes that it holds; of those that lie in
-    another, such as micro.crop. read: the text -> their values; raises ValueError."""
+    another, such as micro.crop. read: the text -> their values; raises ValueError. between: the
+    parts of a tuple."""
 
     names: tuple[str, ...]
     read: Callable[[str], tuple[Any, ...]]
     expected: str = "text"
+    between: str = "x"
 
 
 def _text(text: str) -> tuple[str]:
@@ -87,6 +91,18 @@ def _one_of(*names: str) -> Callable[[str], tuple[str]]:
     return read
 
 
+def _timesteps(text: str) -> tuple[tuple[int, ...]]:
+    one = _whole(0, _MOST_TIMESTEPS)
+    return (tuple(one(part)[0] for part in text.split(",")),)
+
+
+def _sigmas(text: str) -> tuple[str | tuple[float, ...]]:
+    if text in SIGMA_KINDS:
+        return (text,)
+    one = _real(0, _MOST_SIGMA)
+    return (tuple(one(part)[0] for part in text.split(",")),)
+
+
 _FIELDS = {
     "prompt": _Field(("prompt",), _text),
     "prompt_2": _Field(("prompt_2",), _text),
@@ -101,6 +117,9 @@ _FIELDS = {
         f"a number of at most {MAX_GUIDANCE}",
     ),
     "scheduler": _Field(("scheduler",), _text),
+    "sigmas": _Field(("sigmas",), _sigmas, f"{', '.join(SIGMA_KINDS)}, or a list", ","),
+    "timesteps": _Field(("timesteps",), _timesteps, "a list of timesteps", ","),
+    "eta": _Field(("eta",), _real(0, 1), "0 to 1"),
     "size": _Field(("width", "height"), _pair(1, _MOST_PIXELS), _PAIR),
     "guidance_rescale": _Field(("guidance_rescale",), _real(0, 1), "0 to 1"),
     **{
@@ -152,7 +171,7 @@ def texts_of(manifest: BundleManifest, request: CompleteRequest) -> dict[str, st
         values = [_value(request, name) for name in field.names]
         if values[0] is not None and values[0] != getattr(_DEFAULTS, field.names[0], None):
             parts = values[0] if isinstance(values[0], tuple) else values
-            found[key] = "x".join(map(str, parts))
+            found[key] = field.between.join(map(str, parts))
     parameters = a1111.parameters(manifest, request)
     return {**found, **_bundle_texts(manifest), a1111.KEY: parameters}
 

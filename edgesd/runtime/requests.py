@@ -7,7 +7,12 @@ from typing import TypeVar
 
 from edgesd.errors import InputError, UsageError
 from edgesd.runtime.chunks import Prompt
-from edgesd.runtime.schedulers import Scheduler, create_scheduler
+from edgesd.runtime.schedulers import (
+    Scheduler,
+    create_scheduler,
+    spread_options,
+    with_options,
+)
 from edgesd.runtime.syntax import Syntax, segments
 from edgesd.runtime.tokenizer import check_prompt
 from edgesd.spec.base import MAX_GUIDANCE
@@ -18,6 +23,8 @@ _SCORE, _NEGATIVE_SCORE = 6.0, 2.5
 """Aesthetic scores that diffusers' pipelines tell a model."""
 
 _MOST_SCORE = 1000
+
+Sigmas = str | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,9 @@ class Request:
     """One image to make; None takes the bundle's own default.
 
     height, width: pixels. guidance_scale <= 1 turns guidance off. scheduler: one of our names.
+    sigmas: how the sampler spreads its noise levels, one of SIGMA_KINDS, or all of them, descending
+    to the image's. timesteps: all of them, descending. With a list it gives the number of steps.
+    eta: how much of the noise is drawn anew at each step, by samplers that have it.
     prompt_2, negative_prompt_2: what a pipeline's second tokenizer reads; None: the same as the
     first. syntax: of all prompts.
     guidance_rescale: 0 to 1, how far the prediction under guidance is brought back to the deviation
@@ -70,6 +80,9 @@ class Request:
     negative_prompt_2: str | None = None
     syntax: Syntax = "plain"
     guidance_rescale: float = 0.0
+    sigmas: Sigmas | None = None
+    timesteps: tuple[int, ...] | None = None
+    eta: float | None = None
     micro: Micro = Micro()
     negative_micro: Micro = Micro()
 
@@ -91,6 +104,9 @@ class CompleteRequest:
     negative_prompt_2: str | None = None
     syntax: Syntax = "plain"
     guidance_rescale: float = 0.0
+    sigmas: Sigmas | None = None
+    timesteps: tuple[int, ...] | None = None
+    eta: float | None = None
     micro: CompleteMicro | None = None
     negative_micro: CompleteMicro | None = None
 
@@ -126,8 +142,8 @@ class Completion:
 
     def __init__(self, spec: PipelineSpec) -> None:
         self._spec = spec
-        self._checked: set[tuple[str, int, int, int]] = set()
-        """Schedules that can be computed: each is tried once."""
+        self._checked: dict[tuple[object, ...], int] = {}
+        """Schedules that can be computed, each of which is tried once -> their steps."""
 
     def complete(self, request: Request | CompleteRequest) -> CompleteRequest:
         """Fill in the pipeline's defaults and check every value; a complete request stays as it is.
@@ -153,6 +169,9 @@ class Completion:
             negative_prompt_2=request.negative_prompt_2,
             syntax=request.syntax,
             guidance_rescale=request.guidance_rescale,
+            sigmas=request.sigmas,
+            timesteps=request.timesteps,
+            eta=request.eta,
         )
         if not abs(found.guidance_scale) <= MAX_GUIDANCE:
             raise UsageError(
@@ -175,11 +194,22 @@ class Completion:
                     f"not {name} {size}: leave --size out, or build without --size"
                 )
             check_multiple(name, size, shape.multiple_of, spec.latent.scale_factor)
-        schedule = found.scheduler, found.num_inference_steps, found.height, found.width
+        steps = self._steps(found)
+        if request.num_inference_steps not in (None, steps):
+            raise UsageError(
+                f"the list of {'sigmas' if found.timesteps is None else 'timesteps'} has {steps} "
+                f"steps, not {request.num_inference_steps}: leave --steps out"
+            )
+        return self._with_micro(replace(found, num_inference_steps=steps), request)
+
+    def _steps(self, found: CompleteRequest) -> int:
+        """The steps of a request's schedule. Raises as `scheduler_of`."""
+        size = found.height, found.width
+        steps = found.num_inference_steps
+        schedule = found.scheduler, steps, found.sigmas, found.timesteps, found.eta, *size
         if schedule not in self._checked:
-            scheduler_of(spec, found)
-            self._checked.add(schedule)
-        return self._with_micro(found, request)
+            self._checked[schedule] = scheduler_of(self._spec, found).num_inference_steps
+        return self._checked[schedule]
 
     def _with_micro(self, found: CompleteRequest, request: Request) -> CompleteRequest:
         """A complete request with what the model is told of sizes, if it takes that. As in
@@ -219,14 +249,22 @@ class Completion:
 def scheduler_of(spec: PipelineSpec, request: CompleteRequest) -> Scheduler:
     """The request's sampler, with its timesteps laid out.
 
-    Raises UsageError for an unknown sampler or a number of steps that it can't make, InputError for
-    a configuration that gives no schedule.
+    Raises UsageError for an unknown sampler, and for steps or options that it doesn't have,
+    InputError for a configuration that gives no schedule.
     """
+    config, sigmas = spec.scheduler.config, request.sigmas
+    if isinstance(sigmas, str):
+        config, sigmas = with_options(config, spread_options(request.scheduler, sigmas)), None
     unit = spec.latent.scale_factor
     latents = (request.height // unit) * (request.width // unit)
     try:
-        scheduler = create_scheduler(request.scheduler, spec.scheduler.config)
-        scheduler.set_timesteps(request.num_inference_steps, image_seq_len=latents)
+        scheduler = create_scheduler(request.scheduler, config, request.eta)
+        scheduler.set_timesteps(
+            request.num_inference_steps,
+            image_seq_len=latents,
+            timesteps=request.timesteps,
+            sigmas=sigmas,
+        )
     except (ArithmeticError, ValueError, IndexError) as exc:
         raise InputError(
             f"no schedule of {request.scheduler} in {request.num_inference_steps} steps can be "

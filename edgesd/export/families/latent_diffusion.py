@@ -14,7 +14,7 @@ from edgesd.export.families import Component, ExportSpec, OwnPipeline
 from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.export.families.variants import SCHEDULER_CONFIG, Defaults, defaults_of
 from edgesd.export.quiet import quiet
-from edgesd.runtime.schedulers import create_scheduler, sampler_class
+from edgesd.runtime.schedulers import create_scheduler
 from edgesd.spec.pipeline import LatentSpec, PipelineSpec, SchedulerSpec, ShapeSpec, Wiring
 
 UNET, VAE, DECODER = "unet", "vae", "vae_decoder"
@@ -101,13 +101,10 @@ def sampling(
 
 def with_sampler(pipeline: Any, sampler: str) -> Any:
     """diffusers' pipeline with a scheduler of the sampler's diffusers class, made from its own
-    one's options where that is another."""
-    cls = sampler_class(sampler)
-    if type(pipeline.scheduler).__name__ != cls:
-        import diffusers
+    one's options where that is another. Raises InputError where it lacks a package."""
+    from edgesd.export.families.parts.diffusers_pipeline import scheduler_of
 
-        with quiet():
-            pipeline.scheduler = getattr(diffusers, cls).from_config(pipeline.scheduler.config)
+    pipeline.scheduler = scheduler_of(pipeline, sampler)
     return pipeline
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from edgesd.export.families.checkpoint import Checkpoint
-from edgesd.runtime.schedulers import DIFFUSERS_CLASSES, sampler_of
+from edgesd.runtime.schedulers import DIFFUSERS_CLASSES, name_from_class
 from edgesd.spec.build import VARIANTS, Variant
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
@@ -92,7 +92,7 @@ def defaults_of(
         sampler = own if own in kind.samplers else kind.samplers[0]
     guidance = own_guidance if kind.guidance is None or guidance_input else kind.guidance
     found = Defaults(
-        sampler or sampler_of(class_name, config),
+        sampler or name_from_class(class_name),
         kind.options if told.said else {},
         int(hints.get("num_inference_steps", kind.steps)),
         float(hints.get("guidance_scale", guidance)),

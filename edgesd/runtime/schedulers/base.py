@@ -5,18 +5,37 @@ from __future__ import annotations
 import re
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 
-from edgesd.errors import InputError
+from edgesd.errors import InputError, UsageError
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers.schedule import F32, I64, BetaSchedule, alphas_cumprod, combine
 
-Noise = Callable[[tuple[int, ...]], F32]
-"""shape -> standard normal float32 values of that shape; TorchNoise and BatchNoise are such."""
+
+class Noise(Protocol):
+    """shape -> standard normal float32 values of that shape; TorchNoise and BatchNoise are such.
+    seeds: of its generators, one for each image or one for all."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]: ...
+
+    def __call__(self, shape: tuple[int, ...], /) -> F32: ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a schedule is laid out for; see Scheduler.set_timesteps. steps: not to be read where
+    there is a list of sigmas."""
+
+    steps: int
+    image_seq_len: int | None = None
+    timesteps: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
 
 
 class Scheduler(ABC):
@@ -30,18 +49,58 @@ class Scheduler(ABC):
     name: ClassVar[str]
     diffusers_class: ClassVar[str]
     order: ClassVar[int] = 1
+    takes: ClassVar[frozenset[str]] = frozenset()
+    """Which of `timesteps` and `sigmas` may be given as a list."""
+    exact: ClassVar[bool] = True
+    """Whether diffusers' samples are the same on all machines, up to rounding."""
+    spreads: ClassVar[bool] = False
+    """Whether it has options that spread its noise levels (sigmas.SPREADS)."""
+    draws_by_eta: ClassVar[bool] = False
+    """Whether it has an `eta`."""
 
     timesteps: F32 | I64
     init_noise_sigma: float = 1.0
+    eta: float = 0.0
+    """How much of the noise is drawn anew at each step, 0 to 1; to be set before set_timesteps."""
+    num_inference_steps: int = 0
+    """Steps that the timesteps were last laid out for."""
 
-    @abstractmethod
-    def set_timesteps(self, num_inference_steps: int, *, image_seq_len: int | None = None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int = 0,
+        *,
+        image_seq_len: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
         """Lay out the timesteps and forget everything about earlier steps.
 
         image_seq_len: number of latent patches of the image; only a flow-matching schedule
-        with dynamic shifting reads it. `timesteps` can be longer than `num_inference_steps`.
-        Raises UsageError for a number of steps that this schedule can't make.
+        with dynamic shifting reads it. timesteps, sigmas: descending, where a model was distilled
+        for those; num_inference_steps isn't read then. `self.timesteps` can be longer than
+        `num_inference_steps`. Raises UsageError for a number of steps, or a list, that this
+        schedule can't make or take.
         """
+        for option, values in (("timesteps", timesteps), ("sigmas", sigmas)):
+            if values is not None and option not in self.takes:
+                raise UsageError(
+                    f"scheduler {self.name} takes no list of {option}: leave it out, or choose "
+                    "another --scheduler"
+                )
+        if timesteps is not None and sigmas is not None:
+            raise UsageError("expected a list of timesteps or one of sigmas, not both")
+        asked = Asked(
+            num_inference_steps if timesteps is None else len(timesteps),
+            image_seq_len,
+            None if timesteps is None else tuple(timesteps),
+            None if sigmas is None else tuple(sigmas),
+        )
+        self.num_inference_steps = self._lay_out(asked)
+        self.begin()
+
+    @abstractmethod
+    def _lay_out(self, asked: Asked) -> int:
+        """Set `timesteps` and what follows from them; the number of steps."""
 
     def begin(self, first: int = 0) -> None:  # noqa: B027 - most samplers remember nothing
         """Forget what earlier loops left; the next step is the one of index `first`.

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
-from edgesd.runtime.schedulers.base import LimitConfig, Noise, Scheduler, read_config
+from edgesd.runtime.schedulers.base import Asked, LimitConfig, Noise, Scheduler, read_config
 from edgesd.runtime.schedulers.schedule import F32, Prediction, Spacing
 
 
@@ -28,13 +28,15 @@ class DDIMConfig(LimitConfig, frozen=True, kw_only=True):
 class DDIM(Scheduler):
     """Eq. 12 of the paper, with a = alphas_cumprod at t and p the same at the step before:
 
-        x_prev = sqrt(p) x_0 + sqrt(1 - p) epsilon
+        x_prev = sqrt(p) x_0 + sqrt(1 - p - s**2) epsilon + s z
+        s = eta sqrt((1 - p) / (1 - a) (1 - a / p))
 
-    as diffusers has it with eta 0, its default: no noise is added.
+    With eta 0, the default, no noise z is drawn.
     """
 
     name = "ddim"
     diffusers_class = "DDIMScheduler"
+    draws_by_eta = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(DDIMConfig, config, self.name)
@@ -48,17 +50,18 @@ class DDIM(Scheduler):
         )
         self.timesteps = np.arange(c.num_train_timesteps, dtype=np.int64)[::-1].copy()
 
-    def set_timesteps(self, num_inference_steps: int, *, image_seq_len: int | None = None) -> None:
-        """See Scheduler; at most num_train_timesteps steps."""
-        c = self.config
-        schedule.check_steps(num_inference_steps, c.num_train_timesteps)
+    def _lay_out(self, asked: Asked) -> int:
+        """At most num_train_timesteps steps."""
+        c, n = self.config, asked.steps
+        schedule.check_steps(n, c.num_train_timesteps)
         spaced = schedule.spaced_timesteps(
-            c.timestep_spacing, c.num_train_timesteps, num_inference_steps, c.steps_offset
+            c.timestep_spacing, c.num_train_timesteps, n, c.steps_offset
         )
         timesteps = spaced.round().astype(np.int64)
-        stride = c.num_train_timesteps // num_inference_steps
+        stride = c.num_train_timesteps // n
         self._weights = [self._step_weights(int(t), int(t) - stride) for t in timesteps]
         self.timesteps = timesteps
+        return n
 
     def noise_level(self, i: int) -> tuple[float, float]:
         return schedule.signal_and_noise(schedule.alpha_at(self._table, int(self.timesteps[i])))
@@ -72,15 +75,19 @@ class DDIM(Scheduler):
         alpha, sigma = schedule.signal_and_noise(a)
         x0_s, x0_m = schedule.x0_weights(prediction, alpha, sigma)
         eps_s, eps_m = schedule.epsilon_weights(prediction, alpha, sigma)
-        direct, towards = math.sqrt(p), math.sqrt(max(1 - p, 0.0))
+        spread = self.eta * math.sqrt(max((1 - p) / (1 - a) * (1 - a / p), 0.0))
+        direct, towards = math.sqrt(p), math.sqrt(max(1 - p - spread * spread, 0.0))
         folded = (direct * x0_s + towards * eps_s, direct * x0_m + towards * eps_m)
-        return (*folded, x0_s, x0_m, eps_s * towards, eps_m * towards, direct)
+        return (*folded, x0_s, x0_m, eps_s * towards, eps_m * towards, direct, spread)
 
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
-        from_sample, from_output, x0_s, x0_m, eps_s, eps_m, direct = self._weights[i]
+        from_sample, from_output, x0_s, x0_m, eps_s, eps_m, direct, spread = self._weights[i]
         if self._limit is None:
-            return schedule.combine(from_sample, sample, from_output, model_output)
-        x0 = self._limit(schedule.combine(x0_s, sample, x0_m, model_output))
-        result = schedule.combine(eps_s, sample, eps_m, model_output)
-        result += np.multiply(x0, direct)
+            result = schedule.combine(from_sample, sample, from_output, model_output)
+        else:
+            x0 = self._limit(schedule.combine(x0_s, sample, x0_m, model_output))
+            result = schedule.combine(eps_s, sample, eps_m, model_output)
+            result += np.multiply(x0, direct)
+        if self.eta > 0:
+            result += np.multiply(noise(sample.shape), spread)
         return result

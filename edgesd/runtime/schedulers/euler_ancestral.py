@@ -9,9 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from edgesd.runtime.arrays import Array
-from edgesd.runtime.schedulers import schedule
-from edgesd.runtime.schedulers.base import Noise, read_config
-from edgesd.runtime.schedulers.euler import ExplodingConfig, ExplodingScheduler, euler_step
+from edgesd.runtime.schedulers.base import Asked, Noise, read_config
+from edgesd.runtime.schedulers.exploding import ExplodingConfig, ExplodingScheduler, slope
 from edgesd.runtime.schedulers.schedule import F32
 
 
@@ -19,6 +18,7 @@ class EulerAncestralConfig(ExplodingConfig, frozen=True, kw_only=True):
     """diffusers' EulerAncestralDiscreteScheduler."""
 
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    rescale_betas_zero_snr: bool = False
 
 
 class EulerAncestral(ExplodingScheduler):
@@ -34,27 +34,29 @@ class EulerAncestral(ExplodingScheduler):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = read_config(EulerAncestralConfig, config, self.name)
-        self._prepare(self.config)
+        self._prepare(self.config, self.config.rescale_betas_zero_snr)
 
-    def set_timesteps(self, num_inference_steps: int, *, image_seq_len: int | None = None) -> None:
-        """See Scheduler; at most num_train_timesteps steps."""
-        timesteps = self._spaced(num_inference_steps)
+    def _lay_out(self, asked: Asked) -> int:
+        """At most num_train_timesteps steps."""
+        timesteps = self._spaced(asked).astype(np.float32)
         values = self._use_sigmas(np.append(self._interpolated(timesteps), 0).astype(np.float32))
         self._weights = []
         for sigma, sigma_next in pairwise(values):
-            x0_s, x0_m = schedule.exploding_x0_weights(self.config.prediction_type, sigma)
-            down, up = _down_and_up(np.float32(sigma), np.float32(sigma_next))
-            self._weights.append((x0_s, x0_m, sigma, float(np.float32(down - sigma)), up))
+            down, up = down_and_up(np.float32(sigma), np.float32(sigma_next))
+            self._weights.append((sigma, float(np.float32(down - sigma)), up))
         self.timesteps = timesteps
+        return asked.steps
 
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
-        *weights, up = self._weights[i]
-        result = euler_step(model_output, sample, *weights)
+        sigma, growth, up = self._weights[i]
+        result = slope(self.config.prediction_type, model_output, sample, sigma)
+        result *= growth
+        result += sample
         result += np.multiply(noise(sample.shape), up)
         return result
 
 
-def _down_and_up(sigma: np.float32, sigma_next: np.float32) -> tuple[float, float]:
+def down_and_up(sigma: np.float32, sigma_next: np.float32) -> tuple[float, float]:
     """sigma_down and sigma_up; float32 throughout, as the difference under the root cancels."""
     target = sigma_next * sigma_next
     start = sigma * sigma

@@ -4,7 +4,7 @@ High-Resolution Image Synthesis)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -14,9 +14,16 @@ import numpy as np
 from edgesd.errors import InputError, UsageError
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
-from edgesd.runtime.schedulers.base import Noise, Scheduler, TrainTimesteps, read_config, refusal
-from edgesd.runtime.schedulers.euler import refuse_beta_sigmas
+from edgesd.runtime.schedulers.base import (
+    Asked,
+    Noise,
+    Scheduler,
+    TrainTimesteps,
+    read_config,
+    refusal,
+)
 from edgesd.runtime.schedulers.schedule import F32, F64
+from edgesd.runtime.schedulers.sigmas import SPREADS, spread_of
 
 
 class FlowEulerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,13 +59,12 @@ class FlowEuler(Scheduler):
 
     name = "flow-euler"
     diffusers_class = "FlowMatchEulerDiscreteScheduler"
+    spreads = True
+    takes = frozenset(("sigmas",))
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(FlowEulerConfig, config, self.name)
-        refuse_beta_sigmas(self.name, c.use_beta_sigmas)
-        if c.use_karras_sigmas and c.use_exponential_sigmas:
-            expected = "expected only one of it and use_karras_sigmas"
-            raise InputError(refusal(self.name, "use_exponential_sigmas", True, expected))
+        spread_of(self.name, c)
         if c.num_train_timesteps < 1:
             expected = "expected 1 or more"
             option = "num_train_timesteps"
@@ -82,33 +88,26 @@ class FlowEuler(Scheduler):
         slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
         return image_seq_len * slope + c.base_shift - slope * c.base_image_seq_len
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int,
-        *,
-        image_seq_len: int | None = None,
-        mu: float | None = None,
-        sigmas: Sequence[float] | None = None,
-    ) -> None:
-        """See Scheduler; at most num_train_timesteps steps.
+    def _lay_out(self, asked: Asked) -> int:
+        """At most num_train_timesteps steps.
 
-        With use_dynamic_shifting the shift mu is taken as given or else from image_seq_len;
-        without, both are ignored. sigmas [n]: before shifting, where a pipeline has its own
-        (Flux: linspace(1, 1 / n, n)). Raises UsageError when the shift is missing or sigmas
-        doesn't have n values inside (0, 1].
+        With use_dynamic_shifting the shift is that of image_seq_len; without, it is ignored. sigmas
+        [n]: before shifting, where a pipeline has its own (Flux: linspace(1, 1 / n, n)). Raises
+        UsageError when image_seq_len is missing or sigmas doesn't have n values inside (0, 1].
         """
-        c, n = self.config, num_inference_steps
+        c = self.config
+        n = asked.steps if asked.sigmas is None else len(asked.sigmas)
         schedule.check_steps(n, c.num_train_timesteps)
         spread: F32 | F64
-        if sigmas is None:
+        if asked.sigmas is None:
             top, bottom = (sigma * c.num_train_timesteps for sigma in self._range)
             spread = np.linspace(top, bottom, n) / c.num_train_timesteps
-        elif len(sigmas) != n or not all(0 < sigma <= 1 for sigma in sigmas):
-            raise UsageError(f"sigmas has {len(sigmas)} values: expected {n} inside (0, 1]")
+        elif not all(0 < sigma <= 1 for sigma in asked.sigmas):
+            raise UsageError("sigmas: expected values inside (0, 1], without the last, which is 0")
         else:
-            spread = np.asarray(sigmas, np.float32)
+            spread = np.asarray(asked.sigmas, np.float32)
         if c.use_dynamic_shifting:
-            spread = self._shifted_dynamically(spread, image_seq_len, mu)
+            spread = self._shifted_dynamically(spread, asked.image_seq_len)
         else:
             spread = _shifted(spread, c.shift)
         if c.shift_terminal:
@@ -118,28 +117,26 @@ class FlowEuler(Scheduler):
                     f"num_inference_steps is {n}: with shift_terminal two or more are expected"
                 )
             spread = 1 - rest / (rest[-1] / (1 - c.shift_terminal))
-        if c.use_karras_sigmas or c.use_exponential_sigmas:
-            convert = schedule.karras_sigmas if c.use_karras_sigmas else schedule.exponential_sigmas
+        kind = spread_of(self.name, c)
+        if kind is not None:
             top = float(spread[0]) if c.sigma_max is None else c.sigma_max
             bottom = float(spread[-1]) if c.sigma_min is None else c.sigma_min
-            spread = convert(top, bottom, n)
+            spread = SPREADS[kind](top, bottom, n)
         rounded = spread.astype(np.float32)
         if c.invert_sigmas:
             rounded = np.float32(1.0) - rounded
         self.timesteps = rounded * np.float32(c.num_train_timesteps)
         values = [float(s) for s in np.append(rounded, np.float32(c.invert_sigmas))]
         self._pairs = list(pairwise(values))
+        return n
 
-    def _shifted_dynamically(
-        self, sigmas: F32 | F64, image_seq_len: int | None, mu: float | None
-    ) -> F32 | F64:
+    def _shifted_dynamically(self, sigmas: F32 | F64, image_seq_len: int | None) -> F32 | F64:
         """e^mu / (e^mu + 1 / sigma - 1), or mu in place of e^mu with time_shift_type linear."""
-        if mu is None:
-            if image_seq_len is None:
-                raise UsageError(
-                    "scheduler flow-euler has use_dynamic_shifting: expected image_seq_len or mu"
-                )
-            mu = self.dynamic_shift(image_seq_len)
+        if image_seq_len is None:
+            raise UsageError(
+                "scheduler flow-euler has use_dynamic_shifting: expected image_seq_len"
+            )
+        mu = self.dynamic_shift(image_seq_len)
         weight = math.exp(mu) if self.config.time_shift_type == "exponential" else mu
         shifted: F32 | F64 = weight / (weight + (1 / sigmas - 1))
         return shifted

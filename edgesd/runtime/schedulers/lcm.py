@@ -10,8 +10,15 @@ import numpy as np
 from edgesd.errors import InputError
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
-from edgesd.runtime.schedulers.base import LimitConfig, Noise, Scheduler, read_config, refusal
-from edgesd.runtime.schedulers.schedule import F32, BetaSchedule, Prediction
+from edgesd.runtime.schedulers.base import (
+    Asked,
+    LimitConfig,
+    Noise,
+    Scheduler,
+    read_config,
+    refusal,
+)
+from edgesd.runtime.schedulers.schedule import F32, I64, BetaSchedule, Prediction
 
 _SIGMA_DATA = 0.5
 
@@ -32,6 +39,21 @@ class LCMConfig(LimitConfig, frozen=True, kw_only=True):
     rescale_betas_zero_snr: bool = False
 
 
+def distilled_timesteps(steps: int, grid_size: int, train_steps: int) -> I64:
+    """[steps] of the grid that a model was distilled on. Raises UsageError for more than it has."""
+    schedule.check_steps(steps, grid_size, "original_inference_steps of the distilled model")
+    grid = np.arange(grid_size, 0, -1, dtype=np.int64) * (train_steps // grid_size)
+    picks = np.floor(np.linspace(0, grid_size, steps, endpoint=False)).astype(np.int64)
+    return np.asarray(grid[picks] - 1)
+
+
+def check_grid(scheduler: str, grid_size: int, train_steps: int) -> None:
+    """Raise InputError for an impossible original_inference_steps."""
+    if not 1 <= grid_size <= train_steps:
+        expected = f"expected 1 to {train_steps}, as num_train_timesteps says"
+        raise InputError(refusal(scheduler, "original_inference_steps", grid_size, expected))
+
+
 class LCM(Scheduler):
     """Multistep consistency sampling (algorithm 3 of the paper), with u = timestep_scaling t:
 
@@ -44,13 +66,11 @@ class LCM(Scheduler):
 
     name = "lcm"
     diffusers_class = "LCMScheduler"
+    takes = frozenset(("timesteps",))
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(LCMConfig, config, self.name)
-        if not 1 <= c.original_inference_steps <= c.num_train_timesteps:
-            expected = f"expected 1 to {c.num_train_timesteps}, as num_train_timesteps says"
-            option = "original_inference_steps"
-            raise InputError(refusal(self.name, option, c.original_inference_steps, expected))
+        check_grid(self.name, c.original_inference_steps, c.num_train_timesteps)
         self._table = c.table(zero_snr=c.rescale_betas_zero_snr)
         self._limit = schedule.x0_limiter(
             c.thresholding,
@@ -61,14 +81,16 @@ class LCM(Scheduler):
         )
         self.timesteps = np.arange(c.num_train_timesteps, dtype=np.int64)[::-1].copy()
 
-    def set_timesteps(self, num_inference_steps: int, *, image_seq_len: int | None = None) -> None:
-        """See Scheduler; at most original_inference_steps steps."""
-        c, n = self.config, num_inference_steps
-        grid_size = c.original_inference_steps
-        schedule.check_steps(n, grid_size, "original_inference_steps of the distilled model")
-        grid = np.arange(grid_size, 0, -1, dtype=np.int64) * (c.num_train_timesteps // grid_size)
-        picks = np.floor(np.linspace(0, grid_size, n, endpoint=False)).astype(np.int64)
-        timesteps = grid[picks] - 1
+    def _lay_out(self, asked: Asked) -> int:
+        """At most original_inference_steps steps."""
+        c = self.config
+        if asked.timesteps is None:
+            timesteps = distilled_timesteps(
+                asked.steps, c.original_inference_steps, c.num_train_timesteps
+            )
+        else:
+            timesteps = schedule.check_timesteps(asked.timesteps, c.num_train_timesteps)
+        n = len(timesteps)
         self._weights = []
         for i, t in enumerate(timesteps):
             alpha, sigma = schedule.signal_and_noise(float(self._table[t]))
@@ -81,6 +103,7 @@ class LCM(Scheduler):
                 signal, spread = schedule.signal_and_noise(float(self._table[timesteps[i + 1]]))
             self._weights.append((x0_s, x0_m, signal * skip, signal * out, spread))
         self.timesteps = timesteps
+        return n
 
     def noise_level(self, i: int) -> tuple[float, float]:
         return schedule.signal_and_noise(float(self._table[self.timesteps[i]]))

@@ -11,7 +11,7 @@ import numpy as np
 from edgesd.errors import UsageError
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
-from edgesd.runtime.schedulers.base import BetaConfig, Noise, Scheduler, read_config
+from edgesd.runtime.schedulers.base import Asked, BetaConfig, Noise, Scheduler, read_config
 from edgesd.runtime.schedulers.schedule import F32, Spacing
 
 _RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
@@ -51,12 +51,12 @@ class PNDM(Scheduler):
         self._table = c.table()
         self.timesteps = np.arange(c.num_train_timesteps, dtype=np.int64)[::-1].copy()
 
-    def set_timesteps(self, num_inference_steps: int, *, image_seq_len: int | None = None) -> None:
-        """See Scheduler; num_train_timesteps at most, and 4 at least unless skip_prk_steps.
+    def _lay_out(self, asked: Asked) -> int:
+        """num_train_timesteps at most, and 4 at least unless skip_prk_steps.
 
         `timesteps` has one more entry than steps with skip_prk_steps (from 2 on), 9 more without.
         """
-        c, n = self.config, num_inference_steps
+        c, n = self.config, asked.steps
         schedule.check_steps(n, c.num_train_timesteps)
         spaced = schedule.spaced_timesteps(
             c.timestep_spacing, c.num_train_timesteps, n, c.steps_offset
@@ -76,7 +76,7 @@ class PNDM(Scheduler):
             pairs = np.repeat(down[:_WARM_UP_TIMESTEPS][::-1], 2) + half
             self._warm_up = np.repeat(pairs[:-1], 2)[1:-1][::-1]
             self.timesteps = np.concatenate([self._warm_up, down[3:]])
-        self.begin()
+        return n
 
     def begin(self, first: int = 0) -> None:
         """See Scheduler. The warm-up begins there, too; as in diffusers, its evaluations are

@@ -12,7 +12,8 @@ the same numbers; what follows from them is float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -26,6 +27,9 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+AnyBetaSchedule = Literal[
+    "linear", "scaled_linear", "squaredcos_cap_v2", "exp", "laplace", "sigmoid"
+]
 Spacing = Literal["leading", "trailing", "linspace"]
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 FinalSigma = Literal["zero", "sigma_min"]
@@ -43,6 +47,35 @@ def check_steps(num_inference_steps: int, limit: int, reason: str = "training ti
         )
 
 
+def check_timesteps(timesteps: tuple[int, ...], limit: int) -> I64:
+    """A list of timesteps from outside [n]. Raises UsageError unless there are 1 to `limit`, whole
+    and descending from below `limit` to 0 or more."""
+    check_steps(len(timesteps), limit)
+    whole = all(t % 1 == 0 for t in timesteps)
+    down = all(a > b for a, b in pairwise(timesteps))
+    if not (whole and down and timesteps[-1] >= 0 and timesteps[0] < limit):
+        shown = ", ".join(f"{t:g}" for t in timesteps[:6])
+        raise UsageError(
+            f"timesteps {shown}{', ...' if len(timesteps) > 6 else ''}: expected whole numbers "
+            f"that descend, from below {limit} to 0 or more"
+        )
+    return np.array(timesteps, np.int64)
+
+
+def check_sigmas(sigmas: tuple[float, ...], limit: int) -> F32:
+    """A list of noise levels from outside [n + 1], the last of which is the image's. Raises
+    UsageError unless it is of 2 to `limit` + 1 that descend to 0 or more."""
+    check_steps(len(sigmas) - 1, limit)
+    values = np.array(sigmas, np.float32)
+    if not (np.isfinite(values).all() and (np.diff(values) < 0).all() and values[-1] >= 0):
+        shown = ", ".join(f"{sigma:g}" for sigma in sigmas[:6])
+        raise UsageError(
+            f"sigmas {shown}{', ...' if len(sigmas) > 6 else ''}: expected numbers that descend to "
+            "0 or more, one more than there are steps"
+        )
+    return values
+
+
 def _linspace(start: float, end: float, count: int) -> F32:
     """torch.linspace in float32, bit for bit: from both ends to the middle, each value with one
     rounding of start + i * step. Products of two float32 are exact in float64."""
@@ -56,12 +89,27 @@ def _linspace(start: float, end: float, count: int) -> F32:
     return np.where(i < count // 2, up, down)
 
 
-def _cosine_betas(count: int) -> F32:
-    """Nichol and Dhariwal, Improved Denoising Diffusion Probabilistic Models, eq. 17; [count]."""
+def _cosine(t: float) -> float:
+    """Nichol and Dhariwal, Improved Denoising Diffusion Probabilistic Models, eq. 17."""
+    return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    def alpha_bar(t: float) -> float:
-        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
+def _exponential(t: float) -> float:
+    return math.exp(t * -12.0)
+
+
+def _laplace(t: float) -> float:
+    """Hang et al., Improved Noise Schedule for Diffusion Training, table 1, as diffusers has it."""
+    snr = math.exp(-0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6))
+    return math.sqrt(snr / (1 + snr))
+
+
+_ALPHA_BARS = {"squaredcos_cap_v2": _cosine, "exp": _exponential, "laplace": _laplace}
+"""alphas_cumprod at the share t in [0, 1] of the training timesteps."""
+
+
+def _betas_for(alpha_bar: Callable[[float], float], count: int) -> F32:
+    """beta [count] of a function for alphas_cumprod."""
     betas = [1 - alpha_bar((i + 1) / count) / alpha_bar(i / count) for i in range(count)]
     return np.minimum(betas, 0.999).astype(np.float32)
 
@@ -84,7 +132,7 @@ def _cumprod(values: F32) -> F32:
 
 def alphas_cumprod(
     count: int,
-    schedule: BetaSchedule,
+    schedule: AnyBetaSchedule,
     beta_start: float,
     beta_end: float,
     trained_betas: tuple[float, ...] | None,
@@ -105,8 +153,8 @@ def alphas_cumprod(
                 f"scheduler option trained_betas has {len(betas)} values: expected {count}, "
                 "as num_train_timesteps says"
             )
-    elif schedule == "squaredcos_cap_v2":
-        betas = _cosine_betas(count)
+    elif schedule in _ALPHA_BARS:
+        betas = _betas_for(_ALPHA_BARS[schedule], count)
     else:
         if not 0 < beta_start <= beta_end < 1:
             raise InputError(
@@ -115,6 +163,9 @@ def alphas_cumprod(
             )
         if schedule == "linear":
             betas = _linspace(beta_start, beta_end, count)
+        elif schedule == "sigmoid":
+            share = np.float32(1.0) / (np.float32(1.0) + np.exp(-_linspace(-6, 6, count)))
+            betas = share * np.float32(beta_end - beta_start) + np.float32(beta_start)
         else:
             betas = _linspace(beta_start**0.5, beta_end**0.5, count) ** 2
     if not (np.all(betas > 0) and np.all(betas < 1)):
@@ -229,24 +280,20 @@ def combine(a: float, x: Array, b: float, y: Array) -> F32:
     return result
 
 
+def weighted(weight: float, sample: F32, weights: Sequence[float], arrays: Sequence[F32]) -> F32:
+    """weight sample + sum of weights times arrays, of the same shape; a new array."""
+    result: F32 = np.multiply(sample, weight, dtype=np.float32)
+    for each, array in zip(weights, arrays, strict=True):
+        result += np.multiply(array, each, dtype=np.float32)
+    return result
+
+
 def exploding_sigmas(table: F32) -> F32:
     """sigma [T] of each training timestep, ascending."""
     sigmas: F32 = np.sqrt((np.float32(1.0) - table) / table)
     # torch rounds this one root up, and 4096 magnifies a difference in the last bit.
     sigmas[table == np.float32(ZERO_SNR_FLOOR)] = 4096.0
     return sigmas
-
-
-def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> F64:
-    """[steps] from sigma_max to sigma_min (Karras et al., eq. 5, rho = 7)."""
-    rho = 7.0
-    first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return np.asarray((first + np.linspace(0, 1, steps) * (last - first)) ** rho)
-
-
-def exponential_sigmas(sigma_max: float, sigma_min: float, steps: int) -> F64:
-    """[steps] from sigma_max to sigma_min, equally spaced in the logarithm."""
-    return np.asarray(np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps)))
 
 
 def fractional_timesteps(sigmas: F64, train_sigmas: F32) -> F64:

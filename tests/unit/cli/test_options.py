@@ -17,9 +17,11 @@ from edgesd.cli.options import (
     GenerationOptions,
     OptionGroup,
     RunOptions,
+    ScheduleOptions,
     generation_options,
     option_arguments,
     run_options,
+    schedule_options,
 )
 
 EXAMPLES: dict[type[click.ParamType], Callable[[Any], str]] = {
@@ -156,3 +158,29 @@ def test_flags_with_two_names_are_passed_on_by_the_one_that_was_given() -> None:
     command = click.command("made")(options.self_test_option(lambda **values: None))
     for name in ("--self-test", "--no-self-test"):
         assert option_arguments(parsed(command, [name]), ()) == [name]
+
+
+def test_where_steps_are_placed_is_a_kind_or_a_list() -> None:
+    run = built(schedule_options)
+    assert run("--sigmas", "karras")["schedule"] == ScheduleOptions("karras")
+    assert run("--sigmas", "14.6,2,0")["schedule"] == ScheduleOptions((14.6, 2.0, 0.0))
+    assert run("--timesteps", "999,499")["schedule"] == ScheduleOptions(None, (999, 499))
+    request = ScheduleOptions("beta", (7,), 0.5).applied(GenerationOptions().request("a", 1))
+    assert (request.sigmas, request.timesteps, request.eta) == ("beta", (7,), 0.5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--sigmas", "karas"),
+        ("--sigmas", "nan,0"),
+        ("--sigmas", ""),
+        ("--timesteps", "999,4.5"),
+        ("--timesteps", ",".join(["1"] * 1002)),
+        ("--timesteps", "9" * 5000),
+        ("--eta", "1.5"),
+    ],
+)
+def test_neither_kind_nor_list(arguments: tuple[str, str]) -> None:
+    with pytest.raises(click.BadParameter):
+        built(schedule_options)(*arguments)

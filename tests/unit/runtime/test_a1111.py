@@ -51,8 +51,14 @@ SETTINGS = "Steps: 20, Sampler: {}, CFG scale: 7, Seed: 1, RNG: CPU"
     ("settings", "scheduler", "remarks"),
     [
         (SETTINGS.format("DPM++ 2M"), "dpmpp-2m", []),
-        (SETTINGS.format("DPM++ 2M Karras"), "dpmpp-2m", ["schedule karras"]),
-        (SETTINGS.format("DPM++ 2M, Schedule type: Beta"), "dpmpp-2m", ["schedule beta"]),
+        (SETTINGS.format("DPM++ 2M Karras"), "dpmpp-2m", []),
+        (SETTINGS.format("DPM++ 2M, Schedule type: Beta"), "dpmpp-2m", []),
+        (
+            SETTINGS.format("DPM++ 2M, Schedule type: Polyexponential"),
+            "dpmpp-2m",
+            ["schedule poly"],
+        ),
+        (SETTINGS.format("DDIM, Schedule type: Karras"), "ddim", ["schedule karras"]),
         (SETTINGS.format("DPM++ 2M, Schedule type: Automatic"), "dpmpp-2m", []),
         (SETTINGS.format("Restart"), None, ["sampler restart"]),
         (
@@ -178,3 +184,9 @@ def test_long_texts_take_linear_time(text: str) -> None:
     parsed(text)
     parsed(f"a\n{text}")
     escaped(text)
+
+
+def test_the_spread_of_noise_levels_is_taken_where_the_sampler_has_it() -> None:
+    for settings in ("DPM++ 2M Karras", "DPM++ 2M, Schedule type: Karras"):
+        assert parsed(f"a cat\n{SETTINGS.format(settings)}").values["sigmas"] == "karras"
+    assert "sigmas" not in parsed(f"a cat\n{SETTINGS.format('DDIM, Schedule type: Karras')}").values

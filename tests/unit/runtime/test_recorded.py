@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,9 @@ def test_every_value_of_a_request_is_written(miniature: Bundle, tmp_path: Path) 
         negative_prompt_2="d",
         syntax="a1111",
         guidance_rescale=0.3,
+        sigmas=(14.5, 3.25, 0.0),
+        timesteps=(999, 499),
+        eta=0.5,
         micro=CompleteMicro((640, 480), (3, 7), (320, 240), 6.5),
         negative_micro=CompleteMicro((64, 48), (1, 2), (32, 24), 2.25),
     )
@@ -198,3 +202,6 @@ def test_every_value_of_a_request_is_written(miniature: Bundle, tmp_path: Path) 
     for name in ("micro", "negative_micro"):
         values[name] = CompleteMicro(**vars(values[name]))
     assert CompleteRequest(**values) == other
+    spread = texts_of(miniature.manifest, replace(other, sigmas="karras", scheduler="dpmpp-2m"))
+    assert recorded(write_png(tmp_path / "b.png", **spread)).values["sigmas"] == "karras"
+    assert "Sampler: DPM++ 2M, Schedule type: Karras" in spread["parameters"]

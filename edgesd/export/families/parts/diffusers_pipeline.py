@@ -16,6 +16,7 @@ from edgesd.errors import InputError
 from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.export.families.parts.weights import shell
 from edgesd.export.quiet import quiet
+from edgesd.runtime.schedulers import preset, sampler_class
 from edgesd.text import first_sentence
 
 _NO_OPTIONS = ("_diffusers_version", "_name_or_path")
@@ -42,6 +43,8 @@ def diffusers_pipeline(
     scheduler: Any = getattr(diffusers, source.class_of("scheduler"), None)
     if scheduler is None or isinstance(scheduler, DummyObject):
         scheduler = getattr(diffusers, sampler)
+    if isinstance(scheduler, DummyObject):  # any class keeps all options of a configuration
+        scheduler = diffusers.EulerDiscreteScheduler
     made = {}
     for part, cls in networks.items():
         made[part] = _made(source, part, partial(shell, source, part, cls))
@@ -76,6 +79,23 @@ def default_guidance(class_name: str) -> float:
     """The guidance scale of diffusers' pipeline `class_name` where nobody gives one."""
     call = getattr(diffusers, class_name).__call__
     return float(inspect.signature(call).parameters["guidance_scale"].default)
+
+
+def scheduler_of(pipeline: Any, sampler: str) -> Any:
+    """A scheduler of the diffusers class of one of our samplers, with the options of a pipeline's
+    own. Raises InputError where diffusers lacks a package for it."""
+    own, class_name = pipeline.scheduler, sampler_class(sampler)
+    options = preset(sampler)
+    if type(own).__name__ == class_name and not options:
+        return own
+    cls: Any = getattr(diffusers, class_name)
+    if isinstance(cls, DummyObject):
+        raise InputError(
+            f"sampler {sampler} is compared with diffusers' {class_name}, which needs "
+            f"{' and '.join(cls._backends)} here: pip install them, or choose another --scheduler"
+        )
+    with quiet():
+        return cls.from_config(own.config, **options)
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
