@@ -280,7 +280,7 @@ def on_torch(source: ModelSource, export: ExportSpec, folder: Path) -> Pipeline:
         parity, path = Parity(0.0, 0.0, 1e-4), f"{name}/model.onnx"
         engines[name] = Engine(name, path, "onnxruntime", "fp32", parity, footprint=footprint)
     for name, tokenizer in spec.wiring.tokenizers.items():
-        write_tokenizer(source.folder(name), folder / name, tokenizer.max_tokens)
+        write_tokenizer(source.folder(name), folder / name, tokenizer.max_tokens, source.embeddings)
     manifest = BundleManifest(
         schema_version=SCHEMA_VERSION,
         name=source.name,

@@ -34,12 +34,14 @@ class TorchRunner(BoundRunner):
 
 
 def any_batch(spec: ComponentSpec) -> ComponentSpec:
-    """The same component for any batch, which a source takes also where its graph is to have a
-    fixed one."""
-    inputs = tuple(
-        msgspec.structs.replace(tensor, shape=("batch", *tensor.shape[1:]))
-        if len(tensor.shape) > 1
-        else tensor
-        for tensor in spec.inputs
-    )
-    return msgspec.structs.replace(spec, inputs=inputs)
+    """The same component for any batch and, in embeddings [batch, tokens, C], any number of tokens,
+    which a source takes also where its graph is to have fixed ones."""
+    inputs = []
+    for tensor in spec.inputs:
+        shape = tensor.shape
+        if len(shape) == 3:
+            shape = "batch", "tokens", shape[2]
+        elif len(shape) > 1:
+            shape = "batch", *shape[1:]
+        inputs.append(msgspec.structs.replace(tensor, shape=shape))
+    return msgspec.structs.replace(spec, inputs=tuple(inputs))

@@ -198,7 +198,10 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
             UNET: diffusers.UNet2DConditionModel,
             VAE: getattr(diffusers, source.class_of(VAE)),
         },
-        {name: partial(load_tokenizer, source.folder(name)) for name in _TOKENIZER_OF.values()},
+        {
+            name: partial(load_tokenizer, source.folder(name), source.embeddings)
+            for name in _TOKENIZER_OF.values()
+        },
         sampler_class(defaults.sampler),
         defaults.options,
         feature_extractor=None,
