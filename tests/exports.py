@@ -39,8 +39,10 @@ class KeptExports:
         *,
         lowering: Any = None,
         progress: Progress = SILENT,
+        as_source: bool = False,
     ) -> GraphSet:
         """See `export_pipeline`; the lines of progress are the first export's."""
+        fp32 = lowering is None and precision == "fp32"  # those of a source have a file more
         what = msgspec.json.encode((plan.pipeline, precision, lowering and lowering.name))
         kept = self.folder / hashlib.sha256(what).hexdigest()[:16]
         with FileLock(f"{kept}.lock", timeout=500):
@@ -53,9 +55,11 @@ class KeptExports:
                     precision,
                     lowering=lowering,
                     progress=told,
+                    as_source=fp32,
                 )
                 (kept / "graphs.json").write_bytes(msgspec.json.encode((found, told.lines)))
-        shutil.copytree(kept / "graphs", out_dir, dirs_exist_ok=True)
+        left_out = shutil.ignore_patterns(*([] if as_source else ["cases.npz"]))
+        shutil.copytree(kept / "graphs", out_dir, ignore=left_out, dirs_exist_ok=True)
         graphs, lines = msgspec.json.decode((kept / "graphs.json").read_bytes(), type=_Kept)
         for line in lines:
             progress.line(line)

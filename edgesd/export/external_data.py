@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import onnx_ir as ir
 
@@ -22,6 +22,9 @@ WEIGHTS_FILE = "weights.bin"
 EXTERNAL_BYTES = 1024
 """Smaller tensors stay inside the graph file."""
 
+_CHECKPOINT = {False: "checkpoint:", True: "checkpoint-transposed:"}
+"""Where weights are said to be that aren't in any file of the graph, before their names."""
+
 _PAGE, _PAGE_FROM, _LINE = 4096, 65536, 64
 
 
@@ -35,7 +38,8 @@ def write_model(
     Tensors of 64 KiB and more begin at multiples of 4096 bytes, others at multiples of 64. They
     are written one by one, and afterwards `model` refers to the file: memory that only it held is
     free. Only initializers of the main graph are external, by plain entries: location, offset,
-    length. Raises ResourceError when the disk is full, InputError when `folder` can't be written.
+    length; those of `refer_to_checkpoint` stay what they are. Raises ResourceError when the disk is
+    full, InputError when `folder` can't be written.
     """
     models = {GRAPH_FILE: model, **(others or {})}
     places: dict[bytes, int] = {}
@@ -43,11 +47,43 @@ def write_model(
         for each in models.values():
             for value in each.graph.initializers.values():
                 tensor = value.const_value
-                if tensor is not None and tensor.nbytes >= EXTERNAL_BYTES:
+                if tensor is None or in_checkpoint(tensor):
+                    continue
+                if tensor.nbytes >= EXTERNAL_BYTES:
                     value.const_value = _append(file, tensor, value.name or "", folder, places)
     for name, each in models.items():
         with atomic_write(folder / name) as file:
             file.write(ir.serde.serialize_model(each).SerializeToString())
+
+
+class InCheckpoint(NamedTuple):
+    """The checkpoint's tensor that a graph's weight is. transposed: its two dimensions swapped."""
+
+    name: str
+    transposed: bool
+
+
+def refer_to_checkpoint(
+    tensor: ir.TensorProtocol, name: str, transposed: bool
+) -> ir.ExternalTensor:
+    """What says that `tensor` is the checkpoint's tensor `name`, which no file of the graph has."""
+    return ir.ExternalTensor(
+        f"{_CHECKPOINT[transposed]}{name}",
+        0,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=tensor.name or "",
+    )
+
+
+def in_checkpoint(tensor: ir.TensorProtocol | None) -> InCheckpoint | None:
+    """What `refer_to_checkpoint` was told; None for a tensor of the graph's own."""
+    if isinstance(tensor, ir.ExternalTensor):
+        for transposed, prefix in _CHECKPOINT.items():
+            if str(tensor.location).startswith(prefix):
+                return InCheckpoint(str(tensor.location).removeprefix(prefix), transposed)
+    return None
 
 
 def weight_bytes(model: ir.Model) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import nn
 
@@ -51,28 +52,19 @@ def reference_cases(module: nn.Module, component: Component) -> list[Case]:
     return cases
 
 
-def graph_cases(graph: Path, component: Component) -> list[Case]:
-    """What the graph file makes of the inputs that `reference_cases` uses."""
-    names = [tensor.name for tensor in component.spec.outputs]
-    cases = [example_inputs(component, sizes, seed) for seed, sizes in enumerate(component.sizes)]
-    made = run_in_pieces(graph, cases)
-    return [
-        (inputs, tuple(outputs[name] for name in names))
-        for inputs, outputs in zip(cases, made, strict=True)
-    ]
-
-
 def check_parity(
     graph: Path,
     component: Component,
     cases: Sequence[Case],
     precision: Precision,
     library: Path | None = None,
+    elsewhere: Mapping[str, ir.TensorProtocol] | None = None,
 ) -> Parity:
     """Run the graph file in ONNX Runtime on the CPU, in pieces where it is large, and compare. The
     worst output and case count.
 
-    library: of edgesd's own kernels, for a graph that needs it.
+    library: of edgesd's own kernels, for a graph that needs it. elsewhere: weights that the graph's
+    files don't hold, by name.
 
     Raises ParityError, naming component, figure and tolerance, when the graph doesn't load or run,
     when an output isn't finite, or when it is further away than the tolerance.
@@ -80,7 +72,7 @@ def check_parity(
     names = [tensor.name for tensor in component.spec.outputs]
 
     def run(inputs: list[dict[str, Array]]) -> Iterator[Sequence[Array]]:
-        for made in run_in_pieces(graph, inputs, library):
+        for made in run_in_pieces(graph, inputs, library, elsewhere):
             yield [made[name] for name in names]
 
     return _check(run, component, cases, precision)

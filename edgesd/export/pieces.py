@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
+import onnx_ir as ir
 
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends.onnxruntime import session_options
@@ -41,11 +42,13 @@ def run_in_pieces(
     graph: Path,
     cases: Iterable[Values],
     library: Path | None = None,
+    elsewhere: Mapping[str, ir.TensorProtocol] | None = None,
     piece_bytes: int = PIECE_BYTES,
 ) -> list[Values]:
     """What the ONNX file `graph` makes of each of `cases`, its inputs: its outputs.
 
-    library: of edgesd's own kernels. Raises what ONNX Runtime raises.
+    library: of edgesd's own kernels. elsewhere: weights that its files don't hold, by name. Raises
+    what ONNX Runtime raises.
     """
     model = onnx.load(graph, load_external_data=False)
     known: list[Values] = [dict(inputs) for inputs in cases]
@@ -54,7 +57,8 @@ def run_in_pieces(
     for index, piece in enumerate(pieces):
         later = outputs.union(*(each.reads for each in pieces[index + 1 :]))
         names = sorted(piece.makes & later)
-        session = _session(_model(model, piece, known[0], names), graph.parent, library)
+        part = _model(model, piece, known[0], names)
+        session = _session(part, graph.parent, library, elsewhere or {})
         for place, values in enumerate(known):
             made = session.run(names, {name: values[name] for name in piece.reads})
             values = {**values, **dict(zip(names, made, strict=True))}
@@ -125,11 +129,21 @@ def _model(
     return part
 
 
-def _session(model: onnx.ModelProto, folder: Path, library: Path | None) -> Any:
-    """A session of a model whose weights are in files of `folder`."""
+def _session(
+    model: onnx.ModelProto,
+    folder: Path,
+    library: Path | None,
+    elsewhere: Mapping[str, ir.TensorProtocol],
+) -> Any:
+    """A session of a model whose weights are in files of `folder`, or `elsewhere`."""
     import onnxruntime
 
     options = session_options(library=library)
+    given = {t.name: elsewhere[t.name] for t in model.graph.initializer if t.name in elsewhere}
+    if given:
+        make = onnxruntime.OrtValue.ortvalue_from_numpy
+        values = [make(tensor.numpy()) for tensor in given.values()]
+        options.add_external_initializers(list(given), values)
     options.add_session_config_entry(_FOLDER, str(folder))
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]

@@ -9,8 +9,9 @@ import logging
 import resource
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from edgesd.errors import InputError, MissingDependencyError
 from edgesd.export.families import Component, ExportSpec
@@ -24,6 +25,8 @@ from edgesd.spec.pipeline import Wiring
 from edgesd.spec.scheme import Precision
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from edgesd.export.backends.base import Lowering
     from edgesd.export.parity import Case
 
@@ -43,6 +46,7 @@ def export_pipeline(
     *,
     lowering: Lowering | None = None,
     progress: Progress = SILENT,
+    as_source: bool = False,
 ) -> GraphSet:
     """Export the components of `spec`, read from `source`, to the new (or empty) folder `out_dir`.
 
@@ -50,7 +54,8 @@ def export_pipeline(
     tokenizer_spec.json, and licence/. One component is in memory at a time.
 
     precision: "fp16" stores weights in 16 bits; inputs and outputs stay in fp32. lowering: of the
-    backend whose graphs to make; None: of the reference, whose arithmetic stays in fp32.
+    backend whose graphs to make; None: of the reference, whose arithmetic stays in fp32. as_source:
+    fp32 graphs for quantization to start from (source_graphs.py).
 
     Raises InputError for a model that can't be read, ParityError when the spec differs from
     diffusers' own pipeline or a graph from its source, ResourceError when the disk is full,
@@ -81,7 +86,7 @@ def export_pipeline(
         _log.info("pipeline: compared with diffusers' own, %.1f s", time.perf_counter() - start)
         for component in spec.components:
             graphs[component.name] = _export(
-                component, spec.pipeline.wiring, root, precision, lowering, progress
+                component, spec.pipeline.wiring, root, precision, lowering, progress, as_source
             )
     return GraphSet(
         root=str(out_dir),
@@ -136,17 +141,19 @@ def _export(
     precision: Precision,
     lowering: Lowering,
     progress: Progress,
+    as_source: bool,
 ) -> Graph:
     from edgesd.export.external_data import GRAPH_FILE
     from edgesd.export.parity import check_parity, check_split
 
     start = time.perf_counter()
-    folder = root / component.name
-    cases, split = _write_graph(component, wiring, folder, precision, lowering, progress)
+    written = _write_graph(
+        component, wiring, root / component.name, precision, lowering, progress, as_source
+    )
     gc.collect()  # the module is in reference cycles: free it before the graph is loaded
     progress.line(f"{component.name}: check")
-    path = f"{component.name}/{GRAPH_FILE}"
-    parity = check_parity(root / path, component, cases, precision)
+    path, cases, split = f"{component.name}/{GRAPH_FILE}", written.cases, written.split
+    parity = check_parity(root / path, component, cases, precision, elsewhere=written.elsewhere)
     if split is not None:
         check_split(root, split, component, cases, precision)
     _log.info(
@@ -159,6 +166,15 @@ def _export(
     return Graph(component.name, path, precision, parity, split=split)
 
 
+class _Written(NamedTuple):
+    """A graph on disk. cases: what its source computes, taken before it was changed. split: the
+    split decoder where it is one. elsewhere: weights that its files don't hold, by name."""
+
+    cases: list[Case]
+    split: SplitDecoder | None
+    elsewhere: Mapping[str, ir.TensorProtocol]
+
+
 def _write_graph(
     component: Component,
     wiring: Wiring,
@@ -166,12 +182,12 @@ def _write_graph(
     precision: Precision,
     lowering: Lowering,
     progress: Progress,
-) -> tuple[list[Case], SplitDecoder | None]:
-    """Write one component; returns what its source computes, taken before it was changed, and the
-    split decoder where it is one."""
+    as_source: bool,
+) -> _Written:
     from edgesd.export.external_data import SPLIT_FILES, write_model
     from edgesd.export.parity import reference_cases
     from edgesd.export.passes.tiled_decoder import describe_split, split_decoder
+    from edgesd.export.source_graphs import write_source_graph
     from edgesd.export.to_onnx import graph_from_module
 
     progress.line(f"{component.name}: load")
@@ -184,8 +200,13 @@ def _write_graph(
     for each in (model, *parts):
         lowering.lower(each, precision, wiring.input_of(component.name, "timestep"))
     split = describe_split(component.name, parts, SPLIT_FILES) if parts else None
-    write_model(model, folder, dict(zip(SPLIT_FILES, parts, strict=False)))
-    return cases, split
+    others = dict(zip(SPLIT_FILES, parts, strict=False))
+    elsewhere: Mapping[str, ir.TensorProtocol] = {}
+    if as_source:
+        elsewhere = write_source_graph(model, folder, others, cases)
+    else:
+        write_model(model, folder, others)
+    return _Written(cases, split, elsewhere)
 
 
 def _copy_licence(source: ModelSource, root: Path) -> list[str]:

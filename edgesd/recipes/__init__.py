@@ -278,13 +278,15 @@ def _checked_engines(job: Job, writer: BundleWriter) -> dict[str, Engine]:
 
 
 def _reference(job: Job, identity: Identity) -> Bundle:
-    """The fp32 bundle of the same export, from the folder of what is kept if it is there."""
+    """The fp32 graphs of the same export (see SourceGraphs) as a bundle, from the folder of what is
+    kept if it is there."""
+    from edgesd.export import source_graphs
     from edgesd.export.backends import REFERENCE
     from edgesd.export.pipeline import export_pipeline, tool_versions
 
     identity = replace(identity, backend=REFERENCE)
     tools = sorted(tool_versions().items())
-    parts = (edgesd.__version__, tools, identity, job.spec.pipeline)
+    parts = (source_graphs.VERSION, edgesd.__version__, tools, identity, job.spec.pipeline)
     path = job.folders.work / f"source-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
     if path.exists():
         try:
@@ -297,7 +299,9 @@ def _reference(job: Job, identity: Identity) -> Bundle:
     with atomic_dir(path) as root:
         writer = BundleWriter(root, identity)
         writer.put_graphs(
-            export_pipeline(job.source, job.spec, root, "fp32", progress=job.progress)
+            export_pipeline(
+                job.source, job.spec, root, "fp32", progress=job.progress, as_source=True
+            )
         )
         writer.write()
     return open_bundle(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgesd.export.external_data import GRAPH_FILE, KERNELS_FILE
 from edgesd.export.families import Component
-from edgesd.export.parity import Case, check_parity, check_split, graph_cases
+from edgesd.export.parity import Case, check_parity, check_split
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.quantize.store import GraphForm, LayerStore, can_pool
@@ -70,7 +70,7 @@ class GraphFiles:
         split = self.store.write(name, schemes, folder, form)
         self._progress.line(f"{name}: check")
         if name not in self._cases:
-            self._cases[name] = graph_cases(self.store.graphs / name / GRAPH_FILE, component)
+            self._cases[name] = self.store.graphs.cases(name)
         own = (folder / KERNELS_FILE).exists()
         parity = self._check(component, GRAPH_FILE, split, None)
         if own:

@@ -21,6 +21,7 @@ from edgesd.export.quantize.assign import planned
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.quantize.methods import get_method
 from edgesd.export.quantize.store import GraphForm, LayerStore, can_pool, find_nodes
+from edgesd.export.source_graphs import SourceGraphs
 from edgesd.files import atomic_write
 from edgesd.recipes import gates, prompts
 from edgesd.recipes.comparison import (
@@ -62,8 +63,9 @@ class QuantizedBuild:
 
     def __init__(self, job: Job, reference: Bundle, writer: BundleWriter) -> None:
         options, wiring = job.options.quantization, job.spec.pipeline.wiring
+        self.graphs = SourceGraphs(reference.path, job.spec.components)
         if options.pool_attention and not any(
-            can_pool(reference.path, component.name, wiring) for component in job.spec.components
+            can_pool(self.graphs, component.name, wiring) for component in job.spec.components
         ):
             raise UsageError(
                 f"--pool-attention: {job.source.name} has no self-attention whose height and width "
@@ -75,7 +77,7 @@ class QuantizedBuild:
         self.progress = job.progress
         self.comparison = _comparison(job, reference)
         self.assets = _copy_assets(reference, self.root)
-        self.store = _store(job, reference)
+        self.store = _store(job, reference, self.graphs)
         layers, work = planned(self.store.layers, self.scheme), job.folders.work
         measure = _no_images
         if self.comparison is not None:
@@ -215,7 +217,11 @@ class QuantizedBuild:
     def _limit(self) -> float:
         """Bytes that --max-size allows the bundle; infinite without it."""
         ratio = self.options.max_size
-        return math.inf if ratio is None else int(ratio * self.reference.disk_bytes())
+        return math.inf if ratio is None else int(ratio * self._source_bytes())
+
+    def _source_bytes(self) -> int:
+        """Size of the source as a bundle in fp32."""
+        return self.reference.disk_bytes() + self.graphs.extra_bytes()
 
     def _budget(self, assignment: Assignment, form: GraphForm) -> Budget:
         """The limits of all layers together, by --max-size and --max-time."""
@@ -286,11 +292,11 @@ def _copy_assets(reference: Bundle, root: Path) -> tuple[str, ...]:
     return names
 
 
-def _store(job: Job, reference: Bundle) -> LayerStore:
+def _store(job: Job, reference: Bundle, graphs: SourceGraphs) -> LayerStore:
     """Calibrated layers of the source's graphs."""
     spec, work = job.spec.pipeline, job.folders.work
     settings = _calibration(job)
-    nodes = find_nodes(reference.path, spec.components)
+    nodes = find_nodes(graphs, spec.components)
     folder = work / f"calibration-{calibration_key(settings, spec.source_sha256)}"
     tokenizers = {
         text.tokenizer: tokenizer_of(reference, text.tokenizer) for text in spec.wiring.texts
@@ -299,7 +305,7 @@ def _store(job: Job, reference: Bundle) -> LayerStore:
     calibration = calibrate(job.spec, list(nodes), settings, tokenizers, folder, job.progress)
     options = job.options.quantization
     method = get_method(options.method, options.static or job.lowering.static_ranges)
-    return LayerStore(reference.path, nodes, calibration, method, work, job.lowering, spec.wiring)
+    return LayerStore(graphs, nodes, calibration, method, work, job.lowering, spec.wiring)
 
 
 def _calibration(job: Job) -> CalibrationSettings:

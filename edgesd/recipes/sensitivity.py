@@ -88,7 +88,7 @@ class Sensitivities:
         component = layer.component
         spec = self.comparison.reference.manifest.pipeline.components[component]
         graph = GraphFile(
-            self.store.variant(component, {layer: scheme}), self.store.graphs / component
+            self.store.variant(component, {layer: scheme}), self.store.graphs.folder / component
         )
         pipeline.replace(component, OnnxRuntimeRunner(spec, graph))
         images = quality_.generate(pipeline, requests, together=True)

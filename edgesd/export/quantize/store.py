@@ -38,6 +38,7 @@ from edgesd.export.quantize.layers import (
 )
 from edgesd.export.quantize.method import Method
 from edgesd.export.quantize.quantize import quantize_layer
+from edgesd.export.source_graphs import SourceGraphs
 from edgesd.spec.bundle import SplitDecoder
 from edgesd.spec.pipeline import Wiring
 from edgesd.spec.scheme import Scheme
@@ -73,7 +74,7 @@ class Summary:
 
 
 class LayerStore:
-    """Quantizes layers of the fp32 graphs below `graphs`, each once; `folder` keeps them.
+    """Quantizes layers of the fp32 graphs `graphs`, each once; `folder` keeps them.
 
     nodes: see `find_nodes`. lowering: of the backend whose graphs are made. wiring: of the pipeline
     that the graphs are of. What is in `folder`
@@ -82,7 +83,7 @@ class LayerStore:
 
     def __init__(
         self,
-        graphs: Path,
+        graphs: SourceGraphs,
         nodes: Mapping[Layer, ir.Node],
         calibration: Calibration,
         method: Method,
@@ -157,7 +158,7 @@ class LayerStore:
 
     def variant(self, component: str, schemes: Mapping[Layer, LayerScheme]) -> bytes:
         """A component's graph as bytes; what isn't quantized refers to the fp32 graph's weights."""
-        model = _load(self.graphs, component)
+        model = self.graphs.load(component)
         self._lower(model, component, *self._quantized(component, schemes), None)
         serialized: bytes = ir.serde.serialize_model(model).SerializeToString()
         return serialized
@@ -179,12 +180,12 @@ class LayerStore:
 
     def _graphs(self, component: str, form: GraphForm) -> Iterator[ir.Model]:
         """The fp32 graphs that layers are put into: the whole one, a decoder's head and tail."""
-        model = _load(self.graphs, component)
+        model = self.graphs.load(component)
         if form.pooled:
             PooledAttention(self.wiring.input_of(component, "sample"))(model)
         yield model
         if component == self.wiring.decoder.component and self.lowering.splits_decoder:
-            yield from split_decoder(_load(self.graphs, component)) or ()
+            yield from split_decoder(self.graphs.load(component)) or ()
 
     def _lower(
         self,
@@ -213,22 +214,16 @@ class LayerStore:
         return None if name is None else Timesteps(name, self.calibration.timesteps())
 
 
-def find_nodes(graphs: Path, components: Iterable[str]) -> dict[Layer, ir.Node]:
-    """All layers that can be quantized, with their nodes, in the graphs COMPONENT/model.onnx below
-    the folder `graphs`."""
+def find_nodes(graphs: SourceGraphs, components: Iterable[str]) -> dict[Layer, ir.Node]:
+    """All layers that can be quantized in the fp32 graphs of `components`, with their nodes."""
     layers: dict[Layer, ir.Node] = {}
     for component in components:
-        model = _load(graphs, component)
+        model = graphs.load(component)
         nodes = {node.name: node for node in model.graph}
         layers.update({layer: nodes[layer.node] for layer in find_layers(component, model)})
     return layers
 
 
-def can_pool(graphs: Path, component: str, wiring: Wiring) -> bool:
+def can_pool(graphs: SourceGraphs, component: str, wiring: Wiring) -> bool:
     """Whether a component's fp32 graph has self-attention that can be pooled."""
-    return PooledAttention(wiring.input_of(component, "sample"))(_load(graphs, component))
-
-
-def _load(graphs: Path, component: str) -> ir.Model:
-    """The fp32 graph of a component, its weights mapped and not read."""
-    return ir.load(graphs / component / GRAPH_FILE)
+    return PooledAttention(wiring.input_of(component, "sample"))(graphs.load(component))

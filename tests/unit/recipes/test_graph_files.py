@@ -28,7 +28,7 @@ SCHEMES: dict[Layer, LayerScheme] = {FIRST: Scheme(8, 8), SECOND: Scheme(8, 8)}
 class FakeStore:
     """Writes empty graphs, and notes what it was asked for. pooled: what can be."""
 
-    graphs, wiring = Path("fp32"), None
+    graphs, wiring = SimpleNamespace(cases=lambda component: []), None
 
     def __init__(self) -> None:
         self.written: list[tuple[str, GraphForm]] = []
@@ -52,7 +52,6 @@ def store() -> FakeStore:
 
 @pytest.fixture
 def files(store: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GraphFiles:
-    monkeypatch.setattr(module, "graph_cases", lambda graph, component: [])
     monkeypatch.setattr(module, "check_parity", lambda *_: Parity(0.0, 0.0, 0.5))
     monkeypatch.setattr(module, "can_pool", lambda graphs, name, wiring: name == "second")
     monkeypatch.setattr("edgesd.runtime.kernels.usable", lambda schemes: True)
