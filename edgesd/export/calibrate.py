@@ -59,9 +59,14 @@ ROWS_PER_RUN = 512
 SAMPLE_BYTES = 4 << 20
 SAMPLE_ROWS = 1024
 """Rows of a layer's input that are kept as they are, at most."""
+SAMPLES_BYTES = 1 << 30
+"""The same of all layers of a component together: where there are more, each gets its share."""
+LEAST_ROWS = 64
 
 SAVE_SECONDS = 20.0
 """Between two states on disk at least; the last one of a component is always written."""
+SAVE_SHARE = 20
+"""Times as long as writing a state takes, nothing is written after it."""
 
 _NEGATIVE = ""
 _MAX_FP16 = float(torch.finfo(torch.float16).max)
@@ -205,6 +210,11 @@ class _State:
 
     def __init__(self, folder: Path, component: str) -> None:
         self.path = folder / f"{component}.safetensors"
+        self._next = time.monotonic() + SAVE_SECONDS
+
+    def due(self) -> bool:
+        """Whether the state should be saved again: gigabytes take their time."""
+        return time.monotonic() > self._next
 
     def load(self, layers: Sequence[Layer]) -> tuple[int, bool, dict[str, Tensor]]:
         """Prompts done, whether that is all of them, and the tensors; nothing, where the state is
@@ -225,13 +235,17 @@ class _State:
         return done, complete, tensors
 
     def save(self, done: int, complete: bool, tensors: dict[str, Tensor]) -> None:
+        began = time.monotonic()
         with atomic_path(self.path) as part:
             meta = json.dumps({"done": done, "complete": complete}, sort_keys=True)
             save_file({k: v.contiguous() for k, v in tensors.items()}, part, {"edgesd": meta})
+        now = time.monotonic()
+        self._next = now + max(SAVE_SECONDS, SAVE_SHARE * (now - began))
 
 
 class _StatsRecorder:
-    """Hooks on a component's layers that add up statistics; `runs` are expected in all."""
+    """Hooks on a component's layers that add up statistics; `runs` are expected in all. told: takes
+    how many of them are done."""
 
     def __init__(
         self,
@@ -240,16 +254,17 @@ class _StatsRecorder:
         steps: int,
         runs: int,
         tensors: dict[str, Tensor],
+        told: Callable[[int], None],
     ) -> None:
         self.step = 0
-        self.runs = runs
+        self.runs, self.told = runs, told
         self.tensors = tensors
         self._handles = []
-        block = _block_size(layers)
+        block, rows = _block_size(layers), _sample_rows(layers)
         for layer in layers:
             target = module.get_submodule(f"net.{layer.name}")
             if f"{layer.name}:low" not in tensors:
-                _allocate(tensors, layer, steps, block)
+                _allocate(tensors, layer, steps, block, rows[layer])
             self._handles.append(target.register_forward_pre_hook(self._hook(layer)))
 
     def close(self) -> None:
@@ -264,11 +279,10 @@ class _StatsRecorder:
 
     def _record(self, layer: Layer, x: Tensor) -> None:
         tensors, name = self.tensors, layer.name
-        channels = x.movedim(1, -1) if layer.kind == "conv" else x
-        flat = channels.reshape(-1, layer.channels)
+        others = tuple(axis for axis in range(x.ndim) if axis != _channel_axis(layer, x))
         low, high = tensors[f"{name}:low"][self.step], tensors[f"{name}:high"][self.step]
-        torch.minimum(low, flat.amin(0), out=low)
-        torch.maximum(high, flat.amax(0), out=high)
+        torch.minimum(low, x.amin(others), out=low)
+        torch.maximum(high, x.amax(others), out=high)
         rows, total = _rows(layer, x, ROWS_PER_RUN)
         tensors[f"{name}:rows_per_run"][0] = total
         size = tensors[f"{name}:block0"].shape[0]
@@ -295,7 +309,11 @@ class _StatsRecorder:
         self.tensors[f"{layer.name}:used"] += take
 
 
-def _allocate(tensors: dict[str, Tensor], layer: Layer, steps: int, block: int) -> None:
+def _channel_axis(layer: Layer, x: Tensor) -> int:
+    return 1 if layer.kind == "conv" else x.ndim - 1
+
+
+def _allocate(tensors: dict[str, Tensor], layer: Layer, steps: int, block: int, rows: int) -> None:
     name, columns = layer.name, layer.columns
     tensors[f"{name}:low"] = torch.full((steps, layer.channels), torch.inf)
     tensors[f"{name}:high"] = torch.full((steps, layer.channels), -torch.inf)
@@ -306,7 +324,6 @@ def _allocate(tensors: dict[str, Tensor], layer: Layer, steps: int, block: int) 
     tensors[f"{name}:used"] = torch.zeros(1, dtype=torch.int64)
     tensors[f"{name}:runs"] = torch.zeros(1, dtype=torch.int64)
     tensors[f"{name}:rows_per_run"] = torch.zeros(1, dtype=torch.int64)
-    rows = max(64, min(SAMPLE_ROWS, SAMPLE_BYTES // (2 * columns)))
     tensors[f"{name}:rows"] = torch.zeros(rows, columns, dtype=torch.float16)
     tensors[f"{name}:row_steps"] = torch.zeros(rows, dtype=torch.int64)
 
@@ -320,6 +337,14 @@ def _block_size(layers: Sequence[Layer]) -> int:
     return BLOCKS[-1]
 
 
+def _sample_rows(layers: Sequence[Layer]) -> dict[Layer, int]:
+    """Rows to keep of each layer's input."""
+    sizes = {layer: min(SAMPLE_ROWS, SAMPLE_BYTES // (2 * layer.columns)) for layer in layers}
+    total = sum(2 * layer.columns * rows for layer, rows in sizes.items())
+    share = min(1.0, SAMPLES_BYTES / max(1, total))
+    return {layer: max(LEAST_ROWS, int(rows * share)) for layer, rows in sizes.items()}
+
+
 def _rows(layer: Layer, x: Tensor, limit: int) -> tuple[Tensor, int]:
     """Rows of the layer's matrix product [n, K], n at most `limit`, spread evenly over x; and how
     many there are."""
@@ -328,14 +353,21 @@ def _rows(layer: Layer, x: Tensor, limit: int) -> tuple[Tensor, int]:
         return flat[_spread(len(flat), limit)], len(flat)
     kernel_h, kernel_w = layer.kernel
     top, left, bottom, right = layer.pads
-    padded = nn.functional.pad(x, (left, right, top, bottom)).movedim(1, -1)
-    batch, height, width, _ = padded.shape
-    out_h = (height - kernel_h) // layer.strides[0] + 1
-    out_w = (width - kernel_w) // layer.strides[1] + 1
+    batch, _, height, width = x.shape
+    out_h = (height + top + bottom - kernel_h) // layer.strides[0] + 1
+    out_w = (width + left + right - kernel_w) // layer.strides[1] + 1
     at = _spread(batch * out_h * out_w, limit)
     b, rest = at // (out_h * out_w), at % (out_h * out_w)
-    row, column = rest // out_w * layer.strides[0], rest % out_w * layer.strides[1]
-    taps = [padded[b, row + i, column + j] for i in range(kernel_h) for j in range(kernel_w)]
+    row, column = rest // out_w * layer.strides[0] - top, rest % out_w * layer.strides[1] - left
+
+    def tap(i: int, j: int) -> Tensor:
+        # Padding is a mask: a padded copy of a large image would be as large again.
+        y, z = row + i, column + j
+        inside = (y >= 0) & (y < height) & (z >= 0) & (z < width)
+        values = x[b, :, y.clamp(0, height - 1), z.clamp(0, width - 1)]
+        return torch.where(inside[:, None], values, values.new_zeros(()))
+
+    taps = [tap(i, j) for i in range(kernel_h) for j in range(kernel_w)]
     return torch.cat(taps, 1), batch * out_h * out_w
 
 
@@ -405,6 +437,8 @@ class _Calibrating:
 
             def step_done(step: Step) -> None:
                 recorder.step = index_of[min(step.index + 1, len(every) - 1)]
+                if step.index + 1 < step.count:
+                    recorder.told(index * len(every) + step.index + 1)
 
             positive = {part: rows[index + 1 : index + 2] for part, rows in encoded.items()}
             latents = denoise(
@@ -466,12 +500,15 @@ class _Calibrating:
         module = component.load()
         outputs = [list(rows) for rows in zip(*made, strict=True)]
         count, task = len(labels), f"{name}: calibrate"
-        recorder = _StatsRecorder(module, mine, timesteps, count * runs, tensors)
-        saved = time.monotonic()
+
+        def told(finished: int) -> None:
+            self.progress.update(task, finished, count * runs)
+
+        recorder = _StatsRecorder(module, mine, timesteps, count * runs, tensors, told)
+        told(done * runs)
         try:
             with TorchRunner(any_batch(component.spec), module) as runner:
                 for index in range(done, count):
-                    self.progress.update(task, index, count)
                     outputs.append(run(runner, index, recorder))
                     if not all(np.isfinite(values).all() for values in outputs[-1]):
                         raise InputError(
@@ -479,17 +516,16 @@ class _Calibrating:
                             "model, or give other prompts"
                         )
                     last = index + 1 == count
-                    if last or time.monotonic() - saved > SAVE_SECONDS:
+                    if last or state.due():
                         made = [np.stack(rows) for rows in zip(*outputs, strict=True)]
                         kept = {
                             f"outputs:{i}" if i else "outputs": torch.from_numpy(rows)
                             for i, rows in enumerate(made)
                         }
                         state.save(index + 1, last, {**tensors, **kept})
-                        saved = time.monotonic()
+                    told((index + 1) * runs)
         finally:
             recorder.close()
-        self.progress.update(task, count, count)
         return made
 
 

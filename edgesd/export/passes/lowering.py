@@ -6,7 +6,7 @@ A lowering is a pass over the layers to be replaced, and a `LayerLowering` that 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,6 +124,23 @@ class LayerLowering:
         name = f"{self.prefix}:{name}"
         return shared_constant(self.model, name, np.ascontiguousarray(array), dtype)
 
+    def codes(
+        self, name: str, shape: tuple[int, ...], dtype: ir.DataType, make: Callable[[], Array]
+    ) -> ir.Value:
+        """An initializer of this layer that takes no memory: made whenever it is read, of codes
+        that are mapped where they are kept."""
+        name = f"{self.prefix}:{name}"
+
+        def made() -> ir.TensorProtocol:
+            return ir.tensor(np.ascontiguousarray(make()), dtype=dtype, name=name)
+
+        tensor = ir.LazyTensor(made, dtype=dtype, shape=ir.Shape(shape), name=name)
+        return _initializer(self.model, tensor)
+
+    def matrix(self, array: Array, dtype: ir.DataType = ir.DataType.INT8) -> ir.Value:
+        """The same of an array that is there, such as a view of the layer's codes."""
+        return self.codes("codes", array.shape, dtype, lambda: array)
+
     def per_channel(self, values: Array) -> Array:
         """[C] -> the shape in which they meet the layer's input: [C], or [1, C, 1, 1] of a conv."""
         return values.reshape(1, -1, 1, 1) if self.q.layer.kind == "conv" else values
@@ -151,9 +168,12 @@ def shared_constant(model: ir.Model, name: str, array: Array, dtype: Any = None)
     """An initializer called `name`; the one that is there if it was made before."""
     if name in model.graph.initializers:
         return model.graph.initializers[name]
-    tensor = ir.tensor(array, dtype=dtype, name=name)
+    return _initializer(model, ir.tensor(array, dtype=dtype, name=name))
+
+
+def _initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
     value = ir.Value(
-        name=name,
+        name=tensor.name,
         shape=ir.Shape(tensor.shape.numpy()),
         type=ir.TensorType(tensor.dtype),
         const_value=tensor,

@@ -175,7 +175,7 @@ class OrtLowering(LayerLowering):
         """Codes times scales as fp32: scales of outputs along `axis`, or of groups."""
         four = self.q.scheme.weight_bits == 4
         values: list[ir.Value | None] = [
-            self.const("codes", codes, ir.DataType.INT4 if four else ir.DataType.INT8),
+            self.matrix(codes, ir.DataType.INT4 if four else ir.DataType.INT8),
             self._fp16("scales", scales),
         ]
         attributes = {"axis": axis, "block_size": self.q.group} if four else {"axis": axis}
@@ -208,13 +208,13 @@ class OrtLowering(LayerLowering):
         4 bits each code times its group's scale is rounded once more, to a 127th of its output's
         largest: codes of 4 bits over steps [groups, N] are those of 8."""
         if self.q.scheme.weight_bits == 8:
-            return self.const("codes", self.q.codes.T), None, self.q.scales[:, 0].astype(np.float32)
+            return self.matrix(self.q.codes.T), None, self.q.scales[:, 0].astype(np.float32)
         scale = self.scale_of_127()
         with np.errstate(divide="ignore"):
             steps = scale[:, None] / self.q.scales.astype(np.float32)
         # A code that isn't 0 makes at most 127 steps: what is out of range belongs to zeros.
         steps = steps.clip(1 / 256, MAX_FP16).astype(np.float16)
-        codes = self.const("codes", self.q.codes.T, ir.DataType.INT4)
+        codes = self.matrix(self.q.codes.T, ir.DataType.INT4)
         return codes, self.const("steps", steps.T), scale
 
     def _int8(self) -> tuple[ir.Value, Array]:
@@ -251,11 +251,16 @@ class OrtLowering(LayerLowering):
     def blocks(self) -> tuple[ir.Value, ir.Value]:
         """A linear's 4-bit weight: bytes [N, groups, group / 2], and scales [N, groups]."""
         rows, columns = self.q.codes.shape
-        count = self.q.scales.shape[1]
-        # The kernel takes codes from 0 to 15: the sign bit turned over.
-        codes = np.pad(self.q.codes, ((0, 0), (0, count * self.q.group - columns)))
-        packed = (pack_int4(codes) ^ np.uint8(0x88)).reshape(rows, count, -1)
-        return self.const("codes", packed), self.const("scales", self.q.scales)
+        count, group = self.q.scales.shape[1], self.q.group
+
+        def packed() -> Array:
+            # The kernel takes codes from 0 to 15: the sign bit turned over.
+            codes = np.pad(self.q.codes, ((0, 0), (0, count * group - columns)))
+            unsigned: Array = pack_int4(codes) ^ np.uint8(0x88)
+            return unsigned.reshape(rows, count, -1)
+
+        codes = self.codes("codes", (rows, count, group // 2), ir.DataType.UINT8, packed)
+        return codes, self.const("scales", self.q.scales)
 
     def _nbits(self, x: ir.Value, level: int) -> ir.Value:
         rows, columns = self.q.codes.shape
@@ -342,7 +347,7 @@ class OrtLowering(LayerLowering):
     def _embedding(self) -> ir.Value:
         """Rows of codes times their scales."""
         indices = input_of(self.node, 1)
-        codes = self.op("Gather", [self.const("codes", self.q.codes), indices], axis=0)
+        codes = self.op("Gather", [self.matrix(self.q.codes), indices], axis=0)
         scales = self.op("Gather", [self.const("scales", self.q.scales), indices], axis=0)
         wide = [self.op("Cast", [part], to=ir.DataType.FLOAT) for part in (codes, scales)]
         return self.op("Mul", [wide[0], wide[1]])

@@ -184,7 +184,7 @@ class _Lowering(LayerLowering):
             codes = self.kernel(codes)
         axis = 1 if self._transposed() else 0
         codes = codes.T if self._transposed() else codes
-        inputs: list[ir.Value | None] = [self.const("codes", codes), self._float("scale", scale)]
+        inputs: list[ir.Value | None] = [self.matrix(codes), self._float("scale", scale)]
         return self.op("DequantizeLinear", inputs, axis=axis)
 
     def _transposed(self) -> bool:
@@ -211,15 +211,19 @@ class _Lowering(LayerLowering):
         """int4 codes [K', N] and scales [K' / block, N], or both transposed; K' is K padded."""
         block, columns = self._block(), self.q.layer.columns
         count = -(-columns // block)
-        codes = np.pad(self.q.codes, ((0, 0), (0, count * block - columns)))
+        turned = self._transposed()
+
+        def padded() -> Array:
+            codes = np.pad(self.q.codes, ((0, 0), (0, count * block - columns)))
+            return codes.T if turned else codes
+
+        shape = (self.q.layer.rows, count * block)
         scales = np.repeat(self.q.scales, self.q.group // block, axis=1)[:, :count]
-        axis = 1
-        if self._transposed():
-            codes, scales, axis = codes.T, scales.T, 0
         inputs: list[ir.Value | None] = [
-            self.const("codes", codes, ir.DataType.INT4),
-            self._float("scale", scales),
+            self.codes("codes", shape[::-1] if turned else shape, ir.DataType.INT4, padded),
+            self._float("scale", scales.T if turned else scales),
         ]
+        axis = 0 if turned else 1
         return self.op("DequantizeLinear", inputs, axis=axis, block_size=block)
 
     # The branch.

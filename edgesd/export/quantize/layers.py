@@ -290,11 +290,12 @@ def save_layer(quantized: QuantizedLayer, path: Path) -> None:
 
 
 def load_layer(path: Path) -> QuantizedLayer:
-    """Read what `save_layer` wrote. Raises EdgesdError when the file is damaged."""
+    """Read what `save_layer` wrote; codes and factors stay mapped. Raises EdgesdError when the
+    file is damaged."""
     try:
-        with safe_open(path, "numpy") as file:
+        with safe_open(path, "pt") as file:
             meta = json.loads(file.metadata()["edgesd"])
-            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            parts = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
         return _layer_from(meta, parts)
     except (SafetensorError, UsageError, OSError, KeyError, TypeError, ValueError) as exc:
         raise EdgesdError(f"{path} can't be read ({exc}): remove it and run again") from exc

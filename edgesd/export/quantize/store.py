@@ -101,7 +101,7 @@ class LayerStore:
         self.folder = folder / f"layers-{key}"
 
     def get(self, layer: Layer, scheme: Scheme) -> QuantizedLayer:
-        """`layer` under `scheme`: read if it is there, else quantized and written."""
+        """`layer` under `scheme`, mapped: quantized and written, if it isn't there yet."""
         path = self.folder / layer.component / f"{layer.name}.{scheme}.safetensors"
         if path.exists():
             try:
@@ -112,7 +112,7 @@ class LayerStore:
         weight = matrix_of(self._nodes[layer], layer)
         quantized = quantize_layer(layer, weight, stats, scheme, self.method)
         save_layer(quantized, path)
-        return quantized
+        return load_layer(path)
 
     def summary(self, layer: Layer, scheme: Scheme) -> Summary:
         """What `get` gives, without its tensors."""

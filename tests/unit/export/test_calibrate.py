@@ -265,8 +265,8 @@ def test_what_is_told_and_written(
 ) -> None:
     calibration, _, told = recorded
     assert told[:4] == [("text_encoder: calibrate", n, 3) for n in range(4)]
-    assert told[4:7] == [("unet: calibrate", n, 2) for n in range(3)]
-    assert [component for component, *_ in told[7:]] == ["vae_decoder: calibrate"] * 3
+    assert told[4:9] == [("unet: calibrate", n, 4) for n in range(5)]
+    assert told[9:] == [("vae_decoder: calibrate", n, 2) for n in range(3)]
     files = {f"{name}.safetensors" for name in CALLS} | {"timesteps.npy"}
     assert {p.name for p in calibration.folder.iterdir()} == files
     timesteps = calibration.timesteps()
@@ -320,7 +320,7 @@ def whole(
 
 
 @pytest.mark.parametrize(
-    ("component", "at"), [("text_encoder", 1), ("unet", 1), ("vae_decoder", 1)]
+    ("component", "at"), [("text_encoder", 1), ("unet", 2), ("vae_decoder", 1)]
 )
 def test_a_run_that_was_interrupted_ends_with_the_same_bytes(
     component: str,
@@ -333,6 +333,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(calibrating, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(calibrating, "SAVE_SHARE", 0.0)
     with pytest.raises(StoppedError):
         calibrate(export, few, HOW, tokenizers, tmp_path, Stopping(component, at))
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*"))
@@ -417,6 +418,32 @@ def test_statistics_that_cannot_be_read(
         Calibration(tmp_path / "none", HOW.spec()).layer(layer)
 
 
+def test_samples_of_many_layers_share_their_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, narrow = (
+        Layer("unet", str(columns), "", "linear", (8, columns)) for columns in (40_000, 100)
+    )
+    rows = calibrating._sample_rows([wide, narrow])
+    assert rows == {wide: calibrating.LEAST_ROWS, narrow: calibrating.SAMPLE_ROWS}
+    many = [replace(narrow, name=str(n)) for n in range(50)]
+    monkeypatch.setattr(calibrating, "SAMPLES_BYTES", 2_000_000)
+    assert set(calibrating._sample_rows(many).values()) == {200}
+    monkeypatch.setattr(calibrating, "SAMPLES_BYTES", 1)
+    assert set(calibrating._sample_rows(many).values()) == {calibrating.LEAST_ROWS}
+
+
+def test_a_state_that_takes_long_to_write_is_written_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = calibrating._State(tmp_path, "unet")
+    monkeypatch.setattr(calibrating, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(calibrating, "SAVE_SHARE", 1e9)
+    state.save(1, False, {"one": torch.zeros(1)})
+    assert not state.due()
+    monkeypatch.setattr(calibrating, "SAVE_SHARE", 0)
+    state.save(2, False, {"one": torch.zeros(1)})
+    assert state.due()
+
+
 # Values that are not finite.
 
 
@@ -495,8 +522,10 @@ def test_a_prompt_that_is_no_text(
 
 def recorder(layer: Layer, runs: int, steps: int = 1) -> Any:
     tensors: dict[str, torch.Tensor] = {}
-    calibrating._allocate(tensors, layer, steps, 288)
-    return calibrating._StatsRecorder(torch.nn.Module(), [], steps, runs, tensors)
+    calibrating._allocate(tensors, layer, steps, 288, calibrating._sample_rows([layer])[layer])
+    return calibrating._StatsRecorder(
+        torch.nn.Module(), [], steps, runs, tensors, lambda done: None
+    )
 
 
 def test_values_beyond_float16_are_kept_finite() -> None:

@@ -467,6 +467,19 @@ def test_four_bits_are_four_bits_on_disk(kind: str, scheme: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32"])
+def test_codes_are_made_when_they_are_read(kind: str, scheme: str) -> None:
+    proto = graph(KINDS[kind])
+    q = quantize(KINDS[kind], proto, scheme, False, 1)
+    model = ir.serde.deserialize_model(proto)
+    QuantizedOrt({f"mid.block/{KINDS[kind].op}": q}, TIMESTEPS)(model)
+    tensors = model.graph.initializers.items()
+    (codes,) = (value.const_value for name, value in tensors if name.endswith(":codes"))
+    assert isinstance(codes, ir.LazyTensor)
+    assert codes.nbytes == len(codes.tobytes()) and codes.numpy().shape == tuple(codes.shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
 def test_eight_bits_are_eight_bits_on_disk(kind: str, scheme: str) -> None:
     shape = KINDS[kind]

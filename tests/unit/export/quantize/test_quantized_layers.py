@@ -312,6 +312,15 @@ def test_a_layer_of_views_survives_the_disk(tmp_path: Path) -> None:
     assert_equal(layer, load_layer(tmp_path / "layer.safetensors"))
 
 
+def test_a_layer_stays_in_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    save_layer(quantized(), path)
+    loaded = load_layer(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    del loaded
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
 @pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, 0.5, 0.99, -1])
 def test_a_truncated_file_is_one_clear_error(keep: float, tmp_path: Path) -> None:
     path = tmp_path / "layer.safetensors"
