@@ -33,7 +33,16 @@ if TYPE_CHECKING:
 LICENCE_FOLDER = "licence"
 """Where the model card and the licence files of the weights go."""
 
-_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
+_MODULES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "safetensors",
+)
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,8 @@ from edgesd.textfiles import read_json
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+SAFETENSORS = ".safetensors"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 TEXT_FILE = (".json", ".txt", ".model")
 LICENCES = "LICENSES"
@@ -270,8 +271,7 @@ class ModelSource:
     @cached_property  # each spec of an export has it, and the files are gigabytes
     def _sha256(self) -> str:
         digest = hashlib.sha256()
-        for path in self._files():
-            name = path.relative_to(self.root).as_posix()
+        for name, path in sorted(self._files()):
             digest.update(f"{name}\0{sha256_file(path)}\n".encode())
         for component, other in sorted(self.others.items()):
             digest.update(f"{component}\0{other.network_sha256(component)}\n".encode())
@@ -286,23 +286,36 @@ class ModelSource:
             digest.update(f"{name}\0{sha256_file(folder / name)}\n".encode())
         return digest.hexdigest()
 
-    def _files(self) -> list[Path]:
+    def _files(self) -> list[tuple[str, Path]]:
+        """What the pipeline is made from: names within the model, and where the files are."""
+        weights = [
+            self.root / component / name
+            for component in self._own_networks
+            for name in self.weights(component).files
+        ]
+        return [*self._config_files(), *self._named(weights)]
+
+    @property
+    def _own_networks(self) -> list[str]:
+        return [component for component in self.family.weights if component not in self.others]
+
+    def _config_files(self) -> list[tuple[str, Path]]:
+        """model_index.json, configs of networks, and what the folders without networks hold."""
         paths = [self.root / INDEX]
-        for component in self.family.weights:
-            if component in self.others:
-                continue
-            folder = self.root / component
-            paths.append(folder / "config.json")
-            paths += [folder / name for name in self.weights(component).files]
+        paths += [self.root / component / "config.json" for component in self._own_networks]
         for folder_name in self.family.configs:
             folder = self.root / folder_name
             if not folder.is_dir():
                 raise InputError(f"{folder} is missing: download the model again")
             paths += [p for p in folder.iterdir() if p.suffix in TEXT_FILE]
-        for path in paths:
+        return self._named(paths)
+
+    def _named(self, paths: Iterable[Path]) -> list[tuple[str, Path]]:
+        found = [(path.relative_to(self.root).as_posix(), path) for path in paths]
+        for _, path in found:
             if not path.is_file():
                 raise InputError(f"{path} is missing: download the model again")
-        return sorted(paths)
+        return found
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
@@ -434,7 +447,7 @@ def _no_pipeline(root: Path) -> str:
     names = sorted(path.name for path in root.iterdir())
     inner = [name for name in names if (root / name / INDEX).is_file()]
     snapshots = sorted((root / "snapshots").glob("*/model_index.json"))
-    single = [name for name in names if Path(name).suffix.lower() in SINGLE_FILE]
+    single = [name for name in names if Path(name).suffix.lower() in (SAFETENSORS, *PICKLES)]
     if "bundle.json" in names:
         return f"{root} is a bundle already: edgesd inspect shows what it is"
     if inner or snapshots:
@@ -451,7 +464,7 @@ def _no_pipeline(root: Path) -> str:
             "folder of the whole pipeline"
         )
     if single:
-        return not_a_folder(root / single[0])
+        return f"{root} has no model_index.json: give a file in it, such as {root / single[0]}"
     return (
         f"{root} has no model_index.json: expected a diffusers pipeline folder, as "
         "save_pretrained writes it"
@@ -460,16 +473,17 @@ def _no_pipeline(root: Path) -> str:
 
 def not_a_folder(path: Path) -> str:
     suffix = path.suffix.lower()
-    if suffix in SINGLE_FILE:
+    if suffix in PICKLES:
         return (
-            f"{path} is a single-file checkpoint, which isn't supported yet: convert it once with "
-            "diffusers (StableDiffusionPipeline.from_single_file, then save_pretrained)"
+            f"{path} is a pickle, and reading one can run code: convert it to .safetensors "
+            "(docs/models.md has a command that reads tensors alone), or download that"
         )
     what = {
         ".edgesd": "a bundle already: edgesd inspect shows what it is",
         ".gguf": "a GGUF file, which isn't supported: give the diffusers folder it was made from",
-        ".onnx": "an ONNX graph: give the diffusers folder it was exported from",
+        ".onnx": "an ONNX graph of one network: give the folder of the whole pipeline",
         ".json": "a file: give the folder that holds it",
         **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".7z"), "an archive: unpack it first"),
     }
-    return f"{path} is {what.get(suffix, 'a file: expected a diffusers folder')}"
+    other = "a file: expected a diffusers folder or a .safetensors file"
+    return f"{path} is {what.get(suffix, other)}"

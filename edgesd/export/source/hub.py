@@ -8,8 +8,9 @@ import socket
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from edgesd.errors import InputError, MissingDependencyError
 from edgesd.export.families import Family, family_of
@@ -33,7 +34,45 @@ def download(repo_id: str, component: str | None = None) -> Path:
     """Fetch just the files that the family needs; from the cache when the hub can't be reached.
 
     component: fetch this network alone, of a pipeline or of a repository that holds no other.
+    Raises InputError, and MissingDependencyError without huggingface_hub.
     """
+
+    def fetch(hub: Any, offline: bool) -> Path:
+        if offline:  # its five tries would take half a minute
+            return Path(hub.snapshot_download(repo_id, local_files_only=True))
+        family = None
+        if component is None:
+            index_path = Path(hub.hf_hub_download(repo_id, INDEX))
+            family = family_of(class_name_of(index_path, read_json_object(index_path)), repo_id)
+        try:
+            files = hub.list_repo_files(repo_id)
+            patterns = _wanted(files, family) if family else _network(files, str(component))
+        except hub.errors.HfHubHTTPError:
+            raise  # the hub answered, and said no
+        except Exception:  # noqa: BLE001  each hub version raises those of its own HTTP library
+            return Path(hub.snapshot_download(repo_id, local_files_only=True))
+        return Path(hub.snapshot_download(repo_id, allow_patterns=patterns))
+
+    return _fetched(
+        repo_id,
+        fetch,
+        f"{repo_id} has no {INDEX}: give a file of it, as in {repo_id}/"
+        "NAME.safetensors, if it has one",
+    )
+
+
+def download_file(repo_id: str, name: str) -> Path:
+    """Fetch one file of a model; as `download`."""
+
+    def fetch(hub: Any, offline: bool) -> Path:
+        return Path(hub.hf_hub_download(repo_id, name, local_files_only=offline))
+
+    return _fetched(repo_id, fetch, f"{repo_id} has no {name}: check the spelling")
+
+
+def _fetched(repo_id: str, fetch: Callable[[Any, bool], Path], lacking: str) -> Path:
+    """What `fetch` downloads with huggingface_hub, or finds in its cache where the hub can't be
+    reached. lacking: the error for a file that the model hasn't."""
     if user_home() is None:
         raise InputError(f"downloading {repo_id} needs a home folder: set HOME to one")
     try:
@@ -50,20 +89,7 @@ def download(repo_id: str, component: str | None = None) -> Path:
     if offline is None and not reachable(constants.ENDPOINT):
         offline = "the hub can't be reached"
     try:
-        if offline:  # its five tries would take half a minute
-            return Path(hub.snapshot_download(repo_id, local_files_only=True))
-        family = None
-        if component is None:
-            index_path = Path(hub.hf_hub_download(repo_id, INDEX))
-            family = family_of(class_name_of(index_path, read_json_object(index_path)), repo_id)
-        try:
-            files = hub.list_repo_files(repo_id)
-            patterns = _wanted(files, family) if family else _network(files, str(component))
-        except errors.HfHubHTTPError:
-            raise  # the hub answered, and said no
-        except Exception:  # noqa: BLE001  each hub version raises those of its own HTTP library
-            return Path(hub.snapshot_download(repo_id, local_files_only=True))
-        return Path(hub.snapshot_download(repo_id, allow_patterns=patterns))
+        return fetch(hub, offline is not None)
     except errors.GatedRepoError as exc:
         raise InputError(
             f"{repo_id} is gated: accept its terms on the hub's web page, then run `hf auth login`"
@@ -80,9 +106,7 @@ def download(repo_id: str, component: str | None = None) -> Path:
             "local folder"
         ) from exc
     except errors.EntryNotFoundError as exc:
-        raise InputError(
-            f"{repo_id} has no model_index.json: only diffusers pipelines are supported"
-        ) from exc
+        raise InputError(lacking) from exc
     except InputError:
         raise
     except Exception as exc:  # each hub version raises the exceptions of its own HTTP library

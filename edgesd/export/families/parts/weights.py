@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 
 from edgesd.errors import InputError
@@ -30,18 +31,31 @@ def load_network(source: Checkpoint, component: str, cls: Any, weights: bool = T
     """
     if not weights:
         return shell(source, component, cls)
+    state = source.state(component, _bare(source, component, cls))
+    if state is None:
+        net = _from_folder(source, component, cls)
+    else:
+        with init_empty_weights(include_buffers=False):
+            net = _by_config(source, component, cls)
+        net.load_state_dict(state, strict=True, assign=True)
+    net = net.eval().requires_grad_(False)
+    add_vectors(net, source, component)
+    for name, tensor in net.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            where = source.folder(component) if state is None else source.name
+            raise InputError(f"{where}: {name} holds NaN or infinite weights: download it again")
+    hold_mapped(net)
+    return net
+
+
+def _from_folder(source: Checkpoint, component: str, cls: Any) -> Any:
+    """What the libraries load, in the type that the files have. Raises InputError."""
     files, folder = source.weights(component), source.folder(component)
     dtype = _stored_type(folder, files)
     net = _from_pretrained(folder, files, cls, dtype)
     if dtype != torch.float32 and any(b.is_floating_point() for b in net.buffers()):
         # Tables that a network computes for itself lose nothing in fp32.
         net = _from_pretrained(folder, files, cls, torch.float32)
-    net = net.eval().requires_grad_(False)
-    add_vectors(net, source, component)
-    for name, tensor in net.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{folder}: {name} holds NaN or infinite weights: download it again")
-    hold_mapped(net)
     return net
 
 
@@ -86,23 +100,29 @@ def _from_pretrained(folder: Path, files: Weights, cls: Any, dtype: torch.dtype)
 def shell(source: Checkpoint, component: str, cls: Any) -> Any:
     """The network by its config, on torch's meta device, where it takes no memory. Raises
     InputError."""
-    config = source.config(f"{component}/config.json")
-    try:
-        with torch.device("meta"), quiet():
-            if issubclass(cls, transformers.PreTrainedModel):
-                known = cls.config_class.from_pretrained(
-                    str(source.folder(component)), local_files_only=True
-                )
-                net = cls(known)
-            else:
-                net = cls.from_config(config)
-    except Exception as exc:  # as above
-        raise InputError(
-            f"{source.folder(component)}/config.json makes no {cls.__name__}: {first_sentence(exc)}"
-        ) from exc
-    net = net.eval().requires_grad_(False).float()
+    net = _bare(source, component, cls)
     add_vectors(net, source, component)
     return net
+
+
+def _bare(source: Checkpoint, component: str, cls: Any) -> Any:
+    """The same without the vectors that the user adds."""
+    with torch.device("meta"):
+        net = _by_config(source, component, cls)
+    return net.eval().requires_grad_(False).float()
+
+
+def _by_config(source: Checkpoint, component: str, cls: Any) -> Any:
+    config, folder = source.config(f"{component}/config.json"), source.folder(component)
+    try:
+        with quiet():
+            if issubclass(cls, transformers.PreTrainedModel):
+                return cls(cls.config_class.from_pretrained(str(folder), local_files_only=True))
+            return cls.from_config(config)
+    except Exception as exc:  # as above
+        raise InputError(
+            f"{folder}/config.json makes no {cls.__name__}: {first_sentence(exc)}"
+        ) from exc
 
 
 def _why_not_loaded(folder: Path, files: Weights, exc: Exception) -> str:
