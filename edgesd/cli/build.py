@@ -13,6 +13,7 @@ import msgspec
 from edgesd.cli.common import Finite, OutputPath, Reporter, Size, print_json, printable, say
 from edgesd.cli.options import (
     OptionGroup,
+    config_option,
     json_option,
     lpips_option,
     scheduler_option,
@@ -148,6 +149,7 @@ _FOLDERS = (
         help="Folder of an exported prompter (edgesd prompter export), which is included in the "
         "bundle.",
     ),
+    config_option,
 )
 
 
@@ -209,12 +211,13 @@ def build_command(
 ) -> None:
     """Turn MODEL into a bundle for a board.
 
-    MODEL is `demo` (the embedded pipeline), the folder of a diffusers pipeline, or a hub id such as
-    OWNER/NAME. Each network is compared with its source before the bundle is written. Images of a
-    quantized bundle are compared, too; `edgesd report` shows them.
+    MODEL is `demo` (the embedded pipeline), the folder of a diffusers pipeline, a single
+    .safetensors file, or a hub id such as OWNER/NAME or OWNER/NAME/FILE.safetensors. Each network
+    is compared with its source before the bundle is written. Images of a quantized bundle are
+    compared, too; `edgesd report` shows them.
 
     A bundle holds the options that it was built with: `edgesd build --like BUNDLE` builds it again,
-    and says whether graphs and weights are the same. Give MODEL if it was a folder.
+    and says whether graphs and weights are the same. Give MODEL if it was a folder or a file.
     """
     from edgesd.recipes import build, default_output
     from edgesd.recipes.like import Like

@@ -300,6 +300,15 @@ vae_option = click.option(
 )
 
 
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="FOLDER",
+    help="Of a MODEL that is a single file: the diffusers folder whose configs and tokenizers it "
+    "has; its weights aren't needed. [default: those of the published model of its layout]",
+)
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How to run. threads: 0 for all fast cores. memory, max_memory: at most one is given."""

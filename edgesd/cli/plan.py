@@ -10,6 +10,7 @@ import click
 from edgesd.cli.common import Bytes, print_json, say
 from edgesd.cli.options import (
     GenerationOptions,
+    config_option,
     generation_options,
     json_option,
     vae_option,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 )
 @generation_options("model", without=["negative", "scheduler"])
 @vae_option
+@config_option
 @variant_option
 @click.option("--backend", help="tensorrt or onnxruntime. [default: the target's best]")
 @click.option(
@@ -57,6 +59,7 @@ def plan_command(
     precision: str,
     generation: GenerationOptions,
     vae: str | None,
+    config: Path | None,
     variant: Variant | None,
     backend: str | None,
     method: str,
@@ -86,6 +89,7 @@ def plan_command(
         method=method,
         variant=variant,
         vae=vae,
+        config=config,
         rates=find_rates(get_target(target).name, rates),
     )
     estimate = estimate_build(model, target, request, backend)

@@ -91,11 +91,11 @@ def build(
 ) -> Built:
     """Export `model`, check it against its source, and write the bundle `out`.
 
-    model: "demo", a diffusers folder, or a hub id. An `out` that ends in `.edgesd` is the one-file
-    form. warn: called before long work with what may go wrong. finish: adds to the folder of the
-    finished bundle, such as plans from a board; what it raises spoils nothing. like: a bundle that
-    this one should equal: a warning says where it can't. vae: a model, or an autoencoder alone,
-    which stands in for the model's own.
+    model: "demo", a diffusers folder, a single file, or a hub id. An `out` that ends in `.edgesd`
+    is the one-file form. warn: called before long work with what may go wrong. finish: adds to the
+    folder of the finished bundle, such as plans from a board; what it raises spoils nothing. like:
+    a bundle that this one should equal: a warning says where it can't. vae: a model, or an
+    autoencoder alone, which stands in for the model's own.
     Nothing is left at `out` on another error: UsageError, InputError, TargetError,
     ParityError, QualityError, ResourceError.
     """
@@ -198,7 +198,7 @@ def _prepare(
         )
     if quantization.pool_attention:
         _check_pooling(options, lowering)
-    source = open_model(model, options.variant, vae, folders.embeddings)
+    source = open_model(model, options.variant, vae, folders.embeddings, folders.config)
     for embedding in source.embeddings:
         progress.line(f"{embedding.token}: a token of {len(embedding.tokens)} vectors is added")
     if folders.prompter:

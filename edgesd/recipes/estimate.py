@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from edgesd.errors import TargetError
 from edgesd.runtime.rates import Rates
@@ -62,8 +63,8 @@ class PlanRequest:
     target's RAM. rates: how fast the target is. fixed: of graphs for `size` alone, whose denoiser
     takes `batch`; others generate any size, and so are those for TensorRT. scheduler: the bundle's
     default sampler. variant: the kind of model that it is said to be. vae: of which model its
-    autoencoder is. prompt_chunks: of a prompt,
-    in fixed graphs."""
+    autoencoder is. config: a diffusers folder with the configs of a model that is a single file.
+    prompt_chunks: of a prompt, in fixed graphs."""
 
     precision: Precision
     size: tuple[int, int] | None = None
@@ -77,6 +78,7 @@ class PlanRequest:
     scheduler: str | None = None
     variant: Variant | None = None
     vae: str | None = None
+    config: Path | None = None
     prompt_chunks: int = 1
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from edgesd.files import environment_folder, expanded, user_cache
 from edgesd.spec.build import DEMO, FOLDER, HUB, ModelReference
 
+_FILE = ".safetensors"
+
 
 def cache_folder() -> Path:
     """EDGESD_CACHE, or edgesd in the user's cache folder."""
@@ -20,24 +22,26 @@ class LocalFolders:
 
     work: for intermediate results. lpips: with the weights of LPIPS; None for what stands in for
     it. prompter: an exported prompter that is included in the bundle. embeddings: files of textual
-    inversions, as FILE or FILE:TOKEN.
+    inversions, as FILE or FILE:TOKEN. config: a diffusers folder with the configs and tokenizers of
+    a model that is a single file.
     """
 
     work: Path = field(default_factory=cache_folder)
     lpips: Path | None = None
     prompter: Path | None = None
     embeddings: tuple[str, ...] = ()
+    config: Path | None = None
 
 
 def model_name(model: str) -> str:
-    """What a model is called in names of files: of a folder or a hub id the last part."""
-    return DEMO if model == DEMO else Path(model).resolve().name or "model"
+    """What a model is called in names of files: of a path or a hub id the last part."""
+    return DEMO if model == DEMO else Path(model).resolve().name.removesuffix(_FILE) or "model"
 
 
 def model_reference(model: str, sha256: str) -> ModelReference:
     """How a bundle names the model that the user called `model`. sha256: of what was read."""
     if model == DEMO:
         return ModelReference(DEMO, DEMO, sha256)
-    if expanded(model).is_dir():
+    if expanded(model).exists():
         return ModelReference(FOLDER, model_name(model), sha256)
     return ModelReference(HUB, model, sha256)

@@ -72,7 +72,7 @@ def estimate_build(
     target = get_target(target_name)
     backend = target.backends[0] if backend is None else backend
     check_request(target, request.precision, backend)
-    source = open_model(model, request.variant, request.vae)
+    source = open_model(model, request.variant, request.vae, config=request.config)
     return estimate_source(source, model, target, backend, request)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from edgesd.errors import InputError
@@ -18,15 +19,17 @@ def open_model(
     variant: Variant | None = None,
     vae: str | None = None,
     embeddings: Collection[str] = (),
+    config: Path | None = None,
 ) -> ModelSource:
-    """What the user called `model`: "demo", a diffusers folder, or a hub id.
+    """What the user called `model`: "demo", a diffusers folder, a single file, or a hub id.
 
     variant: the kind that it is said to be. vae: the model whose autoencoder stands in for its own.
-    embeddings: textual inversions that are added, as FILE or FILE:TOKEN. Raises what
-    `resolve_source` and `read_embeddings` raise, and InputError for an autoencoder of other
-    latents.
+    embeddings: textual inversions that are added, as FILE or FILE:TOKEN. config: a diffusers folder
+    with the configs and tokenizers of a single file. Raises what `resolve_source` and
+    `read_embeddings` raise, and InputError for an autoencoder of other latents.
     """
-    source = replace(resolve_source(str(demo_model()) if model == DEMO else model), variant=variant)
+    found = resolve_source(str(demo_model()) if model == DEMO else model, config)
+    source = replace(found, variant=variant)
     if embeddings:
         from edgesd.export.source.embedding import read_embeddings
 

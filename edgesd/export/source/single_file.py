@@ -39,8 +39,10 @@ _PREFIXES: Mapping[str, tuple[str, ...]] = {
 }
 """Class of a network -> what the names of its weights begin with, of which a file has one."""
 
-_LEFT_OUT = ("position_ids", "logit_scale", "text_projection", "text_projection.weight")
-"""Ends of names of what text encoders hold, and generate nothing with."""
+_COUNTERS = ("position_ids",)
+"""Ends of names of what older text encoders hold besides weights."""
+_LEFT_OUT = ("logit_scale", "text_projection.weight")
+"""Ends of names of weights that text encoders have, and some have no use for."""
 
 _WRAPPER = "text_model."
 """What such a name begins with before transformers 5.6."""
@@ -90,7 +92,8 @@ class SingleFile(ModelSource):
         if component in self.others:
             return super().state(component, net)
         prefix = self._prefix(component)
-        found = self.tensors.load(self.tensors.below(prefix))
+        names = [n for n in self.tensors.below(prefix) if not n.endswith(_COUNTERS)]
+        found = self.tensors.load(names)
         try:
             with quiet():
                 converted = _converted(found, prefix, net)
