@@ -447,13 +447,16 @@ def _no_pipeline(root: Path) -> str:
     names = sorted(path.name for path in root.iterdir())
     inner = [name for name in names if (root / name / INDEX).is_file()]
     snapshots = sorted((root / "snapshots").glob("*/model_index.json"))
-    single = [name for name in names if Path(name).suffix.lower() in (SAFETENSORS, *PICKLES)]
+    pickles = [name for name in names if Path(name).suffix.lower() in PICKLES]
+    single = [name for name in names if Path(name).suffix.lower() == SAFETENSORS]
     if "bundle.json" in names:
         return f"{root} is a bundle already: edgesd inspect shows what it is"
     if inner or snapshots:
         nearest = snapshots[0].parent if snapshots else root / inner[0]
         return f"{root} has no model_index.json, but {nearest} has: give that folder"
-    if "adapter_config.json" in names or any("lora" in name.lower() for name in single):
+    if "adapter_config.json" in names or any(
+        "lora" in name.lower() for name in [*single, *pickles]
+    ):
         return (
             f"{root} holds a LoRA, not a pipeline: merge it into its base model with diffusers "
             "(load_lora_weights, fuse_lora, then save_pretrained)"
@@ -465,6 +468,8 @@ def _no_pipeline(root: Path) -> str:
         )
     if single:
         return f"{root} has no model_index.json: give a file in it, such as {root / single[0]}"
+    if pickles:
+        return not_a_folder(root / pickles[0])
     return (
         f"{root} has no model_index.json: expected a diffusers pipeline folder, as "
         "save_pretrained writes it"

@@ -31,10 +31,11 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(repo_id: str) -> Path:
+    def refuse(repo_id: str, *_: str) -> Path:
         raise AssertionError(f"looked for {repo_id} on the network")
 
     monkeypatch.setattr(source_module, "download", refuse)
+    monkeypatch.setattr(source_module, "download_file", refuse)
 
 
 def edit(path: Path, **fields: Any) -> None:
@@ -110,7 +111,8 @@ def test_a_hub_id_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_files_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(
-        InputError, match=r"is a (single-file checkpoint|file: expected a diffusers folder)"
+        InputError,
+        match=r"cannot read .*header|is a file: expected a diffusers folder or a",
     ):
         resolve_source(tmp_path / name)
 
@@ -157,7 +159,8 @@ def test_advice_on_a_pipeline_fits_its_class(model: Path, name: object, advice: 
         (["pytorch_lora_weights.safetensors"], "holds a LoRA"),
         (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA"),
         (["config.json", "diffusion_pytorch_model.safetensors"], "holds one network"),
-        (["v1-5-pruned.ckpt", "notes.txt"], "is a single-file checkpoint"),
+        (["v1-5-pruned.ckpt", "notes.txt"], "v1-5-pruned.ckpt is a pickle"),
+        (["a.safetensors", "b.ckpt"], r"give a file in it, such as .*a\.safetensors"),
         (["notes.txt"], "expected a diffusers pipeline folder"),
         ([], "expected a diffusers pipeline folder"),
     ],
@@ -175,7 +178,7 @@ def test_advice_on_a_folder_that_is_no_pipeline_fits_what_it_is(
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("model.CKPT", "convert it once"),
+        ("model.CKPT", r"is a pickle.*convert it to \.safetensors"),
         ("demo.edgesd", "is a bundle already"),
         ("model.gguf", "GGUF"),
         ("unet.onnx", "an ONNX graph"),
