@@ -60,6 +60,8 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         facts["signed by"] = str(signer(bundle))
     if manifest.recipe and manifest.recipe.pooled_attention:
         facts["attention"] = "the largest has a quarter of its keys and values (pooled)"
+    if manifest.build and manifest.build.embeddings:
+        facts["tokens"] = ", ".join(one.token for one in manifest.build.embeddings)
     if manifest.prompter:
         tuned = manifest.prompter
         facts["prompter"] = f"for {tuned.domain}, {tuned.licence}"

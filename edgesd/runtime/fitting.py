@@ -222,6 +222,8 @@ class Fitting:
         shape = self.costs.pipeline.shape
         if batch.count > 1 and shape.dynamic and self.choose(replace(batch, count=1)):
             yield "--batch 1"
+        if batch.chunks > 1 and self.choose(replace(batch, chunks=1)):
+            yield "a shorter prompt"
         if batch.previews and self.choose(replace(batch, previews=False)):
             yield "no --preview"
         last = self.modes[-1]

@@ -192,6 +192,7 @@ def test_a_model_too_large_for_the_board_is_refused_before_any_work(
         (["demo", "--target", "x86-64-cpu", "--size", "100x100"], "100"),
         (["demo"], "--target"),
         (["demo", "--target", "x86-64-cpu", "--batch", "2"], "give --size"),
+        (["demo", "--target", "x86-64-cpu", "--prompt-chunks", "2"], "prompts of any length"),
         (["./checkpoint.safetensors", "--target", "x86-64-cpu"], "checkpoint.safetensors"),
     ],
 )

@@ -188,6 +188,23 @@ def test_fixed_sizes_and_batches_count(
     assert accepts(models["small"], options, tmp_path / "b") == fits
 
 
+def test_chunks_of_fixed_shapes_count(models: Models) -> None:
+    few, many = (
+        estimate_build(
+            models["small"],
+            "x86-64-cpu",
+            PlanRequest("fp32", (256, 256), fixed=True, prompt_chunks=chunks),
+        )
+        for chunks in (1, 32)
+    )
+    (denoiser,) = (
+        name for name in few.components if few.components[name].macs != many.components[name].macs
+    )
+    cost, other = few.components[denoiser], many.components[denoiser]
+    assert sum(cost.macs.values()) < sum(other.macs.values())
+    assert cost.memory["stream"] < other.memory["stream"] and cost.bytes == other.bytes
+
+
 def follow(plan: Estimate, model: str, asked: PlanRequest, advice: str) -> Estimate:
     """The plan of what a line of advice says."""
     words = advice.split()

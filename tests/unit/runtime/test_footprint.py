@@ -33,7 +33,7 @@ from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
 from edgesd.runtime.settings import Settings
 from edgesd.spec.bundle import Footprint
-from tests.support import assert_refused, run_cli
+from tests.support import assert_refused, run_cli, write_bundle
 
 MB = 1 << 20
 PROCESS = 80 * MB
@@ -304,3 +304,33 @@ def test_memory_of_a_decoder() -> None:
     assert old_bundles.decoder_bytes(levels, 64, 64) == 4 * 4 * 256 * 512 * 512
     assert old_bundles.head_bytes(levels) == 10 * 4 * 512
     assert old_bundles.decoder_bytes((64,), 10, 20) == 4 * 4 * 64 * 200
+
+
+def test_long_prompts_take_memory(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each further chunk of tokens, for both halves of guidance."""
+    other = write_bundle(tmp_path / "bundle", tokens="tokens")
+    engines = {
+        name: msgspec.structs.replace(
+            engine,
+            footprint=msgspec.structs.replace(FOOTPRINTS[name], chunk=MB if name == "unet" else 0),
+        )
+        for name, engine in bundle.manifest.engines.items()
+    }
+    update_manifest(other.path, msgspec.structs.replace(other.manifest, engines=engines))
+    with Pipeline(open_bundle(other.path)) as pipeline:
+        free(monkeypatch, 10**10)
+
+        def needed(words: int) -> int:
+            request = pipeline.complete(Request("cat " * words, 1))
+            pipeline.fit(request, 1)
+            assert pipeline.memory == "fast"
+            return pipeline.estimate(request, 1)
+
+        one, two, three = (needed(words) for words in (75, 150, 225))
+        assert two - one == three - two >= 2 * MB
+    with Pipeline(open_bundle(other.path), Settings(max_memory=PROCESS + 41 * MB)) as pipeline:
+        pipeline.fit(pipeline.complete(Request("cat", 1)), 1)
+        with pytest.raises(ResourceError, match="a shorter prompt"):
+            pipeline.fit(pipeline.complete(Request("cat " * 75 * 30, 1)), 1)
