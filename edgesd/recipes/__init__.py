@@ -57,9 +57,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Built:
-    """What a build made. notes: messages for the user. reference: the fp32 bundle of the
-    same source that a quantized one was compared with. unfinished: why there are no plans from the
-    board that was to build them; the bundle is whole without."""
+    """What a build made. notes: messages for the user. reference: what a quantized bundle was made
+    of, the fp32 graphs of its source as a bundle (export/source_graphs.py). unfinished: why there
+    are no plans from the board that was to build them; the bundle is whole without."""
 
     bundle: Bundle
     path: Path

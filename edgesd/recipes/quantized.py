@@ -1,6 +1,6 @@
 """The recipe for a quantized bundle: calibrate, quantize, generate, compare, promote layers.
 
-The source's fp32 bundle is built first, into the cache; calibration, every quantized layer and the
+The source's fp32 graphs are made first, in the cache; calibration, every quantized layer and the
 images to compare with are kept there, too, under names that hash what they depend on. A run
 that was interrupted goes on where it stopped.
 """
@@ -58,7 +58,7 @@ _IMAGE_BYTES = 0.7
 class QuantizedBuild:
     """One quantized bundle in the making, in the folder of `writer`.
 
-    reference: the fp32 bundle (a folder) of the same source and export.
+    reference: the fp32 graphs of the same source and export, as a bundle (a folder).
     """
 
     def __init__(self, job: Job, reference: Bundle, writer: BundleWriter) -> None:

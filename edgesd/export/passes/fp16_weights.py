@@ -41,7 +41,8 @@ class Fp16Weights(Pass):
                 continue
             if len(tensor.shape) < 2 or tensor.size < MIN_ELEMENTS:
                 continue
-            if max(abs(float(tensor.numpy().max())), abs(float(tensor.numpy().min()))) > MAX_FP16:
+            array = tensor.numpy()  # read once: it may be mapped, and made fp32
+            if max(abs(float(array.max())), abs(float(array.min()))) > MAX_FP16:
                 kept.append(name)
                 continue
             casts.append(_store_fp16(value, tensor))

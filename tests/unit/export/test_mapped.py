@@ -31,10 +31,10 @@ EMOJI = Path(__file__).resolve().parents[3] / "models" / "emoji"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-def unet(root: Path) -> Component:
+def component_of(root: Path, name: str = "unet") -> Component:
     source = resolve_source(root)
     components = source.family.export_spec(source, None, None, 1).components
-    return next(component for component in components if component.name == "unet")
+    return next(component for component in components if component.name == name)
 
 
 def outputs(module: Any, part: Component) -> Any:
@@ -116,7 +116,7 @@ def test_files_of_all_types(stored: str, tmp_path: Path) -> None:
     given = load_file(model / WEIGHTS)
     tensors = {n: t.to(types[i % len(types)]) for i, (n, t) in enumerate(given.items())}
     save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
-    module = unet(model).load()
+    module = component_of(model).load()
     state = {name.removeprefix("net."): value for name, value in state_of(module).items()}
     assert set(state) == set(tensors)
     for name, tensor in state.items():
@@ -124,14 +124,14 @@ def test_files_of_all_types(stored: str, tmp_path: Path) -> None:
         assert torch.equal(tensor, tensors[name].to(tensor.dtype))
     assert stored == "both" or all(is_mapped(tensor, model / WEIGHTS) for tensor in state.values())
     wide = {f"net.{name}": tensor.float() for name, tensor in tensors.items()}
-    plain = unet(EMOJI).load()
+    plain = component_of(EMOJI).load()
     release(plain, FakeTensorMode())
     plain.load_state_dict(wide, assign=True)
-    assert torch.equal(outputs(module, unet(model)), outputs(plain, unet(model)))
+    assert torch.equal(outputs(module, component_of(model)), outputs(plain, component_of(model)))
 
 
 def test_a_graph_reads_its_weights_where_they_are() -> None:
-    component = unet(EMOJI)
+    component = component_of(EMOJI, "text_encoder")
     module = component.load()
     state = {name.removeprefix("net."): value for name, value in state_of(module).items()}
     model = graph_from_module(module, component, "ort-mha")

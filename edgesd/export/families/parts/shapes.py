@@ -12,6 +12,9 @@ from edgesd.export.families import Example, Sizes
 from edgesd.spec.base import Dim
 from edgesd.spec.pipeline import ShapeSpec, TensorSpec
 
+CHECKED_PIXELS = 512
+"""A network that computes the same at one size and at another does so at a larger one."""
+
 TOKENS = "tokens"
 """The symbolic dimension of embeddings of any number of chunks of tokens."""
 
@@ -43,15 +46,27 @@ def with_tokens(found: Sequence[Sizes], tokens: int) -> tuple[Sizes, ...]:
 
 
 def sizes(shape: ShapeSpec, unit: int) -> tuple[Sizes, ...]:
-    """Where to check: the pipeline's own size, and a smaller oblong one in a batch of 2."""
+    """Where to check: the pipeline's own size, or a half of it that is small enough for any
+    machine, and a smaller oblong one in a batch of 2."""
     if not shape.dynamic:
         return {}, {}
     step = shape.multiple_of
-    height = max(2 * step, shape.height // 2 // step * step)
+    height, width = checked_size(shape)
+    rows = max(2 * step, height // 2 // step * step)
     return (
-        {"batch": 1, "height": shape.height // unit, "width": shape.width // unit},
-        {"batch": 2, "height": height // unit, "width": (height + step) // unit},
+        {"batch": 1, "height": height // unit, "width": width // unit},
+        {"batch": 2, "height": rows // unit, "width": (rows + step) // unit},
     )
+
+
+def checked_size(shape: ShapeSpec) -> tuple[int, int]:
+    """Height and width in pixels, up to CHECKED_PIXELS each, that graphs for any size are checked
+    at."""
+    step = shape.multiple_of
+    sides = [shape.height, shape.width]
+    while max(sides) > max(CHECKED_PIXELS, 2 * step):
+        sides = [max(2 * step, side // 2 // step * step) for side in sides]
+    return sides[0], sides[1]
 
 
 def uniform(low: float, high: float) -> Example:

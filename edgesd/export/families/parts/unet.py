@@ -19,6 +19,7 @@ from edgesd.errors import InputError, UsageError
 from edgesd.export.families import MAX_BATCH, Component, Sizes
 from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.export.families.parts.shapes import (
+    checked_size,
     dims,
     float_tensor,
     sizes,
@@ -182,9 +183,10 @@ def shape_spec(
 
 def _odd_sizes(shape: ShapeSpec, unit: int, multiple: int) -> tuple[Sizes, ...]:
     """Where to check a UNet that takes any size: the smaller one is no multiple of any level's."""
-    rows = max(2 * multiple, shape.height // unit // 2) | 1
+    height, width = (side // unit for side in checked_size(shape))
+    rows = max(2 * multiple, height // 2) | 1
     return (
-        {"batch": 1, "height": shape.height // unit, "width": shape.width // unit},
+        {"batch": 1, "height": height, "width": width},
         {"batch": 2, "height": rows, "width": rows + multiple + 1},
     )
 
