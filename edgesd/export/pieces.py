@@ -63,6 +63,7 @@ def run_in_pieces(
             made = session.run(names, {name: values[name] for name in piece.reads})
             values = {**values, **dict(zip(names, made, strict=True))}
             known[place] = {name: value for name, value in values.items() if name in later}
+        del session  # before the next one is made
     return known
 
 
