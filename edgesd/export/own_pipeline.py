@@ -8,18 +8,21 @@ timesteps, all else that the denoiser is told, and the latents that are decoded.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from edgesd.errors import EdgesdError, ParityError
 from edgesd.export.families import ExportSpec, OwnPipeline
+from edgesd.export.families.parts.diffusers_pipeline import scheduler_config
 from edgesd.export.quiet import quiet
 from edgesd.export.torch_runner import any_batch
 from edgesd.runtime.arrays import Array, Float
@@ -29,11 +32,13 @@ from edgesd.runtime.denoise import denoise
 from edgesd.runtime.flow import flow_of
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.requests import Completion, Request, scheduler_of
-from edgesd.runtime.schedulers import SCHEDULERS
+from edgesd.runtime.schedulers import SCHEDULERS, name_from_class, sampler_class
 from edgesd.runtime.tasks import text as text_to_image
 from edgesd.runtime.tokenizer import PromptTokenizer
-from edgesd.spec.pipeline import ComponentSpec, LatentSpec, PipelineSpec, Wiring
+from edgesd.spec.pipeline import ComponentSpec, LatentSpec, PipelineSpec, SchedulerSpec, Wiring
 from edgesd.text import first_sentence
+
+_log = logging.getLogger(__name__)
 
 _PROMPTS = (
     "",
@@ -80,9 +85,9 @@ def check_own_pipeline(export: ExportSpec, tokenizers: Tokenizers) -> None:
     Raises ParityError that names what differs: token ids, default size, timesteps, guidance, what
     the denoiser is given at some step, or the decoder.
     """
-    spec = export.pipeline
     own = export.own()
     pipeline = own.pipeline
+    spec = _comparable(export.pipeline, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     for each in (pipeline, own.autoencoder, *own.encoders.values()):
         each.__class__ = _on_cpu(type(each))
@@ -98,6 +103,23 @@ def check_own_pipeline(export: ExportSpec, tokenizers: Tokenizers) -> None:
             f"{spec.source}: diffusers' own {type(pipeline).__name__} can't generate with this "
             f"export: {first_sentence(exc)}"
         ) from exc
+
+
+def _comparable(spec: PipelineSpec, scheduler: Any) -> PipelineSpec:
+    """A pipeline with the sampler of diffusers' scheduler, where that is of another class, as
+    diffusers lacks packages for the sampler's; with a warning then."""
+    wanted, found = sampler_class(spec.scheduler.name), type(scheduler).__name__
+    if found == wanted:
+        return spec
+    _log.warning(
+        "the sampler %s isn't compared with diffusers' %s, which needs more packages (scipy, "
+        "torchsde): what else the networks are fed is, with %s",
+        spec.scheduler.name,
+        wanted,
+        found,
+    )
+    own = SchedulerSpec(name_from_class(found), scheduler_config(scheduler))
+    return msgspec.structs.replace(spec, scheduler=own)
 
 
 def _on_cpu(cls: type[Any]) -> type[Any]:

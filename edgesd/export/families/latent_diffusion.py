@@ -101,7 +101,7 @@ def sampling(
 
 def with_sampler(pipeline: Any, sampler: str) -> Any:
     """diffusers' pipeline with a scheduler of the sampler's diffusers class, made from its own
-    one's options where that is another. Raises InputError where it lacks a package."""
+    one's options where that is another."""
     from edgesd.export.families.parts.diffusers_pipeline import scheduler_of
 
     pipeline.scheduler = scheduler_of(pipeline, sampler)

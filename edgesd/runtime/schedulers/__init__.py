@@ -13,6 +13,9 @@ from edgesd.runtime.schedulers.deis import DEIS
 from edgesd.runtime.schedulers.dpmpp_2m import DPMSolverPlusPlus
 from edgesd.runtime.schedulers.dpmpp_sde import DPMSolverSDE
 from edgesd.runtime.schedulers.dpmpp_single import DPMSolverSinglestep
+from edgesd.runtime.schedulers.edm import EDMScheduler
+from edgesd.runtime.schedulers.edm_dpmpp_2m import EDMDPMSolver
+from edgesd.runtime.schedulers.edm_euler import EDMEuler
 from edgesd.runtime.schedulers.euler import Euler
 from edgesd.runtime.schedulers.euler_ancestral import EulerAncestral
 from edgesd.runtime.schedulers.flow_euler import FlowEuler
@@ -45,6 +48,8 @@ _CLASSES: tuple[type[Scheduler], ...] = (
     DPMSolverPlusPlus,
     DPMSolverSDE,
     DPMSolverSinglestep,
+    EDMDPMSolver,
+    EDMEuler,
     Euler,
     EulerAncestral,
     FlowEuler,
@@ -97,6 +102,12 @@ def sampler_class(name: str) -> str:
     return SCHEDULERS[name].diffusers_class
 
 
+def _process_of(class_name: str) -> str:
+    """The process that a diffusers class is for."""
+    prefixes = {"FlowMatch": FlowEuler.process, "EDM": EDMScheduler.process}
+    return next((p for start, p in prefixes.items() if class_name.startswith(start)), DDIM.process)
+
+
 def with_options(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler_config.json with these options, said as if its model gave them."""
     unsaid = config.get("_use_default_values")
@@ -129,16 +140,16 @@ def create_scheduler(name: str, config: Mapping[str, Any], eta: float | None = N
     it; None for their default.
 
     Raises UsageError for an unknown name, InputError for an option or value that isn't supported,
-    and when a flow-matching schedule would be mixed with the model of a discrete diffusion process,
-    or the reverse.
+    and for a model that was trained on another process than the sampler is for.
     """
     source = config.get("_class_name")
     if source == sampler_class(name):  # its own options hold, whether its model gives them or not
         config = {key: value for key, value in config.items() if key != "_use_default_values"}
-    if isinstance(source, str) and (name == FlowEuler.name) != source.startswith("FlowMatch"):
+    if isinstance(source, str) and SCHEDULERS[name].process != _process_of(source):
+        fitting = [each for each, cls in SCHEDULERS.items() if cls.process == _process_of(source)]
         raise InputError(
-            f"scheduler {name} doesn't fit a model made for {source}: flow-euler samples "
-            "flow-matching models and only those"
+            f"scheduler {name} doesn't fit a model made for {source[:80]}: expected "
+            f"{', '.join(sorted(fitting))}"
         )
     scheduler = SCHEDULERS[name](with_options(config, preset(name)))  # type: ignore[call-arg]
     if eta is not None:

@@ -48,6 +48,8 @@ class Scheduler(ABC):
 
     name: ClassVar[str]
     diffusers_class: ClassVar[str]
+    process: ClassVar[str] = "diffusion"
+    """Which process the model was trained on; samplers of others don't fit it."""
     order: ClassVar[int] = 1
     takes: ClassVar[frozenset[str]] = frozenset()
     """Which of `timesteps` and `sigmas` may be given as a list."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,7 +14,14 @@ from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import Asked, Noise, read_config, refusal
 from edgesd.runtime.schedulers.schedule import F32, FinalSigma, Spacing
-from edgesd.runtime.schedulers.solver import AnySolver, SolverConfig, SolverScheduler, growth, ratio
+from edgesd.runtime.schedulers.solver import (
+    AnySolver,
+    SolverConfig,
+    SolverScheduler,
+    growth,
+    ratio,
+    signal_and_noise,
+)
 
 _FEW = 15
 """Below so many steps the last ones are of lower order, if so configured."""
@@ -32,6 +39,19 @@ class DPMConfig(SolverConfig, frozen=True, kw_only=True):
     variance_type: str | None = None
     timestep_spacing: Spacing = "linspace"
     rescale_betas_zero_snr: bool = False
+
+
+class MultistepOptions(Protocol):
+    """What the order of a step depends on."""
+
+    @property
+    def solver_order(self) -> int: ...
+    @property
+    def lower_order_final(self) -> bool: ...
+    @property
+    def euler_at_final(self) -> bool: ...
+    @property
+    def final_sigmas_type(self) -> FinalSigma: ...
 
 
 class DPMSolverPlusPlus(SolverScheduler):
@@ -53,12 +73,14 @@ class DPMSolverPlusPlus(SolverScheduler):
     name = "dpmpp-2m"
     diffusers_class = "DPMSolverMultistepScheduler"
     takes = frozenset(("timesteps",))
+    _level = staticmethod(signal_and_noise)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(DPMConfig, config, self.name)
         self._sde = is_sde(self.name, c.algorithm_type)
         refuse_variance(self.name, c.variance_type)
         self._heun = c.solver_type == "heun"
+        self._options: MultistepOptions = c
         self._prepare(c, c.rescale_betas_zero_snr)
 
     def _lay_out(self, asked: Asked) -> int:
@@ -68,19 +90,22 @@ class DPMSolverPlusPlus(SolverScheduler):
         rounds = c.beta_schedule != "squaredcos_cap_v2"
         sigmas = self._spread(spaced, asked.steps, rounds, c.use_lu_lambdas)
         last = float(train[0]) if c.final_sigmas_type == "sigma_min" else 0.0
-        values = self._use_sigmas(sigmas, last)
-        n = len(self.timesteps)
+        self._weigh(self._use_sigmas(sigmas, last))
+        return asked.steps
+
+    def _weigh(self, values: list[float]) -> None:
+        """Lay out the steps between noise levels."""
+        n = len(values) - 1
         self._weights = [
             [self._step(values[max(i - order + 1, 0) : i + 2]) for order in range(1, most + 1)]
             for i, most in enumerate(self._order(i, n) for i in range(n))
         ]
         for weights in self._weights:
-            schedule.check_finite(asked.steps, *(w for _, each, _ in weights for w in each))
-        return asked.steps
+            schedule.check_finite(n, *(w for _, each, _ in weights for w in each))
 
     def _order(self, i: int, n: int) -> int:
         """Of step i of n, as far as the steps before it are known."""
-        c = self.config
+        c = self._options
         few = c.lower_order_final and n < _FEW
         if i == n - 1 and (c.euler_at_final or few or c.final_sigmas_type == "zero"):
             return 1
@@ -90,7 +115,7 @@ class DPMSolverPlusPlus(SolverScheduler):
         """Weights of the sample, of the predictions, newest first, and of noise, of a step between
         the last two of `sigmas` [order + 1]."""
         *before, start, target = sigmas
-        step = growth(target, start, self._sde)
+        step = growth(target, start, self._sde, self._level)
         if not before:
             return step.scale, [step.main], step.spread
         h0 = math.log(before[-1] / start)

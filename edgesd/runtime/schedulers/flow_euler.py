@@ -60,6 +60,7 @@ class FlowEuler(Scheduler):
     name = "flow-euler"
     diffusers_class = "FlowMatchEulerDiscreteScheduler"
     spreads = True
+    process = "flow"
     takes = frozenset(("sigmas",))
 
     def __init__(self, config: Mapping[str, Any]) -> None:

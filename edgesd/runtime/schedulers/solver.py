@@ -7,6 +7,7 @@ Noise levels are kept as sigma / alpha, which diffusers calls sigmas, too.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -55,6 +56,7 @@ class SolverScheduler(Scheduler):
         if c.prediction_type == "flow_prediction":
             expected = "expected 'epsilon', 'v_prediction' or 'sample'"
             raise InputError(refusal(self.name, "prediction_type", c.prediction_type, expected))
+        self._most = c.solver_order
         self._prediction: Prediction = c.prediction_type
         self._table = c.table(zero_snr=zero_snr, floor=schedule.ZERO_SNR_FLOOR)
         self._train_sigmas = schedule.exploding_sigmas(self._table)
@@ -69,7 +71,7 @@ class SolverScheduler(Scheduler):
         """What was predicted, the newest first."""
 
     def _remember(self, predicted: F32) -> None:
-        self._history = [predicted, *self._history[: self._common.solver_order - 1]]
+        self._history = [predicted, *self._history[: self._most - 1]]
 
     def _spaced(self, asked: Asked, spacing: Spacing, lambda_min: float = -math.inf) -> F64:
         """Timesteps [n] as they are asked for. lambda_min: those below are left out, so that fewer
@@ -143,6 +145,9 @@ def signal_and_noise(sigma: float) -> tuple[float, float]:
     return alpha, sigma * alpha
 
 
+Level = Callable[[float], tuple[float, float]]
+
+
 class Growth(NamedTuple):
     """What a step of DPM-Solver++ over h of lambda takes: the weight of the sample, and those of
     x_0, of its first derivative by lambda / h (midpoint: as half of `main`) and of its second, all
@@ -160,11 +165,12 @@ class Growth(NamedTuple):
     spread: float
 
 
-def growth(target: float, start: float, sde: bool) -> Growth:
-    """From a noise level to another, which may be 0 (then only `scale` and `main` are finite)."""
-    alpha, noise = signal_and_noise(target)
+def growth(target: float, start: float, sde: bool, level: Level = signal_and_noise) -> Growth:
+    """From a noise level to another, which may be 0 (then only `scale` and `main` are finite).
+    level: a noise level -> (alpha, sigma)."""
+    alpha, noise = level(target)
     h = math.log(start / target) if target > 0 else math.inf
-    scale = noise / signal_and_noise(start)[1]
+    scale = noise / level(start)[1]
     span = 2 * h if sde else h
     decay = -math.expm1(-span)
     slope = alpha * (1.0 - decay / span) if span else 0.0

@@ -39,7 +39,8 @@ SPACINGS = ("leading", "trailing", "linspace")
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PATTERN = np.linspace(-1.0, 1.0, int(np.prod(SHAPE))).reshape(SHAPE).astype(np.float32)
 CLASSES = {name: sampler_class(name) for name in SCHEDULERS}
-DISCRETE = sorted(set(SCHEDULERS) - {"flow-euler", "lms", "dpmpp-sde"})
+EDM = ["edm-euler", "edm-dpmpp-2m"]
+DISCRETE = sorted(set(SCHEDULERS) - {"flow-euler", "lms", "dpmpp-sde", *EDM})
 """Those that diffusers has without scipy and torchsde."""
 SOLVERS = ["dpmpp-2m", "dpmpp-2s", "deis", "unipc"]
 SPREADING = ["euler", "heun", *SOLVERS]
@@ -620,6 +621,11 @@ def test_every_option_that_diffusers_has_is_known(diffusers: ModuleType) -> None
         ("heun", "beta_schedule", "laplace"),
         ("dpmpp-sde", "prediction_type", "sample"),
         ("tcd", "original_inference_steps", 0),
+        ("edm-euler", "prediction_type", "sample"),
+        ("edm-euler", "sigma_max", 0.001),
+        ("edm-euler", "sigma_data", 0.0),
+        ("edm-dpmpp-2m", "solver_order", 4),
+        ("edm-dpmpp-2m", "algorithm_type", "dpmsolver"),
         ("dpmpp-2m", "variance_type", "learned_range"),
         ("lcm", "original_inference_steps", 2000),
         ("lcm", "original_inference_steps", 0),
@@ -772,7 +778,37 @@ def test_kinds_of_sigmas() -> None:
         spread_options("ddim", "beta")
 
 
-def test_flow_and_diffusion_are_not_mixed() -> None:
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prediction_type": "v_prediction"},
+        {"sigma_min": 0.01, "sigma_max": 120.0, "sigma_data": 0.7, "rho": 5.0},
+        {"sigma_schedule": "exponential"},
+        {"final_sigmas_type": "sigma_min"},
+        {"solver_order": 1, "final_sigmas_type": "sigma_min"},
+        {"solver_order": 3},
+        {"solver_type": "heun"},
+        {"algorithm_type": "sde-dpmsolver++"},
+        {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
+        {"lower_order_final": False, "solver_order": 3},
+        {"euler_at_final": True, "final_sigmas_type": "sigma_min"},
+        {"thresholding": True, "sample_max_value": 1.6},
+    ],
+)
+@pytest.mark.parametrize("name", EDM)
+def test_models_with_preconditioning_of_their_own(
+    compare: Compare, name: str, options: dict[str, Any], steps: int
+) -> None:
+    compare(name, {"_class_name": CLASSES[name]} | options, steps, roundings=4)
+
+
+def test_processes_are_not_mixed() -> None:
+    with pytest.raises(InputError, match="expected edm-dpmpp-2m, edm-euler"):
+        create_scheduler("euler", {"_class_name": "EDMEulerScheduler"})
+    with pytest.raises(InputError, match="edm-euler doesn't fit"):
+        create_scheduler("edm-euler", {"_class_name": "EulerDiscreteScheduler"})
     with pytest.raises(InputError, match="flow"):
         create_scheduler("ddim", {"_class_name": "FlowMatchEulerDiscreteScheduler"})
     with pytest.raises(InputError, match="flow"):

@@ -43,7 +43,7 @@ def diffusers_pipeline(
     scheduler: Any = getattr(diffusers, source.class_of("scheduler"), None)
     if scheduler is None or isinstance(scheduler, DummyObject):
         scheduler = getattr(diffusers, sampler)
-    if isinstance(scheduler, DummyObject):  # any class keeps all options of a configuration
+    if isinstance(scheduler, DummyObject):  # which keeps all options, as all classes do
         scheduler = diffusers.EulerDiscreteScheduler
     made = {}
     for part, cls in networks.items():
@@ -83,17 +83,14 @@ def default_guidance(class_name: str) -> float:
 
 def scheduler_of(pipeline: Any, sampler: str) -> Any:
     """A scheduler of the diffusers class of one of our samplers, with the options of a pipeline's
-    own. Raises InputError where diffusers lacks a package for it."""
+    own; of Euler's, which keeps them all, where diffusers lacks a package for that class."""
     own, class_name = pipeline.scheduler, sampler_class(sampler)
     options = preset(sampler)
     if type(own).__name__ == class_name and not options:
         return own
     cls: Any = getattr(diffusers, class_name)
     if isinstance(cls, DummyObject):
-        raise InputError(
-            f"sampler {sampler} is compared with diffusers' {class_name}, which needs "
-            f"{' and '.join(cls._backends)} here: pip install them, or choose another --scheduler"
-        )
+        cls = diffusers.EulerDiscreteScheduler
     with quiet():
         return cls.from_config(own.config, **options)
 
