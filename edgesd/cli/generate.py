@@ -182,7 +182,8 @@ def generate_command(
     with binary_stdout() if output == STDOUT else nullcontext(output) as out:
         check_output(out, len(texts) * count)
         if enhance:
-            texts = _enhanced(opened, texts, run.threads, show_prompt, reporter)
+            weighed = prompting.prompt_syntax == "a1111"
+            texts = _enhanced(opened, texts, run.threads, show_prompt, reporter, weighed)
         first = generation.request("", _seed(seed, known))
         first = schedule.applied(fine.applied(prompting.applied(first)))
         if like and known:
@@ -213,10 +214,17 @@ def _tell(like: Path, known: Recorded, bundle: Bundle, reporter: Reporter) -> No
 
 
 def _enhanced(
-    bundle: Bundle, user_prompts: list[str], threads: int, show: bool, reporter: Reporter
+    bundle: Bundle,
+    user_prompts: list[str],
+    threads: int,
+    show: bool,
+    reporter: Reporter,
+    weighed: bool,
 ) -> list[str]:
-    """A prompt for each short prompt; warns when one is used unchanged."""
+    """A prompt for each short prompt; warns when one is used unchanged. weighed: whether prompts
+    are read with weights, which those that the prompter makes don't have."""
     from edgesd.runtime.prompter import enhance, prompter_of
+    from edgesd.runtime.syntax import escaped
     from edgesd.runtime.tokenizer import tokenizer_of
 
     if bundle.manifest.prompter is None:
@@ -234,7 +242,10 @@ def _enhanced(
     if show:
         for result in found:
             reporter.line(f"{result.user_prompt!r} -> {result.prompt!r}")
-    return [result.prompt for result in found]
+    return [
+        escaped(result.prompt) if weighed and not result.problem else result.prompt
+        for result in found
+    ]
 
 
 def generate(

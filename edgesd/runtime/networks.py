@@ -10,6 +10,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from edgesd.errors import BundleError, UsageError
+from edgesd.runtime.chunks import MOST_CHUNKS
 from edgesd.runtime.flow import flow_of
 from edgesd.runtime.tasks import TASKS
 from edgesd.spec.base import Dim
@@ -178,7 +179,7 @@ def _chunk_problems(pipeline: PipelineSpec) -> Iterator[str]:
             made = pipeline.components[part.component].output(part.output)
             taken, given = tensor.shape[1], made.shape[1] if made else 0
             if isinstance(taken, int) and isinstance(given, int):
-                if given < 1 or taken < 1 or taken % given:
+                if not 0 < taken <= MOST_CHUNKS * given or taken % given:
                     yield f"{one.name} of {spec.component} takes {taken} tokens of {given}"
                 counts.add(taken)
     if len(counts) > 1:

@@ -34,7 +34,10 @@ from edgesd.spec.build import (  # noqa: E402
     ModelReference,
 )
 from tests.models import EMOJI  # noqa: E402
+from tests.single_files import without_weights, write_single_file  # noqa: E402
 from tests.support import assert_refused, run_cli  # noqa: E402
+from tests.tiny_pipelines import WIDTH as TINY_WIDTH  # noqa: E402
+from tests.tiny_pipelines import write_tiny  # noqa: E402
 
 WIDTH = 128
 """Of the embedded model's text encoder, whose tokenizer has 4096 tokens."""
@@ -132,6 +135,27 @@ def test_tables_grow_as_in_diffusers(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(EMOJI / "tokenizer", source.embeddings)
     ids = tokenizer.convert_tokens_to_ids(["toy", "toy_1", "<cat>"])
     assert ids == [KNOWN, KNOWN + 1, KNOWN + 2]
+
+
+def test_a_single_file_takes_them_too(tmp_path: Path) -> None:
+    folder = write_tiny("sd", tmp_path / "sd")
+    file = write_single_file(folder, tmp_path / "model.safetensors")
+    toy = save(tmp_path / "toy.safetensors", emb_params=vectors(2, TINY_WIDTH))
+    plain, source = (
+        open_model(str(file), embeddings=given, config=without_weights(folder))
+        for given in ((), [f"{toy}:<new>"])
+    )
+    tables = [
+        load_network(one, "text_encoder", transformers.CLIPTextModel).get_input_embeddings()
+        for one in (plain, source)
+    ]
+    count = tables[0].num_embeddings
+    found = tables[1](torch.arange(count + 2)[None])[0]
+    assert torch.equal(
+        found, torch.cat([tables[0](torch.arange(count)[None])[0], vectors(2, TINY_WIDTH)])
+    )
+    assert plain.sha256() != source.sha256()
+    assert export_spec(source).components[0].load().net.config.vocab_size == count + 2
 
 
 def test_what_was_added_belongs_to_the_model(tmp_path: Path) -> None:

@@ -238,8 +238,8 @@ def test_a_bundle_says_how_many_chunks_it_takes(any_length: Bundle, miniature: B
     assert fixed_chunks(pipeline_spec(154)) == 2
 
 
-@pytest.mark.parametrize("tokens", [1, 76, 78, 100])
-def test_a_part_of_a_chunk_is_refused(tokens: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", [1, 76, 78, 100, 33 * 77, 2**31 - 1])
+def test_other_numbers_of_tokens_are_refused(tokens: int, tmp_path: Path) -> None:
     other = write_bundle(tmp_path / "bundle", tokens=tokens)
     with pytest.raises(BundleError, match="encoder_hidden_states of unet takes"):
         check_networks(other.manifest)
