@@ -51,6 +51,18 @@ def run_in_pieces(
     what ONNX Runtime raises.
     """
     model = onnx.load(graph, load_external_data=False)
+    return run_model_in_pieces(model, graph.parent, cases, library, elsewhere, piece_bytes)
+
+
+def run_model_in_pieces(
+    model: onnx.ModelProto,
+    folder: Path,
+    cases: Iterable[Values],
+    library: Path | None = None,
+    elsewhere: Mapping[str, ir.TensorProtocol] | None = None,
+    piece_bytes: int = PIECE_BYTES,
+) -> list[Values]:
+    """The same of a model whose weights are in files of `folder`."""
     known: list[Values] = [dict(inputs) for inputs in cases]
     outputs = frozenset(value.name for value in model.graph.output)
     pieces = split(model.graph, piece_bytes)
@@ -58,7 +70,7 @@ def run_in_pieces(
         later = outputs.union(*(each.reads for each in pieces[index + 1 :]))
         names = sorted(piece.makes & later)
         part = _model(model, piece, known[0], names)
-        session = _session(part, graph.parent, library, elsewhere or {})
+        session = _session(part, folder, library, elsewhere or {})
         for place, values in enumerate(known):
             made = session.run(names, {name: values[name] for name in piece.reads})
             values = {**values, **dict(zip(names, made, strict=True))}

@@ -7,7 +7,7 @@ generates; where one comes near fp16's limit, the nodes that make and read it ar
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -19,7 +19,9 @@ from edgesd.export.external_data import write_model
 from edgesd.export.passes.fp16_weights import MAX_FP16
 from edgesd.export.passes.fp32_region import Fp32Region
 from edgesd.export.passes.record_largest import LARGEST, RecordLargest
-from edgesd.runtime.backends.base import Runner
+from edgesd.export.pieces import PIECE_BYTES, run_model_in_pieces
+from edgesd.runtime.arrays import Array
+from edgesd.runtime.backends.base import BoundRunner, Runner
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import Bundle, GraphFile
 from edgesd.runtime.pipeline import Pipeline
@@ -32,6 +34,9 @@ LIMIT = MAX_FP16 / 2
 
 STEPS = 4
 """They span the schedule from its first timestep to its last."""
+
+WHOLE_BYTES = 1 << 30
+"""A graph of more weights than this is run piece by piece: a CPU computes with them in fp32."""
 
 Largest = dict[str, dict[str, float]]
 """Component -> value -> largest magnitude."""
@@ -66,7 +71,8 @@ def record(bundle: Bundle, prompt: str) -> Largest:
     def recorder(component: str) -> Runner:
         spec = bundle.manifest.pipeline.components[component]
         kept = largest.setdefault(component, {})
-        return _recorder(spec, bundle.graph_file(component), kept)
+        whole = bundle.weight_bytes(component) <= WHOLE_BYTES
+        return _recorder(spec, bundle.graph_file(component), kept, whole)
 
     settings = Settings(memory="balanced", made_here=True)
     with Pipeline(bundle, settings, recorder) as pipeline:
@@ -78,15 +84,17 @@ def record(bundle: Bundle, prompt: str) -> Largest:
     return largest
 
 
-def _recorder(spec: ComponentSpec, graph: GraphFile, kept: dict[str, float]) -> Runner:
+def _recorder(spec: ComponentSpec, graph: GraphFile, kept: dict[str, float], whole: bool) -> Runner:
     model = ir.serde.deserialize_model(onnx.load_model_from_string(graph.model))
     recorded = RecordLargest()
-    if not recorded(model):
-        return OnnxRuntimeRunner(spec, graph)
-    output = TensorSpec(LARGEST, "float32", (len(recorded.names),))
-    raw = ir.serde.serialize_model(model).SerializeToString()
-    wider = msgspec.structs.replace(spec, outputs=(*spec.outputs, output))
-    return _RangeRecorder(wider, graph._replace(model=raw), recorded.names, kept)
+    if recorded(model):
+        output = TensorSpec(LARGEST, "float32", (len(recorded.names),))
+        spec = msgspec.structs.replace(spec, outputs=(*spec.outputs, output))
+    proto = ir.serde.serialize_model(model)
+    if not whole:
+        return _PieceRecorder(spec, proto, graph, recorded.names, kept)
+    written = graph._replace(model=proto.SerializeToString())
+    return _RangeRecorder(spec, written, recorded.names, kept)
 
 
 class _RangeRecorder(OnnxRuntimeRunner):
@@ -95,11 +103,41 @@ class _RangeRecorder(OnnxRuntimeRunner):
     ) -> None:
         super().__init__(spec, graph, as_written=True)
         self._names, self._kept = names, kept
+        self._largest: Array = np.zeros(0, np.float32)
 
     def run(self) -> None:
         super().run()
         if LARGEST in self.outputs:  # after the first run; the array stays bound
             self._largest = self.outputs.pop(LARGEST)
-        sizes = np.nan_to_num(self._largest, nan=np.inf, posinf=np.inf)
-        for name, size in zip(self._names, sizes, strict=True):
-            self._kept[name] = max(float(size), self._kept.get(name, 0.0))
+        _note(self._kept, self._names, self._largest)
+
+
+class _PieceRecorder(BoundRunner):
+    """The same for a graph that is run piece by piece."""
+
+    def __init__(
+        self,
+        spec: ComponentSpec,
+        model: onnx.ModelProto,
+        graph: GraphFile,
+        names: list[str],
+        kept: dict[str, float],
+    ) -> None:
+        super().__init__(spec)
+        # Its files stay open as long as pieces are read from them.
+        self._model, self._graph, self._names, self._kept = model, graph, names, kept
+
+    def run(self) -> None:
+        (found,) = run_model_in_pieces(
+            self._model, self._graph.folder, [self.inputs], piece_bytes=PIECE_BYTES
+        )
+        made = {tensor.name: found[tensor.name] for tensor in self.spec.outputs}
+        _note(self._kept, self._names, made.pop(LARGEST, np.zeros(0, np.float32)))
+        self.outputs = made
+
+
+def _note(kept: dict[str, float], names: Sequence[str], largest: Array) -> None:
+    """Keep the largest magnitudes so far of the values `names`."""
+    sizes = np.nan_to_num(largest, nan=np.inf, posinf=np.inf)
+    for name, size in zip(names, sizes, strict=True):
+        kept[name] = max(float(size), kept.get(name, 0.0))

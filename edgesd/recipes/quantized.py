@@ -48,6 +48,11 @@ _LARGE = 100_000_000
 _LARGE_PROMPTS, _LARGE_STEPS = 4, 6
 """Calibration of a denoiser with more weights than _LARGE, unless prompts are given."""
 
+_HUGE = 1_500_000_000
+_HUGE_IMAGES, _HUGE_STEPS = 4, 8
+"""Images that are compared, and their steps, of a denoiser with more weights than _HUGE, unless
+prompts or steps are given: on two cores a step of 1024x1024 pixels takes a minute."""
+
 _ROUNDS = 8
 """Times that layers are promoted and everything is generated anew, at most."""
 
@@ -266,8 +271,12 @@ def _comparison(job: Job, reference: Bundle) -> Comparison | None:
         quality_prompts = job.source.prompts("quality") or prompts.QUALITY
     if not quality_prompts:
         return None
+    steps = options.steps
+    if options.quality_prompts is None and _weights(job) > _HUGE:
+        quality_prompts = quality_prompts[:_HUGE_IMAGES]
+        steps = steps or min(job.spec.pipeline.num_inference_steps, _HUGE_STEPS)
     requests = quality_.requests_for(
-        quality_prompts, num_inference_steps=options.steps, guidance_scale=options.guidance
+        quality_prompts, num_inference_steps=steps, guidance_scale=options.guidance
     )
     perceptual = open_perceptual(folders.lpips)
     return Comparison(
@@ -308,6 +317,11 @@ def _store(job: Job, reference: Bundle, graphs: SourceGraphs) -> LayerStore:
     return LayerStore(graphs, nodes, calibration, method, work, job.lowering, spec.wiring)
 
 
+def _weights(job: Job) -> int:
+    """How many the denoiser has."""
+    return job.source.parameters(flow_of(job.spec.pipeline).denoiser.component)
+
+
 def _calibration(job: Job) -> CalibrationSettings:
     """The prompts and settings that activations are recorded with."""
     spec, options, source = job.spec.pipeline, job.options.quantization, job.source
@@ -315,10 +329,7 @@ def _calibration(job: Job) -> CalibrationSettings:
         options.calibration_prompts or source.prompts("calibration") or prompts.CALIBRATION
     )
     steps = options.steps or spec.num_inference_steps
-    if (
-        source.parameters(flow_of(spec).denoiser.component) > _LARGE
-        and options.calibration_prompts is None
-    ):
+    if options.calibration_prompts is None and _weights(job) > _LARGE:
         # A run of the network takes seconds: what is recorded hardly changes after a few.
         chosen, steps = chosen[:_LARGE_PROMPTS], min(steps, _LARGE_STEPS)
     return CalibrationSettings(

@@ -146,7 +146,7 @@ class SchemeSearch:
         def reason(layer: Layer) -> str:
             return (
                 f"worst image at {least:.1f} dB where {floor:g} was asked for; "
-                f"alone, it makes a mean squared error of {losses[layer]:.2g} in the image"
+                f"alone, it makes a squared error of {losses[layer]:.2g}"
             )
 
         return self._changed(before, chosen, reason)

@@ -37,7 +37,11 @@ _log = logging.getLogger(__name__)
 
 class Sensitivities:
     """Sensitivities of the layers in `planned`; they are kept below `work`: that takes generating a
-    few small images per layer. scheme: what was asked for, for the file's name."""
+    few small images per layer. scheme: what was asked for, for the file's name.
+
+    Of a large model that would take weeks, and a copy in fp32 for each layer: there the squared
+    error of a layer's own output, relative to it, stands in for what it does to an image.
+    """
 
     def __init__(
         self,
@@ -53,7 +57,7 @@ class Sensitivities:
 
     def measure(self, probes: Probes) -> dict[Layer, float]:
         """Mean squared error of the images at the places `probes` when that layer alone is
-        quantized as planned; 0 for layers that no image depends on."""
+        quantized as planned (or what stands in for it); 0 for layers that no image depends on."""
         path = self._work / f"sensitivity-{self._scheme}-{self._key(probes)}.json"
         known = _read_figures(path)
         components = flow_of(self.comparison.reference.manifest.pipeline).components
@@ -62,6 +66,11 @@ class Sensitivities:
             for layer, scheme in self.planned.items()
             if scheme is not None and layer.component in components
         }
+        if not self.store.graphs.whole():
+            found = {
+                la: self.store.summary(la, scheme).error ** 2 for la, scheme in generating.items()
+            }
+            return {layer: found.get(layer, 0.0) for layer in self.planned}
         unknown = [layer for layer in generating if layer_name(layer) not in known]
         if unknown:
             requests = [self.comparison.requests[index] for index in probes]

@@ -27,6 +27,7 @@ from edgesd.export.external_data import write_model  # noqa: E402
 from edgesd.export.passes.fp16_compute import Fp16Compute  # noqa: E402
 from edgesd.export.passes.fp32_region import Fp32Region  # noqa: E402
 from edgesd.export.passes.record_largest import LARGEST, RecordLargest  # noqa: E402
+from edgesd.recipes import fp16_ranges  # noqa: E402
 from edgesd.recipes.fp16_ranges import LIMIT, protect_fp16_overflows, record  # noqa: E402
 from edgesd.runtime.bundle import Bundle, open_bundle  # noqa: E402
 from edgesd.runtime.pipeline import Pipeline  # noqa: E402
@@ -246,3 +247,15 @@ def test_a_bundle_is_mended_before_it_is_written(overflowing: Path, miniature: B
         wanted = np.asarray(first.generate([request])[0], int)
         found = np.asarray(second.generate([request])[0], int)
     assert np.abs(found - wanted).max() <= 2
+
+
+def test_a_large_graph_is_recorded_piece_by_piece(
+    overflowing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = record(open_bundle(overflowing), "a cat")
+    monkeypatch.setattr(fp16_ranges, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(fp16_ranges, "PIECE_BYTES", 1 << 12)
+    pieces = record(open_bundle(overflowing), "a cat")
+    assert pieces.keys() == whole.keys()
+    for component, values in whole.items():
+        assert pieces[component] == pytest.approx(values, rel=1e-3)
