@@ -6,7 +6,7 @@ elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,15 +236,12 @@ def test_another_end_of_the_text_is_noticed(
 ) -> None:
     """Which token's state is the text's embedding: with either rule, images show the other."""
     model = opened(name, tmp_path / name)
-    load: Callable[..., Any] = clip.load_network
 
-    def loaded(*arguments: Any) -> Any:
-        net = load(*arguments)
-        if hasattr(net, "text_projection"):
-            old = net.text_model.eos_token_id == 2
-            net.text_model.eos_token_id = net.config.vocab_size - 2 if old else 2
-        return net
+    class Other(clip.ProjectedTextEncoder):
+        def __init__(self, net: Any, behind: int) -> None:
+            super().__init__(net, behind)
+            self.eos = net.config.vocab_size - 2 if self.eos is None else None
 
-    monkeypatch.setattr(clip, "load_network", loaded)
+    monkeypatch.setattr(clip, "ProjectedTextEncoder", Other)
     with model.ours(tmp_path / "bundle") as pipeline:
         assert model.difference(pipeline) > 1

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 
@@ -24,6 +25,9 @@ from edgesd.spec.pipeline import ComponentSpec, ShapeSpec, TensorSpec
 
 HIDDEN, POOLED = "encoder_hidden_states", "text_embeds"
 """Outputs."""
+
+_OLD_EOS = 2
+"""Of configs that were written before transformers read it."""
 
 
 class TextEncoder(nn.Module):
@@ -47,18 +51,25 @@ class ProjectedTextEncoder(nn.Module):
     """input_ids [batch, tokens] -> hidden state [batch, tokens, C] behind the last layer but
     `behind`, as it is, and the projected state of the end of the text [batch, P], behind all.
 
-    The end is where the token of the highest id is, or the first of the config's eos_token_id,
-    unless that is 2, which stands for the former (transformers' CLIPTextModel.forward).
+    The end is where the token of the highest id is first, or that of the config's eos_token_id,
+    unless that is 2, which stands for the former (transformers' CLIPTextModel.forward). It is found
+    without the casts and gathers of transformers' own code, which compilers in fp16 can't take.
     """
 
-    def __init__(self, net: nn.Module, behind: int) -> None:
+    def __init__(self, net: Any, behind: int) -> None:
         super().__init__()
         self.net = net
         self.place = -1 - behind
+        self.eos = None if net.config.eos_token_id == _OLD_EOS else net.config.eos_token_id
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         out = self.net(input_ids=input_ids, output_hidden_states=True)
-        return out.hidden_states[self.place], out.text_embeds
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        end = input_ids.amax(1, keepdim=True) if self.eos is None else self.eos
+        first = torch.where(input_ids == end, places, len(places)).amin(1, keepdim=True)
+        states = out.last_hidden_state
+        state = torch.where((places == first)[..., None], states, 0.0).sum(1)
+        return out.hidden_states[self.place], self.net.text_projection(state)
 
 
 def text_encoder(
@@ -98,8 +109,14 @@ def text_encoder(
         ComponentSpec(name, (TensorSpec("input_ids", "int64", (batch, tokens)),), tuple(outputs)),
         load,
         sizes=({"batch": 1}, {"batch": 2}) if shape.dynamic else ({}, {}),
-        examples={"input_ids": token_ids(config["vocab_size"])},
+        examples={"input_ids": token_ids(config["vocab_size"], _end_of_text(config))},
     )
+
+
+def _end_of_text(config: Mapping[str, Any]) -> int:
+    """The token that ends a text, as far as the config tells."""
+    last, found = config["vocab_size"] - 1, config["eos_token_id"]
+    return found if isinstance(found, int) and _OLD_EOS < found < last else last
 
 
 def token_count(folder: Path, tokenizer: Any, config: Mapping[str, Any]) -> int:

@@ -87,13 +87,13 @@ def whole_numbers(low: int, high: int) -> Example:
     return values
 
 
-def token_ids(vocab_size: int) -> Example:
-    """Ids [batch, tokens] of a prompt, padded from the middle on: CLIP's first and last tokens are
-    the vocabulary's last."""
+def token_ids(vocab_size: int, end: int) -> Example:
+    """Ids [batch, tokens] of a prompt, of which the second half is the token of its end; its first
+    is the one before that in CLIP's vocabularies."""
 
     def values(rng: np.random.Generator, shape: Sequence[int]) -> npt.NDArray[Any]:
         ids = rng.integers(0, vocab_size, shape)
-        ids[:, 0], ids[:, shape[1] // 2 :] = vocab_size - 2, vocab_size - 1
+        ids[:, 0], ids[:, shape[1] // 2 :] = end - 1, end
         return ids.astype(np.int64)
 
     return values
