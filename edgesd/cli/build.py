@@ -21,7 +21,7 @@ from edgesd.cli.options import (
     variant_option,
 )
 from edgesd.export.quantize.methods import method_names
-from edgesd.spec.build import DEFAULT_METHOD, BuildOptions, QuantOptions
+from edgesd.spec.build import DEFAULT_METHOD, MOST_SKIPPED, BuildOptions, QuantOptions
 
 if TYPE_CHECKING:
     from edgesd.recipes import Built, LocalFolders
@@ -70,6 +70,12 @@ _BUILD = (
     ),
     scheduler_option("Default sampler of the bundle"),
     variant_option,
+    click.option(
+        "--clip-skip",
+        type=click.IntRange(0, MOST_SKIPPED),
+        help="Leave out so many of the text encoders' last layers: 1 for models that web UIs run "
+        "with a Clip skip of 2. [default: the model's, mostly 0]",
+    ),
     click.option(
         "--prompt-chunks",
         type=click.IntRange(1, 32),

@@ -199,6 +199,7 @@ def _prepare(
     if quantization.pool_attention:
         _check_pooling(options, lowering)
     source = open_model(model, options.variant, vae, folders.embeddings, folders.config)
+    source = replace(source, clip_skip=options.clip_skip)
     for embedding in source.embeddings:
         progress.line(f"{embedding.token}: a token of {len(embedding.tokens)} vectors is added")
     if folders.prompter:

@@ -16,6 +16,8 @@ _MOST_BYTES = 2_000_000
 """Of a list of prompts in JSON: a manifest of at most 16 MB holds both, those of quality twice."""
 
 DEFAULT_METHOD = "svdquant"
+MOST_SKIPPED = 64
+"""Layers of a text encoder."""
 
 DEMO, HUB, FOLDER = "demo", "hub", "folder"
 """Kinds of models: the embedded pipeline, a hub id, a folder of the machine that built."""
@@ -68,7 +70,9 @@ class BuildOptions(Spec, frozen=True):
     graphs for any size and batch (where plans have fixed shapes: for one image of the model's own
     size). scheduler: the bundle's default sampler, if not the model's own. variant: what kind of
     model it is, where the model itself doesn't tell. quantization: for a precision that is a
-    scheme. prompt_chunks: of tokens, that static graphs take of each prompt.
+    scheme. prompt_chunks: of tokens, that static graphs take of each prompt. clip_skip: last layers
+    of the text encoders that aren't used, beyond those that the model's pipeline leaves; None is
+    the model's own.
     """
 
     target: Word
@@ -80,6 +84,7 @@ class BuildOptions(Spec, frozen=True):
     variant: Variant | None = None
     quantization: QuantOptions = QuantOptions()
     prompt_chunks: Annotated[int, Meta(ge=1, le=32)] = 1
+    clip_skip: Annotated[int, Meta(ge=0, le=MOST_SKIPPED)] | None = None
 
     @property
     def quantized(self) -> bool:

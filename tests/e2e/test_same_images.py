@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,7 +18,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from edgesd.errors import ParityError
+from edgesd.errors import InputError, ParityError
 from edgesd.export.families import ExportSpec, sdxl
 from edgesd.export.families.parts import clip
 from edgesd.export.own_pipeline import check_own_pipeline
@@ -28,6 +29,8 @@ from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import CompleteMicro, Micro, Request
 from edgesd.runtime.tokenizer import PromptTokenizer, tokenizer_of
 from tests.tiny_pipelines import NEW_WORD, PIPELINES, diffusers_images, on_torch, tiny, write_tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 STEPS = 3
 PROMPTS = (f"a red apple {NEW_WORD} on a house", "the blue cat")
@@ -147,6 +150,25 @@ def test_all_that_sdxl_is_asked_for_is_what_diffusers_makes_of_it(
     with sdxl_pipeline as pipeline:
         assert sdxl_model.difference(pipeline, theirs=theirs, **asked) <= 1
         assert sdxl_model.difference(pipeline, theirs=theirs) > 1 or not asked
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_layers_that_are_left_out_are_those_of_diffusers(name: str, tmp_path: Path) -> None:
+    """Without a negative prompt that is encoded: diffusers leaves no layer of that out."""
+    model = opened(name, tmp_path / name)
+    own = replace(model.source, clip_skip=1)
+    model = model._replace(source=own, export=export_spec(own))
+    encoder = model.theirs.text_encoder
+    # Where diffusers looks for the norm: transformers has moved it.
+    encoder.text_model = SimpleNamespace(final_layer_norm=encoder.final_layer_norm)
+    with model.ours(tmp_path / "bundle") as pipeline:
+        check_own_pipeline(model.export, tokenizers(pipeline))
+        guidance = 1.0 if name == "sd" else 5.0
+        theirs = {"guidance_scale": guidance}
+        assert model.difference(pipeline, theirs={**theirs, "clip_skip": 1}, **theirs) <= 1
+        assert model.difference(pipeline, theirs=theirs, **theirs) > 1
+    with pytest.raises(InputError, match=r"has 3 layers, and . can't be left out"):
+        export_spec(replace(own, clip_skip=3))
 
 
 # Mutations: the image differs, and where diffusers' own pipeline shows it, the build ends.

@@ -99,6 +99,12 @@ def sampling(
     return defaults
 
 
+def clip_skip(source: Checkpoint) -> int:
+    """Last layers of the text encoders that are left out beyond those that the pipeline leaves.
+    Unlike in diffusers, whose pipelines leave the negative prompt alone, for both prompts."""
+    return int(source.hints().get("clip_skip", 0))
+
+
 def with_sampler(pipeline: Any, sampler: str) -> Any:
     """diffusers' pipeline with a scheduler of the sampler's diffusers class, made from its own
     one's options where that is another."""

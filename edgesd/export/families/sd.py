@@ -19,6 +19,7 @@ from edgesd.export.families.latent_diffusion import (
     WEIGHTS,
     check_classes,
     check_unet,
+    clip_skip,
     finished,
     sampling,
     unet_config,
@@ -71,7 +72,7 @@ def export_spec(
     shape = unet.shape_spec(size, batch, config, latent.scale_factor)
     states = tokens, text["hidden_size"]
     components = (
-        clip.text_encoder(source, _TEXT_ENCODER, text, tokens, shape),
+        clip.text_encoder(source, _TEXT_ENCODER, text, tokens, shape, clip_skip(source)),
         unet.unet(source, UNET, config, states, shape, latent, chunks),
         vae.vae_decoder(source, DECODER, latent, shape),
     )

@@ -24,6 +24,7 @@ from edgesd.export.families.latent_diffusion import (
     WEIGHTS,
     check_classes,
     check_unet,
+    clip_skip,
     finished,
     sampling,
     unet_config,
@@ -88,10 +89,11 @@ def export_spec(
     )
     shape = unet.shape_spec(size, batch, config, latent.scale_factor)
     states = tokens, sum(text["hidden_size"] for text in texts.values())
+    behind = _PENULTIMATE + clip_skip(source)
     components = (
         *(
             clip.text_encoder(
-                source, name, text, tokens, shape, _PENULTIMATE, False, pooled=name == _SECOND
+                source, name, text, tokens, shape, behind, False, pooled=name == _SECOND
             )
             for name, text in texts.items()
         ),

@@ -42,6 +42,7 @@ STEM = "diffusion_pytorch_model"
 _HINT_TYPES: dict[str, tuple[type, ...]] = {
     "num_inference_steps": (int,),
     "guidance_scale": (int, float),
+    "clip_skip": (int,),
     "variant": (str,),
 }
 
@@ -50,7 +51,8 @@ _HINT_TYPES: dict[str, tuple[type, ...]] = {
 class ModelSource:
     """A model on this machine. `name` is what the user called it; `index` is model_index.json.
     variant: what kind of model the user says that it is. others: component -> the model whose
-    network stands in for it. embeddings: textual inversions that are added to it."""
+    network stands in for it. embeddings: textual inversions that are added to it. clip_skip: layers
+    that the user leaves out (spec.build.BuildOptions)."""
 
     name: str
     root: Path
@@ -59,6 +61,7 @@ class ModelSource:
     variant: Variant | None = None
     others: Mapping[str, ModelSource] = field(default_factory=dict)
     embeddings: tuple[Embedding, ...] = ()
+    clip_skip: int | None = None
 
     def folder(self, name: str) -> Path:
         """The folder of a component, a tokenizer or the scheduler; it may be missing."""
@@ -222,14 +225,16 @@ class ModelSource:
 
     def hints(self) -> dict[str, Any]:
         """Defaults that the model asks for in edgesd.json: num_inference_steps, guidance_scale,
-        variant. Those of another variant than the user says don't hold.
+        variant, clip_skip. What the user says holds, and steps and guidance of another variant than
+        that don't.
 
         Raises InputError for another field, or a value that makes no sense.
         """
         found = self._own_hints()
-        if self.variant in (None, found.get("variant")):
-            return found
-        return {"variant": self.variant}
+        skipped = found.get("clip_skip") if self.clip_skip is None else self.clip_skip
+        if self.variant not in (None, found.get("variant")):
+            found = {"variant": self.variant}
+        return found if skipped is None else {**found, "clip_skip": skipped}
 
     def _own_hints(self) -> dict[str, Any]:
         path = self.root / HINTS

@@ -27,6 +27,7 @@ OPTIONS = BuildOptions(
     batch=2,
     scheduler="ddim",
     variant="turbo",
+    clip_skip=1,
     prompt_chunks=2,
     quantization=QuantOptions(
         method="rtn",

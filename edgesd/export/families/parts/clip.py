@@ -90,8 +90,8 @@ def text_encoder(
     """
     if not 0 <= behind < config["num_hidden_layers"]:
         raise InputError(
-            f"{source.name}: {name} has {config['num_hidden_layers']} layers, and {behind} of them "
-            "can't be skipped: give a smaller --clip-skip"
+            f"{source.name}: {name} has {config['num_hidden_layers']} layers, and {behind} can't "
+            "be left out: give a smaller --clip-skip"
         )
 
     def load(weights: bool = True) -> nn.Module:
