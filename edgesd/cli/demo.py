@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edgesd.cli.common import OutputPath, Reporter, plans_of, say
+from edgesd.spec.build import DEMO, EMBEDDED
 
 PROMPTS = (
     "a red apple",
@@ -20,7 +21,15 @@ PROMPTS = (
 )
 
 
-@click.command("demo", short_help="Build the embedded pipeline and generate with it.")
+@click.command("demo", short_help="Build an embedded pipeline and generate with it.")
+@click.option(
+    "--model",
+    type=click.Choice(EMBEDDED),
+    default=EMBEDDED[0],
+    show_default=True,
+    help="Which of them: Stable Diffusion's form, XL's, or a latent consistency model of four "
+    "steps.",
+)
 @click.option(
     "-o",
     "--output",
@@ -30,11 +39,11 @@ PROMPTS = (
     help="Folder for the bundle and the images; those of an earlier run stay.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
-def demo_command(output: Path, seed: int) -> None:
-    """Build the embedded pipeline for this computer and generate eight images with it."""
+def demo_command(model: str, output: Path, seed: int) -> None:
+    """Build an embedded pipeline for this computer and generate eight images with it."""
     from edgesd.cli.generate import generate, summary
     from edgesd.errors import BundleError
-    from edgesd.recipes import DEMO, BuildOptions, build, demo_sha256, demo_target
+    from edgesd.recipes import BuildOptions, build, demo_model, demo_sha256, demo_target
     from edgesd.runtime.bundle import open_bundle
     from edgesd.runtime.images import check_output, contact_sheet, expand_requests
     from edgesd.runtime.pipeline import Pipeline
@@ -43,7 +52,7 @@ def demo_command(output: Path, seed: int) -> None:
 
     reporter = Reporter()
     target = demo_target()
-    bundle = output / f"bundle-{target}-{demo_sha256()[:8]}"
+    bundle = output / f"bundle-{target}-{demo_sha256(model)[:8]}"
     check_output(output / "images", len(PROMPTS))
     built = not bundle.exists()
     if not built:
@@ -53,9 +62,9 @@ def demo_command(output: Path, seed: int) -> None:
             raise BundleError(f"{exc}; remove {bundle}, and run the demo again") from exc
         reporter.line(f"using the bundle {bundle}")
     else:
-        reporter.line(f"building the embedded pipeline for {target}")
+        reporter.line(f"building the embedded pipeline {model} for {target}")
         opened = build(
-            DEMO,
+            DEMO if model == EMBEDDED[0] else str(demo_model(model)),
             BuildOptions(target),
             bundle,
             progress=reporter,

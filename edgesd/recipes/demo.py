@@ -1,4 +1,4 @@
-"""The embedded pipeline: a small model that comes with the source checkout."""
+"""The embedded pipelines: small models that come with the source checkout."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import edgesd
 from edgesd.device.detect import describe_machine, detect_machine, runnable_targets
 from edgesd.errors import InputError, TargetError
+from edgesd.spec.build import EMBEDDED
 
 _MODELS = Path(edgesd.__file__).resolve().parent.parent / "models"
 
@@ -17,22 +18,22 @@ def demo_judge() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def demo_model() -> Path:
-    """Folder of the embedded pipeline. Raises InputError where it isn't there."""
-    folder = _MODELS / "emoji"
+def demo_model(name: str = EMBEDDED[0]) -> Path:
+    """Folder of an embedded pipeline. Raises InputError where it isn't there."""
+    folder = _MODELS / name
     if not (folder / "model_index.json").is_file():
         raise InputError(
-            "the embedded pipeline is part of the source checkout, not of the installed package: "
-            "clone edgesd and run there, or give the folder of a diffusers pipeline"
+            f"the embedded pipeline {name} is part of the source checkout, not of the installed "
+            "package: clone edgesd and run there, or give the folder of a diffusers pipeline"
         )
     return folder
 
 
-def demo_sha256() -> str:
-    """Hash of the embedded pipeline, as its bundles carry it. Raises InputError."""
+def demo_sha256(name: str = EMBEDDED[0]) -> str:
+    """Hash of an embedded pipeline, as its bundles carry it. Raises InputError."""
     from edgesd.export.source import resolve_source
 
-    return resolve_source(demo_model()).sha256()
+    return resolve_source(demo_model(name)).sha256()
 
 
 def demo_target() -> str:

@@ -22,6 +22,9 @@ MOST_SKIPPED = 64
 DEMO, HUB, FOLDER = "demo", "hub", "folder"
 """Kinds of models: the embedded pipeline, a hub id, a folder of the machine that built."""
 
+EMBEDDED = ("emoji", "emoji-xl", "emoji-lcm")
+"""Folders of the pipelines that a checkout of edgesd comes with; the first is `demo`."""
+
 Variant = Literal["base", "turbo", "lightning", "lcm"]
 """Kinds of a model (export/families/variants.py)."""
 

@@ -29,7 +29,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from . import model, train_lcm, train_xl, xl
 from .train_unet import Denoiser
 
-COPIED = ("LICENSES", "NOTICE", "prompts/calibration.txt", "prompts/quality.txt")
+COPIED = (
+    "LICENSES",
+    "NOTICE",
+    "prompts/calibration.txt",
+    "prompts/quality.txt",
+    "tokenizer",
+    "vae",
+)
 
 
 def assemble(work: Path, start: Path) -> StableDiffusionPipeline:

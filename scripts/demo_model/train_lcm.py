@@ -41,7 +41,8 @@ def scheduler() -> LCMScheduler:
 
 def student_of(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
     """The teacher with an input for the guidance scale, which adds nothing yet."""
-    student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=GUIDANCE_WIDTH)
+    config = {name: value for name, value in teacher.config.items() if name[0] != "_"}
+    student = UNet2DConditionModel.from_config(config, time_cond_proj_dim=GUIDANCE_WIDTH)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     if missing != ["time_embedding.cond_proj.weight"] or unexpected:
         raise ValueError(f"the UNets differ in more than cond_proj: {missing}, {unexpected}")
