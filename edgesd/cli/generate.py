@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import statistics
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, BinaryIO
@@ -26,6 +26,7 @@ from edgesd.cli.options import (
     FineOptions,
     GenerationOptions,
     PromptOptions,
+    RefinerOptions,
     RunOptions,
     ScheduleOptions,
     any_machine_option,
@@ -33,6 +34,7 @@ from edgesd.cli.options import (
     generation_options,
     json_option,
     prompt_options,
+    refiner_options,
     run_options,
     schedule_options,
 )
@@ -45,7 +47,9 @@ if TYPE_CHECKING:
     from edgesd.runtime.images import SavedImage
     from edgesd.runtime.pipeline import Pipeline
     from edgesd.runtime.recorded import Recorded
+    from edgesd.runtime.refined import Refined
     from edgesd.runtime.requests import Request
+    from edgesd.runtime.settings import Settings
 
 
 _MOST_REMARKS = 5
@@ -108,6 +112,7 @@ _MOST_REMARKS = 5
     metavar="K",
     help="Write NAME.preview.png every K steps, until the image is done. [default: never]",
 )
+@refiner_options
 @run_options
 @click.option(
     "--guidance-mode",
@@ -144,6 +149,7 @@ def generate_command(
     batch: int,
     output: Path,
     preview: int,
+    refining: RefinerOptions,
     run: RunOptions,
     guidance_mode: GuidanceMode | None,
     no_fallback: bool,
@@ -159,8 +165,8 @@ def generate_command(
     """
     from edgesd.device.opening import open_for_generate
     from edgesd.runtime.images import check_output, expand_requests, read_prompts
-    from edgesd.runtime.pipeline import Pipeline
     from edgesd.runtime.recorded import recorded
+    from edgesd.runtime.refined import check_roles
 
     texts = [*prompts, *(read_prompts(prompt_file) if prompt_file else ())]
     known = None if like is None else recorded(like)
@@ -173,28 +179,46 @@ def generate_command(
     if output == STDOUT and (as_json or preview):
         raise click.UsageError("-o - writes the image alone: leave --json and --preview out")
     opened = open_for_generate(bundle, any_machine)
+    second = open_for_generate(refining.refiner, any_machine) if refining.refiner else None
+    check_roles(opened, second)
     reporter = Reporter(quiet=as_json)
-    settings = run.settings(
-        guidance_mode=guidance_mode,
-        plan_of=plans_of(opened, reporter),
-        fallback=not no_fallback,
-    )
+
+    def settings(of: Bundle) -> Settings:
+        plans, fallback = plans_of(of, reporter), not no_fallback
+        return run.settings(guidance_mode=guidance_mode, plan_of=plans, fallback=fallback)
+
     with binary_stdout() if output == STDOUT else nullcontext(output) as out:
         check_output(out, len(texts) * count)
         if enhance:
             weighed = prompting.prompt_syntax == "a1111"
             texts = _enhanced(opened, texts, run.threads, show_prompt, reporter, weighed)
         first = generation.request("", _seed(seed, known))
-        first = schedule.applied(fine.applied(prompting.applied(first)))
+        first = refining.applied(schedule.applied(fine.applied(prompting.applied(first))))
         if like and known:
             first = known.request(first)
-            _tell(like, known, opened, reporter)
+            _tell(like, known, opened, second, reporter)
         requests = expand_requests(first, texts, count)
-        with Pipeline(opened, settings) as pipeline:
+        with _pipeline(opened, second, settings) as pipeline:
             made = generate(pipeline, requests, out, reporter, batch, preview)
             if as_json:
                 print_json(_outcome(pipeline, made))
             reporter.line(summary(pipeline, made))
+
+
+@contextmanager
+def _pipeline(
+    bundle: Bundle, refiner: Bundle | None, settings: Callable[[Bundle], Settings]
+) -> Iterator[Pipeline | Refined]:
+    """The bundle's pipeline, with a refiner's if there is one."""
+    from edgesd.runtime.pipeline import Pipeline
+    from edgesd.runtime.refined import Refined
+
+    with Pipeline(bundle, settings(bundle)) as base:
+        if refiner is None:
+            yield base
+            return
+        with Pipeline(refiner, settings(refiner)) as second:
+            yield Refined(base, second)
 
 
 def _seed(given: int | None, known: Recorded | None) -> int:
@@ -204,9 +228,17 @@ def _seed(given: int | None, known: Recorded | None) -> int:
     return secrets.randbits(32) if given is None else given
 
 
-def _tell(like: Path, known: Recorded, bundle: Bundle, reporter: Reporter) -> None:
-    """Warn of what makes another image than that in the file `like`."""
-    if differing := known.differing(bundle.manifest):
+def _tell(
+    like: Path, known: Recorded, bundle: Bundle, refiner: Bundle | None, reporter: Reporter
+) -> None:
+    """Warn of what makes another image than that in the file `like`. Raises UsageError where it
+    takes a refiner, and there is none."""
+    if refiner is None and "denoising_end" in known.values:
+        raise click.UsageError(
+            f"{like} was finished by a refiner ({known.made_by.get('refiner_model', '')[:60]}): "
+            "give --refiner BUNDLE"
+        )
+    if differing := known.differing(bundle.manifest, refiner.manifest if refiner else None):
         said = ", ".join(f"{name} {known.made_by[name][:60]}" for name in differing)
         reporter.warn(f"{like} was made by another bundle ({said}): this one's image differs")
     for remark in known.remarks:
@@ -249,7 +281,7 @@ def _enhanced(
 
 
 def generate(
-    pipeline: Pipeline,
+    pipeline: Pipeline | Refined,
     requests: list[Request],
     output: Path | BinaryIO,
     reporter: Reporter,
@@ -315,7 +347,7 @@ def _remarks(requests: Sequence[Request]) -> list[str]:
     return list(found)[:_MOST_REMARKS]
 
 
-def summary(pipeline: Pipeline, made: Sequence[SavedImage]) -> str:
+def summary(pipeline: Pipeline | Refined, made: Sequence[SavedImage]) -> str:
     """How many images were made, how fast, and in how much memory."""
     timings = pipeline.timings
     return (
@@ -325,7 +357,7 @@ def summary(pipeline: Pipeline, made: Sequence[SavedImage]) -> str:
     )
 
 
-def _outcome(pipeline: Pipeline, made: Sequence[SavedImage]) -> dict[str, object]:
+def _outcome(pipeline: Pipeline | Refined, made: Sequence[SavedImage]) -> dict[str, object]:
     """The summary, and more, for programs."""
     timings = pipeline.timings
     return {

@@ -310,6 +310,45 @@ config_option = click.option(
 
 
 @dataclass(frozen=True)
+class RefinerOptions:
+    """The bundle of a refiner, and where it goes on."""
+
+    refiner: Path | None = None
+    denoising_end: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.denoising_end is not None and self.refiner is None:
+            raise click.UsageError("--denoising-end goes with --refiner")
+
+    def applied(self, request: Request) -> Request:
+        """The request with it."""
+        return replace(request, denoising_end=self.denoising_end)
+
+
+refiner_options = OptionGroup(
+    "refining",
+    RefinerOptions,
+    [
+        click.option(
+            "--refiner",
+            type=click.Path(path_type=Path),
+            metavar="BUNDLE",
+            help="Let this bundle of a refiner take the last steps; only one of both is in memory "
+            "at a time.",
+        ),
+        click.option(
+            "--denoising-end",
+            type=Finite(0, 1, min_open=True, max_open=True),
+            metavar="PART",
+            help="With --refiner: which part of the timesteps is denoised before it goes on.  "
+            "[default: 0.8]",
+        ),
+    ],
+)
+"""--refiner and --denoising-end, as `refining`."""
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """How to run. threads: 0 for all fast cores. memory, max_memory: at most one is given."""
 

@@ -26,6 +26,7 @@ from edgesd.runtime.denoise import Step
 from edgesd.runtime.noise import image_seeds
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.recorded import texts_of
+from edgesd.runtime.refined import Refined
 from edgesd.runtime.requests import CompleteRequest, Request
 from edgesd.textfiles import read_lines
 
@@ -102,7 +103,7 @@ def plan_paths(out: Path, requests: Sequence[CompleteRequest]) -> list[Path]:
 
 
 def make_images(
-    pipeline: Pipeline,
+    pipeline: Pipeline | Refined,
     requests: Sequence[Request],
     out: Path | BinaryIO,
     batch: int = 1,
@@ -177,7 +178,9 @@ def make_images(
     return written
 
 
-def _batches(pipeline: Pipeline, requests: Sequence[CompleteRequest], most: int) -> list[range]:
+def _batches(
+    pipeline: Pipeline | Refined, requests: Sequence[CompleteRequest], most: int
+) -> list[range]:
     """Indices of requests that are generated together, in order: at most `most`, with equally many
     chunks of tokens."""
     chunks = [pipeline.chunks(request) if most > 1 else 0 for request in requests]
@@ -285,9 +288,10 @@ class _Previews:
             self.remove(path)
 
 
-def text_chunks(pipeline: Pipeline, request: CompleteRequest) -> dict[str, str]:
+def text_chunks(pipeline: Pipeline | Refined, request: CompleteRequest) -> dict[str, str]:
     """Text chunks of an image's PNG: everything needed to generate it again."""
-    return texts_of(pipeline.bundle.manifest, request)
+    refiner = pipeline.refiner.bundle.manifest if isinstance(pipeline, Refined) else None
+    return texts_of(pipeline.bundle.manifest, request, refiner)
 
 
 def png_bytes(image: Image.Image, chunks: dict[str, str]) -> bytes:

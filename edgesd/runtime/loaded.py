@@ -184,6 +184,10 @@ class Loaded:
         if self.memory != "fast":
             self._free(*components)
 
+    def unload(self) -> None:
+        """Free all components but those whose runner is the caller's."""
+        self._free(*self._runners)
+
     def _free(self, *components: str) -> None:
         freed = {*components} & self._runners.keys() - self._replaced
         for component in freed:

@@ -4,7 +4,8 @@ each of which is loaded, run and released."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -113,6 +114,7 @@ class Pipeline(Closeable):
         requests: Sequence[Request | CompleteRequest],
         on_step: Listener | None = None,
         previews: bool = False,
+        begun: Float | None = None,
     ) -> list[Image.Image]:
         """Make one image per request, all in one batch.
 
@@ -120,21 +122,60 @@ class Pipeline(Closeable):
         on its own request alone, not on the batch it was made in (up to the backend's rounding;
         where activations are quantized dynamically, the images of a batch share their ranges).
         on_step gets each step; what it raises ends the generation, not the pipeline. previews:
-        whether it decodes unfinished images, which takes memory of its own.
+        whether it decodes unfinished images, which takes memory of its own. begun: for a refiner,
+        what another pipeline's `begin` made of the same requests.
         Raises UsageError for requests that can't share a batch, once the pipeline is closed, and
         within on_step; ResourceError when memory is short.
         """
+        complete = [self.complete(request) for request in requests]
+        if begun is None and any(request.denoising_end is not None for request in complete):
+            raise UsageError("denoising_end leaves the last steps to a refiner: give --refiner")
+        with self._generating():
+            if not complete:
+                return []
+            began = time.perf_counter()
+            images = self._images(self._denoised(complete, on_step, previews, begun))
+            self._count(began)
+            return images
+
+    def begin(
+        self,
+        requests: Sequence[Request | CompleteRequest],
+        on_step: Listener | None = None,
+        previews: bool = False,
+    ) -> Float:
+        """Denoise as far as `denoising_end` of the requests says: latents [B, C, h, w], which a
+        refiner's pipeline makes images of. All else as in `generate`."""
+        complete = [self.complete(request) for request in requests]
+        if any(request.denoising_end is None for request in complete):
+            raise UsageError("give denoising_end: it says where the refiner goes on")
+        with self._generating():
+            began = time.perf_counter()
+            latents = self._denoised(complete, on_step, previews, None)
+            self._count(began)
+            return latents
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
         with self._turns.generating():
             try:
-                complete = [self.complete(request) for request in requests]
-                return self._generate(complete, on_step, previews) if complete else []
+                yield
             finally:
                 self._loaded.release(*self.flow.components)  # what an error left there
 
-    def _generate(
-        self, requests: Sequence[CompleteRequest], on_step: Listener | None, previews: bool
-    ) -> list[Image.Image]:
-        began, first, wiring = time.perf_counter(), requests[0], self.spec.wiring
+    def _count(self, began: float) -> None:
+        self.timings.total += time.perf_counter() - began
+        self.timings.peak_memory_bytes = peak_bytes()
+
+    def _denoised(
+        self,
+        requests: Sequence[CompleteRequest],
+        on_step: Listener | None,
+        previews: bool,
+        begun: Float | None,
+    ) -> Float:
+        """Latents [B, C, h, w] of the requests."""
+        first, wiring = requests[0], self.spec.wiring
         if not all(request.like(first) for request in requests):
             raise UsageError("the images of one batch must share steps, size and scheduler")
         if len(requests) > 1 and len({self.chunks(request) for request in requests}) > 1:
@@ -143,7 +184,7 @@ class Pipeline(Closeable):
         conditioned = self._conditioned(requests)
         noise = BatchNoise([request.seed for request in requests])
         scheduler = scheduler_of(self.spec, first)
-        start = TASKS[wiring.tasks[0]].prepare(self.spec, requests, scheduler, noise)
+        start = TASKS[wiring.tasks[0]].prepare(self.spec, requests, scheduler, noise, begun)
         start = with_sides(wiring, start, self._loaded.run, self._loaded.release)
         mode, guidance = self.guidance_mode(first, len(requests)), first.guidance_scale
         loop = tuple(stage.component for stage in self.flow.loop)
@@ -153,10 +194,7 @@ class Pipeline(Closeable):
                 self._watch(on_step), first.guidance_rescale,
             )  # fmt: skip
         self._loaded.release(*loop)
-        images = self._images(latents)
-        self.timings.total += time.perf_counter() - began
-        self.timings.peak_memory_bytes = peak_bytes()
-        return images
+        return latents
 
     def _batch(self, request: CompleteRequest, count: int, previews: bool) -> Batch:
         guided, chunks = self.flow.guided(request.guidance_scale), self.chunks(request)
@@ -216,6 +254,12 @@ class Pipeline(Closeable):
         """Encode every prompt anew from now on, as for an image on its own."""
         with self._turns.turn():
             self._prompts.forget()
+
+    def unload(self) -> None:
+        """Free all networks, until they are needed again. Raises UsageError within on_step, and
+        once the pipeline is closed."""
+        with self._turns.turn():
+            self._loaded.unload()
 
     def open_runner(self, component: str) -> Runner:
         """A runner of one component, as for `generate`; it is the caller's to close. Raises

@@ -122,6 +122,7 @@ _FIELDS = {
     "eta": _Field(("eta",), _real(0, 1), "0 to 1"),
     "size": _Field(("width", "height"), _pair(1, _MOST_PIXELS), _PAIR),
     "guidance_rescale": _Field(("guidance_rescale",), _real(0, 1), "0 to 1"),
+    "denoising_end": _Field(("denoising_end",), _real(0, 1), "a number between 0 and 1"),
     **{
         f"{prefix}{name}": _Field((f"{prefix}micro.{name}",), read, expected)
         for prefix in ("", "negative_")
@@ -138,6 +139,8 @@ _FIELDS = {
 _DEFAULTS = Request("", -1)
 
 _MADE_BY = "model", "model_sha256", "precision", "target"
+_REFINER = "refiner_"
+"""Before the names of the same texts of a refiner."""
 
 
 @dataclass(frozen=True)
@@ -157,15 +160,19 @@ class Recorded:
         other = {n: value for n, value in vars(given).items() if value != getattr(_DEFAULTS, n)}
         return replace(given, **{**self.values, **other})
 
-    def differing(self, manifest: BundleManifest) -> list[str]:
-        """Which of what is said of the bundle another bundle's manifest doesn't say."""
-        own = _bundle_texts(manifest)
+    def differing(
+        self, manifest: BundleManifest, refiner: BundleManifest | None = None
+    ) -> list[str]:
+        """Which of what is said of the bundle, and of a refiner's, other manifests don't say."""
+        own = _bundle_texts(manifest, refiner)
         return [name for name, text in self.made_by.items() if own.get(name) != text]
 
 
-def texts_of(manifest: BundleManifest, request: CompleteRequest) -> dict[str, str]:
-    """The texts of an image that a bundle makes of a request: all that is needed to make it
-    again."""
+def texts_of(
+    manifest: BundleManifest, request: CompleteRequest, refiner: BundleManifest | None = None
+) -> dict[str, str]:
+    """The texts of an image that a bundle makes of a request, and a refiner's bundle finishes: all
+    that is needed to make it again."""
     found = {"Software": f"edgesd {manifest.tools.get('edgesd', '')}".strip()}
     for key, field in _FIELDS.items():
         values = [_value(request, name) for name in field.names]
@@ -173,7 +180,7 @@ def texts_of(manifest: BundleManifest, request: CompleteRequest) -> dict[str, st
             parts = values[0] if isinstance(values[0], tuple) else values
             found[key] = field.between.join(map(str, parts))
     parameters = a1111.parameters(manifest, request)
-    return {**found, **_bundle_texts(manifest), a1111.KEY: parameters}
+    return {**found, **_bundle_texts(manifest, refiner), a1111.KEY: parameters}
 
 
 def _value(request: CompleteRequest, name: str) -> Any:
@@ -182,10 +189,13 @@ def _value(request: CompleteRequest, name: str) -> Any:
     return getattr(found, inner) if inner and found is not None else found
 
 
-def _bundle_texts(manifest: BundleManifest) -> dict[str, str]:
+def _bundle_texts(manifest: BundleManifest, refiner: BundleManifest | None) -> dict[str, str]:
     pipeline = manifest.pipeline
     values = manifest.name, pipeline.source_sha256, manifest.precision, manifest.target
-    return dict(zip(_MADE_BY, values, strict=True))
+    found = dict(zip(_MADE_BY, values, strict=True))
+    if refiner is not None:
+        found |= {_REFINER + name: text for name, text in _bundle_texts(refiner, None).items()}
+    return found
 
 
 def recorded(path: Path) -> Recorded:
@@ -214,7 +224,8 @@ def _own(path: Path, texts: Mapping[str, str]) -> Recorded:
                 ) from None
     if "prompt" not in values:
         raise InputError(f"{path} says no prompt: expected an image of edgesd")
-    made_by = {name: texts[name] for name in _MADE_BY if name in texts}
+    names = *_MADE_BY, *(_REFINER + name for name in _MADE_BY)
+    made_by = {name: texts[name] for name in names if name in texts}
     return Recorded(_nested(values), made_by)
 
 

@@ -65,7 +65,8 @@ class Request:
     first. syntax: of all prompts.
     guidance_rescale: 0 to 1, how far the prediction under guidance is brought back to the deviation
     it has without. negative_micro: where it differs from `micro`, for the negative half of
-    guidance.
+    guidance. denoising_end: between 0 and 1, how far a base model denoises before a refiner goes
+    on; None where one model does all of it.
     """
 
     prompt: str
@@ -85,6 +86,7 @@ class Request:
     eta: float | None = None
     micro: Micro = Micro()
     negative_micro: Micro = Micro()
+    denoising_end: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class CompleteRequest:
     eta: float | None = None
     micro: CompleteMicro | None = None
     negative_micro: CompleteMicro | None = None
+    denoising_end: float | None = None
 
     @property
     def positive(self) -> Prompt:
@@ -172,6 +175,7 @@ class Completion:
             sigmas=request.sigmas,
             timesteps=request.timesteps,
             eta=request.eta,
+            denoising_end=request.denoising_end,
         )
         if not abs(found.guidance_scale) <= MAX_GUIDANCE:
             raise UsageError(
@@ -183,6 +187,10 @@ class Completion:
             raise UsageError(
                 f"guidance_rescale must be 0 to 1, not {found.guidance_rescale}: 0 is off, "
                 "0.7 usual"
+            )
+        if found.denoising_end is not None and not 0 < found.denoising_end < 1:
+            raise UsageError(
+                f"denoising_end must be between 0 and 1, not {found.denoising_end}: 0.8 is usual"
             )
         for name, size, built in (
             ("height", found.height, shape.height),

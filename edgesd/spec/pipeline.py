@@ -261,7 +261,9 @@ class Wiring(Spec, frozen=True):
     denoiser: DenoiserSpec
     decoder: DecoderSpec
     sides: Annotated[tuple[SideSpec, ...], Meta(max_length=16)] = ()
-    tasks: Annotated[tuple[Literal["text"], ...], Meta(min_length=1, max_length=8)] = ("text",)
+    tasks: Annotated[tuple[Literal["text", "refine"], ...], Meta(min_length=1, max_length=8)] = (
+        "text",
+    )
     zero_negative: bool = False
 
     def input_of(self, component: str, fill: Fill) -> str | None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from edgesd.runtime.arrays import Float
 from edgesd.runtime.denoise import Start
 from edgesd.runtime.requests import CompleteRequest
 from edgesd.runtime.schedulers import Scheduler
 from edgesd.runtime.schedulers.base import Noise
-from edgesd.runtime.tasks import text
+from edgesd.runtime.tasks import refine, text
 from edgesd.spec.pipeline import Fill, PipelineSpec
 
-Prepare = Callable[[PipelineSpec, Sequence[CompleteRequest], Scheduler, Noise], Start]
-"""Takes requests that are generated in one batch, with a sampler that is laid out for them."""
+Prepare = Callable[[PipelineSpec, Sequence[CompleteRequest], Scheduler, Noise, Float | None], Start]
+"""Takes requests that are generated in one batch, with a sampler that is laid out for them, and
+latents that another pipeline began, if there are any."""
 
 
 class Task(NamedTuple):
@@ -28,4 +30,7 @@ class Task(NamedTuple):
     gives: frozenset[Fill]
 
 
-TASKS: dict[str, Task] = {"text": Task(text.prepare, frozenset())}
+TASKS: dict[str, Task] = {
+    "text": Task(text.prepare, frozenset()),
+    "refine": Task(refine.prepare, frozenset()),
+}

@@ -1,0 +1,47 @@
+"""Where a base model stops and a refiner goes on: at a timestep, as in diffusers' pipelines of
+Stable Diffusion XL (denoising_end and denoising_start)."""
+
+from __future__ import annotations
+
+from edgesd.errors import UsageError
+from edgesd.runtime.schedulers import Scheduler
+from edgesd.spec.pipeline import PipelineSpec
+
+_TRAIN_TIMESTEPS = 1000
+"""diffusers' default."""
+
+
+def steps_of_base(spec: PipelineSpec, scheduler: Scheduler, at: float) -> int:
+    """How many entries of the sampler's timesteps a base model takes. at: between 0 and 1.
+
+    Raises UsageError where that is none, or all.
+    """
+    count = int((scheduler.timesteps >= _cutoff(spec, at)).sum())
+    return _checked(count, scheduler, at)
+
+
+def first_of_refiner(spec: PipelineSpec, scheduler: Scheduler, at: float) -> int:
+    """The index of the timestep that a refiner begins with. Raises UsageError where it has none, or
+    all."""
+    left = int((scheduler.timesteps < _cutoff(spec, at)).sum())
+    if scheduler.order == 2 and left % 2 == 0:
+        left += 1  # every timestep but the first is there twice: not in the middle of a step
+    return _checked(len(scheduler.timesteps) - left, scheduler, at)
+
+
+def _cutoff(spec: PipelineSpec, at: float) -> int:
+    """The timestep that divides both."""
+    given = spec.scheduler.config.get("num_train_timesteps")
+    train = given if isinstance(given, int) else _TRAIN_TIMESTEPS
+    return round(train - at * train)
+
+
+def _checked(index: int, scheduler: Scheduler, at: float) -> int:
+    count = len(scheduler.timesteps)
+    if 0 < index < count:
+        return index
+    which = "refiner" if index >= count else "base model"
+    raise UsageError(
+        f"denoising_end {at:g} leaves no step of {count} to the {which}: take more --steps, or "
+        "another --denoising-end"
+    )
