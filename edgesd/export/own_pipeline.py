@@ -31,9 +31,9 @@ from edgesd.runtime.conditioning import Prompts, with_size_ids
 from edgesd.runtime.denoise import denoise
 from edgesd.runtime.flow import flow_of
 from edgesd.runtime.noise import BatchNoise
-from edgesd.runtime.requests import Completion, Request, scheduler_of
+from edgesd.runtime.requests import CompleteRequest, Completion, Request, scheduler_of
 from edgesd.runtime.schedulers import SCHEDULERS, name_from_class, sampler_class
-from edgesd.runtime.tasks import text as text_to_image
+from edgesd.runtime.tasks import TASKS
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.pipeline import ComponentSpec, LatentSpec, PipelineSpec, SchedulerSpec, Wiring
 from edgesd.text import first_sentence
@@ -54,6 +54,10 @@ _SEED = 5
 _SECOND_COUNT, _SECOND_GUIDANCE = 7, 3.0
 """Of steps, beside the model's own: spacings that agree for one count may differ for another. With
 guidance, so that the negative half is seen, and of an oblong size where any can be asked for."""
+
+_REFINES, _BEGUN = "refine", 0.5
+"""The task of a refiner, and which part of the denoising is done when it goes on: it has steps
+left, however few there are."""
 
 _STEP = 8
 """Pixels that diffusers' pipelines take multiples of, whatever their autoencoder does."""
@@ -145,6 +149,8 @@ def _asked(spec: PipelineSpec) -> Iterator[Request]:
     """The images that are generated: as the pipeline does where nobody says otherwise, and one that
     differs in all that its graphs allow."""
     own = Request(_PROMPTS[1], _SEED, num_inference_steps=spec.num_inference_steps)
+    if _REFINES in spec.wiring.tasks:
+        own = replace(own, denoising_end=_BEGUN)
     yield own
     guidance = max(spec.guidance_scale, _SECOND_GUIDANCE)
     other = replace(own, num_inference_steps=_SECOND_COUNT, guidance_scale=guidance)
@@ -314,6 +320,10 @@ def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, asked: Request, fed: 
         size = {"height": asked.height, "width": asked.width}
     elif not spec.shape.dynamic or not own.has_size:
         size = {"height": spec.shape.height, "width": spec.shape.width}
+    more: dict[str, Any] = dict(size)
+    if asked.denoising_end is not None:
+        latents = torch.from_numpy(_begun(spec, Completion(spec).complete(asked)))
+        more = {"image": latents, "denoising_start": asked.denoising_end}
     guidance = asked.guidance_scale
     own.pipeline(
         asked.prompt,
@@ -321,8 +331,17 @@ def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, asked: Request, fed: 
         guidance_scale=spec.guidance_scale if guidance is None else guidance,
         generator=torch.Generator("cpu").manual_seed(asked.seed),
         output_type="pt",
-        **size,
+        **more,
     )
+
+
+def _begun(spec: PipelineSpec, request: CompleteRequest) -> Float:
+    """A stand-in for latents [1, C, h, w] that another model began."""
+    height, width = (side // spec.latent.scale_factor for side in (request.height, request.width))
+    found: Float = np.random.default_rng(request.seed).standard_normal(
+        (1, spec.latent.channels, height, width), np.float32
+    )
+    return found
 
 
 def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -370,6 +389,7 @@ def _generate_ours(spec: PipelineSpec, tokenizers: Tokenizers, asked: Request, f
     denoiser = spec.components[wiring.denoiser.component]
     output = wiring.denoiser.output
     scheduler, noise = scheduler_of(spec, request), BatchNoise([request.seed])
+    begun = None if request.denoising_end is None else _begun(spec, request)
     latents = denoise(
         wiring,
         {
@@ -378,7 +398,7 @@ def _generate_ours(spec: PipelineSpec, tokenizers: Tokenizers, asked: Request, f
             )
         },
         scheduler,
-        text_to_image.prepare(spec, [request], scheduler, noise),
+        TASKS[wiring.tasks[0]].prepare(spec, [request], scheduler, noise, begun),
         conditioned,
         request.guidance_scale,
         noise,

@@ -404,7 +404,7 @@ class _Planner:
         return process + PROGRAM_BYTES + self.backend.process_bytes
 
     def _build_bytes(self, pixels: int) -> int:
-        largest = max(self.source.parameters(name) for name in self.source.family.weights)
+        largest = max(self.source.parameters(name) for name in self.source.networks)
         return build_bytes(largest, pixels)
 
 

@@ -26,6 +26,7 @@ from edgesd.export.pipeline import export_spec
 from edgesd.export.source import ModelSource, resolve_source
 from edgesd.runtime import conditioning
 from edgesd.runtime.pipeline import Pipeline
+from edgesd.runtime.refined import Refined
 from edgesd.runtime.requests import CompleteMicro, Micro, Request
 from edgesd.runtime.tokenizer import PromptTokenizer, tokenizer_of
 from tests.tiny_pipelines import NEW_WORD, PIPELINES, diffusers_images, on_torch, tiny, write_tiny
@@ -98,6 +99,11 @@ def sdxl_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return opened("sdxl", tmp_path_factory.mktemp("tiny") / "sdxl")
 
 
+@pytest.fixture(scope="module")
+def refiner(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return opened("sdxl-refiner", tmp_path_factory.mktemp("tiny") / "refiner")
+
+
 @pytest.fixture
 def sdxl_pipeline(sdxl_model: Model, tmp_path: Path) -> Pipeline:
     return sdxl_model.ours(tmp_path / "bundle")
@@ -116,6 +122,44 @@ def test_images_are_those_of_diffusers(name: str, tmp_path: Path) -> None:
         for size in SIZES:
             for count in 1, 2:
                 assert model.difference(pipeline, count, size) <= 1
+
+
+@pytest.mark.parametrize("end", [0.8, 0.4])
+@pytest.mark.parametrize(("count", "size"), [(1, SIZES[0]), (2, OBLONG)])
+def test_a_refiner_goes_on_as_diffusers_does(
+    sdxl_model: Model, refiner: Model, end: float, count: int, size: tuple[int, int], tmp_path: Path
+) -> None:
+    """Latents that diffusers' base model hands to its refiner, and ours to ours."""
+    width, height = size
+    options = {"num_inference_steps": 10, "guidance_scale": 5.0}
+    prompts, seeds = PROMPTS[:count], SEEDS[:count]
+    latents = diffusers_images(
+        sdxl_model.theirs, prompts, seeds, **options, width=width, height=height,
+        denoising_end=end, output_type="latent",
+    )  # fmt: skip
+    wanted = diffusers_images(
+        refiner.theirs, prompts, seeds, **options, image=latents, denoising_start=end,
+        aesthetic_score=7.5, negative_aesthetic_score=1.5,
+    )  # fmt: skip
+    with (
+        sdxl_model.ours(tmp_path / "base") as base,
+        refiner.ours(tmp_path / "refiner") as second,
+    ):
+        check_own_pipeline(refiner.export, tokenizers(second))
+        both = Refined(base, second)
+        request = Request(
+            "", 0, None, 10, height=height, width=width, denoising_end=end,
+            micro=Micro(aesthetic_score=7.5), negative_micro=Micro(aesthetic_score=1.5),
+        )  # fmt: skip
+        requests = [
+            both.complete(replace(request, prompt=prompt, seed=seed))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        found = both.generate(requests)
+        alone = base.generate([replace(one, denoising_end=None) for one in requests])
+    for one, other, begun in zip(found, wanted, alone, strict=True):
+        assert int(np.abs(np.int32(one) - np.int32(other)).max()) <= 1
+        assert int(np.abs(np.int32(one) - np.int32(begun)).max()) > 10
 
 
 @pytest.mark.parametrize(

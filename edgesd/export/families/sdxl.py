@@ -1,4 +1,5 @@
-"""Stable Diffusion XL, and models of the same build: Turbo, Lightning, LCM, SSD-1B, Playground.
+"""Stable Diffusion XL, and models of the same build: Turbo, Lightning, LCM, SSD-1B, Playground; and
+its refiner, which has the second text encoder alone and goes on with latents of another.
 
 Two CLIP text encoders, of which the second also gives an embedding of the whole text, and a UNet
 that is told that and sizes (Podell et al. 2023, arXiv 2307.01952). Their graphs: parts/clip.py,
@@ -55,7 +56,9 @@ _CLASSES = {
     **dict.fromkeys(_TOKENIZER_OF.values(), TOKENIZERS),
     **CLASSES,
 }
-_PIPELINE = "StableDiffusionXLPipeline"
+_PIPELINE, _FROM_IMAGE = "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"
+_SCORED = "requires_aesthetics_score"
+"""Of a refiner, in model_index.json."""
 _SIZES: Mapping[Fill, int] = {"size_ids": 6, "aesthetic_ids": 5}
 _PENULTIMATE = 1
 """Layers behind the hidden state that is read."""
@@ -70,9 +73,9 @@ def export_spec(
 ) -> ExportSpec:
     """Read the configs of an SDXL pipeline, as diffusers' own pipeline has them. See sd.export_spec
     for arguments and errors."""
-    check_classes(source, _CLASSES)
+    check_classes(source, _classes(source))
     given = unet_config(source, addition="text_time")
-    defaults = sampling(source, _PIPELINE, scheduler, given)
+    defaults = sampling(source, _class_of(source), scheduler, given)
     with quiet():  # libraries log while they are imported
         from edgesd.export.families.parts import clip, unet, vae
 
@@ -82,7 +85,7 @@ def export_spec(
     config = own.unet.config
     check_unet(source.name, config, list(texts.values()))
     tokens = _token_count(source, own, texts)
-    ids: Fill = "size_ids"
+    ids: Fill = "aesthetic_ids" if _refines(source) else "size_ids"
     added = _added_widths(source.name, config, texts[_SECOND], ids)
     latent = vae.latent_spec(
         source, own.vae.config, config["in_channels"], own.vae_scale_factor, per_channel=True
@@ -110,11 +113,26 @@ def export_spec(
 
 FAMILY = Family(
     name="sdxl",
-    class_names=(_PIPELINE, "StableDiffusionXLImg2ImgPipeline"),
+    class_names=(_PIPELINE, _FROM_IMAGE),
     weights={_FIRST: "model", _SECOND: "model", **WEIGHTS},
     configs=("scheduler", *_TOKENIZER_OF.values()),
     export_spec=export_spec,
 )
+
+
+def _refines(source: Checkpoint) -> bool:
+    return source.index.get(_SCORED) is True
+
+
+def _class_of(source: Checkpoint) -> str:
+    """The pipeline that the model is run by: of all but a refiner, that without an image."""
+    return _FROM_IMAGE if _refines(source) else _PIPELINE
+
+
+def _classes(source: Checkpoint) -> dict[str, tuple[str, Sequence[str]]]:
+    """The components that the model has, as CLASSES."""
+    absent = (_FIRST, _TOKENIZER_OF[_FIRST]) if _refines(source) else ()
+    return {name: valid for name, valid in _CLASSES.items() if name not in absent}
 
 
 def _encoders(own: Any) -> dict[str, Any]:
@@ -179,6 +197,7 @@ def _wiring(components: Sequence[Component], tokens: int, ids: Fill, zero_negati
         denoiser=DenoiserSpec(UNET, tuple(inputs), "noise_pred"),
         decoder=DecoderSpec(DECODER, "latents", "image"),
         zero_negative=zero_negative,
+        tasks=("refine",) if ids == "aesthetic_ids" else ("text",),
     )
 
 
@@ -191,21 +210,28 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
         from edgesd.export.families.parts.clip import load_tokenizer
         from edgesd.export.families.parts.diffusers_pipeline import diffusers_pipeline
 
+    present = _classes(source)
+    networks = {
+        _FIRST: transformers.CLIPTextModel,
+        _SECOND: transformers.CLIPTextModelWithProjection,
+        UNET: diffusers.UNet2DConditionModel,
+        VAE: getattr(diffusers, source.class_of(VAE)),
+    }
+    tokenizers = {
+        name: partial(load_tokenizer, source.folder(name), source.embeddings)
+        for name in _TOKENIZER_OF.values()
+    }
+    absent = {name: None for name in (*networks, *tokenizers) if name not in present}
+    scored = {_SCORED: True} if _refines(source) else {}
     return diffusers_pipeline(
         source,
-        _PIPELINE,
-        {
-            _FIRST: transformers.CLIPTextModel,
-            _SECOND: transformers.CLIPTextModelWithProjection,
-            UNET: diffusers.UNet2DConditionModel,
-            VAE: getattr(diffusers, source.class_of(VAE)),
-        },
-        {
-            name: partial(load_tokenizer, source.folder(name), source.embeddings)
-            for name in _TOKENIZER_OF.values()
-        },
+        _class_of(source),
+        {name: cls for name, cls in networks.items() if name in present},
+        {name: make for name, make in tokenizers.items() if name in present},
         sampler_class(defaults.sampler),
         defaults.options,
+        **absent,
+        **scored,
         feature_extractor=None,
         image_encoder=None,
         add_watermarker=False,
@@ -219,7 +245,11 @@ def _own_pipeline(source: Checkpoint, defaults: Defaults) -> OwnPipeline:
     return OwnPipeline(
         pipeline,
         encoders=_encoders(pipeline),
-        tokenizers={name: getattr(pipeline, name) for name in _TOKENIZER_OF.values()},
+        tokenizers={
+            name: getattr(pipeline, name)
+            for name in _TOKENIZER_OF.values()
+            if name in _classes(source)
+        },
         denoiser=pipeline.unet,
         autoencoder=pipeline.vae,
         encode=lambda prompt: pipeline.encode_prompt(prompt, None, "cpu", 1, False),

@@ -35,6 +35,8 @@ MODEL_CARD = "README.md"
 _LARGE = ("vocab_size", "max_position_embeddings", "model_max_length")
 _LARGEST, _LARGEST_SIZE = 1 << 20, 1 << 14
 """Of those numbers in a component's config.json and of ids of tokens; of all others."""
+_NONE = [None, None]
+"""What model_index.json says of a component that a pipeline could have, and this one hasn't."""
 HINTS = "edgesd.json"
 INDEX = "model_index.json"
 STEM = "diffusion_pytorch_model"
@@ -76,7 +78,7 @@ class ModelSource:
     def check_configs(self) -> None:
         """Raise InputError for a component whose config.json has a number that no model has, before
         a network of that size is made."""
-        for component in self.family.weights:
+        for component in self.networks:
             name = f"{component}/config.json"
             for key, value in _numbers(self.config(name)):
                 large = key in _LARGE or key.endswith("_token_id")
@@ -87,6 +89,14 @@ class ModelSource:
                         f"{path}: {key} is {str(value)[:20]}, and {most} is the most that any "
                         "model has: download the model again"
                     )
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The components of the family that this model has: a refiner has one encoder less."""
+        return self._present(self.family.weights)
+
+    def _present(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(name for name in names if self.index.get(name) != _NONE)
 
     def class_of(self, component: str) -> str:
         """The class that model_index.json gives for a component. Raises InputError."""
@@ -302,13 +312,13 @@ class ModelSource:
 
     @property
     def _own_networks(self) -> list[str]:
-        return [component for component in self.family.weights if component not in self.others]
+        return [component for component in self.networks if component not in self.others]
 
     def _config_files(self) -> list[tuple[str, Path]]:
         """model_index.json, configs of networks, and what the folders without networks hold."""
         paths = [self.root / INDEX]
         paths += [self.root / component / "config.json" for component in self._own_networks]
-        for folder_name in self.family.configs:
+        for folder_name in self._present(self.family.configs):
             folder = self.root / folder_name
             if not folder.is_dir():
                 raise InputError(f"{folder} is missing: download the model again")
