@@ -214,7 +214,11 @@ def images_of(requests: Sequence[CompleteRequest]) -> dict[Any, Float]:
 
 
 def prepare(
-    spec: PipelineSpec, requests: Sequence[CompleteRequest], scheduler: Scheduler, noise: Noise
+    spec: PipelineSpec,
+    requests: Sequence[CompleteRequest],
+    scheduler: Scheduler,
+    noise: Noise,
+    begun: Float | None,
 ) -> Start:
     first = requests[0]
     latents = noise((len(requests), C, first.height // SCALE, first.width // SCALE))
