@@ -56,7 +56,7 @@ def unet_config(source: Checkpoint, addition: str | None = None) -> dict[str, An
             raise InputError(f"{source.name}: a UNet with {field}={given[field]!r} isn't supported")
     if (found := given.get("addition_embed_type")) != addition:
         raise InputError(
-            f"{source.name}: a UNet with addition_embed_type={found!r} isn't supported: a "
+            f"{source.name}: a UNet with addition_embed_type={found!r} isn't supported: that of a "
             f"{source.index.get('_class_name')} has {addition!r}"
         )
     return given
