@@ -51,7 +51,7 @@ _LARGE_PROMPTS, _LARGE_STEPS = 4, 6
 _HUGE = 1_500_000_000
 _HUGE_IMAGES, _HUGE_STEPS = 4, 8
 """Images that are compared, and their steps, of a denoiser with more weights than _HUGE, unless
-prompts or steps are given: on two cores a step of 1024x1024 pixels takes a minute."""
+prompts (or steps) are given: on two cores a step of 1024x1024 pixels takes a minute."""
 
 _ROUNDS = 8
 """Times that layers are promoted and everything is generated anew, at most."""

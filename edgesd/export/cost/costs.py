@@ -23,9 +23,13 @@ NODE_FILE_BYTES = 700
 OTHER_FILES_BYTES = 400_000
 """Tokenizer, manifest, licences."""
 
-_BUILD_BYTES, _BUILD_PER_WEIGHT, _BUILD_PER_PIXEL = 700 << 20, 9.2, 7600
+_BUILD_BYTES, _BUILD_PER_WEIGHT, _BUILD_PER_PIXEL = 700 << 20, 3.2, 4000
 """Memory of a build, measured: torch and its libraries; for each weight of the largest network,
-whose graph is compared with its source; for each pixel, of the decoder's calibration."""
+what calibration records of its layers; for each pixel, of the decoder's calibration. Weights
+themselves stay in the checkpoint's files, and are made fp32 layer by layer."""
+
+_BUILD_MOST = 3_200_000_000
+"""What calibration records of a network at most: its covariances and samples are limited."""
 
 _PACKED_BLOCKS = 1.1
 """MatMulNBits' packed weights, as a part of those on disk (scales become fp32)."""
@@ -60,7 +64,8 @@ class Memory:
 
 def build_bytes(parameters: int, pixels: int) -> int:
     """Memory of a build. parameters: of the largest network; pixels: of an image."""
-    return int(_BUILD_BYTES + _BUILD_PER_WEIGHT * parameters + _BUILD_PER_PIXEL * pixels)
+    recorded = min(_BUILD_MOST, _BUILD_PER_WEIGHT * parameters)
+    return int(_BUILD_BYTES + recorded + _BUILD_PER_PIXEL * pixels)
 
 
 def file_bytes(
