@@ -58,21 +58,24 @@ class BindWeights(Pass):
                 wide = tensor.float() if tensor.is_floating_point() else tensor
                 value.const_value = ir.tensor(wide.numpy(), name=name)
         turned: dict[str, BoundTensor] = {}
-        optimize_ir(model, should_fold=lambda node: self._before_folding(node, turned))
+        optimize_ir(model, should_fold=lambda node: self._folds(node, turned))
         for name, bound in turned.items():
             model.graph.initializers[name].const_value = bound
         return True
 
-    def _before_folding(self, node: ir.Node, turned: dict[str, BoundTensor]) -> None:
+    def _folds(self, node: ir.Node, turned: dict[str, BoundTensor]) -> bool | None:
         """The optimizer takes transposes into weights: let it turn zeros that take no memory, and
-        note what stands behind them."""
+        note what stands behind them. None: as it likes."""
         source = node.inputs[0] if node.op_type == "Transpose" else None
         bound = None if source is None else source.const_value
-        if source is None or not isinstance(bound, BoundTensor) or len(source.uses()) != 1:
-            return
+        if source is None or not isinstance(bound, BoundTensor):
+            return None
+        if len(source.uses()) != 1 or len(bound.shape) != 2:
+            return False
         out = node.outputs[0].name or ""
         turned[out] = BoundTensor(bound.source, self.state[bound.source], transposed=True)
         source.const_value = ir.tensor(np.broadcast_to(np.float32(0), bound.shape.numpy()))
+        return True
 
 
 def _has_values(tensor: ir.TensorProtocol | None) -> bool:

@@ -153,3 +153,35 @@ def test_a_weight_without_values_is_an_error(toy: Toy, monkeypatch: pytest.Monke
     monkeypatch.setattr("edgesd.export.to_onnx.release", lambda *given: release(*given) and {})
     with pytest.raises(EdgesdError, match="is no weight of its network"):
         graph_from_module(toy, component, "ort-mha")
+
+
+class Turned(nn.Module):
+    """Weights that are read turned: a layer's, one that two nodes read, and one of three axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(128, 96, bias=False)
+        self.twice = nn.Parameter(torch.randn(128, 128))
+        self.cube = nn.Parameter(torch.randn(24, 32, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x + x @ self.twice.t() + x @ self.twice)
+        cube = self.cube.permute(2, 0, 1) * y.sum()
+        return y + cube.mean(0).mean(0).sum()  # type: ignore[no-any-return]
+
+
+def test_weights_that_are_read_turned(tmp_path: Path) -> None:
+    """Matrices are turned as they are read; whatever else is, in the graph."""
+    from edgesd.export.external_data import write_model
+    from edgesd.export.parity import check_parity, reference_cases
+
+    torch.manual_seed(0)
+    spec = ComponentSpec(
+        "toy", (TensorSpec("x", "float32", (2, 128)),), (TensorSpec("y", "float32", (2, 96)),)
+    )
+    component = Component(spec, Turned, ({}, {}))
+    module = Turned().eval().requires_grad_(False)
+    hold_mapped(module)
+    cases = reference_cases(module, component)
+    write_model(graph_from_module(module, component, "ort-mha"), tmp_path)
+    assert check_parity(tmp_path / "model.onnx", component, cases, "fp32").rel_rms < 1e-5
