@@ -33,6 +33,8 @@ _SAMPLERS = {
     "ddim": "DDIM",
     "ddpm": "DDPM",
     "deis": "DEIS",
+    "dpm2": "DPM2",
+    "dpm2-a": "DPM2 a",
     "dpmpp-2m": "DPM++ 2M",
     "dpmpp-2m-sde": "DPM++ 2M SDE",
     "dpmpp-3m-sde": "DPM++ 3M SDE",

@@ -10,6 +10,7 @@ from edgesd.runtime.schedulers.base import Noise, Scheduler
 from edgesd.runtime.schedulers.ddim import DDIM
 from edgesd.runtime.schedulers.ddpm import DDPM
 from edgesd.runtime.schedulers.deis import DEIS
+from edgesd.runtime.schedulers.dpm2 import DPM2, DPM2Ancestral
 from edgesd.runtime.schedulers.dpmpp_2m import DPMSolverPlusPlus
 from edgesd.runtime.schedulers.dpmpp_sde import DPMSolverSDE
 from edgesd.runtime.schedulers.dpmpp_single import DPMSolverSinglestep
@@ -45,6 +46,8 @@ _CLASSES: tuple[type[Scheduler], ...] = (
     DDIM,
     DDPM,
     DEIS,
+    DPM2,
+    DPM2Ancestral,
     DPMSolverPlusPlus,
     DPMSolverSDE,
     DPMSolverSinglestep,

@@ -508,9 +508,9 @@ def test_a_scheduler_that_there_is_no_sampler_for_is_refused_with_those_that_the
     model: Path,
 ) -> None:
     index = json.loads((model / "model_index.json").read_text())
-    index["scheduler"] = ["diffusers", "KDPM2DiscreteScheduler"]
+    index["scheduler"] = ["diffusers", "KarrasVeScheduler"]
     (model / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match=r"KDPM2DiscreteScheduler.*--scheduler takes ddim, ddpm"):
+    with pytest.raises(InputError, match=r"KarrasVeScheduler.*--scheduler takes ddim, ddpm"):
         export_spec(resolve_source(model))
     export = export_spec(resolve_source(model), None, "dpmpp-2m")
     assert export.pipeline.scheduler.name == "dpmpp-2m"
