@@ -122,7 +122,7 @@ _MODULES = ("sd", "sdxl")
 
 _NOT_YET = ": edgesd doesn't support that yet"
 _KNOWN = {
-    "^ORT": ("an export for ONNX Runtime", ": give the diffusers folder it was made from"),
+    "^ORT": ("an export for ONNX Runtime", ": give its folder, with a model.onnx for each network"),
     "^OV": ("an export for OpenVINO", ": give the diffusers folder it was made from"),
     "^Flax": ("a pipeline for JAX", ": give a PyTorch version of it"),
     "ControlNet": ("a pipeline with a ControlNet", _NOT_YET),

@@ -86,6 +86,10 @@ class Checkpoint(Protocol):
         back has each of its parameters, in their shapes, and nothing else. Raises InputError.
         """
 
+    def check_network(self, component: str, net: nn.Module) -> None:
+        """Hold a component's network, with its weights, to what the checkpoint has of it besides
+        weights, such as graphs. Raises InputError where it computes something else."""
+
     def parameters(self, component: str) -> int:
         """Number of weights of a component. Raises InputError when a file can't be read."""
 

@@ -1,7 +1,8 @@
 """From what the user names as a model to a checked one on this machine.
 
-Takes a diffusers folder (with model_index.json), a single .safetensors file, or either of them on
-the Hugging Face hub (owner/name, owner/name/file.safetensors). `resolve_source` tells them apart:
+Takes a diffusers folder (with model_index.json), a folder of ONNX graphs that optimum exported, a
+single .safetensors file, or what the Hugging Face hub has of the first and the last (owner/name,
+owner/name/file.safetensors). `resolve_source` tells them apart:
 another form of model begins there.
 """
 
@@ -20,6 +21,7 @@ from edgesd.export.source.folder import (
 )
 from edgesd.export.source.hub import download, download_file
 from edgesd.export.source.network import open_network
+from edgesd.export.source.onnx_folder import is_onnx_folder, open_onnx_folder
 from edgesd.export.source.single_file import open_single_file
 from edgesd.files import expanded
 
@@ -52,7 +54,7 @@ def resolve_source(model: str | Path, configs: Path | None = None) -> ModelSourc
     if configs is not None:
         raise UsageError(f"{name} is no single file: --config is for those, which have no configs")
     if path.is_dir():
-        return open_folder(name, path)
+        return open_onnx_folder(name, path) if is_onnx_folder(path) else open_folder(name, path)
     if _looks_local(model):
         raise InputError(
             f"{name} doesn't exist: give a diffusers folder (with model_index.json), a "

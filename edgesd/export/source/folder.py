@@ -131,6 +131,11 @@ class ModelSource:
         other = self.others.get(component)
         return None if other is None else other.state(component, net)
 
+    def check_network(self, component: str, net: nn.Module) -> None:
+        """Nothing: a diffusers folder has no more than configs and weights."""
+        if other := self.others.get(component):
+            other.check_network(component, net)
+
     def parameters(self, component: str) -> int:
         """Number of weights of a component; for .bin files, as if they were stored in fp32.
 
@@ -318,6 +323,11 @@ class ModelSource:
         """model_index.json, configs of networks, and what the folders without networks hold."""
         paths = [self.root / INDEX]
         paths += [self.root / component / "config.json" for component in self._own_networks]
+        return [*self._named(paths), *self._text_files()]
+
+    def _text_files(self) -> list[tuple[str, Path]]:
+        """What tokenizers and the scheduler are made from."""
+        paths = list[Path]()
         for folder_name in self._present(self.family.configs):
             folder = self.root / folder_name
             if not folder.is_dir():
@@ -422,6 +432,7 @@ def is_pipeline(root: Path) -> bool:
 
 
 def open_folder(name: str, root: Path) -> ModelSource:
+    """Open a folder that diffusers saved. Raises InputError for another one."""
     if not is_pipeline(root):
         raise InputError(_no_pipeline(root))
     index = read_json_object(root / INDEX)

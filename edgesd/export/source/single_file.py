@@ -7,7 +7,8 @@ which come with edgesd (layouts/), or those of a folder that the user names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ from edgesd.text import first_sentence
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+_log = logging.getLogger(__name__)
 
 _PREFIXES: Mapping[str, tuple[str, ...]] = {
     "UNet2DConditionModel": ("model.diffusion_model.",),
@@ -45,7 +48,9 @@ _LEFT_OUT = ("logit_scale", "text_projection.weight")
 """Ends of names of weights that text encoders have, and some have no use for."""
 
 _WRAPPER = "text_model."
-"""What such a name begins with before transformers 5.6."""
+"""What such a name begins with in some checkpoints, and in transformers before 5.6."""
+_LONGEST_NAME = 100
+"""Characters of a weight's name in an error."""
 
 _SCHEDULER = "scheduler/scheduler_config.json"
 _LICENCE, _PREDICTION = "modelspec.license", "modelspec.prediction_type"
@@ -58,6 +63,8 @@ _MARKS: Mapping[str, Mapping[str, object]] = {
 _PREDICTIONS = {"v": "v_prediction", "epsilon": "epsilon"}
 """What a file's metadata say -> diffusers' word."""
 
+_VELOCITY = "v2"
+"""A layout that models of two kinds have."""
 _ANY = "v1"
 """diffusers' guess for what it doesn't know."""
 _OTHERS: Mapping[str, str] = {
@@ -146,8 +153,7 @@ class SingleFile(ModelSource):
     ) -> dict[str, Tensor]:
         """Those of `found` that `net` has. Raises InputError unless they are all that it has."""
         wanted = net.state_dict()
-        if not any(name.startswith(_WRAPPER) for name in wanted):  # as transformers 5.6 has it
-            found = {name.removeprefix(_WRAPPER): tensor for name, tensor in found.items()}
+        found = {_known(name, wanted): tensor for name, tensor in found.items()}
         what = f"{self._place}: its {component}"
         for name, tensor in wanted.items():
             if name not in found:
@@ -160,7 +166,8 @@ class SingleFile(ModelSource):
         for name in found:
             if name not in wanted and not name.endswith(_LEFT_OUT):
                 raise InputError(
-                    f"{what} has {name}, which its config doesn't ask for: {self._other_config}"
+                    f"{what} has {name[:_LONGEST_NAME]}, which its config doesn't ask for: "
+                    f"{self._other_config}"
                 )
         return {name: found[name] for name in wanted}
 
@@ -182,12 +189,25 @@ def open_single_file(name: str, path: Path, configs: Path | None = None) -> Sing
     _check_whole(tensors)
     made = None
     if configs is None:
-        made = lay_out(_layout_of(tensors))
+        layout = _layout_of(tensors)
+        if layout == _VELOCITY and not tensors.metadata.get(_PREDICTION):
+            _log.warning(
+                "%s: taken for Stable Diffusion 2.x at 768x768, which predicts velocity; for "
+                "2-base give --config, for SD-Turbo --variant turbo",
+                path,
+            )
+        made = lay_out(layout)
         _note_training(made, tensors)
         configs = made.root
     index = read_json_object(configs / INDEX)
     family = family_of(class_name_of(configs / INDEX, index), name)
     return SingleFile(name, configs, index, family, tensors=tensors, made=made)
+
+
+def _known(name: str, wanted: Container[str]) -> str:
+    """The name that a network has for a weight; `name` where it has none."""
+    bare = name.removeprefix(_WRAPPER)
+    return next((n for n in (name, bare, f"{_WRAPPER}{bare}") if n in wanted), name)
 
 
 def _check_whole(tensors: TensorFile) -> None:
@@ -253,7 +273,7 @@ def _converted(found: Mapping[str, Tensor], prefix: str, net: nn.Module) -> dict
         converted = utils.convert_ldm_unet_checkpoint(found, config)
         used = {id(tensor) for tensor in converted.values()}
         if unused := [name for name, tensor in found.items() if id(tensor) not in used]:
-            raise InputError(f"diffusers' conversion doesn't know {unused[0]}")
+            raise InputError(f"diffusers' conversion doesn't know {unused[0][:_LONGEST_NAME]}")
     elif class_name == "AutoencoderKL":
         converted = utils.convert_ldm_vae_checkpoint(found, config)
     elif prefix.endswith(".transformer."):

@@ -74,7 +74,7 @@ class TensorFile(Mapping[str, TensorInfo]):
         for name in names:
             if (dtype := self[name].dtype) not in _TYPES:
                 raise InputError(
-                    f"{self.path}: {name} is stored as {dtype}: edgesd reads weights in "
+                    f"{self.path}: {name[:100]} is stored as {dtype}: edgesd reads weights in "
                     f"{', '.join(_TYPES)}; give the file that it was quantized from"
                 )
         try:

@@ -10,25 +10,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
-import torch
-import transformers
-from safetensors.torch import load_file, save_file
 
-from edgesd.errors import InputError, UsageError
-from edgesd.export import source as source_module
-from edgesd.export.families.parts.clip import load_tokenizer
-from edgesd.export.families.parts.weights import load_network, shell
-from edgesd.export.mapped import state_of
-from edgesd.export.pipeline import export_spec
-from edgesd.export.source import ModelSource, is_hub_id, resolve_network, resolve_source
-from edgesd.export.source.layouts import ConfigFolder, clip_vocabulary, known_layouts, lay_out
-from edgesd.export.source.tensor_file import TensorFile
-from edgesd.runtime.requests import Request
-from tests.models import EMOJI
-from tests.single_files import (
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from edgesd.errors import InputError, UsageError  # noqa: E402
+from edgesd.export import source as source_module  # noqa: E402
+from edgesd.export.families.parts.clip import load_tokenizer  # noqa: E402
+from edgesd.export.families.parts.weights import load_network, shell  # noqa: E402
+from edgesd.export.mapped import state_of  # noqa: E402
+from edgesd.export.pipeline import export_spec  # noqa: E402
+from edgesd.export.source import ModelSource, is_hub_id, resolve_network, resolve_source  # noqa: E402
+from edgesd.export.source.layouts import ConfigFolder, clip_vocabulary, known_layouts, lay_out  # noqa: E402
+from edgesd.export.source.tensor_file import TensorFile  # noqa: E402
+from edgesd.runtime.requests import Request  # noqa: E402
+from tests.models import EMOJI  # noqa: E402
+from tests.single_files import (  # noqa: E402
     ldm_unet,
     ldm_vae,
     open_clip,
@@ -36,7 +37,7 @@ from tests.single_files import (
     without_weights,
     write_single_file,
 )
-from tests.tiny_pipelines import on_torch, write_tiny
+from tests.tiny_pipelines import on_torch, write_tiny  # noqa: E402
 
 KINDS = ("sd", "sd2-v", "sdxl")
 
@@ -86,9 +87,7 @@ def test_images_are_those_of_the_folder(forms: dict[str, Forms], tmp_path: Path,
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_keep_their_type(
-    forms: dict[str, Forms], tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_weights_keep_their_type(forms: dict[str, Forms], tmp_path: Path, dtype: Any) -> None:
     form, path = forms["sd"], tmp_path / "model.safetensors"
     save_file({name: t.to(dtype) for name, t in load_file(form.file).items()}, path)
     module = export_spec(resolve_source(path, form.configs)).components[1].load()
@@ -100,11 +99,11 @@ def test_weights_keep_their_type(
     assert module(sample, torch.ones(1), torch.zeros(1, 77, 16)).dtype == torch.float32
 
 
-def published(layout: str) -> tuple[ConfigFolder, dict[str, torch.Tensor]]:
+def published(layout: str) -> tuple[ConfigFolder, dict[str, Any]]:
     """The configs of a published model, and its weights, which take no memory, under the names that
     its authors gave them."""
     folder = lay_out(layout)
-    state: dict[str, torch.Tensor] = {}
+    state: dict[str, Any] = {}
     for path in sorted(folder.root.glob("*/config.json")):
         config = json.loads(path.read_text())
         with torch.device("meta"):
@@ -134,11 +133,12 @@ MILLIONS = {
     "v1": {"unet": 859.5, "vae": 83.7, "text_encoder": 123.1},
     "v2": {"unet": 865.9, "vae": 83.7, "text_encoder": 340.4},
     "xl_base": {"unet": 2567.5, "vae": 83.7, "text_encoder": 123.1, "text_encoder_2": 694.7},
+    "xl_refiner": {"unet": 2259.5, "vae": 83.7, "text_encoder_2": 694.7},
 }
 """Weights of the published models, in millions."""
 
 
-def sparse_file(path: Path, state: Mapping[str, torch.Tensor], **metadata: str) -> Path:
+def sparse_file(path: Path, state: Mapping[str, Any], **metadata: str) -> Path:
     """A .safetensors file of tensors in 16 bits that takes no room on the disk: all are zeros."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -159,9 +159,9 @@ def test_published_models_are_known_by_their_weights(
     _, state = published(layout)
     monkeypatch.setattr(TensorFile, "load", lambda file, names: {n: state[n] for n in names})
     source = resolve_source(sparse_file(tmp_path / "model.safetensors", state))
-    millions = {name: source.parameters(name) / 1e6 for name in source.family.weights}
+    millions = {name: source.parameters(name) / 1e6 for name in MILLIONS[layout]}
     assert millions == pytest.approx(MILLIONS[layout], abs=0.1)
-    for component in source.family.weights:
+    for component in MILLIONS[layout]:
         class_name = source.class_of(component)
         cls = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
         net = shell(source, component, cls)
@@ -170,6 +170,16 @@ def test_published_models_are_known_by_their_weights(
         assert {name: t.shape for name, t in found.items()} == {
             name: t.shape for name, t in net.state_dict().items()
         }
+
+
+def test_what_2_x_is_taken_for_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, state = published("v2")
+    resolve_source(sparse_file(tmp_path / "a.safetensors", state))
+    assert "for 2-base give --config, for SD-Turbo --variant turbo" in caplog.text
+    caplog.clear()
+    said = {"modelspec.prediction_type": "epsilon"}
+    resolve_source(sparse_file(tmp_path / "b.safetensors", state, **said))
+    assert not caplog.text
 
 
 def test_every_layout_is_tested() -> None:
@@ -203,12 +213,12 @@ def test_the_folder_of_configs_goes_with_its_source() -> None:
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 
 
-def shape(*dims: int) -> torch.Tensor:
+def shape(*dims: int) -> Any:
     return torch.empty(dims, device="meta")
 
 
 @pytest.fixture(scope="module")
-def v1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def v1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Names and shapes of Stable Diffusion 1.x."""
     return published("v1")[1]
 
@@ -229,7 +239,7 @@ def v1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     ],
 )
 def test_what_a_file_says_of_its_training(
-    v1: dict[str, torch.Tensor],
+    v1: dict[str, Any],
     tmp_path: Path,
     marks: tuple[str, ...],
     metadata: dict[str, str],
@@ -286,7 +296,7 @@ def test_a_network_that_stands_in(forms: dict[str, Forms], tmp_path: Path) -> No
     ],
 )
 def test_other_files_are_refused(
-    v1: dict[str, torch.Tensor], tmp_path: Path, change: Any, message: str
+    v1: dict[str, Any], tmp_path: Path, change: Any, message: str
 ) -> None:
     path = sparse_file(tmp_path / "model.safetensors", change(dict(v1)))
     with pytest.raises(InputError, match=message) as error:
@@ -337,7 +347,7 @@ def test_weights_that_do_not_fit(
     forms: dict[str, Forms],
     tmp_path: Path,
     without: str,
-    more: dict[str, torch.Tensor],
+    more: dict[str, Any],
     component: str,
     message: str,
 ) -> None:
@@ -358,6 +368,21 @@ def test_extra_tensors_of_text_encoders_are_left_out(
     more = {f"{prefix}position_ids": torch.arange(77), "model_ema.decay": torch.ones(1)}
     path = write_single_file(form.folder, tmp_path / "model.safetensors", more)
     export_spec(resolve_source(path, form.configs)).components[0].load()
+
+
+def test_older_names_of_text_encoders(forms: dict[str, Forms], tmp_path: Path) -> None:
+    form, path = forms["sd"], tmp_path / "model.safetensors"
+    older = {
+        n.replace("transformer.text_model.", "transformer."): t
+        for n, t in load_file(form.file).items()
+    }
+    save_file(older, path)
+    ours, theirs = (
+        export_spec(source).components[0].load()
+        for source in (resolve_source(path, form.configs), form.open())
+    )
+    expected = state_of(theirs)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state_of(ours).items())
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_broken_index(model: Path, content: str) -> None:
         ("FluxKontextPipeline", r"is a FLUX pipeline.*yet"),
         ("StableDiffusionXLInpaintPipeline", r"is an inpainting pipeline.*yet"),
         ("StableDiffusionControlNetPipeline", r"is a pipeline with a ControlNet.*yet"),
-        ("ORTStableDiffusionPipeline", r"ONNX Runtime.*give the diffusers folder"),
+        ("ORTStableDiffusionPipeline", r"ONNX Runtime.*give its folder, with a model\.onnx"),
         ("OVStableDiffusionPipeline", r"OpenVINO.*give the diffusers folder"),
         ("SomethingElsePipeline", r"SomethingElsePipeline.*takes LatentConsistencyModelPipeline"),
     ],

@@ -45,6 +45,7 @@ def load_network(source: Checkpoint, component: str, cls: Any, weights: bool = T
             where = source.folder(component) if state is None else source.name
             raise InputError(f"{where}: {name} holds NaN or infinite weights: download it again")
     hold_mapped(net)
+    source.check_network(component, net)
     return net
 
 
