@@ -284,6 +284,19 @@ def test_a_floor_out_of_reach_fails_and_names_layers(
 
 
 @pytest.mark.slow
+def test_weights_that_stay_in_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgesd.export.source_graphs.REFER_BYTES", 0)
+    bundle = built(tmp_path / "b", tmp_path / "work", "w8a8", method="rtn", min_psnr=42.0)
+    assert bundle.manifest.quality is not None and bundle.manifest.recipe is not None
+    assert bundle.manifest.quality.psnr_min >= 42
+    assert any(layer.reason for layer in bundle.manifest.recipe.layers)
+    source = open_bundle(next((tmp_path / "work").glob("source-*")))
+    assert source.disk_bytes() < 0.3 * bundle.disk_bytes()  # graphs, tokenizers, small weights
+
+
+@pytest.mark.slow
 def test_a_size_spends_ranks_where_they_pay(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
