@@ -298,12 +298,12 @@ def exploding_sigmas(table: F32) -> F32:
 
 def fractional_timesteps(sigmas: F64, train_sigmas: F32) -> F64:
     """The training timesteps [n] at which sigma is `sigmas` [n], interpolated in log sigma."""
-    table = np.log(train_sigmas).astype(np.float64)
+    table = np.log(train_sigmas)  # float32 to the divisor, as in diffusers, which truncates some
     wanted = np.log(np.maximum(sigmas, 1e-10))
     if len(table) < 2:
         return np.zeros_like(wanted)
     low = np.clip(np.searchsorted(table, wanted, side="right") - 1, 0, len(table) - 2)
-    weight = (table[low] - wanted) / (table[low] - table[low + 1])
+    weight = (table[low].astype(np.float64) - wanted) / (table[low] - table[low + 1])
     weight = np.clip(weight, 0, 1)
     return np.asarray((1 - weight) * low + weight * (low + 1))
 
