@@ -521,7 +521,8 @@ def test_what_needs_more_packages_is_as_recorded(case: int) -> None:
             "thresholding": st.booleans(),
             "sample_max_value": st.floats(1.0, 3.0),
             "use_karras_sigmas": st.booleans(),
-            "use_exponential_sigmas": st.booleans(),
+            # Exponential sigmas are in test_options: their first timestep is truncated, at a whole
+            # number but for the last bit of torch's roots, which differs between builds.
             "solver_order": st.sampled_from([1, 2, 3]),
             "predict_x0": st.booleans(),
             "variance_type": st.sampled_from([None, "fixed_small", "fixed_large", "learned"]),
