@@ -195,6 +195,7 @@ def test_every_value_of_a_request_is_written(miniature: Bundle, tmp_path: Path) 
         eta=0.5,
         micro=CompleteMicro((640, 480), (3, 7), (320, 240), 6.5),
         negative_micro=CompleteMicro((64, 48), (1, 2), (32, 24), 2.25),
+        denoising_end=0.8,
     )
     assert all(getattr(request, name) != value for name, value in vars(other).items())
     texts = texts_of(miniature.manifest, other)
