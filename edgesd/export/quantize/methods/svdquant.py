@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edgesd.errors import EdgesdError
 from edgesd.export.quantize.blocks import blockwise, spans
 from edgesd.export.quantize.method import Method, Problem, Represented
 from edgesd.export.quantize.methods.gptq import Gptq, fitted
@@ -67,6 +68,26 @@ def _noisy(blocks: Sequence[Tensor], noise: Tensor | None) -> list[Tensor]:
     return [block + torch.diag(noise[span].square()) for span, block in spans(blocks)]
 
 
+def _factor(full: Tensor, damping: float) -> Tensor:
+    """Lower factor of full [B, B], with as much on the diagonal as it takes.
+
+    Covariances are summed in fp32: of inputs that never change, such as what an image's sizes are
+    embedded to, they are singular, and rounding takes eigenvalues below zero, by up to about 1e-6
+    of the largest one.
+    """
+    for more in (1.0, 10.0, 100.0, 1000.0):
+        damped = full.clone()
+        damped.diagonal().add_(more * damping)
+        factor: Tensor
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if not info:
+            return factor
+    raise EdgesdError(
+        "the recorded covariance of a layer's inputs has eigenvalues far below zero, which no "
+        "inputs have: remove the folder of what builds keep, and build again"
+    )
+
+
 class Metric:
     """The norm |M|^2 = E |M x|^2 + sum over k of noise[k]^2 |M[:, k]|^2, over recorded inputs x.
 
@@ -79,10 +100,9 @@ class Metric:
         for span, block in spans(blocks):
             full = block.double().clone()
             mean = float(full.diagonal().mean())
-            full.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
             if noise is not None:
                 full.diagonal().add_(noise[span].double().square())
-            self.factors.append(torch.linalg.cholesky(full).float())
+            self.factors.append(_factor(full, DAMPING * mean if mean > 0 else 1.0).float())
 
     def apply(self, matrix: Tensor) -> Tensor:
         """M [N, K] -> M L with L L^T the metric, so that |M|^2 is its sum of squares."""

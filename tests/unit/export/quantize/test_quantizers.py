@@ -880,3 +880,17 @@ def test_layers_that_were_quantized_before_are_found_again() -> None:
     """The cache's keys hash it."""
     assert repr(get_method()) == "Method(name='svdquant', static=False)"
     assert repr(get_method("rtn", static=True)) == "Method(name='rtn', static=True)"
+
+
+def test_inputs_that_never_change_have_a_metric_in_spite_of_rounding() -> None:
+    value = torch.linspace(1, 2, 32)
+    block = torch.outer(value, value)
+    rounded = block - 4e-4 * block.diagonal().mean() * torch.eye(32)  # as sums in fp32 leave it
+    assert torch.linalg.eigvalsh(rounded).min() < -svdquant.DAMPING * block.diagonal().mean()
+    factor = svdquant.Metric([rounded]).factors[0]
+    torch.testing.assert_close(factor @ factor.T, block, rtol=0.02, atol=0.02)
+
+
+def test_a_covariance_that_no_inputs_have_is_refused() -> None:
+    with pytest.raises(EdgesdError, match="which no inputs have"):
+        svdquant.Metric([torch.diag(torch.tensor([3.0, -1.0]))])
