@@ -21,7 +21,7 @@ from edgesd.cli.options import (
     variant_option,
 )
 from edgesd.export.quantize.methods import method_names
-from edgesd.spec.build import DEFAULT_METHOD, MOST_SKIPPED, BuildOptions, QuantOptions
+from edgesd.spec.build import DEFAULT_METHOD, MOST_CHUNKS, MOST_SKIPPED, BuildOptions, QuantOptions
 
 if TYPE_CHECKING:
     from edgesd.recipes import Built, LocalFolders
@@ -78,7 +78,7 @@ _BUILD = (
     ),
     click.option(
         "--prompt-chunks",
-        type=click.IntRange(1, 32),
+        type=click.IntRange(1, MOST_CHUNKS),
         help="With --size, or for Jetsons: chunks of 75 tokens that a prompt is encoded in. Other "
         "bundles take prompts of any length.  [default: 1]",
     ),
@@ -217,10 +217,10 @@ def build_command(
 ) -> None:
     """Turn MODEL into a bundle for a board.
 
-    MODEL is `demo` (the embedded pipeline), the folder of a diffusers pipeline, a single
-    .safetensors file, or a hub id such as OWNER/NAME or OWNER/NAME/FILE.safetensors. Each network
-    is compared with its source before the bundle is written. Images of a quantized bundle are
-    compared, too; `edgesd report` shows them.
+    MODEL is `demo` (the embedded pipeline), the folder of a diffusers pipeline or of the ONNX
+    graphs that optimum exported of one, a single .safetensors file, or a hub id such as OWNER/NAME
+    or OWNER/NAME/FILE.safetensors. Each network is compared with its source before the bundle is
+    written. Images of a quantized bundle are compared, too; `edgesd report` shows them.
 
     A bundle holds the options that it was built with: `edgesd build --like BUNDLE` builds it again,
     and says whether graphs and weights are the same. Give MODEL if it was a folder or a file.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import click
 
 from edgesd.cli.common import Bytes, Finite, Numbers, Offset, Size
-from edgesd.spec.base import MAX_GUIDANCE
+from edgesd.spec.base import MAX_GUIDANCE, MAX_SCORE
 from edgesd.spec.build import VARIANTS
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _fine_options() -> list[_Decorator]:
         ("original-size", Size(), "size before scaling: small ones are soft", "the image's"),
         ("crop", Offset(), "what was cut off at its left and top", "0,0"),
         ("target-size", Size(), "size after that", "the image's"),
-        ("aesthetic-score", Finite(-1000, 1000), "quality, up to 10, for refiners", "6"),
+        ("aesthetic-score", Finite(-MAX_SCORE, MAX_SCORE), "quality, up to 10, for refiners", "6"),
     )
     own = [
         click.option(

@@ -91,11 +91,11 @@ def build(
 ) -> Built:
     """Export `model`, check it against its source, and write the bundle `out`.
 
-    model: "demo", a diffusers folder, a single file, or a hub id. An `out` that ends in `.edgesd`
-    is the one-file form. warn: called before long work with what may go wrong. finish: adds to the
-    folder of the finished bundle, such as plans from a board; what it raises spoils nothing. like:
-    a bundle that this one should equal: a warning says where it can't. vae: a model, or an
-    autoencoder alone, which stands in for the model's own.
+    model: as `open_model` takes it. An `out` that ends in `.edgesd` is the one-file form. warn:
+    called before long work with what may go wrong. finish: adds to the folder of the finished
+    bundle, such as plans from a board; what it raises spoils nothing. like: a bundle that this one
+    should equal: a warning says where it can't. vae: a model, or an autoencoder alone, which stands
+    in for the model's own.
     Nothing is left at `out` on another error: UsageError, InputError, TargetError,
     ParityError, QualityError, ResourceError.
     """

@@ -31,8 +31,7 @@ class Estimate(Spec, frozen=True):
     the target, or the limit asked for, allows; needed_bytes: what would be enough for the mode that
     takes least; mode: the fastest that fits, None for none. seconds: of an image by mode, without
     loading; None where the target was never profiled. rates: which machine they were measured
-    on. advice: what would fit where this doesn't. assumed: what the model
-    doesn't say of itself.
+    on. advice: what would fit where this doesn't. assumed: what the model doesn't say of itself.
     """
 
     model: str

@@ -21,7 +21,7 @@ def open_model(
     embeddings: Collection[str] = (),
     config: Path | None = None,
 ) -> ModelSource:
-    """What the user called `model`: "demo", a diffusers folder, a single file, or a hub id.
+    """What the user called `model`: "demo", or one of the forms of export/source.
 
     variant: the kind that it is said to be. vae: the model whose autoencoder stands in for its own.
     embeddings: textual inversions that are added, as FILE or FILE:TOKEN. config: a diffusers folder

@@ -17,10 +17,8 @@ from numpy.typing import NDArray
 from edgesd.runtime.arrays import Float
 from edgesd.runtime.syntax import Syntax, segments
 from edgesd.runtime.tokenizer import PromptTokenizer, Truncation, check_prompt
+from edgesd.spec.build import MOST_CHUNKS
 from edgesd.spec.pipeline import DenoiserSpec, PipelineSpec, SideSpec
-
-MOST_CHUNKS = 32
-"""Of a prompt, where the networks take any number."""
 
 _BACKTRACK = 20
 """Tokens that are moved into the next chunk where the last comma is no further off: the web UI's

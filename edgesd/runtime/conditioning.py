@@ -10,9 +10,10 @@ import numpy as np
 
 from edgesd.errors import BundleError
 from edgesd.runtime.arrays import Array, Float
-from edgesd.runtime.chunks import MOST_CHUNKS, Chunk, Prompt, chunks_of
+from edgesd.runtime.chunks import Chunk, Prompt, chunks_of
 from edgesd.runtime.requests import CompleteMicro, CompleteRequest
 from edgesd.runtime.tokenizer import PromptTokenizer, Truncation
+from edgesd.spec.build import MOST_CHUNKS
 from edgesd.spec.pipeline import Fill, Part, TextSpec
 
 Encoded = Mapping[Part | Fill, Float]

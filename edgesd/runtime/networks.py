@@ -10,13 +10,14 @@ from itertools import chain
 from typing import NamedTuple
 
 from edgesd.errors import BundleError, UsageError
-from edgesd.runtime.chunks import MOST_CHUNKS
 from edgesd.runtime.flow import flow_of
 from edgesd.runtime.tasks import TASKS
 from edgesd.spec.base import Dim
+from edgesd.spec.build import MOST_CHUNKS
 from edgesd.spec.bundle import BundleManifest
 from edgesd.spec.pipeline import (
     GIVEN_BY_TASKS,
+    SIZE_FILLS,
     ComponentSpec,
     DenoiserSpec,
     Part,
@@ -32,7 +33,6 @@ _PER_TOKEN = 3
 """Rank of embeddings of tokens: [batch, tokens, C]."""
 
 _ANY_SIZE = range(1, 1 << 31)
-_SIZE_IDS, _AESTHETIC_IDS = 6, 5
 _GUIDANCE_WIDTHS = range(4, 1 << 16)
 """Of an embedding of the guidance scale: two frequencies at least."""
 
@@ -195,8 +195,7 @@ def _filled(pipeline: PipelineSpec, spec: SideSpec | DenoiserSpec) -> _Tensors:
         "sample": _Like(4, {1: channels + sum(widths[fill] for fill in concat)}),
         "timestep": _Like(1),
         "guidance_embedding": _Like(2, known={1: _GUIDANCE_WIDTHS}),
-        "size_ids": _Like(2, {1: _SIZE_IDS}),
-        "aesthetic_ids": _Like(2, {1: _AESTHETIC_IDS}),
+        **{fill: _Like(2, {1: count}) for fill, count in SIZE_FILLS.items()},
         "control": _Like(4, {1: _COLOURS}),
         **{fill: _Like(4, {1: width}) for fill, width in widths.items()},
     }

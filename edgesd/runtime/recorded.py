@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from edgesd.errors import InputError
 from edgesd.runtime import a1111
-from edgesd.runtime.requests import CompleteRequest, Micro, Request
+from edgesd.runtime.requests import MOST_TOLD_PIXELS, CompleteRequest, Micro, Request
 from edgesd.runtime.schedulers import SIGMA_KINDS
 from edgesd.runtime.syntax import SYNTAXES
-from edgesd.spec.base import MAX_GUIDANCE
+from edgesd.spec.base import MAX_GUIDANCE, MAX_SCORE
 from edgesd.spec.bundle import BundleManifest
 from edgesd.text import first_sentence
 
@@ -28,7 +28,6 @@ _MOST_BYTES = 4 << 20
 
 _MOST_TEXT = 256_000
 _MOST_STEPS, _MOST_PIXELS = 1000, 16384
-_MOST_ORIGINAL, _MOST_SCORE = 1 << 20, 1000
 _MOST_TIMESTEPS, _MOST_SIGMA = 100_000, 1e6
 _PAIR = "WIDTHxHEIGHT in pixels"
 
@@ -127,10 +126,10 @@ _FIELDS = {
         f"{prefix}{name}": _Field((f"{prefix}micro.{name}",), read, expected)
         for prefix in ("", "negative_")
         for name, read, expected in (
-            ("original_size", _as_one(1, _MOST_ORIGINAL), _PAIR),
-            ("crop", _as_one(0, _MOST_ORIGINAL), "LEFTxTOP in pixels"),
-            ("target_size", _as_one(1, _MOST_ORIGINAL), _PAIR),
-            ("aesthetic_score", _real(-_MOST_SCORE, _MOST_SCORE), "a number such as 6"),
+            ("original_size", _as_one(1, MOST_TOLD_PIXELS), _PAIR),
+            ("crop", _as_one(0, MOST_TOLD_PIXELS), "LEFTxTOP in pixels"),
+            ("target_size", _as_one(1, MOST_TOLD_PIXELS), _PAIR),
+            ("aesthetic_score", _real(-MAX_SCORE, MAX_SCORE), "a number such as 6"),
         )
     },
 }

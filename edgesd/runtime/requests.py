@@ -15,14 +15,14 @@ from edgesd.runtime.schedulers import (
 )
 from edgesd.runtime.syntax import Syntax, segments
 from edgesd.runtime.tokenizer import check_prompt
-from edgesd.spec.base import MAX_GUIDANCE
+from edgesd.spec.base import MAX_GUIDANCE, MAX_SCORE
 from edgesd.spec.pipeline import SIZE_FILLS, PipelineSpec, check_multiple
 
-_MOST_PIXELS = 1 << 20
+MOST_TOLD_PIXELS = 1 << 20
+"""Sizes and crops that a model is told."""
+
 _SCORE, _NEGATIVE_SCORE = 6.0, 2.5
 """Aesthetic scores that diffusers' pipelines tell a model."""
-
-_MOST_SCORE = 1000
 
 Sigmas = str | tuple[float, ...]
 
@@ -287,14 +287,15 @@ def _micro(asked: Micro, default: CompleteMicro) -> CompleteMicro:
     found = replace(default, **{name: value for name, value in given.items() if value is not None})
     for name, least in ("original_size", 1), ("crop", 0), ("target_size", 1):
         pair: tuple[int, int] = getattr(found, name)
-        if not all(least <= value <= _MOST_PIXELS for value in pair):
+        if not all(least <= value <= MOST_TOLD_PIXELS for value in pair):
             raise UsageError(
-                f"{name} {pair[0]}x{pair[1]} is out of range: expected {least} to {_MOST_PIXELS}"
+                f"{name} {pair[0]}x{pair[1]} is out of range: expected {least} to "
+                f"{MOST_TOLD_PIXELS}"
             )
-    if not abs(found.aesthetic_score) <= _MOST_SCORE:
+    if not abs(found.aesthetic_score) <= MAX_SCORE:
         raise UsageError(
             f"aesthetic_score {found.aesthetic_score} is out of range: expected a number such as "
-            f"{_SCORE:g}, {_MOST_SCORE} at most"
+            f"{_SCORE:g}, {MAX_SCORE} at most"
         )
     return found
 

@@ -38,6 +38,8 @@ Size = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 Pixels = Annotated[int, Meta(ge=1, le=1 << 14)]
 Number = Annotated[float, Meta(ge=-1e15, le=1e15)]
 MAX_GUIDANCE = 1000
+MAX_SCORE = 1000
+"""Aesthetic scores are to 10, and a model may be told others."""
 Guidance = Annotated[float, Meta(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)]
 """The scale of classifier-free guidance."""
 

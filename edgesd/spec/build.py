@@ -19,6 +19,9 @@ DEFAULT_METHOD = "svdquant"
 MOST_SKIPPED = 64
 """Layers of a text encoder."""
 
+MOST_CHUNKS = 32
+"""Of tokens, that a prompt is encoded in."""
+
 DEMO, HUB, FOLDER = "demo", "hub", "folder"
 """Kinds of models: the embedded pipeline, a hub id, a folder of the machine that built."""
 
@@ -86,7 +89,7 @@ class BuildOptions(Spec, frozen=True):
     scheduler: Word | None = None
     variant: Variant | None = None
     quantization: QuantOptions = QuantOptions()
-    prompt_chunks: Annotated[int, Meta(ge=1, le=32)] = 1
+    prompt_chunks: Annotated[int, Meta(ge=1, le=MOST_CHUNKS)] = 1
     clip_skip: Annotated[int, Meta(ge=0, le=MOST_SKIPPED)] | None = None
 
     @property

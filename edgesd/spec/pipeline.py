@@ -162,8 +162,9 @@ masked, control: what the task gives of each image: where to paint [batch, 1, h,
 rest [batch, C, h, w], a control image [batch, 3, H, W]. side: an output of a side component.
 """
 
-SIZE_FILLS: frozenset[Fill] = frozenset(("size_ids", "aesthetic_ids"))
-"""Fills by what a request says of the image's sizes; each half of guidance has its own."""
+SIZE_FILLS: Mapping[Fill, int] = {"size_ids": 6, "aesthetic_ids": 5}
+"""Fills by what a request says of the image's sizes -> how many numbers that is; each half of
+guidance has its own."""
 
 GIVEN_BY_TASKS: frozenset[Fill] = frozenset(("mask", "masked", "control"))
 

@@ -35,6 +35,7 @@ from edgesd.export.families.variants import Defaults
 from edgesd.export.quiet import quiet
 from edgesd.runtime.schedulers import sampler_class
 from edgesd.spec.pipeline import (
+    SIZE_FILLS,
     DecoderSpec,
     DenoiserSpec,
     Fill,
@@ -59,7 +60,6 @@ _CLASSES = {
 _PIPELINE, _FROM_IMAGE = "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"
 _SCORED = "requires_aesthetics_score"
 """Of a refiner, in model_index.json."""
-_SIZES: Mapping[Fill, int] = {"size_ids": 6, "aesthetic_ids": 5}
 _PENULTIMATE = 1
 """Layers behind the hidden state that is read."""
 
@@ -163,7 +163,7 @@ def _added_widths(
 ) -> tuple[int, int]:
     """Widths of the text's embedding and of the ids of sizes that the UNet is told. Raises
     InputError unless that is what it takes."""
-    embedding, count = text["projection_dim"], _SIZES[ids]
+    embedding, count = text["projection_dim"], SIZE_FILLS[ids]
     each, takes = unet["addition_time_embed_dim"], unet["projection_class_embeddings_input_dim"]
     if takes != count * each + embedding:
         raise InputError(

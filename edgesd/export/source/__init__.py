@@ -2,8 +2,7 @@
 
 Takes a diffusers folder (with model_index.json), a folder of ONNX graphs that optimum exported, a
 single .safetensors file, or what the Hugging Face hub has of the first and the last (owner/name,
-owner/name/file.safetensors). `resolve_source` tells them apart:
-another form of model begins there.
+owner/name/file.safetensors). `resolve_source` tells them apart: another form of model begins there.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ _HUB_FILE = re.compile(rf"({_HUB_ID.pattern})/((?:[\w-][\w.-]*/)*[\w-][\w.-]*\{S
 
 
 def resolve_source(model: str | Path, configs: Path | None = None) -> ModelSource:
-    """Find a model: a local diffusers folder or single file, or a hub id of either, which is
-    downloaded to its cache.
+    """Find a model of any of these forms; what the hub has is downloaded to its cache.
 
     configs: a diffusers folder whose configs and tokenizers a single file gets; None for those of
     the published model of its layout.
@@ -57,8 +55,8 @@ def resolve_source(model: str | Path, configs: Path | None = None) -> ModelSourc
         return open_onnx_folder(name, path) if is_onnx_folder(path) else open_folder(name, path)
     if _looks_local(model):
         raise InputError(
-            f"{name} doesn't exist: give a diffusers folder (with model_index.json), a "
-            ".safetensors file, or a hub id such as owner/name"
+            f"{name} doesn't exist: give a diffusers folder (with model_index.json), a folder of "
+            "optimum's ONNX graphs, a .safetensors file, or a hub id such as owner/name"
         )
     return open_folder(name, download(name))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgesd.errors import InputError
 from edgesd.export.families.checkpoint import Embedding
+from edgesd.export.source.folder import PICKLES
 from edgesd.files import expanded, sha256_file
 from edgesd.text import first_sentence
 
@@ -21,7 +22,6 @@ _MOST_VECTORS = 75
 
 _MOST_WIDTH = 1 << 14
 _LONGEST_TOKEN = 100
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _WEB_UI = "emb_params"
 """Name of the vectors in a file of AUTOMATIC1111's web UI for one text encoder."""
 
@@ -43,7 +43,7 @@ def read_embedding(given: str) -> Embedding:
         path = expanded(name)
     if not path.is_file():
         raise InputError(f"--embedding {given}: there is no such file: give FILE or FILE:TOKEN")
-    if path.suffix.lower() in _PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise InputError(
             f"{path} is a pickle, and reading one can run code: convert it to .safetensors "
             "(docs/prompts.md has a command that reads tensors alone), or download that"

@@ -8,7 +8,6 @@ are then held to the graphs: both compute the same inputs.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from edgesd.export.source.folder import (
     read_json_object,
 )
 from edgesd.export.source.layouts import ConfigFolder
+from edgesd.export.source.names import known_name
 from edgesd.text import first_sentence
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ _PARTS = ("encoder", "decoder")
 """What optimum adds to the folder's name of a network that it exports as two graphs."""
 _CLASS_PREFIXES = ("ORT", "Onnx")
 """Of pipelines: optimum's, and diffusers' older ones."""
-_WRAPPERS = ("text_model.",)
-"""What weights' names begin with in some releases of transformers, and not in others."""
 
 _PLACES: Mapping[str, Mapping[int, str]] = {
     "Add": {0: "bias", 1: "bias"},
@@ -220,10 +218,9 @@ def _weights_of(path: Path, model: ir.Model, net: nn.Module) -> dict[str, Tensor
     wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     found: dict[str, Tensor] = {}
     for name, value, transposed in _uses(model):
-        bare = functools.reduce(str.removeprefix, _WRAPPERS, name)
-        for known in (name, bare):
-            if known in wanted and known not in found:
-                found[known] = _tensor(path, known, value, wanted[known], transposed)
+        known = known_name(name, wanted)
+        if known in wanted and known not in found:
+            found[known] = _tensor(path, known, value, wanted[known], transposed)
     return found
 
 

@@ -8,7 +8,7 @@ which come with edgesd (layouts/), or those of a folder that the user names.
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from edgesd.export.families import family_of
 from edgesd.export.quiet import quiet
 from edgesd.export.source.folder import INDEX, ModelSource, class_name_of, read_json_object
 from edgesd.export.source.layouts import ConfigFolder, known_layouts, lay_out
+from edgesd.export.source.names import known_name
 from edgesd.export.source.tensor_file import TensorFile
 from edgesd.files import expanded
 from edgesd.text import first_sentence
@@ -47,8 +48,6 @@ _COUNTERS = ("position_ids",)
 _LEFT_OUT = ("logit_scale", "text_projection.weight")
 """Ends of names of weights that text encoders have, and some have no use for."""
 
-_WRAPPER = "text_model."
-"""What such a name begins with in some checkpoints, and in transformers before 5.6."""
 _LONGEST_NAME = 100
 """Characters of a weight's name in an error."""
 
@@ -153,7 +152,7 @@ class SingleFile(ModelSource):
     ) -> dict[str, Tensor]:
         """Those of `found` that `net` has. Raises InputError unless they are all that it has."""
         wanted = net.state_dict()
-        found = {_known(name, wanted): tensor for name, tensor in found.items()}
+        found = {known_name(name, wanted): tensor for name, tensor in found.items()}
         what = f"{self._place}: its {component}"
         for name, tensor in wanted.items():
             if name not in found:
@@ -202,12 +201,6 @@ def open_single_file(name: str, path: Path, configs: Path | None = None) -> Sing
     index = read_json_object(configs / INDEX)
     family = family_of(class_name_of(configs / INDEX, index), name)
     return SingleFile(name, configs, index, family, tensors=tensors, made=made)
-
-
-def _known(name: str, wanted: Container[str]) -> str:
-    """The name that a network has for a weight; `name` where it has none."""
-    bare = name.removeprefix(_WRAPPER)
-    return next((n for n in (name, bare, f"{_WRAPPER}{bare}") if n in wanted), name)
 
 
 def _check_whole(tensors: TensorFile) -> None:

@@ -16,6 +16,7 @@ from edgesd.export.parity import TOLERANCE, relative_rms
 from edgesd.export.pieces import run_in_pieces
 from edgesd.export.quiet import quiet
 from edgesd.runtime.arrays import Array
+from edgesd.spec.pipeline import SIZE_FILLS
 from edgesd.text import first_sentence
 
 Inputs = Mapping[str, Tensor]
@@ -140,7 +141,8 @@ _SHAPES: Mapping[tuple[str, str], Callable[[Any], list[int]]] = {
     ("UNet2DConditionModel", "timestep_cond"): lambda c: [1, c.time_cond_proj_dim],
     ("UNet2DConditionModel", "text_embeds"): lambda c: [
         1,
-        c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim,
+        c.projection_class_embeddings_input_dim
+        - SIZE_FILLS["size_ids"] * c.addition_time_embed_dim,
     ],
     ("AutoencoderKL", "latent_sample"): lambda c: [1, c.latent_channels, _LATENTS, 2 * _LATENTS],
     ("AutoencoderKL", "sample"): lambda c: [1, c.in_channels, _PIXELS, 2 * _PIXELS],
