@@ -31,6 +31,7 @@ from edgesd.runtime.conditioning import Prompts, with_size_ids
 from edgesd.runtime.denoise import denoise
 from edgesd.runtime.flow import flow_of
 from edgesd.runtime.noise import BatchNoise
+from edgesd.runtime.refined import is_refiner
 from edgesd.runtime.requests import CompleteRequest, Completion, Request, scheduler_of
 from edgesd.runtime.schedulers import SCHEDULERS, name_from_class, sampler_class
 from edgesd.runtime.tasks import TASKS
@@ -55,9 +56,9 @@ _SECOND_COUNT, _SECOND_GUIDANCE = 7, 3.0
 """Of steps, beside the model's own: spacings that agree for one count may differ for another. With
 guidance, so that the negative half is seen, and of an oblong size where any can be asked for."""
 
-_REFINES, _BEGUN = "refine", 0.5
-"""The task of a refiner, and which part of the denoising is done when it goes on: it has steps
-left, however few there are."""
+_BEGUN = 0.5
+"""Which part of the denoising is done when a refiner goes on: it has steps left, however few there
+are."""
 
 _STEP = 8
 """Pixels that diffusers' pipelines take multiples of, whatever their autoencoder does."""
@@ -149,7 +150,7 @@ def _asked(spec: PipelineSpec) -> Iterator[Request]:
     """The images that are generated: as the pipeline does where nobody says otherwise, and one that
     differs in all that its graphs allow."""
     own = Request(_PROMPTS[1], _SEED, num_inference_steps=spec.num_inference_steps)
-    if _REFINES in spec.wiring.tasks:
+    if is_refiner(spec):
         own = replace(own, denoising_end=_BEGUN)
     yield own
     guidance = max(spec.guidance_scale, _SECOND_GUIDANCE)

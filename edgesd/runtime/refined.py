@@ -18,7 +18,7 @@ from edgesd.runtime.pipeline import Listener, Pipeline
 from edgesd.runtime.requests import CompleteRequest, Request, scheduler_of
 from edgesd.runtime.tasks.cut import first_of_refiner, steps_of_base
 from edgesd.runtime.tokenizer import Truncation
-from edgesd.spec.bundle import BundleManifest
+from edgesd.spec.pipeline import PipelineSpec
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,27 +29,27 @@ DENOISING_END = 0.8
 _REFINE = "refine"
 
 
-def is_refiner(manifest: BundleManifest) -> bool:
-    """Whether a bundle finishes images that another one begins."""
-    return _REFINE in manifest.pipeline.wiring.tasks
+def is_refiner(pipeline: PipelineSpec) -> bool:
+    """Whether a pipeline finishes images that another one begins."""
+    return _REFINE in pipeline.wiring.tasks
 
 
 def check_roles(base: Bundle, refiner: Bundle | None) -> None:
     """Raise UsageError unless `base` begins images, and `refiner`, if there is one, finishes those
     of such latents."""
-    if is_refiner(base.manifest):
+    if is_refiner(base.manifest.pipeline):
         raise UsageError(
             f"{base.path} is a refiner, which finishes what a base model began: edgesd generate "
             f"BASE --refiner {base.path}"
         )
     if refiner is None:
         return
-    if not is_refiner(refiner.manifest):
+    if not is_refiner(refiner.manifest.pipeline):
         raise UsageError(
             f"{refiner.path} is no refiner: expected a bundle of one, such as of "
             "stabilityai/stable-diffusion-xl-refiner-1.0"
         )
-    first, second = (_latents_of(bundle.manifest) for bundle in (base, refiner))
+    first, second = (_latents_of(bundle.manifest.pipeline) for bundle in (base, refiner))
     if first != second:
         raise UsageError(
             f"the latents of {base.path} aren't those that {refiner.path} refines: take a refiner "
@@ -57,9 +57,9 @@ def check_roles(base: Bundle, refiner: Bundle | None) -> None:
         )
 
 
-def _latents_of(manifest: BundleManifest) -> tuple[object, ...]:
+def _latents_of(pipeline: PipelineSpec) -> tuple[object, ...]:
     """What latents mean, whichever decoder they are for."""
-    pipeline, latent = manifest.pipeline, manifest.pipeline.latent
+    latent = pipeline.latent
     return pipeline.family, latent.channels, latent.scale_factor, latent.mean, latent.std
 
 

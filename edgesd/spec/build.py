@@ -23,7 +23,7 @@ MOST_CHUNKS = 32
 """Of tokens, that a prompt is encoded in."""
 
 DEMO, HUB, FOLDER = "demo", "hub", "folder"
-"""Kinds of models: the embedded pipeline, a hub id, a folder of the machine that built."""
+"""Where a model was: in edgesd, on the hub, in a folder or a file of the machine that built."""
 
 EMBEDDED = ("emoji", "emoji-xl", "emoji-lcm")
 """Folders of the pipelines that a checkout of edgesd comes with; the first is `demo`."""
@@ -114,7 +114,7 @@ class BuildOptions(Spec, frozen=True):
 
 class ModelReference(Spec, frozen=True):
     """The model that a bundle was made of. kind: DEMO, HUB or FOLDER. name: the hub's id; of a
-    folder only its name, not its path. sha256: of what was read."""
+    folder or a file only its name, not its path. sha256: of what was read."""
 
     kind: Word
     name: Annotated[str, Meta(min_length=1, max_length=1000)]
