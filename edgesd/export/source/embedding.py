@@ -96,9 +96,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check(path: Path, token: str, vectors: Mapping[str, Tensor]) -> None:
-    counts = {len(each) for each in vectors.values()}
-    if len(counts) > 1:
-        raise InputError(f"{path} has {counts} vectors for the two encoders: download it again")
+    counts = [len(each) for each in vectors.values()]
+    if len(set(counts)) > 1:
+        raise InputError(
+            f"{path} has {' and '.join(map(str, counts))} vectors for the two encoders: "
+            "expected as many for one as for the other; download it again"
+        )
     if not 0 < len(token) <= _LONGEST_TOKEN or re.search(r"\s", token) or not token.isprintable():
         raise InputError(
             f"{path}: the token {token[:60]!r} can't stand in a prompt: give FILE:TOKEN with one "
