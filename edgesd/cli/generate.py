@@ -190,7 +190,8 @@ def generate_command(
     with binary_stdout() if output == STDOUT else nullcontext(output) as out:
         check_output(out, len(texts) * count)
         if enhance:
-            weighed = prompting.prompt_syntax == "a1111"
+            syntax = prompting.prompt_syntax or (known and known.values.get("syntax"))
+            weighed = syntax not in (None, "plain")
             texts = _enhanced(opened, texts, run.threads, show_prompt, reporter, weighed)
         first = generation.request("", _seed(seed, known))
         first = refining.applied(schedule.applied(fine.applied(prompting.applied(first))))
@@ -341,8 +342,8 @@ def _remarks(requests: Sequence[Request]) -> list[str]:
             request.negative_prompt_2,
         )
         for text in filter(None, texts):
-            found |= dict.fromkeys(remarks(text, request.syntax))
-            if found and request.syntax == "plain":
+            found |= dict.fromkeys(remarks(text, request.syntax or "plain"))
+            if found and request.syntax in (None, "plain"):
                 return list(found)
     return list(found)[:_MOST_REMARKS]
 

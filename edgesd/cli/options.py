@@ -118,7 +118,7 @@ class PromptOptions:
 
     prompt_2: str | None = None
     negative_2: str | None = None
-    prompt_syntax: Syntax = "plain"
+    prompt_syntax: Syntax | None = None
 
     def applied(self, request: Request) -> Request:
         """`request` with these."""
@@ -147,9 +147,8 @@ prompt_options = OptionGroup(
         click.option(
             "--prompt-syntax",
             type=click.Choice(["plain", "a1111"]),
-            default="plain",
-            show_default=True,
-            help="a1111 reads (word:1.3), [word] and BREAK as AUTOMATIC1111's web UI does.",
+            help="a1111 reads (word:1.3), [word] and BREAK as AUTOMATIC1111's web UI does. "
+            "[default: plain]",
         ),
     ],
 )
@@ -161,7 +160,7 @@ class FineOptions:
     """What few models need to be told; None takes the default. Sizes: width, height; crops: left,
     top."""
 
-    guidance_rescale: float = 0.0
+    guidance_rescale: float | None = None
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
@@ -215,10 +214,8 @@ def _fine_options() -> list[_Decorator]:
     rescale = click.option(
         "--guidance-rescale",
         type=Finite(0, 1),
-        default=0.0,
-        show_default=True,
         help="Bring back the contrast that guidance adds, by this share; 0.7 suits models of zero "
-        "terminal SNR.",
+        "terminal SNR. [default: 0]",
     )
     return [rescale, *own, *negative]
 

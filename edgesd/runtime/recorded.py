@@ -175,7 +175,7 @@ def texts_of(
     found = {"Software": f"edgesd {manifest.tools.get('edgesd', '')}".strip()}
     for key, field in _FIELDS.items():
         values = [_value(request, name) for name in field.names]
-        if values[0] is not None and values[0] != getattr(_DEFAULTS, field.names[0], None):
+        if values[0] is not None and values[0] != getattr(CompleteRequest, field.names[0], None):
             parts = values[0] if isinstance(values[0], tuple) else values
             found[key] = field.between.join(map(str, parts))
     parameters = a1111.parameters(manifest, request)

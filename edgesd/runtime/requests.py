@@ -62,10 +62,10 @@ class Request:
     to the image's. timesteps: all of them, descending. With a list it gives the number of steps.
     eta: how much of the noise is drawn anew at each step, by samplers that have it.
     prompt_2, negative_prompt_2: what a pipeline's second tokenizer reads; None: the same as the
-    first. syntax: of all prompts.
-    guidance_rescale: 0 to 1, how far the prediction under guidance is brought back to the deviation
-    it has without. negative_micro: where it differs from `micro`, for the negative half of
-    guidance. denoising_end: between 0 and 1, how far a base model denoises before a refiner goes
+    first. syntax: of all prompts; None: plain.
+    guidance_rescale: 0 (as None) to 1, how far the prediction under guidance is brought back to the
+    deviation it has without. negative_micro: where it differs from `micro`, for the negative half
+    of guidance. denoising_end: between 0 and 1, how far a base model denoises before a refiner goes
     on; None where one model does all of it.
     """
 
@@ -79,8 +79,8 @@ class Request:
     scheduler: str | None = None
     prompt_2: str | None = None
     negative_prompt_2: str | None = None
-    syntax: Syntax = "plain"
-    guidance_rescale: float = 0.0
+    syntax: Syntax | None = None
+    guidance_rescale: float | None = None
     sigmas: Sigmas | None = None
     timesteps: tuple[int, ...] | None = None
     eta: float | None = None
@@ -170,8 +170,8 @@ class Completion:
             scheduler=_first(request.scheduler, spec.scheduler.name),
             prompt_2=request.prompt_2,
             negative_prompt_2=request.negative_prompt_2,
-            syntax=request.syntax,
-            guidance_rescale=request.guidance_rescale,
+            syntax=_first(request.syntax, CompleteRequest.syntax),
+            guidance_rescale=_first(request.guidance_rescale, CompleteRequest.guidance_rescale),
             sigmas=request.sigmas,
             timesteps=request.timesteps,
             eta=request.eta,

@@ -55,8 +55,9 @@ def same_again(bundle: Bundle, folder: Path, *options: object) -> None:
         ("-p", "a cat", "--seed", 7, "--steps", 3, "--size", "20x12", "--guidance-rescale", 0.7),
         ("-p", "a cat", "--guidance", 2.123456789012),
         ("-p", "a cat", "--scheduler", "euler-a", "--guidance", "-1.5"),
+        ("-p", "", "--seed", 1),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_the_same_image_again(
     options: tuple[object, ...], miniature: Bundle, tmp_path: Path
@@ -72,6 +73,16 @@ def test_options_change_what_the_image_says(miniature: Bundle, tmp_path: Path) -
     assert Image.open(second).text.items() >= {  # type: ignore[attr-defined]
         "prompt": "red", "seed": "6", "steps": "3", "negative_prompt": "blue",
     }.items()  # fmt: skip
+
+
+def test_options_that_are_defaults_count_too(miniature: Bundle, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    made = ("-p", "a (cat)", "--prompt-syntax", "a1111", "--guidance-rescale", 0.7)
+    assert run_cli("generate", miniature.path, *made, "-o", first).code == 0
+    plain = ("--prompt-syntax", "plain", "--guidance-rescale", 0)
+    assert run_cli("generate", miniature.path, "--like", first, *plain, "-o", second).code == 0
+    texts = Image.open(second).text  # type: ignore[attr-defined]
+    assert not {"prompt_syntax", "guidance_rescale"} & texts.keys()
 
 
 def test_another_bundle_is_told(miniature: Bundle, tmp_path: Path) -> None:
