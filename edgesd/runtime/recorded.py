@@ -256,7 +256,7 @@ def _read(field: _Field, text: str) -> dict[str, Any]:
 
 def _texts_in(path: Path) -> dict[str, str]:
     """The texts of a PNG that stand before its pixels."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with path.open("rb") as file:
@@ -268,6 +268,10 @@ def _texts_in(path: Path) -> dict[str, str]:
             warnings.simplefilter("ignore")  # of large images, whose pixels aren't read
             with Image.open(head, formats=("PNG",)) as image:
                 texts = {key: value for key, value in image.info.items() if isinstance(value, str)}
+    except UnidentifiedImageError as exc:  # whose words name an object of ours
+        raise InputError(
+            f"{path} isn't a PNG image: expected one that edgesd or AUTOMATIC1111's web UI wrote"
+        ) from exc
     except Exception as exc:  # pillow raises errors of many kinds
         raise InputError(f"{path} isn't a PNG image: {first_sentence(exc)}") from exc
     for key, text in texts.items():

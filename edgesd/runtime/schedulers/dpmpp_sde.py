@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 
 from edgesd.runtime.arrays import Array
@@ -24,7 +25,7 @@ class DPMSolverSDEConfig(SpreadConfig, frozen=True, kw_only=True):
     beta_start: float = 0.00085
     beta_end: float = 0.012
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    noise_sampler_seed: int | None = None
+    noise_sampler_seed: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
 class _Half(NamedTuple):

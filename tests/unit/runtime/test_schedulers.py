@@ -635,6 +635,7 @@ def test_every_option_that_diffusers_has_is_known(diffusers: ModuleType) -> None
         ("dpmpp-2m", "variance_type", "learned_range"),
         ("lcm", "original_inference_steps", 2000),
         ("lcm", "original_inference_steps", 0),
+        ("dpmpp-sde", "noise_sampler_seed", -1),
         ("flow-euler", "time_shift_type", "cubic"),
         ("flow-euler", "shift", 0.0),
         ("flow-euler", "shift_terminal", 1.0),
