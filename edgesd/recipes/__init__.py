@@ -145,6 +145,7 @@ def build(
             writer.put_prompter(job.folders.prompter, read_prompter(job.folders.prompter))
         writer.put_engines(footprinted(writer.manifest(), job.spec).engines)
         writer.write()
+        job.source.check_unchanged()
         if finish:
             try:
                 finish(root)
@@ -305,4 +306,5 @@ def _reference(job: Job, identity: Identity) -> Bundle:
             )
         )
         writer.write()
+        job.source.check_unchanged()
     return open_bundle(path)

@@ -41,6 +41,8 @@ HINTS = "edgesd.json"
 INDEX = "model_index.json"
 STEM = "diffusion_pytorch_model"
 """Of the weight files of a network that diffusers saved."""
+_Stamp = tuple[Path, int, int, int]
+"""A file, its inode, bytes, and when it was last written."""
 _HINT_TYPES: dict[str, tuple[type, ...]] = {
     "num_inference_steps": (int,),
     "guidance_scale": (int, float),
@@ -268,7 +270,7 @@ class ModelSource:
             least = 1 if kinds == (int,) else 0
             if not least <= number <= 1000:
                 raise InputError(
-                    f"{path}: {name} must be a number from {least} to 1000, not {value!r}"
+                    f"{path}: {name} must be a number from {least} to 1000, not {value!r:.60}"
                 )
         return found
 
@@ -286,10 +288,38 @@ class ModelSource:
     def sha256(self) -> str:
         """Hash over the names and contents of all files that the pipeline is made from, as they
         were when it was first asked for."""
-        return self._sha256
+        return self._hashed[0]
+
+    def check_unchanged(self) -> None:
+        """Raise InputError unless all files are as they were when `sha256` was first asked for.
+
+        Weights are read anew for as long as a build takes, and a bundle says which they were.
+        """
+        digest, stamps = self._hashed
+        try:
+            same = self._stamps() == stamps or self._digest() == digest
+        except (InputError, OSError):
+            same = False
+        if not same:
+            raise InputError(
+                f"{self.name} was changed or removed while it was read: nothing is written of it; "
+                "run again when it is complete"
+            )
 
     @cached_property  # each spec of an export has it, and the files are gigabytes
-    def _sha256(self) -> str:
+    def _hashed(self) -> tuple[str, list[_Stamp]]:
+        """The hash, and the files as they were before it was computed."""
+        stamps = self._stamps()
+        return self._digest(), stamps
+
+    def _stamps(self) -> list[_Stamp]:
+        paths = [path for _, path in sorted(self._files())]
+        for component, other in sorted(self.others.items()):
+            paths += other._network_files(component)
+        found = [(path, path.stat()) for path in paths]
+        return [(path, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in found]
+
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for name, path in sorted(self._files()):
             digest.update(f"{name}\0{sha256_file(path)}\n".encode())
@@ -301,10 +331,14 @@ class ModelSource:
 
     def network_sha256(self, component: str) -> str:
         """Hash over the config and the weights of one component."""
-        digest, folder = hashlib.sha256(), self.folder(component)
-        for name in ("config.json", *self.weights(component).files):
-            digest.update(f"{name}\0{sha256_file(folder / name)}\n".encode())
+        digest = hashlib.sha256()
+        for path in self._network_files(component):
+            digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
         return digest.hexdigest()
+
+    def _network_files(self, component: str) -> list[Path]:
+        folder = self.folder(component)
+        return [folder / name for name in ("config.json", *self.weights(component).files)]
 
     def _files(self) -> list[tuple[str, Path]]:
         """What the pipeline is made from: names within the model, and where the files are."""

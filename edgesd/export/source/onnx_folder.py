@@ -56,6 +56,8 @@ _PLACES: Mapping[str, Mapping[int, str]] = {
 
 _QUANTIZED = ("quantize", "qlinear", "integer")
 """In names of operators of quantized graphs, in small letters."""
+_LOOPS = ("Loop", "Scan")
+"""Operators that no network of a pipeline has; running one may take for ever."""
 _TYPES = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
 
 
@@ -201,16 +203,34 @@ def _load(path: Path) -> ir.Model:
                 f"{path} has a {kind}: it was fused or quantized for ONNX Runtime; give the export "
                 "before that (optimum-cli export onnx without --optimize and --quantize)"
             )
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
+        if node.op_type in _LOOPS:
+            raise InputError(f"{path} has a {node.op_type}: it isn't a network of a pipeline")
+    for tensor in _tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             place = Path(tensor.path).resolve()
             if place.parent != path.parent.resolve() or not place.is_file():
                 raise InputError(
-                    f"{path}: the weight {str(value.name)[:80]} is in {str(tensor.location)[:80]}, "
-                    "which isn't a file beside the graph: export the model again"
+                    f"{path}: the weight {str(tensor.name)[:80]} is in "
+                    f"{str(tensor.location)[:80]}, which isn't a file beside the graph: export the "
+                    "model again"
                 )
     return model
+
+
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """All that a graph holds, in its nodes, too, and in the graphs within it."""
+    import onnx_ir as ir
+
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR:
+                yield attribute.as_tensor()
+            elif attribute.type == ir.AttributeType.TENSORS:
+                yield from attribute.as_tensors()
 
 
 def _weights_of(path: Path, model: ir.Model, net: nn.Module) -> dict[str, Tensor]:
@@ -246,8 +266,12 @@ def _uses(model: ir.Model) -> Iterator[tuple[str, ir.Value, bool]]:
 
 def _source_of(value: ir.Value | None) -> ir.Value | None:
     """What a value is a copy of: equal weights are one initializer, and copies of it."""
+    seen = set[Any]()  # a graph from outside may have a circle of them
     while value is not None and (node := value.producer()) and node.op_type == "Identity":
-        value = node.inputs[0]
+        if value in seen:
+            return None
+        seen.add(value)
+        value = node.inputs[0] if node.inputs else None
     return value
 
 

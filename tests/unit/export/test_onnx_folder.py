@@ -169,6 +169,30 @@ def broken_graph(graph: Any) -> None:
     graph.node[5].op_type = "NoSuchOperator"
 
 
+def circle(graph: Any) -> None:
+    """Of Identity nodes, before a node that has a weight."""
+    node = next(node for node in graph.node if node.op_type == "Gemm")
+    node.input[1] = "a"
+    for name, source in (("a", "b"), ("b", "a")):
+        graph.node.append(helper.make_node("Identity", [source], [name]))
+
+
+def endless(graph: Any) -> None:
+    graph.node[5].op_type = "Loop"
+
+
+def constant_elsewhere(graph: Any) -> None:
+    value = onnx.numpy_helper.from_array(np.zeros(2, np.float32), "c")
+    value.ClearField("raw_data")
+    value.data_location = TensorProto.EXTERNAL
+    value.external_data.add(key="location", value="../../secret")
+    graph.node.append(helper.make_node("Constant", [], ["c"], value=value))
+
+
+def large_input(graph: Any) -> None:
+    graph.input.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, [1 << 30, 1 << 10]))
+
+
 def other_output(graph: Any) -> None:
     output = graph.output[0]
     graph.node.append(helper.make_node("Identity", [output.name], ["x"]))
@@ -184,6 +208,10 @@ def other_output(graph: Any) -> None:
         (lost_name, r"the graphs of its unet lack .*to_q\.weight"),
         (bytes_for_weights, r"conv_in\.weight is stored as INT8"),
         (broken_graph, "can't be compared with UNet2DConditionModel"),
+        (circle, "can't be compared"),
+        (endless, "has a Loop"),
+        (constant_elsewhere, "weight c is in .*secret"),
+        (large_input, "x is of"),
         (other_output, "gives x: expected out_sample"),
     ],
 )

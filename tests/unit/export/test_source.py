@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import socket
 import threading
@@ -74,6 +75,21 @@ def test_a_model_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (None, (128, 128)):
         source.family.export_spec(source, size)
     assert hashed and len(hashed) == len(set(hashed))
+
+
+def test_a_model_that_changes_while_it_is_read(model: Path) -> None:
+    source, weights = resolve_source(model), model / "unet" / "diffusion_pytorch_model.safetensors"
+    source.sha256()
+    os.utime(weights, (1, 1))
+    source.check_unchanged()  # its content is the same
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match="changed or removed while it was read"):
+        source.check_unchanged()
+    weights.unlink()
+    with pytest.raises(InputError, match="changed or removed while it was read"):
+        source.check_unchanged()
 
 
 def test_static_size() -> None:

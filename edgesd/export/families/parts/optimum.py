@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ Inputs = Mapping[str, Tensor]
 _TOKENS, _LATENTS, _PIXELS = 7, 16, 64
 """Sizes of examples: of texts that a UNet reads, of latents, of pixels; a side is twice the other.
 """
+_MOST_NUMBERS = 1 << 24
+"""In one input."""
 _SIZE_IDS = ("text_embeds", "time_ids")
 
 
@@ -128,6 +131,8 @@ def _example(value: onnx.ValueInfoProto, net: Any) -> Array:
     if value.name == "time_ids":
         return np.array([[256, 192, 0, 16, 256, 192][: dims[-1] or 6]], dtype)
     shape = _SHAPES.get((type(net).__name__, value.name), lambda _: [dim or 1 for dim in dims])
+    if not 0 < math.prod(shape(config)) <= _MOST_NUMBERS:
+        raise ValueError(f"{value.name[:60]} is of {shape(config)}"[:200])
     return rng.standard_normal(shape(config)).astype(dtype)
 
 
