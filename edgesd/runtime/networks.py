@@ -10,6 +10,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from edgesd.errors import BundleError, UsageError
+from edgesd.runtime.chunks import fixed_chunks
 from edgesd.runtime.flow import flow_of
 from edgesd.runtime.tasks import TASKS
 from edgesd.spec.base import Dim
@@ -184,6 +185,9 @@ def _chunk_problems(pipeline: PipelineSpec) -> Iterator[str]:
                 counts.add(taken)
     if len(counts) > 1:
         yield f"{pipeline.wiring.denoiser.component} and its sides take chunks of unlike numbers"
+    # What encoders give may be of any length, as the manifest has it.
+    if (count := fixed_chunks(pipeline)) is not None and count > MOST_CHUNKS:
+        yield f"a prompt is given as {count} chunks, and {MOST_CHUNKS} are the most"
 
 
 def _filled(pipeline: PipelineSpec, spec: SideSpec | DenoiserSpec) -> _Tensors:

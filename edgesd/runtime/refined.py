@@ -89,9 +89,9 @@ class Refined:
         return first
 
     def _check_cut(self, first: CompleteRequest, second: CompleteRequest) -> None:
-        steps, _ = self._steps(first)
+        self._steps(first)
         base, refiner = (
-            scheduler_of(pipeline.spec, request).noise_level(steps)[0] == 1
+            scheduler_of(pipeline.spec, request).noise_level(0)[0] == 1
             for pipeline, request in ((self.base, first), (self.refiner, second))
         )
         if base != refiner:

@@ -21,6 +21,10 @@ from edgesd.textfiles import MOST_LINE_BYTES
 TokenId = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
 
 
+_MOST_CHARACTERS = 16 * MOST_LINE_BYTES
+"""Of a prompt with all vectors of its textual inversions."""
+
+
 class TokenizerSpec(Spec, frozen=True):
     """tokenizer_spec.json: what a text encoder expects around the tokens of a prompt.
 
@@ -133,7 +137,13 @@ class PromptTokenizer:
         if self._vectors:
             found = self._tokenizer.encode(prompt, add_special_tokens=False).tokens
             for token in sorted(set(found) & self._vectors.keys()):
-                prompt = prompt.replace(token, " ".join(self._vectors[token]))
+                whole = " ".join(self._vectors[token])
+                if len(prompt) + prompt.count(token) * len(whole) > _MOST_CHARACTERS:
+                    raise InputError(
+                        f"the prompt has {prompt.count(token)} times {token[:40]!r}, which stands "
+                        f"for {len(self._vectors[token])} tokens: text encoders take some hundred"
+                    )
+                prompt = prompt.replace(token, whole)
         return prompt
 
     @cached_property
@@ -184,11 +194,12 @@ def check_prompt(prompt: str) -> None:
 @contextmanager
 def _faults(what: str) -> Iterator[None]:
     """Turn whatever the tokenizers package raises into a BundleError: it is an error of the
-    tokenizer's file. Its panics are no Exceptions."""
+    tokenizer's file. Its panics are no Exceptions. An InputError is of the prompt."""
     try:
         yield
     except BaseException as exc:
-        if not isinstance(exc, Exception) and type(exc).__name__ != "PanicException":
+        own = isinstance(exc, InputError)
+        if own or not isinstance(exc, Exception) and type(exc).__name__ != "PanicException":
             raise
         raise BundleError(f"{what}: {' '.join(str(exc).split())[:300]}") from exc
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -118,6 +119,12 @@ def test_the_vectors_of_a_token_stay_together_in_the_web_ui() -> None:
     assert len(first) == 73 and second[:4] == toy
     assert [len(chunk) for chunk in tokens(tokenizer, text)] == [75, 3]  # as diffusers
     assert sum(len(c) for c in tokens(with_vectors(70), "<toy> " * 3, syntax="a1111")) == 210
+
+
+def test_vectors_beyond_all_bounds_are_refused() -> None:
+    """Before the text with all of them is made, which grows with both numbers."""
+    with pytest.raises(InputError, match="8000 times '<toy>', which stands for 70 tokens"):
+        chunks_of(with_vectors(70), "<toy> " * 8000)
 
 
 def test_weights_leave_the_mean(tokenizer: PromptTokenizer) -> None:
@@ -243,6 +250,22 @@ def test_other_numbers_of_tokens_are_refused(tokens: int, tmp_path: Path) -> Non
     other = write_bundle(tmp_path / "bundle", tokens=tokens)
     with pytest.raises(BundleError, match="encoder_hidden_states of unet takes"):
         check_networks(other.manifest)
+
+
+def test_tokens_of_an_encoder_of_any_length_are_bounded_too(tmp_path: Path) -> None:
+    manifest = write_bundle(tmp_path / "bundle", tokens=1 << 30).manifest
+    encoder = manifest.pipeline.components["text_encoder"]
+    outputs = [
+        msgspec.structs.replace(out, shape=(out.shape[0], "tokens", *out.shape[2:]))
+        for out in encoder.outputs
+    ]
+    components = {
+        **manifest.pipeline.components,
+        "text_encoder": msgspec.structs.replace(encoder, outputs=tuple(outputs)),
+    }
+    spec = msgspec.structs.replace(manifest.pipeline, components=components)
+    with pytest.raises(BundleError, match="chunks, and 32 are the most"):
+        check_networks(msgspec.structs.replace(manifest, pipeline=spec))
 
 
 def test_a_long_prompt_counts_to_its_end(any_length: Bundle, tmp_path: Path) -> None:

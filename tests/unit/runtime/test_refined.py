@@ -124,7 +124,7 @@ def test_where_one_of_both_has_nothing_to_do(
 
 
 def test_samplers_that_scale_latents_differently_are_refused(
-    miniature: Bundle, refiner: Bundle
+    miniature: Bundle, refiner: Bundle, tmp_path: Path
 ) -> None:
     other = msgspec.structs.replace(refiner.manifest.pipeline.scheduler, name="euler")
     second = changed(refiner, scheduler=other)
@@ -134,6 +134,10 @@ def test_samplers_that_scale_latents_differently_are_refused(
             with pytest.raises(UsageError, match="samplers ddim and euler scale latents"):
                 both.complete(REQUESTS[0])
             both.complete(Request("a", 1, num_inference_steps=10, scheduler="euler"))
+        twice = msgspec.structs.replace(other, name="heun")  # more timesteps than the refiner has
+        first = changed(with_other_decoder(miniature, tmp_path / "base"), scheduler=twice)
+        with Pipeline(first) as base, Pipeline(second) as last:
+            Refined(base, last).complete(REQUESTS[0])
     finally:
         changed(second, scheduler=refiner.manifest.pipeline.scheduler)
 
