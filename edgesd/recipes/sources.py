@@ -51,8 +51,8 @@ def _check_latents(source: ModelSource, other: ModelSource) -> None:
     for what, of in (("channels", _channels), ("pixels to a side of a latent", _scale_factor)):
         if of(config) != of(own):
             raise InputError(
-                f"--vae {other.name}: it has {of(config)} {what}, and the latents of {source.name} "
-                f"have {of(own)}: give an autoencoder of the same latents"
+                f"--vae {other.name}: it has {str(of(config))[:40]} {what}, and the latents of "
+                f"{source.name} have {str(of(own))[:40]}: give an autoencoder of the same latents"
             )
 
 
@@ -63,4 +63,4 @@ def _channels(config: Mapping[str, Any]) -> object:
 def _scale_factor(config: Mapping[str, Any]) -> int:
     """Pixels to each side of a latent. diffusers' pipelines compute it so, of both kinds."""
     levels = config.get("block_out_channels", config.get("decoder_block_out_channels", (64,)))
-    return 1 << (len(levels) - 1) if isinstance(levels, list) and levels else 1
+    return 1 << min(len(levels) - 1, 63) if isinstance(levels, list) and levels else 1

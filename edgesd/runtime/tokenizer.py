@@ -198,8 +198,8 @@ def _faults(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as exc:
-        own = isinstance(exc, InputError)
-        if own or not isinstance(exc, Exception) and type(exc).__name__ != "PanicException":
+        faulty = isinstance(exc, Exception) or type(exc).__name__ == "PanicException"
+        if isinstance(exc, InputError) or not faulty:
             raise
         raise BundleError(f"{what}: {' '.join(str(exc).split())[:300]}") from exc
 

@@ -83,16 +83,20 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         found = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as exc:
         raise InputError(f"{path} isn't a .safetensors file: {first_sentence(exc)}") from exc
+    vectors = {}
     for name, tensor in found.items():
         shape = list(tensor.shape)
-        fits = len(shape) in (1, 2) and tensor.is_floating_point() and 0 < shape[-1] <= _MOST_WIDTH
+        known = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        fits = len(shape) in (1, 2) and known and 0 < shape[-1] <= _MOST_WIDTH
         if not fits or not 0 < tensor.numel() <= _MOST_VECTORS * shape[-1]:
             raise InputError(
-                f"{path} has {name[:60]!r} of {shape}: expected 1 to {_MOST_VECTORS} vectors"
+                f"{path} has {name[:60]!r} of {str(shape)[:60]} in {tensor.dtype}: expected 1 to "
+                f"{_MOST_VECTORS} vectors in 16 or 32 bits"
             )
-        if not bool(torch.isfinite(tensor).all()):
+        vectors[name] = tensor.float().reshape(-1, shape[-1])
+        if not bool(torch.isfinite(vectors[name]).all()):
             raise InputError(f"{path} holds NaN or infinite values: download it again")
-    return {name: t.float().reshape(-1, t.shape[-1]) for name, t in found.items()}
+    return vectors
 
 
 def _check(path: Path, token: str, vectors: Mapping[str, Tensor]) -> None:

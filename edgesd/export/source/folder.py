@@ -39,6 +39,8 @@ _NONE = [None, None]
 """What model_index.json says of a component that a pipeline could have, and this one hasn't."""
 HINTS = "edgesd.json"
 INDEX = "model_index.json"
+_LONGEST_CLASS = 200
+"""Characters of a class's name."""
 STEM = "diffusion_pytorch_model"
 """Of the weight files of a network that diffusers saved."""
 _Stamp = tuple[Path, int, int, int]
@@ -112,7 +114,8 @@ class ModelSource:
         if other := self.others.get(component):
             return other._entry(component)
         entry = self.index.get(component)
-        if isinstance(entry, list) and [type(part) for part in entry] == [str, str]:
+        words = isinstance(entry, list) and [type(part) for part in entry] == [str, str]
+        if words and max(map(len, entry)) <= _LONGEST_CLASS:
             return entry[0], entry[1]
         raise InputError(f"{self.root / 'model_index.json'} has no {component}: is it complete?")
 

@@ -262,6 +262,7 @@ def test_another_family_names_those_supported(model: Path) -> None:
     [
         ("model_index.json", {"vae": ["diffusers", "VQModel"]}, "VQModel.*AutoencoderKL"),
         ("model_index.json", {"unet": [None, None]}, "no unet"),
+        ("model_index.json", {"unet": ["diffusers", "x" * 9999]}, "has no unet"),
         ("model_index.json", {"scheduler": ["diffusers", "NoSuchScheduler"]}, "NoSuchScheduler"),
         ("unet/config.json", {"in_channels": 9}, "inpainting"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type"),

@@ -213,6 +213,18 @@ def test_a_build_refuses_a_pickle_in_one_line(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (torch.zeros(1, 4).to(torch.float8_e4m3fn), "float8_e4m3fn: expected 1 to 75 vectors"),
+        (torch.full((1, 4), 1e300, dtype=torch.float64), "infinite values"),
+    ],
+)
+def test_numbers_that_no_text_encoder_has(values: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        read_embedding(str(save(tmp_path / "toy.safetensors", toy=values)))
+
+
 def test_a_bundle_says_what_was_added(miniature: Any) -> None:
     record = BuildRecord(
         ModelReference("demo", "demo", "0" * 64),
