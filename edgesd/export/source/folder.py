@@ -114,8 +114,11 @@ class ModelSource:
         if other := self.others.get(component):
             return other._entry(component)
         entry = self.index.get(component)
-        words = isinstance(entry, list) and [type(part) for part in entry] == [str, str]
-        if words and max(map(len, entry)) <= _LONGEST_CLASS:
+        if (
+            isinstance(entry, list)
+            and [type(part) for part in entry] == [str, str]
+            and max(map(len, entry)) <= _LONGEST_CLASS
+        ):
             return entry[0], entry[1]
         raise InputError(f"{self.root / 'model_index.json'} has no {component}: is it complete?")
 
