@@ -302,6 +302,9 @@ def test_any_plan_that_is_made_is_what_diffusers_feeds(
     samplers = [name for name in SAMPLERS if HAS[name]]
     name = SCHEDULERS[rng.choice(samplers)].diffusers_class
     options = {key: rng.choice(OPTIONS[key]) for key in rng.sample(sorted(OPTIONS), 4)}
+    if options.get("beta_schedule") == "squaredcos_cap_v2":
+        # Timesteps of karras sigmas are truncated then, at what the last bit of a root decides.
+        options.pop("use_karras_sigmas", None)
     folder = write_configs(
         tmp_path / "model",
         index={"scheduler": ["diffusers", name]},
