@@ -6,7 +6,7 @@ are read from the checkpoint whenever one is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +40,16 @@ CASES_FILE = "cases.npz"
 
 class SourceGraphs:
     """Graphs COMPONENT/model.onnx below `folder`, as `write_source_graph` wrote them, of the
-    checkpoint that `components` are of."""
+    checkpoint that `components` are of. check: raises InputError where the checkpoint isn't any
+    more what it was; to be called before what was made of its weights is kept."""
 
-    def __init__(self, folder: Path, components: Iterable[Component]) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        components: Iterable[Component],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder, self.check = folder, check
         self._components = {component.name: component for component in components}
         self._states: dict[str, dict[str, Tensor]] = {}
 

@@ -68,7 +68,7 @@ class QuantizedBuild:
 
     def __init__(self, job: Job, reference: Bundle, writer: BundleWriter) -> None:
         options, wiring = job.options.quantization, job.spec.pipeline.wiring
-        self.graphs = SourceGraphs(reference.path, job.spec.components)
+        self.graphs = SourceGraphs(reference.path, job.spec.components, job.source.check_unchanged)
         if options.pool_attention and not any(
             can_pool(self.graphs, component.name, wiring) for component in job.spec.components
         ):

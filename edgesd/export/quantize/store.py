@@ -111,6 +111,7 @@ class LayerStore:
         stats = self.calibration.layer(layer)
         weight = matrix_of(self._nodes[layer], layer)
         quantized = quantize_layer(layer, weight, stats, scheme, self.method)
+        self.graphs.check()
         save_layer(quantized, path)
         return load_layer(path)
 

@@ -303,10 +303,13 @@ class ModelSource:
         """
         digest, stamps = self._hashed
         try:
-            same = self._stamps() == stamps or self._digest() == digest
+            now = self._stamps()
+            same = now == stamps or self._digest() == digest
         except (InputError, OSError):
-            same = False
-        if not same:
+            now, same = stamps, False
+        if same:
+            stamps[:] = now  # so that it isn't hashed again
+        else:
             raise InputError(
                 f"{self.name} was changed or removed while it was read: nothing is written of it; "
                 "run again when it is complete"

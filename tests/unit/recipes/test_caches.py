@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -12,7 +13,9 @@ pytest.importorskip("torch")
 
 import torch
 
+from edgesd.errors import InputError
 from edgesd.export import calibrate
+from edgesd.export.quantize import store as store_module
 from edgesd.export.quantize.methods import get_method
 from edgesd.export.quantize.store import LayerStore
 from edgesd.progress import SILENT
@@ -40,6 +43,27 @@ def test_quantized_layers(tmp_path: Path) -> None:
     no: Any = None
     store = LayerStore(tmp_path, {}, calibration, get_method("gptq"), tmp_path, no, no)
     assert store.folder.name == "layers-0959541f88d7e8ea"
+
+
+def test_layers_of_a_checkpoint_that_has_changed_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be taken for those of the checkpoint as it was."""
+
+    def check() -> None:
+        raise InputError("changed")
+
+    for name in ("matrix_of", "quantize_layer"):
+        monkeypatch.setattr(store_module, name, lambda *given: None)
+    graphs: Any = SimpleNamespace(check=check)
+    calibration: Any = SimpleNamespace(folder=tmp_path / "c", layer=lambda layer: None)
+    layer: Any = MagicMock(component="unet")
+    layer.name = "conv_in"
+    no: Any = None
+    store = LayerStore(graphs, {layer: no}, calibration, get_method("gptq"), tmp_path, no, no)
+    with pytest.raises(InputError, match="changed"):
+        store.get(layer, no)
+    assert not store.folder.exists()
 
 
 def test_images_of_a_source(tmp_path: Path) -> None:
