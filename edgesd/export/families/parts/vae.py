@@ -194,8 +194,8 @@ def _channel_statistics(
     finite = all(math.isfinite(value) for value in (*mean, *std))
     if not finite or {len(mean), len(std)} != {channels} or min(std) <= 0:
         raise InputError(
-            f"{source.folder(AUTOENCODER)}/config.json: latents_mean and latents_std are {str(given)[:120]}: "
-            f"expected {channels} numbers each, those of latents_std above 0"
+            f"{source.folder(AUTOENCODER)}/config.json: latents_mean and latents_std are "
+            f"{str(given)[:120]}: expected {channels} numbers each, those of latents_std above 0"
         )
     return mean, std
 
