@@ -137,6 +137,9 @@ _FIELDS = {
 
 _DEFAULTS = Request("", -1)
 
+_SCHEDULE = "sigmas", "timesteps", "eta"
+"""What belongs to a sampler."""
+
 _MADE_BY = "model", "model_sha256", "precision", "target"
 _REFINER = "refiner_"
 """Before the names of the same texts of a refiner."""
@@ -155,9 +158,19 @@ class Recorded:
     remarks: tuple[str, ...] = ()
 
     def request(self, given: Request) -> Request:
-        """The request that the image was made of, with what is `given` in place of it."""
+        """The request that the image was made of, with what is `given` in place of it. Another
+        sampler has a schedule of its own, and so have other steps than those of a list."""
         other = {n: value for n, value in vars(given).items() if value != getattr(_DEFAULTS, n)}
-        return replace(given, **{**self.values, **other})
+        known = {
+            name: value
+            for name, value in self.values.items()
+            if name not in _SCHEDULE
+            or not (
+                "scheduler" in other
+                or ("num_inference_steps" in other and isinstance(value, tuple))
+            )
+        }
+        return replace(given, **{**known, **other})
 
     def differing(
         self, manifest: BundleManifest, refiner: BundleManifest | None = None

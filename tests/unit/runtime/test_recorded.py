@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from edgesd.errors import InputError
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.recorded import recorded, texts_of
+from edgesd.runtime.recorded import Recorded, recorded, texts_of
 from edgesd.runtime.requests import CompleteMicro, CompleteRequest, Completion, Request
 from tests.support import assert_refused, pipeline_spec, run_cli, write_bundle
 
@@ -217,3 +217,16 @@ def test_every_value_of_a_request_is_written(miniature: Bundle, tmp_path: Path) 
     spread = texts_of(miniature.manifest, replace(other, sigmas="karras", scheduler="dpmpp-2m"))
     assert recorded(write_png(tmp_path / "b.png", **spread)).values["sigmas"] == "karras"
     assert "Sampler: DPM++ 2M, Schedule type: Karras" in spread["parameters"]
+
+
+def test_another_sampler_or_number_of_steps_has_its_own_schedule() -> None:
+    values = {"prompt": "a", "scheduler": "ddim", "timesteps": (999, 499), "eta": 0.5}
+    known = Recorded(values, {})
+    assert known.request(Request("", 1)).timesteps == (999, 499)
+    found = known.request(Request("", 1, scheduler="euler"))
+    assert (found.scheduler, found.timesteps, found.eta) == ("euler", None, Request("", 1).eta)
+    found = known.request(Request("", 1, num_inference_steps=7))
+    assert (found.num_inference_steps, found.timesteps, found.eta) == (7, None, 0.5)
+    spread = Recorded({**values, "sigmas": "karras"}, {})
+    assert spread.request(Request("", 1, num_inference_steps=7)).sigmas == "karras"
+    assert spread.request(Request("", 1, scheduler="ddim")).sigmas is None
