@@ -293,7 +293,8 @@ class ModelSource:
 
     def sha256(self) -> str:
         """Hash over the names and contents of all files that the pipeline is made from, as they
-        were when it was first asked for."""
+        were when it was first asked for, and over what is said of the model that its networks or
+        its schedule depend on."""
         return self._hashed[0]
 
     def check_unchanged(self) -> None:
@@ -336,6 +337,10 @@ class ModelSource:
             digest.update(f"{component}\0{other.network_sha256(component)}\n".encode())
         for embedding in self.embeddings:
             digest.update(f"{embedding.token}\0{embedding.sha256}\n".encode())
+        said = {"variant": self.variant, "clip_skip": self.hints().get("clip_skip")}
+        for name, value in said.items():
+            if value:
+                digest.update(f"{name}\0{value}\n".encode())
         return digest.hexdigest()
 
     def network_sha256(self, component: str) -> str:

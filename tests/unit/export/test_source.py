@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -337,6 +338,17 @@ def test_the_hash_covers_weights_and_configs(model: Path) -> None:
     assert changed != before
     edit(model / "unet" / "config.json", dropout=0.5)
     assert resolve_source(model).sha256() not in (before, changed)
+
+
+def test_what_is_said_of_a_model_is_part_of_its_hash(model: Path) -> None:
+    """Its graphs, statistics and images are kept under it, and depend on that."""
+    plain = resolve_source(model)
+    said = [replace(plain, clip_skip=1), replace(plain, clip_skip=2), replace(plain, variant="lcm")]
+    assert len({plain.sha256(), *(one.sha256() for one in said)}) == 4
+    assert replace(plain, clip_skip=0).sha256() == plain.sha256()
+    edit(model / "edgesd.json", clip_skip=1)
+    assert resolve_source(model).sha256() == said[0].sha256()
+    assert replace(resolve_source(model), clip_skip=0).sha256() == plain.sha256()
 
 
 @pytest.mark.parametrize(
