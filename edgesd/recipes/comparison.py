@@ -6,7 +6,7 @@ import hashlib
 import io
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from edgesd.recipes.gates import WORST, WorstImages
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.requests import CompleteRequest, Request
+from edgesd.runtime.requests import CompleteRequest, Completion, Request
 from edgesd.runtime.settings import Settings
 from edgesd.spec.quality import Quality
 
@@ -143,23 +143,18 @@ class Comparison:
     def _key(self) -> str:
         """Hash of all that the source's images depend on."""
         pipeline = self.reference.manifest.pipeline
-        requests = [msgspec.json.encode(_named(request)) for request in self.requests]
+        complete = Completion(pipeline).complete
+        requests = [msgspec.json.encode(_named(complete(request))) for request in self.requests]
         tools = {**self.reference.manifest.tools, "sha": pipeline.source_sha256}
         parts = (requests, sorted(tools.items()), pipeline.shape)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _named(request: Request | CompleteRequest) -> dict[str, object]:
-    """What an image depends on. What requests didn't always have, which complete ones have defaults
-    for, is left out at its default, so that older images are found."""
-    later = {one.name for one in fields(CompleteRequest) if one.default is not MISSING}
-    defaults = {one.name: one.default for one in fields(request) if one.name in later}
-    found = {
-        name: value
-        for name, value in vars(request).items()
-        if name not in defaults or value != defaults[name]
-    }
-    return {**found, "negative_prompt": request.negative_prompt or ""}
+def _named(request: CompleteRequest) -> dict[str, object]:
+    """What an image depends on. Fields with a default, which requests didn't always have, are left
+    out where they have it, so that older images are found."""
+    defaults = {one.name: one.default for one in fields(request)}
+    return {name: value for name, value in vars(request).items() if value != defaults[name]}
 
 
 def worst_places(measured: Measured) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
+import msgspec
 import pytest
 
 pytest.importorskip("torch")
@@ -20,8 +21,9 @@ from edgesd.export.quantize.methods import get_method
 from edgesd.export.quantize.store import LayerStore
 from edgesd.progress import SILENT
 from edgesd.recipes.comparison import Comparison
-from edgesd.runtime.requests import CompleteRequest
-from edgesd.spec.pipeline import ShapeSpec
+from edgesd.runtime.requests import CompleteRequest, Request
+from edgesd.spec.pipeline import PipelineSpec, ShapeSpec
+from tests.support import pipeline_spec
 
 pytestmark = pytest.mark.integration
 
@@ -74,3 +76,28 @@ def test_images_of_a_source(tmp_path: Path) -> None:
     no: Any = None
     comparison = Comparison([], reference, requests, no, tmp_path, None, SILENT)  # type: ignore[arg-type]
     assert comparison.folder.name == "pictures-99ee47d30db085ff"
+
+
+def test_images_of_other_defaults_are_others(tmp_path: Path) -> None:
+    """Of a pipeline with another sampler, and of zeros in place of no words."""
+    spec = pipeline_spec()
+    zeros = msgspec.structs.replace(spec.wiring, zero_negative=True)
+    euler = msgspec.structs.replace(spec.scheduler, name="euler")
+
+    def folder(pipeline: PipelineSpec, *negative: str) -> str:
+        reference: Any = SimpleNamespace(manifest=SimpleNamespace(tools={}, pipeline=pipeline))
+        requests, no = [Request("a cat", 7, *negative)], None
+        made: Any = Comparison([], reference, requests, no, tmp_path, None, SILENT)  # type: ignore[arg-type]
+        return str(made.folder.name)
+
+    changed = {
+        "scheduler": euler,
+        "num_inference_steps": spec.num_inference_steps + 1,
+        "guidance_scale": spec.guidance_scale + 1,
+        "wiring": zeros,
+    }
+    pipelines = [msgspec.structs.replace(spec, **{name: new}) for name, new in changed.items()]
+    names = {folder(spec), *map(folder, pipelines)}
+    assert len(names) == 5
+    assert folder(spec, "") == folder(spec)
+    assert folder(pipelines[-1], "") == folder(spec)
