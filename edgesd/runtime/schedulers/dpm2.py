@@ -14,10 +14,9 @@ from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import Asked, Noise, read_config
 from edgesd.runtime.schedulers.euler_ancestral import down_and_up
-from edgesd.runtime.schedulers.exploding import ExplodingScheduler, SpreadConfig, slope
+from edgesd.runtime.schedulers.exploding import SpreadConfig, SpreadScheduler, slope
 from edgesd.runtime.schedulers.heun import doubled
 from edgesd.runtime.schedulers.schedule import F32
-from edgesd.runtime.schedulers.sigmas import spread_of
 from edgesd.runtime.schedulers.solver import ratio
 
 
@@ -37,7 +36,7 @@ class _Half(NamedTuple):
     up: float = 0.0
 
 
-class DPM2(ExplodingScheduler):
+class DPM2(SpreadScheduler):
     """The midpoint method in log sigma: with d' = (x - x_0) / sigma at the middle,
 
         x_next = x + (sigma_next - sigma) d'
@@ -48,18 +47,14 @@ class DPM2(ExplodingScheduler):
     name = "dpm2"
     diffusers_class = "KDPM2DiscreteScheduler"
     order = 2
-    spreads = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(DPM2Config, config, self.name)
-        self._kind = spread_of(self.name, c)
-        self._prepare(c)
+        self._prepare_spread(c)
 
     def _lay_out(self, asked: Asked) -> int:
         """At most num_train_timesteps steps."""
-        timesteps = self._spaced(asked).astype(np.float32)
-        sigmas = self._interpolated(timesteps)
-        timesteps, sigmas = self._spread(asked, self.config, timesteps, sigmas)
+        timesteps, sigmas = self._levels(asked)
         if self._kind == "karras":
             timesteps = timesteps.round()
         values = self._use_sigmas(np.append(doubled(sigmas), 0).astype(np.float32))

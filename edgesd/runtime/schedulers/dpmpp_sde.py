@@ -13,10 +13,9 @@ from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import Asked, Noise, read_config
 from edgesd.runtime.schedulers.brownian import BrownianPath
-from edgesd.runtime.schedulers.exploding import ExplodingScheduler, SpreadConfig
+from edgesd.runtime.schedulers.exploding import SpreadConfig, SpreadScheduler
 from edgesd.runtime.schedulers.heun import doubled
-from edgesd.runtime.schedulers.schedule import F32
-from edgesd.runtime.schedulers.sigmas import spread_of
+from edgesd.runtime.schedulers.schedule import F32, F64
 
 
 class DPMSolverSDEConfig(SpreadConfig, frozen=True, kw_only=True):
@@ -39,7 +38,7 @@ class _Half(NamedTuple):
     between: tuple[float, float] | None
 
 
-class DPMSolverSDE(ExplodingScheduler):
+class DPMSolverSDE(SpreadScheduler):
     """Each step but the last, which is Euler's, runs the network twice: at the step's start, and
     in the middle of it in log sigma. Both go down to sigma_down and back up to sigma_next, as
     ancestral steps do,
@@ -55,20 +54,17 @@ class DPMSolverSDE(ExplodingScheduler):
 
     name = "dpmpp-sde"
     diffusers_class = "DPMSolverSDEScheduler"
-    spreads = True
     order = 2
     exact = False
+    _limits_karras = False
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(DPMSolverSDEConfig, config, self.name)
-        spread_of(self.name, c)
-        self._prepare(c)
+        self._prepare_spread(c)
 
     def _lay_out(self, asked: Asked) -> int:
         """At most num_train_timesteps steps."""
-        spaced = self._spaced(asked)
-        sigmas = self._interpolated(spaced)
-        timesteps, sigmas = self._spread(asked, self.config, spaced, sigmas, limits_karras=False)
+        timesteps, sigmas = self._levels(asked)
         middles = np.exp((np.log(sigmas[:-1]) + np.log(sigmas[1:])) / 2)
         values = self._use_sigmas(np.append(doubled(sigmas), 0).astype(np.float32))
         self.timesteps = doubled(timesteps)
@@ -82,6 +78,11 @@ class DPMSolverSDE(ExplodingScheduler):
             schedule.check_finite(asked.steps, *half[1:4])
         self._divisors = [math.sqrt(half.sigma * half.sigma + 1.0) for half in self._halves]
         return asked.steps
+
+    def _levels(self, asked: Asked) -> tuple[F32, F64]:
+        """Here timesteps keep their fractions until the sigmas are known."""
+        timesteps = self._spaced(asked)
+        return self._spread(asked, timesteps, self._interpolated(timesteps))
 
     def begin(self, first: int = 0) -> None:
         self._start: F32 | None = None

@@ -12,9 +12,9 @@ import numpy as np
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import Asked, Noise, read_config
-from edgesd.runtime.schedulers.exploding import ExplodingScheduler, SpreadConfig, slope
+from edgesd.runtime.schedulers.exploding import SpreadConfig, SpreadScheduler, slope
 from edgesd.runtime.schedulers.schedule import F32, F64, FinalSigma, Prediction
-from edgesd.runtime.schedulers.sigmas import exponential_sigmas, spread_of
+from edgesd.runtime.schedulers.sigmas import exponential_sigmas
 
 
 class EulerConfig(SpreadConfig, frozen=True, kw_only=True):
@@ -27,7 +27,7 @@ class EulerConfig(SpreadConfig, frozen=True, kw_only=True):
     rescale_betas_zero_snr: bool = False
 
 
-class Euler(ExplodingScheduler):
+class Euler(SpreadScheduler):
     """Algorithm 1 of the paper without the second-order correction and without churn:
 
     x_next = x + (sigma_next - sigma) (x - x_0) / sigma
@@ -35,16 +35,14 @@ class Euler(ExplodingScheduler):
 
     name = "euler"
     diffusers_class = "EulerDiscreteScheduler"
-    spreads = True
     takes = frozenset(("timesteps", "sigmas"))
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(EulerConfig, config, self.name)
-        spread_of(self.name, c)
         self._prediction: Prediction = (
             "sample" if c.prediction_type == "original_sample" else c.prediction_type
         )
-        self._prepare(c, c.rescale_betas_zero_snr)
+        self._prepare_spread(c, c.rescale_betas_zero_snr)
 
     def _lay_out(self, asked: Asked) -> int:
         """At most num_train_timesteps steps."""
@@ -66,12 +64,11 @@ class Euler(ExplodingScheduler):
 
     def _levels(self, asked: Asked) -> tuple[F32, F64]:
         """Timesteps [n] and sigmas [n], or one more for log_linear."""
-        timesteps, train = self._spaced(asked).astype(np.float32), self._train_sigmas
         if self.config.interpolation_type == "linear":
-            sigmas = self._interpolated(timesteps)
-        else:
-            sigmas = exponential_sigmas(float(train[-1]), float(train[0]), asked.steps + 1)
-        return self._spread(asked, self.config, timesteps, sigmas)
+            return super()._levels(asked)
+        timesteps, train = self._spaced(asked), self._train_sigmas
+        sigmas = exponential_sigmas(float(train[-1]), float(train[0]), asked.steps + 1)
+        return self._spread(asked, timesteps, sigmas)
 
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
         sigma, sigma_next = self._pairs[i]

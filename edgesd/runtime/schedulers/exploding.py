@@ -58,32 +58,6 @@ class ExplodingScheduler(Scheduler):
         train = self._train_sigmas
         return np.asarray(np.interp(timesteps, np.arange(len(train)), train))
 
-    def _spread(
-        self,
-        asked: Asked,
-        config: SpreadConfig,
-        timesteps: F32 | F64,
-        sigmas: F64,
-        limits_karras: bool = True,
-    ) -> tuple[F32, F64]:
-        """Timesteps [n] and sigmas [n] between the first and last of `sigmas`, as the configuration
-        spreads them, or else as they are. limits_karras: whether sigma_min and sigma_max hold for
-        karras sigmas."""
-        kind = spread_of(self.name, config)
-        if kind is None:
-            return timesteps.astype(np.float32), sigmas
-        if asked.timesteps is not None:
-            raise UsageError(
-                f"a list of timesteps leaves nothing to spread: give it or {kind} sigmas, not both"
-            )
-        top, bottom = float(sigmas[0]), float(sigmas[-1])
-        if kind != "karras" or limits_karras:
-            top = top if config.sigma_max is None else config.sigma_max
-            bottom = bottom if config.sigma_min is None else config.sigma_min
-        sigmas = SPREADS[kind](top, bottom, asked.steps)
-        fractions = schedule.fractional_timesteps(sigmas, self._train_sigmas)
-        return fractions.astype(np.float32), sigmas
-
     def _use_sigmas(self, sigmas: F32) -> list[float]:
         """Set what follows from the sigmas alone; returns them as floats."""
         values = [float(sigma) for sigma in sigmas]
@@ -100,6 +74,43 @@ class ExplodingScheduler(Scheduler):
     def scale_model_input(self, sample: F32, i: int, out: Array | None = None) -> Array:
         """sample / sqrt(sigma_i**2 + 1), see Scheduler (Karras et al., table 1, c_in)."""
         return np.divide(sample, self._divisors[i], out=out)
+
+
+class SpreadScheduler(ExplodingScheduler):
+    """Its sigmas can be spread. limits_karras: whether sigma_min and sigma_max hold for karras
+    sigmas."""
+
+    spreads = True
+    _limits_karras = True
+
+    def _prepare_spread(self, config: SpreadConfig, zero_snr: bool = False) -> None:
+        """As `_prepare`. Raises InputError for two spreads at once."""
+        self._options, self._kind = config, spread_of(self.name, config)
+        self._prepare(config, zero_snr)
+
+    def _levels(self, asked: Asked) -> tuple[F32, F64]:
+        """Timesteps [n] and sigmas [n]."""
+        timesteps = self._spaced(asked).astype(np.float32)
+        return self._spread(asked, timesteps, self._interpolated(timesteps))
+
+    def _spread(self, asked: Asked, timesteps: F32 | F64, sigmas: F64) -> tuple[F32, F64]:
+        """Timesteps [n] and sigmas [n] between the first and last of `sigmas`, as the configuration
+        spreads them, or else as they are."""
+        if self._kind is None:
+            return timesteps.astype(np.float32), sigmas
+        if asked.timesteps is not None:
+            raise UsageError(
+                f"a list of timesteps leaves nothing to spread: give it or {self._kind} sigmas, "
+                "not both"
+            )
+        top, bottom = float(sigmas[0]), float(sigmas[-1])
+        if self._kind != "karras" or self._limits_karras:
+            c = self._options
+            top = top if c.sigma_max is None else c.sigma_max
+            bottom = bottom if c.sigma_min is None else c.sigma_min
+        sigmas = SPREADS[self._kind](top, bottom, asked.steps)
+        fractions = schedule.fractional_timesteps(sigmas, self._train_sigmas)
+        return fractions.astype(np.float32), sigmas
 
 
 def slope(

@@ -10,9 +10,8 @@ import numpy as np
 
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers.base import Asked, Noise, read_config
-from edgesd.runtime.schedulers.exploding import ExplodingScheduler, SpreadConfig, slope
+from edgesd.runtime.schedulers.exploding import SpreadConfig, SpreadScheduler, slope
 from edgesd.runtime.schedulers.schedule import F32, Prediction
-from edgesd.runtime.schedulers.sigmas import spread_of
 
 
 class HeunConfig(SpreadConfig, frozen=True, kw_only=True):
@@ -26,7 +25,7 @@ class HeunConfig(SpreadConfig, frozen=True, kw_only=True):
     clip_sample_range: float = 1.0
 
 
-class Heun(ExplodingScheduler):
+class Heun(SpreadScheduler):
     """Algorithm 1 of the paper without churn: with d = (x - x_0) / sigma, and d' the same at the
     end of Euler's step,
 
@@ -37,21 +36,17 @@ class Heun(ExplodingScheduler):
 
     name = "heun"
     diffusers_class = "HeunDiscreteScheduler"
-    spreads = True
     order = 2
     takes = frozenset(("timesteps",))
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(HeunConfig, config, self.name)
-        spread_of(self.name, c)
         self._clip = c.clip_sample_range if c.clip_sample else None
-        self._prepare(c)
+        self._prepare_spread(c)
 
     def _lay_out(self, asked: Asked) -> int:
         """At most num_train_timesteps steps."""
-        timesteps = self._spaced(asked).astype(np.float32)
-        sigmas = self._interpolated(timesteps)
-        timesteps, sigmas = self._spread(asked, self.config, timesteps, sigmas)
+        timesteps, sigmas = self._levels(asked)
         self._use_sigmas(np.append(doubled(sigmas), 0).astype(np.float32))
         self.timesteps = doubled(timesteps)
         return asked.steps

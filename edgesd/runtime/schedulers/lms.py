@@ -11,9 +11,8 @@ import numpy as np
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import Asked, Noise, read_config
-from edgesd.runtime.schedulers.exploding import ExplodingScheduler, SpreadConfig, slope
+from edgesd.runtime.schedulers.exploding import SpreadConfig, SpreadScheduler, slope
 from edgesd.runtime.schedulers.schedule import F32, Prediction
-from edgesd.runtime.schedulers.sigmas import spread_of
 
 _ORDER = 4
 _NODES = (-1 / math.sqrt(3), 1 / math.sqrt(3))
@@ -26,7 +25,7 @@ class LMSConfig(SpreadConfig, frozen=True, kw_only=True):
     prediction_type: Prediction = "epsilon"
 
 
-class LMS(ExplodingScheduler):
+class LMS(SpreadScheduler):
     """Adams and Bashforth's method for uneven steps: the slope d = (x - x_0) / sigma is
     interpolated through the last four values (Hairer, Norsett, Wanner: Solving Ordinary
     Differential Equations I, III.1 and III.5), and
@@ -36,18 +35,15 @@ class LMS(ExplodingScheduler):
 
     name = "lms"
     diffusers_class = "LMSDiscreteScheduler"
-    spreads = True
+    _limits_karras = False
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(LMSConfig, config, self.name)
-        spread_of(self.name, c)
-        self._prepare(c)
+        self._prepare_spread(c)
 
     def _lay_out(self, asked: Asked) -> int:
         """At most num_train_timesteps steps."""
-        timesteps = self._spaced(asked).astype(np.float32)
-        sigmas = self._interpolated(timesteps)
-        timesteps, sigmas = self._spread(asked, self.config, timesteps, sigmas, limits_karras=False)
+        timesteps, sigmas = self._levels(asked)
         values = self._use_sigmas(np.append(sigmas, 0).astype(np.float32))
         self._weights = [_weights(values, i) for i in range(len(timesteps))]
         for weights in self._weights:
