@@ -10,7 +10,8 @@ import numpy as np
 
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
-from edgesd.runtime.schedulers.base import Asked, LimitConfig, Noise, Scheduler, read_config
+from edgesd.runtime.schedulers.base import Asked, LimitConfig, Noise, read_config
+from edgesd.runtime.schedulers.preserving import PreservingScheduler
 from edgesd.runtime.schedulers.schedule import F32, Prediction, Spacing
 
 
@@ -25,7 +26,7 @@ class DDIMConfig(LimitConfig, frozen=True, kw_only=True):
     rescale_betas_zero_snr: bool = False
 
 
-class DDIM(Scheduler):
+class DDIM(PreservingScheduler):
     """Eq. 12 of the paper, with a = alphas_cumprod at t and p the same at the step before:
 
         x_prev = sqrt(p) x_0 + sqrt(1 - p - s**2) epsilon + s z
@@ -40,7 +41,7 @@ class DDIM(Scheduler):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(DDIMConfig, config, self.name)
-        self._table = c.table(zero_snr=c.rescale_betas_zero_snr)
+        self._prepare(c, c.rescale_betas_zero_snr)
         self._limit = schedule.x0_limiter(
             c.thresholding,
             c.dynamic_thresholding_ratio,
@@ -48,23 +49,15 @@ class DDIM(Scheduler):
             c.clip_sample,
             c.clip_sample_range,
         )
-        self.timesteps = np.arange(c.num_train_timesteps, dtype=np.int64)[::-1].copy()
 
     def _lay_out(self, asked: Asked) -> int:
         """At most num_train_timesteps steps."""
         c, n = self.config, asked.steps
-        schedule.check_steps(n, c.num_train_timesteps)
-        spaced = schedule.spaced_timesteps(
-            c.timestep_spacing, c.num_train_timesteps, n, c.steps_offset
-        )
-        timesteps = spaced.round().astype(np.int64)
+        timesteps = self._spaced(asked, c.timestep_spacing)
         stride = c.num_train_timesteps // n
         self._weights = [self._step_weights(int(t), int(t) - stride) for t in timesteps]
         self.timesteps = timesteps
         return n
-
-    def noise_level(self, i: int) -> tuple[float, float]:
-        return schedule.signal_and_noise(schedule.alpha_at(self._table, int(self.timesteps[i])))
 
     def _step_weights(self, t: int, t_prev: int) -> tuple[float, ...]:
         """x_0 and epsilon from (sample, model_output), then x_prev from (x_0, epsilon)."""

@@ -15,10 +15,10 @@ from edgesd.runtime.schedulers.base import (
     Asked,
     LimitConfig,
     Noise,
-    Scheduler,
     read_config,
     refusal,
 )
+from edgesd.runtime.schedulers.preserving import PreservingScheduler
 from edgesd.runtime.schedulers.schedule import F32, Prediction, Spacing
 
 _LARGE = "fixed_large"
@@ -38,7 +38,7 @@ class DDPMConfig(LimitConfig, frozen=True, kw_only=True):
     rescale_betas_zero_snr: bool = False
 
 
-class DDPM(Scheduler):
+class DDPM(PreservingScheduler):
     """Samples of the posterior (eq. 6 and 7 of the paper), with a = alphas_cumprod at t, p the same
     at the next timestep, b = 1 - a / p, and noise z:
 
@@ -58,7 +58,7 @@ class DDPM(Scheduler):
         if self._variance not in _VARIANCES:
             expected = f"expected {', '.join(_VARIANCES)}"
             raise InputError(refusal(self.name, "variance_type", c.variance_type, expected))
-        self._table = c.table(zero_snr=c.rescale_betas_zero_snr)
+        self._prepare(c, c.rescale_betas_zero_snr)
         self._limit = schedule.x0_limiter(
             c.thresholding,
             c.dynamic_thresholding_ratio,
@@ -66,25 +66,13 @@ class DDPM(Scheduler):
             c.clip_sample,
             c.clip_sample_range,
         )
-        self.timesteps = np.arange(c.num_train_timesteps, dtype=np.int64)[::-1].copy()
 
     def _lay_out(self, asked: Asked) -> int:
         """At most num_train_timesteps steps."""
-        c, n = self.config, asked.steps
-        if asked.timesteps is not None:
-            timesteps = schedule.check_timesteps(asked.timesteps, c.num_train_timesteps)
-        else:
-            schedule.check_steps(n, c.num_train_timesteps)
-            spaced = schedule.spaced_timesteps(
-                c.timestep_spacing, c.num_train_timesteps, n, c.steps_offset
-            )
-            timesteps = spaced.round().astype(np.int64)
+        timesteps = self._spaced(asked, self.config.timestep_spacing)
         self._weights = [self._step_weights(*pair) for pair in pairwise([*timesteps.tolist(), -1])]
         self.timesteps = timesteps
-        return n
-
-    def noise_level(self, i: int) -> tuple[float, float]:
-        return schedule.signal_and_noise(schedule.alpha_at(self._table, int(self.timesteps[i])))
+        return asked.steps
 
     def _step_weights(self, t: int, t_prev: int) -> tuple[float, ...]:
         """x_0 from (sample, model_output), then x_prev from (sample, x_0, noise)."""

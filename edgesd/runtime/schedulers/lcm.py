@@ -14,10 +14,10 @@ from edgesd.runtime.schedulers.base import (
     Asked,
     LimitConfig,
     Noise,
-    Scheduler,
     read_config,
     refusal,
 )
+from edgesd.runtime.schedulers.preserving import PreservingScheduler
 from edgesd.runtime.schedulers.schedule import F32, I64, BetaSchedule, Prediction
 
 _SIGMA_DATA = 0.5
@@ -39,11 +39,14 @@ class LCMConfig(LimitConfig, frozen=True, kw_only=True):
     rescale_betas_zero_snr: bool = False
 
 
-def distilled_timesteps(steps: int, grid_size: int, train_steps: int) -> I64:
-    """[steps] of the grid that a model was distilled on. Raises UsageError for more than it has."""
-    schedule.check_steps(steps, grid_size, "original_inference_steps of the distilled model")
+def distilled_timesteps(asked: Asked, grid_size: int, train_steps: int) -> I64:
+    """Timesteps [n] as they are asked for: a list, or of the grid that a model was distilled on.
+    Raises UsageError for more than it has."""
+    if asked.timesteps is not None:
+        return schedule.check_timesteps(asked.timesteps, train_steps)
+    schedule.check_steps(asked.steps, grid_size, "original_inference_steps of the distilled model")
     grid = np.arange(grid_size, 0, -1, dtype=np.int64) * (train_steps // grid_size)
-    picks = np.floor(np.linspace(0, grid_size, steps, endpoint=False)).astype(np.int64)
+    picks = np.floor(np.linspace(0, grid_size, asked.steps, endpoint=False)).astype(np.int64)
     return np.asarray(grid[picks] - 1)
 
 
@@ -54,7 +57,7 @@ def check_grid(scheduler: str, grid_size: int, train_steps: int) -> None:
         raise InputError(refusal(scheduler, "original_inference_steps", grid_size, expected))
 
 
-class LCM(Scheduler):
+class LCM(PreservingScheduler):
     """Multistep consistency sampling (algorithm 3 of the paper), with u = timestep_scaling t:
 
         c_skip = 0.25 / (u**2 + 0.25),  c_out = u / sqrt(u**2 + 0.25)
@@ -71,7 +74,7 @@ class LCM(Scheduler):
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(LCMConfig, config, self.name)
         check_grid(self.name, c.original_inference_steps, c.num_train_timesteps)
-        self._table = c.table(zero_snr=c.rescale_betas_zero_snr)
+        self._prepare(c, c.rescale_betas_zero_snr)
         self._limit = schedule.x0_limiter(
             c.thresholding,
             c.dynamic_thresholding_ratio,
@@ -79,17 +82,11 @@ class LCM(Scheduler):
             c.clip_sample,
             c.clip_sample_range,
         )
-        self.timesteps = np.arange(c.num_train_timesteps, dtype=np.int64)[::-1].copy()
 
     def _lay_out(self, asked: Asked) -> int:
         """At most original_inference_steps steps."""
         c = self.config
-        if asked.timesteps is None:
-            timesteps = distilled_timesteps(
-                asked.steps, c.original_inference_steps, c.num_train_timesteps
-            )
-        else:
-            timesteps = schedule.check_timesteps(asked.timesteps, c.num_train_timesteps)
+        timesteps = distilled_timesteps(asked, c.original_inference_steps, c.num_train_timesteps)
         n = len(timesteps)
         self._weights = []
         for i, t in enumerate(timesteps):
@@ -104,9 +101,6 @@ class LCM(Scheduler):
             self._weights.append((x0_s, x0_m, signal * skip, signal * out, spread))
         self.timesteps = timesteps
         return n
-
-    def noise_level(self, i: int) -> tuple[float, float]:
-        return schedule.signal_and_noise(float(self._table[self.timesteps[i]]))
 
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
         x0_s, x0_m, skip, out, spread = self._weights[i]

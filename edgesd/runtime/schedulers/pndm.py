@@ -11,7 +11,8 @@ import numpy as np
 from edgesd.errors import UsageError
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
-from edgesd.runtime.schedulers.base import Asked, BetaConfig, Noise, Scheduler, read_config
+from edgesd.runtime.schedulers.base import Asked, BetaConfig, Noise, read_config
+from edgesd.runtime.schedulers.preserving import PreservingScheduler
 from edgesd.runtime.schedulers.schedule import F32, Spacing
 
 _RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
@@ -34,7 +35,7 @@ class PNDMConfig(BetaConfig, frozen=True, kw_only=True):
     timestep_spacing: Spacing = "leading"
 
 
-class PNDM(Scheduler):
+class PNDM(PreservingScheduler):
     """Linear multistep steps, after a warm-up: twelve pseudo Runge-Kutta evaluations, or, with
     skip_prk_steps, one second-order step that evaluates one timestep twice.
 
@@ -48,8 +49,7 @@ class PNDM(Scheduler):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(PNDMConfig, config, self.name)
-        self._table = c.table()
-        self.timesteps = np.arange(c.num_train_timesteps, dtype=np.int64)[::-1].copy()
+        self._prepare(c)
 
     def _lay_out(self, asked: Asked) -> int:
         """num_train_timesteps at most, and 4 at least unless skip_prk_steps.
@@ -57,11 +57,7 @@ class PNDM(Scheduler):
         `timesteps` has one more entry than steps with skip_prk_steps (from 2 on), 9 more without.
         """
         c, n = self.config, asked.steps
-        schedule.check_steps(n, c.num_train_timesteps)
-        spaced = schedule.spaced_timesteps(
-            c.timestep_spacing, c.num_train_timesteps, n, c.steps_offset
-        )
-        down = spaced.round().astype(np.int64)
+        down = self._spaced(asked, c.timestep_spacing)
         self._stride = c.num_train_timesteps // n
         self._warm_up = np.empty(0, np.int64)
         if c.skip_prk_steps:
@@ -95,9 +91,6 @@ class PNDM(Scheduler):
         if k == 1 and not len(self._warm_up):
             return t + self._stride, t
         return t, t - self._stride
-
-    def noise_level(self, i: int) -> tuple[float, float]:
-        return schedule.signal_and_noise(schedule.alpha_at(self._table, int(self.timesteps[i])))
 
     def _step_weights(self, t: int, t_prev: int) -> tuple[float, float]:
         """x_prev from (sample, combined output); a v_prediction is turned into epsilon first."""

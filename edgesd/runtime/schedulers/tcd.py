@@ -11,8 +11,9 @@ import numpy as np
 
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
-from edgesd.runtime.schedulers.base import Asked, LimitConfig, Noise, Scheduler, read_config
+from edgesd.runtime.schedulers.base import Asked, LimitConfig, Noise, read_config
 from edgesd.runtime.schedulers.lcm import check_grid, distilled_timesteps
+from edgesd.runtime.schedulers.preserving import PreservingScheduler
 from edgesd.runtime.schedulers.schedule import F32, BetaSchedule, Prediction
 
 
@@ -28,7 +29,7 @@ class TCDConfig(LimitConfig, frozen=True, kw_only=True):
     rescale_betas_zero_snr: bool = False
 
 
-class TCD(Scheduler):
+class TCD(PreservingScheduler):
     """Strategic stochastic sampling (algorithm 4 of the paper): down to s = (1 - eta) t_next, then
     noise z back up, with a, p and q = alphas_cumprod at t, t_next and s:
 
@@ -46,25 +47,16 @@ class TCD(Scheduler):
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(TCDConfig, config, self.name)
         check_grid(self.name, c.original_inference_steps, c.num_train_timesteps)
-        self._table = c.table(zero_snr=c.rescale_betas_zero_snr)
-        self.timesteps = np.arange(c.num_train_timesteps, dtype=np.int64)[::-1].copy()
+        self._prepare(c, c.rescale_betas_zero_snr)
 
     def _lay_out(self, asked: Asked) -> int:
         """At most original_inference_steps steps."""
         c = self.config
-        if asked.timesteps is None:
-            timesteps = distilled_timesteps(
-                asked.steps, c.original_inference_steps, c.num_train_timesteps
-            )
-        else:
-            timesteps = schedule.check_timesteps(asked.timesteps, c.num_train_timesteps)
+        timesteps = distilled_timesteps(asked, c.original_inference_steps, c.num_train_timesteps)
         steps = [self._step_weights(*pair) for pair in pairwise(timesteps.tolist())]
         self._weights = [*steps, self._step_weights(int(timesteps[-1]), None)]
         self.timesteps = timesteps
         return asked.steps
-
-    def noise_level(self, i: int) -> tuple[float, float]:
-        return schedule.signal_and_noise(float(self._table[self.timesteps[i]]))
 
     def _step_weights(self, t: int, t_next: int | None) -> tuple[float, float, float]:
         """Of sample, model_output and noise. t_next: None in the last step."""
