@@ -15,6 +15,7 @@ from edgesd.runtime.schedulers.solver import (
     SolverConfig,
     SolverScheduler,
     signal_and_noise,
+    windows,
 )
 
 _FEW = 15
@@ -49,10 +50,8 @@ class DEIS(SolverScheduler):
         last = self._train_sigmas[0] if self._kind is None else sigmas[-1]
         values = self._use_sigmas(sigmas, float(last))
         n = len(self.timesteps)
-        self._weights = [
-            [self._step(values[max(i - order + 1, 0) : i + 2]) for order in range(1, most + 1)]
-            for i, most in enumerate(self._order(i, n) for i in range(n))
-        ]
+        orders = (self._order(i, n) for i in range(n))
+        self._weights = [[self._step(w) for w in each] for each in windows(values, orders)]
         for weights in self._weights:
             schedule.check_finite(asked.steps, *(w for _, each in weights for w in each))
         return asked.steps

@@ -21,6 +21,7 @@ from edgesd.runtime.schedulers.solver import (
     growth,
     ratio,
     signal_and_noise,
+    windows,
 )
 
 _FEW = 15
@@ -96,10 +97,8 @@ class DPMSolverPlusPlus(SolverScheduler):
     def _weigh(self, values: list[float]) -> None:
         """Lay out the steps between noise levels."""
         n = len(values) - 1
-        self._weights = [
-            [self._step(values[max(i - order + 1, 0) : i + 2]) for order in range(1, most + 1)]
-            for i, most in enumerate(self._order(i, n) for i in range(n))
-        ]
+        orders = (self._order(i, n) for i in range(n))
+        self._weights = [[self._step(w) for w in each] for each in windows(values, orders)]
         for weights in self._weights:
             schedule.check_finite(n, *(w for _, each, _ in weights for w in each))
 

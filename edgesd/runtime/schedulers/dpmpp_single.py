@@ -14,7 +14,14 @@ from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import Asked, Noise, read_config
 from edgesd.runtime.schedulers.dpmpp_2m import is_sde, refuse_variance
 from edgesd.runtime.schedulers.schedule import F32, FinalSigma
-from edgesd.runtime.schedulers.solver import AnySolver, SolverConfig, SolverScheduler, growth, ratio
+from edgesd.runtime.schedulers.solver import (
+    AnySolver,
+    SolverConfig,
+    SolverScheduler,
+    growth,
+    ratio,
+    windows,
+)
 
 
 class SinglestepConfig(SolverConfig, frozen=True, kw_only=True):
@@ -54,10 +61,7 @@ class DPMSolverSinglestep(SolverScheduler):
         last = float(train[0]) if c.final_sigmas_type == "sigma_min" else 0.0
         values = self._use_sigmas(sigmas, last)
         self._orders = self._order_list(len(self.timesteps))
-        self._weights = [
-            [self._step(values[i - order + 1 : i + 2]) for order in range(1, most + 1)]
-            for i, most in enumerate(self._orders)
-        ]
+        self._weights = [[self._step(w) for w in each] for each in windows(values, self._orders)]
         for weights in self._weights:
             schedule.check_finite(asked.steps, *(w for _, each, _ in weights for w in each))
         return asked.steps

@@ -7,7 +7,7 @@ Noise levels are kept as sigma / alpha, which diffusers calls sigmas, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -180,6 +180,13 @@ def growth(target: float, start: float, sde: bool, level: Level = signal_and_noi
     # diffusers subtracts the half that the ODE's formula adds.
     spread = noise * math.sqrt(max(decay, 0.0))
     return Growth(h, scale * math.exp(-h), alpha * decay, slope, bend - alpha, spread)
+
+
+def windows(values: list[float], orders: Iterable[int]) -> Iterator[list[list[float]]]:
+    """For step i, what each of the orders 1 to orders[i] looks at: the noise levels [order + 1] of
+    the steps before, of its start and of its end."""
+    for i, most in enumerate(orders):
+        yield [values[i - order + 1 : i + 2] for order in range(1, most + 1)]
 
 
 def ratio(a: float, b: float) -> float:

@@ -19,6 +19,7 @@ from edgesd.runtime.schedulers.solver import (
     SolverConfig,
     SolverScheduler,
     signal_and_noise,
+    windows,
 )
 
 
@@ -90,13 +91,10 @@ class UniPC(SolverScheduler):
             last = float(self._train_sigmas[0] if self._kind is None else sigmas[-1])
         values = self._use_sigmas(sigmas, last)
         n = len(self.timesteps)
-        orders = [min(c.solver_order, n - i if c.lower_order_final else i + 1) for i in range(n)]
-        windows = [
-            [values[i - order + 1 : i + 2] for order in range(1, min(most, i + 1) + 1)]
-            for i, most in enumerate(orders)
-        ]
-        self._predictors = [[self._predictor(w) for w in each] for each in windows]
-        self._correctors = [[self._corrector(w) for w in each] for each in windows[:-1]]
+        orders = (min(c.solver_order, i + 1, n - i if c.lower_order_final else n) for i in range(n))
+        seen = list(windows(values, orders))
+        self._predictors = [[self._predictor(w) for w in each] for each in seen]
+        self._correctors = [[self._corrector(w) for w in each] for each in seen[:-1]]
         for found in (*self._predictors, *self._correctors):
             schedule.check_finite(asked.steps, *(w for one in found for w in one.predictions))
         return asked.steps
