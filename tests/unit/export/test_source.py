@@ -560,6 +560,20 @@ def test_a_scheduler_whose_packages_diffusers_lacks_is_taken_all_the_same(
     assert export_spec(resolve_source(model), None, "ddim").pipeline.scheduler.name == "ddim"
 
 
+@pytest.mark.parametrize("class_name", ["StableDiffusionPipeline", "UNet2DConditionModel", "utils"])
+def test_no_other_class_than_a_scheduler_reads_the_scheduler(class_name: str, model: Path) -> None:
+    """Neither where the user says which sampler, nor where the model says of what kind it is."""
+    edit_json(model / "model_index.json", scheduler=["diffusers", class_name])
+    edit_json(model / "scheduler" / "scheduler_config.json", _class_name="EulerDiscreteScheduler")
+    (model / "scheduler" / "model_index.json").write_text(json.dumps({"unet": ["own", "Code"]}))
+    source = resolve_source(model)
+    assert export_spec(source, None, "ddim").pipeline.scheduler.name == "ddim"
+    with pytest.raises(InputError, match="there is no sampler for"):
+        export_spec(source)
+    (model / "edgesd.json").write_text(json.dumps({"variant": "turbo"}))
+    assert export_spec(resolve_source(model)).pipeline.scheduler.name == "euler"
+
+
 def test_an_option_for_which_diffusers_needs_a_package_is_refused_with_its_name(
     model: Path,
 ) -> None:

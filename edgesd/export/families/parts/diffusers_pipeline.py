@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import diffusers
-from diffusers.utils import DummyObject
 
 from edgesd.errors import InputError
 from edgesd.export.families.checkpoint import Checkpoint
@@ -40,11 +39,7 @@ def diffusers_pipeline(
     model's own. options: for the constructor. Raises InputError for what the libraries can't make
     sense of.
     """
-    scheduler: Any = getattr(diffusers, source.class_of("scheduler"), None)
-    if scheduler is None or isinstance(scheduler, DummyObject):
-        scheduler = getattr(diffusers, sampler)
-    if isinstance(scheduler, DummyObject):  # which keeps all options, as all classes do
-        scheduler = diffusers.EulerDiscreteScheduler
+    scheduler = _scheduler_class(source.class_of("scheduler"), sampler)
     made = {}
     for part, cls in networks.items():
         made[part] = _made(source, part, partial(shell, source, part, cls))
@@ -81,6 +76,19 @@ def default_guidance(class_name: str) -> float:
     return float(inspect.signature(call).parameters["guidance_scale"].default)
 
 
+def _scheduler_class(*names: str) -> Any:
+    """The first of diffusers' schedulers with one of these names that has the packages it needs;
+    Euler's where none has, which keeps all options, as all classes do.
+
+    A model names what it likes: other classes load what lies in its folder, such as code.
+    """
+    for name in names:
+        cls = getattr(diffusers, name, None)
+        if isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin):
+            return cls
+    return diffusers.EulerDiscreteScheduler
+
+
 def scheduler_of(pipeline: Any, sampler: str) -> Any:
     """A scheduler of the diffusers class of one of our samplers, with the options of a pipeline's
     own; of Euler's, which keeps them all, where diffusers lacks a package for that class."""
@@ -88,11 +96,8 @@ def scheduler_of(pipeline: Any, sampler: str) -> Any:
     options = preset(sampler)
     if type(own).__name__ == class_name and not options:
         return own
-    cls: Any = getattr(diffusers, class_name)
-    if isinstance(cls, DummyObject):
-        cls = diffusers.EulerDiscreteScheduler
     with quiet():
-        return cls.from_config(own.config, **options)
+        return _scheduler_class(class_name).from_config(own.config, **options)
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
