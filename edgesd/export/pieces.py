@@ -128,18 +128,20 @@ def _model(
         )
         for name in sorted(piece.reads)
     ]
-    part = onnx.ModelProto()
-    part.CopyFrom(model)
-    part.graph.CopyFrom(
-        onnx.helper.make_graph(
-            piece.nodes,
-            model.graph.name,
-            inputs,
-            [onnx.ValueInfoProto(name=name) for name in outputs],
-            piece.weights,
-        )
+    graph = onnx.helper.make_graph(
+        piece.nodes,
+        model.graph.name,
+        inputs,
+        [onnx.ValueInfoProto(name=name) for name in outputs],
+        piece.weights,
     )
-    return part
+    # No copy of the whole model, whose weights may be within it.
+    return onnx.helper.make_model(
+        graph,
+        ir_version=model.ir_version,
+        opset_imports=model.opset_import,
+        functions=model.functions,
+    )
 
 
 def _session(
