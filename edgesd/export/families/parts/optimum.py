@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edgesd.errors import InputError
 from edgesd.export.parity import TOLERANCE, relative_rms
-from edgesd.export.pieces import run_in_pieces
+from edgesd.export.pieces import run_model_in_pieces
 from edgesd.export.quiet import quiet
 from edgesd.runtime.arrays import Array
 from edgesd.spec.pipeline import SIZE_FILLS
@@ -83,7 +83,7 @@ def hold_to_graph(graph: Path, net: nn.Module) -> None:
         weights = {tensor.name for tensor in model.graph.initializer}
         given = [each for each in model.graph.input if each.name not in weights]
         inputs = {each.name: _example(each, net) for each in given}
-        (found,) = run_in_pieces(graph, [inputs])
+        (found,) = run_model_in_pieces(model, graph.parent, [inputs])
         with quiet(), torch.inference_mode():
             plain = {name: torch.from_numpy(array) for name, array in inputs.items()}
             ours = run(
