@@ -39,10 +39,11 @@ _NO_SIZE_IS_A_MULTIPLE = 40
 class Unet(nn.Module):
     """sample [batch, 4, h, w], timestep [1], states [batch, tokens, C] -> noise_pred like sample.
 
-    timestep_cond [batch, D]: embedding of the guidance scale, for models distilled with it. follow:
-    upsampling makes the size of what it is joined with, which it else doubles to. diffusers' UNet
-    decides that by the sample, which a graph for any size can't: both give the same where the
-    sample's size is a multiple of all levels'.
+    timestep_cond [batch, D]: embedding of the guidance scale, for models distilled with it. added:
+    what the UNet is told besides, by diffusers' names. follow: upsampling makes the size of what it
+    is joined with, which it else doubles to. diffusers' UNet decides that by the sample, which a
+    graph for any size can't: both give the same where the sample's size is a multiple of all
+    levels'.
     """
 
     def __init__(self, net: nn.Module, follow: bool = False) -> None:
@@ -57,12 +58,14 @@ class Unet(nn.Module):
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         timestep_cond: Tensor | None = None,
+        added: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         out: Tensor = self.net(
             sample,
             timestep,
             encoder_hidden_states=encoder_hidden_states,
             timestep_cond=timestep_cond,
+            added_cond_kwargs=added,
             return_dict=False,
         )[0]
         return out
@@ -81,15 +84,8 @@ class TextTimeUnet(Unet):
         time_ids: Tensor,
         timestep_cond: Tensor | None = None,
     ) -> Tensor:
-        out: Tensor = self.net(
-            sample,
-            timestep,
-            encoder_hidden_states=encoder_hidden_states,
-            timestep_cond=timestep_cond,
-            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
-            return_dict=False,
-        )[0]
-        return out
+        added = {TEXT_EMBEDS: text_embeds, TIME_IDS: time_ids}
+        return super().forward(sample, timestep, encoder_hidden_states, timestep_cond, added)
 
 
 def unet(
