@@ -30,6 +30,9 @@ MAX_BATCH = 63
 AUTOENCODER = "vae"
 """The autoencoder's folder in every pipeline of diffusers."""
 
+TOKENIZER_OF = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""A text encoder's folder there -> its tokenizer's."""
+
 Sizes = Mapping[str, int]
 """A value for each symbolic dimension of a component's inputs: batch, height, width, tokens."""
 

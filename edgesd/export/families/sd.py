@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgesd.export.families import ExportSpec, Family, OwnPipeline
+from edgesd.export.families import TOKENIZER_OF, ExportSpec, Family, OwnPipeline
 from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.export.families.latent_diffusion import (
     CLASSES,
@@ -30,7 +30,8 @@ from edgesd.export.quiet import quiet
 from edgesd.runtime.schedulers import sampler_class
 from edgesd.spec.pipeline import stable_diffusion
 
-_TEXT_ENCODER, _TOKENIZER = "text_encoder", "tokenizer"
+_TEXT_ENCODER = "text_encoder"
+_TOKENIZER = TOKENIZER_OF[_TEXT_ENCODER]
 _CLASSES = {
     _TEXT_ENCODER: ("transformers", ("CLIPTextModel",)),
     _TOKENIZER: TOKENIZERS,

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import InputError
-from edgesd.export.families import Component, ExportSpec, Family, OwnPipeline
+from edgesd.export.families import TOKENIZER_OF, Component, ExportSpec, Family, OwnPipeline
 from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.export.families.latent_diffusion import (
     CLASSES,
@@ -49,12 +49,11 @@ from edgesd.spec.pipeline import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FIRST, _SECOND = "text_encoder", "text_encoder_2"
-_TOKENIZER_OF = {_FIRST: "tokenizer", _SECOND: "tokenizer_2"}
+_FIRST, _SECOND = TOKENIZER_OF
 _CLASSES = {
     _FIRST: ("transformers", ("CLIPTextModel",)),
     _SECOND: ("transformers", ("CLIPTextModelWithProjection",)),
-    **dict.fromkeys(_TOKENIZER_OF.values(), TOKENIZERS),
+    **dict.fromkeys(TOKENIZER_OF.values(), TOKENIZERS),
     **CLASSES,
 }
 _PIPELINE, _FROM_IMAGE = "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"
@@ -115,7 +114,7 @@ FAMILY = Family(
     name="sdxl",
     class_names=(_PIPELINE, _FROM_IMAGE),
     weights={_FIRST: "model", _SECOND: "model", **WEIGHTS},
-    configs=("scheduler", *_TOKENIZER_OF.values()),
+    configs=("scheduler", *TOKENIZER_OF.values()),
     export_spec=export_spec,
 )
 
@@ -131,13 +130,13 @@ def _class_of(source: Checkpoint) -> str:
 
 def _classes(source: Checkpoint) -> dict[str, tuple[str, Sequence[str]]]:
     """The components that the model has, as CLASSES."""
-    absent = (_FIRST, _TOKENIZER_OF[_FIRST]) if _refines(source) else ()
+    absent = (_FIRST, TOKENIZER_OF[_FIRST]) if _refines(source) else ()
     return {name: valid for name, valid in _CLASSES.items() if name not in absent}
 
 
 def _encoders(own: Any) -> dict[str, Any]:
     """The text encoders of diffusers' pipeline, in the order in which their outputs are joined."""
-    return {name: getattr(own, name) for name in _TOKENIZER_OF if getattr(own, name) is not None}
+    return {name: getattr(own, name) for name in TOKENIZER_OF if getattr(own, name) is not None}
 
 
 def _token_count(source: Checkpoint, own: Any, texts: Mapping[str, Mapping[str, Any]]) -> int:
@@ -146,7 +145,7 @@ def _token_count(source: Checkpoint, own: Any, texts: Mapping[str, Mapping[str, 
 
     counts = {
         name: clip.token_count(source.folder(folder), getattr(own, folder), texts[name])
-        for name, folder in _TOKENIZER_OF.items()
+        for name, folder in TOKENIZER_OF.items()
         if name in texts
     }
     if len(set(counts.values())) > 1:
@@ -179,7 +178,7 @@ def _wiring(components: Sequence[Component], tokens: int, ids: Fill, zero_negati
     from edgesd.export.families.parts import clip, unet
 
     specs = {component.name: component.spec for component in components}
-    texts = [name for name in _TOKENIZER_OF if name in specs]
+    texts = [name for name in TOKENIZER_OF if name in specs]
     inputs = [
         InputSpec("sample", "sample"),
         InputSpec("timestep", "timestep"),
@@ -192,8 +191,8 @@ def _wiring(components: Sequence[Component], tokens: int, ids: Fill, zero_negati
     if specs[UNET].input("timestep_cond") is not None:
         inputs.append(InputSpec("timestep_cond", "guidance_embedding"))
     return Wiring(
-        texts=tuple(TextSpec(name, _TOKENIZER_OF[name], "input_ids") for name in texts),
-        tokenizers={_TOKENIZER_OF[name]: TokenizerRef(tokens) for name in texts},
+        texts=tuple(TextSpec(name, TOKENIZER_OF[name], "input_ids") for name in texts),
+        tokenizers={TOKENIZER_OF[name]: TokenizerRef(tokens) for name in texts},
         denoiser=DenoiserSpec(UNET, tuple(inputs), "noise_pred"),
         decoder=DecoderSpec(DECODER, "latents", "image"),
         zero_negative=zero_negative,
@@ -219,7 +218,7 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
     }
     tokenizers = {
         name: partial(load_tokenizer, source.folder(name), source.embeddings)
-        for name in _TOKENIZER_OF.values()
+        for name in TOKENIZER_OF.values()
     }
     absent = {name: None for name in (*networks, *tokenizers) if name not in present}
     scored = {_SCORED: True} if _refines(source) else {}
@@ -247,7 +246,7 @@ def _own_pipeline(source: Checkpoint, defaults: Defaults) -> OwnPipeline:
         encoders=_encoders(pipeline),
         tokenizers={
             name: getattr(pipeline, name)
-            for name in _TOKENIZER_OF.values()
+            for name in TOKENIZER_OF.values()
             if name in _classes(source)
         },
         denoiser=pipeline.unet,

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from edgesd.errors import InputError
+from edgesd.export.families import TOKENIZER_OF
 from edgesd.export.families.checkpoint import Checkpoint, Embedding
 
-_ENCODERS = {"text_encoder": ("tokenizer", "clip_l"), "text_encoder_2": ("tokenizer_2", "clip_g")}
-"""Text encoder -> its tokenizer, and the name of its vectors in files for two."""
+_NAMES = dict(zip(TOKENIZER_OF, ("clip_l", "clip_g"), strict=True))
+"""Text encoder -> the name of its vectors in files for two."""
 
 
 def add_tokens(tokenizer: Any, embeddings: Sequence[Embedding]) -> None:
@@ -36,11 +37,11 @@ def add_vectors(net: nn.Module, source: Checkpoint, component: str) -> None:
     As in diffusers, the table then has as many rows as the tokenizer has tokens. Raises InputError
     for vectors that are another model's.
     """
-    if not source.embeddings or component not in _ENCODERS:
+    if not source.embeddings or component not in _NAMES:
         return
     from edgesd.export.families.parts.clip import load_tokenizer
 
-    tokenizer, name = _ENCODERS[component]
+    tokenizer, name = TOKENIZER_OF[component], _NAMES[component]
     table: Any = net.get_input_embeddings()  # type: ignore[operator]
     rows = [_vectors(source, component, name, embedding) for embedding in source.embeddings]
     count = len(load_tokenizer(source.folder(tokenizer)))
@@ -68,7 +69,7 @@ def add_vectors(net: nn.Module, source: Checkpoint, component: str) -> None:
 
 def _vectors(source: Checkpoint, component: str, name: str, embedding: Embedding) -> Tensor:
     """Those for one text encoder, of as many as the pipeline has."""
-    encoders = [each for each in _ENCODERS if _has(source, each)]
+    encoders = [each for each in _NAMES if _has(source, each)]
     both = len(embedding.vectors) > 1
     if len(encoders) > 1 and not both:
         raise InputError(
