@@ -10,23 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from edgesd.errors import InputError
-from edgesd.export.families import Component, ExportSpec, OwnPipeline
-from edgesd.export.families.checkpoint import Checkpoint
+from edgesd.export.families import AUTOENCODER, Component, ExportSpec, OwnPipeline
+from edgesd.export.families.checkpoint import DIFFUSERS_STEM, Checkpoint
 from edgesd.export.families.variants import SCHEDULER_CONFIG, Defaults, defaults_of
 from edgesd.export.quiet import quiet
 from edgesd.runtime.schedulers import create_scheduler
 from edgesd.spec.pipeline import LatentSpec, PipelineSpec, SchedulerSpec, ShapeSpec, Wiring
 
-UNET, VAE, DECODER = "unet", "vae", "vae_decoder"
+UNET, DECODER = "unet", "vae_decoder"
 
 CLASSES = {
     UNET: ("diffusers", ("UNet2DConditionModel",)),
-    VAE: ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
+    AUTOENCODER: ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
 }
 """Component -> its library, and the classes of it that are taken."""
 
 TOKENIZERS = ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"))
-WEIGHTS = {UNET: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model"}
+WEIGHTS = {UNET: DIFFUSERS_STEM, AUTOENCODER: DIFFUSERS_STEM}
 _UNSUPPORTED = (
     "class_embed_type",
     "num_class_embeds",

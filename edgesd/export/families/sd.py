@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgesd.export.families import TOKENIZER_OF, ExportSpec, Family, OwnPipeline
-from edgesd.export.families.checkpoint import Checkpoint
+from edgesd.export.families import AUTOENCODER, TOKENIZER_OF, ExportSpec, Family, OwnPipeline
+from edgesd.export.families.checkpoint import TRANSFORMERS_STEM, Checkpoint
 from edgesd.export.families.latent_diffusion import (
     CLASSES,
     DECODER,
     TOKENIZERS,
     UNET,
-    VAE,
     WEIGHTS,
     check_classes,
     check_unet,
@@ -87,7 +86,7 @@ def export_spec(
 FAMILY = Family(
     name="sd",
     class_names=("StableDiffusionPipeline", *_FROM_TEXT, _LCM),
-    weights={_TEXT_ENCODER: "model", **WEIGHTS},
+    weights={_TEXT_ENCODER: TRANSFORMERS_STEM, **WEIGHTS},
     configs=("scheduler", _TOKENIZER),
     export_spec=export_spec,
 )
@@ -114,7 +113,7 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
         {
             _TEXT_ENCODER: transformers.CLIPTextModel,
             UNET: diffusers.UNet2DConditionModel,
-            VAE: getattr(diffusers, source.class_of(VAE)),
+            AUTOENCODER: getattr(diffusers, source.class_of(AUTOENCODER)),
         },
         {_TOKENIZER: lambda: load_tokenizer(source.folder(_TOKENIZER), source.embeddings)},
         sampler_class(defaults.sampler),

@@ -14,14 +14,20 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import InputError
-from edgesd.export.families import TOKENIZER_OF, Component, ExportSpec, Family, OwnPipeline
-from edgesd.export.families.checkpoint import Checkpoint
+from edgesd.export.families import (
+    AUTOENCODER,
+    TOKENIZER_OF,
+    Component,
+    ExportSpec,
+    Family,
+    OwnPipeline,
+)
+from edgesd.export.families.checkpoint import TRANSFORMERS_STEM, Checkpoint
 from edgesd.export.families.latent_diffusion import (
     CLASSES,
     DECODER,
     TOKENIZERS,
     UNET,
-    VAE,
     WEIGHTS,
     check_classes,
     check_unet,
@@ -113,7 +119,7 @@ def export_spec(
 FAMILY = Family(
     name="sdxl",
     class_names=(_PIPELINE, _FROM_IMAGE),
-    weights={_FIRST: "model", _SECOND: "model", **WEIGHTS},
+    weights={_FIRST: TRANSFORMERS_STEM, _SECOND: TRANSFORMERS_STEM, **WEIGHTS},
     configs=("scheduler", *TOKENIZER_OF.values()),
     export_spec=export_spec,
 )
@@ -214,7 +220,7 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
         _FIRST: transformers.CLIPTextModel,
         _SECOND: transformers.CLIPTextModelWithProjection,
         UNET: diffusers.UNet2DConditionModel,
-        VAE: getattr(diffusers, source.class_of(VAE)),
+        AUTOENCODER: getattr(diffusers, source.class_of(AUTOENCODER)),
     }
     tokenizers = {
         name: partial(load_tokenizer, source.folder(name), source.embeddings)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import InputError, unknown_name
 from edgesd.export.families import Family, families, family_of
-from edgesd.export.families.checkpoint import Embedding, Weights
+from edgesd.export.families.checkpoint import TRANSFORMERS_STEM, Embedding, Weights
 from edgesd.files import expanded, sha256_file
 from edgesd.runtime.images import read_prompts
 from edgesd.spec.base import is_file_name
@@ -41,8 +41,6 @@ HINTS = "edgesd.json"
 INDEX = "model_index.json"
 _LONGEST_CLASS = 200
 """Characters of a class's name."""
-STEM = "diffusion_pytorch_model"
-"""Of the weight files of a network that diffusers saved."""
 _Stamp = tuple[Path, int, int, int]
 """A file, its inode, bytes, and when it was last written."""
 _HINT_TYPES: dict[str, tuple[type, ...]] = {
@@ -120,7 +118,7 @@ class ModelSource:
             and max(map(len, entry)) <= _LONGEST_CLASS
         ):
             return entry[0], entry[1]
-        raise InputError(f"{self.root / 'model_index.json'} has no {component}: is it complete?")
+        raise InputError(f"{self.root / INDEX} has no {component}: is it complete?")
 
     def weights(self, component: str) -> Weights:
         """The best weight files of a component. Raises InputError when there are none."""
@@ -440,7 +438,7 @@ def choose_weights(names: Collection[str], stem: str) -> Weights | None:
     for variant in (None, "fp16"):
         for safetensors in (True, False):
             extension = "safetensors" if safetensors else "bin"
-            base = "pytorch_model" if stem == "model" and not safetensors else stem
+            base = "pytorch_model" if stem == TRANSFORMERS_STEM and not safetensors else stem
             infix = f".{variant}" if variant else ""
             single = f"{base}{infix}.{extension}"
             if single in names:
@@ -520,7 +518,7 @@ def _no_pipeline(root: Path) -> str:
     """What a folder without model_index.json is instead, and what to do with it."""
     names = sorted(path.name for path in root.iterdir())
     inner = [name for name in names if (root / name / INDEX).is_file()]
-    snapshots = sorted((root / "snapshots").glob("*/model_index.json"))
+    snapshots = sorted((root / "snapshots").glob(f"*/{INDEX}"))
     pickles = [name for name in names if Path(name).suffix.lower() in PICKLES]
     single = [name for name in names if Path(name).suffix.lower() == SAFETENSORS]
     if "bundle.json" in names:

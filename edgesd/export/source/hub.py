@@ -14,13 +14,13 @@ from typing import Any
 
 from edgesd.errors import InputError, MissingDependencyError
 from edgesd.export.families import Family, family_of
+from edgesd.export.families.checkpoint import DIFFUSERS_STEM
 from edgesd.export.source.folder import (
     HINTS,
     INDEX,
     LICENCES,
     MODEL_CARD,
     NOTICE,
-    STEM,
     TEXT_FILE,
     choose_weights,
     class_name_of,
@@ -153,7 +153,7 @@ def _wanted(files: Collection[str], family: Family) -> list[str]:
 
 def _network(files: Collection[str], component: str) -> list[str]:
     pipeline = INDEX in files
-    found = _of_network(files, f"{component}/" if pipeline else "", STEM)
+    found = _of_network(files, f"{component}/" if pipeline else "", DIFFUSERS_STEM)
     return [*([INDEX] if pipeline else []), *found, *_papers(files)]
 
 

@@ -8,9 +8,9 @@ from typing import NoReturn
 
 from edgesd.errors import InputError
 from edgesd.export.families import Family
+from edgesd.export.families.checkpoint import DIFFUSERS_STEM
 from edgesd.export.source.folder import (
     INDEX,
-    STEM,
     ModelSource,
     is_pipeline,
     open_folder,
@@ -43,7 +43,7 @@ def open_network(name: str, root: Path, component: str) -> ModelSource:
     if not isinstance(class_name, str):
         raise InputError(f"{root / 'config.json'} names no class of diffusers (_class_name)")
     index = {component: ["diffusers", class_name]}
-    family = Family(component, (), {component: STEM}, (), _no_pipeline)
+    family = Family(component, (), {component: DIFFUSERS_STEM}, (), _no_pipeline)
     return NetworkFolder(name, root, index, family)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from edgesd.errors import InputError
 from edgesd.export.families import family_of
+from edgesd.export.families.variants import SCHEDULER_CONFIG
 from edgesd.export.quiet import quiet
 from edgesd.export.source.folder import INDEX, ModelSource, class_name_of, read_json_object
 from edgesd.export.source.layouts import ConfigFolder, known_layouts, lay_out
@@ -51,7 +52,6 @@ _LEFT_OUT = ("logit_scale", "text_projection.weight")
 _LONGEST_NAME = 100
 """Characters of a weight's name in an error."""
 
-_SCHEDULER = "scheduler/scheduler_config.json"
 _LICENCE, _PREDICTION = "modelspec.license", "modelspec.prediction_type"
 _LONGEST_LICENCE = 100
 _MARKS: Mapping[str, Mapping[str, object]] = {
@@ -253,7 +253,9 @@ def _note_training(folder: ConfigFolder, tensors: TensorFile) -> None:
     if said in _PREDICTIONS:
         options["prediction_type"] = _PREDICTIONS[said]
     if options:
-        folder.write(_SCHEDULER, {**read_json_object(folder.root / _SCHEDULER), **options})
+        folder.write(
+            SCHEDULER_CONFIG, {**read_json_object(folder.root / SCHEDULER_CONFIG), **options}
+        )
 
 
 def _converted(found: Mapping[str, Tensor], prefix: str, net: nn.Module) -> dict[str, Tensor]:
