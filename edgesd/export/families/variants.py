@@ -8,7 +8,7 @@ scheduler; names of files tell nothing. Where nothing does, it is taken for a ba
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from edgesd.export.families.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ class Defaults:
     options: Mapping[str, Any]
     steps: int
     guidance: float
-    assumed: str
+    assumed: str = ""
 
 
 class _Told(NamedTuple):
@@ -96,11 +96,10 @@ def defaults_of(
         kind.options if told.said else {},
         int(hints.get("num_inference_steps", kind.steps)),
         float(hints.get("guidance_scale", guidance)),
-        "",
     )
     if {"num_inference_steps", "guidance_scale"} <= hints.keys():
         return found
-    return Defaults(found.sampler, found.options, found.steps, found.guidance, _line(found, told))
+    return replace(found, assumed=_line(found, told))
 
 
 def _told(source: Checkpoint, class_name: str, config: Mapping[str, Any]) -> _Told:
