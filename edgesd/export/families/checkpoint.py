@@ -85,8 +85,9 @@ class Checkpoint(Protocol):
         tensor, mapped where the file allows it, in the type that the file has it in.
 
         None where diffusers' and transformers' own loaders read them, from `weights` in `folder`.
-        net: the network, made of the component's config alone, on torch's meta device. What comes
-        back has each of its parameters, in their shapes, and nothing else. Raises InputError.
+        net: the network, made of the component's config alone, its parameters on torch's meta
+        device. What comes back has each of them, in their shapes, and nothing else. Raises
+        InputError.
         """
 
     def check_network(self, component: str, net: nn.Module) -> None:

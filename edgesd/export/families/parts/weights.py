@@ -31,12 +31,12 @@ def load_network(source: Checkpoint, component: str, cls: Any, weights: bool = T
     """
     if not weights:
         return shell(source, component, cls)
-    state = source.state(component, _bare(source, component, cls))
+    with init_empty_weights(include_buffers=False):
+        net = _by_config(source, component, cls)
+    state = source.state(component, net)
     if state is None:
         net = _from_folder(source, component, cls)
     else:
-        with init_empty_weights(include_buffers=False):
-            net = _by_config(source, component, cls)
         net.load_state_dict(state, strict=True, assign=True)
     net = net.eval().requires_grad_(False)
     add_vectors(net, source, component)
@@ -101,16 +101,11 @@ def _from_pretrained(folder: Path, files: Weights, cls: Any, dtype: torch.dtype)
 def shell(source: Checkpoint, component: str, cls: Any) -> Any:
     """The network by its config, on torch's meta device, where it takes no memory. Raises
     InputError."""
-    net = _bare(source, component, cls)
-    add_vectors(net, source, component)
-    return net
-
-
-def _bare(source: Checkpoint, component: str, cls: Any) -> Any:
-    """The same without the vectors that the user adds."""
     with torch.device("meta"):
         net = _by_config(source, component, cls)
-    return net.eval().requires_grad_(False).float()
+    net = net.eval().requires_grad_(False).float()
+    add_vectors(net, source, component)
+    return net
 
 
 def _by_config(source: Checkpoint, component: str, cls: Any) -> Any:
