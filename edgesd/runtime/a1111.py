@@ -54,12 +54,8 @@ _SAMPLERS = {
 
 _OURS = {theirs.lower(): ours for ours, theirs in reversed(_SAMPLERS.items())}
 
-_SCHEDULES = {
-    "use_karras_sigmas": "Karras",
-    "use_exponential_sigmas": "Exponential",
-    "use_beta_sigmas": "Beta",
-}
-"""Options of a scheduler's configuration -> the web UI's names of how noise is spaced."""
+_SCHEDULES = {kind: kind.title() for kind in SPREADS}
+"""How noise levels are spread -> the web UI's name of it."""
 
 _USED = {"Steps": "steps", "CFG scale": "guidance_scale", "Seed": "seed", "Size": "size"}
 """The web UI's names -> those of edgesd's texts (recorded.py)."""
@@ -102,9 +98,10 @@ def parameters(manifest: BundleManifest, request: CompleteRequest) -> str:
 
 def _schedule(config: Mapping[str, Any], request: CompleteRequest) -> str:
     """The web UI's name of how noise levels are spread; "" where they aren't."""
-    if isinstance(request.sigmas, str):
-        return _SCHEDULES.get(option_of(request.sigmas), "")
-    return next((name for key, name in _SCHEDULES.items() if config.get(key)), "")
+    if isinstance(request.sigmas, tuple) or not SCHEDULERS[request.scheduler].spreads:
+        return ""
+    own = next((kind for kind in SPREADS if config.get(option_of(kind))), "")
+    return _SCHEDULES.get(own if request.sigmas is None else request.sigmas, "")
 
 
 def _line_safe(prompt: str) -> str:
@@ -157,9 +154,9 @@ def _sampler(pairs: Mapping[str, str]) -> tuple[str, str]:
     """Sampler and schedule in lower case; older versions have both in one name, such as
     "DPM++ 2M Karras"."""
     name, schedule = pairs.get("Sampler", "").lower(), pairs.get("Schedule type", "").lower()
-    for each in map(str.lower, _SCHEDULES.values()):
-        if name.endswith(f" {each}"):
-            return name.removesuffix(f" {each}"), each
+    for kind in SPREADS:
+        if name.endswith(f" {kind}"):
+            return name.removesuffix(f" {kind}"), kind
     return name, schedule
 
 

@@ -103,7 +103,14 @@ def test_the_schedule_is_written(kind: str, miniature: Bundle) -> None:
     manifest = msgspec.structs.replace(
         miniature.manifest, pipeline=msgspec.structs.replace(pipeline, scheduler=scheduler)
     )
-    assert f"Schedule type: {kind.title()}, " in parameters(manifest, complete())
+    request = complete(scheduler="euler")
+    assert f"Schedule type: {kind.title()}, " in parameters(manifest, request)
+    for other in (
+        replace(request, scheduler="ddim"),
+        replace(request, sigmas="normal"),
+        replace(request, sigmas=(9.0, 1.0, 0.0)),
+    ):
+        assert "Schedule type" not in parameters(manifest, other)
 
 
 def test_an_image_in_the_words_of_the_web_ui(miniature: Bundle) -> None:
