@@ -124,8 +124,9 @@ def make_images(
     """
     check_output(out, len(requests))
     complete = [pipeline.complete(request) for request in requests]
-    batches = _batches(pipeline, complete, batch)
-    sizes = {(len(each), pipeline.chunks(complete[each[0]])): each[0] for each in batches}
+    chunks = [pipeline.chunks(request) for request in complete]
+    batches = _batches(chunks, batch)
+    sizes = {(len(each), chunks[each.start]): each.start for each in batches}
     for (count, _), index in sizes.items():
         pipeline.fit(complete[index], count, preview_every > 0)
     if isinstance(out, Path):
@@ -178,17 +179,14 @@ def make_images(
     return written
 
 
-def _batches(
-    pipeline: Pipeline | Refined, requests: Sequence[CompleteRequest], most: int
-) -> list[range]:
+def _batches(chunks: Sequence[int], most: int) -> list[range]:
     """Indices of requests that are generated together, in order: at most `most`, with equally many
-    chunks of tokens."""
-    chunks = [pipeline.chunks(request) if most > 1 else 0 for request in requests]
+    chunks of tokens. chunks: of each request."""
     found: list[range] = []
     first = 0
-    for index in range(1, len(requests) + 1):
+    for index in range(1, len(chunks) + 1):
         full = index - first == most
-        if index == len(requests) or full or chunks[index] != chunks[first]:
+        if index == len(chunks) or full or chunks[index] != chunks[first]:
             found.append(range(first, index))
             first = index
     return found
