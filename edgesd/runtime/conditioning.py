@@ -4,6 +4,7 @@ sizes."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,9 @@ from edgesd.spec.pipeline import Fill, Part, TextSpec
 Encoded = Mapping[Part | Fill, Float]
 """What a half of guidance is conditioned on [B, ...]: by the output of a text encoder, or by how
 an input is filled."""
+
+_KEPT = 64
+"""Prompts whose chunks are remembered: an image's are looked at again and again."""
 
 Run = Callable[[str, Mapping[str, Array]], Mapping[str, Array]]
 """Runs one component on inputs of batch 1 and returns its outputs, which the caller copies."""
@@ -49,6 +53,7 @@ class Prompts:
         self._texts, self._tokenizers, self._fixed = texts, tokenizers, chunks
         self._places = list(dict.fromkeys(text.tokenizer for text in texts))
         self._known: dict[tuple[str, bytes], dict[str, Float]] = {}
+        self._chunks = lru_cache(_KEPT)(self._cut)
 
     def count(self, prompts: Iterable[Prompt | None]) -> int:
         """Chunks that each of `prompts` is given as when they are encoded together, all encoders
@@ -78,9 +83,8 @@ class Prompts:
         for text in self._texts:
             for prompt in dict.fromkeys(one for one in both if one is not None):
                 chunks = self._chunks(prompt, text.tokenizer)
-                chunks += [Chunk(self._tokenizers[text.tokenizer].framed(()))] * (
-                    count - len(chunks)
-                )
+                empty = Chunk(self._tokenizers[text.tokenizer].framed(()))
+                chunks += (empty,) * (count - len(chunks))
                 for chunk in chunks:
                     key = text.component, chunk.ids.tobytes()
                     if key not in self._known:
@@ -96,14 +100,14 @@ class Prompts:
         """Encode every prompt anew from now on."""
         self._known.clear()
 
-    def _chunks(self, prompt: Prompt, folder: str) -> list[Chunk]:
+    def _cut(self, prompt: Prompt, folder: str) -> tuple[Chunk, ...]:
         """The chunks of what a tokenizer reads of a prompt."""
         text = prompt.texts[min(self._places.index(folder), len(prompt.texts) - 1)]
         most = self._fixed or MOST_CHUNKS
         chunks, cut = chunks_of(self._tokenizers[folder], text, prompt.syntax, most)
         if cut:
             self.truncations.setdefault(text, cut)
-        return chunks
+        return tuple(chunks)
 
     def _whole(self, text: TextSpec, chunks: Sequence[Chunk]) -> dict[str, Float]:
         """All outputs of an encoder for the chunks of a prompt: embeddings of tokens one after

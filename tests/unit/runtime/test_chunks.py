@@ -230,6 +230,23 @@ def test_what_is_known_is_not_run_again(tokenizer: PromptTokenizer) -> None:
     assert len(encoders.runs) == 10
 
 
+def test_a_prompt_is_cut_once(tokenizer: PromptTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    ids = tokenizer.ids
+
+    def counted(text: str) -> list[int]:
+        read.append(text)
+        return ids(text)
+
+    monkeypatch.setattr(tokenizer, "ids", counted)
+    prompts = Prompts(TEXTS, {"one": tokenizer, "two": tokenizer}, None)
+    long, short = Prompt(("cat " * 80,)), Prompt(("dog",))
+    for _ in range(2):
+        assert prompts.count((long, short)) == 2
+        prompts.conditioned([long], [short], Encoders(), lambda name: None)
+    assert sorted(read) == [*(["cat " * 80] * 2), *(["dog"] * 2)]  # by each tokenizer
+
+
 @pytest.fixture(scope="module")
 def any_length(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle whose denoiser takes any number of chunks. Read-only."""
