@@ -176,7 +176,7 @@ class Pipeline(Closeable):
     ) -> Float:
         """Latents [B, C, h, w] of the requests."""
         first, wiring = requests[0], self.spec.wiring
-        if not all(request.like(first) for request in requests):
+        if any(request.shared != first.shared for request in requests):
             raise UsageError("the images of one batch must share steps, size and scheduler")
         if len(requests) > 1 and len({self.chunks(request) for request in requests}) > 1:
             raise UsageError("the prompts of one batch must have the same number of chunks")

@@ -75,6 +75,8 @@ class Refined:
         self._running = base
         self._second: dict[CompleteRequest, CompleteRequest] = {}
         """The base model's request -> the refiner's."""
+        self._cuts: dict[tuple[CompleteRequest, CompleteRequest], tuple[int, int]] = {}
+        """What both requests share with others -> the steps of both."""
 
     def complete(self, request: Request | CompleteRequest) -> CompleteRequest:
         """The request as the base model takes it, for `generate`. Raises UsageError, also where the
@@ -84,30 +86,31 @@ class Refined:
         end = DENOISING_END if request.denoising_end is None else request.denoising_end
         request = replace(request, denoising_end=end)
         first = self.base.complete(request)
-        self._second[first] = second = self.refiner.complete(_for_refiner(request, first))
-        self._check_cut(first, second)
+        self._second[first] = self.refiner.complete(_for_refiner(request, first))
+        self._steps(first)
         return first
 
-    def _check_cut(self, first: CompleteRequest, second: CompleteRequest) -> None:
-        self._steps(first)
-        base, refiner = (
-            scheduler_of(pipeline.spec, request).noise_level(0)[0] == 1
-            for pipeline, request in ((self.base, first), (self.refiner, second))
-        )
-        if base != refiner:
+    def _steps(self, request: CompleteRequest) -> tuple[int, int]:
+        """How often the base model's denoiser is run for a request, and the refiner's. Raises
+        UsageError where one of both has nothing to do, or the refiner can't go on."""
+        second = self._second[request]
+        shared = request.shared, second.shared
+        if shared not in self._cuts:
+            self._cuts[shared] = self._cut(request, second)
+        return self._cuts[shared]
+
+    def _cut(self, first: CompleteRequest, second: CompleteRequest) -> tuple[int, int]:
+        at = first.denoising_end or DENOISING_END
+        base = scheduler_of(self.base.spec, first)
+        refiner = scheduler_of(self.refiner.spec, second)
+        begun = steps_of_base(self.base.spec, base, at)
+        left = len(refiner.timesteps) - first_of_refiner(self.refiner.spec, refiner, at)
+        if (base.noise_level(0)[0] == 1) != (refiner.noise_level(0)[0] == 1):
             raise UsageError(
                 f"the samplers {first.scheduler} and {second.scheduler} scale latents differently, "
                 "so that the refiner can't go on: choose one for both with --scheduler"
             )
-
-    def _steps(self, request: CompleteRequest) -> tuple[int, int]:
-        """How often the base model's denoiser is run for a request, and the refiner's."""
-        at, second = request.denoising_end or DENOISING_END, self._second[request]
-        base = scheduler_of(self.base.spec, request)
-        refiner = scheduler_of(self.refiner.spec, second)
-        begun = steps_of_base(self.base.spec, base, at)
-        first = first_of_refiner(self.refiner.spec, refiner, at)
-        return begun, len(refiner.timesteps) - first
+        return begun, left
 
     def fit(self, request: CompleteRequest, count: int, previews: bool = False) -> None:
         """See Pipeline: each of both must fit on its own."""

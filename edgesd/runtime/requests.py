@@ -127,17 +127,12 @@ class CompleteRequest:
             return None
         return Prompt((first, first if second is None else second), self.syntax)
 
-    def like(self, other: CompleteRequest) -> bool:
-        """Whether both can be generated in one batch: they differ in prompts and seed only."""
-        same = replace(
-            self,
-            prompt=other.prompt,
-            seed=other.seed,
-            negative_prompt=other.negative_prompt,
-            prompt_2=other.prompt_2,
-            negative_prompt_2=other.negative_prompt_2,
+    @property
+    def shared(self) -> CompleteRequest:
+        """What the images of one batch have in common: all but prompts and seed."""
+        return replace(
+            self, prompt="", seed=0, negative_prompt=None, prompt_2=None, negative_prompt_2=None
         )
-        return same == other
 
 
 class Completion:
