@@ -20,6 +20,7 @@ import click
 import msgspec
 
 from edgesd.errors import BoardError, EdgesdError, InputError, missing_package
+from edgesd.spec.base import MAX_PIXELS
 from edgesd.text import shown, shown_json, shown_lines
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new release
         parts = str(value).lower().split("x")
         if len(parts) in (1, 2) and all(part.isascii() and part.isdigit() for part in parts):
             width, height = int(parts[0]), int(parts[-1])
-            if 0 < width <= 16384 and 0 < height <= 16384:
+            if 0 < width <= MAX_PIXELS and 0 < height <= MAX_PIXELS:
                 return width, height
         raise click.BadParameter(
             f"{value!r} isn't a size: write WIDTHxHEIGHT in pixels, such as 512x512", ctx, param

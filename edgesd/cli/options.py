@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import click
 
 from edgesd.cli.common import Bytes, Finite, Numbers, Offset, Size
-from edgesd.spec.base import MAX_GUIDANCE, MAX_SCORE
+from edgesd.spec.base import MAX_GUIDANCE, MAX_SCORE, MAX_STEPS
 from edgesd.spec.build import VARIANTS
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _Command = Callable[..., Any]
 _Decorator = Callable[[Any], Any]
-
-MAX_STEPS = 1000
 
 
 class OptionGroup(Generic[_T]):

@@ -19,7 +19,7 @@ from edgesd.runtime import a1111
 from edgesd.runtime.requests import MOST_TOLD_PIXELS, CompleteRequest, Micro, Request
 from edgesd.runtime.schedulers import SIGMA_KINDS
 from edgesd.runtime.syntax import SYNTAXES
-from edgesd.spec.base import MAX_GUIDANCE, MAX_SCORE
+from edgesd.spec.base import MAX_GUIDANCE, MAX_PIXELS, MAX_SCORE, MAX_STEPS
 from edgesd.spec.bundle import BundleManifest
 from edgesd.text import first_sentence
 
@@ -27,7 +27,6 @@ _MOST_BYTES = 4 << 20
 """Of a PNG, read from its beginning: what is said of an image stands before its pixels."""
 
 _MOST_TEXT = 256_000
-_MOST_STEPS, _MOST_PIXELS = 1000, 16384
 _MOST_TIMESTEPS, _MOST_SIGMA = 100_000, 1e6
 _PAIR = "WIDTHxHEIGHT in pixels"
 
@@ -109,7 +108,7 @@ _FIELDS = {
     "negative_prompt_2": _Field(("negative_prompt_2",), _text),
     "prompt_syntax": _Field(("syntax",), _one_of(*SYNTAXES), " or ".join(SYNTAXES)),
     "seed": _Field(("seed",), _whole(0, 2**64 - 1), "0 to 18446744073709551615"),
-    "steps": _Field(("num_inference_steps",), _whole(1, _MOST_STEPS), f"1 to {_MOST_STEPS}"),
+    "steps": _Field(("num_inference_steps",), _whole(1, MAX_STEPS), f"1 to {MAX_STEPS}"),
     "guidance_scale": _Field(
         ("guidance_scale",),
         _real(-MAX_GUIDANCE, MAX_GUIDANCE),
@@ -119,7 +118,7 @@ _FIELDS = {
     "sigmas": _Field(("sigmas",), _sigmas, f"{', '.join(SIGMA_KINDS)}, or a list", ","),
     "timesteps": _Field(("timesteps",), _timesteps, "a list of timesteps", ","),
     "eta": _Field(("eta",), _real(0, 1), "0 to 1"),
-    "size": _Field(("width", "height"), _pair(1, _MOST_PIXELS), _PAIR),
+    "size": _Field(("width", "height"), _pair(1, MAX_PIXELS), _PAIR),
     "guidance_rescale": _Field(("guidance_rescale",), _real(0, 1), "0 to 1"),
     "denoising_end": _Field(("denoising_end",), _real(0, 1), "a number between 0 and 1"),
     **{

@@ -35,8 +35,12 @@ Text = Annotated[str, Meta(max_length=10_000)]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Size = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
-Pixels = Annotated[int, Meta(ge=1, le=1 << 14)]
+MAX_PIXELS = 1 << 14
+Pixels = Annotated[int, Meta(ge=1, le=MAX_PIXELS)]
+"""A side of an image."""
 Number = Annotated[float, Meta(ge=-1e15, le=1e15)]
+MAX_STEPS = 1000
+"""Of a request from outside."""
 MAX_GUIDANCE = 1000
 MAX_SCORE = 1000
 """Aesthetic scores are to 10, and a model may be told others."""
