@@ -16,13 +16,17 @@ from edgesd.cli.common import Bytes, Size
 from edgesd.cli.options import (
     GenerationOptions,
     OptionGroup,
+    PromptOptions,
     RunOptions,
     ScheduleOptions,
     generation_options,
     option_arguments,
+    prompt_options,
     run_options,
     schedule_options,
 )
+from edgesd.runtime.schedulers import SIGMA_KINDS
+from edgesd.runtime.syntax import SYNTAXES
 
 EXAMPLES: dict[type[click.ParamType], Callable[[Any], str]] = {
     Size: lambda kind: "20x12",
@@ -167,6 +171,14 @@ def test_where_steps_are_placed_is_a_kind_or_a_list() -> None:
     assert run("--timesteps", "999,499")["schedule"] == ScheduleOptions(None, (999, 499))
     request = ScheduleOptions("beta", (7,), 0.5).applied(GenerationOptions().request("a", 1))
     assert (request.sigmas, request.timesteps, request.eta) == ("beta", (7,), 0.5)
+
+
+def test_words_that_are_imported_late_are_taken() -> None:
+    run = built(schedule_options, prompt_options)
+    for kind in SIGMA_KINDS:
+        assert run("--sigmas", kind)["schedule"] == ScheduleOptions(kind)
+    for syntax in SYNTAXES:
+        assert run("--prompt-syntax", syntax)["prompting"] == PromptOptions(prompt_syntax=syntax)
 
 
 @pytest.mark.parametrize(
