@@ -1,6 +1,6 @@
 """A base model's bundle and a refiner's: latents are handed over, and one is in memory at a time.
 
-Both are miniatures here; tests/e2e/test_refiner.py compares with diffusers.
+Both are miniatures here; tests/e2e/test_same_images.py compares with diffusers.
 """
 
 from __future__ import annotations
