@@ -22,6 +22,7 @@ from edgesd.progress import Progress
 from edgesd.recipes.gates import WORST, WorstImages
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.chunks import fixed_chunks
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import CompleteRequest, Completion, Request
 from edgesd.runtime.settings import Settings
@@ -146,6 +147,9 @@ class Comparison:
         complete = Completion(pipeline).complete
         requests = [msgspec.json.encode(_named(complete(request))) for request in self.requests]
         tools = {**self.reference.manifest.tools, "sha": pipeline.source_sha256}
+        chunks = fixed_chunks(pipeline) or 1
+        if chunks > 1:  # left out otherwise, as older pipelines have it
+            tools["chunks"] = str(chunks)
         parts = (requests, sorted(tools.items()), pipeline.shape)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

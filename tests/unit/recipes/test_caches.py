@@ -69,7 +69,7 @@ def test_layers_of_a_checkpoint_that_has_changed_are_not_kept(
 
 
 def test_images_of_a_source(tmp_path: Path) -> None:
-    pipeline = SimpleNamespace(source_sha256="0" * 64, shape=ShapeSpec(64, 64, 32, True, 8))
+    pipeline = msgspec.structs.replace(pipeline_spec(), shape=ShapeSpec(64, 64, 32, True, 8))
     manifest = SimpleNamespace(tools={"edgesd": "0.1", "torch": "2.0"}, pipeline=pipeline)
     reference: Any = SimpleNamespace(manifest=manifest)
     requests = [CompleteRequest("a cat", 7, "", 20, 7.5, 64, 64, "ddim")]
@@ -97,7 +97,8 @@ def test_images_of_other_defaults_are_others(tmp_path: Path) -> None:
         "wiring": zeros,
     }
     pipelines = [msgspec.structs.replace(spec, **{name: new}) for name, new in changed.items()]
+    pipelines += [pipeline_spec(tokens=154), pipeline_spec(tokens=231)]
     names = {folder(spec), *map(folder, pipelines)}
-    assert len(names) == 5
+    assert len(names) == 7
     assert folder(spec, "") == folder(spec)
-    assert folder(pipelines[-1], "") == folder(spec)
+    assert folder(pipelines[3], "") == folder(spec)
