@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import beside_others, common, loop_overhead, parity, peer_files, peers, startup
-from edgesd.errors import EdgesdError
+from edgesd.errors import EdgesdError, UsageError
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.schedulers import SCHEDULERS
 
@@ -165,3 +165,16 @@ def test_the_grid_of_the_starts_is_that_of_q4_0() -> None:
     errors = [np.linalg.norm(grid(bits)(weight) - weight) for bits in (4, 3, 2)]
     assert errors[0] < errors[1] < errors[2]
     assert len(np.unique(grid(2)(weight)[1, :32])) <= 4
+
+
+def test_quantization_is_measured_of_what_onnx_runtime_runs_in_fp32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torch")
+    from benchmarks import quantization
+
+    quantization.check_model("demo")
+    monkeypatch.setattr(quantization, "REFER_BYTES", 1 << 20)
+    with pytest.raises(UsageError, match=r"weights in fp32, .*: give a smaller model") as error:
+        quantization.check_model("demo")
+    assert "\n" not in str(error.value)
