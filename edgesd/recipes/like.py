@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edgesd.errors import UsageError
 from edgesd.runtime.bundle import open_bundle
-from edgesd.spec.build import DEMO, HUB, BuildRecord
+from edgesd.spec.build import DEMO, HUB, BuildRecord, ModelReference
 from edgesd.spec.bundle import BundleManifest
 
 
@@ -39,31 +39,30 @@ class Like:
     def model(self) -> str:
         """The model to build from where the user names none. Raises UsageError for one that lay in
         a folder: where it is now, the user must say."""
-        from edgesd.export.source import is_hub_id
-
         reference = self.record.model
         if reference.kind == DEMO:
             return DEMO
-        if reference.kind == HUB and is_hub_id(reference.name):
-            return reference.name
-        raise UsageError(
-            f"{self.path} was built from a model called {reference.name!r} (sha256 "
-            f"{reference.sha256[:16]}...): say where it is: edgesd build MODEL --like {self.path}"
+        return self._on_hub(
+            reference, "from a model", f"say where it is: edgesd build MODEL --like {self.path}"
         )
 
     def vae(self) -> str | None:
         """The model of its autoencoder where that isn't the model's own. Raises UsageError for one
         that lay in a folder."""
-        from edgesd.export.source import is_hub_id
-
         reference = self.record.vae
         if reference is None:
             return None
+        return self._on_hub(reference, "with an autoencoder", "say where it is: --vae MODEL")
+
+    def _on_hub(self, reference: ModelReference, what: str, advice: str) -> str:
+        """The hub id that was built from. Raises UsageError where it was none."""
+        from edgesd.export.source import is_hub_id
+
         if reference.kind == HUB and is_hub_id(reference.name):
             return reference.name
         raise UsageError(
-            f"{self.path} was built with an autoencoder called {reference.name!r} (sha256 "
-            f"{reference.sha256[:16]}...): say where it is: --vae MODEL"
+            f"{self.path} was built {what} called {reference.name!r} (sha256 "
+            f"{reference.sha256[:16]}...): {advice}"
         )
 
     def check_embeddings(self, given: Collection[str]) -> None:
