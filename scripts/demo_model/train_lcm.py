@@ -10,7 +10,6 @@ are. Run again with the same ``--work`` to go on from the checkpoint.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import dataset, model
-from .training import fit, pick, weights_of
+from .training import fit, pick, stage_parser, weights_of
 
 GUIDANCE_WIDTH = 64
 GUIDANCE_SCALES = (2.0, 6.0)
@@ -186,22 +185,7 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, required=True, help="folder made by prepare_data")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--start", type=Path, required=True, help="pipeline folder to start from")
-    parser.add_argument("--cpu-minutes", type=float, default=60.0)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    arguments = parser.parse_args()
-    train(
-        arguments.data,
-        arguments.work,
-        arguments.start,
-        cpu_minutes=arguments.cpu_minutes,
-        batch=arguments.batch,
-        lr=arguments.lr,
-    )
+    train(**vars(stage_parser(__doc__, lr=3e-4).parse_args()))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ checkpoint.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import dataset, model
-from .training import fit, pick, weights_of
+from .training import fit, pick, stage_parser, weights_of
 
 EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance
 MIN_SNR_GAMMA = 5.0
@@ -105,24 +104,9 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, required=True, help="folder made by prepare_data")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--start", type=Path, required=True, help="pipeline folder to start from")
+    parser = stage_parser(__doc__, lr=8e-4)
     parser.add_argument("--fresh", action="store_true", help="start from random weights")
-    parser.add_argument("--cpu-minutes", type=float, default=60.0)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=8e-4)
-    arguments = parser.parse_args()
-    train(
-        arguments.data,
-        arguments.work,
-        arguments.start,
-        fresh=arguments.fresh,
-        cpu_minutes=arguments.cpu_minutes,
-        batch=arguments.batch,
-        lr=arguments.lr,
-    )
+    train(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ begin up to 16 pixels further down and right, and their crop says so.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import dataset, model, xl
 from .train_unet import AVERAGE_DECAY, EMPTY_CAPTION_SHARE, diffusion_loss
-from .training import fit, pick, weights_of
+from .training import fit, pick, stage_parser, weights_of
 
 SOFT_SIDES = (16, 96)
 MAX_CROP = 16
@@ -130,22 +129,7 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, required=True, help="folder made by prepare_data")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--start", type=Path, required=True, help="pipeline folder to start from")
-    parser.add_argument("--cpu-minutes", type=float, default=60.0)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=6e-4)
-    arguments = parser.parse_args()
-    train(
-        arguments.data,
-        arguments.work,
-        arguments.start,
-        cpu_minutes=arguments.cpu_minutes,
-        batch=arguments.batch,
-        lr=arguments.lr,
-    )
+    train(**vars(stage_parser(__doc__, lr=6e-4).parse_args()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import signal
 import time
@@ -70,6 +71,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 def sampling_weights(emoji: Sequence[Emoji], by_kind: Mapping[Kind, float]) -> Tensor:
     """Weight of each picture, [N]; kinds that are not named are never sampled."""
     return torch.tensor([by_kind.get(entry.kind, 0.0) for entry in emoji])
+
+
+def stage_parser(doc: str | None, lr: float) -> argparse.ArgumentParser:
+    """What every stage of diffusion training is run with. doc: of its module."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
+    parser.add_argument("--data", type=Path, required=True, help="folder made by prepare_data")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--start", type=Path, required=True, help="pipeline folder to start from")
+    parser.add_argument("--cpu-minutes", type=float, default=60.0)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=lr)
+    return parser
 
 
 def weights_of(emoji: Sequence[Emoji]) -> Tensor:
