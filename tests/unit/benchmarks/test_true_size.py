@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.support import wait_until
+
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
@@ -25,8 +27,7 @@ def test_anonymous_pages_of_children_count() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", f"{code}\n"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
-        while true_size._resident(child.pid)[0] < SIZE:
-            assert child.poll() is None
+        wait_until(lambda: true_size._resident(child.pid)[0] >= SIZE, "the child holds its memory")
         assert child.pid in true_size._family(os.getpid())
         before._sample()
         child.communicate(b"\n")
