@@ -17,7 +17,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from edgesd.errors import InputError, UsageError  # noqa: E402
 from edgesd.export.families.checkpoint import Embedding  # noqa: E402
-from edgesd.export.families.parts.clip import load_tokenizer, text_encoder  # noqa: E402
+from edgesd.export.families.parts.clip import load_tokenizer  # noqa: E402
 from edgesd.export.families.parts.weights import load_network, shell  # noqa: E402
 from edgesd.export.own_pipeline import check_own_pipeline  # noqa: E402
 from edgesd.export.pipeline import export_spec  # noqa: E402
@@ -175,12 +175,7 @@ def test_prompts_are_fed_as_in_diffusers(tmp_path: Path) -> None:
     check_own_pipeline(export, {"tokenizer": tokenizer})
     ids = tokenizer.encode("a <toy>!")[0][0].tolist()
     assert [i for i in ids if i >= KNOWN] == [KNOWN, KNOWN + 1, KNOWN + 2]
-    component = text_encoder(source, "text_encoder", {**_config(source)}, 77, export.pipeline.shape)
-    assert component.load().net.config.vocab_size == KNOWN + 3
-
-
-def _config(source: ModelSource) -> dict[str, Any]:
-    return {"vocab_size": KNOWN + 3, **source.config("text_encoder/config.json")}
+    assert export.components[0].load().net.config.vocab_size == KNOWN + 3
 
 
 @pytest.mark.parametrize(
