@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from edgesd.errors import InputError, unknown_name
 from edgesd.export.families import Family, families, family_of
 from edgesd.export.families.checkpoint import TRANSFORMERS_STEM, Embedding, Weights
+from edgesd.export.source.pointers import check_no_pointer
+from edgesd.export.source.tensor_file import TensorFile
 from edgesd.files import expanded, sha256_file
 from edgesd.runtime.images import read_prompts
 from edgesd.spec.base import is_file_name
 from edgesd.spec.build import VARIANTS, Variant
 from edgesd.spec.bundle import Licence
-from edgesd.text import first_sentence
 from edgesd.textfiles import read_json
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 TEXT_FILE = (".json", ".txt", ".model")
 LICENCES = "LICENSES"
 NOTICE = re.compile(r"(licen[cs]e|notice|copying)([._-].*)?", re.IGNORECASE)
@@ -153,19 +153,9 @@ class ModelSource:
             check_no_pointer(path)
         if not weights.safetensors:
             return sum(path.stat().st_size for path in paths) // 4
-        from safetensors import SafetensorError, safe_open
-
-        count = 0
-        for path in paths:
-            if path.suffix != ".safetensors":
-                continue  # the index of a sharded checkpoint
-            try:
-                with safe_open(path, "np") as file:
-                    shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-            except (SafetensorError, OSError) as exc:
-                raise InputError(f"cannot read {path}: {first_sentence(exc)}") from exc
-            count += sum(math.prod(shape) for shape in shapes)
-        return count
+        # Beside shards is their index.
+        files = [TensorFile(path) for path in paths if path.suffix == SAFETENSORS]
+        return sum(file.parameters(file) for file in files)
 
     def papers(self, cards: bool = True) -> dict[str, Path]:
         """The model card and all licence files, by their names below the licences of a bundle;
@@ -411,21 +401,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
-
-
-def check_no_pointer(path: Path) -> None:
-    """Raise InputError where a file can't be read, or stands for one that Git LFS has yet to
-    fetch."""
-    try:
-        with path.open("rb") as file:
-            pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
-    except OSError as exc:
-        raise InputError(f"cannot read {path}: {exc.strerror or exc}") from exc
-    if pointer:
-        raise InputError(
-            f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its "
-            "repository, or download the model again"
-        )
 
 
 def choose_weights(names: Collection[str], stem: str) -> Weights | None:

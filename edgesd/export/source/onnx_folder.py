@@ -21,12 +21,12 @@ from edgesd.export.families import family_of
 from edgesd.export.source.folder import (
     INDEX,
     ModelSource,
-    check_no_pointer,
     class_name_of,
     read_json_object,
 )
 from edgesd.export.source.layouts import ConfigFolder
 from edgesd.export.source.names import known_name
+from edgesd.export.source.pointers import check_no_pointer
 from edgesd.text import first_sentence
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgesd.errors import InputError
-from edgesd.export.source.folder import check_no_pointer
+from edgesd.export.source.pointers import check_no_pointer
 from edgesd.text import first_sentence
 
 if TYPE_CHECKING:
