@@ -86,11 +86,9 @@ def denoise(
 
     runners: by component, of the denoiser and of the sides that run at each step, which `wiring`
     joins. scheduler: `set_timesteps` has been called. noise: draws for stochastic schedulers.
-    Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, eq. 6, in diffusers' form)
-    noise_pred = negative + guidance_scale * (positive - negative), when `conditioned.negative`
-    is given: both halves in one run of batch 2 B ("batched"), or one after the other
-    ("sequential", less memory). guidance_rescale: see `_rescale`. Raises InputError when the
-    latents stop being finite.
+    Guidance, when `conditioned.negative` is given: both halves in one run of batch 2 B ("batched"),
+    or one after the other ("sequential", less memory). guidance_scale, guidance_rescale: see
+    `_guided`. Raises InputError when the latents stop being finite.
     """
     latents, batch, channels = start.latents, len(start.latents), start.latents.shape[1]
     halves = [conditioned.positive]
@@ -120,9 +118,7 @@ def denoise(
             )
         return found
 
-    scale = np.float32(guidance_scale)
-    difference = np.empty_like(latents)
-    negative = np.empty_like(latents)
+    prediction, negative = np.empty_like(latents), np.empty_like(latents)
     count = len(scheduler.timesteps[start.first_step : start.last_step])
     scheduler.begin(start.first_step)
     for index in range(count):
@@ -136,12 +132,8 @@ def denoise(
             noise_pred = predict(1)
         if guided:
             low = negative if len(runs) == 2 else noise_pred[:batch]
-            np.subtract(noise_pred[-batch:], low, out=difference)
-            difference *= scale
-            difference += low
-            if guidance_rescale > 0:
-                _rescale(difference, noise_pred[-batch:], guidance_rescale)
-            noise_pred = difference
+            high = noise_pred[-batch:]
+            noise_pred = _guided(low, high, guidance_scale, guidance_rescale, prediction)
         latents = scheduler.step(noise_pred, at, latents, noise)
         if start.after_step:
             latents = start.after_step(at, latents)
@@ -153,6 +145,17 @@ def denoise(
         if on_step:
             on_step(Step(index, count, time.perf_counter() - began, latents))
     return latents
+
+
+def _guided(negative: Array, positive: Array, scale: float, rescale: float, out: Float) -> Float:
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, eq. 6, in diffusers' form):
+    negative + scale * (positive - negative) [B, C, h, w], in `out`. rescale: see `_rescale`."""
+    np.subtract(positive, negative, out=out)
+    out *= np.float32(scale)
+    out += negative
+    if rescale > 0:
+        _rescale(out, positive, rescale)
+    return out
 
 
 def _rescale(guided: Float, positive: Array, strength: float) -> None:
