@@ -493,7 +493,9 @@ class _Calibrating:
         mine = [la for la in self.layers if la.component == name and la.kind != "embedding"]
         state = _State(self.folder, name)
         done, complete, tensors = state.load(mine)
-        made = [tensors.pop(key).numpy() for key in _output_keys(tensors)]
+        made: list[Float] = []
+        while (key := _output(len(made))) in tensors:
+            made.append(tensors.pop(key).numpy())
         if complete:
             return made
         component = next(each for each in self.export.components if each.name == name)
@@ -518,10 +520,7 @@ class _Calibrating:
                     last = index + 1 == count
                     if last or state.due():
                         made = [np.stack(rows) for rows in zip(*outputs, strict=True)]
-                        kept = {
-                            f"outputs:{i}" if i else "outputs": torch.from_numpy(rows)
-                            for i, rows in enumerate(made)
-                        }
+                        kept = {_output(i): torch.from_numpy(rows) for i, rows in enumerate(made)}
                         state.save(index + 1, last, {**tensors, **kept})
                     told((index + 1) * runs)
         finally:
@@ -529,8 +528,6 @@ class _Calibrating:
         return made
 
 
-def _output_keys(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Those of a state's tensors that are outputs of the component, in order."""
-    return [
-        key for i in range(len(tensors)) if (key := f"outputs:{i}" if i else "outputs") in tensors
-    ]
+def _output(index: int) -> str:
+    """The name in a state of one of the component's outputs."""
+    return f"outputs:{index}" if index else "outputs"
