@@ -44,11 +44,10 @@ from edgesd.spec.pipeline import (  # noqa: E402
     TextSpec,
     Wiring,
 )
+from tests.models import EMOJI  # noqa: E402
 from tests.support import Recorded  # noqa: E402
 
 pytestmark = pytest.mark.integration
-
-EMOJI = Path(__file__).resolve().parents[3] / "models" / "emoji"
 HOW = CalibrationSettings(("a red apple", "a cat"), 2, 4.0, "ddim", 64, 64)
 CALLS = {"text_encoder": 3, "unet": 4, "vae_decoder": 2}
 """Runs of each network: an empty prompt and two; two prompts of two steps; two images."""

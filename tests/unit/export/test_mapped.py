@@ -24,10 +24,9 @@ from edgesd.export.passes.bind import BoundTensor  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.export.to_onnx import graph_from_module  # noqa: E402
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec  # noqa: E402
+from tests.models import EMOJI  # noqa: E402
 
 pytestmark = pytest.mark.integration
-
-EMOJI = Path(__file__).resolve().parents[3] / "models" / "emoji"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 

@@ -20,11 +20,9 @@ from edgesd.export.mapped import state_of  # noqa: E402
 from edgesd.export.parity import check_parity, example_inputs, reference_cases  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.spec.pipeline import ShapeSpec  # noqa: E402
-from tests.models import write_configs  # noqa: E402
+from tests.models import EMOJI, write_configs  # noqa: E402
 
 pytestmark = pytest.mark.integration
-
-EMOJI = Path(__file__).resolve().parents[3] / "models" / "emoji"
 
 
 def component(root: Path, name: str) -> Any:

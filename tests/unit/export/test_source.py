@@ -22,8 +22,7 @@ from edgesd.export.source import hub as hub_module
 from edgesd.export.source import resolve_network, resolve_source
 from edgesd.export.source.folder import choose_weights
 from edgesd.spec.pipeline import stable_diffusion
-
-EMOJI = Path(__file__).resolve().parents[3] / "models" / "emoji"
+from tests.models import EMOJI
 
 
 @pytest.fixture
