@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.common import environment, parser, run, write_json
 from edgesd.device.targets import check_request, list_targets
-from edgesd.errors import TargetError, UsageError
+from edgesd.errors import TargetError
 from edgesd.recipes.estimate import Estimate, PlanRequest
 from edgesd.recipes.options import model_name
 from edgesd.recipes.planner import estimate_source
@@ -41,7 +41,7 @@ def rows(model: str, precisions: Sequence[str]) -> Iterator[tuple[Target, dict[s
             try:
                 check_request(target, precision, backend)
                 estimate = estimate_source(source, model, target, backend, PlanRequest(precision))
-            except (TargetError, UsageError):
+            except TargetError:
                 found[precision] = "-"
             else:
                 found[precision] = cell(estimate)

@@ -1,6 +1,6 @@
 """Builds a model of true size with random weights: minutes and memory of each stage.
 
-python -m benchmarks.true_size FOLDER [--model sdxl] [--precision w8a8] [--size 512x512] ...
+python -m benchmarks.true_size FOLDER [--model sdxl] [--precision w8a8] [--size 512 512] ...
 
 FOLDER/MODEL is the pipeline (benchmarks/random_pipeline.py writes it if it isn't there: 7 GB for
 SDXL), FOLDER/work keeps what builds keep, FOLDER/bundle is the result, which is removed before the
@@ -111,7 +111,9 @@ def main() -> None:
     made.add_argument("--pipeline", type=Path, help="the pipeline, if not FOLDER/MODEL")
     made.add_argument("--precision", default="w8a8", help="(default: w8a8)")
     made.add_argument("--method", default="svdquant", help="(default: svdquant)")
-    made.add_argument("--size", help="static graphs of WIDTHxHEIGHT (default: of any size)")
+    made.add_argument(
+        "--size", type=int, nargs=2, metavar="PIXELS", help="static graphs (default: of any size)"
+    )
     made.add_argument("--steps", type=int, help="of calibration and images")
     made.add_argument("--prompts", type=int, help="of calibration (default: as a build has them)")
     made.add_argument("--images", type=int, help="that are compared (default: the same; 0: none)")
@@ -127,8 +129,7 @@ def main() -> None:
         quality_prompts=None if given.images is None else QUALITY[: given.images],
         steps=given.steps,
     )
-    width, _, height = (given.size or "").partition("x")
-    size = (int(width), int(height)) if given.size else None
+    size = tuple(given.size) if given.size else None
     options = BuildOptions(TARGET, given.precision, size=size, quantization=quantization)
     sampler = Sampler()
     try:
