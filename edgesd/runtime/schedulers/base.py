@@ -116,7 +116,9 @@ class Scheduler(ABC):
 
     def add_noise(self, x0: F32, noise: F32, i: int) -> F32:
         """x0 [B, ...] made as noisy as the sample before step i is, by standard normal noise of the
-        same shape; a new array."""
+        same shape; a new array. Behind the last step, where diffusers' pipelines add none, x0."""
+        if i == len(self.timesteps):
+            return np.array(x0)
         signal, spread = self.noise_level(i)
         return combine(signal, x0, spread, noise)
 

@@ -1,7 +1,10 @@
-"""Where a base model stops and a refiner goes on: at a timestep, as in diffusers' pipelines of
-Stable Diffusion XL (denoising_end and denoising_start)."""
+"""Where in a schedule denoising begins and ends, as in diffusers' pipelines: a picture's strength,
+and the timestep at which a base model stops and a refiner goes on (denoising_end and
+denoising_start of Stable Diffusion XL)."""
 
 from __future__ import annotations
+
+import math
 
 from edgesd.errors import UsageError
 from edgesd.runtime.schedulers import Scheduler
@@ -27,6 +30,23 @@ def first_of_refiner(spec: PipelineSpec, scheduler: Scheduler, at: float) -> int
     if scheduler.order == 2 and left % 2 == 0:
         left += 1  # every timestep but the first is there twice: not in the middle of a step
     return _checked(len(scheduler.timesteps) - left, scheduler, at)
+
+
+def first_of_picture(scheduler: Scheduler, strength: float) -> int:
+    """The index of the timestep that denoising begins with where a picture is given. strength: the
+    share of the steps that is taken, above 0 to 1.
+
+    Raises UsageError where that is less than one.
+    """
+    steps = scheduler.num_inference_steps
+    left = min(int(steps * strength), steps)
+    first = (steps - left) * scheduler.order
+    if left < 1 or first >= len(scheduler.timesteps):
+        raise UsageError(
+            f"strength {strength:g} leaves no step of {steps}: take more --steps, or a --strength "
+            f"of {math.ceil(1000 / steps) / 1000:g} or more"
+        )
+    return first
 
 
 def _cutoff(spec: PipelineSpec, at: float) -> int:

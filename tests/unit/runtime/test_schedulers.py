@@ -6,7 +6,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -27,6 +27,7 @@ from edgesd.runtime.schedulers import (
     spread_options,
 )
 from edgesd.runtime.schedulers.flow_euler import FlowEuler
+from edgesd.runtime.tasks.cut import first_of_picture
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -37,6 +38,7 @@ STEPS = (1, 2, 4, 20, 50)
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+MASK = np.pad(np.ones(SHAPE[2:], np.float32)[:, 2:], ((0, 0), (2, 0)))
 PATTERN = np.linspace(-1.0, 1.0, int(np.prod(SHAPE))).reshape(SHAPE).astype(np.float32)
 CLASSES = {name: sampler_class(name) for name in SCHEDULERS}
 EDM = ["edm-euler", "edm-dpmpp-2m"]
@@ -71,12 +73,17 @@ def model(sample: np.ndarray, timestep: float, prediction: str = "epsilon") -> n
 
 
 def ours(
-    scheduler: Scheduler, noise: Callable[[tuple[int, ...]], np.ndarray], first: int = 0
+    scheduler: Scheduler,
+    noise: Callable[[tuple[int, ...]], np.ndarray],
+    strength: float | None = None,
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """The sample after each step, and the timesteps; from step `first` on, of a noisy PATTERN."""
-    sample = noise(SHAPE) * np.float32(scheduler.init_noise_sigma)
-    if first:
-        sample = scheduler.add_noise(PATTERN, noise(SHAPE), first)
+    """The sample after each step, and the timesteps. strength: PATTERN is drawn over so much, and
+    where MASK is 0 it stays."""
+    drawn, first = noise(SHAPE), 0
+    sample = drawn * np.float32(scheduler.init_noise_sigma)
+    if strength is not None:
+        first = first_of_picture(scheduler, strength)
+        sample = scheduler.add_noise(PATTERN, drawn, first)
     trace = [sample]
     scheduler.begin(first)
     for i, t in enumerate(scheduler.timesteps[first:], first):
@@ -87,6 +94,10 @@ def ours(
         assert sample.dtype == np.float32 and sample.shape == SHAPE
         assert not np.shares_memory(sample, output)
         assert np.array_equal(trace[-1], before)
+        if strength is not None:
+            kept = scheduler.add_noise(PATTERN, drawn, i + 1)
+            assert not np.shares_memory(kept, PATTERN)
+            sample = (1 - MASK) * kept + MASK * sample
         trace.append(sample)
     return trace, scheduler.timesteps
 
@@ -96,11 +107,14 @@ def reference(
     scheduler: Any,
     monkeypatch: pytest.MonkeyPatch,
     noise: Callable[[tuple[int, ...]], np.ndarray],
-    first: int = 0,
+    strength: float | None = None,
     **options: float,
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """The same by diffusers, whose randn_tensor draws from `noise`."""
+    """The same by diffusers, whose randn_tensor draws from `noise`. strength: as its pipeline for
+    inpainting has it."""
     import sys
+
+    import diffusers
 
     def draw(shape: tuple[int, ...], **_: Any) -> Any:
         return torch.from_numpy(noise(tuple(shape)))
@@ -108,27 +122,37 @@ def reference(
     monkeypatch.setattr(
         sys.modules[type(scheduler).__module__], "randn_tensor", draw, raising=False
     )
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(first)
-    sample = draw(SHAPE) * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    if first:
-        timesteps = scheduler.timesteps[first : first + 1].expand(SHAPE[0])
-        noisy = getattr(scheduler, "add_noise", None) or scheduler.scale_noise
-        sample = noisy(*_ordered(noisy, torch.from_numpy(PATTERN), draw(SHAPE), timesteps))
+    timesteps, drawn = scheduler.timesteps, draw(SHAPE)
+    sample = drawn * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    picture, mask = torch.from_numpy(PATTERN), torch.from_numpy(MASK)
+    if strength is not None:
+        pipeline, steps = SimpleNamespace(scheduler=scheduler), scheduler.num_inference_steps
+        get_timesteps = diffusers.StableDiffusionInpaintPipeline.get_timesteps
+        timesteps, _ = get_timesteps(pipeline, steps, strength, None)
+        sample = _noisy(scheduler, picture, drawn, timesteps[:1].repeat(SHAPE[0]))
+    elif hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
     trace = [sample.numpy()]
-    for t in scheduler.timesteps[first:]:
+    for i, t in enumerate(timesteps):
         scaled = sample
         if hasattr(scheduler, "scale_model_input"):
             scaled = scheduler.scale_model_input(sample, t)
         output = torch.from_numpy(model(scaled.numpy(), float(t)))
         sample = scheduler.step(output, t, sample, return_dict=False, **options)[0]
+        if strength is not None:
+            kept = picture
+            if i < len(timesteps) - 1:
+                kept = _noisy(scheduler, picture, drawn, timesteps[i + 1 : i + 2])
+            sample = (1 - mask) * kept + mask * sample
         trace.append(sample.numpy())
     return trace, scheduler.timesteps.numpy()
 
 
-def _ordered(noisy: Callable[..., Any], x0: Any, noise: Any, timesteps: Any) -> tuple[Any, ...]:
-    """Arguments of add_noise, or of a flow's scale_noise."""
-    return (x0, timesteps, noise) if noisy.__name__ == "scale_noise" else (x0, noise, timesteps)
+def _noisy(scheduler: Any, x0: Any, noise: Any, timesteps: Any) -> Any:
+    """add_noise, or a flow's scale_noise."""
+    if hasattr(scheduler, "add_noise"):
+        return scheduler.add_noise(x0, noise, timesteps)
+    return scheduler.scale_noise(x0, timesteps, noise)
 
 
 class Compare:
@@ -159,7 +183,7 @@ class Compare:
         config: Mapping[str, Any],
         steps: int,
         roundings: int = 0,
-        first: int = 0,
+        strength: float | None = None,
         eta: float | None = None,
         **timesteps: Any,
     ) -> None:
@@ -184,10 +208,10 @@ class Compare:
             theirs.sigmas = theirs.sigmas.double()
         options = {} if eta is None else {"eta": eta}
         noise = TorchNoise(SEED)
-        want, want_timesteps = reference(self.torch, theirs, patch, noise, first, **options)
+        want, want_timesteps = reference(self.torch, theirs, patch, noise, strength, **options)
         left = noise((3,))
         noise = TorchNoise(SEED)
-        got, got_timesteps = ours(scheduler, noise, first)
+        got, got_timesteps = ours(scheduler, noise, strength)
         wide = want_timesteps.dtype == np.float64  # the network gets float32 all the same
         assert got_timesteps.dtype == (np.float32 if wide else want_timesteps.dtype)
         np.testing.assert_allclose(got_timesteps, want_timesteps, rtol=1e-6, atol=2e-4)
@@ -230,12 +254,29 @@ def test_grid(compare: Compare, name: str, prediction: str, spacing: str, steps:
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
-def test_a_loop_begins_anywhere(compare: Compare, name: str, spacing: str) -> None:
+def test_a_loop_begins_where_strength_says(compare: Compare, name: str, spacing: str) -> None:
     config = {"timestep_spacing": spacing, "steps_offset": 1, "skip_prk_steps": True}
-    config |= {"noise_sampler_seed": 5}
-    for first in (1, 2, 3, 9):
-        at = first * SCHEDULERS[name].order
-        compare(name, SD | config | {"clip_sample": False}, 10, first=at)
+    config |= {"noise_sampler_seed": 5, "clip_sample": False}
+    for strength in (1.0, 0.9, 0.8, 0.3, 0.1):
+        compare(name, SD | config, 10, strength=strength)
+    compare(name, SD | config, 20, strength=0.05)
+
+
+def test_a_strength_that_leaves_no_step_is_refused() -> None:
+    for name in ("euler", "heun", "pndm"):
+        scheduler = create_scheduler(name, {"skip_prk_steps": True})
+        for steps in (1, 2, 3, 7, 20, 61):
+            scheduler.set_timesteps(steps)
+            with pytest.raises(UsageError, match="leaves no step of") as caught:
+                first_of_picture(scheduler, 0.99 / steps)
+            enough = float(str(caught.value).split("--strength of ")[1].split()[0])
+            first = first_of_picture(scheduler, enough)
+            assert first == (steps - 1) * scheduler.order
+            assert first < len(scheduler.timesteps)
+    cut = create_scheduler("dpmpp-2m", {"lambda_min_clipped": -1.0, "timestep_spacing": "trailing"})
+    cut.set_timesteps(20)
+    with pytest.raises(UsageError, match="leaves no step"):
+        first_of_picture(cut, 0.1)
 
 
 BETAS = tuple(np.linspace(0.001, 0.02, 200).tolist())
