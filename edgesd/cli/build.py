@@ -17,6 +17,7 @@ from edgesd.cli.options import (
     json_option,
     lpips_option,
     scheduler_option,
+    task_option,
     vae_option,
     variant_option,
 )
@@ -70,6 +71,7 @@ _BUILD = (
     ),
     scheduler_option("Default sampler of the bundle"),
     variant_option,
+    task_option,
     click.option(
         "--clip-skip",
         type=click.IntRange(0, MOST_SKIPPED),

@@ -17,6 +17,7 @@ import click
 from edgesd.cli.common import Bytes, Finite, Numbers, Offset, Size
 from edgesd.spec.base import MAX_GUIDANCE, MAX_SCORE, MAX_STEPS
 from edgesd.spec.build import VARIANTS
+from edgesd.spec.pipeline import IMAGE_TASKS
 
 if TYPE_CHECKING:
     from edgesd.runtime.memory import MemoryMode
@@ -284,6 +285,17 @@ variant_option = click.option(
     help="What kind of model MODEL is, if its pipeline, scheduler and edgesd.json don't tell, as "
     "those of single files: it sets steps, guidance and schedule. [default: what they tell, or "
     "base]",
+)
+
+
+task_option = click.option(
+    "--task",
+    "tasks",
+    type=click.Choice(IMAGE_TASKS),
+    multiple=True,
+    callback=lambda context, option, values: values or None,
+    help="What the bundle is for beside text to image: image to image, or inpainting (and image to "
+    "image); may be repeated. Models made for inpainting need no --task.",
 )
 
 

@@ -13,11 +13,13 @@ from edgesd.cli.options import (
     config_option,
     generation_options,
     json_option,
+    task_option,
     vae_option,
     variant_option,
 )
 from edgesd.export.quantize.methods import method_names
 from edgesd.spec.build import DEFAULT_METHOD, Variant
+from edgesd.spec.pipeline import ImageTask
 
 if TYPE_CHECKING:
     from edgesd.recipes.estimate import Estimate
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 @vae_option
 @config_option
 @variant_option
+@task_option
 @click.option("--backend", help="tensorrt or onnxruntime. [default: the target's best]")
 @click.option(
     "--method",
@@ -61,6 +64,7 @@ def plan_command(
     vae: str | None,
     config: Path | None,
     variant: Variant | None,
+    tasks: tuple[ImageTask, ...] | None,
     backend: str | None,
     method: str,
     max_memory: int | None,
@@ -88,6 +92,7 @@ def plan_command(
         max_memory=max_memory,
         method=method,
         variant=variant,
+        tasks=tasks or (),
         vae=vae,
         config=config,
         rates=find_rates(get_target(target).name, rates),

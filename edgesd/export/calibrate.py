@@ -40,6 +40,7 @@ from edgesd.runtime.flow import Stage, flow_of
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.requests import Completion, Request, scheduler_of
 from edgesd.runtime.tasks import text as text_to_image
+from edgesd.runtime.tasks.beginning import Beginning
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.bundle import CalibrationSpec
 from edgesd.spec.pipeline import Fill, Part
@@ -391,14 +392,19 @@ class _Calibrating:
     def run(self) -> None:
         encoded: dict[Part | Fill, Float] = {}
         latents = np.empty(0, np.float32)
-        for stage in flow_of(self.export.pipeline).stages:
+        flow = flow_of(self.export.pipeline)
+        for stage in flow.stages:
             match stage.role:
                 case "text":
                     encoded |= self._encode(stage)
                 case "denoiser":
                     latents = self._denoise(stage, encoded)
                 case "decoder":
-                    self._decode(stage, latents)
+                    images = self._decode(stage, latents)
+                    if flow.encoder is not None:  # of what was made: no other images are there
+                        self._encode_images(flow.encoder, images)
+                case "encoder":
+                    pass
                 case _:
                     raise EdgesdError(f"{stage.component}: a {stage.role} can't be calibrated")
 
@@ -445,7 +451,7 @@ class _Calibrating:
                 spec.wiring,
                 {stage.component: runner},
                 scheduler,
-                text_to_image.prepare(spec, [request], scheduler, noise),
+                text_to_image.prepare(Beginning(spec, [request], scheduler, noise)),
                 with_size_ids(Conditioned(positive, negative if guided else None), request, 1),
                 request.guidance_scale,
                 noise,
@@ -459,9 +465,17 @@ class _Calibrating:
     def _negative(self, rows: Float) -> Float:
         return np.zeros_like(rows) if self.export.pipeline.wiring.zero_negative else rows
 
-    def _decode(self, stage: Stage, latents: Float) -> None:
+    def _decode(self, stage: Stage, latents: Float) -> Float:
+        """Images [prompts, 3, H, W] of latents."""
         name = self.export.pipeline.wiring.decoder.input
-        self._run_each(stage, [{name: row[None]} for row in latents], self._labels())
+        (images,) = self._run_each(stage, [{name: row[None]} for row in latents], self._labels())
+        return images
+
+    def _encode_images(self, stage: Stage, images: Float) -> None:
+        encoder = self.export.pipeline.wiring.encoder
+        assert encoder is not None
+        inputs = [{encoder.input: row[None].clip(-1, 1)} for row in images]
+        self._run_each(stage, inputs, self._labels())
 
     def _labels(self) -> list[str]:
         return [f"calibration prompt {index + 1}" for index in range(len(self.settings.prompts))]

@@ -35,6 +35,7 @@ from edgesd.runtime.refined import is_refiner
 from edgesd.runtime.requests import CompleteRequest, Completion, Request, scheduler_of
 from edgesd.runtime.schedulers import SCHEDULERS, name_from_class, sampler_class
 from edgesd.runtime.tasks import TASKS
+from edgesd.runtime.tasks.beginning import Beginning
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.pipeline import ComponentSpec, LatentSpec, PipelineSpec, SchedulerSpec, Wiring
 from edgesd.text import first_sentence
@@ -399,7 +400,7 @@ def _generate_ours(spec: PipelineSpec, tokenizers: Tokenizers, asked: Request, f
             )
         },
         scheduler,
-        TASKS[wiring.tasks[0]].prepare(spec, [request], scheduler, noise, begun),
+        TASKS[wiring.tasks[0]].prepare(Beginning(spec, [request], scheduler, noise, begun)),
         conditioned,
         request.guidance_scale,
         noise,

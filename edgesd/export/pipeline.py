@@ -9,7 +9,7 @@ import logging
 import resource
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +21,7 @@ from edgesd.progress import SILENT, Progress
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.base import check_ranges
 from edgesd.spec.bundle import Graph, GraphSet, SplitDecoder
-from edgesd.spec.pipeline import Wiring
+from edgesd.spec.pipeline import ImageTask, Wiring
 from edgesd.spec.scheme import Precision
 
 if TYPE_CHECKING:
@@ -119,19 +119,20 @@ def export_spec(
     scheduler: str | None = None,
     batch: int = 1,
     chunks: int = 1,
+    tasks: Sequence[ImageTask] = (),
 ) -> ExportSpec:
     """What `source` becomes, from its configs alone; hashes its weights.
 
     size: (width, height) in pixels for static graphs, whose denoiser takes `batch`, and `chunks` of
     a prompt; None for any of these, and any multiple of the model's granularity. scheduler: another
-    sampler than the model's own. Raises InputError for a model that isn't supported, UsageError for
-    a size it can't generate, MissingDependencyError without edgesd[build], whose libraries read the
-    configs.
+    sampler than the model's own. tasks: beside text to image. Raises InputError for a model that
+    isn't supported, UsageError for a size or task that isn't the model's, MissingDependencyError
+    without edgesd[build], whose libraries read the configs.
     """
     require_build_tools()
     source.check_configs()
     try:
-        spec = source.family.export_spec(source, size, scheduler, batch, chunks)
+        spec = source.family.export_spec(source, size, scheduler, batch, chunks, tasks)
     except (TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise InputError(f"{source.name}: its configs hold a value of a wrong type: {exc}") from exc
     try:

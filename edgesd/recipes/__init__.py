@@ -214,6 +214,7 @@ def _prepare(
         batch=options.batch,
         scheduler=options.scheduler,
         prompt_chunks=options.prompt_chunks,
+        tasks=options.tasks,
     )
     expected = estimate_source(source, model, target, backend, asked)
     check_estimate(expected)
@@ -223,12 +224,12 @@ def _prepare(
             f"building takes about {in_gb(expected.build_bytes)} of memory, and {in_gb(free)} are "
             "free here"
         )
-    chunks = options.prompt_chunks
-    export = export_spec(source, options.size, options.scheduler, options.batch, chunks)
+    chunks, tasks = options.prompt_chunks, options.tasks
+    export = export_spec(source, options.size, options.scheduler, options.batch, chunks, tasks)
     if export.assumed:
         progress.line(export.assumed)
     if lowering.fixed_shapes and export.pipeline.shape.dynamic:
-        export = export_spec(source, *fixed_shape(export.pipeline), chunks)
+        export = export_spec(source, *fixed_shape(export.pipeline), chunks, tasks)
     check_writable(out, expected.bundle_bytes)
     return Job(source, export, target, lowering, options, folders, progress)
 

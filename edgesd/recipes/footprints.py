@@ -27,7 +27,7 @@ from edgesd.spec.bundle import BundleManifest, Footprint
 from edgesd.spec.scheme import Precision, number_format, parse_scheme
 
 Shape = tuple[int, int, int]
-"""Height, width and batch of a component's input; height and width in its own unit."""
+"""Height, width and batch of a component's input; height and width in latents."""
 
 _CHUNK_MARGIN = 2.2
 """How many times as much as is traced a further chunk takes at most: measured on the embedded model
@@ -74,7 +74,8 @@ class Networks:
         key = name, shape, chunks
         if key not in self._traced:
             height, width, batch = shape
-            sizes = {"batch": batch, "height": height, "width": width}
+            unit = self.pipeline.latent.scale_factor if stage.role == "encoder" else 1
+            sizes = {"batch": batch, "height": height * unit, "width": width * unit}
             sizes[TOKENS] = chunks * self._chunk_tokens
             traced = trace(self._components[name], sizes)
             if (shape, chunks) != (self.own_shape(stage), 1):

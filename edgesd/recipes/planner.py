@@ -326,8 +326,8 @@ class _Planner:
             batch = self.request.batch
             if self.lowering.fixed_shapes and size not in (None, self.request.size):
                 _, _, batch = fixed_shape(self.default)
-            chunks = self.request.prompt_chunks
-            spec = export_spec(self.source, size, self.request.scheduler, batch, chunks)
+            chunks, tasks = self.request.prompt_chunks, self.request.tasks
+            spec = export_spec(self.source, size, self.request.scheduler, batch, chunks, tasks)
             self._known[size] = Networks(spec)
         return self._known[size]
 
@@ -337,7 +337,8 @@ class _Planner:
         """One image of a size (width, height) by `networks`."""
         spec, (width, height) = networks.pipeline, size
         guided = networks.flow.guided(guidance)
-        batch = Batch(height, width, images_per_run(spec.shape, guided), guided)
+        encodes = networks.flow.encoder is not None
+        batch = Batch(height, width, images_per_run(spec.shape, guided), guided, encodes=encodes)
         forms = {
             stage.component: self._form(networks, stage, precision)
             for stage in networks.flow.stages

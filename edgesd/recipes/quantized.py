@@ -89,7 +89,7 @@ class QuantizedBuild:
             measure = Sensitivities(
                 self.comparison, self.store, layers, self.scheme, work, self.progress
             ).measure
-        generating = flow_of(self.pipeline).components
+        generating = flow_of(self.pipeline).from_prompts
         self.search = SchemeSearch(
             self.scheme, layers, self.store, measure, generating, self.progress
         )

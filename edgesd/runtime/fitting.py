@@ -34,7 +34,7 @@ from edgesd.spec.pipeline import ShapeSpec
 class Batch:
     """Images that are generated at a time. height, width: in pixels. guided: with guidance, which
     doubles the denoiser's batch. previews: whether unfinished images are decoded. chunks: of
-    tokens, that a prompt has."""
+    tokens, that a prompt has. encodes: whether they begin with an image."""
 
     height: int
     width: int
@@ -42,6 +42,7 @@ class Batch:
     guided: bool = False
     previews: bool = False
     chunks: int = 1
+    encodes: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ class Fitting:
             text_values(spec) * batch.chunks,
             batch.previews,
             batch.chunks,
+            batch.encodes,
         )
 
     @property
@@ -252,7 +254,8 @@ def _least_memory(bundle: Bundle, own: bool) -> tuple[MemoryMode, int]:
     flow, backend = flow_of(spec), get_backend(bundle.manifest.backend)
     guided = flow.guided(spec.guidance_scale)
     count = images_per_run(spec.shape, guided)
-    batch = Batch(spec.shape.height, spec.shape.width, count, guided)
+    encodes = flow.encoder is not None
+    batch = Batch(spec.shape.height, spec.shape.width, count, guided, encodes=encodes)
 
     def own_kernels(component: str) -> bool:
         return own and engines[component].kernels is not None

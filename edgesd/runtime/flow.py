@@ -15,7 +15,7 @@ GuidanceMode = Literal["batched", "sequential"]
 """Both halves of guidance in one run of twice the batch, or one after the other in less memory."""
 
 Per = Literal["prompt", "image", "step"]
-Role = Literal["text", "side", "denoiser", "decoder"]
+Role = Literal["text", "encoder", "side", "denoiser", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,19 @@ class Flow:
         return tuple(stage.component for stage in self.stages)
 
     @property
+    def from_prompts(self) -> tuple[str, ...]:
+        """Those that run for every image: all but the encoder."""
+        return tuple(stage.component for stage in self.stages if stage.role != "encoder")
+
+    @property
     def texts(self) -> tuple[Stage, ...]:
         """The text encoders."""
         return tuple(stage for stage in self.stages if stage.role == "text")
+
+    @property
+    def encoder(self) -> Stage | None:
+        """The network that makes latents of images, where a task begins with one."""
+        return next((stage for stage in self.stages if stage.role == "encoder"), None)
 
     @property
     def denoiser(self) -> Stage:
@@ -100,9 +110,11 @@ def flow_of(pipeline: PipelineSpec) -> Flow:
     wiring = pipeline.wiring
     sides = {when: [s.component for s in wiring.sides if s.when == when] for when in _WHEN}
     denoiser = Stage(wiring.denoiser.component, "denoiser", "step")
+    encoders = [wiring.encoder.component] if wiring.encoder else []
     return Flow(
         groups=(
             *((Stage(text.component, "text", "prompt"),) for text in wiring.texts),
+            *((Stage(name, "encoder", "image"),) for name in encoders),
             *((Stage(name, "side", "image"),) for name in sides["once"]),
             (*(Stage(name, "side", "step") for name in sides["each_step"]), denoiser),
             (Stage(wiring.decoder.component, "decoder", "image"),),

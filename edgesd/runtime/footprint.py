@@ -29,7 +29,7 @@ _PROMPTER_BYTES = 80 << 20
 """Of a prompter's process, besides its files (measured: 72 MB)."""
 
 _COPIES = 5
-"""Of an image's values in fp32, from the decoder's output to bytes."""
+"""Of an image's values in fp32, from the decoder's output to bytes, or to the encoder's input."""
 
 _TEXT_COPIES = 10
 """Of a prompt's embedding, both halves of guidance (measured with 16 images at a time)."""
@@ -43,7 +43,7 @@ class Generation:
     """Sizes that the memory of generating depends on. height, width: of the latents; scale: pixels
     of a latent; count: images; batch: of the denoiser; text_values: of one prompt's embedding;
     previews: whether unfinished images are decoded, while the denoiser is loaded; chunks: of
-    tokens, that a prompt has."""
+    tokens, that a prompt has; encodes: whether images are encoded first."""
 
     height: int
     width: int
@@ -53,6 +53,7 @@ class Generation:
     text_values: int = 0
     previews: bool = False
     chunks: int = 1
+    encodes: bool = False
 
     @property
     def image_bytes(self) -> int:
@@ -188,6 +189,7 @@ class Costs:
         groups = [
             {stage.component: self._part(stage, mode, generation, window) for stage in group}
             for group in flow.groups
+            if generation.encodes or flow.encoder not in group
         ]
         return together(groups, self.process + generation.kept_bytes, mode, generation.previews)
 
@@ -199,6 +201,9 @@ class Costs:
     def _part(self, stage: Stage, mode: MemoryMode, generation: Generation, window: int) -> Part:
         latent, shape = self.pipeline.latent, self.pipeline.shape
         footprint = self.footprints[stage.component]
+        if stage.role == "encoder":
+            behind = _COPIES * generation.image_bytes
+            return whole(footprint, units_of(stage, generation), mode, behind)
         if stage.role != "decoder":
             further = (generation.chunks - 1) * generation.batch if stage.per == "step" else 0
             behind = further * footprint.chunk

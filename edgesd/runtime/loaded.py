@@ -96,11 +96,14 @@ class Loaded:
         return self._fit.window if self._fit else WINDOWS[0]
 
     def fit(self, batch: Batch) -> None:
-        """Choose the fastest mode that `batch` fits into; components loaded for another mode are
-        freed.
+        """Choose the fastest mode that `batch` fits into; components loaded for another mode, or
+        that it has no use for, are freed.
 
         Raises ResourceError where it fits into none, and UsageError as flow.guidance_mode.
         """
+        encoder = flow_of(self.bundle.manifest.pipeline).encoder
+        if encoder is not None and not batch.encodes:
+            self._free(encoder.component)
         found = self._fitting().check(batch)
         before, self._fit = self._fit, found
         if before is not None and (

@@ -18,6 +18,7 @@ from edgesd.spec.build import MOST_CHUNKS
 from edgesd.spec.bundle import BundleManifest
 from edgesd.spec.pipeline import (
     GIVEN_BY_TASKS,
+    IMAGE_TASKS,
     SIZE_FILLS,
     ComponentSpec,
     DenoiserSpec,
@@ -130,6 +131,8 @@ def _wiring_problems(pipeline: PipelineSpec) -> Iterator[str]:
     for fill in ("sample", "timestep"):
         if sum(one.fill == fill for one in wiring.denoiser.inputs) != 1:
             yield f"{wiring.denoiser.component} doesn't have exactly one input filled with {fill}"
+    if wiring.encoder is None and (tasks := sorted({*wiring.tasks} & {*IMAGE_TASKS})):
+        yield f"nothing encodes the images that the task {tasks[0]!r} begins with"
     if len(set(wiring.denoiser.concat)) != len(wiring.denoiser.concat):
         yield f"{wiring.denoiser.component} has a part of its sample twice"
 
@@ -161,6 +164,10 @@ def _network_problems(manifest: BundleManifest) -> Iterator[str]:
     latents = {decoder.input: _Like(4, channels)}
     image = {decoder.output: _Like(4, {1: _COLOURS})}
     yield from _misfits(decoder.component, components[decoder.component], latents, image)
+    if (encoder := wiring.encoder) is not None:
+        pixels = {encoder.input: _Like(4, {1: _COLOURS})}
+        moments = dict.fromkeys(encoder.outputs, _Like(4, channels))
+        yield from _misfits(encoder.component, components[encoder.component], pixels, moments)
     split = manifest.engines[decoder.component].split
     if split is not None:
         yield from _misfits("head", split.head.spec, latents, _FEATURES)

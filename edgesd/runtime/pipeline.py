@@ -29,6 +29,7 @@ from edgesd.runtime.requests import CompleteRequest, Completion, Request, schedu
 from edgesd.runtime.settings import Settings
 from edgesd.runtime.signature import check_trusted
 from edgesd.runtime.tasks import TASKS
+from edgesd.runtime.tasks.beginning import Beginning
 from edgesd.runtime.tokenizer import tokenizer_of
 from edgesd.runtime.turns import Turns
 
@@ -184,7 +185,8 @@ class Pipeline(Closeable):
         conditioned = self._conditioned(requests)
         noise = BatchNoise([request.seed for request in requests])
         scheduler = scheduler_of(self.spec, first)
-        start = TASKS[wiring.tasks[0]].prepare(self.spec, requests, scheduler, noise, begun)
+        begin = Beginning(self.spec, requests, scheduler, noise, begun)
+        start = TASKS[wiring.tasks[0]].prepare(begin)
         start = with_sides(wiring, start, self._loaded.run, self._loaded.release)
         mode, guidance = self.guidance_mode(first, len(requests)), first.guidance_scale
         loop = tuple(stage.component for stage in self.flow.loop)

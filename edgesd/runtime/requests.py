@@ -87,6 +87,7 @@ class Request:
     micro: Micro = Micro()
     negative_micro: Micro = Micro()
     denoising_end: float | None = None
+    strength: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class CompleteRequest:
     micro: CompleteMicro | None = None
     negative_micro: CompleteMicro | None = None
     denoising_end: float | None = None
+    strength: float | None = None
 
     @property
     def positive(self) -> Prompt:

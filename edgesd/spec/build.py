@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from edgesd.errors import UsageError
 from edgesd.spec.base import Guidance, Pixels, Sha256, Spec, Word
+from edgesd.spec.pipeline import ImageTask
 from edgesd.spec.scheme import Precision, number_format
 
 _MOST_PROMPTS, _LONGEST_PROMPT = 10_000, 64_000
@@ -78,7 +79,7 @@ class BuildOptions(Spec, frozen=True):
     model it is, where the model itself doesn't tell. quantization: for a precision that is a
     scheme. prompt_chunks: of tokens, that static graphs take of each prompt. clip_skip: last layers
     of the text encoders that aren't used, beyond those that the model's pipeline leaves; None is
-    the model's own.
+    the model's own. tasks: what the bundle is for beside text to image; inpaint includes image.
     """
 
     target: Word
@@ -91,6 +92,7 @@ class BuildOptions(Spec, frozen=True):
     quantization: QuantOptions = QuantOptions()
     prompt_chunks: Annotated[int, Meta(ge=1, le=MOST_CHUNKS)] = 1
     clip_skip: Annotated[int, Meta(ge=0, le=MOST_SKIPPED)] | None = None
+    tasks: Annotated[tuple[ImageTask, ...], Meta(max_length=8)] = ()
 
     @property
     def quantized(self) -> bool:

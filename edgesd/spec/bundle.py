@@ -26,7 +26,7 @@ from edgesd.spec.pipeline import ComponentSpec, PipelineSpec
 from edgesd.spec.quality import Quality
 from edgesd.spec.scheme import Precision
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 """Version of `bundle.json`. A reader refuses a newer one; it is raised on any change of meaning.
 
 2: `recipe` and `quality`, both optional; a file of version 1 is read as one without them. 3: the
@@ -34,7 +34,8 @@ same for an engine's `checked`. 4: an engine's `plan`, and `built_for`, which wa
 `prompter`. 5: an engine's `kernels`, the latents'
 `halo`. 6: an engine's `halves`, the latents' `levels`, a recipe's `pooled_attention`. 7: footprints
 of engines and of a decoder's head and tail. 8: the pipeline's `wiring`, in the place
-of `max_tokens`. 9: inputs filled with ids of the image's sizes.
+of `max_tokens`. 9: inputs filled with ids of the image's sizes. 10: the wiring's `encoder` and
+`strengths`, and tasks that begin with an image.
 """
 
 

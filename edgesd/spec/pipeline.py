@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
+import msgspec
 from msgspec import Meta
 
 from edgesd.errors import UsageError
@@ -249,12 +250,34 @@ class DecoderSpec(Spec, frozen=True):
     output: Label
 
 
+class EncoderSpec(Spec, frozen=True):
+    """What makes latents of an image [1, 3, H, W] in -1 to 1. outputs: mean and deviation, which
+    latents are drawn by, or the latents alone, each [1, C, h, w] as the denoiser sees them."""
+
+    component: Word
+    input: Label
+    outputs: Annotated[tuple[Label, ...], Meta(min_length=1, max_length=2)]
+
+
+Task = Literal["text", "refine", "image", "inpaint"]
+"""What denoising starts from. text: noise. refine: what a base model began. image: an image with
+noise. inpaint: the same, where only what a mask covers is made anew."""
+
+ImageTask = Literal["image", "inpaint"]
+
+IMAGE_TASKS: tuple[ImageTask, ...] = get_args(ImageTask)
+"""Tasks that begin with an image, and need the encoder."""
+
+_Strength = Annotated[float, Meta(ge=0, le=1)]
+
+
 class Wiring(Spec, frozen=True):
     """How the components of a pipeline are joined; runtime/flow.py says in which order they run.
 
     tokenizers: by folder of the bundle, which holds tokenizer.json and tokenizer_spec.json. tasks:
     what the pipeline can be asked for. zero_negative: without a negative prompt, zeros stand for
-    its encoding, instead of that of "".
+    its encoding, instead of that of "". encoder: of images; None where no task begins with one.
+    strengths: of each of these tasks, the part of the steps that is taken where nobody says it.
     """
 
     texts: Annotated[tuple[TextSpec, ...], Meta(min_length=1, max_length=8)]
@@ -262,10 +285,10 @@ class Wiring(Spec, frozen=True):
     denoiser: DenoiserSpec
     decoder: DecoderSpec
     sides: Annotated[tuple[SideSpec, ...], Meta(max_length=16)] = ()
-    tasks: Annotated[tuple[Literal["text", "refine"], ...], Meta(min_length=1, max_length=8)] = (
-        "text",
-    )
+    tasks: Annotated[tuple[Task, ...], Meta(min_length=1, max_length=8)] = ("text",)
     zero_negative: bool = False
+    encoder: EncoderSpec | None = None
+    strengths: dict[Task, _Strength] = msgspec.field(default_factory=dict)
 
     def input_of(self, component: str, fill: Fill) -> str | None:
         """Name of the input of a component that is filled so, or None."""

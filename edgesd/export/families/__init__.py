@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edgesd.errors import InputError
 from edgesd.export.families.checkpoint import Checkpoint
-from edgesd.spec.pipeline import ComponentSpec, PipelineSpec
+from edgesd.spec.pipeline import ComponentSpec, ImageTask, PipelineSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -109,16 +109,18 @@ class Family:
     configs: folders whose json and text files are needed (scheduler, tokenizer).
     export_spec: reads the configs. Takes (width, height) in pixels for static graphs, or None for
         dynamic ones, the name of a scheduler, or None for the model's own, the batch of a static
-        denoiser, and the chunks of a prompt that it takes (runtime/chunks.py). Raises InputError
-        for a variant that isn't supported, UsageError for a size that the model can't generate or
-        an unknown scheduler.
+        denoiser, the chunks of a prompt that it takes (runtime/chunks.py), and tasks beside text to
+        image. Raises InputError for a variant that isn't supported, UsageError for a size or a task
+        that isn't the model's, or an unknown scheduler.
     """
 
     name: str
     class_names: tuple[str, ...]
     weights: Mapping[str, str]
     configs: tuple[str, ...]
-    export_spec: Callable[[Checkpoint, tuple[int, int] | None, str | None, int, int], ExportSpec]
+    export_spec: Callable[
+        [Checkpoint, tuple[int, int] | None, str | None, int, int, Sequence[ImageTask]], ExportSpec
+    ]
 
 
 _MODULES = ("sd", "sdxl")

@@ -7,17 +7,29 @@ which parts/ describes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from edgesd.errors import InputError
+import msgspec
+
+from edgesd.errors import InputError, UsageError
 from edgesd.export.families import AUTOENCODER, Component, ExportSpec, OwnPipeline
 from edgesd.export.families.checkpoint import DIFFUSERS_STEM, Checkpoint
 from edgesd.export.families.variants import SCHEDULER_CONFIG, Defaults, defaults_of
 from edgesd.export.quiet import quiet
 from edgesd.runtime.schedulers import create_scheduler
-from edgesd.spec.pipeline import LatentSpec, PipelineSpec, SchedulerSpec, ShapeSpec, Wiring
+from edgesd.spec.pipeline import (
+    IMAGE_TASKS,
+    EncoderSpec,
+    ImageTask,
+    LatentSpec,
+    PipelineSpec,
+    SchedulerSpec,
+    ShapeSpec,
+    Task,
+    Wiring,
+)
 
-UNET, DECODER = "unet", "vae_decoder"
+UNET, DECODER, ENCODER = "unet", "vae_decoder", "vae_encoder"
 
 CLASSES = {
     UNET: ("diffusers", ("UNet2DConditionModel",)),
@@ -62,15 +74,28 @@ def unet_config(source: Checkpoint, addition: str | None = None) -> dict[str, An
     return given
 
 
+Concat = tuple[Literal["mask", "masked"], ...]
+
+
+def concat(name: str, unet: Mapping[str, Any]) -> Concat:
+    """What a UNet takes beside latents, on their channel axis. Raises InputError for what isn't
+    supported."""
+    takes, makes = unet["in_channels"], unet["out_channels"]
+    if takes == makes:
+        return ()
+    if takes == 2 * makes + 1:
+        return ("mask", "masked")
+    raise InputError(
+        f"{name}: its UNet takes {takes} channels and returns {makes}: depth and editing models "
+        "aren't supported"
+    )
+
+
 def check_unet(name: str, unet: Mapping[str, Any], texts: Sequence[Mapping[str, Any]]) -> None:
     """Raise InputError unless a UNet takes what it is given. unet, texts: configs of the UNet and
     of the text encoders, as the libraries have them."""
-    channels, context = unet["in_channels"], unet["cross_attention_dim"]
-    if channels != unet["out_channels"]:
-        raise InputError(
-            f"{name}: its UNet takes {channels} channels and returns {unet['out_channels']}"
-            ": inpainting, depth and editing models aren't supported"
-        )
+    concat(name, unet)
+    context = unet["cross_attention_dim"]
     widths = set(context) if isinstance(context, list | tuple) else {context}  # of each block
     width = sum(text["hidden_size"] for text in texts)
     if widths != {width}:
@@ -90,9 +115,9 @@ def sampling(
     the sampler that is asked for, None for the model's. unet: its config, as the file has it.
     Raises InputError for a scheduler, or an option of it, that isn't supported."""
     with quiet():  # libraries log while they are imported
-        from edgesd.export.families.parts.diffusers_pipeline import default_guidance
+        from edgesd.export.families.parts.diffusers_pipeline import call_default
 
-        guidance = default_guidance(class_name)
+        guidance = call_default(class_name, "guidance_scale")
     defaults = defaults_of(source, scheduler, guidance, bool(unet.get("time_cond_proj_dim")))
     # Before diffusers makes one, whose advice may not fit edgesd.
     create_scheduler(defaults.sampler, {**source.config(SCHEDULER_CONFIG), **defaults.options})
@@ -112,6 +137,44 @@ def with_sampler(pipeline: Any, sampler: str) -> Any:
 
     pipeline.scheduler = scheduler_of(pipeline, sampler)
     return pipeline
+
+
+def tasks_of(
+    name: str, beside: Concat, asked: Sequence[ImageTask], own: Task = "text"
+) -> tuple[Task, ...]:
+    """What a model's bundle can be asked for. beside: see `concat`. asked: tasks that it is built
+    for. own: that of the model's own pipeline. Raises UsageError for what the model can't do."""
+    if beside:
+        if asked and "inpaint" not in asked:
+            raise UsageError(
+                f"{name} is for inpainting alone, as its UNet takes a mask: leave --task image out"
+            )
+        return ("inpaint",)
+    return own, *(task for task in IMAGE_TASKS if task in asked or "inpaint" in asked)
+
+
+def for_images(
+    wiring: Wiring,
+    components: Sequence[Component],
+    beside: Concat,
+    tasks: tuple[Task, ...],
+    classes: Mapping[ImageTask, str],
+) -> Wiring:
+    """`wiring` with what tasks that begin with an image need. classes: diffusers' own pipelines for
+    these tasks."""
+    from edgesd.export.families.parts.diffusers_pipeline import call_default
+
+    encoder = next((c.spec for c in components if c.name == ENCODER), None)
+    return msgspec.structs.replace(
+        wiring,
+        tasks=tasks,
+        denoiser=msgspec.structs.replace(wiring.denoiser, concat=beside),
+        encoder=encoder
+        and EncoderSpec(ENCODER, encoder.inputs[0].name, tuple(t.name for t in encoder.outputs)),
+        strengths={
+            task: call_default(name, "strength") for task, name in classes.items() if task in tasks
+        },
+    )
 
 
 def finished(

@@ -6,6 +6,7 @@ arXiv 2112.10752). Their graphs: parts/clip.py, parts/unet.py, parts/vae.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgesd.export.families import AUTOENCODER, TOKENIZER_OF, ExportSpec, Family, OwnPipeline
@@ -13,21 +14,25 @@ from edgesd.export.families.checkpoint import TRANSFORMERS_STEM, Checkpoint
 from edgesd.export.families.latent_diffusion import (
     CLASSES,
     DECODER,
+    ENCODER,
     TOKENIZERS,
     UNET,
     WEIGHTS,
     check_classes,
     check_unet,
     clip_skip,
+    concat,
     finished,
+    for_images,
     sampling,
+    tasks_of,
     unet_config,
     with_sampler,
 )
 from edgesd.export.families.variants import Defaults
 from edgesd.export.quiet import quiet
 from edgesd.runtime.schedulers import sampler_class
-from edgesd.spec.pipeline import stable_diffusion
+from edgesd.spec.pipeline import ImageTask, stable_diffusion
 
 _TEXT_ENCODER = "text_encoder"
 _TOKENIZER = TOKENIZER_OF[_TEXT_ENCODER]
@@ -37,8 +42,11 @@ _CLASSES = {
     **CLASSES,
 }
 _LCM = "LatentConsistencyModelPipeline"
-_FROM_TEXT = {"StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline"}
-"""Pipelines that begin with an image -> the one that generates from prompts alone."""
+_FROM_IMAGES: Mapping[ImageTask, str] = {
+    "image": "StableDiffusionImg2ImgPipeline",
+    "inpaint": "StableDiffusionInpaintPipeline",
+}
+_FROM_TEXT = "StableDiffusionPipeline"
 
 
 def export_spec(
@@ -47,59 +55,68 @@ def export_spec(
     scheduler: str | None = None,
     batch: int = 1,
     chunks: int = 1,
+    tasks: Sequence[ImageTask] = (),
 ) -> ExportSpec:
     """Read the configs of an SD 1.x/2.x pipeline, as diffusers' own pipeline has them.
 
     size: (width, height) in pixels for static graphs; None for dynamic ones, the model's own size
     being the default. batch: of a static UNet; the batch of the other graphs is 1, since the
     runtime runs them once for each prompt or image. chunks: of a prompt, in a static UNet.
-    scheduler: another sampler than the model's own. Raises InputError for a variant of the family,
-    or a scheduler option, that isn't supported, UsageError for a size that the model can't generate
-    or an unknown scheduler.
+    scheduler: another sampler than the model's own. tasks: beside text to image. Raises InputError
+    for a variant of the family, or a scheduler option, that isn't supported, UsageError for a size
+    or a task that isn't the model's, or an unknown scheduler.
     """
     check_classes(source, _CLASSES)
     given = unet_config(source)
-    defaults = sampling(source, _class_of(source), scheduler, given)
+    defaults = sampling(source, _class_of(source, given), scheduler, given)
     with quiet():  # libraries log while they are imported
         from edgesd.export.families.parts import clip, unet, vae
 
-    own = _diffusers_pipeline(source, defaults)
+    own = _diffusers_pipeline(source, defaults, given)
     text = own.text_encoder.config.to_dict()
     config = own.unet.config
     check_unet(source.name, config, [text])
+    beside = concat(source.name, config)
+    can = tasks_of(source.name, beside, tasks)
     tokens = clip.token_count(source.folder(_TOKENIZER), own.tokenizer, text)
-    latent = vae.latent_spec(source, own.vae.config, config["in_channels"], own.vae_scale_factor)
+    latent = vae.latent_spec(source, own.vae.config, config["out_channels"], own.vae_scale_factor)
     shape = unet.shape_spec(size, batch, config, latent.scale_factor)
     states = tokens, text["hidden_size"]
     components = (
         clip.text_encoder(source, _TEXT_ENCODER, text, tokens, shape, clip_skip(source)),
         unet.unet(source, UNET, config, states, shape, latent, chunks),
         vae.vae_decoder(source, DECODER, latent, shape),
+        *vae.encoder_for(can, source, ENCODER, latent, shape),
     )
     wiring = stable_diffusion(tokens, bool(config["time_cond_proj_dim"]))
+    wiring = for_images(wiring, components, beside, can, _FROM_IMAGES)
     return finished(
         FAMILY.name, source, defaults, own.scheduler, components, latent, shape, wiring,
-        lambda: _own_pipeline(source, defaults),
+        lambda: _own_pipeline(source, defaults, given),
     )  # fmt: skip
 
 
 FAMILY = Family(
     name="sd",
-    class_names=("StableDiffusionPipeline", *_FROM_TEXT, _LCM),
+    class_names=(_FROM_TEXT, *_FROM_IMAGES.values(), _LCM),
     weights={_TEXT_ENCODER: TRANSFORMERS_STEM, **WEIGHTS},
     configs=("scheduler", _TOKENIZER),
     export_spec=export_spec,
 )
 
 
-def _class_of(source: Checkpoint) -> str:
-    """The pipeline that generates from prompts alone."""
+def _class_of(source: Checkpoint, unet: Mapping[str, Any]) -> str:
+    """The pipeline that generates from prompts alone; of a model for inpainting, that. unet: its
+    config."""
     class_name = str(source.index["_class_name"])
-    return _FROM_TEXT.get(class_name, class_name)
+    if concat(source.name, {"in_channels": 4, "out_channels": 4, **unet}):
+        return _FROM_IMAGES["inpaint"]
+    return _FROM_TEXT if class_name in _FROM_IMAGES.values() else class_name
 
 
-def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
-    """diffusers' own text-to-image pipeline of a model, as its constructor leaves the configs."""
+def _diffusers_pipeline(source: Checkpoint, defaults: Defaults, unet: Mapping[str, Any]) -> Any:
+    """diffusers' own pipeline of a model, as its constructor leaves the configs. unet: its
+    config."""
     with quiet():
         import diffusers
         import transformers
@@ -109,7 +126,7 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
 
     return diffusers_pipeline(
         source,
-        _class_of(source),
+        _class_of(source, unet),
         {
             _TEXT_ENCODER: transformers.CLIPTextModel,
             UNET: diffusers.UNet2DConditionModel,
@@ -125,10 +142,10 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
     )
 
 
-def _own_pipeline(source: Checkpoint, defaults: Defaults) -> OwnPipeline:
+def _own_pipeline(source: Checkpoint, defaults: Defaults, unet: Mapping[str, Any]) -> OwnPipeline:
     """The same with the sampler's scheduler. The pipeline of latent consistency models takes its
     own only: Stable Diffusion's, which feeds such a UNet just as well, takes the others."""
-    pipeline = _diffusers_pipeline(source, defaults)
+    pipeline = _diffusers_pipeline(source, defaults, unet)
     own = type(pipeline.scheduler).__name__
     if type(pipeline).__name__ == _LCM and own != sampler_class(defaults.sampler):
         import diffusers

@@ -26,14 +26,18 @@ from edgesd.export.families.checkpoint import TRANSFORMERS_STEM, Checkpoint
 from edgesd.export.families.latent_diffusion import (
     CLASSES,
     DECODER,
+    ENCODER,
     TOKENIZERS,
     UNET,
     WEIGHTS,
     check_classes,
     check_unet,
     clip_skip,
+    concat,
     finished,
+    for_images,
     sampling,
+    tasks_of,
     unet_config,
     with_sampler,
 )
@@ -45,6 +49,7 @@ from edgesd.spec.pipeline import (
     DecoderSpec,
     DenoiserSpec,
     Fill,
+    ImageTask,
     InputSpec,
     Part,
     TextSpec,
@@ -63,6 +68,8 @@ _CLASSES = {
     **CLASSES,
 }
 _PIPELINE, _FROM_IMAGE = "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"
+_INPAINTING = "StableDiffusionXLInpaintPipeline"
+_FROM_IMAGES: Mapping[ImageTask, str] = {"image": _FROM_IMAGE, "inpaint": _INPAINTING}
 _SCORED = "requires_aesthetics_score"
 """Of a refiner, in model_index.json."""
 _PENULTIMATE = 1
@@ -75,29 +82,32 @@ def export_spec(
     scheduler: str | None = None,
     batch: int = 1,
     chunks: int = 1,
+    tasks: Sequence[ImageTask] = (),
 ) -> ExportSpec:
     """Read the configs of an SDXL pipeline, as diffusers' own pipeline has them. See sd.export_spec
     for arguments and errors."""
     check_classes(source, _classes(source))
     given = unet_config(source, addition="text_time")
-    defaults = sampling(source, _class_of(source), scheduler, given)
+    defaults = sampling(source, _class_of(source, given), scheduler, given)
     with quiet():  # libraries log while they are imported
         from edgesd.export.families.parts import clip, unet, vae
 
-    own = _diffusers_pipeline(source, defaults)
+    own = _diffusers_pipeline(source, defaults, given)
     encoders = _encoders(own)
     texts = {name: encoder.config.to_dict() for name, encoder in encoders.items()}
     config = own.unet.config
     check_unet(source.name, config, list(texts.values()))
+    beside = concat(source.name, config)
+    can = tasks_of(source.name, beside, tasks, "refine" if _refines(source) else "text")
     tokens = _token_count(source, own, texts)
     ids: Fill = "aesthetic_ids" if _refines(source) else "size_ids"
     added = _added_widths(source.name, config, texts[_SECOND], ids)
     latent = vae.latent_spec(
-        source, own.vae.config, config["in_channels"], own.vae_scale_factor, per_channel=True
+        source, own.vae.config, config["out_channels"], own.vae_scale_factor, per_channel=True
     )
     shape = unet.shape_spec(size, batch, config, latent.scale_factor)
     states = tokens, sum(text["hidden_size"] for text in texts.values())
-    behind = _PENULTIMATE + clip_skip(source)
+    behind, upcast = _PENULTIMATE + clip_skip(source), bool(own.vae.config.force_upcast)
     components = (
         *(
             clip.text_encoder(
@@ -106,19 +116,21 @@ def export_spec(
             for name, text in texts.items()
         ),
         unet.unet(source, UNET, config, states, shape, latent, chunks, added),
-        vae.vae_decoder(source, DECODER, latent, shape, fp32=bool(own.vae.config.force_upcast)),
+        vae.vae_decoder(source, DECODER, latent, shape, upcast),
+        *vae.encoder_for(can, source, ENCODER, latent, shape, upcast),
     )
     zero_negative = bool(own.config.force_zeros_for_empty_prompt)
     wiring = _wiring(components, tokens, ids, zero_negative)
+    wiring = for_images(wiring, components, beside, can, _FROM_IMAGES)
     return finished(
         FAMILY.name, source, defaults, own.scheduler, components, latent, shape, wiring,
-        lambda: _own_pipeline(source, defaults),
+        lambda: _own_pipeline(source, defaults, given),
     )  # fmt: skip
 
 
 FAMILY = Family(
     name="sdxl",
-    class_names=(_PIPELINE, _FROM_IMAGE),
+    class_names=(_PIPELINE, *_FROM_IMAGES.values()),
     weights={_FIRST: TRANSFORMERS_STEM, _SECOND: TRANSFORMERS_STEM, **WEIGHTS},
     configs=("scheduler", *TOKENIZER_OF.values()),
     export_spec=export_spec,
@@ -129,8 +141,11 @@ def _refines(source: Checkpoint) -> bool:
     return source.index.get(_SCORED) is True
 
 
-def _class_of(source: Checkpoint) -> str:
-    """The pipeline that the model is run by: of all but a refiner, that without an image."""
+def _class_of(source: Checkpoint, unet: Mapping[str, Any]) -> str:
+    """The pipeline that the model is run by: of all but refiners and models for inpainting, that
+    without an image. unet: its config."""
+    if concat(source.name, {"in_channels": 4, "out_channels": 4, **unet}):
+        return _INPAINTING
     return _FROM_IMAGE if _refines(source) else _PIPELINE
 
 
@@ -202,12 +217,12 @@ def _wiring(components: Sequence[Component], tokens: int, ids: Fill, zero_negati
         denoiser=DenoiserSpec(UNET, tuple(inputs), "noise_pred"),
         decoder=DecoderSpec(DECODER, "latents", "image"),
         zero_negative=zero_negative,
-        tasks=("refine",) if ids == "aesthetic_ids" else ("text",),
     )
 
 
-def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
-    """diffusers' own text-to-image pipeline of a model, as its constructor leaves the configs."""
+def _diffusers_pipeline(source: Checkpoint, defaults: Defaults, unet: Mapping[str, Any]) -> Any:
+    """diffusers' own pipeline of a model, as its constructor leaves the configs. unet: its
+    config."""
     with quiet():
         import diffusers
         import transformers
@@ -230,7 +245,7 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
     scored = {_SCORED: True} if _refines(source) else {}
     return diffusers_pipeline(
         source,
-        _class_of(source),
+        _class_of(source, unet),
         {name: cls for name, cls in networks.items() if name in present},
         {name: make for name, make in tokenizers.items() if name in present},
         sampler_class(defaults.sampler),
@@ -244,9 +259,9 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
     )
 
 
-def _own_pipeline(source: Checkpoint, defaults: Defaults) -> OwnPipeline:
+def _own_pipeline(source: Checkpoint, defaults: Defaults, unet: Mapping[str, Any]) -> OwnPipeline:
     """The same with the sampler's scheduler."""
-    pipeline = with_sampler(_diffusers_pipeline(source, defaults), defaults.sampler)
+    pipeline = with_sampler(_diffusers_pipeline(source, defaults, unet), defaults.sampler)
     return OwnPipeline(
         pipeline,
         encoders=_encoders(pipeline),

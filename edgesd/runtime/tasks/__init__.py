@@ -6,31 +6,26 @@ the image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
-from edgesd.runtime.arrays import Float
 from edgesd.runtime.denoise import Start
-from edgesd.runtime.requests import CompleteRequest
-from edgesd.runtime.schedulers import Scheduler
-from edgesd.runtime.schedulers.base import Noise
-from edgesd.runtime.tasks import refine, text
-from edgesd.spec.pipeline import Fill, PipelineSpec
-
-Prepare = Callable[[PipelineSpec, Sequence[CompleteRequest], Scheduler, Noise, Float | None], Start]
-"""Takes requests that are generated in one batch, with a sampler that is laid out for them, and
-latents that another pipeline began, if there are any."""
+from edgesd.runtime.tasks import image, inpaint, refine, text
+from edgesd.runtime.tasks.beginning import Beginning
+from edgesd.spec.pipeline import Fill
 
 
 class Task(NamedTuple):
     """prepare: where the denoising of requests starts. gives: what inputs of the networks the
     start fills, of those that tasks give (spec.pipeline.GIVEN_BY_TASKS)."""
 
-    prepare: Prepare
+    prepare: Callable[[Beginning], Start]
     gives: frozenset[Fill]
 
 
 TASKS: dict[str, Task] = {
     "text": Task(text.prepare, frozenset()),
     "refine": Task(refine.prepare, frozenset()),
+    "image": Task(image.prepare, frozenset()),
+    "inpaint": Task(inpaint.prepare, frozenset(("mask", "masked"))),
 }

@@ -13,10 +13,11 @@ import pytest
 
 pytest.importorskip("torch")
 
-from edgesd.errors import InputError
+from edgesd.errors import InputError, UsageError
 from edgesd.export.pipeline import export_spec
 from edgesd.export.source import resolve_source
 from edgesd.runtime.flow import flow_of
+from edgesd.spec.pipeline import EncoderSpec, ImageTask, Task
 from tests.models import config_of, edit
 from tests.tiny_pipelines import write_tiny
 
@@ -58,7 +59,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
         changed("unet", cross_attention_dim=24),
         "width 24, and the text encoders make 32",
     ),
-    "a UNet for images that are filled in": (changed("unet", in_channels=9), "takes 9 channels"),
+    "a UNet that sees depth": (changed("unet", in_channels=5), "takes 5 channels"),
     "encoders of other prompts": (
         shorter_tokens,
         r"different numbers of tokens \(text_encoder's 77 and text_encoder_2's 64\)",
@@ -98,6 +99,39 @@ def test_encoders_run_one_after_the_other(model: Path) -> None:
         ["unet"],
         ["vae_decoder"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "tasks"),
+    [
+        ((), ("text",)),
+        (("image",), ("text", "image")),
+        (("inpaint",), ("text", "image", "inpaint")),
+    ],
+)
+def test_tasks_that_are_asked_for_have_an_encoder(
+    asked: tuple[ImageTask, ...], tasks: tuple[Task, ...], model: Path
+) -> None:
+    """With diffusers' own strengths; and in fp32 where the model says so."""
+    export = export_spec(resolve_source(model), tasks=asked)
+    wiring = export.pipeline.wiring
+    assert wiring.tasks == tasks
+    strengths: dict[Task, float] = {"image": 0.3, "inpaint": 0.9999}
+    assert wiring.strengths == {task: strengths[task] for task in tasks[1:]}
+    if asked:
+        assert wiring.encoder == EncoderSpec("vae_encoder", "image", ("mean", "std"))
+        assert export.components[-1].name == "vae_encoder" and export.components[-1].fp32
+    else:
+        assert wiring.encoder is None
+
+
+def test_a_model_for_inpainting_has_that_task_alone(model: Path) -> None:
+    edit(model / "unet/config.json", in_channels=9)
+    for asked in (), ("inpaint",):
+        wiring = export_spec(resolve_source(model), tasks=asked).pipeline.wiring
+        assert (wiring.tasks, wiring.denoiser.concat) == (("inpaint",), ("mask", "masked"))
+    with pytest.raises(UsageError, match="is for inpainting alone"):
+        export_spec(resolve_source(model), tasks=("image",))
 
 
 @pytest.mark.parametrize(

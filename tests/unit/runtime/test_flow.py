@@ -23,10 +23,9 @@ from edgesd.runtime.flow import GuidanceMode, Stage, flow_of
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import CompleteRequest, Micro, Request
-from edgesd.runtime.schedulers import Scheduler
-from edgesd.runtime.schedulers.base import Noise
 from edgesd.runtime.settings import Settings
 from edgesd.runtime.tasks import Task
+from edgesd.runtime.tasks.beginning import Beginning
 from edgesd.spec.base import decode_json
 from edgesd.spec.bundle import (
     SCHEMA_VERSION,
@@ -41,6 +40,7 @@ from edgesd.spec.pipeline import (
     DecoderSpec,
     DenoiserSpec,
     Dim,
+    EncoderSpec,
     Fill,
     InputSpec,
     LatentSpec,
@@ -213,16 +213,9 @@ def images_of(requests: Sequence[CompleteRequest]) -> dict[Any, Float]:
     return {fill: np.stack(rows) for fill, rows in found.items()}
 
 
-def prepare(
-    spec: PipelineSpec,
-    requests: Sequence[CompleteRequest],
-    scheduler: Scheduler,
-    noise: Noise,
-    begun: Float | None,
-) -> Start:
-    first = requests[0]
-    latents = noise((len(requests), C, first.height // SCALE, first.width // SCALE))
-    return Start(latents * np.float32(scheduler.init_noise_sigma), given=images_of(requests))
+def prepare(begin: Beginning) -> Start:
+    sigma = np.float32(begin.scheduler.init_noise_sigma)
+    return Start(begin.drawn() * sigma, given=images_of(begin.requests))
 
 
 TASK = Task(prepare, frozenset(("mask", "masked", "control")))
@@ -472,6 +465,15 @@ def test_stages_are_in_the_order_of_their_runs() -> None:
     ).guided(3.0)
 
 
+def test_an_encoder_runs_on_its_own_behind_the_texts() -> None:
+    wiring = changed(encoder=EncoderSpec("camera", "hint", ("mean", "std")))
+    flow = flow_of(msgspec.structs.replace(SPEC, wiring=wiring))
+    assert flow.encoder == Stage("camera", "encoder", "image")
+    assert flow.groups[2] == (flow.encoder,) and flow.components[2] == "camera"
+    assert flow.from_prompts == flow_of(SPEC).components
+    assert flow_of(SPEC).encoder is None
+
+
 @pytest.mark.parametrize(
     ("per", "mode", "rows", "runs"),
     [
@@ -554,6 +556,18 @@ WRONG: dict[str, tuple[Wiring, str]] = {
     "another number of tokens": (
         changed(tokenizers={**WIRING.tokenizers, "tokenizer_2": TokenizerRef(64)}),
         "phrases .* has ids as",
+    ),
+    "a task without what encodes its images": (
+        changed(tasks=("text", "image")),
+        "nothing encodes the images that the task 'image' begins with",
+    ),
+    "an encoder of what is no image": (
+        changed(encoder=EncoderSpec("adapter", "z", ("feature",)), sides=WIRING.sides[1:]),
+        "there is none|adapter .* has the inputs hint, not z",
+    ),
+    "an encoder of other latents": (
+        changed(encoder=EncoderSpec("adapter", "hint", ("mean", "std")), sides=WIRING.sides[1:]),
+        "there is none|adapter .* has the outputs feature, not mean, std",
     ),
     "an image of four colours": (
         changed(decoder=DecoderSpec("adapter", "hint", "feature"), sides=WIRING.sides[1:]),

@@ -70,10 +70,10 @@ def _made(source: Checkpoint, part: str, make: Callable[[], Any]) -> Any:
         raise InputError(f"cannot read {source.folder(part)}: {first_sentence(exc)}") from exc
 
 
-def default_guidance(class_name: str) -> float:
-    """The guidance scale of diffusers' pipeline `class_name` where nobody gives one."""
+def call_default(class_name: str, argument: str) -> float:
+    """A number that diffusers' pipeline `class_name` takes where nobody gives one."""
     call = getattr(diffusers, class_name).__call__
-    return float(inspect.signature(call).parameters["guidance_scale"].default)
+    return float(inspect.signature(call).parameters[argument].default)
 
 
 def _scheduler_class(*names: str) -> Any:

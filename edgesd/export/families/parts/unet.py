@@ -113,7 +113,7 @@ def unet(
         batch = shape.batch
     tokens, channels = states
     inputs = [
-        float_tensor("sample", batch, latent.channels, height, width),
+        float_tensor("sample", batch, config["in_channels"], height, width),
         float_tensor("timestep", 1),
         float_tensor("encoder_hidden_states", batch, token_dim(shape, tokens, chunks), channels),
     ]

@@ -11,7 +11,7 @@ All latents are in the space that the denoiser works in: scaling is part of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -23,7 +23,7 @@ from edgesd.export.families import AUTOENCODER, Component
 from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.export.families.parts.shapes import dims, float_tensor, sizes, uniform
 from edgesd.export.families.parts.weights import load_network
-from edgesd.spec.pipeline import ComponentSpec, LatentSpec, ShapeSpec
+from edgesd.spec.pipeline import IMAGE_TASKS, ComponentSpec, LatentSpec, ShapeSpec, Task
 
 _TINY = "AutoencoderTiny"
 _COLOURS = 3
@@ -116,8 +116,25 @@ def vae_decoder(
     )
 
 
-def vae_encoder(source: Checkpoint, name: str, latent: LatentSpec, shape: ShapeSpec) -> Component:
-    """The component `name`: the encoder of the autoencoder in the folder vae."""
+def encoder_for(
+    tasks: Collection[Task],
+    source: Checkpoint,
+    name: str,
+    latent: LatentSpec,
+    shape: ShapeSpec,
+    fp32: bool = False,
+) -> tuple[Component, ...]:
+    """See `vae_encoder`; none where no task begins with an image."""
+    if not {*tasks} & {*IMAGE_TASKS}:
+        return ()
+    return (vae_encoder(source, name, latent, shape, fp32),)
+
+
+def vae_encoder(
+    source: Checkpoint, name: str, latent: LatentSpec, shape: ShapeSpec, fp32: bool = False
+) -> Component:
+    """The component `name`: the encoder of the autoencoder in the folder vae. fp32: see
+    `vae_decoder`."""
 
     def load(weights: bool = True) -> nn.Module:
         net = _autoencoder(source, weights)
@@ -137,6 +154,7 @@ def vae_encoder(source: Checkpoint, name: str, latent: LatentSpec, shape: ShapeS
         multiples={"height": latent.scale_factor, "width": latent.scale_factor},
         sizes=sizes(shape, 1),
         examples={"image": uniform(-1, 1)},
+        fp32=fp32,
     )
 
 

@@ -1,0 +1,52 @@
+"""Inpainting: what a mask covers is made anew, as in diffusers' pipelines.
+
+A UNet that was made for it is given the mask and the rest of the image at each step (Rombach et al.
+2022, arXiv 2112.10752, sec. 4.5). With any other one, the rest is put back after each step, as
+noisy as the latents are then (Lugmayr et al. 2022, arXiv 2201.09865, without its resampling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from edgesd.runtime.arrays import Float
+from edgesd.runtime.denoise import Start
+from edgesd.runtime.tasks.beginning import Beginning
+from edgesd.runtime.tasks.cut import first_of_picture
+
+
+def prepare(begin: Beginning) -> Start:
+    """Noise, or with less than full strength the images' latents with noise.
+
+    Draws the images' latents, where the UNet wasn't made for inpainting or they are begun with;
+    noise; and the latents of what masks leave of the images, also where these aren't used.
+    """
+    scheduler, strength = begin.scheduler, begin.strength
+    first = first_of_picture(scheduler, strength)
+    made_for_it = bool(begin.spec.wiring.denoiser.concat)
+    latents = None if made_for_it and strength == 1 else begin.encoded(begin.images)
+    noise = begin.drawn()
+    rest = [image * (mask < 0.5) for image, mask in zip(begin.images, begin.masks, strict=True)]
+    masked = begin.encoded(rest)
+    unit = begin.spec.latent.scale_factor
+    mask = np.concatenate([mask[:, :, ::unit, ::unit] for mask in begin.masks])
+    start = noise * np.float32(scheduler.init_noise_sigma)
+    if latents is not None and strength < 1:
+        start = scheduler.add_noise(latents, noise, first)
+    if made_for_it:
+        return Start(start, first, {"mask": mask, "masked": masked})
+    assert latents is not None
+    return Start(start, first, after_step=_kept(begin, latents, noise, mask))
+
+
+def _kept(
+    begin: Beginning, latents: Float, noise: Float, mask: Float
+) -> Callable[[int, Float], Float]:
+    """Puts what `mask` doesn't cover of an image's latents back after a step."""
+
+    def after_step(at: int, sample: Float) -> Float:
+        return (1 - mask) * begin.scheduler.add_noise(latents, noise, at + 1) + mask * sample
+
+    return after_step
