@@ -14,43 +14,30 @@ Run a stage again with the same ``--work`` to go on from its checkpoint, ``work/
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's habit
 from diffusers import AutoencoderTiny
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from . import dataset, model
 from .captions import pick_caption
 from .dataset import Emoji, Kind
 from .train_unet import Denoiser
-from .training import (
-    Budget,
-    StopSignal,
-    learning_rate,
-    sampling_weights,
-    save_checkpoint,
-    set_learning_rate,
-    to_unit_range,
-    update_average,
-)
+from .training import Net, averaged, fit, sampling_weights, to_unit_range
 
 WEIGHTS: dict[Kind, float] = {"shown": 3.0, "core": 1.8, "tint": 1.0, "rest": 0.5}
-AVERAGE_DECAY = 0.998
 GRADIENT_WEIGHT = 1.0
 MAX_LATENT_NOISE = 0.25
 POOL_SIZE = 1024
 POOL_BATCH = 32
 REFRESH_EVERY = 10
-
-Net = TypeVar("Net", bound=nn.Module)
 
 
 def gradient_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
@@ -94,6 +81,7 @@ class RedrawnLatents:
         self.indices = torch.zeros(0, dtype=torch.long)
         self.drawn = torch.zeros(0, *latents.shape[1:])
         self._stamp = 0.0
+        self._picks = 0
 
     def refresh(self, weights: Tensor) -> None:
         """Draw ``POOL_BATCH`` more; the oldest entries go."""
@@ -135,8 +123,14 @@ class RedrawnLatents:
         redrawn: Tensor = sample
         return redrawn
 
-    def pick(self, count: int) -> tuple[Tensor, Tensor]:
-        """``count`` random entries: picture indices [B] and latents [B, 4, 16, 16]."""
+    def pick(self, count: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """``count`` random entries: picture indices [B] and latents [B, 4, 16, 16].
+
+        Every ``REFRESH_EVERY`` times there are new ones, of pictures by their weights [N].
+        """
+        if self._picks % REFRESH_EVERY == 0:
+            self.refresh(weights)
+        self._picks += 1
         entries = torch.randint(len(self.indices), (count,))
         return self.indices[entries], self.drawn[entries]
 
@@ -159,68 +153,24 @@ def run(
     name: str,
     net: Net,
     options: Options,
-    loss_of: Callable[[int], Tensor],
+    loss_of: Callable[[random.Random], Tensor],
     score_of: Callable[[Any], str],
 ) -> Net:
-    """The training loop of every stage; returns the averaged weights.
-
-    ``loss_of`` makes the loss of a step, ``score_of`` says how good the averaged weights are.
-    """
-    average = copy.deepcopy(net).requires_grad_(False).eval()
-    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
+    """``fit`` with what all stages here have in common; returns the averaged weights."""
+    return fit(
+        net,
+        averaged(net),
+        loss_of,
+        options.work / f"{name}.pt",
+        cpu_minutes=options.cpu_minutes,
+        batch=options.batch,
+        lr=options.lr,
+        average_decay=0.998,
+        weight_decay=1e-4,
+        warmup=100,
+        flat=0.3,
+        score_of=score_of,
     )
-    step, spent_s = 0, 0.0
-    checkpoint = options.work / f"{name}.pt"
-    if checkpoint.exists():
-        state: dict[str, Any] = torch.load(checkpoint)
-        net.load_state_dict(state["net"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent_s = state["step"], state["spent_s"]
-    torch.manual_seed(step + 1)
-    budget = Budget(options.cpu_minutes, spent_s)
-
-    def save() -> None:
-        save_checkpoint(
-            checkpoint,
-            {
-                "net": net.state_dict(),
-                "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-                "spent_s": budget.spent_s,
-            },
-        )
-
-    stop = StopSignal()
-    running = float("nan")
-    saved_s = budget.spent_s
-    while budget.progress < 1 and not stop.asked:
-        rate = learning_rate(options.lr, step, budget.progress, warmup=100, flat=0.3)
-        set_learning_rate(optimizer, rate)
-        loss = loss_of(step)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        update_average(average, net, step, AVERAGE_DECAY)
-        running = loss.item() if running != running else 0.99 * running + 0.01 * loss.item()
-        if step % 50 == 0:
-            print(
-                f"{name} step {step} loss {running:.4f} lr {rate:.1e} "
-                f"cpu {budget.spent_s / 60:.1f} min",
-                flush=True,
-            )
-        if budget.spent_s - saved_s > 120:
-            save()
-            saved_s = budget.spent_s
-            print(f"{name} step {step} {score_of(average)}", flush=True)
-    save()
-    print(f"{name} step {step} {score_of(average)}", flush=True)
-    return average
 
 
 def half_precision() -> torch.autocast:
@@ -257,7 +207,7 @@ def train_teacher(options: Options) -> None:
         weights[index] *= 1.0 if entry.style == "flat" else 0.25
     net = model.teacher_autoencoder().to(memory_format=torch.channels_last)
 
-    def loss_of(_step: int) -> Tensor:
+    def loss_of(_rng: random.Random) -> Tensor:
         wanted = to_unit_range(pictures[torch.multinomial(weights, options.batch)])
         with half_precision():
             latents = net.encode(wanted.to(memory_format=torch.channels_last)).latents.float()
@@ -303,22 +253,20 @@ def train_decoder(options: Options) -> None:
     if options.denoiser is not None and options.tokenizer is not None:
         tokenizer = CLIPTokenizer.from_pretrained(options.tokenizer)
         redrawn = RedrawnLatents(options.denoiser, tokenizer, latents, emoji)
-    decoder: nn.Module = model.autoencoder().decoder.to(memory_format=torch.channels_last)
+    decoder: Any = model.autoencoder().decoder.to(memory_format=torch.channels_last)
 
-    def batch_of(step: int) -> tuple[Tensor, Tensor]:
+    def batch_of() -> tuple[Tensor, Tensor]:
         plain = options.batch if redrawn is None else options.batch // 2
         indices = torch.multinomial(weights, plain, replacement=True)
         strength = MAX_LATENT_NOISE * torch.rand(plain, 1, 1, 1)
         inputs = latents[indices] + strength * torch.randn_like(latents[indices])
         if redrawn is None:
             return indices, inputs
-        if step % REFRESH_EVERY == 0 or len(redrawn.indices) == 0:
-            redrawn.refresh(weights)
-        more_indices, more = redrawn.pick(options.batch - plain)
+        more_indices, more = redrawn.pick(options.batch - plain, weights)
         return torch.cat([indices, more_indices]), torch.cat([inputs, more])
 
-    def loss_of(step: int) -> Tensor:
-        indices, inputs = batch_of(step)
+    def loss_of(_rng: random.Random) -> Tensor:
+        indices, inputs = batch_of()
         with half_precision():
             drawn = decoder(inputs.to(memory_format=torch.channels_last)).float()
         return picture_loss(drawn, to_unit_range(pictures[indices]))
@@ -342,7 +290,7 @@ def train_encoder(options: Options) -> None:
     for layer, source in zip(encoder.layers[2:], teacher.encoder.layers[1:], strict=True):
         layer.load_state_dict(source.state_dict())
 
-    def loss_of(_step: int) -> Tensor:
+    def loss_of(_rng: random.Random) -> Tensor:
         indices = torch.multinomial(weights, options.batch, replacement=True)
         given = to_unit_range(pictures[indices]).to(memory_format=torch.channels_last)
         with half_precision():

@@ -10,6 +10,7 @@ is saved as ``work/kl``; ``collage`` makes larger ones to judge by.
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def train(options: Options) -> AutoencoderKL:
     shown = as_batch([collage(pictures, 256, 256, np.random.default_rng(seed)) for seed in (1, 2)])
     net = autoencoder().to(memory_format=torch.channels_last)
 
-    def loss_of(_step: int) -> Tensor:
+    def loss_of(_rng: random.Random) -> Tensor:
         crops = [collage(pictures, CROP, CROP, rng) for _ in range(options.batch)]
         wanted = as_batch(crops).to(memory_format=torch.channels_last)
         with half_precision():

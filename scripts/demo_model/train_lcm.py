@@ -10,22 +10,18 @@ are. Run again with the same ``--work`` to go on from the checkpoint.
 
 from __future__ import annotations
 
-import copy
 import random
-from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, LCMScheduler, UNet2DConditionModel
+from diffusers import LCMScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from . import dataset, model
-from .training import fit, pick, stage_parser, weights_of
+from . import model, stage
+from .training import TIMESTEPS, Options, averaged, stage_parser, stratified
 
 GUIDANCE_WIDTH = 64
 GUIDANCE_SCALES = (2.0, 6.0)
 SOLVER_STEPS = 50  # LCMScheduler's original_inference_steps: it samples at these timesteps only
-TIMESTEPS = 1000
 TARGET_DECAY = 0.95
 HUBER = 1e-3
 EMPTY_CAPTION_SHARE = 0.05
@@ -71,9 +67,7 @@ class Solver:
 
     def start_timesteps(self, batch: int) -> Tensor:
         """One of the timesteps of the sampler for each picture, [B], spread over all of them."""
-        places = (torch.arange(batch) + torch.rand(batch)) / batch
-        index = (places[torch.randperm(batch)] * SOLVER_STEPS).long()
-        return (index + 1) * self.skip - 1
+        return (stratified(batch, SOLVER_STEPS) + 1) * self.skip - 1
 
     def alpha(self, timesteps: Tensor) -> Tensor:
         """Share of the picture in the variance at timesteps [B], as [B, 1, 1, 1]."""
@@ -110,15 +104,20 @@ def distillation_loss(
     latents: Tensor,
     hidden: Tensor,
     empty: Tensor,
+    guidance_scale: float | None = None,
 ) -> Tensor:
     """Pseudo-Huber distance of the student from the target one solver step further, a scalar.
 
-    latents [B, 4, 16, 16]; hidden and empty (of the empty prompt) [B, 77, 128].
+    latents [B, 4, 16, 16]; hidden and empty (of the empty prompt) [B, 77, 128]. With a guidance
+    scale the student learns that one, and isn't told; otherwise any, which it is told.
     """
     batch = len(latents)
-    low, high = GUIDANCE_SCALES
-    guidance = low + (high - low) * torch.rand(batch)
-    condition = guidance_embedding(guidance)
+    if guidance_scale is None:
+        low, high = GUIDANCE_SCALES
+        guidance = low + (high - low) * torch.rand(batch)
+        condition = guidance_embedding(guidance)
+    else:
+        guidance, condition = torch.full((batch,), guidance_scale), None
     timesteps = solver.start_timesteps(batch)
     before = (timesteps - solver.skip).clamp(min=0)
     noisy = solver.join(latents, torch.randn_like(latents), timesteps)
@@ -137,55 +136,26 @@ def distillation_loss(
     return ((given - wanted).pow(2) + HUBER**2).sqrt().mean() - HUBER
 
 
-def train(
-    data: Path, work: Path, start: Path, *, cpu_minutes: float, batch: int, lr: float
-) -> None:
-    """Train for ``cpu_minutes`` of CPU time; the checkpoint is ``work/lcm.pt``."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    pictures, emoji = dataset.load(data, style="flat")
-    vae = AutoencoderTiny.from_pretrained(start / "vae")
-    latents = model.encode_pictures(vae, torch.from_numpy(pictures).permute(0, 3, 1, 2))
-    weights = weights_of(emoji)
-    tokenizer = CLIPTokenizer.from_pretrained(start / "tokenizer")
-    text = CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32)
-    text.requires_grad_(False)
-    teacher = UNet2DConditionModel.from_pretrained(start / "unet").requires_grad_(False).eval()
-    student = student_of(teacher)
-    for net in (teacher, student):
-        net.to(memory_format=torch.channels_last)
-    student.train()
-    target = copy.deepcopy(student).requires_grad_(False).eval()
+def train(options: Options) -> None:
+    """Train for the CPU time given; the checkpoint is ``work/lcm.pt``."""
+    begun = stage.begin(options)
+    latents = begun.latents(begun.pictures)
+    text, teacher = begun.text(), begun.unet()
+    student = student_of(teacher).to(memory_format=torch.channels_last).train()
+    target = averaged(student)
     solver = Solver()
-    empty = text(model.token_ids(tokenizer, [""]))[0]
+    empty = text(begun.ids([""]))[0].expand(begun.batch, -1, -1)
 
     def loss_of(rng: random.Random) -> Tensor:
-        chosen, captions = pick(emoji, weights, batch, rng, EMPTY_CAPTION_SHARE)
-        hidden = text(model.token_ids(tokenizer, captions))[0]
-        return distillation_loss(
-            student,
-            target,
-            teacher,
-            solver,
-            latents[chosen],
-            hidden,
-            empty.expand(batch, -1, -1),
-        )
+        chosen, captions = begun.pick(rng, EMPTY_CAPTION_SHARE)
+        hidden = text(begun.ids(captions))[0]
+        return distillation_loss(student, target, teacher, solver, latents[chosen], hidden, empty)
 
-    fit(
-        student,
-        target,
-        loss_of,
-        work / "lcm.pt",
-        cpu_minutes=cpu_minutes,
-        batch=batch,
-        lr=lr,
-        average_decay=TARGET_DECAY,
-    )
+    begun.fit("lcm", student, target, loss_of, TARGET_DECAY)
 
 
 def main() -> None:
-    train(**vars(stage_parser(__doc__, lr=3e-4).parse_args()))
+    train(Options(**vars(stage_parser(__doc__, lr=3e-4).parse_args())))
 
 
 if __name__ == "__main__":

@@ -9,22 +9,22 @@ checkpoint.
 
 from __future__ import annotations
 
-import copy
 import random
-from pathlib import Path
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
-from . import dataset, model
-from .training import fit, pick, stage_parser, weights_of
+from . import model, stage
+from .training import TIMESTEPS, Options, averaged, stage_parser, stratified
 
 EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance
 MIN_SNR_GAMMA = 5.0
-TIMESTEPS = 1000
-AVERAGE_DECAY = 0.999
+
+Conditioning = TypeVar("Conditioning")
 
 
 class Denoiser(nn.Module):
@@ -42,18 +42,17 @@ class Denoiser(nn.Module):
         return prediction
 
 
-def stratified_timesteps(batch: int) -> Tensor:
-    """One timestep from each of ``batch`` equal parts of the range, in random order, [B]."""
-    places = (torch.arange(batch) + torch.rand(batch)) / batch
-    return (places[torch.randperm(batch)] * TIMESTEPS).long()
-
-
-def diffusion_loss(net: nn.Module, alphas: Tensor, latents: Tensor, conditioning: object) -> Tensor:
+def diffusion_loss(
+    net: Callable[[Tensor, Tensor, Conditioning], Tensor],
+    alphas: Tensor,
+    latents: Tensor,
+    conditioning: Conditioning,
+) -> Tensor:
     """Min-SNR weighted error of the v-prediction, a scalar.
 
     ``net`` takes noisy latents, timesteps and the conditioning, and gives v.
     """
-    timesteps = stratified_timesteps(len(latents))
+    timesteps = stratified(len(latents), TIMESTEPS)
     alpha = alphas[timesteps][:, None, None, None]
     noise = torch.randn_like(latents)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
@@ -65,48 +64,29 @@ def diffusion_loss(net: nn.Module, alphas: Tensor, latents: Tensor, conditioning
     return loss
 
 
-def train(
-    data: Path, work: Path, start: Path, *, fresh: bool, cpu_minutes: float, batch: int, lr: float
-) -> None:
-    """Train for ``cpu_minutes`` of CPU time; the checkpoint is ``work/unet.pt``."""
-    torch.set_num_threads(1)
-    pictures, emoji = dataset.load(data, style="flat")
-    vae = AutoencoderTiny.from_pretrained(start / "vae")
-    latents = model.encode_pictures(vae, torch.from_numpy(pictures).permute(0, 3, 1, 2))
-    weights = weights_of(emoji)
-    tokenizer = CLIPTokenizer.from_pretrained(start / "tokenizer")
+def train(options: Options, fresh: bool) -> None:
+    """Train for the CPU time given; the checkpoint is ``work/unet.pt``."""
+    begun = stage.begin(options)
+    latents = begun.latents(begun.pictures)
     if fresh:
-        net = Denoiser(model.text_encoder(len(tokenizer)), model.unet())
+        net = Denoiser(model.text_encoder(len(begun.tokenizer)), model.unet())
     else:
-        net = Denoiser(
-            CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32),
-            UNet2DConditionModel.from_pretrained(start / "unet"),
-        )
+        net = Denoiser(stage.text_encoder(options), stage.unet(options))
     net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    average = copy.deepcopy(net).requires_grad_(False).eval()
-    alphas = model.scheduler().alphas_cumprod
 
     def loss_of(rng: random.Random) -> Tensor:
-        chosen, captions = pick(emoji, weights, batch, rng, EMPTY_CAPTION_SHARE)
-        ids = model.token_ids(tokenizer, captions)
-        return diffusion_loss(net, alphas, latents[chosen], ids)
+        chosen, captions = begun.pick(rng, EMPTY_CAPTION_SHARE)
+        return diffusion_loss(net, begun.alphas, latents[chosen], begun.ids(captions))
 
-    fit(
-        net,
-        average,
-        loss_of,
-        work / "unet.pt",
-        cpu_minutes=cpu_minutes,
-        batch=batch,
-        lr=lr,
-        average_decay=AVERAGE_DECAY,
-    )
+    begun.fit("unet", net, averaged(net), loss_of)
 
 
 def main() -> None:
     parser = stage_parser(__doc__, lr=8e-4)
     parser.add_argument("--fresh", action="store_true", help="start from random weights")
-    train(**vars(parser.parse_args()))
+    given = vars(parser.parse_args())
+    fresh = given.pop("fresh")
+    train(Options(**given), fresh)
 
 
 if __name__ == "__main__":

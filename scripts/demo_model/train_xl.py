@@ -11,7 +11,6 @@ begin up to 16 pixels further down and right, and their crop says so.
 
 from __future__ import annotations
 
-import copy
 import random
 from pathlib import Path
 
@@ -21,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from . import dataset, model, xl
-from .train_unet import AVERAGE_DECAY, EMPTY_CAPTION_SHARE, diffusion_loss
-from .training import fit, pick, stage_parser, weights_of
+from . import model, stage, xl
+from .train_unet import EMPTY_CAPTION_SHARE, diffusion_loss
+from .training import Options, averaged, stage_parser
 
 SOFT_SIDES = (16, 96)
 MAX_CROP = 16
@@ -87,49 +86,31 @@ def start_of(folder: Path) -> xl.Denoiser:
     return xl.Denoiser(text, text_2, unet)
 
 
-def train(
-    data: Path, work: Path, start: Path, *, cpu_minutes: float, batch: int, lr: float
-) -> None:
-    """Train for ``cpu_minutes`` of CPU time; the checkpoint is ``work/xl.pt``."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    pictures, emoji = dataset.load(data, style="flat")
-    vae = AutoencoderTiny.from_pretrained(start / "vae")
-    latents, sizes = encode_variants(vae, torch.from_numpy(pictures).permute(0, 3, 1, 2))
-    weights = weights_of(emoji)
+def train(options: Options) -> None:
+    """Train for the CPU time given; the checkpoint is ``work/xl.pt``."""
+    begun = stage.begin(options)
+    latents, sizes = encode_variants(begun.vae, begun.pictures)
     shares = torch.tensor([KIND_SHARES[kind] / VARIANTS.count(kind) for kind in VARIANTS])
-    tokenizer = CLIPTokenizer.from_pretrained(start / "tokenizer")
-    tokenizer_2 = CLIPTokenizer.from_pretrained(start / "tokenizer", pad_token=xl.PAD_2)
-    net = start_of(start)
+    tokenizer_2 = CLIPTokenizer.from_pretrained(options.start / "tokenizer", pad_token=xl.PAD_2)
+    net = start_of(options.start)
     net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    average = copy.deepcopy(net).requires_grad_(False).eval()
-    alphas = model.scheduler().alphas_cumprod
 
     def loss_of(rng: random.Random) -> Tensor:
-        chosen, captions = pick(emoji, weights, batch, rng, EMPTY_CAPTION_SHARE)
-        which = torch.multinomial(shares, batch, replacement=True)
+        chosen, captions = begun.pick(rng, EMPTY_CAPTION_SHARE)
+        which = torch.multinomial(shares, begun.batch, replacement=True)
         conditioning = xl.Conditioning(
-            model.token_ids(tokenizer, captions),
+            begun.ids(captions),
             model.token_ids(tokenizer_2, captions),
             torch.tensor([not caption for caption in captions]),
             sizes[chosen, which],
         )
-        return diffusion_loss(net, alphas, latents[chosen, which], conditioning)
+        return diffusion_loss(net, begun.alphas, latents[chosen, which], conditioning)
 
-    fit(
-        net,
-        average,
-        loss_of,
-        work / "xl.pt",
-        cpu_minutes=cpu_minutes,
-        batch=batch,
-        lr=lr,
-        average_decay=AVERAGE_DECAY,
-    )
+    begun.fit("xl", net, averaged(net), loss_of)
 
 
 def main() -> None:
-    train(**vars(stage_parser(__doc__, lr=6e-4).parse_args()))
+    train(Options(**vars(stage_parser(__doc__, lr=6e-4).parse_args())))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +23,12 @@ from .vocabulary import SHOWN_TINTED
 # How often diffusion training samples a picture of each kind; the held-out pairs never.
 WEIGHTS: dict[Kind, float] = {"shown": 2.0, "core": 1.5, "tint": 1.0, "rest": 0.6}
 SHOWN_TINT_FACTOR = 2.0
+TIMESTEPS = 1000
+AVERAGE_DECAY = 0.999
 SAVE_EVERY_S = 120.0
 PRINT_EVERY_STEPS = 100
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 class Budget:
@@ -73,13 +79,25 @@ def sampling_weights(emoji: Sequence[Emoji], by_kind: Mapping[Kind, float]) -> T
     return torch.tensor([by_kind.get(entry.kind, 0.0) for entry in emoji])
 
 
-def stage_parser(doc: str | None, lr: float) -> argparse.ArgumentParser:
-    """What every stage of diffusion training is run with. doc: of its module."""
+@dataclass(frozen=True)
+class Options:
+    """What every stage of diffusion training is run with."""
+
+    data: Path
+    work: Path
+    start: Path
+    cpu_minutes: float
+    batch: int
+    lr: float
+
+
+def stage_parser(doc: str | None, lr: float, cpu_minutes: float = 60.0) -> argparse.ArgumentParser:
+    """Reads ``Options``. doc: of the stage's module."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
     parser.add_argument("--data", type=Path, required=True, help="folder made by prepare_data")
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--start", type=Path, required=True, help="pipeline folder to start from")
-    parser.add_argument("--cpu-minutes", type=float, default=60.0)
+    parser.add_argument("--cpu-minutes", type=float, default=cpu_minutes)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=lr)
     return parser
@@ -128,27 +146,43 @@ def to_unit_range(pictures: Tensor) -> Tensor:
     return pictures.float() / 127.5 - 1.0
 
 
+def averaged(net: Net) -> Net:
+    """A copy of ``net`` for ``fit`` to keep the average of its weights in."""
+    return copy.deepcopy(net).requires_grad_(False).eval()
+
+
+def stratified(batch: int, parts: int) -> Tensor:
+    """A whole number below ``parts`` from each of ``batch`` equal shares, in random order, [B]."""
+    places = (torch.arange(batch) + torch.rand(batch)) / batch
+    return (places[torch.randperm(batch)] * parts).long()
+
+
 def fit(
-    net: nn.Module,
-    average: nn.Module,
+    net: Net,
+    average: Net,
     loss_of: Callable[[random.Random], Tensor],
     checkpoint: Path,
     *,
     cpu_minutes: float,
     batch: int,
     lr: float,
-    average_decay: float,
-) -> None:
-    """Train ``net`` for ``cpu_minutes`` of CPU time, ``average`` following it.
+    average_decay: float = AVERAGE_DECAY,
+    weight_decay: float = 1e-3,
+    warmup: int = 200,
+    flat: float = 0.4,
+    score_of: Callable[[Net], str] | None = None,
+) -> Net:
+    """Train ``net`` for ``cpu_minutes`` of CPU time, ``average`` following it; returns that.
 
     ``loss_of`` draws a batch and returns its loss, a scalar; parameters that need no gradient
-    stay. Goes on from ``checkpoint`` where there is one, and writes it every two minutes and at
-    the end.
+    stay. ``score_of`` says how good the average is. Goes on from ``checkpoint`` where there is
+    one, and writes it every two minutes and at the end. warmup, flat: see ``learning_rate``.
     """
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+        parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
     )
+    name = checkpoint.stem
     step, spent_s, samples = 0, 0.0, 0
     if checkpoint.exists():
         state: dict[str, Any] = torch.load(checkpoint)
@@ -172,12 +206,14 @@ def fit(
                 "samples": samples,
             },
         )
+        if score_of is not None:
+            print(f"{name} step {step} {score_of(average)}", flush=True)
 
     stop = StopSignal()
     running = float("nan")
     saved_s = budget.spent_s
     while budget.progress < 1 and not stop.asked:
-        rate = learning_rate(lr, step, budget.progress, warmup=200, flat=0.4)
+        rate = learning_rate(lr, step, budget.progress, warmup=warmup, flat=flat)
         set_learning_rate(optimizer, rate)
         loss = loss_of(rng)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -190,7 +226,7 @@ def fit(
         running = loss.item() if running != running else 0.99 * running + 0.01 * loss.item()
         if step % PRINT_EVERY_STEPS == 0:
             print(
-                f"step {step} samples {samples} loss {running:.4f} lr {rate:.1e} "
+                f"{name} step {step} samples {samples} loss {running:.4f} lr {rate:.1e} "
                 f"cpu {budget.spent_s / 60:.1f} min",
                 flush=True,
             )
@@ -198,3 +234,4 @@ def fit(
             save()
             saved_s = budget.spent_s
     save()
+    return average
