@@ -6,7 +6,7 @@ layer, whatever its own size; the pages of the files are the system's to keep or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,39 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 _HELD = "_edgesd_held"
 """Attribute of a module whose parameters are mapped: its `_Held`."""
+
+Edit = Callable[[Tensor], Tensor]
+"""A weight in fp32 -> a new tensor, in fp32 and of the same shape, which takes its place."""
+
+
+class Edited:
+    """A weight that is made of the checkpoint's whenever it is asked for, and not kept. It has
+    what is asked of mapped tensors."""
+
+    def __init__(self, tensor: Tensor | Edited, edit: Edit) -> None:
+        self._tensor, self._edit = tensor, edit
+        self.shape: torch.Size = tensor.shape
+        self.dtype = torch.float32
+
+    def float(self) -> Tensor:
+        """Its values."""
+        return self._edit(self._tensor.float())
+
+    def numel(self) -> int:
+        """How many there are."""
+        return self._tensor.numel()
+
+    def is_floating_point(self) -> bool:
+        """They are."""
+        return True
+
+    def detach(self) -> Edited:
+        """They aren't part of any computation."""
+        return self
+
+
+Weight = Tensor | Edited
+"""A weight of a network that is held mapped."""
 
 
 def hold_mapped(net: nn.Module) -> None:
@@ -36,13 +69,25 @@ def hold_mapped(net: nn.Module) -> None:
                 # Parameters that modules share stay shared.
                 stand_ins.setdefault(id(value), _stand_in(value))
             places = {name: stand_ins[id(value)] for name, value in own.items()}
-            setattr(module, _HELD, _Held(module, own, places))
+            setattr(module, _HELD, _Held(module, {**own}, places))
 
 
-def state_of(net: nn.Module) -> dict[str, Tensor]:
+def edit_mapped(net: nn.Module, edits: Mapping[str, Edit]) -> None:
+    """Let parameters of a network that is held mapped be made by `edits`, of those that they are
+    now. In place. edits: by names as in its state dict."""
+    for path, module in net.named_modules():
+        held: _Held | None = getattr(module, _HELD, None)
+        if held is not None:
+            prefix = f"{path}." if path else ""
+            for name, value in held.values.items():
+                if edit := edits.get(f"{prefix}{name}"):
+                    held.values[name] = Edited(value, edit)
+
+
+def state_of(net: nn.Module) -> dict[str, Weight]:
     """The parameters and buffers of a network, mapped or not: name as in its state dict ->
     tensor, of the type that the checkpoint has it in."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, Weight] = {}
     for path, module in net.named_modules():
         held: _Held | None = getattr(module, _HELD, None)
         own = {**module._buffers, **(module._parameters if held is None else held.values)}
@@ -51,7 +96,7 @@ def state_of(net: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def release(net: nn.Module, fake: FakeTensorMode) -> dict[str, Tensor]:
+def release(net: nn.Module, fake: FakeTensorMode) -> dict[str, Weight]:
     """Take parameters and buffers out of `net`, for an export; returns `state_of` it.
 
     Tensors of `fake` take their places: of the same shapes, on the CPU, without values.
@@ -81,7 +126,7 @@ class _Held:
     def __init__(
         self,
         module: nn.Module,
-        values: Mapping[str, Tensor],
+        values: dict[str, Weight],
         stand_ins: Mapping[str, nn.Parameter],
     ) -> None:
         self.values, self._stand_ins = values, stand_ins

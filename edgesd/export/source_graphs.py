@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from torch import Tensor
 
 from edgesd.errors import EdgesdError
 from edgesd.export.external_data import (
@@ -22,7 +21,7 @@ from edgesd.export.external_data import (
     write_model,
 )
 from edgesd.export.families import Component
-from edgesd.export.mapped import state_of
+from edgesd.export.mapped import Weight, state_of
 from edgesd.export.parity import Case
 from edgesd.export.passes.bind import BoundTensor
 from edgesd.files import atomic_write
@@ -51,7 +50,7 @@ class SourceGraphs:
     ) -> None:
         self.folder, self.check = folder, check
         self._components = {component.name: component for component in components}
-        self._states: dict[str, dict[str, Tensor]] = {}
+        self._states: dict[str, dict[str, Weight]] = {}
 
     def load(self, component: str) -> ir.Model:
         """The fp32 graph of a component. Its weights are mapped, and made fp32 one by one."""
@@ -92,7 +91,7 @@ class SourceGraphs:
         tensors = [v.const_value for model in models for v in model.graph.initializers.values()]
         return sum(each.nbytes for each in tensors if each is not None and in_checkpoint(each))
 
-    def _state(self, component: str) -> dict[str, Tensor]:
+    def _state(self, component: str) -> dict[str, Weight]:
         if component not in self._states:
             self._states[component] = state_of(self._components[component].load())
         return self._states[component]

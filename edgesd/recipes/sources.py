@@ -20,13 +20,15 @@ def open_model(
     vae: str | None = None,
     embeddings: Collection[str] = (),
     config: Path | None = None,
+    loras: Collection[str] = (),
 ) -> ModelSource:
     """What the user called `model`: "demo", or one of the forms of export/source.
 
     variant: the kind that it is said to be. vae: the model whose autoencoder stands in for its own.
     embeddings: textual inversions that are added, as FILE or FILE:TOKEN. config: a diffusers folder
-    with the configs and tokenizers of a single file. Raises what `resolve_source` and
-    `read_embeddings` raise, and InputError for an autoencoder of other latents.
+    with the configs and tokenizers of a single file. loras: what is merged into its networks, as
+    FILE or FILE:SCALE. Raises what `resolve_source`, `read_embeddings` and `read_loras` raise, and
+    InputError for an autoencoder of other latents.
     """
     found = resolve_source(str(demo_model()) if model == DEMO else model, config)
     source = replace(found, variant=variant)
@@ -34,6 +36,10 @@ def open_model(
         from edgesd.export.source.embedding import read_embeddings
 
         source = replace(source, embeddings=read_embeddings(embeddings))
+    if loras:
+        from edgesd.export.lora.read import read_loras
+
+        source = replace(source, loras=read_loras(loras))
     if vae is None:
         return source
     other = resolve_network(vae, AUTOENCODER)

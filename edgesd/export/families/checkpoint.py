@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from edgesd.export.lora.update import Lora
+
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 """Of the weight files of a network that the library saved."""
 
@@ -63,6 +65,10 @@ class Checkpoint(Protocol):
     @property
     def embeddings(self) -> tuple[Embedding, ...]:
         """Textual inversions that are added to its tokenizers and text encoders."""
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """LoRAs that are merged into its networks, one after another."""
 
     def folder(self, name: str) -> Path:
         """The folder of a component's config, of a tokenizer or of the scheduler; it may be

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 from onnxscript.optimizer import optimize_ir
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from edgesd.errors import EdgesdError
+from edgesd.export.mapped import Edited, Weight
 from edgesd.export.passes import Pass
 
 SMALL = 8192
@@ -25,7 +25,7 @@ class BoundTensor(ir.LazyTensor):
 
     __slots__ = ("source", "transposed")
 
-    def __init__(self, source: str, tensor: Tensor, transposed: bool = False) -> None:
+    def __init__(self, source: str, tensor: Weight, transposed: bool = False) -> None:
         self.source, self.transposed = source, transposed
         shape = tuple(reversed(tensor.shape)) if transposed else tuple(tensor.shape)
 
@@ -42,7 +42,7 @@ class BindWeights(Pass):
     is none of them and has no value, either.
     """
 
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
+    def __init__(self, state: Mapping[str, Weight]) -> None:
         self.state = state
 
     def call(self, model: ir.Model) -> bool:
@@ -54,9 +54,10 @@ class BindWeights(Pass):
                 raise EdgesdError(f"{name} in the graph is no weight of its network")
             if tensor.is_floating_point() and tensor.numel() > SMALL:
                 value.const_value = BoundTensor(name, tensor)
+            elif isinstance(tensor, Edited) or tensor.is_floating_point():
+                value.const_value = ir.tensor(tensor.float().numpy(), name=name)
             else:
-                wide = tensor.float() if tensor.is_floating_point() else tensor
-                value.const_value = ir.tensor(wide.numpy(), name=name)
+                value.const_value = ir.tensor(tensor.numpy(), name=name)
         turned: dict[str, BoundTensor] = {}
         optimize_ir(model, should_fold=lambda node: self._folds(node, turned))
         for name, bound in turned.items():

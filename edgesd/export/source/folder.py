@@ -26,6 +26,8 @@ from edgesd.textfiles import read_json
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from edgesd.export.lora.update import Lora
+
 SAFETENSORS = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 TEXT_FILE = (".json", ".txt", ".model")
@@ -55,8 +57,9 @@ _HINT_TYPES: dict[str, tuple[type, ...]] = {
 class ModelSource:
     """A model on this machine. `name` is what the user called it; `index` is model_index.json.
     variant: what kind of model the user says that it is. others: component -> the model whose
-    network stands in for it. embeddings: textual inversions that are added to it. clip_skip: layers
-    that the user leaves out (spec.build.BuildOptions)."""
+    network stands in for it. embeddings: textual inversions that are added to it. loras: what is
+    merged into its networks. clip_skip: layers that the user leaves out
+    (spec.build.BuildOptions)."""
 
     name: str
     root: Path
@@ -65,6 +68,7 @@ class ModelSource:
     variant: Variant | None = None
     others: Mapping[str, ModelSource] = field(default_factory=dict)
     embeddings: tuple[Embedding, ...] = ()
+    loras: tuple[Lora, ...] = ()
     clip_skip: int | None = None
 
     def folder(self, name: str) -> Path:
@@ -236,37 +240,32 @@ class ModelSource:
 
     def hints(self) -> dict[str, Any]:
         """Defaults that the model asks for in edgesd.json: num_inference_steps, guidance_scale,
-        variant, clip_skip. What the user says holds, and steps and guidance of another variant than
-        that don't.
+        variant, clip_skip. Those of a LoRA come before the model's. What the user says holds, and
+        steps and guidance of another variant than that don't.
 
         Raises InputError for another field, or a value that makes no sense.
         """
-        found = self._own_hints()
-        skipped = found.get("clip_skip") if self.clip_skip is None else self.clip_skip
+        own = self._own_hints()
+        skipped = own.get("clip_skip") if self.clip_skip is None else self.clip_skip
+        found = self._lora_hints() or own
         if self.variant not in (None, found.get("variant")):
             found = {"variant": self.variant}
         return found if skipped is None else {**found, "clip_skip": skipped}
 
+    def _lora_hints(self) -> dict[str, Any]:
+        """What its LoRAs ask for. Raises InputError where two of them don't agree."""
+        asking = [lora for lora in self.loras if lora.hints and lora.scale]
+        for other in asking[1:]:
+            if other.hints != asking[0].hints and self.variant is None:
+                raise InputError(
+                    f"{asking[0].name} and {other.name} ask for different steps or kinds of model "
+                    f"({HINTS} or metadata): say which with --variant {'|'.join(VARIANTS)}"
+                )
+        return dict(asking[0].hints) if asking else {}
+
     def _own_hints(self) -> dict[str, Any]:
         path = self.root / HINTS
-        if not path.exists():
-            return {}
-        found = read_json_object(path)
-        for name, value in found.items():
-            kinds = _HINT_TYPES.get(name)
-            if kinds is None:
-                raise InputError(f"{path}: {unknown_name('field', name, _HINT_TYPES)}")
-            if kinds == (str,):
-                if value not in VARIANTS:
-                    raise InputError(f"{path}: {unknown_name(name, str(value), VARIANTS)}")
-                continue
-            number = value if type(value) in kinds else math.nan
-            least = 1 if kinds == (int,) else 0
-            if not least <= number <= 1000:
-                raise InputError(
-                    f"{path}: {name} must be a number from {least} to 1000, not {value!r:.60}"
-                )
-        return found
+        return check_hints(path, read_json_object(path)) if path.exists() else {}
 
     def prompts(self, purpose: str) -> tuple[str, ...] | None:
         """The model's own prompts for "calibration" or "quality"; None if it has none.
@@ -314,6 +313,7 @@ class ModelSource:
         paths = [path for _, path in sorted(self._files())]
         for component, other in sorted(self.others.items()):
             paths += other._network_files(component)
+        paths += [path for lora in self.loras for path in lora.files]
         found = [(path, path.stat()) for path in paths]
         return [(path, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in found]
 
@@ -325,6 +325,11 @@ class ModelSource:
             digest.update(f"{component}\0{other.network_sha256(component)}\n".encode())
         for embedding in self.embeddings:
             digest.update(f"{embedding.token}\0{embedding.sha256}\n".encode())
+        for lora in self.loras:
+            lora.check_unchanged()
+            digest.update(
+                f"lora\0{lora.sha256}\0{lora.scale!r}\0{[*lora.hints.items()]}\n".encode()
+            )
         said = {"variant": self.variant, "clip_skip": self.hints().get("clip_skip")}
         for name, value in said.items():
             if value:
@@ -390,6 +395,30 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
             left += ((key, inner) for inner in value)
         elif isinstance(value, (int, float)):
             yield key, value
+
+
+def check_hints(
+    where: object, found: dict[str, Any], names: Collection[str] = tuple(_HINT_TYPES)
+) -> dict[str, Any]:
+    """`found`, of an edgesd.json, or of what stands for one. names: of the fields that it may have.
+
+    Raises InputError for another field, or a value that makes no sense.
+    """
+    for name, value in found.items():
+        if name not in names:
+            raise InputError(f"{where}: {unknown_name('field', name, names)}")
+        kinds = _HINT_TYPES[name]
+        if kinds == (str,):
+            if value not in VARIANTS:
+                raise InputError(f"{where}: {unknown_name(name, str(value), VARIANTS)}")
+            continue
+        number = value if type(value) in kinds else math.nan
+        least = 1 if kinds == (int,) else 0
+        if not least <= number <= 1000:
+            raise InputError(
+                f"{where}: {name} must be a number from {least} to 1000, not {value!r:.60}"
+            )
+    return found
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

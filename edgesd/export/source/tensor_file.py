@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _TYPES = ("F64", "F32", "F16", "BF16")
 """Of weights. Others (int8, fp8) are of quantized models."""
 
+NUMBERS = (*_TYPES, "I64", "I32", "I16", "I8", "U8")
+"""Of single numbers."""
+
 
 class TensorInfo(NamedTuple):
     """dtype: safetensors' word for it."""
@@ -66,13 +69,13 @@ class TensorFile(Mapping[str, TensorInfo]):
         """Numbers in those tensors."""
         return sum(math.prod(self[name].shape) for name in names)
 
-    def load(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Those tensors, mapped from the file. Raises InputError for types that hold no plain
-        weights."""
+    def load(self, names: Collection[str], types: Collection[str] = _TYPES) -> dict[str, Tensor]:
+        """Those tensors, mapped from the file. types: that they may have. Raises InputError for
+        others, which hold no plain weights."""
         from safetensors import SafetensorError, safe_open
 
         for name in names:
-            if (dtype := self[name].dtype) not in _TYPES:
+            if (dtype := self[name].dtype) not in types:
                 raise InputError(
                     f"{self.path}: {name[:100]} is stored as {dtype}: edgesd reads weights in "
                     f"{', '.join(_TYPES)}; give the file that it was quantized from"

@@ -13,6 +13,7 @@ import diffusers
 
 from edgesd.errors import InputError
 from edgesd.export.families.checkpoint import Checkpoint
+from edgesd.export.families.parts.lora import check_loras
 from edgesd.export.families.parts.weights import shell
 from edgesd.export.quiet import quiet
 from edgesd.runtime.schedulers import preset, sampler_class
@@ -43,6 +44,7 @@ def diffusers_pipeline(
     made = {}
     for part, cls in networks.items():
         made[part] = _made(source, part, partial(shell, source, part, cls))
+    check_loras(source, made)
     for part, make in tokenizers.items():
         made[part] = _made(source, part, make)
     made["scheduler"] = _made(

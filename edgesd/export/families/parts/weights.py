@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from edgesd.errors import InputError
 from edgesd.export.families.checkpoint import Checkpoint, Weights
+from edgesd.export.families.parts.lora import lora_edits
 from edgesd.export.families.parts.textual_inversion import add_vectors
-from edgesd.export.mapped import hold_mapped
+from edgesd.export.mapped import edit_mapped, hold_mapped
 from edgesd.export.quiet import quiet
 from edgesd.text import first_sentence
 
@@ -46,6 +47,7 @@ def load_network(source: Checkpoint, component: str, cls: Any, weights: bool = T
             raise InputError(f"{where}: {name} holds NaN or infinite weights: download it again")
     hold_mapped(net)
     source.check_network(component, net)
+    edit_mapped(net, lora_edits(source, component, net))
     return net
 
 
