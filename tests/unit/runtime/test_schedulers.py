@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +28,7 @@ from edgesd.runtime.schedulers import (
     sampler_class,
     spread_options,
 )
+from edgesd.runtime.schedulers.brownian import BrownianPath
 from edgesd.runtime.schedulers.flow_euler import FlowEuler
 from edgesd.runtime.tasks.cut import first_of_picture
 
@@ -107,13 +110,12 @@ def reference(
     scheduler: Any,
     monkeypatch: pytest.MonkeyPatch,
     noise: Callable[[tuple[int, ...]], np.ndarray],
+    steps: int,
     strength: float | None = None,
     **options: float,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """The same by diffusers, whose randn_tensor draws from `noise`. strength: as its pipeline for
     inpainting has it."""
-    import sys
-
     import diffusers
 
     def draw(shape: tuple[int, ...], **_: Any) -> Any:
@@ -126,7 +128,7 @@ def reference(
     sample = drawn * float(getattr(scheduler, "init_noise_sigma", 1.0))
     picture, mask = torch.from_numpy(PATTERN), torch.from_numpy(MASK)
     if strength is not None:
-        pipeline, steps = SimpleNamespace(scheduler=scheduler), scheduler.num_inference_steps
+        pipeline = SimpleNamespace(scheduler=scheduler)
         get_timesteps = diffusers.StableDiffusionInpaintPipeline.get_timesteps
         timesteps, _ = get_timesteps(pipeline, steps, strength, None)
         sample = _noisy(scheduler, picture, drawn, timesteps[:1].repeat(SHAPE[0]))
@@ -155,6 +157,26 @@ def _noisy(scheduler: Any, x0: Any, noise: Any, timesteps: Any) -> Any:
     return scheduler.scale_noise(x0, timesteps, noise)
 
 
+def _quad(f: Callable[[float], Any], start: Any, end: Any, **_: float) -> tuple[float, float]:
+    """scipy.integrate.quad of a polynomial."""
+    nodes, weights = np.polynomial.legendre.leggauss(6)
+    half = (float(end) - float(start)) / 2
+    values = [float(f(float(start) + half * (1 + node))) for node in nodes]
+    return half * float(np.dot(weights, values)), 0.0
+
+
+class _Interval:
+    """torchsde.BrownianInterval."""
+
+    def __init__(self, *, t0: Any, t1: Any, size: Any, entropy: int, **_: Any) -> None:
+        self._path = BrownianPath(entropy, tuple(size), float(t0), float(t1))
+
+    def __call__(self, start: Any, end: Any) -> Any:
+        import torch
+
+        return torch.from_numpy(self._path.increment(float(start), float(end)))
+
+
 class Compare:
     """Runs both and asserts that they agree; keeps the largest error seen."""
 
@@ -164,6 +186,20 @@ class Compare:
     def __call__(self, *args: Any, **options: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             self._compare(patch, *args, **options)
+
+    def _class(self, patch: pytest.MonkeyPatch, name: str) -> Any:
+        """diffusers' class; where scipy or torchsde isn't there, with what they do for it: an
+        integral of a polynomial, and a path that edgesd's own stands for."""
+        found = getattr(self.diffusers, CLASSES[name])
+        if not isinstance(found, self.diffusers.utils.DummyObject):
+            return found
+        if name == "dpmpp-sde":
+            patch.setitem(sys.modules, "torchsde", SimpleNamespace(BrownianInterval=_Interval))  # type: ignore[arg-type]
+            module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+        else:
+            module = importlib.import_module("diffusers.schedulers.scheduling_lms_discrete")
+            patch.setattr(module, "integrate", SimpleNamespace(quad=_quad), raising=False)
+        return getattr(module, CLASSES[name])
 
     def _round_once(self, patch: pytest.MonkeyPatch) -> None:
         """Make torch's functions round as IEEE 754 has it: their last bit depends on the build and
@@ -193,9 +229,7 @@ class Compare:
             eta = 0.0  # what diffusers' pipelines hand over
         scheduler = create_scheduler(name, config, eta)
         scheduler.set_timesteps(steps, **timesteps)
-        cls = getattr(self.diffusers, CLASSES[name])
-        if isinstance(cls, self.diffusers.utils.DummyObject):
-            pytest.skip(f"{CLASSES[name]} needs scipy or torchsde")
+        cls = self._class(patch, name)
         if not SCHEDULERS[name].exact:
             self._round_once(patch)
         theirs = cls.from_config(dict(config), **preset(name))
@@ -208,7 +242,9 @@ class Compare:
             theirs.sigmas = theirs.sigmas.double()
         options = {} if eta is None else {"eta": eta}
         noise = TorchNoise(SEED)
-        want, want_timesteps = reference(self.torch, theirs, patch, noise, strength, **options)
+        want, want_timesteps = reference(
+            self.torch, theirs, patch, noise, steps, strength, **options
+        )
         left = noise((3,))
         noise = TorchNoise(SEED)
         got, got_timesteps = ours(scheduler, noise, strength)
@@ -437,6 +473,8 @@ def test_options(compare: Compare, name: str, options: dict[str, Any]) -> None:
         return
     for steps in (5, 20):
         compare(name, SD | {"clip_sample": False} | options, steps, roundings=4)
+    strength = 1.0 if "lambda_min_clipped" in options else 0.6  # which leaves out early steps
+    compare(name, SD | {"clip_sample": False} | options, 10, roundings=4, strength=strength)
 
 
 @pytest.mark.parametrize("name", ["euler", "euler-a", "dpmpp-2m"])
@@ -476,6 +514,7 @@ def test_flow_euler(compare: Compare, options: dict[str, Any], steps: int) -> No
             scheduler.set_timesteps(1, image_seq_len=256)
         return
     compare("flow-euler", config, steps, **given_)
+    compare("flow-euler", config, steps, strength=1.0 if steps == 1 else 0.5, **given_)
 
 
 def test_flow_euler_takes_its_shift_from_the_image_size() -> None:
@@ -523,7 +562,8 @@ def _case(name: str, options: dict[str, Any]) -> dict[str, Any]:
 def test_what_needs_more_packages_in_diffusers(
     compare: Compare, name: str, options: dict[str, Any]
 ) -> None:
-    pytest.importorskip("scipy")
+    if "use_beta_sigmas" in options:
+        pytest.importorskip("scipy")
     for steps in (1, 2, 7, 20):
         compare(name, _case(name, options), steps, roundings=4)
 
@@ -773,6 +813,7 @@ def test_eta_draws_noise_as_in_diffusers(compare: Compare, name: str, eta: float
         for steps in (1, 4, 20):
             config = SD | {"clip_sample": False, "prediction_type": prediction}
             compare(name, config, steps, eta=eta)
+        compare(name, config, 10, eta=eta, strength=0.6)
 
 
 def test_eta_is_refused_where_there_is_none() -> None:
@@ -785,12 +826,18 @@ def test_eta_is_refused_where_there_is_none() -> None:
 @pytest.mark.parametrize("timesteps", [(999,), (999, 759, 499, 259), (800, 600, 300, 100, 20, 0)])
 @pytest.mark.parametrize("name", [n for n in DISCRETE if "timesteps" in SCHEDULERS[n].takes])
 def test_a_list_of_timesteps(compare: Compare, name: str, timesteps: tuple[int, ...]) -> None:
-    compare(name, SD | {"clip_sample": False}, len(timesteps), roundings=4, timesteps=timesteps)
+    for strength in (None, 1.0, 0.8):
+        if strength is None or int(strength * len(timesteps)):
+            config = SD | {"clip_sample": False}
+            options = {"roundings": 4, "strength": strength, "timesteps": timesteps}
+            compare(name, config, len(timesteps), **options)
 
 
 @pytest.mark.parametrize("sigmas", [(14.6, 0.0), (14.615, 6.315, 3.771, 2.181, 0.862, 0.38, 0.03)])
 def test_a_list_of_sigmas(compare: Compare, sigmas: tuple[float, ...]) -> None:
     compare("euler", SD, len(sigmas) - 1, roundings=4, sigmas=sigmas)
+    strength = 1.0 if len(sigmas) == 2 else 0.5
+    compare("euler", SD, len(sigmas) - 1, roundings=4, strength=strength, sigmas=sigmas)
 
 
 def test_lists_that_are_refused() -> None:
@@ -851,7 +898,9 @@ def test_kinds_of_sigmas() -> None:
 def test_models_with_preconditioning_of_their_own(
     compare: Compare, name: str, options: dict[str, Any], steps: int
 ) -> None:
-    compare(name, {"_class_name": CLASSES[name]} | options, steps, roundings=4)
+    config = {"_class_name": CLASSES[name]} | options
+    compare(name, config, steps, roundings=4)
+    compare(name, config, steps, roundings=4, strength=1.0 if steps == 1 else 0.5)
 
 
 def test_processes_are_not_mixed() -> None:
