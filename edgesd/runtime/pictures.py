@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import logging
 import os
 import stat
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -118,12 +120,10 @@ class Picture:
         image, _ = _decode(self.name, self.raw)
         if image.mode != "RGBA":
             return image.convert("L")
-        pixels = np.asarray(image)
-        visible = pixels[pixels[..., 3] > 0][:, :3]
-        if visible.size and np.ptp(visible, axis=1).max() > _COLOURED:
-            return ImageOps.invert(image.getchannel("A"))
-        grey = image.convert("L")
-        return Image.composite(grey, Image.new("L", image.size), image.getchannel("A"))
+        alpha = image.getchannel("A")
+        if _has_colours(image):
+            return ImageOps.invert(alpha)
+        return Image.composite(image.convert("L"), Image.new("L", image.size), alpha)
 
     def hole(self) -> Image.Image:
         """A mask (mode L) that is white where the picture is transparent.
@@ -169,19 +169,29 @@ def read_picture(source: Path | BinaryIO | bytes, name: str | None = None) -> Pi
 
 def _read(source: Path | BinaryIO, name: str) -> bytes:
     try:
-        if not isinstance(source, Path):
-            return source.read(MOST_BYTES + 1)
-        # A pipe without a writer would be waited for.
-        with os.fdopen(os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if not stat.S_ISREG(mode):
-                what = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
-                raise InputError(f"{name} is {what}: expected a picture, {_FORMAT_NAMES}")
-            return file.read(MOST_BYTES + 1)
+        return _file_bytes(source, name) if isinstance(source, Path) else _bounded(source)
     except OSError as exc:
         raise InputError(f"{name} can't be read: {exc.strerror or exc}") from exc
     except ValueError as exc:  # a name with a zero byte in it
         raise InputError(f"{name} can't be read: {first_sentence(exc)}") from exc
+
+
+def _file_bytes(path: Path, name: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # never waits for a pipe
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            what = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+            raise InputError(f"{name} is {what}: expected a picture, {_FORMAT_NAMES}")
+        with open(fd, "rb", closefd=False) as file:
+            return _bounded(file)
+    finally:
+        os.close(fd)
+
+
+def _bounded(file: BinaryIO) -> bytes:
+    """A file's bytes: of one that is too large as many as show that."""
+    return file.read(MOST_BYTES + 1)
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -191,7 +201,8 @@ def _decode(name: str, raw: bytes) -> tuple[Image.Image, list[str]]:
     """The upright pixels of a file: RGB, or RGBA where it isn't opaque; and notes."""
     with _pillow_errors(name, raw):
         image, notes = _opened(name, raw)
-        image.load()
+        with _libtiff_silenced() if image.format == "TIFF" else nullcontext():
+            image.load()
         orientation = _orientation(image)
         image = _eight_bits(name, image)
         image = _turned(image, orientation)
@@ -219,6 +230,25 @@ def _pillow_errors(name: str, raw: bytes) -> Iterator[None]:
         raise InputError(f"{name} is damaged, or cut off ({first_sentence(exc)})") from exc
 
 
+@contextmanager
+def _libtiff_silenced() -> Iterator[None]:
+    """libtiff prints what it finds wrong to standard error, by itself."""
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _unidentified(name: str, raw: bytes) -> str:
     for at, beginnings, kind in _UNREAD:
         if raw[at:].lstrip()[:16].startswith(beginnings):
@@ -230,6 +260,7 @@ def _opened(name: str, raw: bytes) -> tuple[Image.Image, list[str]]:
     """A picture whose header was read and whose size is within bounds, and notes."""
     from PIL import Image
 
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong, it raises as well
     Image.preinit()
     for plugin in _PLUGINS.values():
         try:
@@ -335,7 +366,20 @@ def _of_floats(name: str, image: Image.Image) -> Image.Image:
         raise InputError(
             f"{name} has floating-point pixels of {least:g} to {most:g}: expected 0 to 1"
         )
-    return Image.fromarray(np.rint(values * np.float32(255)).astype(np.uint8))
+    scaled = values * np.float32(255)
+    return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
+
+
+def _has_colours(image: Image.Image) -> bool:
+    """Whether something that can be seen of an RGBA image isn't grey."""
+    from PIL import ImageChops
+
+    red, green, blue, alpha = image.split()
+    brightest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    darkest = ImageChops.darker(ImageChops.darker(red, green), blue)
+    spread = ImageChops.subtract(brightest, darkest)
+    seen = alpha.point([0, *[255] * 255])
+    return int(np.asarray(ImageChops.darker(spread, seen)).max()) > _COLOURED
 
 
 def _flat(image: Image.Image, ground: str) -> Image.Image:
