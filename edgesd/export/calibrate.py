@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgesd.errors import EdgesdError, InputError
+from edgesd.export.example_masks import example_mask
 from edgesd.export.families import ExportSpec
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.torch_runner import TorchRunner, any_batch
@@ -378,6 +379,10 @@ def _spread(total: int, limit: int) -> Tensor:
     return torch.arange(count) * total // count
 
 
+_Made = Sequence[list[Float]]
+"""Outputs of a component, one list for each of its runs so far."""
+
+
 @dataclass(frozen=True)
 class _Calibrating:
     """The stages of a pipeline's flow, one after the other. See `calibrate`."""
@@ -401,7 +406,7 @@ class _Calibrating:
                     latents = self._denoise(stage, encoded)
                 case "decoder":
                     images = self._decode(stage, latents)
-                    if flow.encoder is not None:  # of what was made: no other images are there
+                    if flow.encoder is not None:
                         self._encode_images(flow.encoder, images)
                 case "encoder":
                     pass
@@ -435,8 +440,11 @@ class _Calibrating:
         with atomic_write(self.folder / "timesteps.npy") as file:
             np.save(file, np.array(timesteps, np.float32))
         negative = {part: self._negative(rows[:1]) for part, rows in encoded.items()}
+        grey = self._grey() if spec.wiring.denoiser.concat else None
 
-        def run(runner: TorchRunner, index: int, recorder: _StatsRecorder) -> list[Float]:
+        def run(
+            runner: TorchRunner, index: int, recorder: _StatsRecorder, earlier: _Made
+        ) -> list[Float]:
             request = completion.complete(settings.request(index))
             scheduler, noise = scheduler_of(spec, request), BatchNoise([request.seed])
             recorder.step = index_of[0]
@@ -447,11 +455,14 @@ class _Calibrating:
                     recorder.told(index * len(every) + step.index + 1)
 
             positive = {part: rows[index + 1 : index + 2] for part, rows in encoded.items()}
+            start = text_to_image.prepare(Beginning(spec, [request], scheduler, noise))
+            if grey is not None:
+                start = replace(start, given=_inpainted(grey, [rows[0] for rows in earlier]))
             latents = denoise(
                 spec.wiring,
                 {stage.component: runner},
                 scheduler,
-                text_to_image.prepare(Beginning(spec, [request], scheduler, noise)),
+                start,
                 with_size_ids(Conditioned(positive, negative if guided else None), request, 1),
                 request.guidance_scale,
                 noise,
@@ -472,10 +483,29 @@ class _Calibrating:
         return images
 
     def _encode_images(self, stage: Stage, images: Float) -> None:
+        """Encode what was made, as no other images are there, and what masks leave of it."""
         encoder = self.export.pipeline.wiring.encoder
         assert encoder is not None
-        inputs = [{encoder.input: row[None].clip(-1, 1)} for row in images]
-        self._run_each(stage, inputs, self._labels())
+        images, (height, width) = images.clip(-1, 1), images.shape[2:]
+        masks = [example_mask(index, height, width)[0] for index in range(len(images))]
+        rest = [image * (mask < 0.5) for image, mask in zip(images, masks, strict=True)]
+        inputs = [{encoder.input: image[None]} for image in (*images, *rest)]
+        self._run_each(stage, inputs, [*self._labels(), *self._labels()])
+
+    def _grey(self) -> Float:
+        """Latents [1, C, h, w] of mid grey, which is put in place of what is painted."""
+        path = self.folder / "grey.npy"
+        if not path.exists():
+            encoder, settings = self.export.pipeline.wiring.encoder, self.settings
+            assert encoder is not None
+            component = next(c for c in self.export.components if c.name == encoder.component)
+            image = np.zeros((1, 3, settings.height, settings.width), np.float32)
+            with TorchRunner(any_batch(component.spec), component.load()) as runner:
+                made = run_once(runner, {encoder.input: image})
+            with atomic_write(path) as file:
+                np.save(file, made[encoder.outputs[0]])
+        values: Float = np.load(path)
+        return values
 
     def _labels(self) -> list[str]:
         return [f"calibration prompt {index + 1}" for index in range(len(self.settings.prompts))]
@@ -485,7 +515,9 @@ class _Calibrating:
     ) -> list[Float]:
         """Run a component once for each of `inputs`, recording; its outputs, one for each."""
 
-        def run(runner: TorchRunner, index: int, recorder: _StatsRecorder) -> list[Float]:
+        def run(
+            runner: TorchRunner, index: int, recorder: _StatsRecorder, earlier: _Made
+        ) -> list[Float]:
             outputs = run_once(runner, inputs[index])
             return [np.array(values[0], np.float32) for values in outputs.values()]
 
@@ -495,11 +527,12 @@ class _Calibrating:
         self,
         stage: Stage,
         labels: Sequence[str],
-        run: Callable[[TorchRunner, int, _StatsRecorder], list[Float]],
+        run: Callable[[TorchRunner, int, _StatsRecorder, _Made], list[Float]],
         timesteps: int = 1,
         runs: int = 1,
     ) -> list[Float]:
-        """Record a component in one `run` for each of `labels`: what they return, stacked.
+        """Record a component in one `run` for each of `labels`: what they return, stacked. A run is
+        handed what those before it returned.
 
         timesteps: recorded one by one. runs: of the component's network in one `run`.
         """
@@ -525,7 +558,7 @@ class _Calibrating:
         try:
             with TorchRunner(any_batch(component.spec), module) as runner:
                 for index in range(done, count):
-                    outputs.append(run(runner, index, recorder))
+                    outputs.append(run(runner, index, recorder, outputs))
                     if not all(np.isfinite(values).all() for values in outputs[-1]):
                         raise InputError(
                             f"{name} makes NaN or infinite values of {labels[index]}: check the "
@@ -540,6 +573,17 @@ class _Calibrating:
         finally:
             recorder.close()
         return made
+
+
+def _inpainted(grey: Float, earlier: Sequence[Float]) -> dict[Fill | Part, Float]:
+    """What a denoiser for inpainting is given: the picture that was made before, without what a
+    mask covers; nothing of it for the first. grey: latents of mid grey; earlier: of pictures.
+
+    The seam is that of latents, not of their pictures', which an encoder would blur.
+    """
+    mask = example_mask(len(earlier), *grey.shape[2:])
+    picture = earlier[-1][None] if earlier else grey
+    return {"mask": mask, "masked": np.where(mask < 0.5, picture, grey)}
 
 
 def _output(index: int) -> str:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 
 from edgesd.errors import EdgesdError, InputError  # noqa: E402
 from edgesd.export import calibrate as calibrating  # noqa: E402
@@ -44,6 +44,7 @@ from edgesd.spec.pipeline import (  # noqa: E402
     TextSpec,
     Wiring,
 )
+from tests import tiny_pipelines  # noqa: E402
 from tests.models import EMOJI  # noqa: E402
 from tests.support import Recorded  # noqa: E402
 
@@ -53,6 +54,7 @@ CALLS = {"text_encoder": 3, "unet": 4, "vae_decoder": 2}
 """Runs of each network: an empty prompt and two; two prompts of two steps; two images."""
 
 Seen = dict[tuple[str, str], list[torch.Tensor]]
+Tokenizers = dict[str, PromptTokenizer]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -273,6 +275,55 @@ def test_what_is_told_and_written(
     spec = calibration.spec
     assert (spec.prompts, spec.num_inference_steps, spec.scheduler) == (2, 2, "ddim")
     assert (spec.height, spec.width, spec.guidance_scale) == (64, 64, 4.0)
+
+
+# Models for inpainting.
+
+
+@pytest.fixture(scope="module")
+def inpainting(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportSpec, Tokenizers]:
+    """A tiny random UNet of nine channels, and what reads its prompts."""
+    folder = tmp_path_factory.mktemp("inpainting")
+    made = tiny_pipelines._sd(
+        tiny_pipelines._euler(), diffusers.StableDiffusionInpaintPipeline, in_channels=9
+    )
+    made.save_pretrained(folder / "model")
+    export = export_spec(resolve_source(folder / "model"))
+    tokens = export.pipeline.wiring.tokenizers["tokenizer"].max_tokens
+    files = write_tokenizer(folder / "model" / "tokenizer", folder, tokens)
+    return export, {"tokenizer": PromptTokenizer(*files.values())}
+
+
+def test_a_network_for_inpainting_sees_masks_and_what_they_leave(
+    inpainting: tuple[ExportSpec, Tokenizers], tmp_path: Path
+) -> None:
+    export, tokenizers = inpainting
+    how = replace(HOW, prompts=("a", "b", "c"), height=32, width=48, scheduler="euler")
+    conv = Layer("unet", "conv_in", "", "conv", (16, 9, 3, 3), pads=(1, 1, 1, 1))
+    first = Layer("vae_encoder", "encoder.conv_in", "", "conv", (16, 3, 3, 3), pads=(1, 1, 1, 1))
+    seen: Seen = {}
+    calibrate(watched(export, [conv, first], seen), [conv, first], how, tokenizers, tmp_path)
+    with calibrating.safe_open(tmp_path / "unet.safetensors", "numpy") as file:
+        made = file.get_tensor("outputs")
+    images = [x.numpy() for x in seen["vae_encoder", "encoder.conv_in"]]
+    assert len(images) == 7 and not images[0].any()
+    runs = [x.numpy() for x in seen["unet", "conv_in"]]
+    assert len(runs) == 6
+    grey = runs[0][:1, 5:]
+    for index, (start, later) in enumerate(zip(runs[::2], runs[1::2], strict=True)):
+        given = start[:1, 4:]
+        for half in (*start, *later):  # of guidance, at each step
+            assert np.array_equal(half[4:], given[0])
+        mask = given[:, :1]
+        assert set(np.unique(mask)) <= {0.0, 1.0} and mask.mean() == (1, 1 / 2, 1 / 4)[index]
+        earlier = made[index - 1] if index else grey
+        assert np.array_equal(given[:, 1:], np.where(mask, grey, earlier))
+        image, rest = images[1 + index], images[4 + index]
+        hidden = mask.repeat(2, axis=2).repeat(2, axis=3)
+        assert np.array_equal(rest, image * (1 - hidden)) and image.any()
+    before = files_of(tmp_path)
+    calibrate(export, [conv, first], how, tokenizers, tmp_path)
+    assert files_of(tmp_path) == before
 
 
 # Interrupted, damaged, repeated.
