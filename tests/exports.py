@@ -40,10 +40,12 @@ class KeptExports:
         lowering: Any = None,
         progress: Progress = SILENT,
         as_source: bool = False,
+        lora_slots: int | None = None,
     ) -> GraphSet:
         """See `export_pipeline`; the lines of progress are the first export's."""
         fp32 = lowering is None and precision == "fp32"  # those of a source have a file more
-        what = msgspec.json.encode((plan.pipeline, precision, lowering and lowering.name))
+        name = lowering and lowering.name
+        what = msgspec.json.encode((plan.pipeline, precision, name, lora_slots))
         kept = self.folder / hashlib.sha256(what).hexdigest()[:16]
         with FileLock(f"{kept}.lock", timeout=500):
             if not (kept / "graphs.json").exists():
@@ -55,7 +57,8 @@ class KeptExports:
                     precision,
                     lowering=lowering,
                     progress=told,
-                    as_source=fp32,
+                    as_source=fp32 and lora_slots is None,
+                    lora_slots=lora_slots,
                 )
                 (kept / "graphs.json").write_bytes(msgspec.json.encode((found, told.lines)))
         left_out = shutil.ignore_patterns(*([] if as_source else ["cases.npz"]))

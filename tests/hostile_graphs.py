@@ -76,8 +76,9 @@ def linear(
     gated: int = 0,
     bias: bool = True,
     residual: bool = False,
+    rank: int | None = None,
 ) -> Graph:
-    """A QuantLinear of x [*rows, k]."""
+    """A QuantLinear of x [*rows, k]. rank: of a LoRA's factors, if there are any."""
     outputs = n // 2 if gated else n
     return Graph(
         "QuantLinear",
@@ -87,6 +88,8 @@ def linear(
             *weight(n, k, bits, group, layout),
             Tensor(FLOAT, (n,)) if bias else None,
             Tensor(FLOAT, (*rows, outputs), constant=False) if residual else None,
+            None if rank is None else Tensor(FLOAT, (*rows, rank), constant=False),
+            None if rank is None else Tensor(FLOAT, (rank, n), constant=False),
         ),
     )
 
@@ -185,6 +188,7 @@ def random_graph(rng: np.random.Generator, isa: str) -> Graph:
             gated=gated,
             bias=maybe(),
             residual=maybe(),
+            rank=below(40, 0) if maybe() else None,
         )
     if op == "conv":
         kernel, groups = (below(5), below(5)), below(4)
@@ -493,6 +497,18 @@ CASES: dict[str, tuple[Graph, str]] = {
     "a residual of a row": (
         put(linear(64, 64, residual=True), 5, Tensor(FLOAT, (1, 64), constant=False)),
         "residual is [1, 64], not [4, 64] as y",
+    ),
+    "factors of which one is missing": (
+        put(linear(64, 64, rank=4), 7, None),
+        "of low and up only one is there",
+    ),
+    "factors of other rows": (
+        put(linear(64, 64, rank=4), 6, Tensor(FLOAT, (3, 4), constant=False)),
+        "low is [3, 4], not as x but its last",
+    ),
+    "factors of a larger rank than each other": (
+        put(linear(64, 64, rank=4), 7, Tensor(FLOAT, (5, 64), constant=False)),
+        "up is [5, 64], not of 256 values",
     ),
     "a stride of 0": (with_attributes(conv(16, 16), strides=[0, 1]), "strides is 0"),
     "a stride below 0": (with_attributes(conv(16, 16), strides=[-1, -1]), "strides is -1"),

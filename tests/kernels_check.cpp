@@ -121,18 +121,21 @@ Made make(int bits, int layout, int64_t n, int64_t k, int group) {
 }
 
 void check_linear(const Compute& compute, int bits, int layout, int64_t m, int64_t n, int64_t k,
-                  int group, bool gated) {
+                  int group, bool gated, int64_t rank = 0) {
   const Made made = make(bits, layout, n, k, group);
   const auto x = normal(size_t(m * k), 0.3f), bias = normal(size_t(n));
   const int64_t outputs = gated ? n / 2 : n;
   const auto residual = normal(size_t(m * outputs));
   std::vector<float> y(size_t(m * outputs));
-  compute.linear({x.data(), made.weight, bias.data(), residual.data(), y.data(), m, gated}, two);
+  const auto low = normal(size_t(m * rank)), up = normal(size_t(rank * n), 0.3f);
+  compute.linear({x.data(), made.weight, bias.data(), residual.data(), y.data(), m, gated,
+                  low.data(), up.data(), rank}, two);
   std::vector<double> wanted(y.size());
   for (int64_t row = 0; row < m; row++) {
     auto sum = [&](int64_t i) {
       double total = bias[i];
       for (int64_t j = 0; j < k; j++) total += x[row * k + j] * made.values[i * k + j];
+      for (int64_t r = 0; r < rank; r++) total += low[row * rank + r] * up[r * n + i];
       return total;
     };
     for (int64_t i = 0; i < outputs; i++) {
@@ -263,8 +266,8 @@ int main() {
   std::printf("%s\n", compute.name);
   for (const int bits : {8, 4}) {
     if (bits == 8 && compute.weight_max < 127) continue;
-    check_linear(compute, bits, Weight::ROWS_K_BY_N, 13, 70, 50, 32, false);
-    check_linear(compute, bits, Weight::ROWS_K_BY_N, 600, 96, 64, 32, true);
+    check_linear(compute, bits, Weight::ROWS_K_BY_N, 13, 70, 50, 32, false, 5);
+    check_linear(compute, bits, Weight::ROWS_K_BY_N, 600, 96, 64, 32, true, 17);
     check_linear(compute, bits, Weight::ROWS_K_BY_N, 1, 33, 31, 16, false);
     check_conv(compute, bits, 40, 50, 9, 7, 3, 1);
     check_conv(compute, bits, 5, 17, 9, 8, 3, 2);
@@ -273,9 +276,9 @@ int main() {
     check_conv(compute, bits, 24, 20, 18, 17, 3, 1, 24, 2);
     check_conv(compute, bits, 8, 20, 5, 20, 3, 1, 0, 2);
   }
-  check_linear(compute, 4, Weight::BLOCKS_OF_N, 13, 70, 100, 64, false);
+  check_linear(compute, 4, Weight::BLOCKS_OF_N, 13, 70, 100, 64, false, 16);
   check_linear(compute, 4, Weight::BLOCKS_OF_N, 20, 64, 128, 16, true);
-  check_linear(compute, 4, Weight::BLOCKS_OF_N, 3, 40, 31, 256, false);
+  check_linear(compute, 4, Weight::BLOCKS_OF_N, 3, 40, 31, 256, false, 1);
   check_attention(compute, 70, 100, 3, 40);
   check_attention(compute, 5, 64, 2, 80);
   check_attention(compute, 9, 77, 1, 160);

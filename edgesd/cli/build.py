@@ -23,6 +23,7 @@ from edgesd.cli.options import (
 )
 from edgesd.export.quantize.methods import method_names
 from edgesd.spec.build import DEFAULT_METHOD, MOST_CHUNKS, MOST_SKIPPED, BuildOptions, QuantOptions
+from edgesd.spec.scheme import MAX_RANK
 
 if TYPE_CHECKING:
     from edgesd.recipes import Built, LocalFolders
@@ -77,6 +78,13 @@ _BUILD = (
         type=click.IntRange(0, MOST_SKIPPED),
         help="Leave out so many of the text encoders' last layers: 1 for models that web UIs run "
         "with a Clip skip of 2. [default: the model's, mostly 0]",
+    ),
+    click.option(
+        "--lora-slots",
+        type=click.IntRange(1, MAX_RANK),
+        metavar="RANK",
+        help="Leave places for LoRAs of up to this rank together, which `generate --lora` fills "
+        "without building anew. [default: none]",
     ),
     click.option(
         "--prompt-chunks",

@@ -32,6 +32,7 @@ def engine_from_graph(graph: Graph, backend: str) -> Engine:
         parity=graph.parity,
         kernels=graph.kernels,
         split=graph.split,
+        slots=graph.slots,
     )
 
 

@@ -18,7 +18,9 @@ from edgesd.export.passes.tiled_decoder import CORE, FEATURES, OWN, STATISTICS
 from edgesd.export.pieces import run_in_pieces
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends.onnxruntime import session_options
+from edgesd.runtime.lora import empty_factors
 from edgesd.spec.bundle import Parity, SplitDecoder
+from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import TensorSpec
 from edgesd.spec.scheme import Precision
 from edgesd.text import first_sentence
@@ -59,20 +61,24 @@ def check_parity(
     precision: Precision,
     library: Path | None = None,
     elsewhere: Mapping[str, ir.TensorProtocol] | None = None,
+    slots: LoraSlots | None = None,
 ) -> Parity:
     """Run the graph file in ONNX Runtime on the CPU, in pieces where it is large, and compare. The
     worst output and case count.
 
     library: of edgesd's own kernels, for a graph that needs it. elsewhere: weights that the graph's
-    files don't hold, by name.
+    files don't hold, by name. slots: for LoRAs, which are empty here.
 
     Raises ParityError, naming component, figure and tolerance, when the graph doesn't load or run,
     when an output isn't finite, or when it is further away than the tolerance.
     """
     names = [tensor.name for tensor in component.spec.outputs]
 
+    empty = {} if slots is None else empty_factors(slots)
+
     def run(inputs: list[dict[str, Array]]) -> Iterator[Sequence[Array]]:
-        for made in run_in_pieces(graph, inputs, library, elsewhere):
+        given = [{**each, **empty} for each in inputs]
+        for made in run_in_pieces(graph, given, library, elsewhere):
             yield [made[name] for name in names]
 
     return _check(run, component, cases, precision)

@@ -21,6 +21,7 @@ from edgesd.progress import SILENT, Progress
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.base import check_ranges
 from edgesd.spec.bundle import Graph, GraphSet, SplitDecoder
+from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import ImageTask, Wiring
 from edgesd.spec.scheme import Precision
 
@@ -56,6 +57,7 @@ def export_pipeline(
     lowering: Lowering | None = None,
     progress: Progress = SILENT,
     as_source: bool = False,
+    lora_slots: int | None = None,
 ) -> GraphSet:
     """Export the components of `spec`, read from `source`, to the new (or empty) folder `out_dir`.
 
@@ -64,7 +66,8 @@ def export_pipeline(
 
     precision: "fp16" stores weights in 16 bits; inputs and outputs stay in fp32. lowering: of the
     backend whose graphs to make; None: of the reference, whose arithmetic stays in fp32. as_source:
-    fp32 graphs for quantization to start from (source_graphs.py).
+    fp32 graphs for quantization to start from (source_graphs.py). lora_slots: the largest rank of
+    LoRAs that graphs take (passes/lora_slots.py); None for graphs without slots.
 
     Raises InputError for a model that can't be read, ParityError when the spec differs from
     diffusers' own pipeline or a graph from its source, ResourceError when the disk is full,
@@ -95,7 +98,14 @@ def export_pipeline(
         _log.info("pipeline: compared with diffusers' own, %.1f s", time.perf_counter() - start)
         for component in spec.components:
             graphs[component.name] = _export(
-                component, spec.pipeline.wiring, root, precision, lowering, progress, as_source
+                component,
+                spec.pipeline.wiring,
+                root,
+                precision,
+                lowering,
+                progress,
+                as_source,
+                lora_slots,
             )
     return GraphSet(
         root=str(out_dir),
@@ -152,18 +162,33 @@ def _export(
     lowering: Lowering,
     progress: Progress,
     as_source: bool,
+    lora_slots: int | None,
 ) -> Graph:
     from edgesd.export.external_data import GRAPH_FILE
     from edgesd.export.parity import check_parity, check_split
 
     start = time.perf_counter()
     written = _write_graph(
-        component, wiring, root / component.name, precision, lowering, progress, as_source
+        component,
+        wiring,
+        root / component.name,
+        precision,
+        lowering,
+        progress,
+        as_source,
+        lora_slots,
     )
     gc.collect()  # the module is in reference cycles: free it before the graph is loaded
     progress.line(f"{component.name}: check")
     path, cases, split = f"{component.name}/{GRAPH_FILE}", written.cases, written.split
-    parity = check_parity(root / path, component, cases, precision, elsewhere=written.elsewhere)
+    parity = check_parity(
+        root / path,
+        component,
+        cases,
+        precision,
+        elsewhere=written.elsewhere,
+        slots=written.slots,
+    )
     if split is not None:
         check_split(root, split, component, cases, precision)
     _log.info(
@@ -173,16 +198,18 @@ def _export(
         parity.rel_rms,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
     )
-    return Graph(component.name, path, precision, parity, split=split)
+    return Graph(component.name, path, precision, parity, split=split, slots=written.slots)
 
 
 class _Written(NamedTuple):
     """A graph on disk. cases: what its source computes, taken before it was changed. split: the
-    split decoder where it is one. elsewhere: weights that its files don't hold, by name."""
+    split decoder where it is one. elsewhere: weights that its files don't hold, by name. slots:
+    places for LoRAs."""
 
     cases: list[Case]
     split: SplitDecoder | None
     elsewhere: Mapping[str, ir.TensorProtocol]
+    slots: LoraSlots | None
 
 
 def _write_graph(
@@ -193,9 +220,11 @@ def _write_graph(
     lowering: Lowering,
     progress: Progress,
     as_source: bool,
+    lora_slots: int | None,
 ) -> _Written:
     from edgesd.export.external_data import SPLIT_FILES, write_model
     from edgesd.export.parity import reference_cases
+    from edgesd.export.passes.lora_slots import add_slots
     from edgesd.export.passes.tiled_decoder import describe_split, split_decoder
     from edgesd.export.source_graphs import write_source_graph
     from edgesd.export.to_onnx import graph_from_module
@@ -207,6 +236,7 @@ def _write_graph(
     model = graph_from_module(module, component, "ort-mha")
     splits = component.name == wiring.decoder.component and lowering.splits_decoder
     parts = (split_decoder(model) if splits else None) or ()
+    slots = add_slots(model, component.name, wiring, lora_slots, lowering.fixed_shapes)
     for each in (model, *parts):
         lowering.lower(each, precision, wiring.input_of(component.name, "timestep"))
     split = describe_split(component.name, parts, SPLIT_FILES) if parts else None
@@ -216,7 +246,7 @@ def _write_graph(
         elsewhere = write_source_graph(model, folder, others, cases)
     else:
         write_model(model, folder, others)
-    return _Written(cases, split, elsewhere)
+    return _Written(cases, split, elsewhere, slots)
 
 
 def _copy_licence(source: ModelSource, root: Path) -> list[str]:

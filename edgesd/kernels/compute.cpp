@@ -337,6 +337,25 @@ int64_t parts_of(int64_t panels, int64_t rows) {
   return parts;
 }
 
+// Adds to values [valid <= MR, P] the product of rows of `low` and a panel [rank][P] of `up`.
+void add_low_rank(float* values, const float* low, int valid, const float* up, int64_t rank) {
+  const float* rows[MR];
+  vf sums[MR][NR];
+  for (int i = 0; i < MR; i++) {
+    const int row = std::min(i, valid - 1);
+    rows[i] = low + row * rank;
+    for (int n = 0; n < NR; n++) sums[i][n] = load<vf>(values + row * P + n * W);
+  }
+  for (int64_t r = 0; r < rank; r++) {
+    vf right[NR];
+    for (int n = 0; n < NR; n++) right[n] = load<vf>(up + r * P + n * W);
+    for (int i = 0; i < MR; i++)
+      for (int n = 0; n < NR; n++) sums[i][n] += rows[i][r] * right[n];
+  }
+  for (int i = 0; i < valid; i++)
+    for (int n = 0; n < NR; n++) store(values + i * P + n * W, sums[i][n]);
+}
+
 void linear(const Linear& job, Threads threads) {
   const Weight& w = job.weight;
   const int64_t padded = (w.k + 3) / 4 * 4;
@@ -377,6 +396,14 @@ void linear(const Linear& job, Threads threads) {
       panel[side].codes = codes + side * padded * P;
       lay_out(w, first + side * outputs, w.k, padded, panel[side]);
     }
+    static thread_local Scratch<float> factors;
+    float* up = job.rank ? factors.get(size_t(job.rank * P) * 2) : nullptr;
+    for (int side = 0; side < sides && up; side++)
+      for (int64_t r = 0; r < job.rank; r++) {
+        float* to = up + (side * job.rank + r) * P;
+        std::memcpy(to, job.up + r * w.n + first + side * outputs, size_t(count) * 4);
+        std::memset(to + count, 0, size_t(P - count) * 4);
+      }
     alignas(64) int32_t sums[MR * P];
     alignas(64) float found[2][MR * P];
     for (int64_t m = begin; m < end; m += MR) {
@@ -396,6 +423,9 @@ void linear(const Linear& job, Threads threads) {
           if (bias)
             for (int n = 0; n < count; n++) found[side][i * P + n] += bias[n];
         }
+        if (up)
+          add_low_rank(found[side], job.low + m * job.rank, valid, up + side * job.rank * P,
+                       job.rank);
       }
       for (int i = 0; i < valid; i++) {
         float* y = job.y + (m + i) * outputs + first;

@@ -34,6 +34,9 @@ struct Linear {
   float* y;               // [m, n], or [m, n / 2] if gated
   int64_t m;
   bool gated;  // y = left * gelu(right), the halves of the outputs (GEGLU, arXiv 2002.05202)
+  const float* low = nullptr;  // [m, rank]: low times up is added to the product, before it is gated
+  const float* up = nullptr;   // [rank, n]
+  int64_t rank = 0;
 };
 
 struct Conv {

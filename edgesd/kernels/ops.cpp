@@ -364,11 +364,11 @@ void check_bits(const Compute* compute, const WeightFormat& weight) {
     throw Failure(std::string("8-bit weights aren't exact with ") + compute->name);
 }
 
-// QuantLinear(x [..., K], codes, scale, steps?, bias?, residual?) -> [..., N], or [..., N / 2] if
-// gated.
+// QuantLinear(x [..., K], codes, scale, steps?, bias?, residual?, low [..., R]?, up [R, N]?) ->
+// [..., N], or [..., N / 2] if gated. R is 0 or more.
 struct QuantLinear {
   static constexpr const char* NAME = "QuantLinear";
-  static constexpr size_t INPUTS = 6, REQUIRED_INPUTS = 3;
+  static constexpr size_t INPUTS = 8, REQUIRED_INPUTS = 3;
   const Compute* compute;
   WeightFormat weight;
   bool gated;
@@ -387,6 +387,16 @@ struct QuantLinear {
       throw Failure("x is " + text_of(shape) + ", not [..., K] of K = " + std::to_string(weight.k));
     Linear job{run.data(0), weight.at(run), run.floats(4, "bias", weight.n), nullptr, nullptr,
                count_of(shape, shape.size() - 1), gated};
+    if (run.has(6) != run.has(7)) throw Failure("of low and up only one is there");
+    if (run.has(6)) {
+      Shape like = run.shape(6);
+      if (like.empty()) throw Failure("low is a single value");
+      job.rank = like.back();
+      like.back() = weight.k;
+      if (like != shape) throw Failure("low is " + text_of(run.shape(6)) + ", not as x but its last");
+      job.low = run.floats(6, "low", job.m * job.rank);
+      job.up = run.floats(7, "up", job.rank * weight.n);
+    }
     shape.back() = gated ? weight.n / 2 : weight.n;
     const int64_t outputs = count_of(shape);
     job.residual = run.residual(5, shape);

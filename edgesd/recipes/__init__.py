@@ -134,7 +134,13 @@ def build(
         else:
             precision, lowering = job.options.precision, job.lowering
             graphs = export_pipeline(
-                job.source, job.spec, root, precision, lowering=lowering, progress=progress
+                job.source,
+                job.spec,
+                root,
+                precision,
+                lowering=lowering,
+                progress=progress,
+                lora_slots=job.options.lora_slots,
             )
             writer.put_graphs(graphs)
         if job.lowering.fp16_arithmetic and job.options.precision != "fp32":

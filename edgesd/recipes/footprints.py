@@ -15,7 +15,7 @@ from edgesd.export.backends import get_lowering
 from edgesd.export.backends.base import Lowering
 from edgesd.export.cost.arena import arena_bytes
 from edgesd.export.cost.costs import memory, part_bytes
-from edgesd.export.cost.cpu_lowering import lower_workload
+from edgesd.export.cost.cpu_lowering import NO_SLOTS, Slots, lower_workload
 from edgesd.export.cost.workload import Workload, split_workload, trace
 from edgesd.export.families import ExportSpec
 from edgesd.export.families.parts.shapes import TOKENS
@@ -23,7 +23,7 @@ from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 from edgesd.runtime.flow import Stage, flow_of
 from edgesd.runtime.tiles import TILE, WINDOWS, margin_of, tail_shapes
-from edgesd.spec.bundle import BundleManifest, Footprint
+from edgesd.spec.bundle import BundleManifest, Engine, Footprint
 from edgesd.spec.scheme import Precision, number_format, parse_scheme
 
 Shape = tuple[int, int, int]
@@ -38,7 +38,7 @@ in 8 and 4 bits, with both halves of guidance in one run; fp32 takes what is tra
 class ComponentForm:
     """How a component's graph is built. schemes: of its quantized layers. on_disk: bytes of its
     weights' file. own_kernels: for edgesd's own kernels. fp32: on a GPU, what isn't quantized stays
-    in fp32."""
+    in fp32. slots: for LoRAs; factors: bytes of what always fills them."""
 
     precision: Precision
     lowering: Lowering
@@ -46,10 +46,13 @@ class ComponentForm:
     on_disk: int
     own_kernels: bool = False
     fp32: bool = False
+    slots: Slots = NO_SLOTS
+    factors: int = 0
 
     def lowered(self, workload: Workload, tail: bool = False) -> Workload:
         """A workload as the graph runs it. tail: of a decoder's tail."""
-        return lower_workload(workload, self.schemes, self.own_kernels, self.own_kernels, tail)
+        own = self.own_kernels
+        return lower_workload(workload, self.schemes, own, own, tail, slots=self.slots)
 
 
 class Networks:
@@ -126,7 +129,7 @@ class Networks:
         if on_gpu:
             plain = form.fp32 and not form.schemes
             each = on_gpu["fp32" if plain else number_format(form.precision)]
-            weights = int(each * workload.parameters)
+            weights = int(each * workload.parameters) + form.factors
             return Footprint(weights, 0, weights, 0, 0, _sorted(runs))
         tiled = stage.role == "decoder" and any(max(shape) > TILE for shape in shapes)
         return Footprint(
@@ -240,6 +243,16 @@ def schemes_of(
     }
 
 
+def _slots_of(engine: Engine) -> tuple[Slots, int]:
+    """Slots at their largest rank, and bytes of factors that are there whether used or not."""
+    slots = engine.slots
+    if slots is None:
+        return NO_SLOTS, 0
+    values = slots.rank * sum(slot.inputs + slot.outputs for slot in slots.layers)
+    names = frozenset(slot.name for slot in slots.layers)
+    return Slots(slots.rank, names), 4 * values if slots.fixed else 0
+
+
 def footprinted(manifest: BundleManifest, spec: ExportSpec) -> BundleManifest:
     """The manifest of a bundle that was built from `spec`, with what its graphs take. Raises
     EdgesdError."""
@@ -254,7 +267,9 @@ def footprinted(manifest: BundleManifest, spec: ExportSpec) -> BundleManifest:
             if own and engine.kernels is None:
                 continue
             fp32 = networks.in_fp32(stage.component, engine.precision)
-            form = ComponentForm(engine.precision, lowering, schemes, on_disk, own, fp32)
+            form = ComponentForm(
+                engine.precision, lowering, schemes, on_disk, own, fp32, *_slots_of(engine)
+            )
             found: dict[str, object] = {field: networks.footprint(stage, form)}
             if engine.split is not None:
                 head, tail = networks.split(form)

@@ -27,6 +27,7 @@ from edgesd.runtime.bundle import Bundle, GraphFile
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
 from edgesd.runtime.settings import Settings
+from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
 LIMIT = MAX_FP16 / 2
@@ -72,7 +73,8 @@ def record(bundle: Bundle, prompt: str) -> Largest:
         spec = bundle.manifest.pipeline.components[component]
         kept = largest.setdefault(component, {})
         whole = bundle.weight_bytes(component) <= WHOLE_BYTES
-        return _recorder(spec, bundle.graph_file(component), kept, whole)
+        slots = bundle.manifest.engines[component].slots
+        return _recorder(spec, bundle.graph_file(component), kept, whole, slots)
 
     settings = Settings(memory="balanced", made_here=True)
     with Pipeline(bundle, settings, recorder) as pipeline:
@@ -84,7 +86,13 @@ def record(bundle: Bundle, prompt: str) -> Largest:
     return largest
 
 
-def _recorder(spec: ComponentSpec, graph: GraphFile, kept: dict[str, float], whole: bool) -> Runner:
+def _recorder(
+    spec: ComponentSpec,
+    graph: GraphFile,
+    kept: dict[str, float],
+    whole: bool,
+    slots: LoraSlots | None,
+) -> Runner:
     model = ir.serde.deserialize_model(onnx.load_model_from_string(graph.model))
     recorded = RecordLargest()
     if recorded(model):
@@ -92,16 +100,21 @@ def _recorder(spec: ComponentSpec, graph: GraphFile, kept: dict[str, float], who
         spec = msgspec.structs.replace(spec, outputs=(*spec.outputs, output))
     proto = ir.serde.serialize_model(model)
     if not whole:
-        return _PieceRecorder(spec, proto, graph, recorded.names, kept)
+        return _PieceRecorder(spec, proto, graph, recorded.names, kept, slots)
     written = graph._replace(model=proto.SerializeToString())
-    return _RangeRecorder(spec, written, recorded.names, kept)
+    return _RangeRecorder(spec, written, recorded.names, kept, slots)
 
 
 class _RangeRecorder(OnnxRuntimeRunner):
     def __init__(
-        self, spec: ComponentSpec, graph: GraphFile, names: list[str], kept: dict[str, float]
+        self,
+        spec: ComponentSpec,
+        graph: GraphFile,
+        names: list[str],
+        kept: dict[str, float],
+        slots: LoraSlots | None,
     ) -> None:
-        super().__init__(spec, graph, as_written=True)
+        super().__init__(spec, graph, as_written=True, slots=slots)
         self._names, self._kept = names, kept
         self._largest: Array = np.zeros(0, np.float32)
 
@@ -122,14 +135,18 @@ class _PieceRecorder(BoundRunner):
         graph: GraphFile,
         names: list[str],
         kept: dict[str, float],
+        slots: LoraSlots | None,
     ) -> None:
-        super().__init__(spec)
+        super().__init__(spec, slots)
         # Its files stay open as long as pieces are read from them.
         self._model, self._graph, self._names, self._kept = model, graph, names, kept
 
     def run(self) -> None:
         (found,) = run_model_in_pieces(
-            self._model, self._graph.folder, [self.inputs], piece_bytes=PIECE_BYTES
+            self._model,
+            self._graph.folder,
+            [{**self.inputs, **self.factors}],
+            piece_bytes=PIECE_BYTES,
         )
         made = {tensor.name: found[tensor.name] for tensor in self.spec.outputs}
         _note(self._kept, self._names, made.pop(LARGEST, np.zeros(0, np.float32)))

@@ -15,13 +15,15 @@ from edgesd.export.quantize.store import GraphForm, LayerStore, can_pool
 from edgesd.progress import Progress
 from edgesd.runtime import kernels
 from edgesd.spec.bundle import Graph, Parity, SplitDecoder
+from edgesd.spec.lora import LoraSlots
 from edgesd.spec.scheme import Precision
 
 
 class GraphFiles:
     """The graphs of `components` in a bundle's folder `root`, made of the layers in `store`.
 
-    precision: as the bundle has it. graphs: those that are in `root` now.
+    precision: as the bundle has it. lora_slots: the largest rank of LoRAs that they take, if any.
+    graphs: those that are in `root` now.
     """
 
     def __init__(
@@ -31,9 +33,11 @@ class GraphFiles:
         components: Sequence[Component],
         precision: Precision,
         progress: Progress,
+        lora_slots: int | None = None,
     ) -> None:
         self.root, self.store, self._components = root, store, components
         self._precision, self._progress = precision, progress
+        self._lora_slots = lora_slots
         self.graphs: dict[str, Graph] = {}
         self._written: dict[str, tuple[Mapping[Layer, LayerScheme], GraphForm]] = {}
         self._cases: dict[str, list[Case]] = {}
@@ -58,7 +62,7 @@ class GraphFiles:
         """What of `form` matters to a component."""
         own = form.kernels and kernels.usable(str(scheme) for scheme in schemes.values())
         pooled = form.pooled and can_pool(self.store.graphs, name, self.store.wiring)
-        return GraphForm(own, own and form.attention, pooled)
+        return GraphForm(own, own and form.attention, pooled, self._lora_slots)
 
     def _write(
         self, component: Component, schemes: Mapping[Layer, LayerScheme], form: GraphForm
@@ -67,14 +71,14 @@ class GraphFiles:
         self._progress.line(f"{name}: quantize")
         folder = self.root / name
         shutil.rmtree(folder, ignore_errors=True)
-        split = self.store.write(name, schemes, folder, form)
+        split, slots = self.store.write(name, schemes, folder, form)
         self._progress.line(f"{name}: check")
         if name not in self._cases:
             self._cases[name] = self.store.graphs.cases(name)
         own = (folder / KERNELS_FILE).exists()
-        parity = self._check(component, GRAPH_FILE, split, None)
+        parity = self._check(component, GRAPH_FILE, split, slots, None)
         if own:
-            self._check(component, KERNELS_FILE, split, kernels.library())
+            self._check(component, KERNELS_FILE, split, slots, kernels.library())
         return Graph(
             component=name,
             path=f"{name}/{GRAPH_FILE}",
@@ -82,15 +86,23 @@ class GraphFiles:
             parity=parity,
             kernels=f"{name}/{KERNELS_FILE}" if own else None,
             split=split,
+            slots=slots,
         )
 
     def _check(
-        self, component: Component, file: str, split: SplitDecoder | None, library: Path | None
+        self,
+        component: Component,
+        file: str,
+        split: SplitDecoder | None,
+        slots: LoraSlots | None,
+        library: Path | None,
     ) -> Parity:
         """Parity of the whole graph in `file`; a decoder's head and tail must pass, too."""
         name = component.name
         cases, precision = self._cases[name], self._precision
-        parity = check_parity(self.root / name / file, component, cases, precision, library)
+        parity = check_parity(
+            self.root / name / file, component, cases, precision, library, slots=slots
+        )
         if split is not None:
             check_split(self.root, split, component, cases, precision, library)
         return parity

@@ -94,7 +94,12 @@ class QuantizedBuild:
             self.scheme, layers, self.store, measure, generating, self.progress
         )
         self.files = GraphFiles(
-            self.root, self.store, job.spec.components, str(self.scheme), self.progress
+            self.root,
+            self.store,
+            job.spec.components,
+            str(self.scheme),
+            self.progress,
+            job.options.lora_slots,
         )
 
     def run(self) -> list[Note]:

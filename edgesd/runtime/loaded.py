@@ -72,6 +72,8 @@ class Loaded:
         self._runners: dict[str, Runner] = {}
         self._replaced: set[str] = set()
         self._fit: Fit | None = None
+        self._factors: Mapping[str, Mapping[str, Array]] = {}
+        self._factor_bytes = 0
         self._backends = {get_backend(e.backend) for e in bundle.manifest.engines.values()}
         self.process_bytes = process_bytes(self._backends)
 
@@ -122,7 +124,7 @@ class Loaded:
 
     def _fitting(self) -> Fitting:
         """The choice of modes, with the memory that is free now."""
-        settings, process = self.settings, self.process_bytes
+        settings, process = self.settings, self.process_bytes + self._factor_bytes
         components = flow_of(self.bundle.manifest.pipeline).components
         costs = bundle_costs(self.bundle, components, self._own_kernels, process, self._replaced)
         free = available_bytes() if settings.max_memory is None else None
@@ -156,8 +158,31 @@ class Loaded:
         """The runner of a component, loaded if need be."""
         if component not in self._runners:
             with self.timings.loading(component):
-                self._runners[component] = self.open(component)
+                self._runners[component] = self._adapted(component)
         return self._runners[component]
+
+    def _adapted(self, component: str) -> Runner:
+        runner = self.open(component)
+        if component in self._factors:
+            runner.adapt(self._factors[component])
+        return runner
+
+    def adapt(self, factors: Mapping[str, Mapping[str, Array]], besides: int) -> Set[str]:
+        """Run components with these factors of LoRAs from now on (Runner.adapt), and the others
+        without any; those that run with others than before. besides: bytes of the LoRAs. When
+        memory runs out, there are none."""
+        before, self._factors = self._factors, factors
+        arrays = [array for each in factors.values() for array in each.values()]
+        self._factor_bytes = besides + sum(array.nbytes for array in arrays)
+        changed = before.keys() | factors.keys()
+        try:
+            for component in self._runners.keys() & changed:
+                self._runners[component].adapt(factors.get(component, {}))
+        except BaseException:
+            self._factors, self._factor_bytes = {}, 0
+            self.unload()  # some have them, and others not
+            raise
+        return changed
 
     def run(self, component: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a component once on copies of `inputs`; the outputs stay until its next run."""

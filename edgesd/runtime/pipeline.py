@@ -22,6 +22,7 @@ from edgesd.runtime.denoise import Step, denoise, with_sides
 from edgesd.runtime.fitting import Batch, images_per_run
 from edgesd.runtime.flow import GuidanceMode, flow_of, guidance_mode
 from edgesd.runtime.loaded import Loaded, OpenRunner, Timings
+from edgesd.runtime.lora import Used, filling
 from edgesd.runtime.memory import MemoryMode, peak_bytes
 from edgesd.runtime.networks import check_networks
 from edgesd.runtime.noise import BatchNoise
@@ -49,6 +50,7 @@ class Pipeline(Closeable):
     fitted (`fit`): of one that needs more, the next mode may leave less in memory.
 
     open_runner: opens the runner of a component, instead of the bundle's backend.
+    loras: that it generates with (`use_loras`).
 
     Raises BundleError for a bundle that this machine doesn't trust (runtime.signature), or whose
     networks aren't what images are generated with. Threads may share a pipeline: it does one thing
@@ -79,6 +81,7 @@ class Pipeline(Closeable):
         self._loaded = Loaded(bundle, self.settings, open_runner)
         self.truncations, self.fallbacks = self._prompts.truncations, self._loaded.fallbacks
         self._turns = Turns(str(bundle.path))
+        self.loras: tuple[Used, ...] = ()
 
     def __enter__(self) -> Self:
         with self._turns.turn(while_generating=True):
@@ -251,6 +254,20 @@ class Pipeline(Closeable):
         with self._turns.turn():
             self._loaded.restore(component)
             self._prompts.forget()
+
+    def use_loras(self, loras: Sequence[Used]) -> None:
+        """Generate with these from now on, instead of those before; () for none. No network is
+        loaded for that, where the bundle has slots (`edgesd build --lora-slots`).
+
+        Raises UsageError for a bundle without, for LoRAs that don't fit it or are too large
+        together, within on_step, and once the pipeline is closed; all stays as it was then.
+        """
+        factors = filling(self.bundle.manifest, loras)
+        with self._turns.turn():
+            changed = self._loaded.adapt(factors, sum(each.lora.bytes for each in loras))
+            self.loras = tuple(loras)
+            if changed & {text.component for text in self.spec.wiring.texts}:
+                self._prompts.forget()
 
     def forget_prompts(self) -> None:
         """Encode every prompt anew from now on, as for an image on its own."""

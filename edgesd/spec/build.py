@@ -10,7 +10,7 @@ from msgspec import Meta
 from edgesd.errors import UsageError
 from edgesd.spec.base import Guidance, Pixels, Sha256, Spec, Word
 from edgesd.spec.pipeline import ImageTask
-from edgesd.spec.scheme import Precision, number_format
+from edgesd.spec.scheme import MAX_RANK, Precision, number_format
 
 _MOST_PROMPTS, _LONGEST_PROMPT = 10_000, 64_000
 _MOST_BYTES = 2_000_000
@@ -80,6 +80,8 @@ class BuildOptions(Spec, frozen=True):
     scheme. prompt_chunks: of tokens, that static graphs take of each prompt. clip_skip: last layers
     of the text encoders that aren't used, beyond those that the model's pipeline leaves; None is
     the model's own. tasks: what the bundle is for beside text to image; inpaint includes image.
+    lora_slots: the largest rank of LoRAs that graphs take while they run; None leaves no place for
+    them.
     """
 
     target: Word
@@ -93,6 +95,7 @@ class BuildOptions(Spec, frozen=True):
     prompt_chunks: Annotated[int, Meta(ge=1, le=MOST_CHUNKS)] = 1
     clip_skip: Annotated[int, Meta(ge=0, le=MOST_SKIPPED)] | None = None
     tasks: Annotated[tuple[ImageTask, ...], Meta(max_length=8)] = ()
+    lora_slots: Annotated[int, Meta(ge=1, le=MAX_RANK)] | None = None
 
     @property
     def quantized(self) -> bool:

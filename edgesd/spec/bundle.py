@@ -22,6 +22,7 @@ from edgesd.spec.base import (
     Word,
 )
 from edgesd.spec.build import BuildRecord
+from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import ComponentSpec, PipelineSpec
 from edgesd.spec.quality import Quality
 from edgesd.spec.scheme import Precision
@@ -153,6 +154,7 @@ class Graph(Spec, frozen=True):
     """A component as an ONNX file. Paths are relative to the folder that holds it.
 
     kernels: the same for edgesd's own kernels, with the same weights. split: see SplitDecoder.
+    slots: places for LoRAs, of both graphs.
     """
 
     component: str
@@ -161,6 +163,7 @@ class Graph(Spec, frozen=True):
     parity: Parity
     kernels: str | None = None
     split: SplitDecoder | None = msgspec.field(name="halves", default=None)
+    slots: LoraSlots | None = None
 
 
 class GraphSet(Spec, frozen=True):
@@ -229,6 +232,7 @@ class Engine(Spec, frozen=True):
     nothing of the board: "built for sm_86 by ...". kernels: the same graph for edgesd's own kernels
     (runtime/kernels.py), taken where they can be used; it refers to the same weights. split: see
     SplitDecoder. footprint, kernels_footprint: of the two graphs, where known (a schema from 7 on).
+    slots: places for LoRAs in all of them (a schema from 10 on).
     """
 
     component: Word
@@ -243,6 +247,7 @@ class Engine(Spec, frozen=True):
     split: SplitDecoder | None = msgspec.field(name="halves", default=None)
     footprint: Footprint | None = None
     kernels_footprint: Footprint | None = None
+    slots: LoraSlots | None = None
 
 
 class FileEntry(Spec, frozen=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from edgesd.export.cost.workload import Operation, Workload
 from edgesd.export.passes.fusions import FUSIONS, Fusion, attention_taken, kernel_takes
@@ -26,6 +27,16 @@ of 4 bits. Its others are fp32 and int8."""
 EDGESD_FORMS = (EDGESD_INT8, EDGESD_INT4)
 
 
+class Slots(NamedTuple):
+    """Layers whose outputs a LoRA is added to (passes/lora_slots.py), by name, and its rank."""
+
+    rank: int = 0
+    layers: frozenset[str] = frozenset()
+
+
+NO_SLOTS = Slots()
+
+
 def lower_workload(
     workload: Workload,
     choices: Mapping[Layer, LayerScheme],
@@ -33,26 +44,31 @@ def lower_workload(
     attention: bool,
     tail: bool = False,
     fusions: Iterable[Fusion] = FUSIONS,
+    slots: Slots = NO_SLOTS,
 ) -> Workload:
     """The same workload as a CPU runs it, each operation with its `form`.
 
     choices: of quantized layers; others stay in fp32. kernels: edgesd's own, where there are any;
     attention: in 8 bits with them. tail: of a decoder's tail, whose group normalizations take their
     statistics from outside (passes/tiled_decoder.py). fusions: what becomes part of layers in
-    edgesd's own kernels.
+    edgesd's own kernels. slots: for LoRAs, of the largest rank.
     """
     if not kernels:
-        return OrtOps(workload, choices, tail).run()
-    return EdgesdOps(workload, choices, tail, attention, fusions).run()
+        return OrtOps(workload, choices, tail, slots).run()
+    return EdgesdOps(workload, choices, tail, slots, attention, fusions).run()
 
 
 class OrtOps:
     """ONNX Runtime's own operators: passes/quantized_ort.py."""
 
     def __init__(
-        self, workload: Workload, choices: Mapping[Layer, LayerScheme], tail: bool
+        self,
+        workload: Workload,
+        choices: Mapping[Layer, LayerScheme],
+        tail: bool,
+        slots: Slots,
     ) -> None:
-        self.source, self.choices, self.tail = workload, choices, tail
+        self.source, self.choices, self.tail, self.slots = workload, choices, tail, slots
         self.sizes = list(workload.sizes)
         self.made: list[Operation] = []
 
@@ -60,6 +76,8 @@ class OrtOps:
         """The lowered workload."""
         for op in self.source.operations:
             self.lower(op)
+            if self.has_slot(op):
+                self.fill_slot(op)
         return replace(self.source, operations=tuple(self.made), sizes=tuple(self.sizes))
 
     def lower(self, op: Operation) -> None:
@@ -105,6 +123,24 @@ class OrtOps:
         mode = activation_mode(op.layer, choice, False)
         return choice.activation_bits == 8 and mode != "none"
 
+    def has_slot(self, op: Operation) -> bool:
+        """Whether a LoRA is added to an operation's output."""
+        return op.layer is not None and op.layer.name in self.slots.layers
+
+    def low_bytes(self, op: Operation) -> int:
+        """What lies between a LoRA's two products."""
+        return 4 * op.rows * self.slots.rank
+
+    def fill_slot(self, op: Operation) -> None:
+        """Two products of the layer's input, and a sum."""
+        (written,) = op.writes
+        low, product = self.new(self.low_bytes(op)), self.new(self.sizes[written])
+        self.made += [
+            Operation("matmul", op.reads[:1], (low,), form=FUSED),
+            Operation("matmul", (low,), (product,), form=FUSED),
+            Operation("add", (written, product), (written,), in_place=True, form=FUSED),
+        ]
+
     def new(self, size: int) -> int:
         """A further value of `size` bytes."""
         self.sizes.append(size)
@@ -143,10 +179,11 @@ class EdgesdOps(OrtOps):
         workload: Workload,
         choices: Mapping[Layer, LayerScheme],
         tail: bool,
+        slots: Slots,
         attention: bool,
         fusions: Iterable[Fusion],
     ) -> None:
-        super().__init__(workload, choices, tail)
+        super().__init__(workload, choices, tail, slots)
         self.attention = attention
         # In a tail statistics come from outside: nothing that could be fused is left of a norm.
         self.fusions = [f for f in fusions if not (tail and "group_norm" in f.traced)]
@@ -171,6 +208,12 @@ class EdgesdOps(OrtOps):
         if op.biased and "bias" not in layer.fused:
             self.made.append(Operation("add", op.writes, op.writes, in_place=True))
 
+    def fill_slot(self, op: Operation) -> None:
+        if op.kind == "linear" and self._form(op) is not None:  # the second product is the kernel's
+            self.made[-1] = replace(self.made[-1], spare=(self.low_bytes(op),))
+        else:
+            super().fill_slot(op)
+
     def _form(self, op: Operation) -> str | None:
         if op.kind == "attention":
             fits = attention_taken(op.heads[-1], op.causal)
@@ -184,6 +227,8 @@ class EdgesdOps(OrtOps):
 
     def _fuse_epilogue(self, op: Operation) -> Operation:
         """A layer, fused with the operations after it."""
+        if op.kind == "conv" and self.has_slot(op):  # its product is added before anything else
+            return op
         # A low-rank branch comes in where another branch's values would.
         taken = {"residual"} if self._has_branch(op) else set()
         fusions = [f for f in self.fusions if f.side == "epilogue" and op.kind in f.layers]
@@ -215,7 +260,7 @@ class EdgesdOps(OrtOps):
 
     def _fuse_prologue(self, op: Operation) -> Operation:
         """A layer, fused with the operations before it."""
-        if self._has_branch(op):  # which reads the input, too
+        if self._has_branch(op) or self.has_slot(op):  # which reads the input, too
             return op
         for fusion in self.fusions:
             if fusion.side == "epilogue" or op.kind not in fusion.layers:

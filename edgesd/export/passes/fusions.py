@@ -62,6 +62,11 @@ def _bias(op: Any, x: Any, bias: Any) -> Any:
     return op.Add(x, bias)
 
 
+def _lora(op: Any, x: Any, low: Any, up: Any) -> Any:
+    """A slot's product (passes/lora_slots.py)."""
+    return op.Add(x, op.MatMul(low, up))
+
+
 def _residual(op: Any, x: Any, residual: Any) -> Any:
     """Another branch's values."""
     return op.Add(x, residual)
@@ -107,6 +112,11 @@ def normalized_groups(
     """InstanceNormalization of groups of channels, then a factor and an offset for each channel."""
     normalized = op.InstanceNormalization(op.Reshape(x, flat), ones, zeros, _outputs=["normalized"])
     return op.Add(op.Mul(op.Reshape(normalized, shape), gamma), beta)
+
+
+def _of_a_slot(found: Bindings) -> Mapping[str, int | float] | None:
+    """Whether a product's right side is a graph's input: a LoRA's."""
+    return {} if found["up"].is_graph_input() else None
 
 
 def _exact_gelu(found: Bindings) -> Mapping[str, int | float] | None:
@@ -170,6 +180,9 @@ FUSIONS = (
     ),
 )
 """All fusions. Sums after a layer may come in any order, each once."""
+
+LORA = Fusion("lora", "epilogue", ("linear",), _lora, (), inputs=("low", "up"), read=_of_a_slot)
+"""Of slots, which no source has: the cost model knows them by their layers."""
 
 
 def kernel_takes(layer: Layer) -> bool:

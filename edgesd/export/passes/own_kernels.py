@@ -22,7 +22,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgesd.export.passes import Pass
-from edgesd.export.passes.fusions import FUSIONS, Fusion, Kind, attention_taken, kernel_takes
+from edgesd.export.passes.fusions import FUSIONS, LORA, Fusion, Kind, attention_taken, kernel_takes
 from edgesd.export.passes.lowering import LayerLowering, Timesteps, replace_node
 from edgesd.export.passes.matching import Match, Matcher
 from edgesd.export.passes.quantized_ort import OrtLowering, QuantizedOrt
@@ -33,7 +33,7 @@ DOMAIN = "edgesd"
 LINEAR, CONV, ATTENTION = "QuantLinear", "QuantConv", "QuantAttention"
 
 INPUTS = {
-    LINEAR: ("x", "codes", "scale", "steps", "bias", "residual"),
+    LINEAR: ("x", "codes", "scale", "steps", "bias", "residual", "low", "up"),
     CONV: ("x", "codes", "scale", "steps", "bias", "residual", "offset", "gamma", "beta"),
 }
 """Names of the operators' inputs, in order."""
@@ -61,7 +61,7 @@ class OwnKernels(QuantizedOrt):
         fusions: Iterable[Fusion] = FUSIONS,
     ) -> None:
         super().__init__(layers, timesteps)
-        self.rewrites: list[Pass] = [FuseEpilogue(fusions), FusePrologue(fusions)]
+        self.rewrites: list[Pass] = [FuseEpilogue((LORA, *fusions)), FusePrologue(fusions)]
         if attention:
             self.rewrites.append(AttentionIn8Bits())
 

@@ -74,11 +74,11 @@ class Layer:
         return math.prod(self.shape[1:])
 
 
-def find_layers(component: str, model: ir.Model) -> list[Layer]:
+def find_layers(component: str, model: ir.Model, least: int = MIN_WEIGHTS) -> list[Layer]:
     """All layers of `model` whose weights can be quantized, in the graph's order.
 
     A weight that several nodes share, a grouped or dilated convolution, and anything of fewer than
-    MIN_WEIGHTS weights is left out.
+    `least` weights is left out.
     """
     found = []
     for node in model.graph:
@@ -86,7 +86,7 @@ def find_layers(component: str, model: ir.Model) -> list[Layer]:
         if weight is None or weight.const_value is None or len(weight.uses()) != 1:
             continue
         tensor = weight.const_value
-        if tensor.dtype != ir.DataType.FLOAT or tensor.size < MIN_WEIGHTS:
+        if tensor.dtype != ir.DataType.FLOAT or tensor.size < least:
             continue
         layer = _layer(component, node, tuple(tensor.shape.numpy()))
         if layer is not None:

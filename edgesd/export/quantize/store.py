@@ -21,6 +21,7 @@ from edgesd.export.external_data import (
     SPLIT_FILES,
     write_model,
 )
+from edgesd.export.passes.lora_slots import add_slots
 from edgesd.export.passes.lowering import Timesteps
 from edgesd.export.passes.no_shapes import NoShapes
 from edgesd.export.passes.pooled_attention import PooledAttention
@@ -40,6 +41,7 @@ from edgesd.export.quantize.method import Method
 from edgesd.export.quantize.quantize import quantize_layer
 from edgesd.export.source_graphs import SourceGraphs
 from edgesd.spec.bundle import SplitDecoder
+from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import Wiring
 from edgesd.spec.scheme import Scheme
 
@@ -55,11 +57,12 @@ _OTHERS = (KERNELS_FILE, *SPLIT_FILES, *KERNELS_SPLIT_FILES)
 class GraphForm:
     """Which graphs of a component are made. kernels: besides, those for edgesd's own kernels.
     attention: with these, attention in 8 bits. pooled: the largest self-attention has fewer keys
-    and values, where it can have."""
+    and values, where it can have. lora_slots: the largest rank of LoRAs that the graphs take."""
 
     kernels: bool = False
     attention: bool = False
     pooled: bool = False
+    lora_slots: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,16 +136,19 @@ class LayerStore:
         schemes: Mapping[Layer, LayerScheme],
         folder: Path,
         form: GraphForm,
-    ) -> SplitDecoder | None:
+    ) -> tuple[SplitDecoder | None, LoraSlots | None]:
         """Write a component's graph, whose layers have `schemes` (those without one stay in fp32),
         as folder/model.onnx and weights.bin, and beside it what `form` asks for, if there is any.
-        For ONNX Runtime also a decoder's head and tail, which it returns."""
+        For ONNX Runtime also a decoder's head and tail, which it returns, and slots for LoRAs."""
         layers, fp16_weights = self._quantized(component, schemes)
         models: dict[str, ir.Model] = {}
+        fixed, slots = self.lowering.fixed_shapes, None
         for kernels in (False, True) if form.kernels else (False,):
             attention = form.attention if kernels else None
             for name, model in zip(_FILES[kernels], self._graphs(component, form), strict=False):
                 whole = name in (GRAPH_FILE, KERNELS_FILE)
+                if whole:
+                    slots = add_slots(model, component, self.wiring, form.lora_slots, fixed)
                 nodes = {node.name for node in model.graph}
                 inside = layers if whole else {n: q for n, q in layers.items() if n in nodes}
                 if not self._lower(model, component, inside, fp16_weights, attention) and whole:
@@ -155,7 +161,7 @@ class LayerStore:
             split = describe_split(component, stock, SPLIT_FILES, names)
         others = {name: models[name] for name in _OTHERS if name in models}
         write_model(models[GRAPH_FILE], folder, others)
-        return split
+        return split, slots
 
     def variant(self, component: str, schemes: Mapping[Layer, LayerScheme]) -> bytes:
         """A component's graph as bytes; what isn't quantized refers to the fp32 graph's weights."""

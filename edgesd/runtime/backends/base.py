@@ -17,7 +17,9 @@ import numpy as np
 from edgesd.errors import BundleError, InputError, ResourceError
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.closeable import Closeable
+from edgesd.runtime.lora import fill_slots
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
+from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import ComponentSpec
 
 if TYPE_CHECKING:
@@ -42,6 +44,11 @@ class Runner(Protocol):
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Allocate zeroed inputs of these shapes. Raises InputError when the spec forbids one."""
+
+    def adapt(self, factors: Mapping[str, Array]) -> None:
+        """Run with a LoRA's factors from now on: an input of a slot (spec/lora.py) -> its array,
+        which stays the runner's; slots that aren't named are empty. Raises InputError for a factor
+        that no slot takes."""
 
     def run(self) -> None:
         """Run once on `inputs`. Raises ResourceError when memory runs out."""
@@ -70,10 +77,14 @@ def run_once(runner: Runner, inputs: Mapping[str, Array]) -> dict[str, Array]:
 
 
 class BoundRunner(Closeable):
-    """What all runners share: checking shapes once, at the boundary, and the context manager."""
+    """What all runners share: checking shapes once, at the boundary, and the context manager.
 
-    def __init__(self, spec: ComponentSpec) -> None:
-        self.spec = spec
+    slots: for LoRAs. factors: what they are filled with: an array for each of their inputs.
+    """
+
+    def __init__(self, spec: ComponentSpec, slots: LoraSlots | None = None) -> None:
+        self.spec, self.slots = spec, slots
+        self.factors: dict[str, Array] = {} if slots is None else self._filled(slots, {})
         self.inputs: dict[str, Array] = {}
         self.outputs: dict[str, Array] = {}
         self.seconds = 0.0
@@ -110,6 +121,19 @@ class BoundRunner(Closeable):
                 "--batch 1"
             ) from exc
         self.outputs = {}
+
+    def adapt(self, factors: Mapping[str, Array]) -> None:
+        """See Runner.adapt."""
+        if self.slots is not None:
+            self.factors = self._filled(self.slots, factors)
+        elif factors:
+            raise InputError(f"{self.spec.name} has no slots for LoRAs")
+
+    def _filled(self, slots: LoraSlots, factors: Mapping[str, Array]) -> dict[str, Array]:
+        try:
+            return fill_slots(slots, factors)
+        except MemoryError as exc:
+            raise ResourceError(f"not enough memory for a LoRA of {self.spec.name}") from exc
 
     def check_outputs(self, values: Sequence[object]) -> None:
         """Raise BundleError unless `values` are arrays such as the spec says, in its order."""

@@ -15,9 +15,11 @@ import numpy as np
 from edgesd.cores import SPIN_MICROSECONDS, fast_cores, thread_cores
 from edgesd.errors import BundleError, EdgesdError, MissingDependencyError, ResourceError
 from edgesd.runtime import kernels
+from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends.base import Backend, BoundRunner, RunnerOptions
 from edgesd.runtime.bundle import Bundle, GraphFile
 from edgesd.spec.bundle import DecoderPart
+from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import ComponentSpec
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ class OnnxRuntimeRunner(BoundRunner):
     order lets them; the default order is ONNX Runtime's. library: of edgesd's own kernels, for a
     graph that needs it. weights_in_file: weights aren't copied into the layout that is fastest:
     they stay mapped, which takes a third more time. small: nor are those of convolutions (a sixth
-    more time on an x86 CPU).
+    more time on an x86 CPU). slots: for LoRAs, that the graph has.
     Raises BundleError when the graph can't be loaded, MissingDependencyError when it needs an
     operator that isn't there, ResourceError when memory runs out.
     """
@@ -106,8 +108,9 @@ class OnnxRuntimeRunner(BoundRunner):
         library: Path | None = None,
         weights_in_file: bool = False,
         small: bool = False,
+        slots: LoraSlots | None = None,
     ) -> None:
-        super().__init__(spec)
+        super().__init__(spec, slots)
         try:
             import onnxruntime
         except ImportError as exc:
@@ -149,14 +152,23 @@ class OnnxRuntimeRunner(BoundRunner):
         assert self._session is not None
         self._binding = self._session.io_binding()
         try:
-            for name, array in self.inputs.items():
-                self._binding.bind_input(
-                    name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
-                )
+            self._bind_arrays({**self.inputs, **self.factors})
             for tensor in self.spec.outputs:
                 self._binding.bind_output(tensor.name, "cpu")
         except Exception as exc:
             raise self._error(exc, "doesn't have the inputs and outputs of its manifest") from exc
+
+    def adapt(self, factors: Mapping[str, Array]) -> None:
+        super().adapt(factors)
+        if self._binding is not None:
+            self._bind_arrays(self.factors)
+
+    def _bind_arrays(self, arrays: Mapping[str, Array]) -> None:
+        assert self._binding is not None
+        for name, array in arrays.items():
+            self._binding.bind_input(
+                name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
+            )
 
     def run(self) -> None:
         """See Runner.run. After the first run, whose shapes are then known, outputs are bound."""
@@ -210,18 +222,19 @@ class OnnxRuntime(Backend):
         """See Backend. Without the library of own kernels, the standard graph is run."""
         spec = part.spec if part else bundle.manifest.pipeline.components[component]
         threads, small = options.threads, part is not None
+        slots = None if part else bundle.manifest.engines[component].slots
         if options.kernels and self.own_kernels(bundle, component):
             graph = bundle.graph_file(component, kernels=True, part=part)
             try:
                 with kernels.keeping_weights(options.kept_bytes if options.streamed else None):
                     return OnnxRuntimeRunner(
-                        spec, graph, threads, library=kernels.library(), small=small
+                        spec, graph, threads, library=kernels.library(), small=small, slots=slots
                     )
             except MissingDependencyError as exc:
                 options.on_fallback(f"{exc}; generating without edgesd's own kernels")
         graph = bundle.graph_file(component, part=part)
         return OnnxRuntimeRunner(
-            spec, graph, threads, weights_in_file=options.streamed, small=small
+            spec, graph, threads, weights_in_file=options.streamed, small=small, slots=slots
         )
 
     def own_kernels(self, bundle: Bundle, component: str) -> bool:

@@ -17,33 +17,42 @@ from edgesd.errors import (
     TargetError,
 )
 from edgesd.runtime import device_memory
+from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends import onnxruntime
 from edgesd.runtime.backends.base import Backend, BoundRunner, Runner, RunnerOptions
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.device_memory import Buffer, DeviceMemory
 from edgesd.spec.bundle import DecoderPart
-from edgesd.spec.pipeline import ComponentSpec
+from edgesd.spec.lora import LoraSlots
+from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
 
 class TensorRtRunner(BoundRunner):
     """A plan whose inputs and outputs live in buffers that are bound once.
 
     plan: the bytes of a plan that was built for this machine (engines.plans). memory: becomes the
-    runner's, which closes it. module: TensorRT's Python package, or its name. Raises
+    runner's, which closes it. module: TensorRT's Python package, or its name. slots: for LoRAs,
+    whose factors are uploaded once. Raises
     MissingDependencyError without it, TargetError when the plan doesn't fit this machine or the
     GPU fails, BundleError when the plan hasn't the component's inputs and outputs, ResourceError
     when memory runs out.
     """
 
     def __init__(
-        self, spec: ComponentSpec, plan: bytes, memory: DeviceMemory, module: Any = "tensorrt"
+        self,
+        spec: ComponentSpec,
+        plan: bytes,
+        memory: DeviceMemory,
+        module: Any = "tensorrt",
+        slots: LoraSlots | None = None,
     ) -> None:
-        super().__init__(spec)
+        super().__init__(spec, slots)
         self._memory = memory
         self._engine: Any = None
         self._context: Any = None
         self._launch: Callable[[], None] | None = None
         self._buffers: dict[str, Buffer] = {}
+        self._slot_buffers: dict[str, Buffer] = {}
         self._runs = 0
         try:
             self._load(plan, _import(module) if isinstance(module, str) else module)
@@ -68,6 +77,28 @@ class TensorRtRunner(BoundRunner):
                 f"not enough GPU memory for {spec.name}: end other programs, or use --memory "
                 "balanced"
             )
+        for name, array in self.factors.items():
+            buffer = self._slot_buffers[name] = self._memory.buffer(array.shape, array.dtype)
+            if not self._context.set_input_shape(name, array.shape):
+                raise BundleError(
+                    f"{spec.name}: its plan doesn't take {name} of the shape {list(array.shape)}: "
+                    "build the bundle again"
+                )
+            self._context.set_tensor_address(name, buffer.address)
+            self.factors[name] = buffer.host
+        self._fill_slots()
+
+    def adapt(self, factors: Mapping[str, Array]) -> None:
+        super().adapt(factors)
+        for name, array in self.factors.items():
+            self._slot_buffers[name].host[...] = array
+            self.factors[name] = self._slot_buffers[name].host
+        self._fill_slots()
+
+    def _fill_slots(self) -> None:
+        """Upload the factors: outside of what is repeated for each run."""
+        for buffer in self._slot_buffers.values():
+            self._memory.upload(buffer)
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """See Runner.bind. Buffers of other shapes are new; the old ones are freed by `close`."""
@@ -109,6 +140,7 @@ class TensorRtRunner(BoundRunner):
         super().close()
         self._launch = self._context = self._engine = None
         self._buffers = {}
+        self._slot_buffers = {}
         self._memory.close()
 
     def _enqueue(self) -> None:
@@ -123,7 +155,8 @@ class TensorRtRunner(BoundRunner):
         """The plan has the component's tensors, of the component's types."""
         engine = self._engine
         names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
-        wanted = {tensor.name: tensor for tensor in (*self.spec.inputs, *self.spec.outputs)}
+        factors = (TensorSpec(name, "float32", a.shape) for name, a in self.factors.items())
+        wanted = {t.name: t for t in (*self.spec.inputs, *self.spec.outputs, *factors)}
         if names != wanted.keys():
             raise BundleError(
                 f"the plan of {self.spec.name} has the tensors {sorted(names)}, not "
@@ -174,7 +207,8 @@ class TensorRt(Backend):
             raise TargetError("there are no plans for TensorRT")
         plan = options.plan_of(component)
         spec = bundle.manifest.pipeline.components[component]
-        return TensorRtRunner(spec, plan.data, device_memory.open_device_memory(), plan.module)
+        memory, slots = device_memory.open_device_memory(), bundle.manifest.engines[component].slots
+        return TensorRtRunner(spec, plan.data, memory, plan.module, slots)
 
 
 BACKEND = TensorRt()

@@ -16,7 +16,7 @@ from torch import Tensor, nn  # noqa: E402
 from edgesd.export.cost.cpu_lowering import lower_workload  # noqa: E402
 from edgesd.export.cost.workload import Workload, trace  # noqa: E402
 from edgesd.export.families import Component  # noqa: E402
-from edgesd.export.passes.fusions import FUSIONS, Fusion  # noqa: E402
+from edgesd.export.passes.fusions import FUSIONS, LORA, Fusion  # noqa: E402
 from edgesd.export.passes.own_kernels import INPUTS, OwnKernels  # noqa: E402
 from edgesd.export.quantize.layers import find_layers, matrix_of  # noqa: E402
 from edgesd.export.quantize.quantize import rounded_layer  # noqa: E402
@@ -198,7 +198,7 @@ def test_the_operators_have_what_the_table_names() -> None:
         body = source[begin : min(end for end in parts.values() if end > begin)]
         kind = {"QuantConv": "conv", "QuantLinear": "linear"}[name]
         assert f"INPUTS = {len(inputs)}," in body
-        for fusion in FUSIONS:
+        for fusion in (*FUSIONS, LORA):
             if kind not in fusion.layers:
                 continue
             for given in fusion.inputs:
