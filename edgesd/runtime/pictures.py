@@ -203,7 +203,7 @@ def _decode(name: str, raw: bytes) -> tuple[Image.Image, list[str]]:
         image, notes = _opened(name, raw)
         with _libtiff_silenced() if image.format == "TIFF" else nullcontext():
             image.load()
-        orientation = _orientation(image)
+        orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns these
         image = _eight_bits(name, image)
         image = _turned(image, orientation)
     return image, notes
@@ -446,7 +446,7 @@ def latent_mask(mask: Float, height: int, width: int) -> Float:
     """A mask [1, 1, H, W] -> [1, 1, height, width]: the nearest values, as torch's `interpolate`
     takes them: at floor(i * H / height)."""
     rows, columns = (
-        np.minimum((np.arange(new) * np.float32(old / new)).astype(np.int64), old - 1)
+        np.minimum((np.arange(new, dtype=np.float32) * np.float32(old / new)).astype(int), old - 1)
         for old, new in zip(mask.shape[2:], (height, width), strict=True)
     )
     return np.ascontiguousarray(mask[:, :, rows][:, :, :, columns])
