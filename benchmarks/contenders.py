@@ -96,7 +96,7 @@ def _edgesd(
     return step, f"onnxruntime {onnxruntime.__version__}, {isa} {how}".strip()
 
 
-def _openvino(folder: Path, threads: int) -> tuple[Predict, str]:
+def openvino_step(folder: Path, threads: int) -> tuple[Predict, str]:
     """A fixed size, one stream, and fp32 by hint: on a CPU with bf16 OpenVINO's default is bf16."""
     import openvino
     from openvino import properties
@@ -191,9 +191,9 @@ CONTENDERS: dict[str, Callable[[Path, Model, int], tuple[Predict, str]]] = {
     "edgesd-static": lambda folder, model, threads: _edgesd(
         folder / "edgesd-static", model.spec(static=True), model.inputs(), threads
     ),
-    "openvino": lambda folder, _, threads: _openvino(folder / "openvino", threads),
-    "openvino-onnx": lambda folder, _, threads: _openvino(folder / "openvino-onnx", threads),
-    "openvino-int8": lambda folder, _, threads: _openvino(folder / "openvino-int8", threads),
+    "openvino": lambda folder, _, threads: openvino_step(folder / "openvino", threads),
+    "openvino-onnx": lambda folder, _, threads: openvino_step(folder / "openvino-onnx", threads),
+    "openvino-int8": lambda folder, _, threads: openvino_step(folder / "openvino-int8", threads),
     "torch": _torch,
     **{
         f"edgesd-{precision}{'+' if how else ''}{how}": _quantized(f"edgesd-{precision}", how)

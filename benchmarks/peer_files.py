@@ -33,6 +33,7 @@ _HEADER_BYTES = 1 << 20
 
 Inputs = dict[str, npt.NDArray[np.float32]]
 TOKENS = 77
+INPUTS_FILE = "inputs.npz"
 QUANTIZED = ("w8a8", "w4a8-g64", "w4a8-g64-lr32")
 SDCPP_TYPES = ("q8_0", "q4_0", "f16")
 
@@ -256,20 +257,104 @@ def rounded(folder: Path, precision: str, layers: Any = None) -> tuple[Any, Any]
 
 
 def _make_openvino_int8(folder: Path, model: Model, out: Path) -> None:
+    if not (folder / "openvino").exists():
+        _make("openvino", folder, model)
+    _quantize_by_nncf(folder / "openvino" / "unet.xml", model.inputs(), out / "unet.xml")
+
+
+def convert_openvino(pipeline: Path, size: tuple[int, int], work: Path) -> Path:
+    """The folder of an SDXL pipeline's UNet in INT8, weights and activations, for one image of
+    `size` pixels (width, height) without guidance: unet.xml, and inputs.npz to run it with. Made
+    once and kept in `work`. It is read in fp16, half of fp32's memory, and its ranges come of one
+    random input: speed and memory need no better. Raises EdgesdError when the process that makes
+    it ends, as for want of memory."""
+    out = work / f"{pipeline.name}-openvino-int8-{size[0]}x{size[1]}"
+    work.mkdir(parents=True, exist_ok=True)
+    for make in (_sdxl_to_openvino, _sdxl_to_int8):  # what one holds, the next doesn't
+        process = multiprocessing.get_context("spawn").Process(
+            target=make, args=(pipeline, size, out)
+        )
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise EdgesdError(
+                f"OpenVINO's INT8 of {pipeline} can't be made: {make.__name__} ended with status "
+                f"{process.exitcode} (-9: memory ran out)"
+            )
+    return out
+
+
+def _sdxl_to_openvino(pipeline: Path, size: tuple[int, int], out: Path) -> None:
+    folder = out.with_name(f"{out.name}-fp16")
+    if folder.exists() or out.exists():
+        return
+    import openvino
+    import torch
+    from diffusers import UNet2DConditionModel
+    from openvino.frontend.pytorch.patch_model import __make_16bit_traceable as make_traceable
+
+    from edgesd.export.families.parts.unet import TextTimeUnet
+
+    make: Any = UNet2DConditionModel
+    net = make.from_pretrained(
+        pipeline / "unet", local_files_only=True, torch_dtype=torch.float16
+    ).eval()
+    config, (width, height) = net.config, size
+    ids = 6
+    shapes = {
+        "sample": (1, config.in_channels, height // 8, width // 8),
+        "timestep": (1,),
+        "encoder_hidden_states": (1, TOKENS, config.cross_attention_dim),
+        "text_embeds": (
+            1,
+            config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim,
+        ),
+        "time_ids": (1, ids),
+    }
+    random = np.random.default_rng(0)
+    inputs = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    inputs["timestep"][:] = 500
+    inputs["time_ids"][:] = (height, width, 0, 0, height, width)
+    warnings.simplefilter("ignore")  # tracing warns of each shape that it fixes
+    module = TextTimeUnet(net, False).requires_grad_(False)
+    make_traceable(module)
+    converted = openvino.convert_model(
+        module,
+        example_input=tuple(torch.from_numpy(array) for array in inputs.values()),
+        input=list(shapes.values()),
+    )
+    for port, name in zip(converted.inputs, shapes, strict=True):
+        port.get_tensor().set_names({name})
+    with atomic_dir(folder) as part:
+        openvino.save_model(converted, part / "unet.xml", compress_to_fp16=True)
+        np.savez(part / INPUTS_FILE, allow_pickle=False, **inputs)
+
+
+def _sdxl_to_int8(_: Path, __: tuple[int, int], out: Path) -> None:
+    source = out.with_name(f"{out.name}-fp16")
+    if out.exists():
+        return
+    with np.load(source / INPUTS_FILE) as file:
+        inputs = {name: file[name] for name in file.files}
+    with atomic_dir(out) as part:
+        _quantize_by_nncf(source / "unet.xml", inputs, part / "unet.xml")
+        np.savez(part / INPUTS_FILE, allow_pickle=False, **inputs)
+    shutil.rmtree(source)
+
+
+def _quantize_by_nncf(source: Path, inputs: Inputs, out: Path) -> None:
     import nncf
     import openvino
 
-    if not (folder / "openvino").exists():
-        _make("openvino", folder, model)
     advanced = nncf.AdvancedQuantizationParameters(disable_bias_correction=True)
     quantized = nncf.quantize(
-        openvino.Core().read_model(folder / "openvino" / "unet.xml"),
-        nncf.Dataset([model.inputs()]),
+        openvino.Core().read_model(source),
+        nncf.Dataset([inputs]),
         subset_size=1,
         preset=nncf.QuantizationPreset.MIXED,
         advanced_parameters=advanced,
     )
-    openvino.save_model(quantized, out / "unet.xml", compress_to_fp16=False)
+    openvino.save_model(quantized, out, compress_to_fp16=False)
 
 
 def _make_sdcpp(_: Path, model: Model, out: Path, kind: str) -> None:

@@ -1,14 +1,16 @@
-r"""A whole image of a bundle beside stable-diffusion.cpp: prompt to pixels, each in a process.
+r"""A whole image of a bundle beside stable-diffusion.cpp: prompt to pixels, each in a process; and
+the steps of OpenVINO's UNet.
 
     python -m benchmarks.whole_images MODEL --bundle BUNDLE --modes stream balanced \
-        --sdcpp q8_0 q4_0
+        --sdcpp q8_0 q4_0 --openvino
 
 MODEL is the diffusers folder that each BUNDLE was built from (benchmarks/random_pipeline.py makes
 some). All generate the same size and number of steps, without guidance unless --guidance is more
 than 1, in turn: A B C A B C. Seconds of a step, of the whole image with loading and decoding, and
 the process's peak resident set (mapped files included) and largest anonymous memory. What
 stable-diffusion.cpp reads is made from MODEL once and kept in --work; it decodes in tiles, with
-flash attention. `python -m benchmarks.peers --install` gets it.
+flash attention. --openvino adds the UNet of an SDXL model in INT8 by nncf, alone, which takes 16 GB
+to make once. `python -m benchmarks.peers --install` gets it.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.common import environment, paired_ratio, parser, run, spread, table, write_json
-from benchmarks.peer_files import SDCPP_TYPES, convert_sdcpp
+from benchmarks.contenders import openvino_step
+from benchmarks.peer_files import INPUTS_FILE, SDCPP_TYPES, convert_openvino, convert_sdcpp
 from benchmarks.peers import status_bytes
 from edgesd.errors import EdgesdError
 from edgesd.processes import module_command
@@ -46,6 +51,10 @@ class Asked:
     steps: int
     guidance: float
     threads: int
+
+
+Generate = Callable[[Path, "Asked"], list[float]]
+"""By a peer's library, of a file or folder: seconds of each step."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +93,13 @@ def by_edgesd(bundle: Path, mode: str, asked: Asked) -> Made:
     )
 
 
-def by_sdcpp(model: Path, asked: Asked) -> Made:
-    """One image by stable-diffusion.cpp. Raises EdgesdError when it fails."""
+def by_peer(generate: Generate, path: Path, asked: Asked) -> Made:
+    """One image by another program's library, in a process of its own. Raises EdgesdError when it
+    fails."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     began = time.perf_counter()
-    process = context.Process(target=_sdcpp, args=(model, asked, theirs), daemon=True)
+    process = context.Process(target=_answer, args=(generate, path, asked, theirs), daemon=True)
     process.start()
     theirs.close()
     anonymous = 0
@@ -101,7 +111,7 @@ def by_sdcpp(model: Path, asked: Asked) -> Made:
     except EOFError:
         process.join()
         raise EdgesdError(
-            f"stable-diffusion.cpp ended with status {process.exitcode} on {model.name}"
+            f"{generate.__name__} of {path.name} ended with status {process.exitcode}"
         ) from None
     peak = status_bytes(process.pid, "VmHWM")
     process.kill()
@@ -109,8 +119,16 @@ def by_sdcpp(model: Path, asked: Asked) -> Made:
     return Made(statistics.median(steps), seconds, peak, anonymous)
 
 
-def _sdcpp(path: Path, asked: Asked, connection: Connection[list[float], None]) -> None:
+def _answer(
+    generate: Generate, path: Path, asked: Asked, connection: Connection[list[float], None]
+) -> None:
     """In the child: generate, answer with each step's seconds, and wait to be read and killed."""
+    connection.send(generate(path, asked))
+    time.sleep(60)
+
+
+def sdcpp(path: Path, asked: Asked) -> list[float]:
+    """Seconds of each step of an image by stable-diffusion.cpp."""
     import stable_diffusion_cpp
 
     model = stable_diffusion_cpp.StableDiffusion(
@@ -130,8 +148,20 @@ def _sdcpp(path: Path, asked: Asked, connection: Connection[list[float], None]) 
     )
     # It is called before the first step and after each; later calls are of the decoder's tiles.
     ends = ends[: asked.steps + 1]
-    connection.send([after - before for before, after in pairwise(ends)])
-    time.sleep(60)
+    return [after - before for before, after in pairwise(ends)]
+
+
+def openvino_unet(folder: Path, asked: Asked) -> list[float]:
+    """Seconds of each step by OpenVINO's UNet alone, without text encoders and decoder."""
+    step, _ = openvino_step(folder, asked.threads)
+    with np.load(folder / INPUTS_FILE) as file:
+        inputs = {name: file[name] for name in file.files}
+    seconds = []
+    for _ in range(asked.steps):
+        began = time.perf_counter()
+        step(inputs)
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def measure(
@@ -163,14 +193,22 @@ def measure(
 
 
 def _contenders(
-    model: Path, bundles: Sequence[Path], modes: Sequence[str], kinds: Sequence[str], work: Path
+    model: Path,
+    bundles: Sequence[Path],
+    modes: Sequence[str],
+    kinds: Sequence[str],
+    openvino_size: tuple[int, int] | None,
+    work: Path,
 ) -> dict[str, Callable[[Asked], Made]]:
     found: dict[str, Callable[[Asked], Made]] = {}
     for bundle in bundles:
         for mode in modes:
             found[f"{bundle.stem} {mode}"] = partial(by_edgesd, bundle, mode)
     for kind in kinds:
-        found[f"sdcpp {kind}"] = partial(by_sdcpp, convert_sdcpp(model, kind, work))
+        found[f"sdcpp {kind}"] = partial(by_peer, sdcpp, convert_sdcpp(model, kind, work))
+    if openvino_size:
+        unet = convert_openvino(model, openvino_size, work)
+        found["openvino int8, UNet alone"] = partial(by_peer, openvino_unet, unet)
     return found
 
 
@@ -183,6 +221,7 @@ def main() -> None:
         "--modes", nargs="+", choices=MEMORY_MODES, default=["balanced"], help="of each bundle"
     )
     arguments.add_argument("--sdcpp", nargs="*", choices=SDCPP_TYPES, default=[])
+    arguments.add_argument("--openvino", action="store_true")
     arguments.add_argument("--work", type=Path, default=Path("out/whole_images"))
     arguments.add_argument("--size", type=int, nargs=2, default=(1024, 1024), metavar="PIXELS")
     arguments.add_argument("--steps", type=int, default=2)
@@ -191,9 +230,16 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     given = arguments.parse_args()
     asked = Asked(tuple(given.size), given.steps, given.guidance, given.threads)
-    contenders = _contenders(given.model, given.bundle, given.modes, given.sdcpp, given.work)
+    contenders = _contenders(
+        given.model,
+        given.bundle,
+        given.modes,
+        given.sdcpp,
+        asked.size if given.openvino else None,
+        given.work,
+    )
     if not contenders:
-        raise EdgesdError("nothing to measure: give --bundle or --sdcpp")
+        raise EdgesdError("nothing to measure: give --bundle, --sdcpp or --openvino")
     rows = measure(contenders, asked, given.rounds)
     first = rows[0]["contender"]
     print(
@@ -215,7 +261,7 @@ def main() -> None:
     lines = [
         {key: v._asdict() if hasattr(v, "_asdict") else v for key, v in row.items()} for row in rows
     ]
-    packages = environment("stable-diffusion-cpp-python")
+    packages = environment("stable-diffusion-cpp-python", "openvino", "nncf")
     write_json(given.json, {"environment": packages, "asked": vars(asked), "contenders": lines})
 
 
