@@ -321,7 +321,7 @@ def _sdxl_to_openvino(pipeline: Path, size: tuple[int, int], out: Path) -> None:
     converted = openvino.convert_model(
         module,
         example_input=tuple(torch.from_numpy(array) for array in inputs.values()),
-        input=list(shapes.values()),
+        input=[(1, config.in_channels, -1, -1), *list(shapes.values())[1:]],
     )
     for port, name in zip(converted.inputs, shapes, strict=True):
         port.get_tensor().set_names({name})

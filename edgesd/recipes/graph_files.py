@@ -71,6 +71,7 @@ class GraphFiles:
         self._progress.line(f"{name}: quantize")
         folder = self.root / name
         shutil.rmtree(folder, ignore_errors=True)
+        self.store.quantize(schemes.items(), self._progress, f"{name}: quantize")
         split, slots = self.store.write(name, schemes, folder, form)
         self._progress.line(f"{name}: check")
         if name not in self._cases:

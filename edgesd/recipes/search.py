@@ -6,7 +6,7 @@ Nothing is generated or written here; a function gives each layer's effect on th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,6 +35,11 @@ MARGIN = 1.15
 
 class Layers(Protocol):
     """What a search asks of layers (LayerStore)."""
+
+    def quantize(
+        self, wanted: Iterable[tuple[Layer, LayerScheme]], progress: Progress, task: str
+    ) -> None:
+        """Quantize layers that aren't there yet, several at a time."""
 
     def summary(self, layer: Layer, scheme: Scheme) -> Summary:
         """`layer` quantized by `scheme`."""
@@ -165,23 +170,30 @@ class SchemeSearch:
         """Every layer's options, with the squared error each would make in the image: measured
         for the planned one, and in proportion to the squared error of the layer's output else."""
         measured = self._sensitivities(probes)
+        schemes = {layer: self._schemes_of(layer) for layer in self.planned}
+        pairs = [(layer, scheme) for layer, several in schemes.items() for scheme in several]
+        self.layers.quantize(pairs, self._progress, "options")
         out: dict[Layer, list[Option]] = {}
         for layer, base in self.planned.items():
-            self._progress.line(f"{layer.component}: options")
             rows = self.layers.rows_per_run(layer)
-            known = layer.component in self._generating
             unit = 0.0
-            if base is not None and known:
+            if base is not None and layer.component in self._generating:
                 unit = measured[layer] / max(self.layers.summary(layer, base).error, 1e-9) ** 2
             out[layer] = []
-            # What no image depends on has nothing to gain from a branch, which others need.
-            plain = base and Scheme(base.weight_bits, base.activation_bits, base.group)
-            for scheme in options_of(layer, base) if known else [plain, base]:
+            for scheme in schemes[layer]:
                 error = 0.0 if scheme is None else self.layers.summary(layer, scheme).error
                 time = relative_time(layer, scheme, rows)
                 size = self.layer_bytes(layer, scheme)
                 out[layer].append(Option(scheme, size, time, unit * error**2))
         return out
+
+    def _schemes_of(self, layer: Layer) -> list[LayerScheme]:
+        """What a layer may be given."""
+        base = self.planned[layer]
+        if layer.component in self._generating:
+            return options_of(layer, base)
+        # What no image depends on has nothing to gain from a branch, which others need.
+        return [base and Scheme(base.weight_bits, base.activation_bits, base.group), base]
 
     def layer_bytes(self, layer: Layer, scheme: LayerScheme) -> int:
         """Bytes on disk of a layer under a scheme."""

@@ -27,7 +27,7 @@ from edgesd.export.quantize.rounding import rounded
 from edgesd.runtime.arrays import Float
 from edgesd.spec.scheme import Scheme
 
-VERSION = 4
+VERSION = 5
 """Part of the cache key: raised when a method changes its results."""
 
 _ALPHAS = (0.25, 0.5, 0.75)

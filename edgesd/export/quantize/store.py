@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +41,16 @@ from edgesd.export.quantize.layers import (
 from edgesd.export.quantize.method import Method
 from edgesd.export.quantize.quantize import quantize_layer
 from edgesd.export.source_graphs import SourceGraphs
+from edgesd.progress import Progress
 from edgesd.spec.bundle import SplitDecoder
 from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import Wiring
 from edgesd.spec.scheme import Scheme
 
 _log = logging.getLogger(__name__)
+
+_MOST_WORKERS = 4
+"""Layers that are quantized at a time: each takes up to about half a GB."""
 
 _FILES = {False: (GRAPH_FILE, *SPLIT_FILES), True: (KERNELS_FILE, *KERNELS_SPLIT_FILES)}
 """For edgesd's own kernels or not: files of the whole graph, and of a decoder's head and tail."""
@@ -103,9 +108,32 @@ class LayerStore:
         key = hashlib.sha256(repr((calibration.folder.name, parts)).encode()).hexdigest()[:16]
         self.folder = folder / f"layers-{key}"
 
+    def quantize(
+        self, wanted: Iterable[tuple[Layer, LayerScheme]], progress: Progress, task: str
+    ) -> None:
+        """Quantize layers that aren't there yet, several at a time: most of what one takes runs on
+        one core, whatever torch is given. progress gets `task`, in layers."""
+        missing = [
+            (layer, scheme)
+            for layer, scheme in dict.fromkeys(wanted)
+            if scheme is not None and not self._path(layer, scheme).exists()
+        ]
+        threads = torch.get_num_threads()
+        workers = min(threads, _MOST_WORKERS)
+        pool = ThreadPoolExecutor(workers, "quantize", torch.set_num_threads, (threads // workers,))
+        try:
+            for done, _ in enumerate(pool.map(lambda pair: self.get(*pair), missing), 1):
+                progress.update(task, done, len(missing))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+
+    def _path(self, layer: Layer, scheme: Scheme) -> Path:
+        return self.folder / layer.component / f"{layer.name}.{scheme}.safetensors"
+
     def get(self, layer: Layer, scheme: Scheme) -> QuantizedLayer:
         """`layer` under `scheme`, mapped: quantized and written, if it isn't there yet."""
-        path = self.folder / layer.component / f"{layer.name}.{scheme}.safetensors"
+        path = self._path(layer, scheme)
         if path.exists():
             try:
                 return load_layer(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +15,17 @@ pytest.importorskip("torch")
 
 import torch
 
-from edgesd.errors import InputError
+from edgesd.errors import EdgesdError, InputError
 from edgesd.export import calibrate
 from edgesd.export.quantize import store as store_module
+from edgesd.export.quantize.layers import Layer
 from edgesd.export.quantize.methods import get_method
 from edgesd.export.quantize.store import LayerStore
 from edgesd.progress import SILENT
 from edgesd.recipes.comparison import Comparison
 from edgesd.runtime.requests import CompleteRequest, Request
 from edgesd.spec.pipeline import PipelineSpec, ShapeSpec
+from edgesd.spec.scheme import Scheme
 from tests.support import pipeline_spec
 
 pytestmark = pytest.mark.integration
@@ -44,7 +47,7 @@ def test_quantized_layers(tmp_path: Path) -> None:
     calibration: Any = SimpleNamespace(folder=Path("calibration-4e9c6533bc8ecb9a"))
     no: Any = None
     store = LayerStore(tmp_path, {}, calibration, get_method("gptq"), tmp_path, no, no)
-    assert store.folder.name == "layers-0959541f88d7e8ea"
+    assert store.folder.name == "layers-6593805441ad9aff"
 
 
 def test_layers_of_a_checkpoint_that_has_changed_are_not_kept(
@@ -66,6 +69,52 @@ def test_layers_of_a_checkpoint_that_has_changed_are_not_kept(
     with pytest.raises(InputError, match="changed"):
         store.get(layer, no)
     assert not store.folder.exists()
+
+
+def _layer(name: str) -> Layer:
+    return Layer("unet", name, f"{name}/Node", "linear", (4, 4))
+
+
+def _store(folder: Path, monkeypatch: pytest.MonkeyPatch, get: Callable[..., None]) -> LayerStore:
+    calibration: Any = SimpleNamespace(folder=folder / "c")
+    no: Any = None
+    store = LayerStore(no, {}, calibration, get_method("gptq"), folder, no, no)
+    monkeypatch.setattr(store, "get", get)
+    return store
+
+
+def test_layers_are_quantized_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[tuple[Any, Any]] = []
+    store = _store(tmp_path, monkeypatch, lambda *pair: got.append(pair))
+    layers: list[Layer] = [_layer(f"conv{k}") for k in range(5)]
+    there, scheme = layers[0], Scheme(8, 8)
+    path = store.folder / "unet" / f"{there.name}.{scheme}.safetensors"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    shown: list[tuple[object, ...]] = []
+    progress: Any = SimpleNamespace(update=lambda *seen: shown.append(seen))
+    pairs: list[tuple[Any, Any]] = [(layer, scheme) for layer in layers]
+    before = torch.get_num_threads()
+    store.quantize([*pairs, *pairs, (layers[1], None)], progress, "unet: quantize")
+    assert sorted(got, key=lambda pair: pair[0].name) == pairs[1:]
+    assert shown[-1] == ("unet: quantize", 4, 4)
+    assert torch.get_num_threads() == before
+
+
+def test_after_a_layer_that_fails_no_other_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    def get(layer: Any, scheme: Any) -> None:
+        begun.append(layer.name)
+        raise EdgesdError(f"{layer.name} holds NaN")
+
+    store = _store(tmp_path, monkeypatch, get)
+    layers: list[Layer] = [_layer(f"conv{k}") for k in range(1000)]
+    with pytest.raises(EdgesdError, match="conv0 holds NaN"):
+        store.quantize([(layer, Scheme(8, 8)) for layer in layers], SILENT, "unet: quantize")
+    assert len(begun) < len(layers)
 
 
 def test_images_of_a_source(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 
 from edgesd.errors import UsageError
 from edgesd.export.quantize.assign import LayerScheme, Option
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.quantize.store import Summary
+from edgesd.progress import Progress
 from edgesd.recipes.search import Assignment, Budget, Probes, SchemeSearch
 from edgesd.spec.scheme import Scheme, parse_scheme
 
@@ -25,6 +28,11 @@ OTHER = layer("line", "vae_encoder")
 
 class FakeLayers:
     """Layers whose error falls with their bytes."""
+
+    def quantize(
+        self, wanted: Iterable[tuple[Layer, LayerScheme]], progress: Progress, task: str
+    ) -> None:
+        """Nothing to do: summaries are made up."""
 
     def summary(self, layer: Layer, scheme: Scheme) -> Summary:
         rank = min(scheme.rank, 64)

@@ -71,21 +71,21 @@ def _block(weight: Tensor, scales: Tensor, bits: int, covariance: Tensor) -> Ten
     damped.diagonal().add_(DAMPING * mean)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
-    rest, scale = weight[:, order].clone(), scales[:, order]
-    codes = torch.empty(rest.shape)
-    columns = rest.shape[1]
+    # A column of the weight is a row here: what runs for each of them goes through whole lines.
+    rest, scale = weight.T[order].contiguous(), scales.T[order].contiguous()
+    codes = torch.empty_like(rest)
+    columns, rows = rest.shape
     for start in range(0, columns, _PANEL):
         stop = min(columns, start + _PANEL)
-        panel, errors = rest[:, start:stop], torch.empty(len(rest), stop - start)
+        panel, errors = rest[start:stop], torch.empty(stop - start, rows)
         inside = factor[start:stop, start:stop]
-        for k in range(stop - start):
-            column, step = panel[:, k], scale[:, start + k]
-            code = (column / step).round_().clamp_(low, high)
-            codes[:, start + k] = code
-            error = (column - code * step) / inside[k, k]
-            errors[:, k] = error
-            panel[:, k + 1 :].addr_(error, inside[k, k + 1 :], alpha=-1)
-        rest[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-    out = torch.empty(codes.shape, dtype=torch.int8)
-    out[:, order] = codes.to(torch.int8)
+        divisors = inside.diagonal().tolist()
+        for k, divisor in enumerate(divisors):
+            column, step = panel[k], scale[start + k]
+            code = torch.div(column, step, out=codes[start + k]).round_().clamp_(low, high)
+            error = torch.addcmul(column, code, step, value=-1, out=errors[k]).div_(divisor)
+            panel[k + 1 :].addr_(inside[k, k + 1 :], error, alpha=-1)
+        rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    out = torch.empty(weight.shape, dtype=torch.int8)
+    out[:, order] = codes.T.to(torch.int8)
     return out
