@@ -36,6 +36,7 @@ class Asked:
     image_seq_len: int | None = None
     timesteps: tuple[int, ...] | None = None
     sigmas: tuple[float, ...] | None = None
+    strength: float = 1.0
 
 
 class Scheduler(ABC):
@@ -59,6 +60,8 @@ class Scheduler(ABC):
     """Whether it has options that spread its noise levels (sigmas.SPREADS)."""
     draws_by_eta: ClassVar[bool] = False
     """Whether it has an `eta`."""
+    narrows: ClassVar[bool] = False
+    """Whether all its steps can be placed within a strength."""
 
     timesteps: F32 | I64
     init_noise_sigma: float = 1.0
@@ -66,6 +69,8 @@ class Scheduler(ABC):
     """How much of the noise is drawn anew at each step, 0 to 1; to be set before set_timesteps."""
     num_inference_steps: int = 0
     """Steps that the timesteps were last laid out for."""
+    strength: float = 1.0
+    """How much of the schedule they lie within."""
 
     def set_timesteps(
         self,
@@ -74,12 +79,14 @@ class Scheduler(ABC):
         image_seq_len: int | None = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
+        strength: float = 1.0,
     ) -> None:
         """Lay out the timesteps and forget everything about earlier steps.
 
         image_seq_len: number of latent patches of the image; only a flow-matching schedule
         with dynamic shifting reads it. timesteps, sigmas: descending, where a model was distilled
-        for those; num_inference_steps isn't read then. `self.timesteps` can be longer than
+        for those; num_inference_steps isn't read then. strength: of a sampler that `narrows`, how
+        much of the schedule the steps lie within, above 0 to 1. `self.timesteps` can be longer than
         `num_inference_steps`. Raises UsageError for a number of steps, or a list, that this
         schedule can't make or take.
         """
@@ -96,7 +103,9 @@ class Scheduler(ABC):
             image_seq_len,
             None if timesteps is None else tuple(timesteps),
             None if sigmas is None else tuple(sigmas),
+            strength,
         )
+        self.strength = strength
         self.num_inference_steps = self._lay_out(asked)
         self.begin()
 

@@ -41,12 +41,19 @@ class LCMConfig(LimitConfig, frozen=True, kw_only=True):
 
 def distilled_timesteps(asked: Asked, grid_size: int, train_steps: int) -> I64:
     """Timesteps [n] as they are asked for: a list, or of the grid that a model was distilled on.
-    Raises UsageError for more than it has."""
+    Within a strength these are the last of the list, or n of what is left of the grid.
+
+    Raises UsageError for more than it has, and for none.
+    """
     if asked.timesteps is not None:
-        return schedule.check_timesteps(asked.timesteps, train_steps)
-    schedule.check_steps(asked.steps, grid_size, "original_inference_steps of the distilled model")
-    grid = np.arange(grid_size, 0, -1, dtype=np.int64) * (train_steps // grid_size)
-    picks = np.floor(np.linspace(0, grid_size, asked.steps, endpoint=False)).astype(np.int64)
+        given = schedule.check_timesteps(asked.timesteps, train_steps)
+        return given[len(given) - schedule.steps_within(len(given), asked.strength) :]
+    limit = "original_inference_steps of the distilled model"
+    schedule.check_steps(asked.steps, grid_size, limit)
+    size = schedule.steps_within(grid_size, asked.strength)
+    schedule.check_steps(asked.steps, size, f"{limit} within strength {asked.strength:g}")
+    grid = np.arange(size, 0, -1, dtype=np.int64) * (train_steps // grid_size)
+    picks = np.floor(np.linspace(0, size, asked.steps, endpoint=False)).astype(np.int64)
     return np.asarray(grid[picks] - 1)
 
 
@@ -70,6 +77,7 @@ class LCM(PreservingScheduler):
     name = "lcm"
     diffusers_class = "LCMScheduler"
     takes = frozenset(("timesteps",))
+    narrows = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(LCMConfig, config, self.name)

@@ -47,6 +47,20 @@ def check_steps(num_inference_steps: int, limit: int, reason: str = "training ti
         )
 
 
+def steps_within(steps: int, strength: float) -> int:
+    """How many of so many steps are taken at a strength, above 0 to 1. Raises UsageError for none.
+
+    As in diffusers' pipelines, the product is rounded down.
+    """
+    found = min(int(steps * strength), steps)
+    if found < 1:
+        raise UsageError(
+            f"strength {strength:g} leaves no step of {steps}: take more --steps, or a --strength "
+            f"of {math.ceil(1000 / steps) / 1000:g} or more"
+        )
+    return found
+
+
 def check_timesteps(timesteps: tuple[int, ...], limit: int) -> I64:
     """A list of timesteps from outside [n]. Raises UsageError unless there are 1 to `limit`, whole
     and descending from below `limit` to 0 or more."""

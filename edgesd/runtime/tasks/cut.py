@@ -4,10 +4,9 @@ denoising_start of Stable Diffusion XL)."""
 
 from __future__ import annotations
 
-import math
-
 from edgesd.errors import UsageError
 from edgesd.runtime.schedulers import Scheduler
+from edgesd.runtime.schedulers.schedule import steps_within
 from edgesd.spec.pipeline import PipelineSpec
 
 _TRAIN_TIMESTEPS = 1000
@@ -34,17 +33,19 @@ def first_of_refiner(spec: PipelineSpec, scheduler: Scheduler, at: float) -> int
 
 def first_of_picture(scheduler: Scheduler, strength: float) -> int:
     """The index of the timestep that denoising begins with where a picture is given. strength: the
-    share of the steps that is taken, above 0 to 1.
+    share of the steps that is taken, above 0 to 1; the first, where the sampler's steps were all
+    placed within it.
 
     Raises UsageError where that is less than one.
     """
+    if scheduler.strength < 1:
+        return 0
     steps = scheduler.num_inference_steps
-    left = min(int(steps * strength), steps)
-    first = (steps - left) * scheduler.order
-    if left < 1 or first >= len(scheduler.timesteps):
+    first = (steps - steps_within(steps, strength)) * scheduler.order
+    if first >= len(scheduler.timesteps):
         raise UsageError(
-            f"strength {strength:g} leaves no step of {steps}: take more --steps, or a --strength "
-            f"of {math.ceil(1000 / steps) / 1000:g} or more"
+            f"strength {strength:g} leaves no step: scheduler {scheduler.name} has "
+            f"{len(scheduler.timesteps)} of {steps} in this configuration; take more"
         )
     return first
 

@@ -311,8 +311,26 @@ def test_a_strength_that_leaves_no_step_is_refused() -> None:
             assert first < len(scheduler.timesteps)
     cut = create_scheduler("dpmpp-2m", {"lambda_min_clipped": -1.0, "timestep_spacing": "trailing"})
     cut.set_timesteps(20)
-    with pytest.raises(UsageError, match="leaves no step"):
+    with pytest.raises(UsageError, match="leaves no step: scheduler dpmpp-2m has"):
         first_of_picture(cut, 0.1)
+
+
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+def test_steps_within_a_strength(diffusers: ModuleType, name: str) -> None:
+    """As diffusers' pipeline for latent consistency models places them."""
+    for steps, strength, given_ in (
+        (4, 0.8, None), (4, 0.31, None), (2, 1.0, None), (50, 1.0, None), (1, 0.02, None),
+        (0, 0.5, (999, 759, 499, 259)), (0, 0.3, (999, 759, 499, 259)), (0, 1.0, (900, 20)),
+    ):  # fmt: skip
+        theirs, scheduler = getattr(diffusers, CLASSES[name])(), create_scheduler(name, {})
+        options = {"strength": strength, "timesteps": given_ and list(given_)}
+        theirs.set_timesteps(None if given_ else steps, **options)
+        scheduler.set_timesteps(steps, timesteps=given_, strength=strength)
+        assert scheduler.timesteps.tolist() == theirs.timesteps.tolist()
+        assert first_of_picture(scheduler, strength) == 0
+    for steps, strength, given_ in ((26, 0.5, None), (1, 0.01, None), (0, 0.4, (900, 20))):
+        with pytest.raises(UsageError, match=r"strength 0\.\d+"):
+            scheduler.set_timesteps(steps, timesteps=given_, strength=strength)
 
 
 BETAS = tuple(np.linspace(0.001, 0.02, 200).tolist())
