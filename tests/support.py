@@ -16,12 +16,14 @@ from unittest import mock
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from edgesd.cli import main
 from edgesd.engines.bundle import update_manifest, write_manifest
 from edgesd.files import sha256_file
 from edgesd.progress import Lines
 from edgesd.runtime.bundle import Bundle, open_bundle
+from edgesd.runtime.pictures import Picture, read_picture
 from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, Engine, FileEntry, Licence, Parity
 from edgesd.spec.pipeline import (
     ComponentSpec,
@@ -47,6 +49,15 @@ def wait_until(done: Callable[[], object], what: str, seconds: float = PATIENCE_
     while not done():
         assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
         time.sleep(0.01)
+
+
+def random_picture(seed: int, size: tuple[int, int]) -> Picture:
+    """A picture of random boxes of colours. size: width and height, multiples of 3."""
+    rng = np.random.default_rng(seed)
+    cells = rng.integers(0, 256, (size[1] // 3, size[0] // 3, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(np.repeat(np.repeat(cells, 3, 0), 3, 1)).save(file, "PNG")
+    return read_picture(file.getvalue(), f"{seed}.png")
 
 
 def file_entries(root: Path) -> dict[str, FileEntry]:

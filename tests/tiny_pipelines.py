@@ -246,18 +246,43 @@ PIPELINES: Mapping[str, Callable[[], Any]] = {
 """Name -> what makes diffusers' pipeline."""
 
 
+def _shaken(net: Any) -> Any:
+    """A network with norms and biases away from 1 and 0, and all else away from zeros: else one
+    that is left out isn't noticed."""
+    net.eval().requires_grad_(False)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim == 1 or not bool(parameter.any()):
+                parameter += 0.05 * torch.randn_like(parameter)
+    return net
+
+
+def controlnet(net: Any, seed: int = 0) -> Any:
+    """A ControlNet for a UNet, whose control image is twice as large as latents."""
+    torch.manual_seed(500 + seed)
+    found: Any = diffusers.ControlNetModel.from_unet(
+        net, conditioning_embedding_out_channels=LEVELS
+    )
+    return _shaken(found)
+
+
+def adapter(net: Any, seed: int = 0, channels: int = 3) -> Any:
+    """An adapter for a UNet whose first block has attention. channels: of its control image."""
+    torch.manual_seed(600 + seed)
+    return _shaken(
+        diffusers.T2IAdapter(
+            in_channels=channels, channels=[*LEVELS], num_res_blocks=1, downscale_factor=2
+        )
+    )
+
+
 def tiny(name: str) -> Any:
     """diffusers' pipeline `name` in fp32, with the same weights every time."""
     torch.manual_seed(sum(map(ord, name)))
     pipeline = PIPELINES[name]()
-    nets = [net for net in pipeline.components.values() if isinstance(net, torch.nn.Module)]
-    with torch.no_grad():
-        for net in nets:
-            net.eval().requires_grad_(False)
-            # Norms and biases away from 1 and 0: else one that is left out isn't noticed.
-            for parameter in net.parameters():
-                if parameter.ndim == 1:
-                    parameter += 0.05 * torch.randn_like(parameter)
+    for net in pipeline.components.values():
+        if isinstance(net, torch.nn.Module):
+            _shaken(net)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -268,7 +293,12 @@ def write_tiny(name: str, folder: Path) -> Path:
     return folder
 
 
-def on_torch(source: ModelSource, export: ExportSpec, folder: Path) -> Pipeline:
+def on_torch(
+    source: ModelSource,
+    export: ExportSpec,
+    folder: Path,
+    settings: Settings | None = None,
+) -> Pipeline:
     """edgesd's pipeline of a model, whose networks are those that would be exported: without the
     time that exporting takes. folder: for its tokenizers; new."""
     spec = export.pipeline
@@ -300,7 +330,7 @@ def on_torch(source: ModelSource, export: ExportSpec, folder: Path) -> Pipeline:
     def open_runner(name: str) -> TorchRunner:
         return TorchRunner(any_batch(components[name].spec), components[name].load())
 
-    return Pipeline(open_bundle(folder), Settings(made_here=True), open_runner)
+    return Pipeline(open_bundle(folder), settings or Settings(made_here=True), open_runner)
 
 
 def diffusers_images(

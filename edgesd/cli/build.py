@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -160,6 +161,21 @@ _FOLDERS = (
         "file's own, or its name]; may be repeated.",
     ),
     click.option(
+        "--controlnet",
+        "controlnets",
+        metavar="FOLDER[:NAME]",
+        multiple=True,
+        help="Add a ControlNet, which images are steered by (`generate --control`): the folder of "
+        "a ControlNetModel that diffusers saved, or a hub id; may be repeated, each with a NAME.",
+    ),
+    click.option(
+        "--adapter",
+        "adapters",
+        metavar="FOLDER[:NAME]",
+        multiple=True,
+        help="Add a T2I-Adapter; as --controlnet.",
+    ),
+    click.option(
         "--prompter",
         type=click.Path(path_type=Path, file_okay=False),
         help="Folder of an exported prompter (edgesd prompter export), which is included in the "
@@ -247,6 +263,11 @@ def build_command(
         model = other.model()
     if other is not None:
         other.check_embeddings(folders.embeddings)
+        folders = dataclasses.replace(
+            folders,
+            controlnets=other.sides("controlnet", folders.controlnets),
+            adapters=other.sides("adapter", folders.adapters),
+        )
     if vae is None and other is not None:
         vae = other.vae()
     built = build(

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,12 @@ from edgesd.progress import SILENT, Progress
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.base import run_once
 from edgesd.runtime.conditioning import Conditioned, Encoded, with_size_ids
+from edgesd.runtime.controls import controls_of
 from edgesd.runtime.denoise import Step, denoise
 from edgesd.runtime.flow import Stage, flow_of
 from edgesd.runtime.noise import BatchNoise
-from edgesd.runtime.requests import Completion, Request, scheduler_of
+from edgesd.runtime.pictures import Picture
+from edgesd.runtime.requests import Completion, Control, Request, scheduler_of
 from edgesd.runtime.tasks import text as text_to_image
 from edgesd.runtime.tasks.beginning import Beginning
 from edgesd.runtime.tokenizer import PromptTokenizer
@@ -146,7 +148,8 @@ class Calibration:
 @dataclass(frozen=True)
 class CalibrationSettings:
     """What is to be recorded. Prompts are generated one at a time, seeds counting from
-    `first_seed`."""
+    `first_seed`. sides: names of the pipeline's ControlNets and adapters, which every second
+    prompt, from the first on, shows one of `pictures`."""
 
     prompts: tuple[str, ...]
     num_inference_steps: int
@@ -155,6 +158,8 @@ class CalibrationSettings:
     height: int
     width: int
     first_seed: int = 1 << 20
+    sides: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
     def spec(self) -> CalibrationSpec:
         """The settings as the bundle's manifest has them."""
@@ -178,12 +183,28 @@ class CalibrationSettings:
             height=self.height,
             width=self.width,
             scheduler=self.scheduler,
+            controls=self.controls(index),
         )
+
+    def controls(self, index: int) -> tuple[Control, ...]:
+        """What a prompt shows to sides."""
+        if not self.controlled(index):
+            return ()
+        picture = self.pictures[index // 2 % len(self.pictures)]
+        return tuple(Control(picture, name) for name in self.sides)
+
+    def controlled(self, index: int) -> bool:
+        """Whether a prompt shows anything."""
+        return bool(self.sides) and index % 2 == 0
 
 
 def calibration_key(settings: CalibrationSettings, source_sha256: str) -> str:
     """Name of the cache entry: a hash of all that the statistics depend on."""
-    parts = (VERSION, source_sha256, *vars(settings).values(), BLOCKS, COVARIANCE_BYTES)
+    said = dict(vars(settings))
+    pictures = [picture.sha256 for picture in said.pop("pictures")]
+    if sides := said.pop("sides"):
+        said["sides"] = (sides, pictures)
+    parts = (VERSION, source_sha256, *said.values(), BLOCKS, COVARIANCE_BYTES)
     # Sums depend on how work is shared among threads.
     limits = (ROWS_PER_RUN, SAMPLE_BYTES, SAMPLE_ROWS, torch.__version__, torch.get_num_threads())
     return hashlib.sha256(repr((parts, limits)).encode()).hexdigest()[:16]
@@ -396,22 +417,23 @@ class _Calibrating:
 
     def run(self) -> None:
         encoded: dict[Part | Fill, Float] = {}
+        features: dict[Part, Float] = {}
         latents = np.empty(0, np.float32)
         flow = flow_of(self.export.pipeline)
         for stage in flow.stages:
             match stage.role:
                 case "text":
                     encoded |= self._encode(stage)
-                case "denoiser":
-                    latents = self._denoise(stage, encoded)
+                case "side" if stage.per == "image":
+                    features |= self._adapt(stage)
+                case "side" | "denoiser":
+                    latents = self._denoise(stage, encoded, features)
                 case "decoder":
                     images = self._decode(stage, latents)
                     if flow.encoder is not None:
                         self._encode_images(flow.encoder, images)
                 case "encoder":
                     pass
-                case _:
-                    raise EdgesdError(f"{stage.component}: a {stage.role} can't be calibrated")
 
     def _encode(self, stage: Stage) -> dict[Part | Fill, Float]:
         """Encode the empty prompt and all others with a text encoder, one by one."""
@@ -427,8 +449,34 @@ class _Calibrating:
             Part(stage.component, name): rows for name, rows in zip(names, outputs, strict=True)
         }
 
-    def _denoise(self, stage: Stage, encoded: Encoded) -> Float:
-        """Generate every prompt with the denoising loop; the final latents [prompts, C, h, w]."""
+    def _adapt(self, stage: Stage) -> dict[Part, Float]:
+        """Run a side once for each prompt that shows it a picture; its outputs [n, C, h, w]."""
+        side = next(
+            side for side in self.export.pipeline.wiring.sides if side.component == stage.component
+        )
+        shown = [
+            control.hint(self.settings.width, self.settings.height)
+            for index in self._controlled
+            for control in self.settings.controls(index)
+            if control.name == side.name
+        ]
+        labels = [self._labels()[index] for index in self._controlled]
+        outputs = self._run_each(stage, [{side.inputs[0].name: image} for image in shown], labels)
+        names = [tensor.name for tensor in self.export.pipeline.components[stage.component].outputs]
+        return {
+            Part(stage.component, name): rows for name, rows in zip(names, outputs, strict=True)
+        }
+
+    @property
+    def _controlled(self) -> list[int]:
+        """Indices of the prompts that show pictures."""
+        count = len(self.settings.prompts)
+        return [index for index in range(count) if self.settings.controlled(index)]
+
+    def _denoise(self, stage: Stage, encoded: Encoded, features: Mapping[Part, Float]) -> Float:
+        """Generate with the denoising loop, recording one of its components: every prompt for the
+        denoiser, for a side those that show it a picture. The final latents [prompts, C, h, w].
+        features: of sides that ran once, for each prompt that shows them one."""
         spec, settings = self.export.pipeline, self.settings
         guided = flow_of(spec).guided(settings.guidance_scale)
         completion = Completion(spec)
@@ -442,17 +490,33 @@ class _Calibrating:
         negative = {part: self._negative(rows[:1]) for part, rows in encoded.items()}
         grey = self._grey() if spec.wiring.denoiser.concat else None
 
+        every_index = [*range(len(settings.prompts))]
+        chosen = every_index if stage.role == "denoiser" else self._controlled
+        others: dict[str, TorchRunner] = {}
+
         def run(
-            runner: TorchRunner, index: int, recorder: _StatsRecorder, earlier: _Made
+            runner: TorchRunner, place: int, recorder: _StatsRecorder, earlier: _Made
         ) -> list[Float]:
+            index = chosen[place]
+            if not others:
+                others.update(
+                    (other.component, opened.enter_context(self._source_runner(other.component)))
+                    for other in flow_of(spec).loop
+                    if other != stage
+                )
             request = completion.complete(settings.request(index))
+            controls = controls_of(spec.wiring, request)
+            if controls.shown:
+                at = self._controlled.index(index)
+                own = {part: rows[at : at + 1] for part, rows in features.items()}
+                controls = replace(controls, features=own)
             scheduler, noise = scheduler_of(spec, request), BatchNoise([request.seed])
             recorder.step = index_of[0]
 
             def step_done(step: Step) -> None:
                 recorder.step = index_of[min(step.index + 1, len(every) - 1)]
                 if step.index + 1 < step.count:
-                    recorder.told(index * len(every) + step.index + 1)
+                    recorder.told(place * len(every) + step.index + 1)
 
             positive = {part: rows[index + 1 : index + 2] for part, rows in encoded.items()}
             start = text_to_image.prepare(Beginning(spec, [request], scheduler, noise))
@@ -460,18 +524,26 @@ class _Calibrating:
                 start = replace(start, given=_inpainted(grey, [rows[0] for rows in earlier]))
             latents = denoise(
                 spec.wiring,
-                {stage.component: runner},
+                {**others, stage.component: runner},
                 scheduler,
                 start,
                 with_size_ids(Conditioned(positive, negative if guided else None), request, 1),
                 request.guidance_scale,
                 noise,
                 on_step=step_done,
+                controls=controls,
             )
             return [latents[0]]
 
-        (latents,) = self._record(stage, self._labels(), run, len(timesteps), len(every))
+        with ExitStack() as opened:
+            labels = [self._labels()[index] for index in chosen]
+            (latents,) = self._record(stage, labels, run, len(timesteps), len(every))
         return latents
+
+    def _source_runner(self, name: str) -> TorchRunner:
+        """Another component of the loop, which is run without recording."""
+        component = next(each for each in self.export.components if each.name == name)
+        return TorchRunner(any_batch(component.spec), component.load())
 
     def _negative(self, rows: Float) -> Float:
         return np.zeros_like(rows) if self.export.pipeline.wiring.zero_negative else rows
@@ -575,7 +647,7 @@ class _Calibrating:
         return made
 
 
-def _inpainted(grey: Float, earlier: Sequence[Float]) -> dict[Fill | Part, Float]:
+def _inpainted(grey: Float, earlier: Sequence[Float]) -> dict[Fill, Float]:
     """What a denoiser for inpainting is given: the picture that was made before, without what a
     mask covers; nothing of it for the first. grey: latents of mid grey; earlier: of pictures.
 

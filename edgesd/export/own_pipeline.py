@@ -213,13 +213,13 @@ def _encoded(spec: ComponentSpec, ids: npt.NDArray[np.int64]) -> dict[str, Float
 def _predict(wiring: Wiring, given: Mapping[str, Float], fed: _Fed) -> Float:
     """A stand-in for the denoiser: notes its inputs, depends on all of them, and is of limited
     size."""
-    by_fill = {one.fill: given[one.name] for one in wiring.denoiser.inputs}
+    by_fill = {one.fill: given[one.name] for one in wiring.denoiser.inputs if one.fill != "side"}
     sample = by_fill["sample"]
     fed.samples.append(sample.copy())
     fed.timesteps.append(float(by_fill["timestep"].reshape(-1)[0]))
     rows = np.zeros(len(sample), np.float32)
     for one in wiring.denoiser.inputs:
-        if one.fill not in ("sample", "timestep"):
+        if one.fill not in ("sample", "timestep", "side"):
             value = given[one.name]
             fed.inputs.setdefault(one.name, value.copy())
             rows += np.tanh(value).mean(axis=tuple(range(1, value.ndim)), dtype=np.float64)
@@ -293,10 +293,11 @@ def _few(values: list[float]) -> str:
 def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, asked: Request, fed: _Fed) -> None:
     wiring = spec.wiring
     sample, timestep = (wiring.denoiser.input_of(fill) for fill in ("sample", "timestep"))
+    inputs = [one for one in wiring.denoiser.inputs if one.fill != "side"]  # zeros
 
     def predict(first: torch.Tensor, second: Any, **others: Any) -> tuple[torch.Tensor]:
         tensors = dict(_tensors(others))
-        for name in sorted(tensors.keys() - {one.name for one in wiring.denoiser.inputs}):
+        for name in sorted(tensors.keys() - {one.name for one in inputs}):
             raise ParityError(f"{wiring.denoiser.component}: diffusers feeds it {name}, too")
         given = {
             one.name: first
@@ -304,7 +305,7 @@ def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, asked: Request, fed: 
             else torch.as_tensor(second)
             if one == timestep
             else tensors[one.name]
-            for one in wiring.denoiser.inputs
+            for one in inputs
         }
         values = {name: tensor.numpy() for name, tensor in given.items()}
         return (torch.from_numpy(_predict(wiring, values, fed)),)

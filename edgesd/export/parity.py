@@ -21,7 +21,7 @@ from edgesd.runtime.backends.onnxruntime import session_options
 from edgesd.runtime.lora import empty_factors
 from edgesd.spec.bundle import Parity, SplitDecoder
 from edgesd.spec.lora import LoraSlots
-from edgesd.spec.pipeline import TensorSpec
+from edgesd.spec.pipeline import TensorSpec, size_of
 from edgesd.spec.scheme import Precision
 from edgesd.text import first_sentence
 
@@ -174,7 +174,7 @@ def _session(graph: Path, library: Path | None = None) -> Any:
 def _example(
     tensor: TensorSpec, component: Component, sizes: Sizes, rng: np.random.Generator
 ) -> Array:
-    shape = [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape]
+    shape = [size_of(dim, sizes) for dim in tensor.shape]
     if tensor.name in component.examples:
         return component.examples[tensor.name](rng, shape)
     return rng.standard_normal(shape, dtype=np.float32)

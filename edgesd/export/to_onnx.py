@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import onnx_ir as ir
@@ -22,8 +24,10 @@ from edgesd.export.passes.dims import NameDims
 from edgesd.export.passes.names import StableNames
 from edgesd.export.passes.tidy import Tidy
 from edgesd.export.quiet import quiet
-from edgesd.spec.pipeline import ComponentSpec
+from edgesd.spec.pipeline import ComponentSpec, size_of
 from edgesd.text import first_sentence
+
+_ANY_NUMBER = inspect.Parameter.VAR_POSITIONAL
 
 
 def graph_from_module(module: nn.Module, component: Component, lowering: Lowering) -> ir.Model:
@@ -48,7 +52,7 @@ def graph_from_module(module: nn.Module, component: Component, lowering: Lowerin
                 opset_version=OPSET,
                 input_names=[tensor.name for tensor in spec.inputs],
                 output_names=[tensor.name for tensor in spec.outputs],
-                dynamic_shapes=_dynamic_shapes(component),
+                dynamic_shapes=_dynamic_shapes(module, component),
                 custom_translation_table=translation_table(),
                 optimize=False,  # it would need the weights
             )
@@ -70,23 +74,31 @@ def graph_from_module(module: nn.Module, component: Component, lowering: Lowerin
     return model
 
 
-def _dynamic_shapes(component: Component) -> dict[str, Any] | None:
-    """For each input: axis -> torch dimension, a multiple where the network needs it."""
+def _dynamic_shapes(module: nn.Module, component: Component) -> dict[str, Any] | None:
+    """For each input: axis -> torch dimension, a multiple where the network needs it; together for
+    a module that takes any number of inputs."""
     spec: ComponentSpec = component.spec
     names = {name for t in spec.inputs for name in t.shape if isinstance(name, str)}
     if not names:
         return None
+    whole = {re.split("[*/]", name)[0] for name in names}
+    units = {name: component.multiples.get(name, 1) for name in whole}
+    roots = {}
+    for name in whole:
+        top = MAX_BATCH if name == "batch" else None
+        roots[name] = Dim(f"{name}_units") if units[name] > 1 else Dim(name, max=top)
     dims = {}
     for name in names:
-        multiple = component.multiples.get(name, 1)
-        top = MAX_BATCH if name == "batch" else None
-        dims[name] = multiple * Dim(f"{name}_units") if multiple > 1 else Dim(name, max=top)
-    return {
+        root, multiple = roots[re.split("[*/]", name)[0]], size_of(name, units)
+        dims[name] = multiple * root if multiple > 1 else root
+    shapes = {
         tensor.name: {
             axis: dims[name] for axis, name in enumerate(tensor.shape) if isinstance(name, str)
         }
         for tensor in spec.inputs
     }
+    kinds = [each.kind for each in inspect.signature(module.forward).parameters.values()]
+    return {"inputs": (*shapes.values(),)} if kinds == [_ANY_NUMBER] else shapes
 
 
 def _reason(exc: BaseException) -> str:

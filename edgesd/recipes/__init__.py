@@ -32,7 +32,14 @@ from edgesd.runtime.memory import available_bytes
 from edgesd.runtime.prompter import read_prompter
 from edgesd.runtime.tokenizer import check_prompt
 from edgesd.spec.base import check_ranges
-from edgesd.spec.build import DEMO, BuildOptions, BuildRecord, EmbeddingReference, QuantOptions
+from edgesd.spec.build import (
+    DEMO,
+    BuildOptions,
+    BuildRecord,
+    EmbeddingReference,
+    QuantOptions,
+    SideReference,
+)
 from edgesd.spec.bundle import Engine
 
 __all__ = [
@@ -120,6 +127,7 @@ def build(
         job.options,
         model_reference(vae, other.network_sha256(AUTOENCODER)) if vae and other else None,
         tuple(EmbeddingReference(one.token, one.sha256) for one in job.source.embeddings),
+        _side_references(job),
     )
     identity = Identity(model_name(model), job.target, job.lowering.name)
     one_file = out.suffix == SUFFIX
@@ -205,7 +213,14 @@ def _prepare(
         )
     if quantization.pool_attention:
         _check_pooling(options, lowering)
-    source = open_model(model, options.variant, vae, folders.embeddings, folders.config)
+    source = open_model(
+        model,
+        options.variant,
+        vae,
+        folders.embeddings,
+        folders.config,
+        sides=folders.sides,
+    )
     source = replace(source, clip_skip=options.clip_skip)
     for embedding in source.embeddings:
         progress.line(f"{embedding.token}: a token of {len(embedding.tokens)} vectors is added")
@@ -238,6 +253,18 @@ def _prepare(
         export = export_spec(source, *fixed_shape(export.pipeline), chunks, tasks)
     check_writable(out, expected.bundle_bytes)
     return Job(source, export, target, lowering, options, folders, progress)
+
+
+def _side_references(job: Job) -> tuple[SideReference, ...]:
+    """The ControlNets and adapters that were added."""
+    from edgesd.export.source.side import split_name
+
+    found = []
+    for (kind, given), component in zip(job.folders.sides, job.source.sides, strict=True):
+        where, name = split_name(given)
+        sha256 = job.source.others[component].network_sha256(component)
+        found.append(SideReference(kind, name, model_reference(where, sha256)))
+    return tuple(found)
 
 
 def _check_pooling(options: BuildOptions, lowering: Lowering) -> None:

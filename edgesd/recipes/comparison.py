@@ -158,7 +158,12 @@ def _named(request: CompleteRequest) -> dict[str, object]:
     """What an image depends on. Fields with a default, which requests didn't always have, are left
     out where they have it, so that older images are found."""
     defaults = {one.name: one.default for one in fields(request)}
-    return {name: value for name, value in vars(request).items() if value != defaults[name]}
+    named = {name: value for name, value in vars(request).items() if value != defaults[name]}
+    if request.controls:
+        named["controls"] = [
+            {**vars(one), "picture": one.picture.sha256} for one in request.controls
+        ]
+    return named
 
 
 def worst_places(measured: Measured) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from edgesd.export.passes.fp16_weights import MAX_FP16
 from edgesd.export.passes.fp32_region import Fp32Region
 from edgesd.export.passes.record_largest import LARGEST, RecordLargest
 from edgesd.export.pieces import PIECE_BYTES, run_model_in_pieces
+from edgesd.recipes.drawings import drawn_controls
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends.base import BoundRunner, Runner
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
@@ -78,7 +79,8 @@ def record(bundle: Bundle, prompt: str) -> Largest:
 
     settings = Settings(memory="balanced", made_here=True)
     with Pipeline(bundle, settings, recorder) as pipeline:
-        request = pipeline.complete(Request(prompt, seed=0))
+        controls = drawn_controls(pipeline.spec)
+        request = pipeline.complete(Request(prompt, seed=0, controls=controls))
         steps = min(STEPS, request.num_inference_steps)
         request = replace(request, num_inference_steps=steps)
         requests = [replace(request, seed=seed) for seed in range(pipeline.images_per_run(request))]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edgesd.errors import UsageError
 from edgesd.runtime.bundle import open_bundle
-from edgesd.spec.build import DEMO, HUB, BuildRecord, ModelReference
+from edgesd.spec.build import DEMO, HUB, BuildRecord, ModelReference, SideKind
 from edgesd.spec.bundle import BundleManifest
 
 
@@ -53,6 +53,19 @@ class Like:
         if reference is None:
             return None
         return self._on_hub(reference, "with an autoencoder", "say where it is: --vae MODEL")
+
+    def sides(self, kind: SideKind, given: tuple[str, ...]) -> tuple[str, ...]:
+        """The ControlNets or adapters to build with: those that are `given`, or those of the hub
+        that it was built with. Raises UsageError for others."""
+        if given:
+            return given
+        found = []
+        for side in self.record.sides:
+            if side.kind == kind:
+                advice = f"say where all of them are: --{kind} FOLDER:NAME for each"
+                where = self._on_hub(side.model, f"with the {kind} {side.name!r}", advice)
+                found.append(f"{where}:{side.name}" if side.name else where)
+        return tuple(found)
 
     def _on_hub(self, reference: ModelReference, what: str, advice: str) -> str:
         """The hub id that was built from. Raises UsageError where it was none."""

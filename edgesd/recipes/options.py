@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgesd.files import environment_folder, expanded, user_cache
-from edgesd.spec.build import DEMO, FOLDER, HUB, ModelReference
+from edgesd.spec.build import DEMO, FOLDER, HUB, ModelReference, SideKind
 
 _FILE = ".safetensors"
 
@@ -22,7 +22,8 @@ class LocalFolders:
 
     work: for intermediate results. lpips: with the weights of LPIPS; None for what stands in for
     it. prompter: an exported prompter that is included in the bundle. embeddings: files of textual
-    inversions, as FILE or FILE:TOKEN. config: a diffusers folder with the configs and tokenizers of
+    inversions, as FILE or FILE:TOKEN. controlnets, adapters: their folders or hub ids, which may
+    end in :NAME. config: a diffusers folder with the configs and tokenizers of
     a model that is a single file.
     """
 
@@ -31,6 +32,14 @@ class LocalFolders:
     prompter: Path | None = None
     embeddings: tuple[str, ...] = ()
     config: Path | None = None
+    controlnets: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def sides(self) -> list[tuple[SideKind, str]]:
+        """ControlNets, then adapters, with their kinds."""
+        found: list[tuple[SideKind, str]] = [("controlnet", one) for one in self.controlnets]
+        return [*found, *(("adapter", one) for one in self.adapters)]
 
 
 def model_name(model: str) -> str:

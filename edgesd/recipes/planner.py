@@ -337,8 +337,9 @@ class _Planner:
         """One image of a size (width, height) by `networks`."""
         spec, (width, height) = networks.pipeline, size
         guided = networks.flow.guided(guidance)
-        encodes = networks.flow.encoder is not None
-        batch = Batch(height, width, images_per_run(spec.shape, guided), guided, encodes=encodes)
+        count, flow = images_per_run(spec.shape, guided), networks.flow
+        encodes = flow.encoder is not None
+        batch = Batch(height, width, count, guided, encodes=encodes, sides=flow.sides)
         forms = {
             stage.component: self._form(networks, stage, precision)
             for stage in networks.flow.stages

@@ -31,6 +31,7 @@ from edgesd.recipes.comparison import (
     Measured,
     worst_places,
 )
+from edgesd.recipes.drawings import DRAWINGS, drawing, drawn_controls
 from edgesd.recipes.graph_files import GraphFiles
 from edgesd.recipes.job import Job
 from edgesd.recipes.notes import Note, PoolingFailed, PoolingMeasured
@@ -281,7 +282,10 @@ def _comparison(job: Job, reference: Bundle) -> Comparison | None:
         quality_prompts = quality_prompts[:_HUGE_IMAGES]
         steps = steps or min(job.spec.pipeline.num_inference_steps, _HUGE_STEPS)
     requests = quality_.requests_for(
-        quality_prompts, num_inference_steps=steps, guidance_scale=options.guidance
+        quality_prompts,
+        num_inference_steps=steps,
+        guidance_scale=options.guidance,
+        controls=drawn_controls(job.spec.pipeline),
     )
     perceptual = open_perceptual(folders.lpips)
     return Comparison(
@@ -344,4 +348,8 @@ def _calibration(job: Job) -> CalibrationSettings:
         scheduler=spec.scheduler.name,
         height=spec.shape.height,
         width=spec.shape.width,
+        sides=tuple(side.name for side in spec.wiring.sides),
+        pictures=tuple(drawing(spec, seed) for seed in range(DRAWINGS))
+        if spec.wiring.sides
+        else (),
     )

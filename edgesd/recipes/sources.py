@@ -10,8 +10,9 @@ from typing import Any
 from edgesd.errors import InputError
 from edgesd.export.families import AUTOENCODER
 from edgesd.export.source import ModelSource, resolve_network, resolve_source
+from edgesd.export.source.side import read_sides
 from edgesd.recipes.demo import demo_model
-from edgesd.spec.build import DEMO, Variant
+from edgesd.spec.build import DEMO, SideKind, Variant
 
 
 def open_model(
@@ -21,14 +22,16 @@ def open_model(
     embeddings: Collection[str] = (),
     config: Path | None = None,
     loras: Collection[str] = (),
+    sides: Collection[tuple[SideKind, str]] = (),
 ) -> ModelSource:
     """What the user called `model`: "demo", or one of the forms of export/source.
 
     variant: the kind that it is said to be. vae: the model whose autoencoder stands in for its own.
     embeddings: textual inversions that are added, as FILE or FILE:TOKEN. config: a diffusers folder
     with the configs and tokenizers of a single file. loras: what is merged into its networks, as
-    FILE or FILE:SCALE. Raises what `resolve_source`, `read_embeddings` and `read_loras` raise, and
-    InputError for an autoencoder of other latents.
+    FILE or FILE:SCALE. sides: ControlNets and adapters that are added, by their kind, as FOLDER or
+    FOLDER:NAME. Raises what `resolve_source`, `read_embeddings`, `read_loras` and `read_sides`
+    raise, and InputError for an autoencoder of other latents.
     """
     found = resolve_source(str(demo_model()) if model == DEMO else model, config)
     source = replace(found, variant=variant)
@@ -40,11 +43,13 @@ def open_model(
         from edgesd.export.lora.read import read_loras
 
         source = replace(source, loras=read_loras(loras))
+    others = read_sides(sides)
+    source = replace(source, others=others, sides=(*others,))
     if vae is None:
         return source
     other = resolve_network(vae, AUTOENCODER)
     _check_latents(source, other)
-    return replace(source, others={AUTOENCODER: other})
+    return replace(source, others={AUTOENCODER: other, **others})
 
 
 def _check_latents(source: ModelSource, other: ModelSource) -> None:

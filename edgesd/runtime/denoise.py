@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from edgesd.errors import InputError
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.base import Runner
-from edgesd.runtime.conditioning import Conditioned, Encoded, Run, joined, stacked
+from edgesd.runtime.conditioning import Conditioned, Encoded, joined, stacked
+from edgesd.runtime.controls import NO_CONTROLS, Controls, Shown, Sums, guess_weights
 from edgesd.runtime.flow import GuidanceMode
 from edgesd.runtime.schedulers import Scheduler
 from edgesd.runtime.schedulers.base import Noise
@@ -21,14 +22,12 @@ from edgesd.spec.pipeline import (
     DenoiserSpec,
     Fill,
     InputSpec,
-    Part,
     SideSpec,
     Wiring,
 )
 
-Given = Mapping[Fill | Part, Float]
-"""What stays the same in all steps [B, ...]: by how an input is filled, or the output of a side
-component that ran once."""
+Given = Mapping[Fill, Float]
+"""What stays the same in all steps [B, ...]: by how an input is filled."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,16 @@ def denoise(
     mode: GuidanceMode = "batched",
     on_step: Callable[[Step], None] | None = None,
     guidance_rescale: float = 0.0,
+    controls: Controls = NO_CONTROLS,
 ) -> Float:
     """Take `start` to an image's latents [B, C, h, w].
 
     runners: by component, of the denoiser and of the sides that run at each step, which `wiring`
-    joins. scheduler: `set_timesteps` has been called. noise: draws for stochastic schedulers.
-    Guidance, when `conditioned.negative` is given: both halves in one run of batch 2 B ("batched"),
-    or one after the other ("sequential", less memory). guidance_scale, guidance_rescale: see
-    `_guided`. Raises InputError when the latents stop being finite.
+    joins; of the latter, those that `controls` has. scheduler: `set_timesteps` has been called.
+    noise: draws for stochastic schedulers. Guidance, when `conditioned.negative` is given: both
+    halves in one run of batch 2 B ("batched"), or one after the other ("sequential", less memory).
+    guidance_scale, guidance_rescale: see `_guided`. Raises InputError when the latents stop being
+    finite.
     """
     latents, batch, channels = start.latents, len(start.latents), start.latents.shape[1]
     halves = [conditioned.positive]
@@ -96,21 +97,25 @@ def denoise(
         halves.insert(0, conditioned.negative)
     guided = len(halves) == 2
     runs = [halves] if mode == "batched" else [[half] for half in halves]
-    networks = _networks(wiring, runners, runs, batch, start.given, guidance_scale)
-    denoiser = wiring.denoiser
-    behind = [start.given[fill] for fill in denoiser.concat]
+    given, denoiser = start.given, wiring.denoiser
+    network = _network(
+        runners[denoiser.component], denoiser, runs, batch, given, guidance_scale, None
+    )
+    behind = [given[fill] for fill in denoiser.concat]
     sample = np.concatenate([np.concatenate([latents, *behind], axis=1)] * len(runs[0]))
     sample_halves = sample.reshape(len(runs[0]), batch, *sample.shape[1:])
     timestep = np.zeros(1, np.float32)
     expected = (len(sample), *latents.shape[1:])
+    sides = _Sides(wiring, runners, runs, batch, given, guidance_scale, controls)
+    sums = Sums(wiring, runners[denoiser.component].spec, len(sample), *latents.shape[2:])
 
     def predict(run: int) -> Array:
-        values: dict[Fill | Part, Array] = {"timestep": timestep, "sample": sample[:, :channels]}
-        for network in networks:
-            if network.component == denoiser.component:
-                values["sample"] = sample
-            values |= network.run(run, values)
-        found = values[Part(denoiser.component, denoiser.output)]
+        values: dict[str, Array] = {"timestep": timestep, "sample": sample[:, :channels]}
+        sums.clear()
+        for one in controls.shown:
+            if one.acts(index, len(scheduler.timesteps) - start.first_step):
+                sides.add(one, run, values, sums)
+        found = network.run(run, {**values, "sample": sample, **sums.arrays})[denoiser.output]
         if found.shape != expected:
             raise InputError(
                 f"{denoiser.component} makes {denoiser.output} of the shape {list(found.shape)} "
@@ -171,37 +176,24 @@ def _rescale(guided: Float, positive: Array, strength: float) -> None:
     guided *= np.float32(strength) * wanted / found + np.float32(1 - strength)
 
 
-def with_sides(wiring: Wiring, start: Start, run: Run, done: Callable[[str], None]) -> Start:
-    """`start` with the outputs of the sides that run once, image by image. run, done:
-    see conditioning.Prompts."""
-    given = dict(start.given)
-    for side in wiring.sides:
-        if side.when == "once":
-            made: dict[Part, list[Float]] = {}
-            for row in range(len(start.latents)):
-                inputs = {one.name: given[one.source][row : row + 1] for one in side.inputs}
-                for name, values in run(side.component, inputs).items():
-                    part = Part(side.component, name)
-                    made.setdefault(part, []).append(np.array(values, np.float32))
-            given |= {part: stacked(rows, part) for part, rows in made.items()}
-            done(side.component)
-    return replace(start, given=given)
-
-
 class _Network:
     """A component of the loop. fixed: for each run of a step, inputs that stay the same in all
-    steps, by name."""
+    steps, by name. The others are found by how they are filled; sums, by their name."""
 
     def __init__(
         self, runner: Runner, spec: DenoiserSpec | SideSpec, fixed: Sequence[Mapping[str, Array]]
     ) -> None:
         self.component = spec.component
         self._runner, self._fixed = runner, fixed
-        self._changing = {one.name: one.source for one in spec.inputs if one.name not in fixed[0]}
+        self._changing = {
+            one.name: one.name if one.fill == "side" else one.fill
+            for one in spec.inputs
+            if one.name not in fixed[0]
+        }
         self._filled: int | None = None
         """The run that the inputs are filled for."""
 
-    def run(self, run: int, values: Mapping[Fill | Part, Array]) -> dict[Fill | Part, Array]:
+    def run(self, run: int, values: Mapping[str, Array]) -> Mapping[str, Array]:
         """Fill the inputs and run: all outputs. They stay as they are until the next run."""
         filled = {name: values[key] for name, key in self._changing.items()}
         if self._filled != run:
@@ -217,21 +209,22 @@ class _Network:
             self._runner.inputs[name][:] = array
         self._filled = run
         self._runner.run()
-        return {Part(self.component, name): out for name, out in self._runner.outputs.items()}
+        return self._runner.outputs
 
 
-def _networks(
-    wiring: Wiring,
-    runners: Mapping[str, Runner],
+def _network(
+    runner: Runner,
+    spec: DenoiserSpec | SideSpec,
     runs: Sequence[Sequence[Encoded]],
     batch: int,
     given: Given,
     guidance_scale: float,
-) -> list[_Network]:
-    """Sides that run at each step, then the denoiser. runs: of a step, each with the halves of
-    guidance that its batch is conditioned on."""
+    image: Float | None,
+) -> _Network:
+    """The denoiser, or a side that runs at each step. runs: of a step, each with the halves of
+    guidance that its batch is conditioned on. image: [1, 3, H, W] that a side is shown."""
 
-    def fixed(runner: Runner, one: InputSpec, halves: Sequence[Encoded]) -> Array | None:
+    def fixed(one: InputSpec, halves: Sequence[Encoded]) -> Array | None:
         if one.fill == "joined":
             return stacked([joined(half, one.parts) for half in halves], one.parts[0])
         if one.fill in SIZE_FILLS:
@@ -240,15 +233,59 @@ def _networks(
             width = next(int(t.shape[1]) for t in runner.spec.inputs if t.name == one.name)
             embedding = guidance_scale_embedding(guidance_scale, width)
             return np.repeat(embedding, batch * len(halves), axis=0)
-        value = given.get(one.source)
+        if one.fill == "control" and image is not None:
+            return np.repeat(image, batch * len(halves), axis=0)
+        value = given.get(one.fill)
         return None if value is None else np.concatenate([value] * len(halves))
 
-    found = []
-    sides = [side for side in wiring.sides if side.when == "each_step"]
-    specs: tuple[DenoiserSpec | SideSpec, ...] = (*sides, wiring.denoiser)
-    for spec in specs:
-        runner = runners[spec.component]
-        values = [{one.name: fixed(runner, one, run) for one in spec.inputs} for run in runs]
-        known = [{name: v for name, v in each.items() if v is not None} for each in values]
-        found.append(_Network(runner, spec, known))
-    return found
+    values = [{one.name: fixed(one, run) for one in spec.inputs} for run in runs]
+    known = [{name: v for name, v in each.items() if v is not None} for each in values]
+    return _Network(runner, spec, known)
+
+
+class _Sides:
+    """The sides that run at each step, and the outputs of those that ran once. runs: of the
+    denoiser in a step. All else: see `_network`."""
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        runners: Mapping[str, Runner],
+        runs: Sequence[Sequence[Encoded]],
+        batch: int,
+        given: Given,
+        guidance_scale: float,
+        controls: Controls,
+    ) -> None:
+        self._controls, self._last = controls, len(runs) - 1
+        # The positive half of guidance is the last of the last run.
+        self._guesses = controls.guess and sum(map(len, runs)) == 2
+        self._runs = [runs[-1][-1:]] if self._guesses else runs
+        self._batch = batch
+        images = {one.component: one.image for one in controls.shown}
+        self._networks = {
+            side.component: _network(
+                runners[side.component], side, self._runs, batch, given, guidance_scale,
+                images[side.component],
+            )
+            for side in wiring.sides
+            if side.when == "each_step" and side.component in controls.components
+        }  # fmt: skip
+
+    def add(self, one: Shown, run: int, values: Mapping[str, Array], sums: Sums) -> None:
+        """Add what a component makes of `values` in a run of the denoiser. In guess mode, that is
+        nothing for the negative half."""
+        network = self._networks.get(one.component)
+        if network is None:
+            features = self._controls.features
+            outputs = {p.output: v for p, v in features.items() if p.component == one.component}
+            sums.add(one.component, outputs, [one.scale] * len(outputs), len(values["sample"]))
+            return
+        if self._guesses:
+            if run != self._last:
+                return
+            values, run = {**values, "sample": values["sample"][-self._batch :]}, 0
+        made = network.run(run, values)
+        weights = guess_weights(len(made)) if self._controls.guess else np.ones(len(made))
+        rows = self._batch * len(self._runs[run])
+        sums.add(one.component, made, [one.scale * float(each) for each in weights], rows)

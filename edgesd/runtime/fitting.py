@@ -34,7 +34,8 @@ from edgesd.spec.pipeline import ShapeSpec
 class Batch:
     """Images that are generated at a time. height, width: in pixels. guided: with guidance, which
     doubles the denoiser's batch. previews: whether unfinished images are decoded. chunks: of
-    tokens, that a prompt has. encodes: whether they begin with an image."""
+    tokens, that a prompt has. encodes: whether they begin with an image. sides: side components
+    that run."""
 
     height: int
     width: int
@@ -43,6 +44,7 @@ class Batch:
     previews: bool = False
     chunks: int = 1
     encodes: bool = False
+    sides: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class Fitting:
             batch.previews,
             batch.chunks,
             batch.encodes,
+            batch.sides,
         )
 
     @property
@@ -254,8 +257,9 @@ def _least_memory(bundle: Bundle, own: bool) -> tuple[MemoryMode, int]:
     flow, backend = flow_of(spec), get_backend(bundle.manifest.backend)
     guided = flow.guided(spec.guidance_scale)
     count = images_per_run(spec.shape, guided)
-    encodes = flow.encoder is not None
-    batch = Batch(spec.shape.height, spec.shape.width, count, guided, encodes=encodes)
+    encodes, sides = flow.encoder is not None, flow.sides
+    height, width = spec.shape.height, spec.shape.width
+    batch = Batch(height, width, count, guided, encodes=encodes, sides=sides)
 
     def own_kernels(component: str) -> bool:
         return own and engines[component].kernels is not None

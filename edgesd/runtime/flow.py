@@ -81,6 +81,11 @@ class Flow:
         return next((stage for stage in self.stages if stage.role == "encoder"), None)
 
     @property
+    def sides(self) -> frozenset[str]:
+        """The components beside the denoiser, which run where a request shows them an image."""
+        return frozenset(stage.component for stage in self.stages if stage.role == "side")
+
+    @property
     def denoiser(self) -> Stage:
         """The network that predicts noise."""
         return next(stage for stage in self.stages if stage.role == "denoiser")

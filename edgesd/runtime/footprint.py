@@ -43,7 +43,8 @@ class Generation:
     """Sizes that the memory of generating depends on. height, width: of the latents; scale: pixels
     of a latent; count: images; batch: of the denoiser; text_values: of one prompt's embedding;
     previews: whether unfinished images are decoded, while the denoiser is loaded; chunks: of
-    tokens, that a prompt has; encodes: whether images are encoded first."""
+    tokens, that a prompt has; encodes: whether images are encoded first; sides: side components
+    that run."""
 
     height: int
     width: int
@@ -54,6 +55,7 @@ class Generation:
     previews: bool = False
     chunks: int = 1
     encodes: bool = False
+    sides: frozenset[str] = frozenset()
 
     @property
     def image_bytes(self) -> int:
@@ -186,10 +188,18 @@ class Costs:
         """Memory of generating in a mode. window: side in latents of a streamed decoder's
         tiles."""
         flow = flow_of(self.pipeline)
+        running = [
+            [
+                stage
+                for stage in group
+                if stage.role != "side" or stage.component in generation.sides
+            ]
+            for group in flow.groups
+        ]
         groups = [
             {stage.component: self._part(stage, mode, generation, window) for stage in group}
-            for group in flow.groups
-            if generation.encodes or flow.encoder not in group
+            for group in running
+            if group and (generation.encodes or flow.encoder not in group)
         ]
         return together(groups, self.process + generation.kept_bytes, mode, generation.previews)
 

@@ -103,9 +103,9 @@ class Loaded:
 
         Raises ResourceError where it fits into none, and UsageError as flow.guidance_mode.
         """
-        encoder = flow_of(self.bundle.manifest.pipeline).encoder
-        if encoder is not None and not batch.encodes:
-            self._free(encoder.component)
+        flow = flow_of(self.bundle.manifest.pipeline)
+        encoder = [flow.encoder.component] if flow.encoder and not batch.encodes else []
+        self._free(*encoder, *(flow.sides - batch.sides))
         found = self._fitting().check(batch)
         before, self._fit = self._fit, found
         if before is not None and (

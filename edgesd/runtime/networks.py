@@ -22,10 +22,12 @@ from edgesd.spec.pipeline import (
     SIZE_FILLS,
     ComponentSpec,
     DenoiserSpec,
+    InputSpec,
     Part,
     PipelineSpec,
     SideSpec,
     TensorSpec,
+    is_size,
 )
 from edgesd.spec.scheme import number_format
 
@@ -33,6 +35,9 @@ _FLOAT, _IDS = ("float32", "float16"), ("int64", "int32")
 _COLOURS = 3
 _PER_TOKEN = 3
 """Rank of embeddings of tokens: [batch, tokens, C]."""
+
+_FEATURE_RANK = 4
+"""Of what sides give: [batch, C, h, w]."""
 
 _ANY_SIZE = range(1, 1 << 31)
 _GUIDANCE_WIDTHS = range(4, 1 << 16)
@@ -108,16 +113,23 @@ def _wiring_problems(pipeline: PipelineSpec) -> Iterator[str]:
     """Inputs whose source isn't available when they are filled."""
     wiring, components = pipeline.wiring, pipeline.components
     texts = {text.component for text in wiring.texts}
-    before: set[str] = set()
+    sides = {side.component for side in wiring.sides}
+    if len({side.name for side in wiring.sides}) != len(wiring.sides):
+        yield "two components have one name for requests"
     for spec in _in_loop(pipeline):
+        side = isinstance(spec, SideSpec)
         once = isinstance(spec, SideSpec) and spec.when == "once"
+        if side and sum(one.fill == "control" for one in spec.inputs) != 1:
+            yield f"{spec.component} doesn't have exactly one input filled with a control image"
         if len({one.name for one in spec.inputs}) != len(spec.inputs):
             yield f"{spec.component} has an input that is filled twice"
         for one in spec.inputs:
             where = f"{one.name} of {spec.component}"
-            if once and one.fill not in (*GIVEN_BY_TASKS, "side"):
+            if once and one.fill != "control":
                 yield f"{where} is filled once, and {one.fill!r} isn't known then"
-            known = before if one.fill == "side" else texts
+            if one.fill == ("side" if side else "control"):
+                yield f"{where} is filled with {one.fill!r}, which isn't for it"
+            known = sides if one.fill == "side" else texts
             shapes = set()
             for part in one.parts:
                 found = part.component in known and components[part.component].output(part.output)
@@ -127,7 +139,6 @@ def _wiring_problems(pipeline: PipelineSpec) -> Iterator[str]:
                     shapes.add(found.shape[:-1])
             if len(shapes) > 1 or () in shapes:
                 yield f"{where} is filled with tensors that can't be joined"
-        before.add(spec.component)
     for fill in ("sample", "timestep"):
         if sum(one.fill == fill for one in wiring.denoiser.inputs) != 1:
             yield f"{wiring.denoiser.component} doesn't have exactly one input filled with {fill}"
@@ -211,9 +222,25 @@ def _filled(pipeline: PipelineSpec, spec: SideSpec | DenoiserSpec) -> _Tensors:
         **{fill: _Like(4, {1: width}) for fill, width in widths.items()},
     }
     return {
-        one.name: _joined(pipeline, one.parts) if one.parts else fixed[one.fill]
+        one.name: _added(pipeline, spec, one)
+        if one.fill == "side"
+        else _joined(pipeline, one.parts)
+        if one.parts
+        else fixed[one.fill]
         for one in spec.inputs
     }
+
+
+def _added(pipeline: PipelineSpec, spec: SideSpec | DenoiserSpec, one: InputSpec) -> _Like:
+    """What an input must be like that outputs of sides are added up in: of as many channels, and of
+    sizes that are known where none of them runs."""
+    found = [pipeline.components[part.component].output(part.output) for part in one.parts]
+    channels = {t.shape[1] if len(t.shape) == _FEATURE_RANK else 0 for t in found if t is not None}
+    own = pipeline.components[spec.component].input(one.name)
+    known = own is not None and all(map(is_size, own.shape))
+    if len(channels) != 1 or not known:
+        return _Like(0)
+    return _Like(_FEATURE_RANK, {1: channels.pop()})
 
 
 def _joined(pipeline: PipelineSpec, parts: Sequence[Part]) -> _Like:

@@ -17,8 +17,9 @@ from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.chunks import fixed_chunks
 from edgesd.runtime.closeable import Closeable
 from edgesd.runtime.conditioning import Conditioned, Prompts, with_size_ids
+from edgesd.runtime.controls import controls_of, with_features
 from edgesd.runtime.decoding import decoded
-from edgesd.runtime.denoise import Step, denoise, with_sides
+from edgesd.runtime.denoise import Step, denoise
 from edgesd.runtime.fitting import Batch, images_per_run
 from edgesd.runtime.flow import GuidanceMode, flow_of, guidance_mode
 from edgesd.runtime.loaded import Loaded, OpenRunner, Timings
@@ -190,20 +191,25 @@ class Pipeline(Closeable):
         scheduler = scheduler_of(self.spec, first)
         begin = Beginning(self.spec, requests, scheduler, noise, begun)
         start = TASKS[wiring.tasks[0]].prepare(begin)
-        start = with_sides(wiring, start, self._loaded.run, self._loaded.release)
+        controls = with_features(
+            wiring, controls_of(wiring, first), self._loaded.run, self._loaded.release
+        )
         mode, guidance = self.guidance_mode(first, len(requests)), first.guidance_scale
-        loop = tuple(stage.component for stage in self.flow.loop)
+        idle = self.flow.sides - controls.components
+        loop = tuple(stage.component for stage in self.flow.loop if stage.component not in idle)
         with self._loaded.running(loop) as runners:
             latents = denoise(
                 wiring, runners, scheduler, start, conditioned, guidance, noise, mode,
-                self._watch(on_step), first.guidance_rescale,
+                self._watch(on_step), first.guidance_rescale, controls,
             )  # fmt: skip
         self._loaded.release(*loop)
         return latents
 
     def _batch(self, request: CompleteRequest, count: int, previews: bool) -> Batch:
         guided, chunks = self.flow.guided(request.guidance_scale), self.chunks(request)
-        return Batch(request.height, request.width, count, guided, previews, chunks)
+        shown = {one.name for one in request.controls if one.scale != 0}
+        sides = frozenset(side.component for side in self.spec.wiring.sides if side.name in shown)
+        return Batch(request.height, request.width, count, guided, previews, chunks, sides=sides)
 
     def _conditioned(self, requests: Sequence[CompleteRequest]) -> Conditioned:
         """What the requests are conditioned on."""

@@ -191,6 +191,7 @@ def _for_refiner(request: Request, first: CompleteRequest) -> Request:
         negative_prompt=second(request.negative_prompt, request.negative_prompt_2),
         prompt_2=None,
         negative_prompt_2=None,
+        controls=(),
         num_inference_steps=first.num_inference_steps,
         height=first.height,
         width=first.width,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from edgesd.errors import InputError, UsageError
+from edgesd.errors import InputError, UsageError, unknown_name
+from edgesd.runtime.arrays import Float
 from edgesd.runtime.chunks import Prompt
 from edgesd.runtime.schedulers import (
     Scheduler,
@@ -15,8 +16,11 @@ from edgesd.runtime.schedulers import (
 )
 from edgesd.runtime.syntax import Syntax, segments
 from edgesd.runtime.tokenizer import check_prompt
-from edgesd.spec.base import MAX_GUIDANCE, MAX_SCORE
+from edgesd.spec.base import MAX_CONTROL_SCALE, MAX_GUIDANCE, MAX_SCORE
 from edgesd.spec.pipeline import SIZE_FILLS, PipelineSpec, check_multiple
+
+if TYPE_CHECKING:
+    from edgesd.runtime.pictures import Picture
 
 MOST_TOLD_PIXELS = 1 << 20
 """Sizes and crops that a model is told."""
@@ -25,6 +29,8 @@ _SCORE, _NEGATIVE_SCORE = 6.0, 2.5
 """Aesthetic scores that diffusers' pipelines tell a model."""
 
 Sigmas = str | tuple[float, ...]
+
+MadeFrom = Literal["hint", "photo", "sketch"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,30 @@ class CompleteMicro:
 
 
 @dataclass(frozen=True)
+class Control:
+    """A picture that a ControlNet or an adapter of the bundle is shown.
+
+    name: which; "" where the bundle has one only. scale: what its outputs are multiplied by.
+    start, end: parts of the steps, between which it acts. made_from: what the picture is, and its
+    lines are found of: a hint is shown as it is.
+    """
+
+    picture: Picture
+    name: str = ""
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    made_from: MadeFrom = "hint"
+
+    def hint(self, width: int, height: int) -> Float:
+        """What is shown, [1, 3, height, width] from 0 to 1. Raises InputError for a broken
+        picture."""
+        from edgesd.runtime.pictures import hint_array
+
+        return hint_array(self.picture.decoded(), width, height)
+
+
+@dataclass(frozen=True)
 class Request:
     """One image to make; None takes the bundle's own default.
 
@@ -64,9 +94,10 @@ class Request:
     prompt_2, negative_prompt_2: what a pipeline's second tokenizer reads; None: the same as the
     first. syntax: of all prompts; None: plain.
     guidance_rescale: 0 (as None) to 1, how far the prediction under guidance is brought back to the
-    deviation it has without. negative_micro: where it differs from `micro`, for the negative half
-    of guidance. denoising_end: between 0 and 1, how far a base model denoises before a refiner goes
-    on; None where one model does all of it.
+    deviation it has without. controls: what ControlNets and adapters are shown; guess_mode: whether
+    ControlNets are asked without the negative prompt. negative_micro: where it differs from
+    `micro`, for the negative half of guidance. denoising_end: between 0 and 1, how far a base model
+    denoises before a refiner goes on; None where one model does all of it.
     """
 
     prompt: str
@@ -88,12 +119,15 @@ class Request:
     negative_micro: Micro = Micro()
     denoising_end: float | None = None
     strength: float | None = None
+    controls: tuple[Control, ...] = ()
+    guess_mode: bool = False
 
 
 @dataclass(frozen=True)
 class CompleteRequest:
     """The same with every value, as `Completion` makes it. negative_prompt: None where zeros stand
-    for its encoding. micro, negative_micro: None where the model takes none."""
+    for its encoding. micro, negative_micro: None where the model takes none. controls: each with a
+    name, in the order of the pipeline's sides."""
 
     prompt: str
     seed: int
@@ -114,6 +148,8 @@ class CompleteRequest:
     negative_micro: CompleteMicro | None = None
     denoising_end: float | None = None
     strength: float | None = None
+    controls: tuple[Control, ...] = ()
+    guess_mode: bool = False
 
     @property
     def positive(self) -> Prompt:
@@ -173,6 +209,8 @@ class Completion:
             timesteps=request.timesteps,
             eta=request.eta,
             denoising_end=request.denoising_end,
+            controls=self._controls(request),
+            guess_mode=request.guess_mode,
         )
         if not abs(found.guidance_scale) <= MAX_GUIDANCE:
             raise UsageError(
@@ -232,6 +270,34 @@ class Completion:
         like = replace(micro, aesthetic_score=_NEGATIVE_SCORE)
         return replace(found, micro=micro, negative_micro=_micro(negative, like))
 
+    def _controls(self, request: Request) -> tuple[Control, ...]:
+        """The controls of a request, each with its name. Raises UsageError."""
+        sides = {side.name: side.when for side in self._spec.wiring.sides}
+        found: dict[str, Control] = {}
+        for control in request.controls:
+            name = control.name
+            if not sides:
+                raise UsageError(
+                    "this bundle has no ControlNet and no adapter to show a control image to: "
+                    "build one with edgesd build MODEL --controlnet FOLDER"
+                )
+            if not name and len(sides) == 1:
+                (name,) = sides
+            if not name:
+                raise UsageError(
+                    f"this bundle has {len(sides)} that a control image can be for: give FILE:NAME "
+                    f"with one of {', '.join(sides)}"
+                )
+            if name not in sides:
+                raise UsageError(unknown_name("control", name, sides))
+            if name in found:
+                raise UsageError(f"{name} gets two control images: give it one")
+            _check_control(name, control)
+            found[name] = replace(control, name=name)
+        if request.guess_mode and "each_step" not in {sides[name] for name in found}:
+            raise UsageError("guess mode is for the control image of a ControlNet: leave it out")
+        return tuple(found[name] for name in sides if name in found)
+
     def _check_prompts(self, request: CompleteRequest) -> None:
         """Raise InputError for prompts that can't be encoded, UsageError for more than are read."""
         second = request.prompt_2, request.negative_prompt_2
@@ -276,6 +342,20 @@ def scheduler_of(spec: PipelineSpec, request: CompleteRequest) -> Scheduler:
             f"computed from the bundle's configuration ({exc}): choose another --scheduler"
         ) from exc
     return scheduler
+
+
+def _check_control(name: str, control: Control) -> None:
+    """Raise UsageError for a value that is out of its range."""
+    if not abs(control.scale) <= MAX_CONTROL_SCALE:
+        raise UsageError(
+            f"the scale of {name} must be a number of at most {MAX_CONTROL_SCALE}, not "
+            f"{control.scale}: 1 is usual, 0 turns it off"
+        )
+    if not 0 <= control.start < control.end <= 1:
+        raise UsageError(
+            f"{name} acts from {control.start:g} to {control.end:g} of the steps: expected two "
+            "numbers from 0 to 1, the first below the second"
+        )
 
 
 def _micro(asked: Micro, default: CompleteMicro) -> CompleteMicro:

@@ -42,6 +42,8 @@ Number = Annotated[float, Meta(ge=-1e15, le=1e15)]
 MAX_STEPS = 1000
 """Of a request from outside."""
 MAX_GUIDANCE = 1000
+MAX_CONTROL_SCALE = 10
+"""Of a ControlNet's outputs; 1 is what it was trained with."""
 MAX_SCORE = 1000
 """Aesthetic scores are to 10, and a model may be told others."""
 Guidance = Annotated[float, Meta(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)]

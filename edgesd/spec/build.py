@@ -126,6 +126,18 @@ class ModelReference(Spec, frozen=True):
     sha256: Sha256
 
 
+SideKind = Literal["controlnet", "adapter"]
+
+
+class SideReference(Spec, frozen=True):
+    """A ControlNet or an adapter that was added to the model, and what it is called: "" where it
+    was given no name."""
+
+    kind: SideKind
+    name: Annotated[str, Meta(max_length=64)]
+    model: ModelReference
+
+
 class EmbeddingReference(Spec, frozen=True):
     """A textual inversion that was added to the model. sha256: of its file."""
 
@@ -135,12 +147,13 @@ class EmbeddingReference(Spec, frozen=True):
 
 class BuildRecord(Spec, frozen=True):
     """How a bundle was built; `edgesd build --like` reads it. vae: where its autoencoder is of
-    another model. embeddings: in the order in which they were added."""
+    another model. embeddings, sides: in the order in which they were added."""
 
     model: ModelReference
     options: BuildOptions
     vae: ModelReference | None = None
     embeddings: Annotated[tuple[EmbeddingReference, ...], Meta(max_length=1000)] = ()
+    sides: Annotated[tuple[SideReference, ...], Meta(max_length=16)] = ()
 
 
 def _check_prompts(what: str, prompts: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
@@ -48,6 +49,29 @@ class ComponentSpec(Spec, frozen=True):
     def output(self, name: str) -> TensorSpec | None:
         """The output called `name`, or None."""
         return next((t for t in self.outputs if t.name == name), None)
+
+
+_PART_OF_SIZE = re.compile(r"(batch|height|width)(?:([*/])([1-9][0-9]{0,3}))?")
+
+
+def size_of(dim: Dim, sizes: Mapping[str, int]) -> int:
+    """What a dimension is where `sizes` has the symbolic ones: a size of these, or an exact part or
+    multiple of one, as height/2 and height*8 are.
+
+    Raises KeyError for another name.
+    """
+    if isinstance(dim, int):
+        return dim
+    found = _PART_OF_SIZE.fullmatch(dim)
+    if found is None or found[2] is None:
+        return sizes[dim]
+    number = int(found[3])
+    return sizes[found[1]] * number if found[2] == "*" else sizes[found[1]] // number
+
+
+def is_size(dim: Dim) -> bool:
+    """Whether `size_of` knows a dimension by batch, height and width."""
+    return isinstance(dim, int) or _PART_OF_SIZE.fullmatch(dim) is not None
 
 
 class SchedulerSpec(Spec, frozen=True):
@@ -159,15 +183,16 @@ the denoiser. timestep: [1]. joined: outputs of text encoders, joined on their l
 guidance_embedding: of the guidance scale [batch, D], for models distilled with it. size_ids: what
 the model is told of the image's sizes [batch, 6], height before width and top before left: original
 size, crop, target size. aesthetic_ids: original size, crop, aesthetic score [batch, 5]. mask,
-masked, control: what the task gives of each image: where to paint [batch, 1, h, w], latents of the
-rest [batch, C, h, w], a control image [batch, 3, H, W]. side: an output of a side component.
+masked: what the task gives of each image: where to paint [batch, 1, h, w], latents of the
+rest [batch, C, h, w]. control: the image that a side component is shown [batch, 3, H, W]. side: the
+sum of outputs of side components, each times its scale; zeros where none of them runs.
 """
 
 SIZE_FILLS: Mapping[Fill, int] = {"size_ids": 6, "aesthetic_ids": 5}
 """Fills by what a request says of the image's sizes -> how many numbers that is; each half of
 guidance has its own."""
 
-GIVEN_BY_TASKS: frozenset[Fill] = frozenset(("mask", "masked", "control"))
+GIVEN_BY_TASKS: frozenset[Fill] = frozenset(("mask", "masked"))
 
 
 class Part(Spec, frozen=True):
@@ -180,7 +205,7 @@ class Part(Spec, frozen=True):
 class InputSpec(Spec, frozen=True):
     """One input of the denoiser or a side component, and how it is filled.
 
-    parts: what is joined; of `side`, the one output that is taken; empty for all others.
+    parts: what is joined, or for `side` added; empty for all others.
     """
 
     name: Label
@@ -189,14 +214,8 @@ class InputSpec(Spec, frozen=True):
 
     def __post_init__(self) -> None:
         """Refuse parts where nothing reads them: when decoded, as an invalid value."""
-        fits = {"joined": bool(self.parts), "side": len(self.parts) == 1}
-        if not fits.get(self.fill, not self.parts):
+        if bool(self.parts) != (self.fill in ("joined", "side")):
             raise ValueError(f"{self.name!r} is filled as {self.fill!r} of {len(self.parts)} parts")
-
-    @property
-    def source(self) -> Fill | Part:
-        """The key that a value for this input is found by."""
-        return self.parts[0] if self.fill == "side" else self.fill
 
 
 _Inputs = Annotated[tuple[InputSpec, ...], Meta(max_length=MOST_TENSORS)]
@@ -217,15 +236,21 @@ class TextSpec(Spec, frozen=True):
 
 
 class SideSpec(Spec, frozen=True):
-    """A component beside the denoiser, whose outputs fill inputs of the denoiser.
+    """A component beside the denoiser, which is shown a control image, and whose outputs fill
+    inputs of the denoiser. It runs for requests that name it.
 
-    when: once for an image, before the first step, or at each step (a ControlNet). `once` sees
-    neither sample nor timestep.
+    when: once, before the first step (an adapter), or at each step (a ControlNet). `once` sees
+    neither prompt, sample nor timestep.
     """
 
     component: Word
     when: Literal["once", "each_step"]
     inputs: _Inputs
+
+    @property
+    def name(self) -> str:
+        """What requests call it: what stands behind the first hyphen of its component's name."""
+        return self.component.partition("-")[2] or self.component
 
 
 class DenoiserSpec(Spec, frozen=True):

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edgesd.errors import EdgesdError
 from edgesd.export.attention import replace_attention
 from edgesd.export.families import Component, Sizes
+from edgesd.export.families.parts.inlets import on_meta
 from edgesd.export.quantize.layers import MIN_WEIGHTS, Layer
 from edgesd.text import first_sentence
 
@@ -120,14 +121,7 @@ def trace(component: Component, sizes: Sizes) -> Workload:
     """
     module = component.load(weights=False)
     replace_attention(module, "ort-mha")
-    inputs = [
-        torch.empty(
-            [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape],
-            dtype=getattr(torch, tensor.dtype),
-            device="meta",
-        )
-        for tensor in component.spec.inputs
-    ]
+    inputs = [on_meta(tensor, sizes) for tensor in component.spec.inputs]
     recorder = _OperationRecorder(component.name, module, inputs)
     try:
         with recorder, torch.no_grad():
@@ -180,7 +174,7 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func.name().split("::")[1].split(".")[0]
+        name = func.name().split("::")[1].split(".")[0].removesuffix("_")
         taken = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else (arg,))]
         tensors = [a for a in taken if isinstance(a, Tensor)]
         if isinstance(out, Tensor) and (name in _ALIASES or _by_one(name, args)):

@@ -70,6 +70,10 @@ class Checkpoint(Protocol):
     def loras(self) -> tuple[Lora, ...]:
         """LoRAs that are merged into its networks, one after another."""
 
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Names of ControlNets and adapters that are added to it, in order."""
+
     def folder(self, name: str) -> Path:
         """The folder of a component's config, of a tokenizer or of the scheduler; it may be
         missing."""

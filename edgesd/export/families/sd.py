@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgesd.export.families import AUTOENCODER, TOKENIZER_OF, ExportSpec, Family, OwnPipeline
+from edgesd.export.families import (
+    AUTOENCODER,
+    TOKENIZER_OF,
+    Component,
+    ExportSpec,
+    Family,
+    OwnPipeline,
+)
 from edgesd.export.families.checkpoint import TRANSFORMERS_STEM, Checkpoint
 from edgesd.export.families.latent_diffusion import (
     CLASSES,
@@ -71,6 +78,7 @@ def export_spec(
     defaults = sampling(source, _class_of(source, given), scheduler, given)
     with quiet():  # libraries log while they are imported
         from edgesd.export.families.parts import clip, unet, vae
+        from edgesd.export.families.parts.sides import with_sides
 
     own = _diffusers_pipeline(source, defaults, given)
     text = own.text_encoder.config.to_dict()
@@ -82,7 +90,7 @@ def export_spec(
     latent = vae.latent_spec(source, own.vae.config, config["out_channels"], own.vae_scale_factor)
     shape = unet.shape_spec(size, batch, config, latent.scale_factor)
     states = tokens, text["hidden_size"]
-    components = (
+    components: tuple[Component, ...] = (
         clip.text_encoder(source, _TEXT_ENCODER, text, tokens, shape, clip_skip(source)),
         unet.unet(source, UNET, config, states, shape, latent, chunks),
         vae.vae_decoder(source, DECODER, latent, shape),
@@ -90,6 +98,7 @@ def export_spec(
     )
     wiring = stable_diffusion(tokens, bool(config["time_cond_proj_dim"]))
     wiring = for_images(wiring, components, beside, can, _FROM_IMAGES)
+    components, wiring = with_sides(source, components, config, shape, latent, wiring)
     return finished(
         FAMILY.name, source, defaults, own.scheduler, components, latent, shape, wiring,
         lambda: _own_pipeline(source, defaults, given),

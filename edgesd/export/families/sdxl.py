@@ -91,6 +91,7 @@ def export_spec(
     defaults = sampling(source, _class_of(source, given), scheduler, given)
     with quiet():  # libraries log while they are imported
         from edgesd.export.families.parts import clip, unet, vae
+        from edgesd.export.families.parts.sides import with_sides
 
     own = _diffusers_pipeline(source, defaults, given)
     encoders = _encoders(own)
@@ -108,7 +109,7 @@ def export_spec(
     shape = unet.shape_spec(size, batch, config, latent.scale_factor)
     states = tokens, sum(text["hidden_size"] for text in texts.values())
     behind, upcast = _PENULTIMATE + clip_skip(source), bool(own.vae.config.force_upcast)
-    components = (
+    components: tuple[Component, ...] = (
         *(
             clip.text_encoder(
                 source, name, text, tokens, shape, behind, False, pooled=name == _SECOND
@@ -122,6 +123,7 @@ def export_spec(
     zero_negative = bool(own.config.force_zeros_for_empty_prompt)
     wiring = _wiring(components, tokens, ids, zero_negative)
     wiring = for_images(wiring, components, beside, can, _FROM_IMAGES)
+    components, wiring = with_sides(source, components, config, shape, latent, wiring)
     return finished(
         FAMILY.name, source, defaults, own.scheduler, components, latent, shape, wiring,
         lambda: _own_pipeline(source, defaults, given),

@@ -57,9 +57,9 @@ _HINT_TYPES: dict[str, tuple[type, ...]] = {
 class ModelSource:
     """A model on this machine. `name` is what the user called it; `index` is model_index.json.
     variant: what kind of model the user says that it is. others: component -> the model whose
-    network stands in for it. embeddings: textual inversions that are added to it. loras: what is
-    merged into its networks. clip_skip: layers that the user leaves out
-    (spec.build.BuildOptions)."""
+    network stands in for it, or is added. embeddings: textual inversions that are added to it.
+    loras: what is merged into its networks. clip_skip: layers that the user leaves out
+    (spec.build.BuildOptions). sides: ControlNets and adapters among `others`."""
 
     name: str
     root: Path
@@ -70,6 +70,7 @@ class ModelSource:
     embeddings: tuple[Embedding, ...] = ()
     loras: tuple[Lora, ...] = ()
     clip_skip: int | None = None
+    sides: tuple[str, ...] = ()
 
     def folder(self, name: str) -> Path:
         """The folder of a component, a tokenizer or the scheduler; it may be missing."""
@@ -98,8 +99,9 @@ class ModelSource:
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """The components of the family that this model has: a refiner has one encoder less."""
-        return self._present(self.family.weights)
+        """The components of the family that this model has, and those that are added: a refiner
+        has one encoder less."""
+        return *self._present(self.family.weights), *self.sides
 
     def _present(self, names: Iterable[str]) -> tuple[str, ...]:
         return tuple(name for name in names if self.index.get(name) != _NONE)

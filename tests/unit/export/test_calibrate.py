@@ -39,7 +39,6 @@ from edgesd.spec.pipeline import (  # noqa: E402
     DenoiserSpec,
     InputSpec,
     Part,
-    SideSpec,
     TensorSpec,
     TextSpec,
     Wiring,
@@ -810,15 +809,3 @@ def test_each_stage_of_the_wiring_is_recorded(
             calibrate(export, layers, HOW, tokenizers, tmp_path / "parts", stopping)
     calibrate(export, layers, HOW, tokenizers, tmp_path / "parts")
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
-
-
-def test_a_side_component_can_not_be_calibrated(
-    export: ExportSpec, tokenizers: dict[str, PromptTokenizer], tmp_path: Path
-) -> None:
-    export, _ = two_encoders(export)
-    wiring = msgspec.structs.replace(
-        export.pipeline.wiring, sides=(SideSpec("modulation", "once", ()),)
-    )
-    beside = replace(export, pipeline=msgspec.structs.replace(export.pipeline, wiring=wiring))
-    with pytest.raises(EdgesdError, match="modulation: a side can't be calibrated"):
-        calibrate(beside, [], HOW, tokenizers, tmp_path)

@@ -22,7 +22,7 @@ from edgesd.runtime.denoise import Start
 from edgesd.runtime.flow import GuidanceMode, Stage, flow_of
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.requests import CompleteRequest, Micro, Request
+from edgesd.runtime.requests import CompleteRequest, Control, Micro, Request
 from edgesd.runtime.settings import Settings
 from edgesd.runtime.tasks import Task
 from edgesd.runtime.tasks.beginning import Beginning
@@ -55,7 +55,14 @@ from edgesd.spec.pipeline import (
     Wiring,
     stable_diffusion,
 )
-from tests.support import assert_refused, file_entries, pipeline_spec, run_cli, write_tokenizer
+from tests.support import (
+    assert_refused,
+    file_entries,
+    pipeline_spec,
+    random_picture,
+    run_cli,
+    write_tokenizer,
+)
 
 C, SCALE, TOKENS, STEPS = 4, 2, 77, 3
 LATENT: tuple[Dim, ...] = ("batch", C, "height", "width")
@@ -157,7 +164,14 @@ SPEC = PipelineSpec(
     guidance_scale=3.0,
     wiring=WIRING,
 )
-REQUESTS = (Request("a red cat", 1), Request("a blue apple", 2, negative_prompt="a cat"))
+SCALES = {"adapter": 0.5, "sketch": 2.0}
+CONTROLS = tuple(
+    Control(random_picture(7, (12, 15)), name, scale) for name, scale in SCALES.items()
+)
+REQUESTS = (
+    Request("a red cat", 1, controls=CONTROLS),
+    Request("a blue apple", 2, negative_prompt="a cat", controls=CONTROLS),
+)
 
 
 def write(root: Path, spec: PipelineSpec) -> Bundle:
@@ -202,14 +216,13 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
 
 
 def images_of(requests: Sequence[CompleteRequest]) -> dict[Any, Float]:
-    """Mask, masked latents and control image of each request, from its seed."""
-    found: dict[Any, list[Float]] = {"mask": [], "masked": [], "control": []}
+    """Mask and masked latents of each request, from its seed."""
+    found: dict[Any, list[Float]] = {"mask": [], "masked": []}
     for request in requests:
         rng = np.random.default_rng(request.seed)
         h, w = request.height // SCALE, request.width // SCALE
         found["mask"].append(rng.random((1, h, w), np.float32).round())
         found["masked"].append(rng.standard_normal((C, h, w), np.float32))
-        found["control"].append(rng.random((3, request.height, request.width), np.float32))
     return {fill: np.stack(rows) for fill, rows in found.items()}
 
 
@@ -218,7 +231,7 @@ def prepare(begin: Beginning) -> Start:
     return Start(begin.drawn() * sigma, given=images_of(begin.requests))
 
 
-TASK = Task(prepare, frozenset(("mask", "masked", "control")))
+TASK = Task(prepare, frozenset(("mask", "masked")))
 
 
 def words(inputs: Mapping[str, Any]) -> dict[str, Array]:
@@ -295,12 +308,15 @@ class Fakes:
 
 
 def generated(
-    bundle: Bundle, mode: GuidanceMode = "batched", memory: MemoryMode = "fast"
+    bundle: Bundle,
+    mode: GuidanceMode = "batched",
+    memory: MemoryMode = "fast",
+    requests: Sequence[Request] = REQUESTS,
 ) -> tuple[list[bytes], Fakes]:
     fakes = Fakes()
     settings = Settings(made_here=True, memory=memory, guidance_mode=mode)
     with Pipeline(bundle, settings, fakes) as pipeline:
-        images = pipeline.generate(REQUESTS)
+        images = pipeline.generate(requests)
         assert [image.size for image in images] == [(12, 16)] * 2
     return [image.tobytes() for image in images], fakes
 
@@ -321,8 +337,10 @@ def test_every_input_gets_what_the_wiring_says(bundle: Bundle) -> None:
 
     given = images_of([pipeline_request(bundle, request) for request in REQUESTS])
     twice = {fill: np.concatenate([value, value]) for fill, value in given.items()}
-    features = adapter({"hint": given["control"]})["feature"]
-    assert len(seen["adapter"]) == 2  # once for each image
+    shown = CONTROLS[0].hint(12, 16)
+    features = adapter({"hint": shown})["feature"] * np.float32(SCALES["adapter"])
+    assert len(seen["adapter"]) == 1  # once for all images
+    np.testing.assert_array_equal(seen["adapter"][0]["hint"], shown)
     assert len(seen["net"]) == len(seen["sketch"]) == STEPS
     for step, (ours, side, residual) in enumerate(
         zip(seen["net"], seen["sketch"], made["sketch"], strict=True)
@@ -331,13 +349,14 @@ def test_every_input_gets_what_the_wiring_says(bundle: Bundle) -> None:
         np.testing.assert_array_equal(ours["x"][:, C + 1 :], twice["masked"])
         np.testing.assert_array_equal(ours["x"][:2, :C], ours["x"][2:, :C])
         np.testing.assert_array_equal(side["x"], ours["x"][:, :C])
-        np.testing.assert_array_equal(side["hint"], twice["control"])
+        np.testing.assert_array_equal(side["hint"], np.concatenate([shown] * 4))
         np.testing.assert_array_equal(side["text"], halves(*hidden))
         both = [np.concatenate(pair, axis=-1) for pair in zip(hidden, phrase, strict=True)]
         np.testing.assert_array_equal(ours["text"], halves(*both))
         np.testing.assert_array_equal(ours["vector"], halves(*pooled))
-        np.testing.assert_array_equal(ours["residual"], residual["residual"])
-        np.testing.assert_array_equal(ours["feature"], np.concatenate([features, features]))
+        scaled = residual["residual"] * np.float32(SCALES["sketch"])
+        np.testing.assert_array_equal(ours["residual"], scaled)
+        np.testing.assert_array_equal(ours["feature"], np.concatenate([features] * 4))
         assert ours["t"] == side["t"] and (step == 0 or ours["t"] < seen["net"][step - 1]["t"])
 
 
@@ -444,6 +463,70 @@ def test_modes_of_guidance_and_memory_give_the_same_images(
     assert generated(bundle)[0] == generated(bundle, "sequential", memory)[0]
 
 
+@pytest.mark.parametrize("mode", ["batched", "sequential"])
+def test_in_guess_mode_the_positive_half_alone_is_looked_at(
+    mode: GuidanceMode, bundle: Bundle
+) -> None:
+    requests = [replace(one, controls=CONTROLS[1:], guess_mode=True) for one in REQUESTS]
+    _, fakes = generated(bundle, mode, requests=requests)
+    assert [len(inputs["x"]) for inputs in fakes.seen["sketch"]] == [2] * STEPS
+    runs = fakes.seen["net"]
+    if mode == "sequential":
+        runs = [
+            {"residual": np.concatenate([low["residual"], high["residual"]])}
+            for low, high in zip(runs[::2], runs[1::2], strict=True)
+        ]
+    for ours, made in zip(runs, fakes.made["sketch"], strict=True):
+        assert not ours["residual"][:2].any()
+        # The only output counts a tenth.
+        wanted = made["residual"] * np.float32(SCALES["sketch"] * 0.1)
+        np.testing.assert_allclose(ours["residual"][2:], wanted, rtol=1e-6)
+
+
+def test_a_side_runs_for_requests_and_steps_that_ask_for_it(bundle: Bundle) -> None:
+    asked = [replace(one, controls=()) for one in REQUESTS]
+    _, fakes = generated(bundle, requests=asked)
+    assert not fakes.seen["sketch"] and not fakes.seen["adapter"]
+    assert not {"+sketch", "+adapter"} & {*fakes.events}
+    assert not any(inputs["residual"].any() for inputs in fakes.seen["net"])
+    off = tuple(replace(one, scale=0.0) for one in CONTROLS)
+    _, fakes = generated(bundle, requests=[replace(one, controls=off) for one in REQUESTS])
+    assert not {"+sketch", "+adapter"} & {*fakes.events}
+    late = (replace(CONTROLS[1], start=0.5),)
+    _, fakes = generated(bundle, requests=[replace(one, controls=late) for one in REQUESTS])
+    assert len(fakes.seen["sketch"]) == 1
+    assert [bool(inputs["residual"].any()) for inputs in fakes.seen["net"]] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("controls", "guess", "words"),
+    [
+        ((Control(CONTROLS[0].picture),), False, "has 2 .* FILE:NAME with one of adapter, sketch"),
+        ((replace(CONTROLS[0], name="depth"),), False, "unknown control 'depth'.* adapter, sketch"),
+        ((CONTROLS[0], CONTROLS[0]), False, "adapter gets two control images"),
+        ((replace(CONTROLS[0], scale=float("nan")),), False, "scale of adapter .* not nan"),
+        ((replace(CONTROLS[0], scale=11.0),), False, "scale of adapter .* not 11"),
+        ((replace(CONTROLS[0], start=0.5, end=0.5),), False, "acts from 0.5 to 0.5"),
+        ((replace(CONTROLS[0], end=1.5),), False, "acts from 0 to 1.5"),
+        ((replace(CONTROLS[0], start=float("nan")),), False, "acts from nan to 1"),
+        ((CONTROLS[0],), True, "guess mode is for the control image of a ControlNet"),
+        ((), True, "guess mode is for"),
+    ],
+)
+def test_wrong_controls_are_refused_in_one_line(
+    controls: Any, guess: bool, words: str, bundle: Bundle
+) -> None:
+    request = replace(REQUESTS[0], controls=controls, guess_mode=guess)
+    with pytest.raises(UsageError, match=words) as caught:
+        pipeline_request(bundle, request)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_bundle_without_sides_refuses_control_images(miniature: Bundle) -> None:
+    with Pipeline(miniature) as pipeline, pytest.raises(UsageError, match="--controlnet FOLDER"):
+        pipeline.complete(Request("a cat", 1, controls=CONTROLS[:1]))
+
+
 def test_what_is_not_needed_any_more_is_released(bundle: Bundle) -> None:
     _, fakes = generated(bundle, memory="balanced")
     *before, a, b, c, d, last, end = fakes.events
@@ -524,7 +607,7 @@ WRONG: dict[str, tuple[Wiring, str]] = {
     "widths that don't add up": (input_of(2, "joined", (HIDDEN,)), "net .* has text as"),
     "ranks that differ": (input_of(2, "joined", (HIDDEN, POOLED)), "can't be joined"),
     "another rank": (input_of(3, "joined", (PHRASES,)), "net .* has vector as"),
-    "no timestep": (input_of(1, "control"), "exactly one input filled with timestep"),
+    "no timestep": (input_of(1, "mask"), "exactly one input filled with timestep"),
     "two samples": (input_of(4, "sample"), "exactly one input filled with sample"),
     "another number of channels": (denoiser(concat=()), "net .* has x as"),
     "an input twice": (
@@ -532,6 +615,27 @@ WRONG: dict[str, tuple[Wiring, str]] = {
         "net has an input that is filled twice",
     ),
     "a mask twice": (denoiser(concat=("mask", "mask")), "a part of its sample twice"),
+    "an image where none is shown": (
+        input_of(4, "control"),
+        "residual of net is filled with 'control', which isn't for it",
+    ),
+    "a side that sees no image": (
+        changed(sides=(SideSpec("adapter", "once", ()), WIRING.sides[1])),
+        "adapter doesn't have exactly one input filled with a control image",
+    ),
+    "a side that adds to a side": (
+        changed(
+            sides=(
+                WIRING.sides[0],
+                SideSpec(
+                    "sketch",
+                    "each_step",
+                    (*WIRING.sides[1].inputs[:1], InputSpec("t", "side", (FEATURE,))),
+                ),
+            )
+        ),
+        "t of sketch is filled with 'side', which isn't for it|exactly one input",
+    ),
     "another output": (denoiser(output="other"), "net .* has the outputs noise, not other"),
     "an input that nothing fills": (
         denoiser(inputs=WIRING.denoiser.inputs[:-1]),
@@ -592,7 +696,9 @@ def test_whatever_fills_an_input_has_a_shape_that_is_checked(fill: Fill, tmp_pat
     parts = {"joined": (HIDDEN,), "side": (FEATURE,)}.get(fill, ())
     wiring = denoiser(inputs=(*WIRING.denoiser.inputs, InputSpec("more", fill, parts)))
     spec = msgspec.structs.replace(SPEC, wiring=wiring, components={**COMPONENTS, "net": net})
-    with pytest.raises(BundleError, match=r"net in the manifest has more as|exactly one input"):
+    with pytest.raises(
+        BundleError, match=r"net in the manifest has more as|exactly one input|isn't for it"
+    ):
         Pipeline(write(tmp_path / "wrong", spec), Settings(made_here=True), Fakes())
 
 
@@ -611,7 +717,7 @@ def test_an_embedding_of_guidance_has_a_width_that_can_be_computed(
 
 def test_what_no_task_gives_is_refused(tmp_path: Path) -> None:
     bundle = write(tmp_path / "bundle", SPEC)
-    with pytest.raises(BundleError, match=r"fakes needs control, mask, masked .* upgrade edgesd"):
+    with pytest.raises(BundleError, match=r"fakes needs mask, masked .* upgrade edgesd"):
         Pipeline(bundle, Settings(made_here=True), Fakes())
 
 

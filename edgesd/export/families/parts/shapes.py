@@ -10,10 +10,16 @@ import numpy.typing as npt
 
 from edgesd.export.families import Example, Sizes
 from edgesd.spec.base import Dim
-from edgesd.spec.pipeline import ShapeSpec, TensorSpec
+from edgesd.spec.pipeline import LatentSpec, ShapeSpec, TensorSpec
 
 CHECKED_PIXELS = 512
 """A network that computes the same at one size and at another does so at a larger one."""
+
+COLOURS = 3
+"""Channels of an image."""
+
+CONTROL = "control"
+"""The input that a control image goes into."""
 
 TOKENS = "tokens"
 """The symbolic dimension of embeddings of any number of chunks of tokens."""
@@ -22,6 +28,14 @@ TOKENS = "tokens"
 def float_tensor(name: str, *shape: Dim) -> TensorSpec:
     """An input or output in fp32."""
     return TensorSpec(name, "float32", shape)
+
+
+def control_image(batch: Dim, shape: ShapeSpec, latent: LatentSpec) -> TensorSpec:
+    """A control image in pixels, beside a sample in latents whose batch is `batch`."""
+    unit = latent.scale_factor
+    height: Dim = f"height*{unit}" if shape.dynamic else shape.height
+    width: Dim = f"width*{unit}" if shape.dynamic else shape.width
+    return float_tensor(CONTROL, batch, COLOURS, height, width)
 
 
 def dims(shape: ShapeSpec, unit: int) -> tuple[Dim, Dim, Dim]:

@@ -21,13 +21,11 @@ from torch import Tensor, nn
 from edgesd.errors import InputError
 from edgesd.export.families import AUTOENCODER, Component
 from edgesd.export.families.checkpoint import Checkpoint
-from edgesd.export.families.parts.shapes import dims, float_tensor, sizes, uniform
+from edgesd.export.families.parts.shapes import COLOURS, dims, float_tensor, sizes, uniform
 from edgesd.export.families.parts.weights import load_network
 from edgesd.spec.pipeline import IMAGE_TASKS, ComponentSpec, LatentSpec, ShapeSpec, Task
 
 _TINY = "AutoencoderTiny"
-_COLOURS = 3
-"""Channels of an image."""
 
 
 class VaeDecoder(nn.Module):
@@ -108,7 +106,7 @@ def vae_decoder(
         ComponentSpec(
             name,
             (float_tensor("latents", batch, latent.channels, height, width),),
-            (float_tensor("image", batch, _COLOURS, rows, columns),),
+            (float_tensor("image", batch, COLOURS, rows, columns),),
         ),
         load,
         sizes=sizes(shape, latent.scale_factor),
@@ -147,7 +145,7 @@ def vae_encoder(
     return Component(
         ComponentSpec(
             name,
-            (float_tensor("image", batch, _COLOURS, rows, columns),),
+            (float_tensor("image", batch, COLOURS, rows, columns),),
             tuple(float_tensor(each, batch, latent.channels, height, width) for each in outputs),
         ),
         load,
@@ -176,7 +174,7 @@ def latent_spec(
             f"{channels}: do both belong to one model?"
         )
     for side in ("in_channels", "out_channels"):
-        if config[side] != _COLOURS:
+        if config[side] != COLOURS:
             raise InputError(
                 f"{source.name}: its VAE has {side}={config[side]}: only images of three "
                 "colours are supported"

@@ -1,0 +1,133 @@
+"""What ControlNets and adapters add to the denoiser's inputs, step by step.
+
+As in diffusers' pipelines: ControlNets (Zhang et al. 2023, arXiv 2302.05543) run at each step on
+what the denoiser is given and a control image, adapters (Mou et al. 2023, arXiv 2302.08453) once.
+Their outputs, each times a scale, are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgesd.errors import InputError
+from edgesd.runtime.arrays import Array, Float
+from edgesd.runtime.conditioning import Run
+from edgesd.runtime.requests import CompleteRequest
+from edgesd.spec.pipeline import ComponentSpec, Part, Wiring, size_of
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What one side component is shown, and how much of its outputs is added.
+
+    image: [1, 3, H, W] from 0 to 1. start, end: parts of the steps that are taken, between which it
+    acts.
+    """
+
+    component: str
+    image: Float
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def acts(self, index: int, count: int) -> bool:
+        """Whether it acts at a step (0-based) of `count`: diffusers' `controlnet_keep`."""
+        kept = not (index / count < self.start or (index + 1) / count > self.end)
+        return kept and self.scale != 0
+
+
+@dataclass(frozen=True)
+class Controls:
+    """All that side components are shown. guess: whether those that run at each step see the
+    positive half of guidance alone, and their first outputs count less (guess mode). features:
+    outputs [1, C, h, w] of those that ran once."""
+
+    shown: tuple[Shown, ...] = ()
+    guess: bool = False
+    features: Mapping[Part, Float] = field(default_factory=dict)
+
+    @property
+    def components(self) -> frozenset[str]:
+        """Those that run at all."""
+        return frozenset(one.component for one in self.shown if one.scale != 0)
+
+
+NO_CONTROLS = Controls()
+
+
+def controls_of(wiring: Wiring, request: CompleteRequest) -> Controls:
+    """What a request shows to side components. Raises InputError for a picture that is broken."""
+    size = request.width, request.height
+    components = {side.name: side.component for side in wiring.sides}
+    return Controls(
+        tuple(
+            Shown(components[one.name], one.hint(*size), one.scale, one.start, one.end)
+            for one in request.controls
+        ),
+        request.guess_mode,
+    )
+
+
+def with_features(
+    wiring: Wiring, controls: Controls, run: Run, done: Callable[[str], None]
+) -> Controls:
+    """`controls` with the outputs of the sides that run once. run, done: see
+    conditioning.Prompts."""
+    images = {one.component: one.image for one in controls.shown if one.scale != 0}
+    features: dict[Part, Float] = {}
+    for side in wiring.sides:
+        if side.when == "once" and side.component in images:
+            inputs = {one.name: images[side.component] for one in side.inputs}
+            for name, values in run(side.component, inputs).items():
+                features[Part(side.component, name)] = np.array(values, np.float32)
+            done(side.component)
+    return Controls(controls.shown, controls.guess, features)
+
+
+def guess_weights(count: int) -> Float:
+    """What outputs of a ControlNet count in guess mode, the first of `count` least."""
+    return np.logspace(-1, 0, count).astype(np.float32)
+
+
+class Sums:
+    """The denoiser's inputs that are sums of outputs of sides. spec: of the denoiser. rows, height,
+    width: of the latents in one run of it."""
+
+    def __init__(
+        self, wiring: Wiring, spec: ComponentSpec, rows: int, height: int, width: int
+    ) -> None:
+        sizes = {"batch": rows, "height": height, "width": width}
+        self.arrays: dict[str, Float] = {}
+        """By the input's name [rows, C, h, w]."""
+        self._into: dict[Part, list[Float]] = {}
+        for one in wiring.denoiser.inputs:
+            tensor = spec.input(one.name)
+            if one.fill == "side" and tensor is not None:
+                array = np.zeros([size_of(dim, sizes) for dim in tensor.shape], np.float32)
+                self.arrays[one.name] = array
+                for part in one.parts:
+                    self._into.setdefault(part, []).append(array)
+
+    def clear(self) -> None:
+        """Begin a new sum."""
+        for array in self.arrays.values():
+            array.fill(0)
+
+    def add(
+        self, component: str, outputs: Mapping[str, Array], gains: Sequence[float], rows: int
+    ) -> None:
+        """Add outputs [n, C, h, w] of a component, each times its gain, to the last `rows` rows. n:
+        1, or `rows`. Raises InputError for other shapes than the denoiser takes."""
+        for (name, values), gain in zip(outputs.items(), gains, strict=True):
+            for array in self._into.get(Part(component, name), ()):
+                if values.shape[1:] != array.shape[1:] or len(values) not in (1, rows):
+                    raise InputError(
+                        f"{component} makes {name} of the shape {list(values.shape)}, and "
+                        f"{[rows, *array.shape[1:]]} is added to: build the bundle again"
+                    )
+                scaled = values * np.float32(gain)
+                into = array[-rows:].reshape(-1, *scaled.shape)
+                into += scaled
