@@ -13,7 +13,7 @@ from PIL import Image, ImageFile
 from edgesd.errors import InputError
 from edgesd.runtime import pictures
 from edgesd.runtime.pictures import image_array, painting, read_picture
-from tests.hostile_pictures import CASES, SIZES, encoded
+from tests.hostile_pictures import CASES, FILES, SIZES, encoded
 
 
 def refused(source: Path | bytes, name: str | None = None) -> str:
@@ -66,6 +66,40 @@ def test_sizes_are_refused_before_pixels_are_decoded(
     line = refused(raw, "given.png")
     assert said in line
     assert "are decoded" not in line
+
+
+def mutated(raw: bytes, random: np.random.RandomState) -> bytes:
+    """`raw` with a few bytes changed, left out or put in."""
+    found = bytearray(raw)
+    for _ in range(random.choice([1, 2, 8])):
+        at = random.randint(len(found))
+        kind = random.randint(3)
+        if kind == 0:
+            found[at] = random.randint(256)
+        elif kind == 1:
+            del found[at : at + random.randint(1, 20)]
+        else:
+            found[at:at] = random.bytes(random.randint(1, 8))
+        found = found or bytearray(b"\0")
+    return bytes(found)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_changed_bytes(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    raw, random = FILES[name](), np.random.RandomState(7)
+    outcomes = set()
+    for _ in range(150):
+        changed = mutated(raw, random)
+        try:
+            picture = read_picture(changed)
+        except InputError:
+            refused(changed)
+            outcomes.add("refused")
+        else:
+            assert picture.decoded().size == picture.size
+            outcomes.add("read")
+    assert outcomes == {"read", "refused"}
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
