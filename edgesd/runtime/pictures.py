@@ -134,7 +134,9 @@ class Picture:
 
         image, _ = _decode(self.name, self.raw)
         if image.mode != "RGBA":
-            raise InputError(f"{self.name} isn't transparent anywhere: give a mask")
+            raise InputError(
+                f"{self.name} isn't transparent anywhere, so that it can't be its own mask"
+            )
         return ImageOps.invert(image.getchannel("A"))
 
 
@@ -527,7 +529,7 @@ class Painting:
 
 def painting(
     image: Picture,
-    mask: Picture | None,
+    mask: Picture,
     width: int,
     height: int,
     blur: float = 0,
@@ -535,9 +537,9 @@ def painting(
 ) -> Painting:
     """What is painted in `image`, at `width` x `height`.
 
-    mask: white where it is painted; None: where `image` is transparent. blur: the radius in pixels
-    of `image`. padding: draw the mask's surroundings alone, so many pixels wide, widened to the
-    shape of what is drawn; None: draw the whole image.
+    mask: white where it is painted; the same file as `image`: where that is transparent. blur: the
+    radius in pixels of `image`. padding: draw the mask's surroundings alone, so many pixels wide,
+    widened to the shape of what is drawn; None: draw the whole image.
     Raises InputError when the mask has another shape than the image, or nothing to paint;
     UsageError for a blur or padding out of range.
     """
@@ -548,10 +550,7 @@ def painting(
     if padding is not None and not 0 <= padding <= MOST_PADDING:
         raise UsageError(f"mask padding must be 0 to {MOST_PADDING} pixels, not {padding}")
     notes = []
-    if mask is None:
-        found, name = image.hole(), f"the transparency of {image.name}"
-    else:
-        found, name = mask.mask(), mask.name
+    found, name = image.hole() if mask == image else mask.mask(), mask.name
     if found.size != image.size:
         sizes = f"{found.width}x{found.height}", f"{image.width}x{image.height}"
         if not _same_shape(found.size, image.size):

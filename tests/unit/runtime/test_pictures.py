@@ -188,7 +188,7 @@ def test_what_is_transparent_lies_on_white_and_is_a_hole(mode: str) -> None:
 def test_an_opaque_alpha_channel_is_none() -> None:
     picture = read(scene(9, 9, "RGBA"), "opaque.png")
     assert not picture.transparent
-    with pytest.raises(InputError, match=r"^opaque\.png isn't transparent anywhere: give a mask$"):
+    with pytest.raises(InputError, match=r"^opaque\.png isn't transparent anywhere"):
         picture.hole()
 
 
@@ -346,13 +346,14 @@ def test_a_mask_with_nothing_to_paint_is_refused() -> None:
         painting(image, read(dot), 16, 16).arrays()
 
 
-def test_transparency_serves_as_mask() -> None:
-    image = scene(100, 80, "RGBA")
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_an_image_is_its_own_mask_where_it_is_transparent(mode: str) -> None:
+    image = scene(100, 80, mode)
     image.putalpha(Image.eval(blob(100, 80), lambda value: 255 - value))
-    both = painting(read(image), None, 64, 64)
+    both = painting(read(image, "a.png"), read(image, "b.png"), 64, 64)
     assert np.array_equal(np.asarray(both.mask), np.asarray(blob(100, 80)))
     with pytest.raises(InputError, match="isn't transparent anywhere"):
-        painting(read(scene(10, 10)), None, 64, 64)
+        painting(read(scene(10, 10)), read(scene(10, 10)), 64, 64)
 
 
 @pytest.mark.parametrize("blur", [-1, 257, float("nan"), float("inf")])
