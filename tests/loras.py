@@ -17,7 +17,14 @@ Tensors = dict[str, torch.Tensor]
 
 
 def save(path: Path, tensors: Mapping[str, torch.Tensor], **metadata: str) -> Path:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    save_file(
+        {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        },
+        path,
+        metadata,
+    )
     return path
 
 

@@ -176,6 +176,13 @@ _FOLDERS = (
         help="Add a T2I-Adapter; as --controlnet.",
     ),
     click.option(
+        "--lora",
+        "loras",
+        metavar="FILE[:SCALE]",
+        multiple=True,
+        help="Merge a LoRA (.safetensors) into the model, at SCALE [default: 1]; may be repeated.",
+    ),
+    click.option(
         "--prompter",
         type=click.Path(path_type=Path, file_okay=False),
         help="Folder of an exported prompter (edgesd prompter export), which is included in the "
@@ -263,6 +270,7 @@ def build_command(
         model = other.model()
     if other is not None:
         other.check_embeddings(folders.embeddings)
+        other.check_loras(folders.loras)
         folders = dataclasses.replace(
             folders,
             controlnets=other.sides("controlnet", folders.controlnets),

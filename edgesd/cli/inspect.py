@@ -62,6 +62,8 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         facts["attention"] = "the largest has a quarter of its keys and values (pooled)"
     if manifest.build and manifest.build.embeddings:
         facts["tokens"] = ", ".join(one.token for one in manifest.build.embeddings)
+    if manifest.build and manifest.build.loras:
+        facts["LoRAs"] = ", ".join(f"{one.name}:{one.scale:g}" for one in manifest.build.loras)
     if manifest.prompter:
         tuned = manifest.prompter
         facts["prompter"] = f"for {tuned.domain}, {tuned.licence}"

@@ -37,6 +37,7 @@ from edgesd.spec.build import (
     BuildOptions,
     BuildRecord,
     EmbeddingReference,
+    LoraReference,
     QuantOptions,
     SideReference,
 )
@@ -128,6 +129,7 @@ def build(
         model_reference(vae, other.network_sha256(AUTOENCODER)) if vae and other else None,
         tuple(EmbeddingReference(one.token, one.sha256) for one in job.source.embeddings),
         _side_references(job),
+        tuple(LoraReference(one.name, one.sha256, one.scale) for one in job.source.loras),
     )
     identity = Identity(model_name(model), job.target, job.lowering.name)
     one_file = out.suffix == SUFFIX
@@ -219,7 +221,8 @@ def _prepare(
         vae,
         folders.embeddings,
         folders.config,
-        sides=folders.sides,
+        folders.loras,
+        folders.sides,
     )
     source = replace(source, clip_skip=options.clip_skip)
     for embedding in source.embeddings:
@@ -247,6 +250,9 @@ def _prepare(
         )
     chunks, tasks = options.prompt_chunks, options.tasks
     export = export_spec(source, options.size, options.scheduler, options.batch, chunks, tasks)
+    for lora in source.loras:
+        layers = "1 layer" if len(lora.updates) == 1 else f"{len(lora.updates)} layers"
+        progress.line(f"{lora.name}: merged into {layers} at scale {lora.scale:g}")
     if export.assumed:
         progress.line(export.assumed)
     if lowering.fixed_shapes and export.pipeline.shape.dynamic:

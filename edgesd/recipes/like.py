@@ -88,6 +88,18 @@ class Like:
                 "are: --embedding FILE:TOKEN for each"
             )
 
+    def check_loras(self, given: Collection[str]) -> None:
+        """The same for LoRAs."""
+        if self.record.loras and not given:
+            merged = ", ".join(
+                f"{one.name}:{one.scale:g} (sha256 {one.sha256[:16]}...)"
+                for one in self.record.loras
+            )
+            raise UsageError(
+                f"{self.path} was built with the LoRAs {merged[:300]}: say where they are: "
+                "--lora FILE:SCALE for each, in this order"
+            )
+
     def expected_differences(
         self, sha256: str, tools: Mapping[str, str], prompter: bool
     ) -> list[str]:

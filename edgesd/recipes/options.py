@@ -22,15 +22,16 @@ class LocalFolders:
 
     work: for intermediate results. lpips: with the weights of LPIPS; None for what stands in for
     it. prompter: an exported prompter that is included in the bundle. embeddings: files of textual
-    inversions, as FILE or FILE:TOKEN. controlnets, adapters: their folders or hub ids, which may
-    end in :NAME. config: a diffusers folder with the configs and tokenizers of
-    a model that is a single file.
+    inversions, as FILE or FILE:TOKEN. loras: files of LoRAs, as FILE or FILE:SCALE. controlnets,
+    adapters: their folders or hub ids, which may end in :NAME. config: a diffusers folder with the
+    configs and tokenizers of a model that is a single file.
     """
 
     work: Path = field(default_factory=cache_folder)
     lpips: Path | None = None
     prompter: Path | None = None
     embeddings: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
     config: Path | None = None
     controlnets: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()

@@ -20,6 +20,8 @@ DEFAULT_METHOD = "svdquant"
 MOST_SKIPPED = 64
 """Layers of a text encoder."""
 
+MOST_LORA_SCALE = 100.0
+
 MOST_CHUNKS = 32
 """Of tokens, that a prompt is encoded in."""
 
@@ -145,15 +147,25 @@ class EmbeddingReference(Spec, frozen=True):
     sha256: Sha256
 
 
+class LoraReference(Spec, frozen=True):
+    """A LoRA that was merged into the model. name: of its file, without a path. sha256: of that
+    file; where another one beside it has its alpha, of the hashes of both, a line each."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=1000)]
+    sha256: Sha256
+    scale: Annotated[float, Meta(ge=-MOST_LORA_SCALE, le=MOST_LORA_SCALE)]
+
+
 class BuildRecord(Spec, frozen=True):
     """How a bundle was built; `edgesd build --like` reads it. vae: where its autoencoder is of
-    another model. embeddings, sides: in the order in which they were added."""
+    another model. embeddings, sides, loras: in the order in which they were added."""
 
     model: ModelReference
     options: BuildOptions
     vae: ModelReference | None = None
     embeddings: Annotated[tuple[EmbeddingReference, ...], Meta(max_length=1000)] = ()
     sides: Annotated[tuple[SideReference, ...], Meta(max_length=16)] = ()
+    loras: Annotated[tuple[LoraReference, ...], Meta(max_length=1000)] = ()
 
 
 def _check_prompts(what: str, prompts: tuple[str, ...]) -> None:

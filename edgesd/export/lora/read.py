@@ -27,11 +27,11 @@ from edgesd.export.lora.update import (
 from edgesd.export.source.folder import HINTS, INDEX, PICKLES, check_hints, read_json_object
 from edgesd.export.source.tensor_file import NUMBERS, TensorFile
 from edgesd.files import expanded
+from edgesd.spec.build import MOST_LORA_SCALE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_SCALE = 100.0
 _MOST_TENSORS, _LONGEST_NAME, _MOST_RANKS = 100_000, 500, 5
 """Tensors of a file, characters of a name, dimensions of a tensor."""
 
@@ -108,7 +108,16 @@ def read_lora(given: str) -> Lora:
         for layer, named in parts.items()
     )
     files = (path, *scales.files)
-    return Lora(path.name, files_sha256(files), scale, updates, files, _hints(file), file.metadata)
+    return Lora(
+        path.name,
+        files_sha256(files),
+        scale,
+        updates,
+        files,
+        _hints(file),
+        file.metadata,
+        file.licence,
+    )
 
 
 def _path_and_scale(given: str) -> tuple[Path, float]:
@@ -120,10 +129,10 @@ def _path_and_scale(given: str) -> tuple[Path, float]:
             scale = float(text)
         except ValueError:
             scale = math.nan
-        if path.is_file() and not abs(scale) <= MOST_SCALE:
+        if path.is_file() and not abs(scale) <= MOST_LORA_SCALE:
             raise InputError(
                 f"--lora {given}: {text[:40]!r} is no scale: give FILE or FILE:SCALE with a number "
-                f"from -{MOST_SCALE:g} to {MOST_SCALE:g}, mostly 0 to 1"
+                f"from -{MOST_LORA_SCALE:g} to {MOST_LORA_SCALE:g}, mostly 0 to 1"
             )
     if path.is_dir():
         raise InputError(f"--lora {given}: {path} is a folder: give the .safetensors file in it")

@@ -160,7 +160,7 @@ class Kronecker:
     def computed(self) -> Tensor:
         one = _whole(self.one)
         two = _whole(self.two) if self.core is None else _tucker(self.core, *self.two)
-        return torch.kron(one.reshape(*one.shape, *(1,) * (two.ndim - 2)), two)
+        return torch.kron(one.reshape(*one.shape, *(1,) * (two.ndim - 2)), two.contiguous())
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,8 +247,8 @@ class Lora:
     """A LoRA, or what is built like one.
 
     sha256: of its file (and of the adapter_config.json that tells its scales). scale: the user's.
-    hints: defaults that it asks for (as families.checkpoint.Checkpoint.hints). metadata: what the
-    file says of itself. files: those that it was read from.
+    hints: defaults that it asks for (as families.checkpoint.Checkpoint.hints). metadata, licence:
+    what the file says of itself. files: those that it was read from.
     """
 
     name: str
@@ -258,6 +258,7 @@ class Lora:
     files: tuple[Path, ...]
     hints: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    licence: str = ""
 
     def check_unchanged(self) -> None:
         """Raise InputError unless its files are as they were when it was read."""
@@ -314,7 +315,7 @@ def _whole_shape(parts: tuple[Tensor, ...]) -> Shape | None:
 def _matrix_shape(tensor: Tensor) -> Shape | None:
     """Of a matrix, or a 1x1 convolution; None for another tensor."""
     shape = _without_ones(tuple(tensor.shape))
-    return shape if len(shape) == 2 else None
+    return shape if len(shape) == 2 and tensor.ndim in (2, 4) else None
 
 
 def _without_ones(shape: Shape) -> Shape:

@@ -234,9 +234,10 @@ class ModelSource:
 
     def licence(self, folder: str) -> Licence:
         """The licence, its files taken to be copied to `folder`; with those of other components'
-        models, whose names say which."""
+        models and of LoRAs, whose names say which."""
         names = [self.licence_name()]
         names += [f"{name}: {other.licence_name()}" for name, other in self.others.items()]
+        names += [f"{lora.name}: {lora.licence or 'unknown'}" for lora in self.loras]
         files = tuple(f"{folder}/{name}" for name in self.papers(cards=False))
         return Licence("; ".join(names), files)
 
@@ -536,8 +537,8 @@ def _no_pipeline(root: Path) -> str:
         "lora" in name.lower() for name in [*single, *pickles]
     ):
         return (
-            f"{root} holds a LoRA, not a pipeline: merge it into its base model with diffusers "
-            "(load_lora_weights, fuse_lora, then save_pretrained)"
+            f"{root} holds a LoRA, not a pipeline: give its base model as MODEL, and the "
+            ".safetensors file in it as --lora"
         )
     if "config.json" in names:
         return (

@@ -52,8 +52,7 @@ _LEFT_OUT = ("logit_scale", "text_projection.weight")
 _LONGEST_NAME = 100
 """Characters of a weight's name in an error."""
 
-_LICENCE, _PREDICTION = "modelspec.license", "modelspec.prediction_type"
-_LONGEST_LICENCE = 100
+_PREDICTION = "modelspec.prediction_type"
 _MARKS: Mapping[str, Mapping[str, object]] = {
     "v_pred": {"prediction_type": "v_prediction"},
     "ztsnr": {"rescale_betas_zero_snr": True},
@@ -124,8 +123,7 @@ class SingleFile(ModelSource):
     def licence_name(self) -> str:
         """What the file's metadata says, or else the model card in the folder of the configs; or
         "unknown"."""
-        said = " ".join(self.tensors.metadata.get(_LICENCE, "").split())
-        return said[:_LONGEST_LICENCE] or super().licence_name()
+        return self.tensors.licence or super().licence_name()
 
     def _files(self) -> list[tuple[str, Path]]:
         return [*self._config_files(), ("weights.safetensors", self.tensors.path)]
@@ -210,8 +208,8 @@ def _check_whole(tensors: TensorFile) -> None:
     what = "holds no weights" if not tensors else f"begins with {next(iter(tensors))[:80]}"
     if any("lora" in name.lower() for name in tensors):
         raise InputError(
-            f"{tensors.path} is a LoRA, not a model: merge it into its base model with diffusers "
-            "(load_lora_weights, fuse_lora, then save_pretrained)"
+            f"{tensors.path} is a LoRA, not a model: give its base model as MODEL, and this file "
+            "as --lora"
         )
     raise InputError(
         f"{tensors.path} {what}: expected a whole checkpoint of Stable Diffusion 1.x, 2.x or XL, "

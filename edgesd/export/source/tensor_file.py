@@ -21,6 +21,8 @@ _TYPES = ("F64", "F32", "F16", "BF16")
 NUMBERS = (*_TYPES, "I64", "I32", "I16", "I8", "U8")
 """Of single numbers."""
 
+_LICENCE, _LONGEST_LICENCE = "modelspec.license", 100
+
 
 class TensorInfo(NamedTuple):
     """dtype: safetensors' word for it."""
@@ -60,6 +62,11 @@ class TensorFile(Mapping[str, TensorInfo]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    @property
+    def licence(self) -> str:
+        """What its metadata say, in short; "" where they don't."""
+        return " ".join(self.metadata.get(_LICENCE, "").split())[:_LONGEST_LICENCE]
 
     def below(self, prefix: str) -> list[str]:
         """The names that begin with `prefix`."""

@@ -117,8 +117,8 @@ def place(lora: Lora, model: str, networks: Mapping[str, Shapes]) -> tuple[Place
         placed += fitting
     if homeless:
         raise InputError(
-            f"{lora.name}: {listed(homeless)} of {len(lora.updates)} layers have no place in "
-            f"{model}{_made_for(lora)}: give the model that it was made for"
+            f"{lora.name}: {model} has no {listed(homeless)} ({len(homeless)} of "
+            f"{len(lora.updates)} layers){_made_for(lora)}: give the model that it was made for"
         )
     counts = Counter((one.component, one.layer) for one in placed)
     for one in placed:
@@ -191,7 +191,7 @@ def _layers(shapes: Shapes) -> dict[str, str]:
     for layer in layers:
         names = [layer, *_aliases(layer)]
         blocks = layer.split(".")
-        for count in range(1, 5):
+        for count in range(1, 6):
             block, rest = ".".join(blocks[:count]), ".".join(blocks[count:])
             if block in authors:
                 names.append(".".join(filter(None, (authors[block], _RESNET.get(rest, rest)))))
