@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .sampling import draw, open_pipeline, settings_of
+from .sampling import add_drawing_options, draw, open_pipeline, settings_of
 from .vocabulary import SHEET_PROMPTS
 
 COLUMNS = 8
@@ -31,16 +31,15 @@ def tile(pictures: Sequence[Image.Image]) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--pipeline", type=Path, required=True, help="pipeline folder")
+    add_drawing_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--prompts", help="other prompts, separated by semicolons")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="[default: the model's]")
-    parser.add_argument("--guidance", type=float, help="[default: the model's]")
     arguments = parser.parse_args()
     prompts = arguments.prompts.split(";") if arguments.prompts else SHEET_PROMPTS
     settings = settings_of(arguments.pipeline, arguments.steps, arguments.guidance)
-    pictures = draw(open_pipeline(arguments.pipeline), prompts, seed=arguments.seed, **settings)
+    pipeline = open_pipeline(arguments.pipeline, arguments.adapter, arguments.lcm)
+    pictures = draw(pipeline, prompts, seed=arguments.seed, **settings)
     tile(pictures).save(arguments.out, optimize=True)
 
 

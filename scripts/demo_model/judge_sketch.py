@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -49,10 +49,12 @@ def agreement(drawn: Tensor, wanted: Tensor) -> Tensor:
     return 2 * precision * recall / (precision + recall).clamp(min=1e-6)
 
 
-def with_control(pipeline: object, folder: Path) -> StableDiffusionControlNetPipeline:
+def with_control(pipeline: DiffusionPipeline, folder: Path) -> StableDiffusionControlNetPipeline:
     """The pipeline with the ControlNet in ``folder`` beside it."""
     control = ControlNetModel.from_pretrained(folder)
-    made = StableDiffusionControlNetPipeline.from_pipe(pipeline, controlnet=control)
+    made = StableDiffusionControlNetPipeline(
+        **pipeline.components, controlnet=control, requires_safety_checker=False
+    )
     made.set_progress_bar_config(disable=True)
     return made
 

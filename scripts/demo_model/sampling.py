@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,34 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from .train_lcm import scheduler
+
 BATCH = 8
 
 
-def open_pipeline(folder: Path) -> DiffusionPipeline:
-    """The pipeline in a folder, of the class that it says, without progress bar."""
+def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """What ``open_pipeline`` and ``settings_of`` are called with."""
+    parser.add_argument("--pipeline", type=Path, required=True, help="pipeline folder")
+    parser.add_argument("--adapter", type=Path, help="folder of a low-rank adapter")
+    parser.add_argument("--lcm", action="store_true", help="draw as a model of few steps")
+    parser.add_argument("--steps", type=int, help="[default: the model's]")
+    parser.add_argument("--guidance", type=float, help="[default: the model's]")
+
+
+def open_pipeline(
+    folder: Path, adapter: Path | None = None, lcm: bool = False
+) -> DiffusionPipeline:
+    """The pipeline in a folder, of the class that it says, without progress bar.
+
+    adapter: folder of the adapter that is added to it; lcm: with the scheduler of few steps.
+    """
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    if adapter is not None:
+        pipeline.load_lora_weights(adapter)
+        pipeline.fuse_lora()
+    if lcm:
+        pipeline.scheduler = scheduler()
     return pipeline
 
 

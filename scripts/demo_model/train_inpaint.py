@@ -23,6 +23,7 @@ from .train_unet import EMPTY_CAPTION_SHARE, diffusion_loss
 from .training import Options, averaged, stage_parser, to_unit_range
 
 VARIANTS = 8
+UNMOVED_SHARE = 0.4  # the rest as in `moved`
 CHANNELS = 2 * model.LATENT_CHANNELS + 1
 
 
@@ -64,7 +65,8 @@ def train(options: Options) -> None:
 
     def loss_of(rng: random.Random) -> Tensor:
         chosen, captions = begun.pick(rng, EMPTY_CAPTION_SHARE)
-        which = torch.randint(VARIANTS, (begun.batch,))
+        which = torch.randint(1, VARIANTS, (begun.batch,))
+        which[torch.rand(begun.batch) < UNMOVED_SHARE] = 0
         shown = pictures[chosen, which]
         told = left(begun.vae, shown, masks(begun.batch, shown.shape[-1]))
         hidden = text(begun.ids(captions))[0]

@@ -24,6 +24,7 @@ from scripts.demo_model import (
     train_lcm_lora,
     train_lora,
 )
+from scripts.demo_model.judge import styled
 from scripts.demo_model.moved import moved, variants
 from scripts.demo_model.train_unet import diffusion_loss
 
@@ -158,6 +159,17 @@ def test_line_art_has_no_colour_and_duotone_one() -> None:
     blue = styles.duotone(picture)
     assert (blue[0, :, 0, 0] == 255).all()
     assert blue[0, 2, 32, 32] > blue[0, 0, 32, 32] + 80
+
+
+@pytest.mark.parametrize("style", styles.STYLES)
+def test_styled_pictures_are_told_from_plain_ones(style: str) -> None:
+    torch.manual_seed(0)
+    plain = square().repeat(9, 1, 1, 1)
+    plain[:, :, 16:48, 16:48] = torch.randint(256, (9, 3, 1, 1), dtype=torch.uint8)
+    filtered = styles.STYLES[style](plain)
+    known = [each.permute(0, 2, 3, 1).numpy() for each in (plain, filtered)]
+    assert styled(known[1], *known) == 9
+    assert styled(known[0], *known) < 4
 
 
 @pytest.mark.parametrize("style", styles.STYLES)

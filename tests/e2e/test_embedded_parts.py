@@ -1,0 +1,78 @@
+"""What models/ has beside whole pipelines: a ControlNet, and LoRAs, for the embedded pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edgesd.export.pipeline import export_spec
+from edgesd.recipes import demo_model
+from edgesd.recipes.sources import open_model
+from edgesd.runtime.pictures import read_picture
+from edgesd.runtime.requests import Control, Request
+from tests.tiny_pipelines import diffusers_images, on_torch
+
+MODELS = demo_model().parent
+SKETCH = MODELS / "emoji-sketch"
+WEIGHTS = {"emoji-sketch": "diffusion_pytorch_model.safetensors"}
+PROMPTS, SEEDS = ("a peach", "a red balloon"), (3, 4)
+MOST_BYTES = 8e6
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    """diffusers' pipeline of the embedded model."""
+    diffusers = pytest.importorskip("diffusers")
+    made = diffusers.DiffusionPipeline.from_pretrained(demo_model())
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_it_is_small_and_its_card_is_of_these_weights(name: str) -> None:
+    folder = MODELS / name
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= MOST_BYTES
+    for licence in ("Apache-2.0.txt", "MIT-fluent-emoji.txt", "Unicode-3.0.txt"):
+        assert (folder / "LICENSES" / licence).is_file()
+        assert f"LICENSES/{licence}" in (folder / "NOTICE").read_text()
+    content = (folder / WEIGHTS[name]).read_bytes()
+    assert hashlib.sha256(content).hexdigest() in (folder / "README.md").read_text()
+
+
+def differences(ours: list[Any], theirs: list[Any]) -> list[int]:
+    """Largest difference of each image's pixels."""
+    pairs = zip(ours, theirs, strict=True)
+    return [int(np.abs(np.int32(one) - np.int32(other)).max()) for one, other in pairs]
+
+
+def test_sketched_images_are_those_of_diffusers(pipe: Any, tmp_path: Path) -> None:
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    sketch = SKETCH / "example" / "sketch.png"
+    theirs = StableDiffusionControlNetPipeline(
+        **pipe.components,
+        controlnet=ControlNetModel.from_pretrained(SKETCH, torch_dtype=torch.float32),
+        requires_safety_checker=False,
+    )
+    theirs.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 128, "width": 128}
+    with Image.open(sketch) as opened:
+        hint = opened.convert("RGB")
+    wanted = diffusers_images(theirs, PROMPTS, SEEDS, image=[hint] * 2, **options)
+
+    source = open_model("demo", sides=[("controlnet", str(SKETCH))])
+    ours = on_torch(source, export_spec(source), tmp_path / "bundle")
+    controls = (Control(read_picture(sketch)),)
+    requests = [
+        Request(prompt, seed, num_inference_steps=4, controls=controls)
+        for prompt, seed in zip(PROMPTS, SEEDS, strict=True)
+    ]
+    assert max(differences([*ours.generate(requests)], wanted)) <= 1
+    plain = diffusers_images(pipe, PROMPTS, SEEDS, **options)
+    assert min(differences(plain, wanted)) > 100
