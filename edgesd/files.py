@@ -314,6 +314,17 @@ def expanded(name: str) -> Path:
         return Path(name)
 
 
+def named_path(given: str) -> tuple[str, str]:
+    """The path in PATH or PATH:NAME, and the name; "" where there is none.
+
+    What exists is a path as a whole, whatever colons it has; else the last colon divides.
+    """
+    if ":" not in given or expanded(given).exists():
+        return given, ""
+    path, _, name = given.rpartition(":")
+    return path, name
+
+
 def environment_folder(name: str) -> Path | None:
     """The folder that the environment variable `name` gives; None where it is unset or empty.
 

@@ -267,13 +267,39 @@ def controlnet(net: Any, seed: int = 0) -> Any:
 
 
 def adapter(net: Any, seed: int = 0, channels: int = 3) -> Any:
-    """An adapter for a UNet whose first block has attention. channels: of its control image."""
+    """An adapter for a UNet as `for_adapter` makes it. channels: of its control image."""
     torch.manual_seed(600 + seed)
-    return _shaken(
-        diffusers.T2IAdapter(
-            in_channels=channels, channels=[*LEVELS], num_res_blocks=1, downscale_factor=2
+    levels = net.config.block_out_channels
+    settings: dict[str, Any] = {"downscale_factor": 2, "channels": [*levels]}
+    if net.config.addition_embed_type:  # the last one is for the block in the middle
+        own = {"downscale_factor": 4, "channels": [*levels, levels[-1]]}
+        settings = {"adapter_type": "full_adapter_xl", **own}
+    found: Any = diffusers.T2IAdapter(in_channels=channels, num_res_blocks=1, **settings)
+    return _shaken(found)
+
+
+def for_adapter(pipeline: Any) -> Any:
+    """A pipeline with a UNet that adapters fit: of 1.x with attention in the first block, as an
+    adapter's first feature is of the whole size; of SDXL with three levels."""
+    torch.manual_seed(700)
+    if pipeline.unet.config.addition_embed_type:
+        pipeline.unet = _shaken(
+            sdxl_unet(
+                block_out_channels=(16, 32, 32),
+                down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
+                up_block_types=(*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+                transformer_layers_per_block=(1, 1, 2),
+                attention_head_dim=(2, 4, 4),
+            )
         )
-    )
+    else:
+        pipeline.unet = _shaken(
+            unet(
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            )
+        )
+    return pipeline
 
 
 def tiny(name: str) -> Any:

@@ -18,6 +18,7 @@ from edgesd.cli.options import (
     json_option,
     lpips_option,
     scheduler_option,
+    side_options,
     task_option,
     vae_option,
     variant_option,
@@ -160,21 +161,7 @@ _FOLDERS = (
         help="Add a textual inversion (.safetensors), which prompts name by TOKEN [default: the "
         "file's own, or its name]; may be repeated.",
     ),
-    click.option(
-        "--controlnet",
-        "controlnets",
-        metavar="FOLDER[:NAME]",
-        multiple=True,
-        help="Add a ControlNet, which images are steered by (`generate --control`): the folder of "
-        "a ControlNetModel that diffusers saved, or a hub id; may be repeated, each with a NAME.",
-    ),
-    click.option(
-        "--adapter",
-        "adapters",
-        metavar="FOLDER[:NAME]",
-        multiple=True,
-        help="Add a T2I-Adapter; as --controlnet.",
-    ),
+    *side_options,
     click.option(
         "--lora",
         "loras",

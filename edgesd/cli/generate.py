@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -23,6 +23,7 @@ from edgesd.cli.common import (
     printable,
 )
 from edgesd.cli.options import (
+    ControlOptions,
     FineOptions,
     GenerationOptions,
     PromptOptions,
@@ -30,6 +31,7 @@ from edgesd.cli.options import (
     RunOptions,
     ScheduleOptions,
     any_machine_option,
+    control_options,
     fine_options,
     generation_options,
     json_option,
@@ -89,6 +91,7 @@ _MOST_REMARKS = 5
 @prompt_options
 @schedule_options
 @fine_options
+@control_options
 @click.option(
     "--batch",
     type=click.IntRange(1, 1024),
@@ -146,6 +149,7 @@ def generate_command(
     prompting: PromptOptions,
     schedule: ScheduleOptions,
     fine: FineOptions,
+    control: ControlOptions,
     batch: int,
     output: Path,
     preview: int,
@@ -195,9 +199,13 @@ def generate_command(
             texts = _enhanced(opened, texts, run.threads, show_prompt, reporter, weighed)
         first = generation.request("", _seed(seed, known))
         first = refining.applied(schedule.applied(fine.applied(prompting.applied(first))))
+        first = control.applied(first, known)
         if like and known:
             first = known.request(first)
-            _tell(like, known, opened, second, reporter)
+            _tell(like, known, first, opened, second, reporter)
+        for shown in first.controls:
+            for note in shown.picture.notes:
+                reporter.warn(f"{shown.picture.name}: {note}")
         requests = expand_requests(first, texts, count)
         with _pipeline(opened, second, settings) as pipeline:
             made = generate(pipeline, requests, out, reporter, batch, preview)
@@ -230,7 +238,12 @@ def _seed(given: int | None, known: Recorded | None) -> int:
 
 
 def _tell(
-    like: Path, known: Recorded, bundle: Bundle, refiner: Bundle | None, reporter: Reporter
+    like: Path,
+    known: Recorded,
+    request: Request,
+    bundle: Bundle,
+    refiner: Bundle | None,
+    reporter: Reporter,
 ) -> None:
     """Warn of what makes another image than that in the file `like`. Raises UsageError where it
     takes a refiner, and there is none."""
@@ -244,6 +257,13 @@ def _tell(
         reporter.warn(f"{like} was made by another bundle ({said}): this one's image differs")
     for remark in known.remarks:
         reporter.warn(f"{like}: {remark}")
+    then = {one.name: one.sha256 for one in known.controls}
+    for control in request.controls:
+        if control.picture.sha256 != then.get(control.name, control.picture.sha256):
+            reporter.warn(
+                f"{control.picture.name} isn't the picture that {like} was made with: this image "
+                "differs"
+            )
 
 
 def _enhanced(
@@ -358,12 +378,23 @@ def summary(pipeline: Pipeline | Refined, made: Sequence[SavedImage]) -> str:
     )
 
 
+def _said(value: Any) -> Any:
+    """What a request says, for JSON: of a picture its file's name and hash."""
+    from edgesd.runtime.pictures import Picture
+
+    if isinstance(value, Picture):
+        return {"name": value.name, "sha256": value.sha256}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _said(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    return [_said(each) for each in value] if isinstance(value, tuple) else value
+
+
 def _outcome(pipeline: Pipeline | Refined, made: Sequence[SavedImage]) -> dict[str, object]:
     """The summary, and more, for programs."""
     timings = pipeline.timings
     return {
         "images": [
-            {"path": printable(image.path), **dataclasses.asdict(image.request)}
+            {"path": printable(image.path), **_said(image.request)}
             for image in made
             if image.path is not None
         ],

@@ -6,7 +6,7 @@ board is derived from these options, so that an option which is added later reac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import click
 
 from edgesd.cli.common import Bytes, Finite, Numbers, Offset, Size
-from edgesd.spec.base import MAX_GUIDANCE, MAX_SCORE, MAX_STEPS
+from edgesd.files import expanded, named_path
+from edgesd.spec.base import MAX_CONTROL_SCALE, MAX_GUIDANCE, MAX_SCORE, MAX_STEPS
 from edgesd.spec.build import VARIANTS
 from edgesd.spec.pipeline import IMAGE_TASKS
 
 if TYPE_CHECKING:
+    from edgesd.runtime.hints import Hint
     from edgesd.runtime.memory import MemoryMode
+    from edgesd.runtime.recorded import Recorded
     from edgesd.runtime.requests import Request
     from edgesd.runtime.settings import Settings
     from edgesd.runtime.syntax import Syntax
@@ -307,6 +310,26 @@ vae_option = click.option(
 )
 
 
+side_options = (
+    click.option(
+        "--controlnet",
+        "controlnets",
+        metavar="FOLDER[:NAME]",
+        multiple=True,
+        help="Add a ControlNet, which images are steered by (`generate --control`): the folder of "
+        "a ControlNetModel that diffusers saved, or a hub id; may be repeated, each with a NAME.",
+    ),
+    click.option(
+        "--adapter",
+        "adapters",
+        metavar="FOLDER[:NAME]",
+        multiple=True,
+        help="Add a T2I-Adapter; as --controlnet.",
+    ),
+)
+"""--controlnet and --adapter, of what a bundle is built of."""
+
+
 config_option = click.option(
     "--config",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
@@ -353,6 +376,130 @@ refiner_options = OptionGroup(
     ],
 )
 """--refiner and --denoising-end, as `refining`."""
+
+
+@dataclass(frozen=True)
+class ControlOptions:
+    """What ControlNets and adapters are shown: FILE or FILE:NAME, and for each, or for all, how."""
+
+    controls: tuple[str, ...] = ()
+    scales: tuple[float, ...] = ()
+    starts: tuple[float, ...] = ()
+    ends: tuple[float, ...] = ()
+    sources: tuple[str, ...] = ()
+    guess_mode: bool = False
+
+    def __post_init__(self) -> None:
+        for option, values in (
+            ("--control-scale", self.scales),
+            ("--control-start", self.starts),
+            ("--control-end", self.ends),
+            ("--control-from", self.sources),
+        ):
+            if values and not self.controls:
+                raise click.UsageError(f"{option} goes with --control FILE")
+            if len(values) not in (0, 1, len(self.controls)):
+                raise click.UsageError(
+                    f"{option} is given {len(values)} times for {len(self.controls)} control "
+                    "images: give it once for all, or once for each, in their order"
+                )
+
+    def applied(self, request: Request, known: Recorded | None = None) -> Request:
+        """`request` with the pictures, which are read. known: of an image that is made again: what
+        isn't given is as it was there. Raises InputError, and UsageError where a picture that was
+        shown then isn't given."""
+        from edgesd.runtime.pictures import read_picture
+        from edgesd.runtime.requests import Control
+
+        before = {} if known is None else {one.name: one for one in known.controls}
+        found = []
+        for place, given in enumerate(self.controls):
+            path, name = named_path(given)
+            if not name and len(before) == 1:
+                (name,) = before
+            own: dict[str, Any] = {
+                field: values[place % len(values)]
+                for field, values in (
+                    ("scale", self.scales),
+                    ("start", self.starts),
+                    ("end", self.ends),
+                    ("kind", [_SOURCES[source] for source in self.sources]),
+                )
+                if values
+            }
+            if one := before.pop(name, None):
+                then = {"scale": one.scale, "start": one.start, "end": one.end, "kind": one.kind}
+                own = {**then, **own}
+            found.append(Control(read_picture(expanded(path)), name, **own))
+        for name, one in before.items():
+            raise click.UsageError(
+                f"that image was made with a control image for {name} (sha256 {one.sha256[:16]}...)"
+                f": say where it is: --control FILE:{name}"
+            )
+        return replace(request, controls=tuple(found), guess_mode=self.guess_mode)
+
+
+_SOURCES: Mapping[str, Hint] = {"hint": "ready", "photo": "canny", "sketch": "scribble"}
+"""--control-from -> how the control image is made."""
+
+_SCALE = Finite(-MAX_CONTROL_SCALE, MAX_CONTROL_SCALE)
+
+control_options = OptionGroup(
+    "control",
+    ControlOptions,
+    [
+        click.option(
+            "--control",
+            "controls",
+            metavar="FILE[:NAME]",
+            multiple=True,
+            help="Show this picture to the bundle's ControlNet or adapter, or to the one that was "
+            "built in as NAME; may be repeated for several. A path that exists is taken whole, "
+            "colons included.",
+        ),
+        click.option(
+            "--control-scale",
+            "scales",
+            type=_SCALE,
+            metavar="NUMBER",
+            multiple=True,
+            help="How much it counts. These four may be given once for all pictures, or once for "
+            "each, in their order.  [default: 1]",
+        ),
+        click.option(
+            "--control-start",
+            "starts",
+            type=Finite(0, 1),
+            metavar="PART",
+            multiple=True,
+            help="Part of the steps after which it begins to act.  [default: 0]",
+        ),
+        click.option(
+            "--control-end",
+            "ends",
+            type=Finite(0, 1),
+            metavar="PART",
+            multiple=True,
+            help="Part of the steps after which it stops.  [default: 1]",
+        ),
+        click.option(
+            "--control-from",
+            "sources",
+            type=click.Choice([*_SOURCES]),
+            multiple=True,
+            help="What the picture is: a hint, as the ControlNet was trained with (edges, depth, a "
+            "pose), or a photo or a sketch, of which white lines on black are made.  "
+            "[default: hint]",
+        ),
+        click.option(
+            "--guess-mode",
+            is_flag=True,
+            help="Let ControlNets act on the prompt's half of guidance alone, for images that "
+            "follow the picture with hardly a prompt.",
+        ),
+    ],
+)
+"""--control and how it is shown, as `control`."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from edgesd.cli.options import (
     config_option,
     generation_options,
     json_option,
+    side_options,
     task_option,
     vae_option,
     variant_option,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 )
 @generation_options("model", without=["negative", "scheduler"])
 @vae_option
+@side_options[0]
+@side_options[1]
 @config_option
 @variant_option
 @task_option
@@ -62,6 +65,8 @@ def plan_command(
     precision: str,
     generation: GenerationOptions,
     vae: str | None,
+    controlnets: tuple[str, ...],
+    adapters: tuple[str, ...],
     config: Path | None,
     variant: Variant | None,
     tasks: tuple[ImageTask, ...] | None,
@@ -81,6 +86,7 @@ def plan_command(
     require_build_tools()
     from edgesd.device.targets import get_target
     from edgesd.recipes.estimate import PlanRequest
+    from edgesd.recipes.options import sides_of
     from edgesd.recipes.planner import estimate_build
     from edgesd.runtime.rates import find_rates
 
@@ -94,6 +100,7 @@ def plan_command(
         variant=variant,
         tasks=tasks or (),
         vae=vae,
+        sides=sides_of(controlnets, adapters),
         config=config,
         rates=find_rates(get_target(target).name, rates),
     )

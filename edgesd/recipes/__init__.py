@@ -17,7 +17,7 @@ from edgesd.device.capabilities import in_gb
 from edgesd.device.targets import check_request, get_target
 from edgesd.engines.bundle import pack_bundle
 from edgesd.errors import BundleError, EdgesdError, UsageError
-from edgesd.files import atomic_dir, check_new, check_writable, private_folder
+from edgesd.files import atomic_dir, check_new, check_writable, named_path, private_folder
 from edgesd.progress import SILENT, Progress
 from edgesd.recipes.demo import demo_judge, demo_model, demo_sha256, demo_target
 from edgesd.recipes.job import Job
@@ -263,11 +263,9 @@ def _prepare(
 
 def _side_references(job: Job) -> tuple[SideReference, ...]:
     """The ControlNets and adapters that were added."""
-    from edgesd.export.source.side import split_name
-
     found = []
     for (kind, given), component in zip(job.folders.sides, job.source.sides, strict=True):
-        where, name = split_name(given)
+        where, name = named_path(given)
         sha256 = job.source.others[component].network_sha256(component)
         found.append(SideReference(kind, name, model_reference(where, sha256)))
     return tuple(found)

@@ -8,7 +8,7 @@ from pathlib import Path
 from edgesd.errors import TargetError
 from edgesd.runtime.rates import Rates
 from edgesd.spec.base import Spec
-from edgesd.spec.build import DEFAULT_METHOD, Variant
+from edgesd.spec.build import DEFAULT_METHOD, SideKind, Variant
 from edgesd.spec.pipeline import ImageTask
 from edgesd.spec.scheme import Precision
 
@@ -64,7 +64,8 @@ class PlanRequest:
     takes `batch`; others generate any size, and so are those for TensorRT. scheduler: the bundle's
     default sampler. variant: the kind of model that it is said to be. vae: of which model its
     autoencoder is. config: a diffusers folder with the configs of a model that is a single file.
-    prompt_chunks: of a prompt, in fixed graphs. tasks: beside text to image."""
+    prompt_chunks: of a prompt, in fixed graphs. tasks: beside text to image. sides: see
+    `recipes.sources.open_model`."""
 
     precision: Precision
     size: tuple[int, int] | None = None
@@ -81,6 +82,7 @@ class PlanRequest:
     config: Path | None = None
     prompt_chunks: int = 1
     tasks: tuple[ImageTask, ...] = ()
+    sides: tuple[tuple[SideKind, str], ...] = ()
 
 
 def check_estimate(estimate: Estimate) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgesd.files import environment_folder, expanded, user_cache
 from edgesd.spec.build import DEMO, FOLDER, HUB, ModelReference, SideKind
+
+Sides = tuple[tuple[SideKind, str], ...]
 
 _FILE = ".safetensors"
 
@@ -37,10 +40,15 @@ class LocalFolders:
     adapters: tuple[str, ...] = ()
 
     @property
-    def sides(self) -> list[tuple[SideKind, str]]:
+    def sides(self) -> Sides:
         """ControlNets, then adapters, with their kinds."""
-        found: list[tuple[SideKind, str]] = [("controlnet", one) for one in self.controlnets]
-        return [*found, *(("adapter", one) for one in self.adapters)]
+        return sides_of(self.controlnets, self.adapters)
+
+
+def sides_of(controlnets: Iterable[str], adapters: Iterable[str]) -> Sides:
+    """ControlNets, then adapters, with their kinds."""
+    found: list[tuple[SideKind, str]] = [("controlnet", one) for one in controlnets]
+    return (*found, *(("adapter", one) for one in adapters))
 
 
 def model_name(model: str) -> str:

@@ -72,7 +72,9 @@ def estimate_build(
     target = get_target(target_name)
     backend = target.backends[0] if backend is None else backend
     check_request(target, request.precision, backend)
-    source = open_model(model, request.variant, request.vae, config=request.config)
+    source = open_model(
+        model, request.variant, request.vae, config=request.config, sides=request.sides
+    )
     return estimate_source(source, model, target, backend, request)
 
 

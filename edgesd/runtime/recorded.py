@@ -16,10 +16,19 @@ from typing import Any, NamedTuple
 
 from edgesd.errors import InputError
 from edgesd.runtime import a1111
+from edgesd.runtime.hints import HINTS, Hint
 from edgesd.runtime.requests import MOST_TOLD_PIXELS, CompleteRequest, Micro, Request
 from edgesd.runtime.schedulers import SIGMA_KINDS
 from edgesd.runtime.syntax import SYNTAXES
-from edgesd.spec.base import MAX_GUIDANCE, MAX_PIXELS, MAX_SCORE, MAX_STEPS
+from edgesd.spec.base import (
+    MAX_CONTROL_SCALE,
+    MAX_GUIDANCE,
+    MAX_PIXELS,
+    MAX_SCORE,
+    MAX_STEPS,
+    is_file_name,
+    is_sha256,
+)
 from edgesd.spec.bundle import BundleManifest
 from edgesd.text import first_sentence
 
@@ -89,6 +98,12 @@ def _one_of(*names: str) -> Callable[[str], tuple[str]]:
     return read
 
 
+def _true(text: str) -> tuple[bool]:
+    if text != "True":
+        raise ValueError
+    return (True,)
+
+
 def _timesteps(text: str) -> tuple[tuple[int, ...]]:
     one = _whole(0, _MOST_TIMESTEPS)
     return (tuple(one(part)[0] for part in text.split(",")),)
@@ -120,6 +135,7 @@ _FIELDS = {
     "eta": _Field(("eta",), _real(0, 1), "0 to 1"),
     "size": _Field(("width", "height"), _pair(1, MAX_PIXELS), _PAIR),
     "guidance_rescale": _Field(("guidance_rescale",), _real(0, 1), "0 to 1"),
+    "guess_mode": _Field(("guess_mode",), _true, "True"),
     "denoising_end": _Field(("denoising_end",), _real(0, 1), "a number between 0 and 1"),
     **{
         f"{prefix}{name}": _Field((f"{prefix}micro.{name}",), read, expected)
@@ -145,16 +161,59 @@ _REFINER = "refiner_"
 
 
 @dataclass(frozen=True)
+class RecordedControl:
+    """What an image says of a control: see requests.Control. sha256: of its picture's file."""
+
+    name: str
+    sha256: str
+    scale: float
+    start: float
+    end: float
+    kind: Hint
+
+
+_CONTROLS = "controls"
+"""The text on controls, a line for each."""
+
+_MOST_CONTROLS = 16
+
+
+def _controls_text(request: CompleteRequest) -> str:
+    return "\n".join(
+        f"{one.name} {one.picture.sha256} {one.scale} {one.start} {one.end} {one.kind}"
+        for one in request.controls
+    )
+
+
+def _controls(text: str) -> tuple[RecordedControl, ...]:
+    """Raises ValueError."""
+    number, part = _real(-MAX_CONTROL_SCALE, MAX_CONTROL_SCALE), _real(0, 1)
+    kinds: dict[str, Hint] = {kind: kind for kind in HINTS}
+    found = []
+    for line in text.split("\n"):
+        name, sha256, scale, start, end, kind = line.split(" ")
+        if not (is_file_name(name) and is_sha256(sha256) and kind in kinds):
+            raise ValueError
+        values = *number(scale), *part(start), *part(end)
+        found.append(RecordedControl(name, sha256, *values, kinds[kind]))
+    if len(found) > _MOST_CONTROLS:
+        raise ValueError
+    return tuple(found)
+
+
+@dataclass(frozen=True)
 class Recorded:
     """What an image says of its making.
 
     values: of the attributes of a Request. made_by: what it says of the bundle, by the names of the
-    texts. remarks: on what it says that isn't used.
+    texts. remarks: on what it says that isn't used. controls: what was shown to ControlNets and
+    adapters; the pictures themselves aren't in it.
     """
 
     values: Mapping[str, Any]
     made_by: Mapping[str, str]
     remarks: tuple[str, ...] = ()
+    controls: tuple[RecordedControl, ...] = ()
 
     def request(self, given: Request) -> Request:
         """The request that the image was made of, with what is `given` in place of it. Another
@@ -190,6 +249,8 @@ def texts_of(
         if values[0] is not None and values[0] != getattr(CompleteRequest, field.names[0], None):
             parts = values[0] if isinstance(values[0], tuple) else values
             found[key] = field.between.join(map(str, parts))
+    if request.controls:
+        found[_CONTROLS] = _controls_text(request)
     parameters = a1111.parameters(manifest, request)
     return {**found, **_bundle_texts(manifest, refiner), a1111.KEY: parameters}
 
@@ -237,7 +298,14 @@ def _own(path: Path, texts: Mapping[str, str]) -> Recorded:
         raise InputError(f"{path} says no prompt: expected an image of edgesd")
     names = *_MADE_BY, *(_REFINER + name for name in _MADE_BY)
     made_by = {name: texts[name] for name in names if name in texts}
-    return Recorded(_nested(values), made_by)
+    try:
+        controls = _controls(texts[_CONTROLS]) if _CONTROLS in texts else ()
+    except ValueError:
+        raise InputError(
+            f"{path} says {_CONTROLS} {texts[_CONTROLS][:60]!r}: expected lines of a name, a "
+            "SHA-256, three numbers and a kind"
+        ) from None
+    return Recorded(_nested(values), made_by, controls=controls)
 
 
 def _foreign(text: str) -> Recorded:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from edgesd.errors import InputError, UsageError, unknown_name
 from edgesd.runtime.arrays import Float
@@ -20,6 +20,7 @@ from edgesd.spec.base import MAX_CONTROL_SCALE, MAX_GUIDANCE, MAX_SCORE
 from edgesd.spec.pipeline import SIZE_FILLS, PipelineSpec, check_multiple
 
 if TYPE_CHECKING:
+    from edgesd.runtime.hints import Hint
     from edgesd.runtime.pictures import Picture
 
 MOST_TOLD_PIXELS = 1 << 20
@@ -29,8 +30,6 @@ _SCORE, _NEGATIVE_SCORE = 6.0, 2.5
 """Aesthetic scores that diffusers' pipelines tell a model."""
 
 Sigmas = str | tuple[float, ...]
-
-MadeFrom = Literal["hint", "photo", "sketch"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ class Control:
     """A picture that a ControlNet or an adapter of the bundle is shown.
 
     name: which; "" where the bundle has one only. scale: what its outputs are multiplied by.
-    start, end: parts of the steps, between which it acts. made_from: what the picture is, and its
-    lines are found of: a hint is shown as it is.
+    start, end: parts of the steps, between which it acts. kind: how the control image is made of
+    the picture.
     """
 
     picture: Picture
@@ -73,14 +72,16 @@ class Control:
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
-    made_from: MadeFrom = "hint"
+    kind: Hint = "ready"
 
     def hint(self, width: int, height: int) -> Float:
         """What is shown, [1, 3, height, width] from 0 to 1. Raises InputError for a broken
-        picture."""
+        picture, and for a sketch without lines."""
+        from edgesd.runtime.hints import control_image
         from edgesd.runtime.pictures import hint_array
 
-        return hint_array(self.picture.decoded(), width, height)
+        image = control_image(self.picture.decoded(), self.kind, width, height)
+        return hint_array(image, width, height)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ The networks are the torch modules that would be exported, as in test_same_image
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +18,34 @@ import pytest
 pytest.importorskip("torch")
 
 import diffusers
+import msgspec
+from PIL import Image
 
+from edgesd.errors import InputError, UsageError
+from edgesd.export.calibrate import CalibrationSettings, calibrate, calibration_key
 from edgesd.export.families import ExportSpec
 from edgesd.export.own_pipeline import check_own_pipeline
 from edgesd.export.pipeline import export_spec
 from edgesd.export.source import ModelSource
+from edgesd.recipes.drawings import drawing
+from edgesd.recipes.footprints import Networks
 from edgesd.recipes.sources import open_model
+from edgesd.runtime import denoise
+from edgesd.runtime.controls import Shown
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Control, Request
 from edgesd.runtime.settings import Settings
 from edgesd.runtime.tokenizer import tokenizer_of
+from edgesd.spec.build import SideKind
 from tests.support import random_picture
-from tests.tiny_pipelines import adapter, controlnet, diffusers_images, on_torch, tiny
+from tests.tiny_pipelines import (
+    adapter,
+    controlnet,
+    diffusers_images,
+    for_adapter,
+    on_torch,
+    tiny,
+)
 
 STEPS = 4
 PROMPTS, SEEDS = ("a red apple on a house", "the blue cat"), (5, 6)
@@ -87,22 +105,25 @@ class Model(NamedTuple):
         return max(int(np.abs(np.int32(one) - np.int32(other)).max()) for one, other in pairs)
 
 
-def made(name: str, folder: Path, nets: int = 1, kind: str = "controlnet") -> Model:
-    """The tiny pipeline `name` with so many ControlNets or adapters, called a, b ..."""
-    plain = tiny(name)
+def made(name: str, folder: Path, nets: int = 1, kind: str = "controlnet", **options: Any) -> Model:
+    """The tiny pipeline `name` with so many ControlNets or adapters, called a, b ... options: of
+    these."""
+    plain = tiny(name) if kind == "controlnet" else for_adapter(tiny(name))
     plain.save_pretrained(folder / "base")
     make: Callable[..., Any] = controlnet if kind == "controlnet" else adapter
-    sides = [make(plain.unet, seed) for seed in range(nets)]
+    sides = [make(plain.unet, seed, **options) for seed in range(nets)]
     given = []
     for side, letter in zip(sides, "abcd", strict=False):
         side.save_pretrained(folder / letter)
         given.append((kind, f"{folder / letter}:{letter}" if nets > 1 else str(folder / letter)))
     source = open_model(str(folder / "base"), sides=given)  # type: ignore[arg-type]
     parts = {**plain.components, kind: sides if nets > 1 else sides[0]}
-    if name.startswith("sdxl"):
-        parts["add_watermarker"] = False
-    else:
+    if not name.startswith("sdxl"):
         parts["requires_safety_checker"] = False
+    elif kind == "controlnet":
+        parts["add_watermarker"] = False
+    if kind == "adapter" and not name.startswith("sdxl"):
+        del parts["image_encoder"]
     cls = _CLASSES[name.split("-", maxsplit=1)[0]][kind == "adapter"]
     theirs = cls(**parts)
     theirs.set_progress_bar_config(disable=True)
@@ -138,20 +159,23 @@ def test_images_are_those_of_diffusers(
         check_own_pipeline(
             model.export, {each: tokenizer_of(pipeline.bundle, each) for each in folders}
         )
-        for scale in 0.0, 0.5, 1.0:
-            for count, size in (1, SIZE), (2, OBLONG):
-                theirs = {
-                    "image": [own.decoded()] * count, "controlnet_conditioning_scale": scale,
-                }  # fmt: skip
-                controls = [Control(own, scale=scale)]
-                assert model.difference(pipeline, controls, theirs, count, size) <= 1
+        for scale, count, size in (0.0, 1, SIZE), (0.5, 2, OBLONG), (1.0, 1, SIZE):
+            theirs = {"image": [own.decoded()] * count, "controlnet_conditioning_scale": scale}
+            controls = [Control(own, scale=scale)]
+            assert model.difference(pipeline, controls, theirs, count, size) <= 1
         unlike = model.difference(pipeline, [], {"image": own.decoded()})
         assert unlike > 1
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
-@pytest.mark.parametrize("guess", [False, True])
-@pytest.mark.parametrize("mode", ["batched", "sequential"])
+@pytest.mark.parametrize(
+    ("name", "guess", "mode"),
+    [
+        ("sd", False, "batched"),
+        ("sd", True, "sequential"),
+        ("sdxl", True, "batched"),
+        ("sdxl", False, "sequential"),
+    ],
+)
 def test_two_at_once_and_each_half_of_guidance(
     name: str, guess: bool, mode: Any, models: Callable[..., Model], tmp_path: Path
 ) -> None:
@@ -169,12 +193,10 @@ def test_two_at_once_and_each_half_of_guidance(
         Control(PICTURES[0], "a", 0.7, end=0.5),
     ]
     with model.ours(tmp_path / "bundle", guidance_mode=mode) as pipeline:
-        difference = model.difference(pipeline, controls, theirs, guess_mode=guess)
-        assert difference <= 1
-        assert model.difference(pipeline, controls, theirs, guess_mode=not guess) > 1
+        assert model.difference(pipeline, controls, theirs, guess_mode=guess) <= 1
 
 
-RANGES = ((0.0, 0.25), (0.2, 0.8), (0.3, 0.7), (0.25, 0.75), (0.5, 1.0), (0.9, 1.0))
+RANGES = ((0.0, 0.3), (0.25, 0.75), (0.9, 1.0))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -183,16 +205,15 @@ def test_ranges_of_steps_are_those_of_diffusers(
 ) -> None:
     model = models("sd")
     with model.ours(tmp_path / "bundle") as pipeline:
-        for start, end in RANGES:
-            for steps in 3, 4:
-                theirs = {
-                    "image": PICTURES[0].decoded(),
-                    "control_guidance_start": start,
-                    "control_guidance_end": end,
-                }
-                controls = [Control(PICTURES[0], start=start, end=end)]
-                asked = {"steps": steps, "guidance_scale": guidance}
-                assert model.difference(pipeline, controls, theirs, **asked) <= 1  # type: ignore[arg-type]
+        for steps, (start, end) in enumerate(RANGES, 3):
+            theirs = {
+                "image": PICTURES[0].decoded(),
+                "control_guidance_start": start,
+                "control_guidance_end": end,
+            }
+            controls = [Control(PICTURES[0], start=start, end=end)]
+            asked = {"steps": steps, "guidance_scale": guidance}
+            assert model.difference(pipeline, controls, theirs, **asked) <= 1  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -207,3 +228,150 @@ def test_guess_mode_is_that_of_diffusers(
         own = [Control(PICTURES[0])]
         assert model.difference(pipeline, own, theirs, guess_mode=True, **asked) <= 1  # type: ignore[arg-type]
         assert model.difference(pipeline, own, theirs, **asked) > 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "nets", "channels"), [("sd", 1, 1), ("sd", 2, 3), ("sdxl", 1, 3)])
+def test_adapters_act_as_in_diffusers(name: str, nets: int, channels: int, tmp_path: Path) -> None:
+    """Once for all steps. One of a single channel sees the picture in greys."""
+    model = made(name, tmp_path / "model", nets, "adapter", channels=channels)
+    width, height = OBLONG
+    # diffusers makes several into one only where their sizes are equal.
+    shown = [one.decoded().resize((width, height), Image.Resampling.LANCZOS) for one in PICTURES]
+    images = [one.convert("L") if channels == 1 else one for one in shown]
+    scales = [0.8, 1.5][:nets]
+    controls = [
+        Control(own, letter if nets > 1 else "", scale)
+        for own, letter, scale in zip(PICTURES, "ab", scales, strict=False)
+    ]
+    theirs = {
+        "image": images if nets > 1 else images[0],
+        "adapter_conditioning_scale": scales if nets > 1 else scales[0],
+    }
+    with model.ours(tmp_path / "bundle") as pipeline:
+        assert model.difference(pipeline, controls, theirs, size=OBLONG) <= 1
+        assert model.difference(pipeline, [], theirs, size=OBLONG) > 1
+        if name == "sdxl":
+            late = [replace(controls[0], end=0.5)]
+            theirs["adapter_conditioning_factor"] = 0.5
+            assert model.difference(pipeline, late, theirs, size=OBLONG) <= 1
+
+
+def test_calibration_shows_pictures_to_every_second_prompt(
+    models: Callable[..., Model], tmp_path: Path
+) -> None:
+    model = models("sd")
+    networks = Networks(model.export)
+    layers = [
+        layer
+        for stage in networks.flow.stages
+        if stage.per == "step"
+        for layer in networks.trace_own(stage).layers
+    ]
+    spec = model.export.pipeline
+    pictures = drawing(spec, 0), drawing(spec, 1)
+    assert pictures[0].size == SIZE and pictures[0] != pictures[1]
+    settings = CalibrationSettings(
+        ("a", "b", "c"), 2, 3.0, "pndm", 32, 32, sides=("controlnet",), pictures=pictures
+    )
+    assert calibration_key(settings, "") != calibration_key(replace(settings, sides=()), "")
+    with model.ours(tmp_path / "bundle") as pipeline:
+        tokenizers = {"tokenizer": tokenizer_of(pipeline.bundle, "tokenizer")}
+    found = calibrate(model.export, layers, settings, tokenizers, tmp_path / "work")
+    name = "down_blocks.0.resnets.0.conv1"
+    counts = {}
+    for layer in layers:
+        if layer.name == name:
+            stats = found.layer(layer)
+            assert stats is not None
+            counts[layer.component] = stats.count
+    assert counts["controlnet"] * 3 == counts["unet"] * 2
+
+
+# Mutations: the image differs.
+
+
+@pytest.mark.parametrize("change", ["order", "guess", "count"])
+def test_mistakes_are_noticed(
+    change: str, models: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models("sd")
+    theirs: dict[str, Any] = {"image": PICTURES[0].decoded(), "guess_mode": change == "guess"}
+    if change == "count":
+        theirs["control_guidance_end"] = 0.5
+    controls = [Control(PICTURES[0], end=theirs.get("control_guidance_end", 1.0))]
+    if change == "order":  # residuals of the same shape change their places
+        wiring = model.export.pipeline.wiring
+        inputs = [*wiring.denoiser.inputs]
+        first, second = (
+            i for i, one in enumerate(inputs) if one.name in ("residual_0", "residual_1")
+        )
+        inputs[first], inputs[second] = (
+            msgspec.structs.replace(inputs[first], parts=inputs[second].parts),
+            msgspec.structs.replace(inputs[second], parts=inputs[first].parts),
+        )
+        changed = msgspec.structs.replace(wiring.denoiser, inputs=tuple(inputs))
+        spec = msgspec.structs.replace(
+            model.export.pipeline, wiring=msgspec.structs.replace(wiring, denoiser=changed)
+        )
+        model = model._replace(export=replace(model.export, pipeline=spec))
+    elif change == "guess":
+        monkeypatch.setattr(denoise, "guess_weights", lambda count: np.ones(count, np.float32))
+    else:
+        monkeypatch.setattr(Shown, "acts", lambda self, index, count: index / count <= self.end)
+    with model.ours(tmp_path / "bundle") as pipeline:
+        assert model.difference(pipeline, controls, theirs, guess_mode=change == "guess") > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"cross_attention_dim": 24}, "its cross_attention_dim is 24, and that of .* 16"),
+        ({"layers_per_block": 2}, "its layers_per_block is 2, and that of .* 1"),
+        ({"conditioning_embedding_out_channels": [16]}, "has 1 pixels to a side of a latent.* 2"),
+        ({"conditioning_channels": 1}, "has 1 channels of a control image.* 3"),
+        ({"global_pool_conditions": True}, "global_pool_conditions=True, which isn't supported"),
+        ({"_class_name": "ControlNetUnionModel"}, "a ControlNetUnionModel, and edgesd takes a Con"),
+    ],
+)
+def test_a_controlnet_of_another_model_is_refused(
+    change: dict[str, Any], words: str, models: Callable[..., Model], folder: Path, tmp_path: Path
+) -> None:
+    models("sd")
+    path = shutil.copytree(folder / "sd-1" / "a", tmp_path / "a") / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=words) as caught:
+        export_spec(
+            open_model(str(folder / "sd-1" / "base"), sides=[("controlnet", str(path.parent))])
+        )
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_does_not_fit_together_is_refused(
+    models: Callable[..., Model], folder: Path, tmp_path: Path
+) -> None:
+    models("sd"), models("sdxl")
+    base, own = str(folder / "sd-1" / "base"), str(folder / "sd-1" / "a")
+    adapter(tiny("sd").unet).save_pretrained(tmp_path / "adapter")
+    cases: list[tuple[list[tuple[SideKind, str]], type[Exception], str]] = [
+        # An adapter's first feature is of the whole size, which a plain block has halved.
+        (
+            [("adapter", str(tmp_path / "adapter"))],
+            InputError,
+            r"makes feature 0 as \[16, 16, 16\]",
+        ),
+        ([("adapter", own)], InputError, "a ControlNetModel, and edgesd takes a T2IAdapter there"),
+        ([("controlnet", str(folder / "sdxl-1" / "a"))], InputError, "cross_attention_dim is 32"),
+        ([("controlnet", own), ("controlnet", own)], UsageError, "give each one of its own"),
+        ([("controlnet", f"{own}:x"), ("controlnet", f"{own}:x")], UsageError, "the name 'x'"),
+        ([("controlnet", f"{own}:a b")], UsageError, "'a b' is no name"),
+        ([("controlnet", base)], InputError, "that is a pipeline"),
+        ([("controlnet", str(tmp_path / "none"))], InputError, "doesn't exist"),
+    ]
+    for sides, kind, words in cases:
+        with pytest.raises(kind, match=words) as caught:
+            export_spec(open_model(base, sides=sides))
+        assert len(str(caught.value).splitlines()) == 1
+    # A folder that exists is taken whole, whatever colons it has.
+    odd = shutil.copytree(own, tmp_path / "a:b")
+    assert open_model(base, sides=[("controlnet", str(odd))]).sides == ("controlnet",)
+    assert open_model(base, sides=[("controlnet", f"{odd}:c")]).sides == ("controlnet-c",)

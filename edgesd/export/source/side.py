@@ -7,20 +7,11 @@ from collections.abc import Collection
 
 from edgesd.errors import InputError, UsageError
 from edgesd.export.source.folder import INDEX, ModelSource, is_pipeline
-from edgesd.files import expanded
+from edgesd.files import expanded, named_path
 from edgesd.spec.build import SideKind
 
 _CLASSES: dict[SideKind, str] = {"controlnet": "ControlNetModel", "adapter": "T2IAdapter"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}")
-
-
-def split_name(given: str) -> tuple[str, str]:
-    """The folder, file or hub id in FOLDER:NAME, and the name; "" where there is none. A path that
-    exists is taken whole, whatever colons it has."""
-    if ":" not in given or expanded(given).exists():
-        return given, ""
-    where, _, name = given.rpartition(":")
-    return where, name
 
 
 def component_of(kind: SideKind, name: str) -> str:
@@ -38,7 +29,7 @@ def read_sides(given: Collection[tuple[SideKind, str]]) -> dict[str, ModelSource
     found: dict[str, ModelSource] = {}
     names = set()
     for kind, text in given:
-        where, name = split_name(text)
+        where, name = named_path(text)
         option = f"--{kind} {text}"
         if name and not _NAME.fullmatch(name):
             raise UsageError(

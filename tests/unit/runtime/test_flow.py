@@ -11,17 +11,20 @@ from typing import Any, get_args
 import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 
 from edgesd.engines.bundle import write_manifest
-from edgesd.errors import BundleError, UsageError
+from edgesd.errors import BundleError, InputError, UsageError
 from edgesd.runtime import tasks
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.fake import FakeRunner
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, checksum_line, open_bundle
 from edgesd.runtime.denoise import Start
 from edgesd.runtime.flow import GuidanceMode, Stage, flow_of
+from edgesd.runtime.images import png_bytes
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.pipeline import Pipeline
+from edgesd.runtime.recorded import recorded, texts_of
 from edgesd.runtime.requests import CompleteRequest, Control, Micro, Request
 from edgesd.runtime.settings import Settings
 from edgesd.runtime.tasks import Task
@@ -449,6 +452,82 @@ def test_command_line_tells_the_model_sizes(
     assert found.micro == Micro((64, 48), (3, 7), (32, 24), 7.0)
     assert found.negative_micro == Micro((8, 9), (1, 2), (5, 5), 3.0)
     assert_refused(run_cli("generate", bundle.path, "-p", "a", "--crop", "3x7"), "LEFT,TOP")
+
+
+def test_command_line_shows_pictures(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Request] = []
+    monkeypatch.setattr(
+        "edgesd.runtime.images.expand_requests", lambda first, texts, count: made.append(first)
+    )
+    monkeypatch.setattr("edgesd.cli.generate.generate", lambda *args: [])
+    monkeypatch.setattr("edgesd.cli.generate.summary", lambda *args: "")
+    file, odd = tmp_path / "a.png", tmp_path / "b:sketch"
+    for path in file, odd:
+        path.write_bytes(CONTROLS[0].picture.raw)
+    image = tmp_path / "x.png"
+    command = ("generate", bundle.path, "-p", "a cat", "-o", image)
+    options = (
+        *("--control", f"{file}:sketch", "--control", f"{odd}:adapter", "--guess-mode"),
+        *("--control-scale", 0.5, "--control-scale", 2, "--control-start", 0.1),
+        *("--control-end", 0.9, "--control-from", "photo", "--control-from", "sketch"),
+    )
+    outcome = run_cli(*command, *options)
+    assert outcome.code == 0, outcome.err
+    picture = CONTROLS[0].picture
+    shown = (
+        Control(picture, "sketch", 0.5, 0.1, 0.9, "canny"),
+        Control(picture, "adapter", 2.0, 0.1, 0.9, "scribble"),
+    )
+    assert made[-1].controls == shown and made[-1].guess_mode
+    for more, words in (
+        (("--control-scale", 1), "--control-scale goes with --control FILE"),
+        (("--control", odd, *("--control-end", 0.5) * 2), "given 2 times for 1 control images"),
+        (("--control", tmp_path / "none.png"), "none.png"),
+        (("--control", odd, "--control-scale", "nan"), "nan"),
+        (("--control", odd, "--control-from", "video"), "video"),
+    ):
+        assert_refused(run_cli(*command, *more), words)
+    # What an image says of them is read again; the pictures themselves must be given.
+    manifest = bundle.manifest
+    complete = pipeline_request(bundle, made[-1])
+    image.write_bytes(png_bytes(Image.new("RGB", (12, 16)), texts_of(manifest, complete)))
+    like = ("generate", bundle.path, "--like", image, "-o", tmp_path / "y.png")
+    assert_refused(run_cli(*like, "--control", f"{file}:sketch"), "--control FILE:adapter")
+    options = ("--control", f"{file}:sketch", "--control", f"{odd}:adapter", "--control-end", 0.8)
+    assert run_cli(*like, *options).code == 0
+    assert made[-1].controls == tuple(replace(one, end=0.8) for one in shown)
+    assert made[-1].guess_mode
+    other = tmp_path / "other.png"
+    other.write_bytes(random_picture(8, (12, 15)).raw)
+    outcome = run_cli(*like, "--control", f"{other}:sketch", "--control", f"{odd}:adapter")
+    assert outcome.code == 0 and "isn't the picture that" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "sketch",
+        f"sketch {'0' * 64} 1 0 1 video",
+        f"../sketch {'0' * 64} 1 0 1 ready",
+        f"sketch {'0' * 63} 1 0 1 ready",
+        f"sketch {'0' * 64} nan 0 1 ready",
+        f"sketch {'0' * 64} 1 0 2 ready",
+        f"sketch {'0' * 64} 1 0 ready",
+        "\n".join([f"sketch {'0' * 64} 1 0 1 ready"] * 17),
+    ],
+)
+def test_what_an_image_says_of_controls_is_checked(
+    text: str, bundle: Bundle, tmp_path: Path
+) -> None:
+    texts = texts_of(bundle.manifest, pipeline_request(bundle, REQUESTS[0]))
+    path = tmp_path / "x.png"
+    path.write_bytes(png_bytes(Image.new("RGB", (12, 16)), {**texts, "controls": text}))
+    with pytest.raises(InputError, match=r"says controls .*: expected lines of") as caught:
+        recorded(path)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def pipeline_request(bundle: Bundle, request: Request) -> CompleteRequest:
