@@ -145,6 +145,16 @@ def _sd(scheduler: Any, cls: Any = None, pad: str = "<|endoftext|>", **unet_: An
     )
 
 
+def _inpainting(scheduler: Any) -> Any:
+    """Nine channels: latents, a mask, and what it leaves of an image."""
+    return _sd(scheduler, diffusers.StableDiffusionInpaintPipeline, in_channels=9, out_channels=4)
+
+
+def _xl_inpainting(scheduler: Any) -> Any:
+    parts = _sdxl(scheduler, in_channels=9, out_channels=4).components
+    return diffusers.StableDiffusionXLInpaintPipeline(**parts, add_watermarker=False)
+
+
 def _sdxl(
     scheduler: Any, old_eos: bool = False, force_zeros: bool = True, vae_: Any = None, **unet_: Any
 ) -> Any:
@@ -242,6 +252,8 @@ PIPELINES: Mapping[str, Callable[[], Any]] = {
     "sdxl-word": lambda: _with_word(_sdxl(_euler())),
     "sdxl-word-old-eos": lambda: _with_word(_sdxl(_euler(), old_eos=True)),
     "sdxl-refiner": _refiner,
+    "sd-inpaint": lambda: _inpainting(_pndm()),
+    "sdxl-inpaint": lambda: _xl_inpainting(_euler()),
 }
 """Name -> what makes diffusers' pipeline."""
 

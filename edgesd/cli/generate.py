@@ -26,6 +26,7 @@ from edgesd.cli.options import (
     ControlOptions,
     FineOptions,
     GenerationOptions,
+    PictureOptions,
     PromptOptions,
     RefinerOptions,
     RunOptions,
@@ -35,6 +36,7 @@ from edgesd.cli.options import (
     fine_options,
     generation_options,
     json_option,
+    picture_options,
     prompt_options,
     refiner_options,
     run_options,
@@ -88,6 +90,7 @@ _MOST_REMARKS = 5
     "into it; other options change that.",
 )
 @generation_options("bundle")
+@picture_options
 @prompt_options
 @schedule_options
 @fine_options
@@ -146,6 +149,7 @@ def generate_command(
     seed: int | None,
     like: Path | None,
     generation: GenerationOptions,
+    pictures: PictureOptions,
     prompting: PromptOptions,
     schedule: ScheduleOptions,
     fine: FineOptions,
@@ -184,7 +188,7 @@ def generate_command(
         raise click.UsageError("-o - writes the image alone: leave --json and --preview out")
     opened = open_for_generate(bundle, any_machine)
     second = open_for_generate(refining.refiner, any_machine) if refining.refiner else None
-    check_roles(opened, second)
+    check_roles(opened, second, pictures.image is not None)
     reporter = Reporter(quiet=as_json)
 
     def settings(of: Bundle) -> Settings:
@@ -197,7 +201,7 @@ def generate_command(
             syntax = prompting.prompt_syntax or (known and known.values.get("syntax"))
             weighed = syntax not in (None, "plain")
             texts = _enhanced(opened, texts, run.threads, show_prompt, reporter, weighed)
-        first = generation.request("", _seed(seed, known))
+        first = pictures.applied(generation.request("", _seed(seed, known)))
         first = refining.applied(schedule.applied(fine.applied(prompting.applied(first))))
         first = control.applied(first, known)
         if like and known:
@@ -246,7 +250,14 @@ def _tell(
     reporter: Reporter,
 ) -> None:
     """Warn of what makes another image than that in the file `like`. Raises UsageError where it
-    takes a refiner, and there is none."""
+    takes a refiner, or images that it was made from, and there is none."""
+    if missing := [name for name in known.pictures if getattr(request, name) is None]:
+        files = " and ".join(f"--{name} FILE" for name in missing)
+        said = ", ".join(f"{name}: sha256 {known.pictures[name]}" for name in missing)
+        raise click.UsageError(f"{like} was made from other images: give {files} ({said})")
+    for name, sha256 in known.pictures.items():
+        if getattr(request, name).sha256 != sha256:
+            reporter.warn(f"--{name} isn't the file that {like} was made from (sha256 {sha256})")
     if refiner is None and "denoising_end" in known.values:
         raise click.UsageError(
             f"{like} was finished by a refiner ({known.made_by.get('refiner_model', '')[:60]}): "
@@ -312,7 +323,7 @@ def generate(
     """Make and write `requests`, showing each step, each file, and messages for the user."""
     from edgesd.runtime.images import make_images
 
-    for remark in _remarks(requests):
+    for remark in (*_remarks(requests), *_picture_notes(pipeline, requests[0])):
         reporter.warn(remark)
     warned: set[str] = set()
 
@@ -366,6 +377,15 @@ def _remarks(requests: Sequence[Request]) -> list[str]:
             if found and request.syntax in (None, "plain"):
                 return list(found)
     return list(found)[:_MOST_REMARKS]
+
+
+def _picture_notes(pipeline: Pipeline | Refined, request: Request) -> Iterator[str]:
+    """What the user should know of how images are read."""
+    complete = pipeline.complete(request)
+    for picture in (complete.image, complete.mask):
+        yield from picture.notes if picture else ()
+    painted = complete.painting()
+    yield from painted.notes if painted else ()
 
 
 def summary(pipeline: Pipeline | Refined, made: Sequence[SavedImage]) -> str:

@@ -115,6 +115,72 @@ def generation_options(of: str, without: Collection[str] = ()) -> OptionGroup[Ge
 
 
 @dataclass(frozen=True)
+class PictureOptions:
+    """What an image begins with; None: with noise, and what belongs to it the bundle's."""
+
+    image: Path | None = None
+    mask: Path | None = None
+    strength: float | None = None
+    mask_blur: float | None = None
+    mask_padding: int | None = None
+
+    def applied(self, request: Request) -> Request:
+        """`request` with these. Reads the files, and raises as `read_picture`."""
+        from edgesd.runtime.pictures import read_picture
+
+        return replace(
+            request,
+            image=self.image and read_picture(self.image),
+            mask=self.mask and read_picture(self.mask),
+            strength=self.strength,
+            mask_blur=self.mask_blur,
+            mask_padding=self.mask_padding,
+        )
+
+
+picture_options = OptionGroup(
+    "pictures",
+    PictureOptions,
+    [
+        click.option(
+            "--image",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Begin with this image (bundles of build --task image); without --size the new "
+            "one has its size, rounded down.",
+        ),
+        click.option(
+            "--mask",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Paint anew what is white in this image, and keep the rest of --image (bundles of "
+            "build --task inpaint).",
+        ),
+        click.option(
+            "--strength",
+            type=Finite(0, 1, min_open=True),
+            help="With --image: the part of the steps that is taken; the more, the less is left of "
+            "the image. [default: the model's]",
+        ),
+        click.option(
+            "--mask-blur",
+            type=Finite(0),
+            metavar="PIXELS",
+            help="With --mask: blur its edges so wide, and put what it covers into --image, which "
+            "keeps its pixels elsewhere. [default: the whole new image is written]",
+        ),
+        click.option(
+            "--mask-padding",
+            type=click.IntRange(0),
+            metavar="PIXELS",
+            help="With --mask: draw only what it covers and so many pixels around, as large as "
+            "--size, and put it into --image. [default: draw the whole image]",
+        ),
+    ],
+)
+
+
+@dataclass(frozen=True)
 class PromptOptions:
     """How prompts are read; None: a second tokenizer reads what the first does."""
 

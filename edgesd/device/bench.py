@@ -29,7 +29,7 @@ from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.loaded import Timings
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.requests import Request
+from edgesd.runtime.requests import Request, painted_whole
 from edgesd.runtime.settings import Settings
 from edgesd.spec.base import Spec, decode_json
 from edgesd.spec.target import Machine
@@ -195,7 +195,7 @@ def measure(
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
     _empty_cache(bundle)
     with Sampler(asked.interval, os.getpid()) as sampler, Pipeline(bundle, settings) as pipeline:
-        request = pipeline.complete(asked.request)
+        request = pipeline.complete(painted_whole(pipeline.spec, asked.request))
         _wait(sampler, asked.idle)
         ready = time.monotonic() - sampler.zero
         images: list[bytes] = []

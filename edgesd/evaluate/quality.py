@@ -17,7 +17,7 @@ from edgesd.evaluate.ssim import ssim
 from edgesd.files import atomic_write
 from edgesd.progress import SILENT, Progress
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.requests import Request
+from edgesd.runtime.requests import Request, painted_whole
 from edgesd.spec.quality import ImageQuality, Quality
 
 EQUAL_DB = 100.0
@@ -47,6 +47,7 @@ def generate(
     together share the ranges of dynamically quantized activations: figures would be worse.
     """
     shape = pipeline.spec.shape
+    requests = [painted_whole(pipeline.spec, request) for request in requests]
     batch = 1
     if not shape.dynamic:
         batch = pipeline.images_per_run(requests[0]) if requests else 1
@@ -112,7 +113,7 @@ def summarise(
     if not images:
         raise InputError("no prompts to measure quality with: give a file with at least one")
     values = [decibels(image) for image in images]
-    complete = pipeline.complete(request)
+    complete = pipeline.complete(painted_whole(pipeline.spec, request))
     return Quality(
         images=images,
         num_inference_steps=complete.num_inference_steps,

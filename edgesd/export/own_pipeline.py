@@ -3,7 +3,8 @@
 Parity compares a graph with its module on inputs that follow from the export spec: it can't see
 a spec that is wrong. Here diffusers' pipeline generates, and edgesd's loop beside it, with networks
 that compute next to nothing and write down what they are given: token ids, the sample and its size,
-timesteps, all else that the denoiser is told, and the latents that are decoded.
+timesteps, all else that the denoiser is told, and the latents that are decoded. Where a task begins
+with an image, both are given one, and a mask.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import partial, wraps
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from edgesd.errors import EdgesdError, ParityError
 from edgesd.export.families import ExportSpec, OwnPipeline
@@ -37,7 +40,14 @@ from edgesd.runtime.schedulers import SCHEDULERS, name_from_class, sampler_class
 from edgesd.runtime.tasks import TASKS
 from edgesd.runtime.tasks.beginning import Beginning
 from edgesd.runtime.tokenizer import PromptTokenizer
-from edgesd.spec.pipeline import ComponentSpec, LatentSpec, PipelineSpec, SchedulerSpec, Wiring
+from edgesd.spec.pipeline import (
+    IMAGE_TASKS,
+    ComponentSpec,
+    LatentSpec,
+    PipelineSpec,
+    SchedulerSpec,
+    Wiring,
+)
 from edgesd.text import first_sentence
 
 _log = logging.getLogger(__name__)
@@ -60,6 +70,9 @@ guidance, so that the negative half is seen, and of an oblong size where any can
 _BEGUN = 0.5
 """Which part of the denoising is done when a refiner goes on: it has steps left, however few there
 are."""
+
+_STRENGTH = 0.6
+"""Of an image, beside the one that nobody asks for."""
 
 _STEP = 8
 """Pixels that diffusers' pipelines take multiples of, whatever their autoencoder does."""
@@ -153,14 +166,38 @@ def _asked(spec: PipelineSpec) -> Iterator[Request]:
     own = Request(_PROMPTS[1], _SEED, num_inference_steps=spec.num_inference_steps)
     if is_refiner(spec):
         own = replace(own, denoising_end=_BEGUN)
-    yield own
     guidance = max(spec.guidance_scale, _SECOND_GUIDANCE)
     other = replace(own, num_inference_steps=_SECOND_COUNT, guidance_scale=guidance)
+    for task in IMAGE_TASKS:
+        # diffusers encodes what is painted without the mean and std that it decodes it with.
+        if task in spec.wiring.tasks and (task == "image" or spec.latent.mean is None):
+            image = _with_image(spec, other, masked=task == "inpaint")
+            yield image
+            yield replace(image, strength=_STRENGTH)
+    if spec.wiring.tasks[0] in IMAGE_TASKS:
+        return
+    yield own
     shape = spec.shape
     if shape.dynamic:
         higher = shape.height + math.lcm(shape.multiple_of, _STEP)
         other = replace(other, height=higher, width=shape.width)
     yield other
+
+
+def _with_image(spec: PipelineSpec, asked: Request, masked: bool) -> Request:
+    """The request with an image of the pipeline's own size, half of which is painted."""
+    from PIL import Image
+
+    shape, rng = spec.shape, np.random.default_rng(_SEED)
+    pixels = rng.integers(0, 256, (shape.height, shape.width, 3), np.uint8)
+    mask = np.zeros((shape.height, shape.width), np.uint8)
+    mask[:, shape.width // 2 :] = 255
+    return replace(
+        asked,
+        image=Image.fromarray(pixels),
+        mask=Image.fromarray(mask) if masked else None,
+        denoising_end=None,
+    )
 
 
 def _check_tokens(own: OwnPipeline, spec: PipelineSpec, tokenizers: Tokenizers) -> None:
@@ -210,9 +247,9 @@ def _encoded(spec: ComponentSpec, ids: npt.NDArray[np.int64]) -> dict[str, Float
     return found
 
 
-def _predict(wiring: Wiring, given: Mapping[str, Float], fed: _Fed) -> Float:
+def _predict(wiring: Wiring, given: Mapping[str, Float], fed: _Fed, channels: int) -> Float:
     """A stand-in for the denoiser: notes its inputs, depends on all of them, and is of limited
-    size."""
+    size. channels: of what it makes, latents."""
     by_fill = {one.fill: given[one.name] for one in wiring.denoiser.inputs if one.fill != "side"}
     sample = by_fill["sample"]
     fed.samples.append(sample.copy())
@@ -224,8 +261,47 @@ def _predict(wiring: Wiring, given: Mapping[str, Float], fed: _Fed) -> Float:
             fed.inputs.setdefault(one.name, value.copy())
             rows += np.tanh(value).mean(axis=tuple(range(1, value.ndim)), dtype=np.float64)
     mixed = np.tanh(sample * np.float32(0.9) + np.roll(sample, 1, -1) * np.float32(0.1))
+    behind = mixed[:, channels:]  # a mask, and what it leaves
+    if behind.size:
+        mixed = mixed[:, :channels] + behind.mean(axis=1, keepdims=True) * np.float32(0.2)
     out: Float = mixed + rows[:, None, None, None] * np.float32(0.2)
     return out
+
+
+def _moments(spec: PipelineSpec, image: Float) -> tuple[Float, Float]:
+    """Stand-ins for mean and deviation of an image's latents [1, C, h, w], as the autoencoder
+    itself has them."""
+    unit, channels = spec.latent.scale_factor, spec.latent.channels
+    _, colours, height, width = image.shape
+    blocks = image.reshape(1, colours, height // unit, unit, width // unit, unit)
+    seen = np.resize(blocks.mean((3, 5))[0], (channels, height // unit, width // unit))[None]
+    scale = np.arange(1, channels + 1, dtype=np.float32)[:, None, None] / channels
+    mean: Float = (seen * 4 * scale).astype(np.float32)
+    spread: Float = (0.1 + np.abs(seen) * scale).astype(np.float32)
+    return mean, spread
+
+
+def _encode_theirs(spec: PipelineSpec, image: torch.Tensor) -> SimpleNamespace:
+    """The same as diffusers' autoencoders give them."""
+    assert spec.wiring.encoder is not None
+    mean, spread = (torch.from_numpy(values) for values in _moments(spec, image.numpy()))
+    if len(spec.wiring.encoder.outputs) == 1:
+        return SimpleNamespace(latents=mean)
+    parameters = torch.cat([mean, 2 * spread.log()], dim=1)
+    return SimpleNamespace(latent_dist=DiagonalGaussianDistribution(parameters))
+
+
+def _encode_ours(spec: PipelineSpec, image: Float) -> tuple[Float, ...]:
+    """The same as an encoder's graph gives them."""
+    assert spec.wiring.encoder is not None
+    latent, (mean, spread) = spec.latent, _moments(spec, image)
+    scale: Float = np.full((latent.channels, 1, 1), latent.scaling_factor, np.float32)
+    shift: Float = np.full_like(scale, latent.shift_factor)
+    if latent.mean is not None and latent.std is not None:
+        scale /= np.array(latent.std, np.float32)[:, None, None]
+        shift = np.array(latent.mean, np.float32)[:, None, None]
+    found = (mean - shift) * scale, spread * scale
+    return found[: len(spec.wiring.encoder.outputs)]
 
 
 def _check_image(
@@ -308,7 +384,8 @@ def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, asked: Request, fed: 
             for one in inputs
         }
         values = {name: tensor.numpy() for name, tensor in given.items()}
-        return (torch.from_numpy(_predict(wiring, values, fed)),)
+        made = _predict(wiring, values, fed, spec.latent.channels)
+        return (torch.from_numpy(made),)
 
     def decode(latents: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
         fed.decoded.append(latents.numpy())
@@ -327,8 +404,20 @@ def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, asked: Request, fed: 
     if asked.denoising_end is not None:
         latents = torch.from_numpy(_begun(spec, Completion(spec).complete(asked)))
         more = {"image": latents, "denoising_start": asked.denoising_end}
-    guidance = asked.guidance_scale
-    own.pipeline(
+    guidance, pipeline = asked.guidance_scale, own.pipeline
+    if asked.image is not None:
+        complete = Completion(spec).complete(asked)
+        assert complete.task is not None
+        pipeline = own.of_task(complete.task)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.__class__ = _on_cpu(type(pipeline))
+        own.autoencoder.encode = partial(_encode_theirs, spec)
+        more = {"image": asked.image}
+        if asked.mask is not None:
+            more |= {"mask_image": asked.mask, "height": complete.height, "width": complete.width}
+        if asked.strength is not None:
+            more["strength"] = asked.strength
+    pipeline(
         asked.prompt,
         num_inference_steps=asked.num_inference_steps,
         guidance_scale=spec.guidance_scale if guidance is None else guidance,
@@ -393,15 +482,17 @@ def _generate_ours(spec: PipelineSpec, tokenizers: Tokenizers, asked: Request, f
     output = wiring.denoiser.output
     scheduler, noise = scheduler_of(spec, request), BatchNoise([request.seed])
     begun = None if request.denoising_end is None else _begun(spec, request)
+    begin = Beginning(spec, [request], scheduler, noise, begun, partial(_encode_ours, spec))
     latents = denoise(
         wiring,
         {
             denoiser.name: FakeRunner(
-                any_batch(denoiser), lambda inputs: {output: _predict(wiring, inputs, fed)}
+                any_batch(denoiser),
+                lambda inputs: {output: _predict(wiring, inputs, fed, latent.channels)},
             )
         },
         scheduler,
-        TASKS[wiring.tasks[0]].prepare(Beginning(spec, [request], scheduler, noise, begun)),
+        TASKS[request.task or wiring.tasks[0]].prepare(begin),
         conditioned,
         request.guidance_scale,
         noise,

@@ -26,7 +26,7 @@ from edgesd.runtime.backends.base import BoundRunner, Runner
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import Bundle, GraphFile
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.requests import Request
+from edgesd.runtime.requests import Request, painted_whole
 from edgesd.runtime.settings import Settings
 from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
@@ -80,7 +80,8 @@ def record(bundle: Bundle, prompt: str) -> Largest:
     settings = Settings(memory="balanced", made_here=True)
     with Pipeline(bundle, settings, recorder) as pipeline:
         controls = drawn_controls(pipeline.spec)
-        request = pipeline.complete(Request(prompt, seed=0, controls=controls))
+        asked = painted_whole(pipeline.spec, Request(prompt, seed=0, controls=controls))
+        request = pipeline.complete(asked)
         steps = min(STEPS, request.num_inference_steps)
         request = replace(request, num_inference_steps=steps)
         requests = [replace(request, seed=seed) for seed in range(pipeline.images_per_run(request))]

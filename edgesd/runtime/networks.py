@@ -144,6 +144,9 @@ def _wiring_problems(pipeline: PipelineSpec) -> Iterator[str]:
             yield f"{wiring.denoiser.component} doesn't have exactly one input filled with {fill}"
     if wiring.encoder is None and (tasks := sorted({*wiring.tasks} & {*IMAGE_TASKS})):
         yield f"nothing encodes the images that the task {tasks[0]!r} begins with"
+    for task in IMAGE_TASKS:
+        if task in wiring.tasks and task not in wiring.strengths:
+            yield f"the task {task!r} has no strength"
     if len(set(wiring.denoiser.concat)) != len(wiring.denoiser.concat):
         yield f"{wiring.denoiser.component} has a part of its sample twice"
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ from edgesd.runtime.conditioning import Conditioned, Prompts, with_size_ids
 from edgesd.runtime.controls import controls_of, with_features
 from edgesd.runtime.decoding import decoded
 from edgesd.runtime.denoise import Step, denoise
+from edgesd.runtime.encoding import encoded
 from edgesd.runtime.fitting import Batch, images_per_run
 from edgesd.runtime.flow import GuidanceMode, flow_of, guidance_mode
 from edgesd.runtime.loaded import Loaded, OpenRunner, Timings
@@ -34,6 +36,7 @@ from edgesd.runtime.tasks import TASKS
 from edgesd.runtime.tasks.beginning import Beginning
 from edgesd.runtime.tokenizer import tokenizer_of
 from edgesd.runtime.turns import Turns
+from edgesd.spec.pipeline import IMAGE_TASKS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -93,7 +96,13 @@ class Pipeline(Closeable):
         UsageError, also once the pipeline is closed."""
         # Without a turn: a request can be checked while another thread generates.
         self._turns.check_open()
-        return self._completion.complete(request)
+        found = self._completion.complete(request)
+        if found.image is None and self.spec.wiring.tasks[0] in IMAGE_TASKS:
+            raise UsageError(
+                "this bundle is for inpainting: give --image and --mask, which is white where the "
+                "image is to be painted"
+            )
+        return found
 
     def guidance_mode(self, request: CompleteRequest, count: int) -> GuidanceMode:
         """How `count` images like `request` are generated in one batch, in the mode that was fitted
@@ -123,7 +132,8 @@ class Pipeline(Closeable):
     ) -> list[Image.Image]:
         """Make one image per request, all in one batch.
 
-        The requests may differ in prompts (of equally many `chunks`) and seed only. Image k depends
+        The requests may differ in prompts (of equally many `chunks`), seed, and the images and
+        masks that they begin with; those with a mask make a batch of their own. Image k depends
         on its own request alone, not on the batch it was made in (up to the backend's rounding;
         where activations are quantized dynamically, the images of a batch share their ranges).
         on_step gets each step; what it raises ends the generation, not the pipeline. previews:
@@ -140,6 +150,7 @@ class Pipeline(Closeable):
                 return []
             began = time.perf_counter()
             images = self._images(self._denoised(complete, on_step, previews, begun))
+            images = list(map(_pasted, images, complete))
             self._count(began)
             return images
 
@@ -183,14 +194,19 @@ class Pipeline(Closeable):
         first, wiring = requests[0], self.spec.wiring
         if any(request.shared != first.shared for request in requests):
             raise UsageError("the images of one batch must share steps, size and scheduler")
+        if len({request.task for request in requests}) > 1:
+            raise UsageError("the images of one batch must all begin with an image, or none")
         if len(requests) > 1 and len({self.chunks(request) for request in requests}) > 1:
             raise UsageError("the prompts of one batch must have the same number of chunks")
         self._loaded.fit(self._batch(first, len(requests), previews))
         conditioned = self._conditioned(requests)
         noise = BatchNoise([request.seed for request in requests])
         scheduler = scheduler_of(self.spec, first)
-        begin = Beginning(self.spec, requests, scheduler, noise, begun)
-        start = TASKS[wiring.tasks[0]].prepare(begin)
+        encode = partial(encoded, self._loaded)
+        begin = Beginning(self.spec, requests, scheduler, noise, begun, encode)
+        start = TASKS[first.task or wiring.tasks[0]].prepare(begin)
+        if self.flow.encoder is not None:
+            self._loaded.release(self.flow.encoder.component)
         controls = with_features(
             wiring, controls_of(wiring, first), self._loaded.run, self._loaded.release
         )
@@ -209,7 +225,16 @@ class Pipeline(Closeable):
         guided, chunks = self.flow.guided(request.guidance_scale), self.chunks(request)
         shown = {one.name for one in request.controls if one.scale != 0}
         sides = frozenset(side.component for side in self.spec.wiring.sides if side.name in shown)
-        return Batch(request.height, request.width, count, guided, previews, chunks, sides=sides)
+        return Batch(
+            request.height,
+            request.width,
+            count,
+            guided,
+            previews,
+            chunks,
+            encodes=request.image is not None,
+            sides=sides,
+        )
 
     def _conditioned(self, requests: Sequence[CompleteRequest]) -> Conditioned:
         """What the requests are conditioned on."""
@@ -337,3 +362,10 @@ class Pipeline(Closeable):
     @timings.setter
     def timings(self, timings: Timings) -> None:
         self._loaded.timings = timings
+
+
+def _pasted(image: Image.Image, request: CompleteRequest) -> Image.Image:
+    """What the request's mask covers of `image`, in the image it begins with, if it asks for
+    that."""
+    painted = request.painting() if request.pasted else None
+    return image if painted is None else painted.overlaid(image)

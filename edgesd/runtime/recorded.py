@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from edgesd.errors import InputError
 from edgesd.runtime import a1111
 from edgesd.runtime.hints import HINTS, Hint
+from edgesd.runtime.pictures import MOST_BLUR, MOST_PADDING
 from edgesd.runtime.requests import MOST_TOLD_PIXELS, CompleteRequest, Micro, Request
 from edgesd.runtime.schedulers import SIGMA_KINDS
 from edgesd.runtime.syntax import SYNTAXES
@@ -116,6 +117,12 @@ def _sigmas(text: str) -> tuple[str | tuple[float, ...]]:
     return (tuple(one(part)[0] for part in text.split(",")),)
 
 
+def _sha256(text: str) -> tuple[str]:
+    if not is_sha256(text):
+        raise ValueError
+    return (text,)
+
+
 _FIELDS = {
     "prompt": _Field(("prompt",), _text),
     "prompt_2": _Field(("prompt_2",), _text),
@@ -137,6 +144,11 @@ _FIELDS = {
     "guidance_rescale": _Field(("guidance_rescale",), _real(0, 1), "0 to 1"),
     "guess_mode": _Field(("guess_mode",), _true, "True"),
     "denoising_end": _Field(("denoising_end",), _real(0, 1), "a number between 0 and 1"),
+    "image": _Field(("image.sha256",), _sha256, "a SHA-256"),
+    "mask": _Field(("mask.sha256",), _sha256, "a SHA-256"),
+    "strength": _Field(("strength",), _real(0, 1), "0 to 1"),
+    "mask_blur": _Field(("mask_blur",), _real(0, MOST_BLUR), f"0 to {MOST_BLUR}"),
+    "mask_padding": _Field(("mask_padding",), _whole(0, MOST_PADDING), f"0 to {MOST_PADDING}"),
     **{
         f"{prefix}{name}": _Field((f"{prefix}micro.{name}",), read, expected)
         for prefix in ("", "negative_")
@@ -151,6 +163,9 @@ _FIELDS = {
 """All values of a request, by the names of their texts. Values that nobody asked for have none."""
 
 _DEFAULTS = Request("", -1)
+
+_PICTURES = "image", "mask"
+"""Attributes of a Request whose files have hashes in an image's texts."""
 
 _SCHEDULE = "sigmas", "timesteps", "eta"
 """What belongs to a sampler."""
@@ -206,12 +221,14 @@ class Recorded:
     """What an image says of its making.
 
     values: of the attributes of a Request. made_by: what it says of the bundle, by the names of the
-    texts. remarks: on what it says that isn't used. controls: what was shown to ControlNets and
+    texts. remarks: on what it says that isn't used. pictures: of the images that it was made from,
+    by their names in a Request, the hash of the file. controls: what was shown to ControlNets and
     adapters; the pictures themselves aren't in it.
     """
 
     values: Mapping[str, Any]
     made_by: Mapping[str, str]
+    pictures: Mapping[str, str]
     remarks: tuple[str, ...] = ()
     controls: tuple[RecordedControl, ...] = ()
 
@@ -305,7 +322,8 @@ def _own(path: Path, texts: Mapping[str, str]) -> Recorded:
             f"{path} says {_CONTROLS} {texts[_CONTROLS][:60]!r}: expected lines of a name, a "
             "SHA-256, three numbers and a kind"
         ) from None
-    return Recorded(_nested(values), made_by, controls=controls)
+    pictures = {name: values[f"{name}.sha256"] for name in _PICTURES if f"{name}.sha256" in values}
+    return Recorded(_nested(values), made_by, pictures, controls=controls)
 
 
 def _foreign(text: str) -> Recorded:
@@ -316,7 +334,7 @@ def _foreign(text: str) -> Recorded:
             values |= _read(_FIELDS[key], value)
         except ValueError:
             remarks.append(f"{key} {value[:60]!r} isn't used: expected {_FIELDS[key].expected}")
-    return Recorded(values, {}, tuple(remarks))
+    return Recorded(values, {}, {}, tuple(remarks))
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

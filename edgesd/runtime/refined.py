@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, TypeVar
 from edgesd.errors import UsageError
 from edgesd.runtime.arrays import Float
 from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.cut import first_of_refiner, steps_of_base
 from edgesd.runtime.denoise import Step
 from edgesd.runtime.loaded import Timings
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.pipeline import Listener, Pipeline
 from edgesd.runtime.requests import CompleteRequest, Request, scheduler_of
-from edgesd.runtime.tasks.cut import first_of_refiner, steps_of_base
 from edgesd.runtime.tokenizer import Truncation
 from edgesd.spec.pipeline import PipelineSpec
 
@@ -34,10 +34,10 @@ def is_refiner(pipeline: PipelineSpec) -> bool:
     return _REFINE in pipeline.wiring.tasks
 
 
-def check_roles(base: Bundle, refiner: Bundle | None) -> None:
+def check_roles(base: Bundle, refiner: Bundle | None, from_image: bool = False) -> None:
     """Raise UsageError unless `base` begins images, and `refiner`, if there is one, finishes those
-    of such latents."""
-    if is_refiner(base.manifest.pipeline):
+    of such latents. from_image: whether they begin with one, as a refiner's may, too."""
+    if is_refiner(base.manifest.pipeline) and not (from_image and refiner is None):
         raise UsageError(
             f"{base.path} is a refiner, which finishes what a base model began: edgesd generate "
             f"BASE --refiner {base.path}"

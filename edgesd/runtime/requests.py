@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from edgesd.errors import InputError, UsageError, unknown_name
 from edgesd.runtime.arrays import Float
 from edgesd.runtime.chunks import Prompt
+from edgesd.runtime.cut import first_of_picture
+from edgesd.runtime.pictures import Painting, Picture, own_size, painting, read_picture
 from edgesd.runtime.schedulers import (
     Scheduler,
     create_scheduler,
@@ -17,11 +21,21 @@ from edgesd.runtime.schedulers import (
 from edgesd.runtime.syntax import Syntax, segments
 from edgesd.runtime.tokenizer import check_prompt
 from edgesd.spec.base import MAX_CONTROL_SCALE, MAX_GUIDANCE, MAX_SCORE
-from edgesd.spec.pipeline import SIZE_FILLS, PipelineSpec, check_multiple
+from edgesd.spec.pipeline import (
+    IMAGE_TASKS,
+    SIZE_FILLS,
+    ImageTask,
+    PipelineSpec,
+    Task,
+    check_multiple,
+)
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from edgesd.runtime.hints import Hint
-    from edgesd.runtime.pictures import Picture
+
+    GivenPicture = Picture | Image.Image | Path | str
 
 MOST_TOLD_PIXELS = 1 << 20
 """Sizes and crops that a model is told."""
@@ -99,6 +113,11 @@ class Request:
     ControlNets are asked without the negative prompt. negative_micro: where it differs from
     `micro`, for the negative half of guidance. denoising_end: between 0 and 1, how far a base model
     denoises before a refiner goes on; None where one model does all of it.
+    image: begin with this one; its own size, rounded down, is the default then. mask: what is white
+    of it is painted anew, the rest stays. strength: above 0 to 1, the part of the steps that is
+    taken. mask_blur, mask_padding: in pixels of the image, how far the mask's edges are blurred,
+    and how much around the mask is drawn, of which the image gets what the mask covers; with either
+    of them, the rest of the image keeps its bits.
     """
 
     prompt: str
@@ -119,7 +138,11 @@ class Request:
     micro: Micro = Micro()
     negative_micro: Micro = Micro()
     denoising_end: float | None = None
+    image: GivenPicture | None = None
+    mask: GivenPicture | None = None
     strength: float | None = None
+    mask_blur: float | None = None
+    mask_padding: int | None = None
     controls: tuple[Control, ...] = ()
     guess_mode: bool = False
 
@@ -128,7 +151,7 @@ class Request:
 class CompleteRequest:
     """The same with every value, as `Completion` makes it. negative_prompt: None where zeros stand
     for its encoding. micro, negative_micro: None where the model takes none. controls: each with a
-    name, in the order of the pipeline's sides."""
+    name, in the order of the pipeline's sides. strength: None where there is no image."""
 
     prompt: str
     seed: int
@@ -148,9 +171,33 @@ class CompleteRequest:
     micro: CompleteMicro | None = None
     negative_micro: CompleteMicro | None = None
     denoising_end: float | None = None
+    image: Picture | None = None
+    mask: Picture | None = None
     strength: float | None = None
+    mask_blur: float | None = None
+    mask_padding: int | None = None
     controls: tuple[Control, ...] = ()
     guess_mode: bool = False
+
+    @property
+    def task(self) -> ImageTask | None:
+        """What denoising begins with; None for the pipeline's own task, which takes no image."""
+        if self.image is None:
+            return None
+        return "image" if self.mask is None else "inpaint"
+
+    @property
+    def pasted(self) -> bool:
+        """Whether what the mask covers of the image drawn goes into the one given."""
+        return self.mask_blur is not None or self.mask_padding is not None
+
+    def painting(self) -> Painting | None:
+        """What is painted in the image; None where there is no mask. Raises as
+        `pictures.painting`."""
+        if self.image is None or self.mask is None:
+            return None
+        size, blur = (self.width, self.height), self.mask_blur or 0
+        return painting(self.image, self.mask, *size, blur, self.mask_padding)
 
     @property
     def positive(self) -> Prompt:
@@ -168,9 +215,17 @@ class CompleteRequest:
 
     @property
     def shared(self) -> CompleteRequest:
-        """What the images of one batch have in common: all but prompts and seed."""
+        """What the images of one batch have in common: all but prompts, seed, and which image and
+        mask they begin with."""
         return replace(
-            self, prompt="", seed=0, negative_prompt=None, prompt_2=None, negative_prompt_2=None
+            self,
+            prompt="",
+            seed=0,
+            negative_prompt=None,
+            prompt_2=None,
+            negative_prompt_2=None,
+            image=None,
+            mask=None,
         )
 
 
@@ -181,6 +236,8 @@ class Completion:
         self._spec = spec
         self._checked: dict[tuple[object, ...], int] = {}
         """Schedules that can be computed, each of which is tried once -> their steps."""
+        self._painted: set[tuple[object, ...]] = set()
+        """Images, masks and their settings that fit each other, likewise."""
 
     def complete(self, request: Request | CompleteRequest) -> CompleteRequest:
         """Fill in the pipeline's defaults and check every value; a complete request stays as it is.
@@ -193,14 +250,19 @@ class Completion:
         negative = request.negative_prompt
         if negative is None and not spec.wiring.zero_negative:
             negative = ""
+        image, mask = (_picture(one) for one in (request.image, request.mask))
+        task = self._task(request)
+        width, height = shape.width, shape.height
+        if image is not None and shape.dynamic and request.width is request.height is None:
+            width, height = own_size(image, shape.multiple_of)
         found = CompleteRequest(
             prompt=request.prompt,
             seed=request.seed,
             negative_prompt=negative,
             num_inference_steps=_first(request.num_inference_steps, spec.num_inference_steps),
             guidance_scale=_first(request.guidance_scale, spec.guidance_scale),
-            height=_first(request.height, shape.height),
-            width=_first(request.width, shape.width),
+            height=_first(request.height, height),
+            width=_first(request.width, width),
             scheduler=_first(request.scheduler, spec.scheduler.name),
             prompt_2=request.prompt_2,
             negative_prompt_2=request.negative_prompt_2,
@@ -210,6 +272,13 @@ class Completion:
             timesteps=request.timesteps,
             eta=request.eta,
             denoising_end=request.denoising_end,
+            image=image,
+            mask=mask,
+            strength=_first(request.strength, spec.wiring.strengths.get(task, 1.0))
+            if image
+            else None,
+            mask_blur=request.mask_blur,
+            mask_padding=request.mask_padding,
             controls=self._controls(request),
             guess_mode=request.guess_mode,
         )
@@ -238,6 +307,7 @@ class Completion:
                     f"not {name} {size}: leave --size out, or build without --size"
                 )
             check_multiple(name, size, shape.multiple_of, spec.latent.scale_factor)
+        self._check_image(found)
         steps = self._steps(found)
         if request.num_inference_steps not in (None, steps):
             raise UsageError(
@@ -250,10 +320,57 @@ class Completion:
         """The steps of a request's schedule. Raises as `scheduler_of`."""
         size = found.height, found.width
         steps = found.num_inference_steps
-        schedule = found.scheduler, steps, found.sigmas, found.timesteps, found.eta, *size
+        given = found.sigmas, found.timesteps, found.eta, found.strength
+        schedule = found.scheduler, steps, *given, *size
         if schedule not in self._checked:
-            self._checked[schedule] = scheduler_of(self._spec, found).num_inference_steps
+            scheduler = scheduler_of(self._spec, found)
+            if found.strength is not None:
+                first_of_picture(scheduler, found.strength)  # refuses what leaves no step
+            self._checked[schedule] = scheduler.num_inference_steps
         return self._checked[schedule]
+
+    def _task(self, request: Request) -> Task:
+        """What is asked for. Raises UsageError where the pipeline hasn't got it, or what it needs
+        isn't given."""
+        tasks = self._spec.wiring.tasks
+        if request.image is None:
+            given = {
+                "a mask": request.mask,
+                "strength": request.strength,
+                "mask_blur": request.mask_blur,
+                "mask_padding": request.mask_padding,
+            }
+            for name, value in given.items():
+                if value is not None:
+                    raise UsageError(f"{name} goes with an image: give --image, too")
+            return tasks[0]
+        task: ImageTask = "image" if request.mask is None else "inpaint"
+        if task not in tasks:
+            if "inpaint" in tasks and request.mask is None:
+                raise UsageError(
+                    "this bundle is for inpainting alone: give --mask, which is white where the "
+                    "image is to be painted"
+                )
+            what = "doesn't begin with an image" if task == "image" else "doesn't inpaint"
+            raise UsageError(f"this bundle {what}: build it with --task {task}")
+        if request.mask is None and (request.mask_blur, request.mask_padding) != (None, None):
+            raise UsageError("mask_blur and mask_padding go with a mask: give --mask, too")
+        if request.denoising_end is not None:
+            raise UsageError("a refiner goes on with images of prompts alone: leave --image out")
+        return task
+
+    def _check_image(self, found: CompleteRequest) -> None:
+        """Raise UsageError for values out of their ranges, InputError for a mask that doesn't
+        fit."""
+        if found.strength is not None and not 0 < found.strength <= 1:
+            raise UsageError(
+                f"strength must be above 0, up to 1, not {found.strength}: 0.3 keeps much of the "
+                "image, 0.8 little"
+            )
+        painted = found.image, found.mask, found.mask_blur, found.mask_padding
+        if painted not in self._painted:
+            found.painting()
+            self._painted.add(painted)
 
     def _with_micro(self, found: CompleteRequest, request: Request) -> CompleteRequest:
         """A complete request with what the model is told of sizes, if it takes that. As in
@@ -345,6 +462,20 @@ def scheduler_of(spec: PipelineSpec, request: CompleteRequest) -> Scheduler:
     return scheduler
 
 
+def painted_whole(spec: PipelineSpec, request: Request) -> Request:
+    """`request` for a pipeline that can't do without an image, with a grey one of which all is
+    painted: where images are made to measure them, of prompts alone. Others stay as they are."""
+    if spec.wiring.tasks[0] not in IMAGE_TASKS or request.image is not None:
+        return request
+    from PIL import Image
+
+    width, height = request.width or spec.shape.width, request.height or spec.shape.height
+    grey, white = (Image.new("L", (width, height), value) for value in (127, 255))
+    return replace(
+        request, image=grey.convert("RGB"), mask=white, strength=1.0, width=width, height=height
+    )
+
+
 def _check_control(name: str, control: Control) -> None:
     """Raise UsageError for a value that is out of its range."""
     if not abs(control.scale) <= MAX_CONTROL_SCALE:
@@ -357,6 +488,17 @@ def _check_control(name: str, control: Control) -> None:
             f"{name} acts from {control.start:g} to {control.end:g} of the steps: expected two "
             "numbers from 0 to 1, the first below the second"
         )
+
+
+def _picture(given: GivenPicture | None) -> Picture | None:
+    """What was given, read and checked. Raises as `read_picture`."""
+    if given is None or isinstance(given, Picture):
+        return given
+    if isinstance(given, Path | str):
+        return read_picture(Path(given))
+    file = io.BytesIO()
+    given.save(file, "PNG")
+    return read_picture(file.getvalue())
 
 
 def _micro(asked: Micro, default: CompleteMicro) -> CompleteMicro:

@@ -40,7 +40,9 @@ SIZES = ((32, 32), (40, 24))
 """Width and height."""
 
 OBLONG = SIZES[1]
-FROM_PROMPTS = [name for name in PIPELINES if name != "sdxl-refiner"]
+FROM_PROMPTS = [
+    name for name in PIPELINES if name not in ("sdxl-refiner", "sd-inpaint", "sdxl-inpaint")
+]
 
 
 class Model(NamedTuple):

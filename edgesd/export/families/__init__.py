@@ -75,6 +75,7 @@ class OwnPipeline:
     encoders: by the component's name. tokenizers: by the folder's name. encode: hands a prompt to
     the pipeline's encoders. encoded: what the pipeline takes from an encoder, by its component's
     name and outputs, in the order of its spec. has_size: whether it knows a default size by itself.
+    of_task: the pipeline of the same networks that begins with an image.
     """
 
     pipeline: Any
@@ -85,6 +86,7 @@ class OwnPipeline:
     encode: Callable[[str], object]
     encoded: Callable[[str, Sequence[Tensor]], object]
     has_size: bool
+    of_task: Callable[[ImageTask], Any]
 
 
 @dataclass(frozen=True)

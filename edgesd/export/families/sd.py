@@ -154,6 +154,8 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults, unet: Mapping[st
 def _own_pipeline(source: Checkpoint, defaults: Defaults, unet: Mapping[str, Any]) -> OwnPipeline:
     """The same with the sampler's scheduler. The pipeline of latent consistency models takes its
     own only: Stable Diffusion's, which feeds such a UNet just as well, takes the others."""
+    from edgesd.export.families.parts.diffusers_pipeline import with_networks_of
+
     pipeline = _diffusers_pipeline(source, defaults, unet)
     own = type(pipeline.scheduler).__name__
     if type(pipeline).__name__ == _LCM and own != sampler_class(defaults.sampler):
@@ -174,4 +176,7 @@ def _own_pipeline(source: Checkpoint, defaults: Defaults, unet: Mapping[str, Any
         encode=lambda prompt: pipeline.encode_prompt(prompt, "cpu", 1, False),
         encoded=lambda component, outputs: tuple(outputs),
         has_size=takes_two or isinstance(pipeline.unet.config.sample_size, int),
+        of_task=lambda task: with_networks_of(
+            pipeline, _FROM_IMAGES[task], requires_safety_checker=False
+        ),
     )

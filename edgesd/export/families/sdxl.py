@@ -263,6 +263,8 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults, unet: Mapping[st
 
 def _own_pipeline(source: Checkpoint, defaults: Defaults, unet: Mapping[str, Any]) -> OwnPipeline:
     """The same with the sampler's scheduler."""
+    from edgesd.export.families.parts.diffusers_pipeline import with_networks_of
+
     pipeline = with_sampler(_diffusers_pipeline(source, defaults, unet), defaults.sampler)
     return OwnPipeline(
         pipeline,
@@ -277,6 +279,13 @@ def _own_pipeline(source: Checkpoint, defaults: Defaults, unet: Mapping[str, Any
         encode=lambda prompt: pipeline.encode_prompt(prompt, None, "cpu", 1, False),
         encoded=_encoded,
         has_size=isinstance(pipeline.unet.config.sample_size, int),
+        of_task=lambda task: with_networks_of(
+            pipeline,
+            _FROM_IMAGES[task],
+            requires_aesthetics_score=_refines(source),
+            force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt,
+            add_watermarker=False,
+        ),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgesd.runtime.arrays import Float
+from edgesd.runtime.pictures import image_array
 from edgesd.runtime.requests import CompleteRequest
 from edgesd.runtime.schedulers import Scheduler
 from edgesd.runtime.schedulers.base import Noise
@@ -23,8 +24,7 @@ class Beginning:
     """Requests that are generated in one batch, and what they are generated with.
 
     scheduler: laid out for the requests. begun: latents [B, C, h, w] that another pipeline began.
-    images, masks: of each request, [1, 3, H, W] of -1 to 1 and [1, 1, H, W] of 0 (kept) and 1
-    (painted). encode: the encoder; for tasks that begin with an image.
+    encode: the encoder; for tasks that begin with an image.
     """
 
     spec: PipelineSpec
@@ -32,8 +32,6 @@ class Beginning:
     scheduler: Scheduler
     noise: Noise
     begun: Float | None = None
-    images: Sequence[Float] = ()
-    masks: Sequence[Float] = ()
     encode: Encode | None = None
 
     @property
@@ -47,6 +45,16 @@ class Beginning:
         """The part of the steps that is taken; all of them where nobody says."""
         found = self.requests[0].strength
         return 1.0 if found is None else found
+
+    def images(self) -> list[Float]:
+        """The images that the requests begin with, [1, 3, H, W] of -1 to 1 each."""
+        given = [(each.image, each.width, each.height) for each in self.requests]
+        return [image_array(one.decoded(), *size) for one, *size in given if one is not None]
+
+    def paintings(self) -> list[tuple[Float, Float]]:
+        """The same with their masks, [1, 1, H, W] of 0 (kept) and 1 (painted)."""
+        found = [request.painting() for request in self.requests]
+        return [painted.arrays() for painted in found if painted is not None]
 
     def drawn(self) -> Float:
         """Standard normal noise of the latents' shape [B, C, h, w]."""

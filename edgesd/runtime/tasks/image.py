@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
+from edgesd.runtime.cut import first_of_picture
 from edgesd.runtime.denoise import Start
 from edgesd.runtime.tasks.beginning import Beginning
-from edgesd.runtime.tasks.cut import first_of_picture
 
 
 def prepare(begin: Beginning) -> Start:
     """The images' latents, as noisy as their strength says. Draws those, then noise."""
     first = first_of_picture(begin.scheduler, begin.strength)
-    latents = begin.encoded(begin.images)
+    latents = begin.encoded(begin.images())
     return Start(begin.scheduler.add_noise(latents, begin.drawn(), first), first)

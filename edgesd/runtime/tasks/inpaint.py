@@ -12,9 +12,11 @@ from collections.abc import Callable
 import numpy as np
 
 from edgesd.runtime.arrays import Float
+from edgesd.runtime.cut import first_of_picture
 from edgesd.runtime.denoise import Start
+from edgesd.runtime.pictures import latent_mask, masked_image
+from edgesd.runtime.schedulers import Scheduler
 from edgesd.runtime.tasks.beginning import Beginning
-from edgesd.runtime.tasks.cut import first_of_picture
 
 
 def prepare(begin: Beginning) -> Start:
@@ -26,27 +28,27 @@ def prepare(begin: Beginning) -> Start:
     scheduler, strength = begin.scheduler, begin.strength
     first = first_of_picture(scheduler, strength)
     made_for_it = bool(begin.spec.wiring.denoiser.concat)
-    latents = None if made_for_it and strength == 1 else begin.encoded(begin.images)
+    paintings = begin.paintings()
+    images = [image for image, _ in paintings]
+    latents = None if made_for_it and strength == 1 else begin.encoded(images)
     noise = begin.drawn()
-    rest = [image * (mask < 0.5) for image, mask in zip(begin.images, begin.masks, strict=True)]
-    masked = begin.encoded(rest)
-    unit = begin.spec.latent.scale_factor
-    mask = np.concatenate([mask[:, :, ::unit, ::unit] for mask in begin.masks])
+    masked = begin.encoded([masked_image(image, mask) for image, mask in paintings])
+    mask = np.concatenate([latent_mask(mask, *begin.size) for _, mask in paintings])
     start = noise * np.float32(scheduler.init_noise_sigma)
     if latents is not None and strength < 1:
         start = scheduler.add_noise(latents, noise, first)
     if made_for_it:
         return Start(start, first, {"mask": mask, "masked": masked})
     assert latents is not None
-    return Start(start, first, after_step=_kept(begin, latents, noise, mask))
+    return Start(start, first, after_step=_kept(scheduler, latents, noise, mask))
 
 
 def _kept(
-    begin: Beginning, latents: Float, noise: Float, mask: Float
+    scheduler: Scheduler, latents: Float, noise: Float, mask: Float
 ) -> Callable[[int, Float], Float]:
     """Puts what `mask` doesn't cover of an image's latents back after a step."""
 
     def after_step(at: int, sample: Float) -> Float:
-        return (1 - mask) * begin.scheduler.add_noise(latents, noise, at + 1) + mask * sample
+        return (1 - mask) * scheduler.add_noise(latents, noise, at + 1) + mask * sample
 
     return after_step

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from edgesd.runtime.cut import first_of_refiner
 from edgesd.runtime.denoise import Start
 from edgesd.runtime.tasks import text
 from edgesd.runtime.tasks.beginning import Beginning
-from edgesd.runtime.tasks.cut import first_of_refiner
 
 
 def prepare(begin: Beginning) -> Start:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from edgesd.errors import UsageError
+from edgesd.runtime.cut import steps_of_base
 from edgesd.runtime.denoise import Start
 from edgesd.runtime.tasks.beginning import Beginning
-from edgesd.runtime.tasks.cut import steps_of_base
 
 
 def prepare(begin: Beginning) -> Start:

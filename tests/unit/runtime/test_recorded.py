@@ -14,8 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from edgesd.errors import InputError
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.recorded import Recorded, recorded, texts_of
-from edgesd.runtime.requests import CompleteMicro, CompleteRequest, Completion, Request
+from edgesd.runtime.pictures import Picture
+from edgesd.runtime.recorded import Recorded, RecordedControl, recorded, texts_of
+from edgesd.runtime.requests import CompleteMicro, CompleteRequest, Completion, Control, Request
 from tests.support import assert_refused, pipeline_spec, run_cli, write_bundle
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -185,6 +186,9 @@ def test_the_text_of_a_large_picture_is_read(tmp_path: Path) -> None:
     assert recorded(path).values["seed"] == 5
 
 
+PICTURE = Picture("a.png", "a" * 64, 8, 8, False, (), b"")
+
+
 def test_every_value_of_a_request_is_written(miniature: Bundle, tmp_path: Path) -> None:
     """None can be added to requests without a text for it."""
     request = Completion(pipeline_spec()).complete(Request("a", 1))
@@ -207,13 +211,23 @@ def test_every_value_of_a_request_is_written(miniature: Bundle, tmp_path: Path) 
         micro=CompleteMicro((640, 480), (3, 7), (320, 240), 6.5),
         negative_micro=CompleteMicro((64, 48), (1, 2), (32, 24), 2.25),
         denoising_end=0.8,
+        image=PICTURE,
+        mask=replace(PICTURE, sha256="b" * 64),
+        strength=0.4,
+        mask_blur=4.5,
+        mask_padding=32,
+        controls=(Control(replace(PICTURE, sha256="c" * 64), "sketch", 0.5, 0.25, 0.75),),
+        guess_mode=True,
     )
     assert all(getattr(request, name) != value for name, value in vars(other).items())
     texts = texts_of(miniature.manifest, other)
-    values = dict(recorded(write_png(tmp_path / "a.png", **texts)).values)
+    known = recorded(write_png(tmp_path / "a.png", **texts))
+    values, pictures = dict(known.values), {"image": other.image, "mask": other.mask}
+    assert known.pictures == {"image": "a" * 64, "mask": "b" * 64}
+    assert known.controls == (RecordedControl("sketch", "c" * 64, 0.5, 0.25, 0.75, "ready"),)
     for name in ("micro", "negative_micro"):
         values[name] = CompleteMicro(**vars(values[name]))
-    assert CompleteRequest(**values) == other
+    assert CompleteRequest(**values, **pictures, controls=other.controls) == other
     spread = texts_of(miniature.manifest, replace(other, sigmas="karras", scheduler="dpmpp-2m"))
     assert recorded(write_png(tmp_path / "b.png", **spread)).values["sigmas"] == "karras"
     assert "Sampler: DPM++ 2M, Schedule type: Karras" in spread["parameters"]
@@ -221,12 +235,12 @@ def test_every_value_of_a_request_is_written(miniature: Bundle, tmp_path: Path) 
 
 def test_another_sampler_or_number_of_steps_has_its_own_schedule() -> None:
     values = {"prompt": "a", "scheduler": "ddim", "timesteps": (999, 499), "eta": 0.5}
-    known = Recorded(values, {})
+    known = Recorded(values, {}, {})
     assert known.request(Request("", 1)).timesteps == (999, 499)
     found = known.request(Request("", 1, scheduler="euler"))
     assert (found.scheduler, found.timesteps, found.eta) == ("euler", None, Request("", 1).eta)
     found = known.request(Request("", 1, num_inference_steps=7))
     assert (found.num_inference_steps, found.timesteps, found.eta) == (7, None, 0.5)
-    spread = Recorded({**values, "sigmas": "karras"}, {})
+    spread = Recorded({**values, "sigmas": "karras"}, {}, {})
     assert spread.request(Request("", 1, num_inference_steps=7)).sigmas == "karras"
     assert spread.request(Request("", 1, scheduler="ddim")).sigmas is None

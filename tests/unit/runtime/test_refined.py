@@ -18,6 +18,7 @@ from PIL import Image
 from edgesd.engines.bundle import update_manifest
 from edgesd.errors import UsageError
 from edgesd.runtime.bundle import Bundle, open_bundle
+from edgesd.runtime.cut import first_of_refiner, steps_of_base
 from edgesd.runtime.denoise import Step
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.pipeline import Pipeline
@@ -25,7 +26,6 @@ from edgesd.runtime.refined import Refined
 from edgesd.runtime.requests import Request
 from edgesd.runtime.schedulers import create_scheduler
 from edgesd.runtime.settings import Settings
-from edgesd.runtime.tasks.cut import first_of_refiner, steps_of_base
 from tests.support import assert_refused, pipeline_spec, run_cli, with_other_decoder
 
 REQUESTS = [Request("a red apple", 3, num_inference_steps=10), Request("a cat", 4, None, 10)]

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from edgesd.errors import InputError, UsageError
+from edgesd.runtime.cut import first_of_picture
 from edgesd.runtime.noise import TorchNoise
 from edgesd.runtime.schedulers import (
     SCHEDULERS,
@@ -30,7 +31,6 @@ from edgesd.runtime.schedulers import (
 )
 from edgesd.runtime.schedulers.brownian import BrownianPath
 from edgesd.runtime.schedulers.flow_euler import FlowEuler
-from edgesd.runtime.tasks.cut import first_of_picture
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 

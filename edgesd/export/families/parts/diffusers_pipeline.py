@@ -62,6 +62,13 @@ def diffusers_pipeline(
         raise InputError(f"{source.name} makes no {class_name}: {first_sentence(exc)}") from exc
 
 
+def with_networks_of(pipeline: Any, class_name: str, **options: Any) -> Any:
+    """diffusers' pipeline `class_name` of the networks of another one. options: for the
+    constructor."""
+    with quiet():
+        return getattr(diffusers, class_name)(**pipeline.components, **options)
+
+
 def _made(source: Checkpoint, part: str, make: Callable[[], Any]) -> Any:
     try:
         with quiet():
