@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -27,6 +28,7 @@ from edgesd.runtime.pictures import Picture, read_picture
 from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, Engine, FileEntry, Licence, Parity
 from edgesd.spec.pipeline import (
     ComponentSpec,
+    EncoderSpec,
     LatentSpec,
     PipelineSpec,
     SchedulerSpec,
@@ -174,6 +176,24 @@ def _value(name: str, dtype: int, shape: list[int | str]) -> onnx.ValueInfoProto
     return helper.make_tensor_value_info(name, dtype, shape)
 
 
+def _write_encoder(folder: Path) -> None:
+    """Mean and deviation [batch, C, h, w] of an image: its colours, and half of that."""
+    weight = np.random.default_rng(1).standard_normal((CHANNELS, 3, 1, 1)).astype(np.float32)
+    latent: list[int | str] = ["batch", CHANNELS, "h", "w"]
+    size = [SCALE, SCALE]
+    _graph(
+        folder,
+        [
+            helper.make_node("AveragePool", ["image"], ["small"], kernel_shape=size, strides=size),
+            helper.make_node("Conv", ["small", "kernel"], ["mean"]),
+            helper.make_node("Mul", ["mean", "half"], ["std"]),
+        ],
+        [_value("image", F32, ["batch", 3, "height", "width"])],
+        [_value("mean", F32, latent), _value("std", F32, latent)],
+        {"kernel": weight, "half": np.float32([0.5])},
+    )
+
+
 def _write_graphs(root: Path, tokens: int | str) -> None:
     rng = np.random.default_rng(0)
 
@@ -232,6 +252,21 @@ def _tensor(name: str, dtype: str, *shape: int | str) -> TensorSpec:
 
 def _component(name: str, inputs: list[TensorSpec], output: TensorSpec) -> ComponentSpec:
     return ComponentSpec(name, tuple(inputs), (output,))
+
+
+def for_images(spec: PipelineSpec) -> PipelineSpec:
+    """The miniature pipeline with an encoder, and tasks that begin with an image."""
+    latent = ("batch", CHANNELS, "h", "w")
+    image = _tensor("image", "float32", "batch", 3, "height", "width")
+    outputs = tuple(_tensor(name, "float32", *latent) for name in ("mean", "std"))
+    wiring = msgspec.structs.replace(
+        spec.wiring,
+        tasks=("text", "image", "inpaint"),
+        encoder=EncoderSpec("vae_encoder", "image", ("mean", "std")),
+        strengths={"image": 0.8, "inpaint": 1.0},
+    )
+    components = {**spec.components, "vae_encoder": ComponentSpec("vae_encoder", (image,), outputs)}
+    return msgspec.structs.replace(spec, wiring=wiring, components=components)
 
 
 def pipeline_spec(tokens: int | str = 77) -> PipelineSpec:
@@ -297,14 +332,18 @@ def write_bundle(
     arch: str = "x86_64",
     backend: str = "onnxruntime",
     tokens: int | str = 77,
+    images: bool = False,
 ) -> Bundle:
     """Write the miniature pipeline as a bundle to the new folder `root`. tokens: that its denoiser
-    takes of a prompt."""
+    takes of a prompt. images: whether it can begin with one."""
     root.mkdir(parents=True)
     _write_graphs(root, tokens)
     write_tokenizer(root / "tokenizer")
     (root / "LICENSE").write_text("Public domain.\n")
     spec = pipeline_spec(tokens)
+    if images:
+        _write_encoder(root / "vae_encoder")
+        spec = for_images(spec)
     manifest = BundleManifest(
         schema_version=SCHEMA_VERSION,
         name="miniature",

@@ -86,6 +86,8 @@ def parameters(manifest: BundleManifest, request: CompleteRequest) -> str:
         "CFG scale": f"{request.guidance_scale:g}",
         "Seed": str(request.seed),
         "Size": f"{request.width}x{request.height}",
+        "Denoising strength": "" if request.strength is None else f"{request.strength:g}",
+        "Mask blur": "" if request.mask_blur is None else f"{request.mask_blur:g}",
         "Model hash": manifest.pipeline.source_sha256[:10],
         "Model": manifest.name,
         "RNG": "CPU",

@@ -27,8 +27,8 @@ from edgesd.runtime.requests import (
 )
 from edgesd.runtime.tasks import TASKS
 from edgesd.runtime.tasks.beginning import Beginning
-from edgesd.spec.pipeline import EncoderSpec, PipelineSpec, Task
-from tests.support import CHANNELS, SCALE, pipeline_spec
+from edgesd.spec.pipeline import PipelineSpec, Task
+from tests.support import CHANNELS, SCALE, for_images, pipeline_spec
 
 SIZE = 12, 16
 """Height and width."""
@@ -65,17 +65,12 @@ class Encoder:
 
 def spec(concat: bool = False) -> PipelineSpec:
     """The miniature pipeline with an encoder; concat: with a denoiser made for inpainting."""
-    own = pipeline_spec()
-    wiring = msgspec.structs.replace(
-        own.wiring,
-        tasks=("inpaint",) if concat else ("text", "image", "inpaint"),
-        encoder=EncoderSpec("vae_encoder", "image", ("mean", "std")),
-        strengths={"image": 0.8, "inpaint": 1.0},
-        denoiser=msgspec.structs.replace(
-            own.wiring.denoiser, concat=("mask", "masked") if concat else ()
-        ),
-    )
-    return msgspec.structs.replace(own, wiring=wiring)
+    found = for_images(pipeline_spec())
+    if not concat:
+        return found
+    denoiser = msgspec.structs.replace(found.wiring.denoiser, concat=("mask", "masked"))
+    wiring = msgspec.structs.replace(found.wiring, tasks=("inpaint",), denoiser=denoiser)
+    return msgspec.structs.replace(found, wiring=wiring)
 
 
 def half_mask() -> Image.Image:
@@ -214,7 +209,7 @@ def test_an_image_gives_its_size_and_the_task_its_strength() -> None:
     found = completed(image=IMAGE)
     assert (found.width, found.height, found.strength, found.task) == (20, 12, 0.8, "image")
     assert (found.mask_blur, found.pasted) == (None, False)
-    found = completed(image=IMAGE, mask=IMAGE, mask_padding=0)
+    found = completed(image=IMAGE, mask=Image.new("L", IMAGE.size, 255), mask_padding=0)
     assert (found.strength, found.task, found.pasted) == (1.0, "inpaint", True)
     assert completed(image=IMAGE, width=8, height=8).width == 8
     assert completed(image=IMAGE, width=8).height == 16  # the bundle's own
