@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from edgesd.runtime.schedulers import preset, sampler_class
 from edgesd.runtime.tasks import inpaint
 from edgesd.runtime.tokenizer import PromptTokenizer, tokenizer_of
 from edgesd.spec.pipeline import ImageTask
+from tests.support import run_cli
 from tests.tiny_pipelines import diffusers_images, on_torch, tiny, write_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -230,3 +232,33 @@ def test_images_of_one_batch_all_begin_with_one_or_none(opened: Open) -> None:
     (masked,) = both.requests("inpaint", 1, SQUARE, strength=0.8)
     with pytest.raises(UsageError, match="must all begin with an image, or none"):
         both.ours.generate([image, masked])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "precision"), [("sd", "fp32"), ("sd-inpaint", "w8a8")])
+def test_a_build_for_inpainting_paints_from_the_command_line(
+    name: str, precision: str, tmp_path: Path
+) -> None:
+    model, bundle, out = write_tiny(name, tmp_path / name), tmp_path / "bundle", tmp_path / "a.png"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    asked = ["--target", "x86-64-cpu", "--task", "inpaint", "--work", tmp_path / "work"]
+    if precision != "fp32":
+        asked += ["--precision", precision, "--no-quality", "--calibration-prompts", prompts]
+    built = run_cli("build", model, *asked, "-o", bundle)
+    assert built.code == 0, built.err
+    picture(0, OBLONG).save(tmp_path / "image.png")
+    mask(0, OBLONG).save(tmp_path / "mask.png")
+    made = run_cli(
+        "generate", bundle, "-p", PROMPTS[0], "--seed", SEEDS[0], "--steps", STEPS,
+        "--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "-o", out,
+    )  # fmt: skip
+    assert made.code == 0, made.err
+    source = resolve_source(model)
+    export = export_spec(source, tasks=("inpaint",))
+    with on_torch(source, export, tmp_path / "torch") as ours:
+        both = Both(tiny(name), ours, export, {})
+        (wanted,) = both.wanted("inpaint", 1, OBLONG)
+    with Image.open(out) as found:
+        off = np.abs(np.int32(found) - np.int32(wanted))
+    assert off.max() <= 1 if precision == "fp32" else off.mean() < 4
