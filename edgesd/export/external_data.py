@@ -14,9 +14,6 @@ from edgesd.files import atomic_write
 GRAPH_FILE = "model.onnx"
 KERNELS_FILE = "kernels.onnx"
 """The same component's graph for edgesd's own kernels."""
-SPLIT_FILES = ("head.onnx", "tail.onnx")
-"""A decoder's head and tail (passes/tiled_decoder.py)."""
-KERNELS_SPLIT_FILES = ("head-kernels.onnx", "tail-kernels.onnx")
 WEIGHTS_FILE = "weights.bin"
 
 EXTERNAL_BYTES = 1024
@@ -54,6 +51,14 @@ def write_model(
     for name, each in models.items():
         with atomic_write(folder / name) as file:
             file.write(ir.serde.serialize_model(each).SerializeToString())
+
+
+def split_files(count: int, kernels: bool = False) -> tuple[str, ...]:
+    """Names of the graphs of a component's `count` parts (passes/split_autoencoder.py). kernels:
+    of those for edgesd's own kernels."""
+    names = ["head", *(f"middle-{number}" for number in range(1, count - 1)), "tail"]
+    ending = "-kernels.onnx" if kernels else ".onnx"
+    return tuple(f"{name}{ending}" for name in names[:count])
 
 
 class InCheckpoint(NamedTuple):

@@ -14,12 +14,12 @@ from torch import nn
 
 from edgesd.errors import ParityError
 from edgesd.export.families import Component, Sizes
-from edgesd.export.passes.tiled_decoder import CORE, FEATURES, OWN, STATISTICS
+from edgesd.export.passes.split_autoencoder import CORE, OWN, STATISTICS
 from edgesd.export.pieces import run_in_pieces
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends.onnxruntime import session_options
 from edgesd.runtime.lora import empty_factors
-from edgesd.spec.bundle import Parity, SplitDecoder
+from edgesd.spec.bundle import ComponentPart, Parity, SplitComponent
 from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import TensorSpec, size_of
 from edgesd.spec.scheme import Precision
@@ -86,34 +86,43 @@ def check_parity(
 
 def check_split(
     root: Path,
-    split: SplitDecoder,
+    split: SplitComponent,
     component: Component,
     cases: Sequence[Case],
     precision: Precision,
     library: Path | None = None,
 ) -> Parity:
-    """The same for head and tail of a decoder below the folder `root`, one after the other, each
-    image in one tile. library: takes their graphs for edgesd's own kernels."""
-    files = [
-        root / (part.kernels if library and part.kernels else part.path)
-        for part in (split.head, split.tail)
-    ]
-    (latents,) = split.head.spec.inputs
-    statistics = next(t for t in split.tail.spec.inputs if t.name == STATISTICS)
-    none = np.zeros([int(dim) for dim in statistics.shape], statistics.dtype)
+    """The same for the parts of a decoder or encoder below the folder `root`, one after the other,
+    each image in one tile. library: takes their graphs for edgesd's own kernels."""
 
     def run(inputs: list[dict[str, Array]]) -> Iterator[Sequence[Array]]:
-        head, tail = (_session(file, library) for file in files)
+        sessions = [
+            _session(root / (part.kernels if library and part.kernels else part.path), library)
+            for part in split.parts
+        ]
         for each in inputs:
-            images = []
-            for row in each[latents.name]:
-                features = head.run(None, {latents.name: row[None]})[0]
-                core = np.array([0, 0, *features.shape[2:]])
-                fed = {FEATURES: features, STATISTICS: none, CORE: core}
-                images.append(tail.run(None, {**fed, OWN: np.ones(1, np.float32)})[0])
-            yield [np.concatenate(images)]
+            (images,) = each.values()
+            rows = []
+            for row in images:
+                made = [row[None]]
+                for part, session in zip(split.parts, sessions, strict=True):
+                    made = session.run(None, _in_one_tile(part, made[0]))
+                rows.append(made[: len(component.spec.outputs)])
+            yield [np.concatenate(row) for row in zip(*rows, strict=True)]
 
     return _check(run, component, cases, precision)
+
+
+def _in_one_tile(part: ComponentPart, source: Array) -> dict[str, Array]:
+    """The inputs of a part, which takes its own statistics if any."""
+    inputs = {tensor.name: tensor for tensor in part.spec.inputs}
+    if (statistics := inputs.get(STATISTICS)) is None:
+        return {next(iter(inputs)): source}
+    (name,) = inputs.keys() - {STATISTICS, OWN, CORE}
+    none = np.zeros([int(dim) for dim in statistics.shape], statistics.dtype)
+    # Too large for any: a slice ends with its tensor.
+    core = np.array([0, 0, *source.shape[2:]])
+    return {name: source, STATISTICS: none, OWN: np.ones(1, np.float32), CORE: core}
 
 
 def _check(

@@ -20,7 +20,7 @@ from edgesd.files import atomic_dir, disk_errors
 from edgesd.progress import SILENT, Progress
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.base import check_ranges
-from edgesd.spec.bundle import Graph, GraphSet, SplitDecoder
+from edgesd.spec.bundle import Graph, GraphSet, SplitComponent
 from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import ImageTask, Wiring
 from edgesd.spec.scheme import Precision
@@ -207,7 +207,7 @@ class _Written(NamedTuple):
     places for LoRAs."""
 
     cases: list[Case]
-    split: SplitDecoder | None
+    split: SplitComponent | None
     elsewhere: Mapping[str, ir.TensorProtocol]
     slots: LoraSlots | None
 
@@ -222,10 +222,10 @@ def _write_graph(
     as_source: bool,
     lora_slots: int | None,
 ) -> _Written:
-    from edgesd.export.external_data import SPLIT_FILES, write_model
+    from edgesd.export.external_data import split_files, write_model
     from edgesd.export.parity import reference_cases
     from edgesd.export.passes.lora_slots import add_slots
-    from edgesd.export.passes.tiled_decoder import describe_split, split_decoder
+    from edgesd.export.passes.split_autoencoder import describe_split, split_component
     from edgesd.export.source_graphs import write_source_graph
     from edgesd.export.to_onnx import graph_from_module
 
@@ -234,13 +234,14 @@ def _write_graph(
     cases = reference_cases(module, component)
     progress.line(f"{component.name}: export")
     model = graph_from_module(module, component, "ort-mha")
-    splits = component.name == wiring.decoder.component and lowering.splits_decoder
-    parts = (split_decoder(model) if splits else None) or ()
+    splits = lowering.splits_autoencoder and component.name in wiring.autoencoder
+    parts = split_component(model) if splits else ()
     slots = add_slots(model, component.name, wiring, lora_slots, lowering.fixed_shapes)
     for each in (model, *parts):
         lowering.lower(each, precision, wiring.input_of(component.name, "timestep"))
-    split = describe_split(component.name, parts, SPLIT_FILES) if parts else None
-    others = dict(zip(SPLIT_FILES, parts, strict=False))
+    files = split_files(len(parts))
+    split = describe_split(component.name, parts, files) if parts else None
+    others = dict(zip(files, parts, strict=True))
     elsewhere: Mapping[str, ir.TensorProtocol] = {}
     if as_source:
         elsewhere = write_source_graph(model, folder, others, cases)

@@ -22,12 +22,22 @@ from edgesd.export.families.parts.shapes import TOKENS
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 from edgesd.runtime.flow import Stage, flow_of
-from edgesd.runtime.tiles import TILE, WINDOWS, margin_of, tail_shapes
-from edgesd.spec.bundle import BundleManifest, Engine, Footprint
+from edgesd.runtime.tiles import (
+    TILE,
+    WINDOWS,
+    Margins,
+    encoder_window,
+    margins_of,
+    part_shapes,
+)
+from edgesd.spec.bundle import BundleManifest, Engine, Footprint, split_of
 from edgesd.spec.scheme import Precision, number_format, parse_scheme
 
 Shape = tuple[int, int, int]
 """Height, width and batch of a component's input; height and width in latents."""
+
+_ENCODER_MARGINS: Margins = 3, 3
+"""Of the tiles of a full autoencoder's encoder, about: its graphs say it."""
 
 _CHUNK_MARGIN = 2.2
 """How many times as much as is traced a further chunk takes at most: measured on the embedded model
@@ -49,10 +59,46 @@ class ComponentForm:
     slots: Slots = NO_SLOTS
     factors: int = 0
 
-    def lowered(self, workload: Workload, tail: bool = False) -> Workload:
-        """A workload as the graph runs it. tail: of a decoder's tail."""
+    def lowered(self, workload: Workload, tiled: bool = False) -> Workload:
+        """A workload as the graph runs it. tiled: of an autoencoder's part that is run in tiles."""
         own = self.own_kernels
-        return lower_workload(workload, self.schemes, own, own, tail, slots=self.slots)
+        return lower_workload(workload, self.schemes, own, own, tiled, slots=self.slots)
+
+
+@dataclass(frozen=True)
+class AutoencoderPart:
+    """A part of a full autoencoder's decoder or encoder. which: its place. larger: how much larger
+    than the latents is the smaller of what it takes and makes, whose pixels are its unit. decodes:
+    whether it is a decoder's. tiled: whether it is run in tiles (runtime/tiles.py). norms: its
+    group normalizations."""
+
+    which: int
+    larger: int
+    decodes: bool
+    tiled: bool
+    norms: int
+
+    def window(self, window: int) -> int:
+        """Side of its tiles. window: that of a decoder's."""
+        return window if self.decodes else encoder_window(window, self.which)
+
+    def shapes(self, size: tuple[int, int], window: int) -> tuple[list[tuple[int, int]], int]:
+        """What it is run at, one after another, for an image of `size` in latents, and how often
+        all of that."""
+        height, width = (side * self.larger for side in size)
+        if not self.tiled:
+            return [(height, width)], 1
+        return part_shapes((height, width), self.window(window), self._margins, self.norms)
+
+    def largest(self, window: int) -> list[tuple[int, int]]:
+        """What it is run at in one pass over an image of several tiles."""
+        side = 4 * window if self.decodes else 3 * (self.window(window) - sum(_ENCODER_MARGINS))
+        shapes, _ = part_shapes((side, side), self.window(window), self._margins, self.norms)
+        return shapes
+
+    @property
+    def _margins(self) -> Margins | None:
+        return None if self.decodes else _ENCODER_MARGINS
 
 
 class Networks:
@@ -73,15 +119,23 @@ class Networks:
 
     def trace(self, stage: Stage, shape: Shape, chunks: int = 1) -> Workload:
         """The workload of a stage's component. chunks: of prompts, where it takes any number."""
+        return self._trace(stage, self._in_own_unit(stage, shape), chunks)
+
+    def _in_own_unit(self, stage: Stage, shape: Shape) -> Shape:
+        height, width, batch = shape
+        unit = self.pipeline.latent.scale_factor if stage.role == "encoder" else 1
+        return height * unit, width * unit, batch
+
+    def _trace(self, stage: Stage, shape: Shape, chunks: int) -> Workload:
+        """The same by a shape in the component's own unit, which is pixels for an encoder."""
         name = stage.component
         key = name, shape, chunks
         if key not in self._traced:
             height, width, batch = shape
-            unit = self.pipeline.latent.scale_factor if stage.role == "encoder" else 1
-            sizes = {"batch": batch, "height": height * unit, "width": width * unit}
+            sizes = {"batch": batch, "height": height, "width": width}
             sizes[TOKENS] = chunks * self._chunk_tokens
             traced = trace(self._components[name], sizes)
-            if (shape, chunks) != (self.own_shape(stage), 1):
+            if (shape, chunks) != (self._in_own_unit(stage, self.own_shape(stage)), 1):
                 traced = _with_layers_of(self.trace_own(stage), traced)
             self._traced[key] = traced
         return self._traced[key]
@@ -95,9 +149,26 @@ class Networks:
         """The same at the pipeline's own size."""
         return self.trace(stage, self.own_shape(stage))
 
-    def trace_part(self, shape: Shape, which: int) -> Workload:
-        """The decoder's head (0) or tail (1)."""
-        return split_workload(self.trace(self.flow.decoder, shape))[which]
+    def parts(self, stage: Stage) -> list[AutoencoderPart]:
+        """Of a full autoencoder's decoder or encoder, in order."""
+        decodes, scale = stage.role == "decoder", self.pipeline.latent.scale_factor
+        found = split_workload(self.trace_own(stage))
+        return [
+            AutoencoderPart(
+                which=which,
+                larger=1 if decodes else max(1, scale // 2 ** (which + 1)),
+                decodes=decodes,
+                tiled=(which == len(found) - 1) == decodes,
+                norms=sum(op.kind == "group_norm" for op in part.operations),
+            )
+            for which, part in enumerate(found)
+        ]
+
+    def trace_part(self, stage: Stage, part: AutoencoderPart, shape: tuple[int, int]) -> Workload:
+        """The workload of a part. shape: height and width in its own unit."""
+        scale = 1 if part.decodes else self.pipeline.latent.scale_factor // part.larger
+        height, width = (side * scale for side in shape)
+        return split_workload(self._trace(stage, (height, width, 1), 1))[part.which]
 
     def latents(self, width: int, height: int) -> tuple[int, int]:
         """Height and width in latents of an image's in pixels."""
@@ -131,7 +202,7 @@ class Networks:
             each = on_gpu["fp32" if plain else number_format(form.precision)]
             weights = int(each * workload.parameters) + form.factors
             return Footprint(weights, 0, weights, 0, 0, _sorted(runs))
-        tiled = stage.role == "decoder" and any(max(shape) > TILE for shape in shapes)
+        tiled = stage.role in ("encoder", "decoder") and any(max(shape) > TILE for shape in shapes)
         return Footprint(
             weights=takes.weights,
             loading=takes.loading,
@@ -139,7 +210,7 @@ class Networks:
             in_file=0 if form.precision == "fp16" else takes.in_file,
             graph=takes.graph,
             runs=_sorted(runs),
-            spread=self._spread(form) if tiled else 1.0,
+            spread=self._spread(stage, form) if tiled else 1.0,
             chunk=self._chunk(stage, form, shapes[0]),
         )
 
@@ -156,26 +227,33 @@ class Networks:
         traced = more.activations + more.workspace - few.activations - few.workspace
         return max(0, int(_CHUNK_MARGIN * traced))
 
-    def split(self, form: ComponentForm, at: Iterable[Shape] = ()) -> tuple[Footprint, Footprint]:
-        """Of a full autoencoder's decoder that is split: its head, and its tail at each window.
-        at: as in `footprint`, of the head."""
-        heads = {
-            height * width: [(height, width, batch)]
-            for height, width, batch in sorted(set(at) or self._shapes(self.flow.decoder))
-        }
-        tails = {
-            window**2: [(h, w, 1) for h, w in tail_shapes(4 * window, 4 * window, window)[0]]
-            for window in sorted(WINDOWS)
-        }
-        return self._part(form, heads, 0), self._part(form, tails, 1)
+    def split(
+        self, stage: Stage, form: ComponentForm, at: Iterable[Shape] = ()
+    ) -> tuple[Footprint, ...]:
+        """Of the parts of a full autoencoder's decoder or encoder: those in tiles at each window.
+        at: as in `footprint`, of the other one."""
+        sizes = sorted({(height, width) for height, width, _ in set(at) or self._shapes(stage)})
+        found = []
+        for part in self.parts(stage):
+            shapes_at = {height * width: [(height, width)] for height, width in sizes}
+            if part.tiled:
+                shapes_at = {part.window(n) ** 2: part.largest(n) for n in sorted(WINDOWS)}
+            found.append(self._part(stage, part, form, shapes_at))
+        return tuple(found)
 
     def _part(
-        self, form: ComponentForm, shapes_at: Mapping[int, list[Shape]], which: int
+        self,
+        stage: Stage,
+        part: AutoencoderPart,
+        form: ComponentForm,
+        shapes_at: Mapping[int, list[tuple[int, int]]],
     ) -> Footprint:
-        """Of the decoder's head or tail. shapes_at: by units, what is run one after another."""
+        """shapes_at: by units, what is run one after another."""
         runs = {}
         for units, shapes in shapes_at.items():
-            parts = [form.lowered(self.trace_part(shape, which), which == 1) for shape in shapes]
+            parts = [
+                form.lowered(self.trace_part(stage, part, shape), part.tiled) for shape in shapes
+            ]
             takes = memory(parts, form.schemes, part_bytes(parts[0], form.schemes))
             runs[units] = takes.activations, takes.workspace
         return Footprint(
@@ -196,17 +274,13 @@ class Networks:
             found += [(height, width, 2), (height, width, 32)]
         return found
 
-    def _spread(self, form: ComponentForm) -> float:
+    def _spread(self, stage: Stage, form: ComponentForm) -> float:
         """How much more tiles of several sizes touch, one after another, than the largest."""
-        halo = self.pipeline.latent.halo
+        halo = self.pipeline.latent.halo_of(stage.role)
         if halo is None or not self.pipeline.shape.dynamic:
             return 1.0
-        sides = [TILE + n * margin_of(halo) for n in (1, 2)]
-        tiles = {
-            (h, w): form.lowered(self.trace(self.flow.decoder, (h, w, 1)))
-            for h in sides
-            for w in sides
-        }
+        sides = [TILE + sum(margins_of(halo)[:n]) for n in (1, 2)]
+        tiles = {(h, w): form.lowered(self.trace(stage, (h, w, 1))) for h in sides for w in sides}
         row = [sides[0], sides[1], sides[0]]
         series = [tiles[h, w] for h in row for w in row]
         return max(1.0, arena_bytes(series) / arena_bytes([tiles[sides[1], sides[1]]]))
@@ -272,11 +346,9 @@ def footprinted(manifest: BundleManifest, spec: ExportSpec) -> BundleManifest:
             )
             found: dict[str, object] = {field: networks.footprint(stage, form)}
             if engine.split is not None:
-                head, tail = networks.split(form)
-                found["split"] = msgspec.structs.replace(
-                    engine.split,
-                    head=msgspec.structs.replace(engine.split.head, **{field: head}),
-                    tail=msgspec.structs.replace(engine.split.tail, **{field: tail}),
+                parts = zip(engine.split.parts, networks.split(stage, form), strict=True)
+                found["split"] = split_of(
+                    msgspec.structs.replace(part, **{field: footprint}) for part, footprint in parts
                 )
             engine = msgspec.structs.replace(engine, **found)
         engines[stage.component] = engine

@@ -14,7 +14,7 @@ from edgesd.export.quantize.layers import Layer
 from edgesd.export.quantize.store import GraphForm, LayerStore, can_pool
 from edgesd.progress import Progress
 from edgesd.runtime import kernels
-from edgesd.spec.bundle import Graph, Parity, SplitDecoder
+from edgesd.spec.bundle import Graph, Parity, SplitComponent
 from edgesd.spec.lora import LoraSlots
 from edgesd.spec.scheme import Precision
 
@@ -94,11 +94,11 @@ class GraphFiles:
         self,
         component: Component,
         file: str,
-        split: SplitDecoder | None,
+        split: SplitComponent | None,
         slots: LoraSlots | None,
         library: Path | None,
     ) -> Parity:
-        """Parity of the whole graph in `file`; a decoder's head and tail must pass, too."""
+        """Parity of the whole graph in `file`; an autoencoder's parts must pass, too."""
         name = component.name
         cases, precision = self._cases[name], self._precision
         parity = check_parity(

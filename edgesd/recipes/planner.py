@@ -50,7 +50,7 @@ from edgesd.runtime.kernels import computes, instruction_set_of
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.rates import Speed
 from edgesd.runtime.requests import CompleteRequest, scheduler_of
-from edgesd.runtime.tiles import TILE, margin_of, tail_shapes, tiles_of
+from edgesd.runtime.tiles import TILE, WINDOWS, margins_of, tiles_of
 from edgesd.spec.bundle import Footprint
 from edgesd.spec.pipeline import PipelineSpec, check_multiple
 from edgesd.spec.scheme import Precision, number_format, parse_scheme
@@ -153,15 +153,22 @@ class _Plan:
             shapes = [networks.own_shape(stage)]
         elif stage.per == "step":
             shapes = [(height, width, self.generations[mode].batch)]
-        elif stage.role == "decoder" and mode == "stream" and costs.split is not None:
-            head = form.lowered(networks.trace_part((height, width, 1), 0))
-            tiles, times = tail_shapes(height, width)
-            tails = [form.lowered(networks.trace_part((h, w, 1), 1), tail=True) for h, w in tiles]
-            return [head, *tails * times], costs.split[1]
-        elif stage.role == "decoder" and mode == "stream":
-            shapes = [(h, w, 1) for h, w in _tiles(networks.pipeline, (height, width))]
+        elif mode == "stream" and stage.component in costs.splits:
+            return self._in_parts(stage, form), costs.splits[stage.component][-1]
+        elif mode == "stream":
+            halo = _halo(networks.pipeline, stage)
+            shapes = [(h, w, 1) for h, w in _tiles((height, width), halo)]
         found = [form.lowered(networks.trace(stage, shape)) for shape in shapes]
         return found, costs.footprints[stage.component]
+
+    def _in_parts(self, stage: Stage, form: ComponentForm) -> list[Workload]:
+        """The same of a full autoencoder's decoder or encoder that is streamed."""
+        found = []
+        for part in self.networks.parts(stage):
+            sizes, times = part.shapes(self.size, max(WINDOWS))
+            traced = [self.networks.trace_part(stage, part, size) for size in sizes]
+            found += [form.lowered(each, part.tiled) for each in traced] * times
+        return found
 
     def seconds(self, stage: Stage, mode: MemoryMode, speed: Speed) -> float:
         """Of all runs of a stage for an image: reading its weights each time included, and once
@@ -349,17 +356,18 @@ class _Planner:
         shapes = {
             stage.component: self._shapes(networks, stage, batch) for stage in networks.flow.stages
         }
-        decoder = networks.flow.decoder.component
-        split = None
-        if spec.latent.levels and spec.shape.dynamic:
-            split = networks.split(forms[decoder], shapes[decoder])
+        splits = {
+            stage.component: networks.split(stage, forms[stage.component], shapes[stage.component])
+            for stage in networks.flow.stages
+            if stage.role in ("encoder", "decoder") and spec.latent.levels and spec.shape.dynamic
+        }
         footprints = {
             stage.component: networks.footprint(
                 stage, forms[stage.component], shapes[stage.component]
             )
             for stage in networks.flow.stages
         }
-        costs = Costs(spec, footprints, split, self._process_bytes())
+        costs = Costs(spec, footprints, splits, self._process_bytes())
         limit = self.request.max_memory
         budget = Budget(limit, usable_bytes(self.target), mapped=True)
         fitting = Fitting(costs, budget, modes=self.backend.memory_modes)
@@ -397,8 +405,9 @@ class _Planner:
             batches = {stage.batch(batch.count, batch.guided, mode) for mode in modes}
             return [(height, width, n) for n in sorted(batches)]
         found = [(height, width, 1)]
-        if stage.role == "decoder" and spec.latent.halo is not None:
-            tall, wide = zip(*_tiles(spec, (height, width)), strict=True)
+        halo = _halo(spec, stage)
+        if halo is not None:
+            tall, wide = zip(*_tiles((height, width), halo), strict=True)
             found.append((max(tall), max(wide), 1))
         return found
 
@@ -422,14 +431,18 @@ def _larger(target: Target, usable: int) -> list[Target]:
     return sorted(found, key=lambda other: (other.models != target.models, other.memory_bytes))
 
 
-def _tiles(pipeline: PipelineSpec, size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Heights and widths in latents of what a streamed decoder is run at, one after another."""
-    halo = pipeline.latent.halo
-    if halo is None or not pipeline.shape.dynamic:
+def _halo(pipeline: PipelineSpec, stage: Stage) -> int | None:
+    """Of an AutoencoderTiny's decoder or encoder that can be run in tiles; None of others."""
+    return pipeline.latent.halo_of(stage.role) if pipeline.shape.dynamic else None
+
+
+def _tiles(size: tuple[int, int], halo: int | None) -> list[tuple[int, int]]:
+    """Heights and widths in latents of what a streamed AutoencoderTiny is run at, one after
+    another; all at once without a halo."""
+    if halo is None:
         return [size]
-    tall, wide = (
-        [tile.last - tile.first for tile in tiles_of(n, TILE, margin_of(halo))] for n in size
-    )
+    margins = margins_of(halo)
+    tall, wide = ([tile.last - tile.first for tile in tiles_of(n, TILE, margins)] for n in size)
     return [(h, w) for h in tall for w in wide]
 
 

@@ -27,7 +27,7 @@ import msgspec
 from edgesd.errors import BundleError, InputError
 from edgesd.runtime.onnx_wire import relocate_external_data
 from edgesd.spec.base import decode_json, is_relative_path
-from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, DecoderPart, Engine
+from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, ComponentPart, Engine
 from edgesd.spec.pipeline import ComponentSpec, wiring_before_schema_8
 
 MANIFEST = "bundle.json"
@@ -363,7 +363,7 @@ class Bundle:
         return sum(self.manifest.files[name].bytes for name in files)
 
     def graph_file(
-        self, component: str, kernels: bool = False, part: DecoderPart | None = None
+        self, component: str, kernels: bool = False, part: ComponentPart | None = None
     ) -> GraphFile:
         """Verify one component's files and return what an ONNX session loads.
 
@@ -513,7 +513,7 @@ def read_manifest(path: Path, raw: bytes) -> BundleManifest:
     for engine in manifest.engines.values():
         if engine.path not in manifest.files or "/" not in engine.path:
             raise BundleError(f"{path}: {MANIFEST} doesn't list {engine.path}")
-        parts = (engine.split.head, engine.split.tail) if engine.split else ()
+        parts = engine.split.parts if engine.split else ()
         for beside in (
             engine.kernels,
             *(name for part in parts for name in (part.path, part.kernels)),

@@ -26,7 +26,7 @@ from edgesd.runtime.footprint import (
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode, resident_bytes
 from edgesd.runtime.old_bundles import assumed_footprint
 from edgesd.runtime.tiles import WINDOWS
-from edgesd.spec.bundle import DecoderPart, Footprint
+from edgesd.spec.bundle import ComponentPart, Footprint
 from edgesd.spec.pipeline import ShapeSpec
 
 
@@ -105,18 +105,18 @@ def bundle_costs(
     large. own_kernels: whether a component's graph for edgesd's own kernels is run. whole: the
     components that aren't split."""
 
-    def footprint(component: str, part: DecoderPart | None = None) -> Footprint:
+    def footprint(component: str, part: ComponentPart | None = None) -> Footprint:
         described, own = part or bundle.manifest.engines[component], own_kernels(component)
         found = described.kernels_footprint if own else described.footprint
         return found or assumed_footprint(bundle, component, part, own)
 
-    parts = None
-    for component in components:
-        split = bundle.manifest.engines[component].split
-        if split is not None and component not in whole:
-            parts = footprint(component, split.head), footprint(component, split.tail)
+    splits = {
+        component: tuple(footprint(component, part) for part in split.parts)
+        for component in components
+        if (split := bundle.manifest.engines[component].split) and component not in whole
+    }
     footprints = {component: footprint(component) for component in components}
-    return Costs(bundle.manifest.pipeline, footprints, parts, process)
+    return Costs(bundle.manifest.pipeline, footprints, splits, process)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 from edgesd.runtime.flow import Stage, flow_of
 from edgesd.runtime.memory import MemoryMode
-from edgesd.runtime.tiles import MARGIN, TILE, WINDOWS, margin_of, tiles_of
+from edgesd.runtime.tiles import (
+    DECODER_MARGINS,
+    TILE,
+    WINDOWS,
+    encoder_window,
+    margins_of,
+    tiles_of,
+)
 from edgesd.spec.bundle import Footprint
 from edgesd.spec.pipeline import PipelineSpec
 
@@ -127,15 +134,17 @@ def whole(
     return Part(resident, footprint.in_file if streamed else 0, loaded, workspace)
 
 
-def decoder(
-    footprint: Footprint, generation: Generation, mode: MemoryMode, margin: int | None
+def autoencoder(
+    footprint: Footprint, generation: Generation, mode: MemoryMode, halo: int | None
 ) -> Part:
-    """A decoder, in tiles where weights are streamed and it has a margin (AutoencoderTiny)."""
+    """A decoder or encoder, in tiles where weights are streamed and it has a halo
+    (AutoencoderTiny)."""
     behind = _COPIES * generation.image_bytes
     height, width = generation.height, generation.width
-    if mode != "stream" or margin is None:
+    if mode != "stream" or halo is None:
         return whole(footprint, height * width, mode, behind)
-    sides = [[t.last - t.first for t in tiles_of(n, TILE, margin)] for n in (height, width)]
+    margins = margins_of(halo)
+    sides = [[t.last - t.first for t in tiles_of(n, TILE, margins)] for n in (height, width)]
     several = any(len(set(side)) > 1 for side in sides)
     return whole(footprint, max(sides[0]) * max(sides[1]), mode, behind, several)
 
@@ -149,9 +158,28 @@ def decoder_in_parts(
     first = whole(head, height * width, "stream", features * height * width)
     tile = min(height, window) * min(width, window)
     behind = _COPIES * generation.image_bytes + features * height * width
-    several = max(height, width) > window - 2 * MARGIN
+    several = max(height, width) > window - sum(DECODER_MARGINS)
     second = whole(tail, tile, "stream", behind, several)
     return max(first, second, key=lambda part: part.resident)
+
+
+def encoder_in_parts(
+    parts: Sequence[Footprint], generation: Generation, levels: Sequence[int], window: int
+) -> Part:
+    """A full autoencoder's encoder that is streamed (runtime/tiles.py): one part is there at a
+    time, with what it takes and makes. levels: channels, of the last part first. window: as of the
+    decoder."""
+    image, area = _COPIES * generation.image_bytes, generation.height * generation.width
+    found, taken = [], 0
+    for index, footprint in enumerate(parts[:-1]):
+        larger = 2 ** (len(parts) - 2 - index)  # than the latents is what the part makes
+        most = encoder_window(window, index)
+        tall, wide = (min(larger * n, most) for n in (generation.height, generation.width))
+        made = 4 * levels[max(0, len(levels) - 1 - index)] * area * larger**2
+        found.append(whole(footprint, tall * wide, "stream", image + taken + made))
+        taken = made
+    found.append(whole(parts[-1], area, "stream", image + taken))
+    return max(found, key=lambda part: part.resident)
 
 
 def with_margin(estimate: int, process: int) -> int:
@@ -176,12 +204,13 @@ def text_values(pipeline: PipelineSpec) -> int:
 
 @dataclass(frozen=True)
 class Costs:
-    """What the networks of a pipeline take. footprints: by component. split: of the decoder's
-    head and tail, where it can be run so. process: bytes of the process without any component."""
+    """What the networks of a pipeline take. footprints: by component. splits: of the parts of an
+    autoencoder that can be run so, by component. process: bytes of the process without any
+    component."""
 
     pipeline: PipelineSpec
     footprints: Mapping[str, Footprint]
-    split: tuple[Footprint, Footprint] | None
+    splits: Mapping[str, tuple[Footprint, ...]]
     process: int
 
     def need(self, mode: MemoryMode, generation: Generation, window: int = max(WINDOWS)) -> Need:
@@ -211,18 +240,18 @@ class Costs:
     def _part(self, stage: Stage, mode: MemoryMode, generation: Generation, window: int) -> Part:
         latent, shape = self.pipeline.latent, self.pipeline.shape
         footprint = self.footprints[stage.component]
-        if stage.role == "encoder":
-            behind = _COPIES * generation.image_bytes
-            return whole(footprint, units_of(stage, generation), mode, behind)
-        if stage.role != "decoder":
+        if stage.role not in ("encoder", "decoder"):
             further = (generation.chunks - 1) * generation.batch if stage.per == "step" else 0
             behind = further * footprint.chunk
             return whole(footprint, units_of(stage, generation), mode, behind)
-        if mode == "stream" and self.split is not None:
-            features = 4 * (latent.levels or (0,))[0]
-            return decoder_in_parts(*self.split, generation, features, window)
-        tiled = shape.dynamic and latent.halo is not None
-        return decoder(footprint, generation, mode, margin_of(latent.halo or 0) if tiled else None)
+        decodes, levels = stage.role == "decoder", latent.levels or (0,)
+        parts = self.splits.get(stage.component, ()) if mode == "stream" else ()
+        if parts and decodes:
+            return decoder_in_parts(parts[0], parts[-1], generation, 4 * levels[0], window)
+        if parts:
+            return encoder_in_parts(parts, generation, levels, window)
+        halo = latent.halo_of(stage.role) if shape.dynamic else None
+        return autoencoder(footprint, generation, mode, halo)
 
 
 def units_of(stage: Stage, generation: Generation) -> int:

@@ -26,7 +26,7 @@ from edgesd.runtime.flow import flow_of
 from edgesd.runtime.memory import MemoryMode, available_bytes, give_back
 from edgesd.runtime.settings import Settings
 from edgesd.runtime.tiles import WINDOWS
-from edgesd.spec.bundle import DecoderPart
+from edgesd.spec.bundle import ComponentPart
 
 OpenRunner = Callable[[str], Runner]
 """Opens a runner of one component, which is the caller's to close."""
@@ -142,7 +142,7 @@ class Loaded:
         backend = self._backend(component)
         return self.settings.kernels and backend.own_kernels(self.bundle, component)
 
-    def _open_by_backend(self, component: str, part: DecoderPart | None = None) -> Runner:
+    def _open_by_backend(self, component: str, part: ComponentPart | None = None) -> Runner:
         options = RunnerOptions(
             threads=self.settings.threads,
             streamed=self.memory == "stream",
@@ -199,7 +199,7 @@ class Loaded:
             yield runners
 
     @contextmanager
-    def part(self, component: str, part: DecoderPart) -> Iterator[Runner]:
+    def part(self, component: str, part: ComponentPart) -> Iterator[Runner]:
         """A runner of a part of a component, which is freed at the end."""
         with self.timings.loading(component):
             runner = self._open_by_backend(component, part)

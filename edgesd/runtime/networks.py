@@ -15,7 +15,7 @@ from edgesd.runtime.flow import flow_of
 from edgesd.runtime.tasks import TASKS
 from edgesd.spec.base import Dim
 from edgesd.spec.build import MOST_CHUNKS
-from edgesd.spec.bundle import BundleManifest
+from edgesd.spec.bundle import BundleManifest, SplitComponent
 from edgesd.spec.pipeline import (
     GIVEN_BY_TASKS,
     IMAGE_TASKS,
@@ -70,7 +70,9 @@ def _among(size: Dim, sizes: range) -> bool:
 
 
 _Tensors = Mapping[str, _Like]
-_FEATURES = {"features": _Like(4)}
+_FEATURES = {"features": _Like(4, known={1: _ANY_SIZE})}
+_COARSE = {"coarse": _Like(4, known={1: _ANY_SIZE})}
+_MOMENTS = {"moments": _Like(3)}
 _STATISTICS = {
     "statistics": _Like(3, known=dict.fromkeys(range(3), _ANY_SIZE)),
     "own": _Like(1),
@@ -182,11 +184,31 @@ def _network_problems(manifest: BundleManifest) -> Iterator[str]:
         pixels = {encoder.input: _Like(4, {1: _COLOURS})}
         moments = dict.fromkeys(encoder.outputs, _Like(4, channels))
         yield from _misfits(encoder.component, components[encoder.component], pixels, moments)
+        split = manifest.engines[encoder.component].split
+        if split is not None:
+            yield from _split_problems(split, pixels, moments)
+            if 2 ** (len(split.parts) - 1) != pipeline.latent.scale_factor:
+                yield f"{encoder.component} has {len(split.parts)} parts"
     split = manifest.engines[decoder.component].split
     if split is not None:
         yield from _misfits("head", split.head.spec, latents, _FEATURES)
-        outputs = {**image, "moments": _Like(3)}
+        outputs = {**image, **_MOMENTS}
         yield from _misfits("tail", split.tail.spec, {**_FEATURES, **_STATISTICS}, outputs)
+        if split.middle:
+            yield f"{decoder.component} has more than a head and a tail"
+
+
+def _split_problems(split: SplitComponent, image: _Tensors, made: _Tensors) -> Iterator[str]:
+    """Parts of an encoder that aren't as runtime/tiles.py runs them."""
+    taken = image
+    for number, part in enumerate(split.parts[:-1], 1):
+        name = f"part {number} of the encoder"
+        out = {**(_COARSE if number > 1 else _FEATURES), **_MOMENTS}
+        yield from _misfits(name, part.spec, {**taken, **_STATISTICS}, out)
+        if part.margins is None:
+            yield f"{name} has no margins"
+        taken = _FEATURES
+    yield from _misfits("the tail of the encoder", split.tail.spec, _FEATURES, made)
 
 
 def _chunk_problems(pipeline: PipelineSpec) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.tiles import WINDOWS
-from edgesd.spec.bundle import DecoderPart, Footprint, LayerRecipe
+from edgesd.spec.bundle import ComponentPart, Footprint, LayerRecipe
 from edgesd.spec.scheme import parse_scheme
 
 _LIVE_TENSORS = 18
@@ -33,7 +33,7 @@ _MOST_OF_A_GRAPH = 64 << 20
 
 
 def assumed_footprint(
-    bundle: Bundle, component: str, part: DecoderPart | None, own: bool
+    bundle: Bundle, component: str, part: ComponentPart | None, own: bool
 ) -> Footprint:
     """An estimate that is rather too large, by what the manifest says of layers and latents.
 

@@ -13,13 +13,13 @@ import numpy as np
 
 from edgesd.errors import UsageError
 from edgesd.runtime.arrays import Float
+from edgesd.runtime.autoencoding import decoded
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.chunks import fixed_chunks
 from edgesd.runtime.closeable import Closeable
 from edgesd.runtime.conditioning import Conditioned, Prompts, with_size_ids
 from edgesd.runtime.controls import controls_of, with_features
-from edgesd.runtime.decoding import decoded
 from edgesd.runtime.denoise import Step, denoise
 from edgesd.runtime.encoding import encoded
 from edgesd.runtime.fitting import Batch, images_per_run

@@ -1,19 +1,27 @@
-"""Latents -> image in tiles, for decoders whose activations are larger than the memory.
+"""Latents -> image, and image -> latents, in tiles, for autoencoders whose activations are larger
+than the memory.
 
-AutoencoderTiny's decoder sees only so far: tiles with a margin are decoded like images.
+AutoencoderTiny's decoder and encoder see only so far: tiles with margins are computed like images.
 
-A full autoencoder's has attention over all latents, and group normalization over the whole image.
-It is run in two parts (spec.bundle.SplitDecoder): the head, all before the first upsampling, on all
-latents; the tail on tiles of the features that the head makes. Each normalization of the tail takes
-the image's mean and mean square from outside. They are found like this:
+A full autoencoder's have attention over all latents, and group normalization over the whole image.
+Each is run in parts (spec.bundle.SplitComponent): one with attention, where tensors are as large as
+the latents, and in tiles what lies between that and the image: a decoder's tail, an encoder's head
+and middle. Each normalization of a part in tiles takes its input's mean and mean square from
+outside. Of a decoder they are found like this:
 
-1. The tail runs on a mosaic of the features, small enough for one tile. A normalization takes the
+1. The part runs on a mosaic of its input, small enough for one tile. A normalization takes the
    mosaic's own figures plus a correction, none at first.
-2. The image is generated in tiles with the figures that were taken; the tiles' own, together, are
+2. The output is made in tiles with the figures that were taken; the tiles' own, together, are
    what they should have been.
 3. If those differ by more than TOLERANCE, what is between them and the mosaic's own is the next
    correction. A normalization depends on those before it, and in the mosaic in nearly the same
    way: twice is enough (docs/cpu.md).
+
+An encoder's parts, one for each resolution, have four normalizations each, mostly. Here the output
+is made again with what was found, each time with one exact normalization more: after the last one
+it is the whole's, but for rounding. Margins lose nothing either.
+
+Sizes, windows and margins are in latents; those of an encoder's parts in pixels of what they make.
 """
 
 from __future__ import annotations
@@ -27,21 +35,28 @@ import numpy.typing as npt
 
 from edgesd.runtime.arrays import Float
 from edgesd.runtime.backends.base import Runner, run_once
+from edgesd.spec.pipeline import TensorSpec
 
 Figures = npt.NDArray[np.float64]
 """Mean and mean square of the input of each group normalization [norms, 2, groups]."""
 
 TILE = 32
-"""Side in latents of AutoencoderTiny's tiles, without margins."""
+"""Side of AutoencoderTiny's tiles, without margins."""
 
-WINDOWS, MARGIN = (28, 22), 3
-"""Sides in latents of a full autoencoder's tiles with their margins, the smaller where memory is
-short; and the margins: about half of what the tail sees, 7."""
+WINDOWS = (28, 22)
+"""Sides of the tiles of a full autoencoder's decoder with their margins, the smaller where memory
+is short. `encoder_window` has an encoder's."""
+
+Margins = tuple[int, int]
+"""Of a tile: above (and to the left), and below (and to the right)."""
+
+DECODER_MARGINS: Margins = 3, 3
+"""Of a full autoencoder's decoder: about half of what its tail sees, 7."""
 
 TOLERANCE = 0.01
 """Allowed distance of the figures from the image's, in standard deviations: RMS over all groups."""
 MAX_PASSES, _USUAL_PASSES = 4, 2
-"""Number of decodings of an image: at most, and usually."""
+"""How often an image is made, or read: at most, and usually."""
 
 _PATCHES = 3
 """A mosaic has as many rows and columns of patches. Of 2 they miss too much of the image, and of
@@ -49,14 +64,23 @@ _PATCHES = 3
 
 _EPSILON = 1e-6
 
+_EXACT = 1e-6
+"""The same distance of figures that make no difference."""
 
-def margin_of(halo: int) -> int:
-    """Margin in latents of AutoencoderTiny's tiles, whose decoder sees up to `halo`.
+_ENCODER_WINDOW = 5.6
+"""Side of the tiles of an encoder's head, by that of a decoder's in latents: as much memory, as its
+largest tensors have half the channels."""
+_LEAST_WINDOW = 48
+"""Twice the largest margins (spec.bundle.MOST_MARGIN), and half as much of the image."""
 
-    What lies beyond half of that changes a value by less than 1/255: a margin of all would double
+
+def margins_of(halo: int) -> Margins:
+    """Margins of AutoencoderTiny's tiles, which sees up to `halo`.
+
+    What lies beyond half of that changes a value by less than 1/255: margins of all would double
     the work and the memory.
     """
-    return -(-halo // 2)
+    return -(-halo // 2), -(-halo // 2)
 
 
 class Tile(NamedTuple):
@@ -68,76 +92,143 @@ class Tile(NamedTuple):
     last: int
 
 
-def tiles_of(size: int, most: int, margin: int) -> list[Tile]:
+def tiles_of(size: int, most: int, margins: Margins) -> list[Tile]:
     """`size` latents in tiles of about the same size, at most `most` without their margins."""
     count = max(1, -(-size // most))
     edges = [size * index // count for index in range(count + 1)]
-    return [Tile(a, b, max(0, a - margin), min(size, b + margin)) for a, b in pairwise(edges)]
+    above, below = margins
+    return [Tile(a, b, max(0, a - above), min(size, b + below)) for a, b in pairwise(edges)]
 
 
-def decode_tiles(
-    decode: Callable[[Float, Tile, Tile], Float],
-    latents: Float,
-    scale: int,
+def in_tiles(
+    compute: Callable[[Float, Tile, Tile], Float],
+    source: Float,
+    out: Float,
+    size: tuple[int, int],
     most: int,
-    margin: int,
-    image: Float | None = None,
-) -> Float:
-    """Latents (or features) [C, h, w] -> [3, h * scale, w * scale].
+    margins: Margins,
+) -> None:
+    """Write to `out` [K, h * b, w * b] what becomes of `source` [C, h * a, w * a]; size: h, w.
 
-    decode: makes what a tile with its margins [1, C, ...] becomes [3, ...], margins included; it
-    gets their rows and columns, too. image: overwritten, if given.
+    compute: makes what a tile with its margins [1, C, ...] becomes [K, ...], margins included; it
+    gets their rows and columns, too.
     """
-    _, height, width = latents.shape
-    if image is None:
-        image = np.empty((3, height * scale, width * scale), np.float32)
-    for rows in tiles_of(height, most, margin):
-        for columns in tiles_of(width, most, margin):
-            seen = latents[None, :, rows.first : rows.last, columns.first : columns.last]
-            part = decode(seen, rows, columns)
-            top, left = (rows.begin - rows.first) * scale, (columns.begin - columns.first) * scale
-            tall, wide = (tile.end - tile.begin for tile in (rows, columns))
-            image[
+    into, made = (array.shape[1] // size[0] for array in (source, out))
+    rows_of, columns_of = (tiles_of(n, most, margins) for n in size)
+    for rows in rows_of:
+        for columns in columns_of:
+            seen = source[
+                None,
                 :,
-                rows.begin * scale : rows.end * scale,
-                columns.begin * scale : columns.end * scale,
-            ] = part[:, top : top + tall * scale, left : left + wide * scale]
-    return image
+                rows.first * into : rows.last * into,
+                columns.first * into : columns.last * into,
+            ]
+            part = compute(seen, rows, columns)
+            top, left = (rows.begin - rows.first) * made, (columns.begin - columns.first) * made
+            tall, wide = ((tile.end - tile.begin) * made for tile in (rows, columns))
+            out[
+                :,
+                rows.begin * made : rows.end * made,
+                columns.begin * made : columns.end * made,
+            ] = part[:, top : top + tall, left : left + wide]
 
 
-def decode_tail(tail: Runner, features: Float, scale: int, window: int = WINDOWS[0]) -> Float:
-    """Features [C, h, w] of a decoder's head -> values [3, H, W], by its tail, of which no tile is
-    larger than window x window. See the module."""
-    _, height, width = features.shape
-    if height <= window and width <= window:
-        values, _ = _tail(tail, features[None], None, 1)
+def encoder_window(window: int, index: int) -> int:
+    """Side of the tiles of an encoder's part, the head being 0, that takes as much memory as those
+    of a decoder's tail with the side `window`: each part has twice as many channels as the one
+    before."""
+    return max(_LEAST_WINDOW, int(_ENCODER_WINDOW * window / 2 ** (index / 2)))
+
+
+def in_tiled_part(
+    part: Runner,
+    source: Float,
+    scales: tuple[int, int],
+    window: int,
+    margins: Margins | None = None,
+) -> Float:
+    """What a part makes of `source` [C, h * a, w * a], in tiles of which none is larger than window
+    x window: [K, h * b, w * b]. scales: a, b. margins: of an encoder's part; None for a decoder's.
+    See the module."""
+    _, height, width = source.shape
+    size = height // scales[0], width // scales[0]
+    if max(size) <= window:
+        values, _ = _run(part, source[None], None, 1, *_one_tile(size))
         return np.array(values, np.float32)
-    mosaic = _mosaic(features, window)
-    image = np.empty((3, height * scale, width * scale), np.float32)
+    used = margins or DECODER_MARGINS
+    channels = int(_made(part).shape[1])
+    out = np.empty((channels, size[0] * scales[1], size[1] * scales[1]), np.float32)
+    tiles = _Tiles(part, source, size, out, window - sum(used), used)
+    if margins is None:
+        _by_mosaic(tiles, *_mosaic(source, size, window))
+    else:
+        _exactly(tiles)
+    return out
+
+
+class _Tiles(NamedTuple):
+    """A part in tiles: `out` is made of `source`. size: h, w. most, margins: see tiles_of."""
+
+    part: Runner
+    source: Float
+    size: tuple[int, int]
+    out: Float
+    most: int
+    margins: Margins
+
+    def make(self, taken: Figures | None) -> Figures:
+        """Make all with the figures `taken`, each tile's own if there are none; what they should
+        have been."""
+        found: list[Figures] = []
+
+        def compute(seen: Float, rows: Tile, columns: Tile) -> Float:
+            values, moments = _run(self.part, seen, taken, int(taken is None), rows, columns)
+            area = (rows.end - rows.begin) * (columns.end - columns.begin)
+            found.append(moments * (area / (self.size[0] * self.size[1])))
+            return values
+
+        in_tiles(compute, self.source, self.out, self.size, self.most, self.margins)
+        total: Figures = np.sum(found, axis=0)
+        return total
+
+
+def _by_mosaic(tiles: _Tiles, mosaic: Float, size: tuple[int, int]) -> None:
+    """See the module."""
     correction: Figures | None = None
     for _ in range(MAX_PASSES):
-        _, own = _tail(tail, mosaic, correction, 1)
+        _, own = _run(tiles.part, mosaic, correction, 1, *_one_tile(size))
         taken = own if correction is None else own + correction
-        found = _decode_pass(tail, features, taken, image, window)
+        found = tiles.make(taken)
         if difference(taken, found) <= TOLERANCE:
             break
         correction = found - own
-    return image
 
 
-def tail_shapes(
-    height: int, width: int, window: int = WINDOWS[0]
+def _exactly(tiles: _Tiles) -> None:
+    """See the module."""
+    taken = tiles.make(None)
+    for _ in range(len(taken)):
+        found = tiles.make(taken)
+        if difference(taken, found) <= _EXACT:
+            break
+        taken = found
+
+
+def part_shapes(
+    size: tuple[int, int], window: int, margins: Margins | None, norms: int
 ) -> tuple[list[tuple[int, int]], int]:
-    """Heights and widths that `decode_tail` runs the tail at in one decoding, and how many
-    decodings there are as a rule."""
-    if height <= window and width <= window:
-        return [(height, width)], 1
+    """Heights and widths that `in_tiled_part` runs a part at in one pass over an output of `size`,
+    and how many passes there are as a rule. norms: of the part."""
+    if max(size) <= window:
+        return [size], 1
+    used = margins or DECODER_MARGINS
     rows, columns = (
-        [tile.last - tile.first for tile in tiles_of(size, window - 2 * MARGIN, MARGIN)]
-        for size in (height, width)
+        [tile.last - tile.first for tile in tiles_of(n, window - sum(used), used)] for n in size
     )
-    mosaic = (len(_places(height, window)), len(_places(width, window)))
-    return [mosaic, *((h, w) for h in rows for w in columns)], _USUAL_PASSES
+    tiles = [(h, w) for h in rows for w in columns]
+    if margins is not None:
+        return tiles, norms + 1
+    return [(len(_places(size[0], window)), len(_places(size[1], window))), *tiles], _USUAL_PASSES
 
 
 def difference(taken: Figures, found: Figures) -> float:
@@ -153,64 +244,52 @@ def _deviation(figures: Figures) -> Figures:
     return np.sqrt(variance)
 
 
-def _decode_pass(
-    tail: Runner, features: Float, taken: Figures, image: Float, window: int
-) -> Figures:
-    """Decode `image` with the figures `taken`; what they should have been."""
-    _, height, width = features.shape
-    scale = image.shape[1] // height
-    found = np.zeros_like(taken)
-
-    def decode(seen: Float, rows: Tile, columns: Tile) -> Float:
-        values, moments = _tail(tail, seen, taken, 0, rows, columns)
-        part = (rows.end - rows.begin) * (columns.end - columns.begin) / (height * width)
-        found[:] += part * moments
-        return values
-
-    decode_tiles(decode, features, scale, window - 2 * MARGIN, MARGIN, image)
-    return found
+def _one_tile(size: tuple[int, int]) -> tuple[Tile, Tile]:
+    rows, columns = (Tile(0, n, 0, n) for n in size)
+    return rows, columns
 
 
-def _tail(
-    tail: Runner,
-    features: Float,
-    given: Figures | None,
-    own: int,
-    rows: Tile | None = None,
-    columns: Tile | None = None,
+def _run(
+    part: Runner, source: Float, given: Figures | None, own: int, rows: Tile, columns: Tile
 ) -> tuple[Float, Figures]:
-    """Image [3, ...] and moments of features [1, C, h, w] without the margins of rows and columns.
+    """What is made of a tile [1, C, ...], and its moments without the margins of rows and columns.
 
-    given: figures, to which `own` times the features' own are added; None for none.
+    given: figures, to which `own` times the tile's own are added; None for none.
     """
-    _, _, height, width = features.shape
-    rows = rows or Tile(0, height, 0, height)
-    columns = columns or Tile(0, width, 0, width)
-    shape = [int(dim) for dim in tail.spec.inputs[1].shape]
+    spec = part.spec
+    statistics = next(tensor for tensor in spec.inputs if tensor.name == "statistics")
+    shape = [int(dim) for dim in statistics.shape]
     core = (
         rows.begin - rows.first,
         columns.begin - columns.first,
         rows.end - rows.first,
         columns.end - columns.first,
     )
-    out = run_once(
-        tail,
-        {
-            "features": features,
-            "statistics": np.zeros(shape, np.float32) if given is None else given,
-            "own": np.array([own], np.float32),
-            "core": np.array(core, np.int64),
-        },
+    fed = {
+        "statistics": np.zeros(shape, np.float32) if given is None else given,
+        "own": np.array([own], np.float32),
+        "core": np.array(core, np.int64),
+    }
+    (source_name,) = (tensor.name for tensor in spec.inputs if tensor.name not in fed)
+    out = run_once(part, {source_name: source, **fed})
+    made: Float = out[_made(part).name][0]
+    return made, out["moments"].astype(np.float64)
+
+
+def _made(part: Runner) -> TensorSpec:
+    """What a part makes besides moments."""
+    (made,) = (tensor for tensor in part.spec.outputs if tensor.name != "moments")
+    return made
+
+
+def _mosaic(source: Float, size: tuple[int, int], window: int) -> tuple[Float, tuple[int, int]]:
+    """Patches from all over the source [C, h * a, w * a], side by side [1, C, ...]; their size."""
+    unit = source.shape[1] // size[0]
+    rows, columns = (_places(n, window) for n in size)
+    tall, wide = (
+        (places[:, None] * unit + np.arange(unit)).reshape(-1) for places in (rows, columns)
     )
-    image: Float = out["image"][0]
-    return image, out["moments"].astype(np.float64)
-
-
-def _mosaic(features: Float, window: int) -> Float:
-    """Patches from all over the features [C, h, w], side by side [1, C, h', w']."""
-    _, height, width = features.shape
-    rows, columns = (_places(size, window) for size in (height, width))
-    return features[None, :, rows[:, None], columns]
+    return source[None, :, tall[:, None], wide], (len(rows), len(columns))
 
 
 def _places(size: int, window: int) -> npt.NDArray[np.int64]:

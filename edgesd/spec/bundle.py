@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import msgspec
@@ -103,6 +104,12 @@ class QuantRecipe(Spec, frozen=True):
     pooled_attention: bool = False
 
 
+MOST_MARGIN = 16
+"""Of a part's tiles, to one side."""
+
+_Margin = Annotated[int, Meta(ge=0, le=MOST_MARGIN)]
+
+
 class Footprint(Spec, frozen=True):
     """Bytes that one graph takes in memory, traced when it was built (runtime/footprint.py).
 
@@ -124,12 +131,13 @@ class Footprint(Spec, frozen=True):
     chunk: Bytes = 0
 
 
-class DecoderPart(Spec, frozen=True):
+class ComponentPart(Spec, frozen=True):
     """A graph of a part of a component, beside the whole one and with the same weights.
 
     kernels: the same for edgesd's own kernels. weight_bytes: of its weights in their file. spec:
     its inputs and outputs. footprint, kernels_footprint: of the two graphs; None in bundles of a
-    schema before 7.
+    schema before 7. margins: of the tiles that it is run in, above (left) and below (right); None
+    for a part that isn't, and for a decoder's tail (runtime/tiles.py).
     """
 
     path: RelativePath
@@ -138,23 +146,36 @@ class DecoderPart(Spec, frozen=True):
     kernels: RelativePath | None = None
     footprint: Footprint | None = None
     kernels_footprint: Footprint | None = None
+    margins: tuple[_Margin, _Margin] | None = None
 
 
-class SplitDecoder(Spec, frozen=True):
-    """A full autoencoder's decoder in two graphs, of which the second can be run in tiles.
+class SplitComponent(Spec, frozen=True):
+    """A full autoencoder's decoder or encoder in graphs that follow one another.
 
-    head: latents -> features. tail: features, and statistics of its group normalizations, to the
-    image (export/passes/tiled_decoder.py, runtime/tiles.py).
+    head, middle, tail: in this order. Of a decoder, which has no middle, the tail can be run in
+    tiles; of an encoder, all but the tail (export/passes/split_autoencoder.py, runtime/tiles.py).
     """
 
-    head: DecoderPart
-    tail: DecoderPart
+    head: ComponentPart
+    tail: ComponentPart
+    middle: Annotated[tuple[ComponentPart, ...], Meta(max_length=16)] = ()
+
+    @property
+    def parts(self) -> tuple[ComponentPart, ...]:
+        """All, in the order in which they run."""
+        return self.head, *self.middle, self.tail
+
+
+def split_of(parts: Iterable[ComponentPart]) -> SplitComponent:
+    """The component that `parts` are, at least two."""
+    head, *middle, tail = parts
+    return SplitComponent(head, tail, tuple(middle))
 
 
 class Graph(Spec, frozen=True):
     """A component as an ONNX file. Paths are relative to the folder that holds it.
 
-    kernels: the same for edgesd's own kernels, with the same weights. split: see SplitDecoder.
+    kernels: the same for edgesd's own kernels, with the same weights. split: see SplitComponent.
     slots: places for LoRAs, of both graphs.
     """
 
@@ -163,7 +184,7 @@ class Graph(Spec, frozen=True):
     precision: Precision
     parity: Parity
     kernels: str | None = None
-    split: SplitDecoder | None = msgspec.field(name="halves", default=None)
+    split: SplitComponent | None = msgspec.field(name="halves", default=None)
     slots: LoraSlots | None = None
 
 
@@ -232,8 +253,8 @@ class Engine(Spec, frozen=True):
     (both or neither). checked: what a compiler made of the graph where it was built, which says
     nothing of the board: "built for sm_86 by ...". kernels: the same graph for edgesd's own kernels
     (runtime/kernels.py), taken where they can be used; it refers to the same weights. split: see
-    SplitDecoder. footprint, kernels_footprint: of the two graphs, where known (a schema from 7 on).
-    slots: places for LoRAs in all of them (a schema from 10 on).
+    SplitComponent. footprint, kernels_footprint: of the two graphs, where known (a schema from 7
+    on). slots: places for LoRAs in all of them (a schema from 10 on).
     """
 
     component: Word
@@ -245,7 +266,7 @@ class Engine(Spec, frozen=True):
     plan: RelativePath | None = None
     checked: Text | None = None
     kernels: RelativePath | None = None
-    split: SplitDecoder | None = msgspec.field(name="halves", default=None)
+    split: SplitComponent | None = msgspec.field(name="halves", default=None)
     footprint: Footprint | None = None
     kernels_footprint: Footprint | None = None
     slots: LoraSlots | None = None

@@ -110,7 +110,8 @@ class LatentSpec(Spec, frozen=True):
     channel has a mean and std, (encoded - mean) * scaling_factor / std instead. halo: how
     far off, in latent pixels, a latent still changes a pixel; None where every one changes all.
     levels: channels of a full autoencoder's decoder, coarsest level first; None for others, and in
-    bundles of a schema before 6.
+    bundles of a schema before 6. encoder_halo: how far off, in latents, a pixel still changes a
+    latent; None where every one changes all.
     """
 
     channels: Annotated[int, Meta(ge=1, le=1024)]
@@ -126,6 +127,7 @@ class LatentSpec(Spec, frozen=True):
     ) = None
     mean: _PerChannel | None = None
     std: _PerChannel | None = None
+    encoder_halo: Annotated[int, Meta(ge=0, le=4096)] | None = None
 
     def __post_init__(self) -> None:
         """Refuse statistics that aren't one number for each channel, as invalid values."""
@@ -138,6 +140,10 @@ class LatentSpec(Spec, frozen=True):
                 )
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"the std of a channel of latents is {min(self.std)}")
+
+    def halo_of(self, role: str) -> int | None:
+        """The halo of the decoder or the encoder; None for all else."""
+        return {"decoder": self.halo, "encoder": self.encoder_halo}.get(role)
 
 
 class ShapeSpec(Spec, frozen=True):
@@ -314,6 +320,12 @@ class Wiring(Spec, frozen=True):
     zero_negative: bool = False
     encoder: EncoderSpec | None = None
     strengths: dict[Task, _Strength] = msgspec.field(default_factory=dict)
+
+    @property
+    def autoencoder(self) -> tuple[str, ...]:
+        """The components that are halves of the autoencoder."""
+        encoders = () if self.encoder is None else (self.encoder.component,)
+        return *encoders, self.decoder.component
 
     def input_of(self, component: str, fill: Fill) -> str | None:
         """Name of the input of a component that is filled so, or None."""

@@ -23,18 +23,18 @@ class Lowering(ABC):
     name: of the backend (edgesd/runtime/backends). fixed_shapes: its graphs take one size and
     batch. static_ranges: 8-bit activations need ranges recorded in calibration. fp16_arithmetic:
     what isn't quantized is computed in fp16 (unless the bundle is fp32), so that values which
-    overflow must be kept in fp32. splits_decoder: a decoder's head and tail have graphs of their
-    own. own_kernels: there are graphs for edgesd's own kernels, too. pools_attention: attention of
-    quantized graphs may be pooled. weight_bytes: number format -> bytes of a weight in a GPU's
-    memory; None where ONNX Runtime's allocator is what counts. checks_engines: `check_engine` looks
-    at each graph of a finished bundle.
+    overflow must be kept in fp32. splits_autoencoder: parts of a full autoencoder have graphs
+    of their own. own_kernels: there are graphs for edgesd's own kernels, too. pools_attention:
+    attention of quantized graphs may be pooled. weight_bytes: number format -> bytes of a
+    weight in a GPU's memory; None where ONNX Runtime's allocator is what counts.
+    checks_engines: `check_engine` looks at each graph of a finished bundle.
     """
 
     name: ClassVar[str]
     fixed_shapes: ClassVar[bool] = False
     static_ranges: ClassVar[bool] = False
     fp16_arithmetic: ClassVar[bool] = False
-    splits_decoder: ClassVar[bool] = False
+    splits_autoencoder: ClassVar[bool] = False
     own_kernels: ClassVar[bool] = False
     pools_attention: ClassVar[bool] = False
     weight_bytes: ClassVar[Mapping[str, float] | None] = None

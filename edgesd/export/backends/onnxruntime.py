@@ -25,7 +25,7 @@ class OnnxRuntimeLowering(Lowering):
     """Lowers graphs for ONNX Runtime on CPUs."""
 
     name = BACKEND.name
-    splits_decoder = True
+    splits_autoencoder = True
     own_kernels = True
     pools_attention = True
 

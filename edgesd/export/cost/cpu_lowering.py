@@ -50,7 +50,7 @@ def lower_workload(
 
     choices: of quantized layers; others stay in fp32. kernels: edgesd's own, where there are any;
     attention: in 8 bits with them. tail: of a decoder's tail, whose group normalizations take their
-    statistics from outside (passes/tiled_decoder.py). fusions: what becomes part of layers in
+    statistics from outside (passes/split_autoencoder.py). fusions: what becomes part of layers in
     edgesd's own kernels. slots: for LoRAs, of the largest rank.
     """
     if not kernels:

@@ -102,15 +102,23 @@ class Workload:
         return found
 
 
-def split_workload(workload: Workload) -> tuple[Workload, Workload]:
-    """A decoder's workload before and after its first upsampling, where passes/tiled_decoder.py
-    cuts."""
-    cut = next(i for i, op in enumerate(workload.operations) if op.kind == "resize")
-    features = workload.operations[cut].reads[:1]
-    before, behind = workload.operations[:cut], workload.operations[cut:]
-    return (
-        replace(workload, operations=before, outputs=features),
-        replace(workload, operations=behind, inputs=features),
+def split_workload(workload: Workload) -> tuple[Workload, ...]:
+    """An autoencoder's workload in the parts that passes/split_autoencoder.py makes: a decoder's
+    before and after its first upsampling, an encoder's after each downsampling."""
+    operations = workload.operations
+    ups = [i for i, op in enumerate(operations) if op.kind == "resize"][:1]
+    downs = [i + 1 for i, op in enumerate(operations) if op.layer and max(op.layer.strides) > 1]
+    cuts = ups or downs
+    ends = [operations[i].reads[:1] if ups else operations[i - 1].writes for i in cuts]
+    return tuple(
+        replace(workload, operations=operations[begin:end], inputs=inputs, outputs=outputs)
+        for begin, end, inputs, outputs in zip(
+            (0, *cuts),
+            (*cuts, len(operations)),
+            (workload.inputs, *ends),
+            (*ends, workload.outputs),
+            strict=True,
+        )
     )
 
 

@@ -16,17 +16,15 @@ from edgesd.errors import EdgesdError
 from edgesd.export.backends.base import Lowering
 from edgesd.export.calibrate import Calibration
 from edgesd.export.external_data import (
-    GRAPH_FILE,
     KERNELS_FILE,
-    KERNELS_SPLIT_FILES,
-    SPLIT_FILES,
+    split_files,
     write_model,
 )
 from edgesd.export.passes.lora_slots import add_slots
 from edgesd.export.passes.lowering import Timesteps
 from edgesd.export.passes.no_shapes import NoShapes
 from edgesd.export.passes.pooled_attention import PooledAttention
-from edgesd.export.passes.tiled_decoder import describe_split, split_decoder
+from edgesd.export.passes.split_autoencoder import describe_split, split_component
 from edgesd.export.quantize import quantize
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import (
@@ -42,7 +40,7 @@ from edgesd.export.quantize.method import Method
 from edgesd.export.quantize.quantize import quantize_layer
 from edgesd.export.source_graphs import SourceGraphs
 from edgesd.progress import Progress
-from edgesd.spec.bundle import SplitDecoder
+from edgesd.spec.bundle import SplitComponent
 from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import Wiring
 from edgesd.spec.scheme import Scheme
@@ -51,11 +49,6 @@ _log = logging.getLogger(__name__)
 
 _MOST_WORKERS = 4
 """Layers that are quantized at a time: each takes up to about half a GB."""
-
-_FILES = {False: (GRAPH_FILE, *SPLIT_FILES), True: (KERNELS_FILE, *KERNELS_SPLIT_FILES)}
-"""For edgesd's own kernels or not: files of the whole graph, and of a decoder's head and tail."""
-_OTHERS = (KERNELS_FILE, *SPLIT_FILES, *KERNELS_SPLIT_FILES)
-"""In the order of their weights, which follow those of the first graph."""
 
 
 @dataclass(frozen=True)
@@ -164,31 +157,34 @@ class LayerStore:
         schemes: Mapping[Layer, LayerScheme],
         folder: Path,
         form: GraphForm,
-    ) -> tuple[SplitDecoder | None, LoraSlots | None]:
+    ) -> tuple[SplitComponent | None, LoraSlots | None]:
         """Write a component's graph, whose layers have `schemes` (those without one stay in fp32),
         as folder/model.onnx and weights.bin, and beside it what `form` asks for, if there is any.
-        For ONNX Runtime also a decoder's head and tail, which it returns, and slots for LoRAs."""
+        For ONNX Runtime also an autoencoder's parts, which it returns, and slots for LoRAs."""
         layers, fp16_weights = self._quantized(component, schemes)
-        models: dict[str, ir.Model] = {}
+        stock: list[ir.Model] = []
+        own: list[ir.Model] = []
         fixed, slots = self.lowering.fixed_shapes, None
-        for kernels in (False, True) if form.kernels else (False,):
+        for kernels, models in ((False, stock), (True, own))[: 1 + form.kernels]:
             attention = form.attention if kernels else None
-            for name, model in zip(_FILES[kernels], self._graphs(component, form), strict=False):
-                whole = name in (GRAPH_FILE, KERNELS_FILE)
+            for model in self._graphs(component, form):
+                whole = not models
                 if whole:
                     slots = add_slots(model, component, self.wiring, form.lora_slots, fixed)
                 nodes = {node.name for node in model.graph}
                 inside = layers if whole else {n: q for n, q in layers.items() if n in nodes}
                 if not self._lower(model, component, inside, fp16_weights, attention) and whole:
                     break
-                models[name] = model
-        split: SplitDecoder | None = None
-        stock = [models[name] for name in SPLIT_FILES if name in models]
-        if stock:
-            names = KERNELS_SPLIT_FILES if KERNELS_FILE in models else ()
-            split = describe_split(component, stock, SPLIT_FILES, names)
-        others = {name: models[name] for name in _OTHERS if name in models}
-        write_model(models[GRAPH_FILE], folder, others)
+                models.append(model)
+        parts = stock[1:]
+        files = split_files(len(parts))
+        own_files = split_files(len(parts), kernels=True) if own else ()
+        split = describe_split(component, parts, files, own_files) if parts else None
+        # In the order of their weights, which follow those of the first graph.
+        others = dict(zip((KERNELS_FILE,), own, strict=False))
+        others |= dict(zip(files, parts, strict=True))
+        others |= dict(zip(own_files, own[1:], strict=True))
+        write_model(stock[0], folder, others)
         return split, slots
 
     def variant(self, component: str, schemes: Mapping[Layer, LayerScheme]) -> bytes:
@@ -214,13 +210,13 @@ class LayerStore:
         return layers, {weight.name for weight in weights if weight and weight.name}
 
     def _graphs(self, component: str, form: GraphForm) -> Iterator[ir.Model]:
-        """The fp32 graphs that layers are put into: the whole one, a decoder's head and tail."""
+        """The fp32 graphs that layers are put into: the whole one, an autoencoder's parts."""
         model = self.graphs.load(component)
         if form.pooled:
             PooledAttention(self.wiring.input_of(component, "sample"))(model)
         yield model
-        if component == self.wiring.decoder.component and self.lowering.splits_decoder:
-            yield from split_decoder(self.graphs.load(component)) or ()
+        if self.lowering.splits_autoencoder and component in self.wiring.autoencoder:
+            yield from split_component(self.graphs.load(component))
 
     def _lower(
         self,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from edgesd.runtime.bundle import Bundle
-    from edgesd.spec.bundle import DecoderPart
+    from edgesd.spec.bundle import ComponentPart
 
 
 class Runner(Protocol):
@@ -207,7 +207,7 @@ class Backend(ABC):
         bundle: Bundle,
         component: str,
         options: RunnerOptions,
-        part: DecoderPart | None = None,
+        part: ComponentPart | None = None,
     ) -> Runner:
         """A runner of a component, or of one `part` of it; it is the caller's to close.
 

@@ -18,7 +18,7 @@ from edgesd.runtime import kernels
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends.base import Backend, BoundRunner, RunnerOptions
 from edgesd.runtime.bundle import Bundle, GraphFile
-from edgesd.spec.bundle import DecoderPart
+from edgesd.spec.bundle import ComponentPart
 from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import ComponentSpec
 
@@ -217,7 +217,7 @@ class OnnxRuntime(Backend):
         bundle: Bundle,
         component: str,
         options: RunnerOptions,
-        part: DecoderPart | None = None,
+        part: ComponentPart | None = None,
     ) -> OnnxRuntimeRunner:
         """See Backend. Without the library of own kernels, the standard graph is run."""
         spec = part.spec if part else bundle.manifest.pipeline.components[component]

@@ -22,7 +22,7 @@ from edgesd.runtime.backends import onnxruntime
 from edgesd.runtime.backends.base import Backend, BoundRunner, Runner, RunnerOptions
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.device_memory import Buffer, DeviceMemory
-from edgesd.spec.bundle import DecoderPart
+from edgesd.spec.bundle import ComponentPart
 from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
@@ -186,7 +186,7 @@ class TensorRt(Backend):
         bundle: Bundle,
         component: str,
         options: RunnerOptions,
-        part: DecoderPart | None = None,
+        part: ComponentPart | None = None,
     ) -> Runner:
         if part is not None:  # plans are of whole components
             return onnxruntime.BACKEND.open_runner(bundle, component, options, part)

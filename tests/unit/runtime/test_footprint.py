@@ -21,9 +21,10 @@ from edgesd.runtime.footprint import (
     Generation,
     Need,
     Part,
+    autoencoder,
     computing,
-    decoder,
     decoder_in_parts,
+    encoder_in_parts,
     together,
     whole,
 )
@@ -32,6 +33,7 @@ from edgesd.runtime.loaded import Loaded
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
 from edgesd.runtime.settings import Settings
+from edgesd.runtime.tiles import encoder_window
 from edgesd.spec.bundle import Footprint
 from tests.support import assert_refused, run_cli, write_bundle
 
@@ -121,12 +123,12 @@ def test_what_runs_in_each_step_is_loaded_together() -> None:
 def test_a_decoder_in_tiles_grows_with_the_image_alone() -> None:
     footprint = Footprint(1000, 0, 1000, 0, 0, ((32 * 32, 10**8, 0),))
     small, large = (Generation(n, n, 8) for n in (128, 256))
-    tiled = [decoder(footprint, d, "stream", 4).resident for d in (small, large)]
+    tiled = [autoencoder(footprint, d, "stream", 8).resident for d in (small, large)]
     images = 5 * (large.image_bytes - small.image_bytes)
     assert tiled[1] - tiled[0] == images
-    whole_ones = [decoder(footprint, d, "balanced", 4).resident for d in (small, large)]
+    whole_ones = [autoencoder(footprint, d, "balanced", 8).resident for d in (small, large)]
     assert whole_ones[1] - whole_ones[0] > 40 * 10**8
-    assert decoder(footprint, large, "stream", None).resident == whole_ones[1]
+    assert autoencoder(footprint, large, "stream", None).resident == whole_ones[1]
 
 
 def test_of_a_decoder_in_halves_the_larger_counts() -> None:
@@ -139,6 +141,31 @@ def test_of_a_decoder_in_halves_the_larger_counts() -> None:
     assert (narrow, wide) == (4500 + features + image, 9500 + features + image)
     wider = Footprint(0, 0, 10**9, 0, 0, ((64, 1000, 0),))
     assert decoder_in_parts(wider, tail, generation, 4, 22).resident > 10**9
+
+
+def test_of_an_encoder_in_parts_the_largest_counts_with_what_it_takes_and_makes() -> None:
+    generation, levels = Generation(64, 32, 4), (512, 512, 256)
+    image = 5 * generation.image_bytes
+    made = 4 * 256 * 128 * 64, 4 * 512 * 64 * 32
+
+    def parts(*activations: int) -> list[Footprint]:
+        # Of all at once.
+        units = (128 * 64, 64 * 32, 64 * 32)
+        runs = zip(units, activations, strict=True)
+        return [Footprint(0, 0, 10, 0, 0, ((n, each, 0),)) for n, each in runs]
+
+    def need(*activations: int) -> int:
+        return encoder_in_parts(parts(*activations), generation, levels, 28).resident - image - 10
+
+    assert encoder_window(28, 0) > 128 and encoder_window(28, 1) > 64
+    assert need(10**9, 0, 0) == 10**9 + made[0]
+    assert need(0, 10**9, 0) == 10**9 + sum(made)
+    assert need(0, 0, 10**9) == 10**9 + made[1]
+    narrow, wide = (
+        encoder_in_parts(parts(10**9, 0, 0), Generation(400, 400, 4), levels, n).resident
+        for n in (22, 28)
+    )
+    assert narrow < wide
 
 
 def test_the_mode_follows_the_limit(bundle: Bundle) -> None:

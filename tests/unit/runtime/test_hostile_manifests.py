@@ -27,11 +27,11 @@ from edgesd.runtime.requests import Request
 from edgesd.runtime.settings import Settings
 from edgesd.spec.bundle import (
     CalibrationSpec,
-    DecoderPart,
+    ComponentPart,
     LayerRecipe,
     PrompterSpec,
     QuantRecipe,
-    SplitDecoder,
+    SplitComponent,
 )
 from edgesd.spec.quality import ImageQuality, Quality
 from tests.support import assert_refused, run_cli
@@ -67,8 +67,9 @@ def rich(bundle: Bundle, root: Path) -> Path:
         ),
         outputs=(*spec.outputs, msgspec.structs.replace(flat, name="moments")),
     )
-    split = SplitDecoder(
-        DecoderPart("vae_decoder/head.onnx", head, 1), DecoderPart("vae_decoder/head.onnx", tail, 1)
+    split = SplitComponent(
+        ComponentPart("vae_decoder/head.onnx", head, 1),
+        ComponentPart("vae_decoder/head.onnx", tail, 1),
     )
     layer = LayerRecipe("conv_in", "unet", "conv", (4, 4, 3, 3), "fp16", "fp16", 0, 9, 0.1)
     calibration = CalibrationSpec(2, "0" * 64, 2, 3.0, "ddim", 16, 16)

@@ -192,6 +192,7 @@ def latent_spec(
         scale_factor=scale_factor,
         scaling_factor=float(scaling),
         halo=_tiny_halo(config["num_decoder_blocks"]) if tiny else None,
+        encoder_halo=_tiny_encoder_halo(config["num_encoder_blocks"]) if tiny else None,
         levels=None if tiny else tuple(reversed(config["block_out_channels"])),
         mean=mean,
         std=std,
@@ -223,6 +224,16 @@ def _is_tiny(source: Checkpoint) -> bool:
 def _autoencoder(source: Checkpoint, weights: bool) -> Any:
     cls = getattr(diffusers, source.class_of(AUTOENCODER))
     return load_network(source, AUTOENCODER, cls, weights)
+
+
+def _tiny_encoder_halo(blocks: Sequence[int]) -> int:
+    """Latents that a latent of AutoencoderTiny's encoder sees to each side, at most: the same
+    convolutions the other way, where a downsampling's begins a pixel before its output."""
+    reach = 1  # the last convolution
+    for level in reversed(range(len(blocks))):
+        reach += 3 * blocks[level]
+        reach = 2 * reach + 1 if level else reach + 1
+    return -(-reach >> (len(blocks) - 1))
 
 
 def _tiny_halo(blocks: Sequence[int]) -> int:

@@ -12,11 +12,11 @@ import pytest
 
 from edgesd.errors import BundleError
 from edgesd.runtime.arrays import Array
+from edgesd.runtime.autoencoding import decoded
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.backends.fake import FakeRunner
-from edgesd.runtime.decoding import decoded
 from edgesd.runtime.loaded import Loaded
-from edgesd.spec.bundle import DecoderPart, SplitDecoder
+from edgesd.spec.bundle import ComponentPart, SplitComponent
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 from tests.support import pipeline_spec
 
@@ -30,14 +30,14 @@ def f32(name: str, *shape: int | str) -> TensorSpec:
 
 
 FEATURES = f32("features", 1, 5, "h", "w")
-HEAD = DecoderPart(
+HEAD = ComponentPart(
     "d/head.onnx",
     ComponentSpec(
         "head", (f32(SPEC.wiring.decoder.input, 1, len(LATENTS), "h", "w"),), (FEATURES,)
     ),
     1,
 )
-TAIL = DecoderPart(
+TAIL = ComponentPart(
     "d/tail.onnx",
     ComponentSpec(
         "tail",
@@ -64,10 +64,10 @@ def decode(features: tuple[int, int], image: tuple[int, int]) -> Array:
         return {SPEC.wiring.decoder.output: values, "moments": np.zeros((2, 2, 2), np.float32)}
 
     @contextmanager
-    def part(component: str, part: DecoderPart) -> Iterator[Runner]:
+    def part(component: str, part: ComponentPart) -> Iterator[Runner]:
         yield FakeRunner(part.spec, head if part is HEAD else tail)
 
-    engine = SimpleNamespace(split=SplitDecoder(HEAD, TAIL))
+    engine = SimpleNamespace(split=SplitComponent(HEAD, TAIL))
     manifest = SimpleNamespace(pipeline=SPEC, engines={SPEC.wiring.decoder.component: engine})
     fake: Any = SimpleNamespace(
         bundle=SimpleNamespace(manifest=manifest),
