@@ -1,23 +1,24 @@
-"""Decoding in parts, of graphs that make other shapes than an image has."""
+"""Decoding and encoding in parts, of graphs that make other shapes than they should."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import pytest
 
 from edgesd.errors import BundleError
 from edgesd.runtime.arrays import Array
-from edgesd.runtime.autoencoding import decoded
+from edgesd.runtime.autoencoding import decoded, encoded
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.backends.fake import FakeRunner
 from edgesd.runtime.loaded import Loaded
 from edgesd.spec.bundle import ComponentPart, SplitComponent
-from edgesd.spec.pipeline import ComponentSpec, TensorSpec
+from edgesd.spec.pipeline import ComponentSpec, EncoderSpec, TensorSpec
 from tests.support import pipeline_spec
 
 SPEC = pipeline_spec()
@@ -95,3 +96,89 @@ def test_parts_that_make_another_size_are_refused(
 ) -> None:
     with pytest.raises(BundleError, match=words):
         decode(features, image)
+
+
+ENCODER = EncoderSpec("vae_encoder", "image", ("mean", "std"))
+STATISTICS = (f32("statistics", 2, 2, 2), f32("own", 1), TensorSpec("core", "int64", (4,)))
+
+
+def encoder_part(name: str, inputs: Sequence[TensorSpec], *outputs: TensorSpec) -> ComponentPart:
+    margins = (1, 1) if len(inputs) > 1 else None
+    spec = ComponentSpec(name, tuple(inputs), outputs)
+    return ComponentPart(f"e/{name}.onnx", spec, 1, margins=margins)
+
+
+PARTS = (
+    encoder_part(
+        "head",
+        (f32("image", 1, 3, "H", "W"), *STATISTICS),
+        f32("features", 1, 5, "h", "w"),
+        f32("moments", 2, 2, 2),
+    ),
+    encoder_part(
+        "tail", (FEATURES,), *(f32(n, 1, len(LATENTS), "h", "w") for n in ENCODER.outputs)
+    ),
+)
+
+
+def encode(memory: str, halved: int, halo: int | None = None, whole: int = 1) -> list[Array]:
+    """What becomes of an image, each channel of which is 1, 2, 3, where the head makes a `halved`th
+    of its sides; whole: what the sides of a whole one are divided by, besides."""
+    latent = msgspec.structs.replace(SPEC.latent, scale_factor=2, encoder_halo=halo)
+    wiring = msgspec.structs.replace(SPEC.wiring, encoder=ENCODER)
+    spec = msgspec.structs.replace(SPEC, latent=latent, wiring=wiring)
+    image = np.arange(1, 4, dtype=np.float32)[None, :, None, None] * np.ones((1, 3, 128, 96), "f4")
+
+    def head(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        small = inputs["image"][:, :1, ::halved, ::halved]
+        return {
+            "features": small.repeat(5, 1).astype(np.float32),
+            "moments": np.zeros((2, 2, 2), np.float32),
+        }
+
+    def tail(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        mean = inputs["features"][:, : len(LATENTS)]
+        return {"mean": mean, "std": 2 * mean}
+
+    @contextmanager
+    def part(component: str, part: ComponentPart) -> Iterator[Runner]:
+        yield FakeRunner(part.spec, head if part is PARTS[0] else tail)
+
+    def run(component: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        small = inputs["image"][:, :1, :: 2 * whole, :: 2 * whole]
+        ones = np.repeat(small, len(LATENTS), 1)
+        return {"mean": ones, "std": 2 * ones}
+
+    engine = SimpleNamespace(split=SplitComponent(*PARTS) if halo is None else None)
+    fake: Any = SimpleNamespace(
+        bundle=SimpleNamespace(
+            manifest=SimpleNamespace(pipeline=spec, engines={"vae_encoder": engine})
+        ),
+        memory=memory,
+        replaced=set(),
+        window=22,
+        part=part,
+        run=run,
+    )
+    return list(encoded(cast(Loaded, fake), image))
+
+
+@pytest.mark.parametrize("memory", ["balanced", "stream"])
+def test_encoder_parts_make_what_the_whole_makes(memory: str) -> None:
+    mean, spread = encode(memory, 2)
+    assert mean.shape == (1, len(LATENTS), 64, 48)
+    assert (mean == 1).all() and (spread == 2).all()
+
+
+def test_an_encoder_that_sees_only_so_far_is_run_in_tiles() -> None:
+    (latents,) = encode("stream", 2, halo=4)
+    assert latents.shape == (1, len(LATENTS), 64, 48) and (latents == 1).all()
+
+
+def test_encoders_that_make_other_shapes_are_refused() -> None:
+    with pytest.raises(BundleError, match="part 1 of vae_encoder makes features of the shape"):
+        encode("stream", 4)
+    with pytest.raises(BundleError, match="vae_encoder makes latents of the shape"):
+        encode("balanced", 2, whole=2)
+    with pytest.raises(BundleError, match="vae_encoder"):
+        encode("stream", 2, halo=4, whole=2)
