@@ -97,7 +97,7 @@ def make_graphs(half: str, folder: Path, precision: str, autoencoder: Path | Non
         for name, graph in zip((KERNELS_FILE, *names), own, strict=True):
             LOWERING.lower_to_kernels(graph, mine(graph), set(), None, attention=False)
             graphs[name] = graph
-    split = describe_split("", [graphs[name] for name in files], files, names)
+    split = describe_split(SPECS[half].name, [graphs[name] for name in files], files, names)
     with atomic_dir(folder) as out:
         write_model(graphs.pop("model.onnx"), out, graphs)
         (out / "split.json").write_bytes(msgspec.json.encode(split))
