@@ -38,7 +38,8 @@ same for an engine's `checked`. 4: an engine's `plan`, and `built_for`, which wa
 of engines and of a decoder's head and tail. 8: the pipeline's `wiring`, in the place
 of `max_tokens`. 9: inputs filled with ids of the image's sizes. 10: the wiring's `encoder` and
 `strengths`, tasks that begin with an image; inputs filled with sums of what sides give, and sizes
-such as height/2; the sides that a bundle was built with.
+such as height/2; the sides that a bundle was built with; the
+`middle` and `margins` of an encoder's parts.
 """
 
 

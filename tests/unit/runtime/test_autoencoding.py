@@ -16,8 +16,10 @@ from edgesd.runtime.arrays import Array
 from edgesd.runtime.autoencoding import decoded, encoded
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.backends.fake import FakeRunner
+from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.loaded import Loaded
-from edgesd.spec.bundle import ComponentPart, SplitComponent
+from edgesd.runtime.networks import check_networks
+from edgesd.spec.bundle import BundleManifest, ComponentPart, SplitComponent, split_of
 from edgesd.spec.pipeline import ComponentSpec, EncoderSpec, TensorSpec
 from tests.support import pipeline_spec
 
@@ -182,3 +184,54 @@ def test_encoders_that_make_other_shapes_are_refused() -> None:
         encode("balanced", 2, whole=2)
     with pytest.raises(BundleError, match="vae_encoder"):
         encode("stream", 2, halo=4, whole=2)
+
+
+def manifest_of(miniature: Bundle, *parts: ComponentPart) -> BundleManifest:
+    """Of a bundle whose encoder, which makes latents of half an image's sides, has `parts`."""
+    manifest, channels = miniature.manifest, miniature.manifest.pipeline.latent.channels
+    spec = ComponentSpec(
+        ENCODER.component,
+        (f32("image", "b", 3, "H", "W"),),
+        tuple(f32(name, "b", channels, "h", "w") for name in ENCODER.outputs),
+    )
+    pipeline = msgspec.structs.replace(
+        manifest.pipeline,
+        components={**manifest.pipeline.components, spec.name: spec},
+        wiring=msgspec.structs.replace(manifest.pipeline.wiring, encoder=ENCODER),
+        latent=msgspec.structs.replace(manifest.pipeline.latent, scale_factor=2),
+    )
+    engine = msgspec.structs.replace(manifest.engines["vae_decoder"], split=split_of(parts))
+    engines = {**manifest.engines, spec.name: engine}
+    return msgspec.structs.replace(manifest, pipeline=pipeline, engines=engines)
+
+
+def test_parts_of_an_encoder_are_checked_before_they_run(miniature: Bundle) -> None:
+    head, tail = PARTS
+    check_networks(manifest_of(miniature, head, tail))
+    unknown = encoder_part(
+        "head", head.spec.inputs, f32("features", 1, "c", "h", "w"), head.spec.outputs[1]
+    )
+    wrong = {
+        "part 1 of the encoder has no margins": (
+            msgspec.structs.replace(head, margins=None),
+            tail,
+        ),
+        "vae_encoder has 3 parts": (head, encoder_part("1", *middle()), tail),
+        "part 2 of the encoder in the manifest has the inputs": (head, head, tail),
+        "part 1 of the encoder in the manifest has features as": (unknown, tail),
+        "the tail of the encoder in the manifest has the inputs": (head, head),
+    }
+    for words, parts in wrong.items():
+        with pytest.raises(BundleError, match=words):
+            check_networks(manifest_of(miniature, *parts))
+    manifest = manifest_of(miniature, head, tail)
+    split = msgspec.structs.replace(SplitComponent(HEAD, TAIL), middle=(HEAD,))
+    decoder = msgspec.structs.replace(manifest.engines["vae_decoder"], split=split)
+    engines = {**manifest.engines, "vae_decoder": decoder}
+    with pytest.raises(BundleError, match="vae_decoder has more than a head and a tail"):
+        check_networks(msgspec.structs.replace(manifest, engines=engines))
+
+
+def middle() -> tuple[tuple[TensorSpec, ...], TensorSpec, TensorSpec]:
+    """Inputs and outputs of a part between an encoder's head and tail."""
+    return (FEATURES, *STATISTICS), f32("coarse", 1, 5, "h", "w"), f32("moments", 2, 2, 2)
