@@ -224,18 +224,20 @@ def test_a_full_autoencoder_is_planned_in_halves_where_it_is_streamed(tmp_path: 
         size: estimate_build(
             str(folder),
             "x86-64-cpu",
-            PlanRequest("w8a8", (size, size), 1, 1, rates=board("avx512_vnni")),
+            PlanRequest("w8a8", (size, size), 1, 1, rates=board("avx512_vnni"), tasks=("image",)),
         )
         for size in (512, 1024)
     }
-    for plan in plans.values():
-        decoder = plan.components["vae_decoder"]
-        assert decoder.memory["stream"] < decoder.memory["balanced"]
-        whole, tiled = decoder.seconds["balanced"], decoder.seconds["stream"]
-        assert whole is not None and tiled is not None and 2 * whole < tiled < 8 * whole
-    # The whole grows with the image; of the tiles only the image and its features do.
-    small, large = (plan.components["vae_decoder"].memory for plan in plans.values())
-    assert large["balanced"] - small["balanced"] > 4 * (large["stream"] - small["stream"])
+    for half in ("vae_decoder", "vae_encoder"):
+        for plan in plans.values():
+            cost = plan.components[half]
+            assert cost.memory["stream"] < cost.memory["balanced"]
+            whole, tiled = cost.seconds["balanced"], cost.seconds["stream"]
+            assert whole is not None and tiled is not None and 2 * whole < tiled < 8 * whole
+        # The whole grows with the image; of the tiles only the image and its features do.
+        small, large = (plan.components[half].memory for plan in plans.values())
+        least = 4 if half == "vae_decoder" else 2  # an encoder's features are larger
+        assert large["balanced"] - small["balanced"] > least * (large["stream"] - small["stream"])
 
 
 def test_plan_says_what_the_bundle_itself_says(bundle: Bundle) -> None:

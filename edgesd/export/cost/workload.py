@@ -27,10 +27,11 @@ _ALIASES = frozenset(
     (
         *("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "t"),
         *("detach", "alias", "clone", "contiguous", "lift_fresh", "_to_copy"),
+        "constant_pad_nd",
     )
 )
 """Operations whose output is their input: in a graph they move nothing. A clone follows a
-permutation, which is where the graph copies."""
+permutation, which is where the graph copies; padding becomes that of a convolution."""
 
 _IN_PLACE = frozenset(("add", "mul", "sub", "div", "relu", "sigmoid", "silu", "tanh", "exp"))
 """Operations whose output may lie where their input lay."""
@@ -151,6 +152,7 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         }
         self._count = sum(value.numel() for value in module.parameters())
         self._values: dict[int, int] = {}
+        self._pads: dict[int, tuple[int, int, int, int]] = {}
         self._kept: list[Tensor] = []
         self._sizes: list[int] = []
         self._operations: list[Operation] = []
@@ -187,6 +189,9 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [a for a in taken if isinstance(a, Tensor)]
         if isinstance(out, Tensor) and (name in _ALIASES or _by_one(name, args)):
             self._alias(out, tensors[0])
+            if name == "constant_pad_nd":
+                left, right, above, below = args[1]
+                self._pads[id(out)] = above, left, below, right
             return out
         made = [t for t in (out if isinstance(out, list | tuple) else (out,)) if t is not None]
         if name.startswith("native_"):
@@ -218,6 +223,8 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _conv(self, op: Operation, args: tuple[Any, ...], out: Tensor) -> Operation:
         weight, stride, padding, groups = args[1], args[3], args[4], args[8]
+        before = self._pads.get(id(args[0]), (0, 0, 0, 0))
+        own = padding[0], padding[-1], padding[0], padding[-1]
         layer = Layer(
             self._component,
             self._parameters[id(weight)],
@@ -225,7 +232,7 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             "conv",
             tuple(weight.shape),
             (stride[0], stride[-1]),
-            (padding[0], padding[-1], padding[0], padding[-1]),
+            tuple(map(sum, zip(own, before, strict=True))),
         )
         rows = out.shape[0] * math.prod(out.shape[2:])
         # A grouped convolution has no place among the layers that are quantized.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -286,16 +287,20 @@ def encoder_component(**fields: Any) -> Any:
         "norm_num_groups": 8,
         "layers_per_block": 2,
     }
-    net = diffusers.AutoencoderKL(**{**options, **fields}).eval().requires_grad_(False)
-    net.decoder = net.post_quant_conv = None
-    scale = 2 ** (len(net.config.block_out_channels) - 1)
-    module = VaeEncoder(net, LatentSpec(4, scale, 0.18215))
+
+    def load(weights: bool = True) -> Any:
+        with torch.device("cpu" if weights else "meta"):
+            net = diffusers.AutoencoderKL(**{**options, **fields}).eval()
+        net.decoder = net.post_quant_conv = None
+        return VaeEncoder(net, LatentSpec(4, scale, 0.18215))
+
+    scale = 2 ** (len({**options, **fields}["block_out_channels"]) - 1)
     image = TensorSpec("image", "float32", ("batch", 3, "height", "width"))
     outputs = (TensorSpec(n, "float32", ("batch", 4, f"{n}_height", f"{n}_width")) for n in MOMENTS)
     spec = ComponentSpec("vae_encoder", (image,), tuple(outputs))
     size = {"batch": 2, "height": 64, "width": 96}
     multiples = {"height": scale, "width": scale}
-    return Component(spec, lambda: module, (size,), multiples=multiples)
+    return Component(spec, load, (size,), multiples=multiples)
 
 
 MOMENTS = ("mean", "std")
@@ -360,6 +365,22 @@ def test_an_encoder_in_tiles_makes_what_the_whole_makes(
         assert found[name].shape == whole[name].shape == (1, 4, height // 8, width // 8)
         assert off(found[name], whole[name]) < 2e-3  # as the parts of the whole image are
         assert rms(found[name], whole[name]) < 2e-4
+
+
+@pytest.mark.integration
+def test_what_is_planned_of_an_encoder_is_what_its_parts_are(encoder: Encoder) -> None:
+    from edgesd.export.cost.workload import split_workload, trace
+    from edgesd.export.quantize.layers import find_layers
+
+    traced = trace(encoder.component, {"batch": 1, "height": 64, "width": 96})
+    found = {replace(layer, node="") for layer in find_layers("vae_encoder", encoder.model)}
+    assert {*traced.layers} == found  # with strides and paddings
+    parts = split_workload(traced)
+    assert len(parts) == len(encoder.split.parts)
+    norms = [sum(op.kind == "group_norm" for op in part.operations) for part in parts]
+    assert norms[:-1] == [4, 4, 4]
+    sizes = [traced.sizes[value] for part in parts[:-1] for value in part.outputs]
+    assert sizes == [4 * 16 * 32 * 48, 4 * 16 * 16 * 24, 4 * 32 * 8 * 12]
 
 
 @pytest.mark.integration
