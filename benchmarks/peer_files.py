@@ -406,6 +406,71 @@ def convert_sdcpp(pipeline: Path, kind: str, work: Path) -> Path:
     return path
 
 
+def convert_sdcpp_control(controlnet: Path, work: Path) -> Path:
+    """A diffusers ControlNet for stable-diffusion.cpp, which reads the author's names and converts
+    weights as it loads them; made once and kept in `work`."""
+    path = work / f"{controlnet.name}-control.safetensors"
+    if path.exists():
+        return path
+    from safetensors.torch import load_file, save_file
+
+    (file,) = controlnet.glob("*.safetensors")
+    work.mkdir(parents=True, exist_ok=True)
+    named = {f"control_model.{control_name(name)}": t for name, t in load_file(file).items()}
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        part = Path(folder) / path.name
+        save_file(named, part)
+        part.rename(path)
+    return path
+
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_CONTROL = {
+    "time_embedding.linear_1.": "time_embed.0.",
+    "time_embedding.linear_2.": "time_embed.2.",
+    "conv_in.": "input_blocks.0.0.",
+    "mid_block.attentions.0.": "middle_block.1.",
+    "controlnet_mid_block.": "middle_block_out.0.",
+    "controlnet_cond_embedding.conv_in.": "input_hint_block.0.",
+    "controlnet_cond_embedding.conv_out.": "input_hint_block.14.",
+}
+_LAYERS = 2
+"""Residual blocks of each resolution of Stable Diffusion 1.x."""
+
+
+def control_name(name: str) -> str:
+    """What the author of ControlNet calls a tensor that diffusers calls `name`: the tables of
+    lllyasviel/ControlNet's cldm.py, for two residual blocks a level."""
+    for begins, author in _CONTROL.items():
+        if name.startswith(begins):
+            return author + name.removeprefix(begins)
+    match name.split("."):
+        case ["controlnet_down_blocks", number, last]:
+            return f"zero_convs.{number}.0.{last}"
+        case ["controlnet_cond_embedding", "blocks", number, last]:
+            return f"input_hint_block.{2 * int(number) + 2}.{last}"
+        case ["mid_block", "resnets", number, layer, last]:
+            return f"middle_block.{2 * int(number)}.{_RESNET[layer]}.{last}"
+        case ["down_blocks", level, "resnets", number, layer, last]:
+            return f"input_blocks.{_place(level, number)}.0.{_RESNET[layer]}.{last}"
+        case ["down_blocks", level, "attentions", number, *rest]:
+            return f"input_blocks.{_place(level, number)}.1.{'.'.join(rest)}"
+        case ["down_blocks", level, "downsamplers", "0", "conv", last]:
+            return f"input_blocks.{_place(level, _LAYERS)}.0.op.{last}"
+    raise EdgesdError(f"a ControlNet of Stable Diffusion 1.x has no {name}")
+
+
+def _place(level: str, number: str | int) -> int:
+    return (_LAYERS + 1) * int(level) + int(number) + 1
+
+
 def _mend_names(gguf: Path) -> None:
     """Its converter names a second encoder of a diffusers folder as its reader doesn't know it.
     Both names are equally long, so that they can be replaced in the file's header."""

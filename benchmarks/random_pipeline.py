@@ -1,10 +1,11 @@
 """Writes a pipeline of true size with random weights: for speed and memory.
 
 python -m benchmarks.random_pipeline FOLDER [--model sdxl] [--tiny-vae] [--channels N]
+    [--controlnet FOLDER]
 
 The networks' configurations are those of the published models; the tokenizers are the embedded
 model's, whose ids are a part of CLIP's. Weights are fp16: 2.1 GB for Stable Diffusion 1.5, 7 GB for
-SDXL and SDXL-Turbo. What they generate is noise.
+SDXL and SDXL-Turbo, 0.7 GB for a ControlNet of sd15's UNet. What they generate is noise.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    ControlNetModel,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -160,6 +162,20 @@ def write_pipeline(
     _write(folder / "README.md", "---\nlicense: apache-2.0\n---\nRandom weights.\n")
 
 
+def write_controlnet(folder: Path, channels: int = 320) -> None:
+    """Write a ControlNet for the UNet of `sd15` to the new folder `folder`: its first half, as in
+    Zhang et al. 2023, arXiv 2302.05543, but for the convolutions that begin as zeros. channels: as
+    of `sd15`."""
+    widths = tuple(channels * factor for factor in (1, 2, 4, 4))
+    config = {name: value for name, value in SD15_UNET.items() if name != "sample_size"}
+    with _half():
+        net = ControlNetModel(**{**config, "block_out_channels": widths})
+        for convolution in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+            torch.nn.init.normal_(convolution.weight, std=0.01)
+    net.save_pretrained(folder)
+    _write(folder / "README.md", "---\nlicense: apache-2.0\n---\nRandom weights.\n")
+
+
 @contextmanager
 def _half() -> Iterator[None]:
     """Make networks in fp16 at once: SDXL's UNet takes 10 GB in fp32."""
@@ -193,11 +209,18 @@ def main() -> None:
     parser.add_argument(
         "--channels", type=int, help="of the first level of sd15's UNet (default: 320)"
     )
+    parser.add_argument(
+        "--controlnet", type=Path, metavar="FOLDER", help="write a ControlNet for sd15, too"
+    )
     given = parser.parse_args()
+    if given.controlnet and given.model != "sd15":
+        parser.error("--controlnet is for --model sd15")
     options = {} if given.channels is None else {"channels": given.channels}
     if options and given.model != "sd15":
         parser.error("--channels is for --model sd15")
     write_pipeline(given.folder, given.model, given.tiny_vae, **options)
+    if given.controlnet:
+        write_controlnet(given.controlnet, **options)
 
 
 if __name__ == "__main__":

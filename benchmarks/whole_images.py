@@ -3,6 +3,8 @@ the steps of OpenVINO's UNet.
 
     python -m benchmarks.whole_images MODEL --bundle BUNDLE --modes stream balanced \
         --sdcpp q8_0 q4_0 --openvino
+    python -m benchmarks.whole_images MODEL --bundle BUNDLE --modes stream --sdcpp q8_0 \
+        --controlnet CONTROLNET --control IMAGE --size 512 512
 
 MODEL is the diffusers folder that each BUNDLE was built from (benchmarks/random_pipeline.py makes
 some). All generate the same size and number of steps, without guidance unless --guidance is more
@@ -11,6 +13,10 @@ the process's peak resident set (mapped files included) and largest anonymous me
 stable-diffusion.cpp reads is made from MODEL once and kept in --work; it decodes in tiles, with
 flash attention. --openvino adds the UNet of an SDXL model in INT8 by nncf, alone, which takes 16 GB
 to make once. `python -m benchmarks.peers --install` gets it.
+
+With --control, an image steers a ControlNet: that of BUNDLE (`edgesd build --controlnet
+CONTROLNET`), and CONTROLNET itself in stable-diffusion.cpp. `random_pipeline --controlnet` makes
+one.
 """
 
 from __future__ import annotations
@@ -33,7 +39,13 @@ import numpy as np
 
 from benchmarks.common import environment, paired_ratio, parser, run, spread, table, write_json
 from benchmarks.contenders import openvino_step
-from benchmarks.peer_files import INPUTS_FILE, SDCPP_TYPES, convert_openvino, convert_sdcpp
+from benchmarks.peer_files import (
+    INPUTS_FILE,
+    SDCPP_TYPES,
+    convert_openvino,
+    convert_sdcpp,
+    convert_sdcpp_control,
+)
 from benchmarks.peers import status_bytes
 from edgesd.errors import EdgesdError
 from edgesd.processes import module_command
@@ -45,12 +57,15 @@ _SAMPLE_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Asked:
-    """What is generated. size: (width, height)."""
+    """What is generated. size: (width, height). control: the image that a ControlNet is shown, and
+    its scale."""
 
     size: tuple[int, int]
     steps: int
     guidance: float
     threads: int
+    control: Path | None = None
+    scale: float = 1.0
 
 
 Generate = Callable[[Path, "Asked"], list[float]]
@@ -74,6 +89,8 @@ def by_edgesd(bundle: Path, mode: str, asked: Asked) -> Made:
         command += ["--seed", str(_SEED), "--memory", mode, "--steps", str(asked.steps)]
         command += ["--size", "{}x{}".format(*asked.size), "--guidance", str(asked.guidance)]
         command += ["--threads", str(asked.threads), "--any-machine", "--json"]
+        if asked.control:
+            command += ["--control", str(asked.control), "--control-scale", str(asked.scale)]
         out, log = Path(folder) / "out.json", Path(folder) / "log"
         began = time.perf_counter()
         with out.open("wb") as written, log.open("wb") as said:
@@ -111,7 +128,7 @@ def by_peer(generate: Generate, path: Path, asked: Asked) -> Made:
     except EOFError:
         process.join()
         raise EdgesdError(
-            f"{generate.__name__} of {path.name} ended with status {process.exitcode}"
+            f"the peer's run of {path.name} ended with status {process.exitcode}"
         ) from None
     peak = status_bytes(process.pid, "VmHWM")
     process.kill()
@@ -127,12 +144,17 @@ def _answer(
     time.sleep(60)
 
 
-def sdcpp(path: Path, asked: Asked) -> list[float]:
-    """Seconds of each step of an image by stable-diffusion.cpp."""
+def sdcpp(path: Path, asked: Asked, controlnet: Path | None = None) -> list[float]:
+    """Seconds of each step of an image by stable-diffusion.cpp. controlnet: of
+    convert_sdcpp_control."""
     import stable_diffusion_cpp
 
     model = stable_diffusion_cpp.StableDiffusion(
-        model_path=str(path), n_threads=asked.threads, diffusion_flash_attn=True, verbose=False
+        model_path=str(path),
+        control_net_path=str(controlnet or ""),
+        n_threads=asked.threads,
+        diffusion_flash_attn=True,
+        verbose=False,
     )
     ends: list[float] = []
     width, height = asked.size
@@ -143,6 +165,8 @@ def sdcpp(path: Path, asked: Asked) -> list[float]:
         seed=_SEED,
         sample_steps=asked.steps,
         cfg_scale=asked.guidance,
+        control_image=str(asked.control) if controlnet else None,
+        control_strength=asked.scale,
         vae_tiling=True,
         progress_callback=lambda *_: ends.append(time.perf_counter()),
     )
@@ -198,14 +222,17 @@ def _contenders(
     modes: Sequence[str],
     kinds: Sequence[str],
     openvino_size: tuple[int, int] | None,
+    controlnet: Path | None,
     work: Path,
 ) -> dict[str, Callable[[Asked], Made]]:
     found: dict[str, Callable[[Asked], Made]] = {}
     for bundle in bundles:
         for mode in modes:
             found[f"{bundle.stem} {mode}"] = partial(by_edgesd, bundle, mode)
+    control = convert_sdcpp_control(controlnet, work) if controlnet and kinds else None
     for kind in kinds:
-        found[f"sdcpp {kind}"] = partial(by_peer, sdcpp, convert_sdcpp(model, kind, work))
+        generate = partial(sdcpp, controlnet=control) if control else sdcpp
+        found[f"sdcpp {kind}"] = partial(by_peer, generate, convert_sdcpp(model, kind, work))
     if openvino_size:
         unet = convert_openvino(model, openvino_size, work)
         found["openvino int8, UNet alone"] = partial(by_peer, openvino_unet, unet)
@@ -222,6 +249,9 @@ def main() -> None:
     )
     arguments.add_argument("--sdcpp", nargs="*", choices=SDCPP_TYPES, default=[])
     arguments.add_argument("--openvino", action="store_true")
+    arguments.add_argument("--controlnet", type=Path, help="diffusers folder, of --sdcpp")
+    arguments.add_argument("--control", type=Path, help="what the ControlNets are shown")
+    arguments.add_argument("--control-scale", type=float, default=1.0)
     arguments.add_argument("--work", type=Path, default=Path("out/whole_images"))
     arguments.add_argument("--size", type=int, nargs=2, default=(1024, 1024), metavar="PIXELS")
     arguments.add_argument("--steps", type=int, default=2)
@@ -229,13 +259,23 @@ def main() -> None:
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--rounds", type=int, default=3)
     given = arguments.parse_args()
-    asked = Asked(tuple(given.size), given.steps, given.guidance, given.threads)
+    asked = Asked(
+        tuple(given.size),
+        given.steps,
+        given.guidance,
+        given.threads,
+        given.control,
+        given.control_scale,
+    )
+    if bool(given.sdcpp and given.control) != bool(given.controlnet):
+        raise EdgesdError("--controlnet goes with --sdcpp and --control")
     contenders = _contenders(
         given.model,
         given.bundle,
         given.modes,
         given.sdcpp,
         asked.size if given.openvino else None,
+        given.controlnet,
         given.work,
     )
     if not contenders:
@@ -262,7 +302,14 @@ def main() -> None:
         {key: v._asdict() if hasattr(v, "_asdict") else v for key, v in row.items()} for row in rows
     ]
     packages = environment("stable-diffusion-cpp-python", "openvino", "nncf")
-    write_json(given.json, {"environment": packages, "asked": vars(asked), "contenders": lines})
+    write_json(
+        given.json,
+        {
+            "environment": packages,
+            "asked": {**vars(asked), "control": str(asked.control or "")},
+            "contenders": lines,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -7,11 +7,22 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import beside_others, common, loop_overhead, parity, peer_files, peers, startup
+from benchmarks import (
+    beside_others,
+    common,
+    loop_overhead,
+    parity,
+    peer_files,
+    peers,
+    startup,
+    whole_images,
+)
 from edgesd.errors import EdgesdError, UsageError
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.schedulers import SCHEDULERS
@@ -121,6 +132,95 @@ def test_the_true_size_is_that_of_stable_diffusion() -> None:
         "encoder_hidden_states": (1, 77, 768),
     }
     assert [tensor.name for tensor in model.spec().inputs] == list(shapes)
+
+
+def test_a_controlnet_has_its_author_s_names() -> None:
+    """As diffusers reads them."""
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    kinds = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    net = diffusers.ControlNetModel(
+        block_out_channels=(8, 16, 16, 16),
+        down_block_types=kinds,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+    )
+    state = net.state_dict()
+    named = {f"control_model.{peer_files.control_name(n)}": t for n, t in state.items()}
+    assert len(named) == len(state)
+    back = convert_controlnet_checkpoint(named, dict(net.config))
+    assert back.keys() == state.keys() and all(back[name] is state[name] for name in state)
+    with pytest.raises(EdgesdError, match="up_blocks"):
+        peer_files.control_name("up_blocks.0.conv.weight")
+
+
+@pytest.mark.integration
+def test_a_random_controlnet_is_kept_for_the_peer(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    from benchmarks.random_pipeline import write_controlnet
+
+    write_controlnet(tmp_path / "control", channels=32)
+    kept = peer_files.convert_sdcpp_control(tmp_path / "control", tmp_path / "work")
+    tensors = safetensors.load_file(kept)
+    zero = tensors["control_model.zero_convs.0.0.weight"]
+    assert zero.dtype == np.float16 and np.abs(zero).max() > 0
+    assert tensors["control_model.input_blocks.11.0.out_layers.3.weight"].shape == (128, 128, 3, 3)
+    kept.write_bytes(b"kept")
+    again = peer_files.convert_sdcpp_control(tmp_path / "control", tmp_path / "work")
+    assert again == kept and kept.read_bytes() == b"kept"
+
+
+def test_what_a_controlnet_is_shown_reaches_both_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that says what it was called with stands in for edgesd, a module for the peer."""
+    told = tmp_path / "told.json"
+    program = f"""
+import json, pathlib, sys
+pathlib.Path({str(told)!r}).write_text(json.dumps(sys.argv[1:]))
+print(json.dumps({{"step_seconds": [1.0, 2.0, 9.0], "peak_memory_bytes": 7}}))
+"""
+    monkeypatch.setattr(
+        whole_images, "module_command", lambda module, *rest: [sys.executable, "-c", program, *rest]
+    )
+    asked = whole_images.Asked((64, 32), 2, 1.0, 1, tmp_path / "edges.png", 0.5)
+    made = whole_images.by_edgesd(tmp_path / "bundle", "stream", asked)
+    assert (made.step_seconds, made.peak_bytes) == (2.0, 7)
+    options = json.loads(told.read_text())
+    assert options[options.index("--control") + 1] == str(tmp_path / "edges.png")
+    assert options[options.index("--control-scale") + 1] == "0.5"
+    given: dict[str, object] = {}
+
+    class Fake:
+        def __init__(self, **options: object) -> None:
+            given.update(options)
+
+        def generate_image(self, prompt: str, **options: Any) -> None:
+            given.update(options)
+            for step in range(options["sample_steps"] + 3):
+                options["progress_callback"](step)
+
+    monkeypatch.setitem(sys.modules, "stable_diffusion_cpp", SimpleNamespace(StableDiffusion=Fake))
+    assert len(whole_images.sdcpp(tmp_path / "m.gguf", asked, tmp_path / "c.safetensors")) == 2
+    assert given["control_net_path"] == str(tmp_path / "c.safetensors")
+    assert (given["control_image"], given["control_strength"]) == (str(asked.control), 0.5)
+    whole_images.sdcpp(tmp_path / "m.gguf", asked)
+    assert given["control_net_path"] == "" and given["control_image"] is None
+
+
+@pytest.mark.parametrize(
+    "options", [["--control", "a.png", "--sdcpp", "q8_0"], ["--controlnet", "c"]]
+)
+def test_a_controlnet_goes_with_what_it_is_shown(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["whole_images", str(tmp_path), *options])
+    with pytest.raises(EdgesdError, match="--controlnet goes with"):
+        whole_images.main()
 
 
 def test_relative_rms() -> None:
