@@ -13,7 +13,7 @@ import numpy as np
 
 from edgesd.errors import UsageError
 from edgesd.runtime.arrays import Float
-from edgesd.runtime.autoencoding import decoded, encoded
+from edgesd.runtime.autoencoding import decoded
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.chunks import fixed_chunks
