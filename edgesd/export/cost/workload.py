@@ -223,8 +223,7 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _conv(self, op: Operation, args: tuple[Any, ...], out: Tensor) -> Operation:
         weight, stride, padding, groups = args[1], args[3], args[4], args[8]
-        before = self._pads.get(id(args[0]), (0, 0, 0, 0))
-        own = padding[0], padding[-1], padding[0], padding[-1]
+        above, left, below, right = self._pads.get(id(args[0]), (0, 0, 0, 0))
         layer = Layer(
             self._component,
             self._parameters[id(weight)],
@@ -232,7 +231,7 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             "conv",
             tuple(weight.shape),
             (stride[0], stride[-1]),
-            tuple(map(sum, zip(own, before, strict=True))),
+            (above + padding[0], left + padding[-1], below + padding[0], right + padding[-1]),
         )
         rows = out.shape[0] * math.prod(out.shape[2:])
         # A grouped convolution has no place among the layers that are quantized.
