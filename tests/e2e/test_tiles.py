@@ -55,7 +55,9 @@ def bundle(
 def image(height: int, width: int) -> np.ndarray:
     """Values [1, 3, H, W] that aren't alike everywhere."""
     down, across = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)
-    return np.stack([down * across, np.sin(4 * down), np.cos(3 * across * down)])[None].astype("f4")
+    return np.stack([down * across, np.sin(4 * down) + 0 * across, np.cos(3 * across * down)])[
+        None
+    ].astype("f4")
 
 
 def decoded(bundle: Bundle, settings: Settings) -> np.ndarray:
