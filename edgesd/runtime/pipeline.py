@@ -13,7 +13,7 @@ import numpy as np
 
 from edgesd.errors import UsageError
 from edgesd.runtime.arrays import Float
-from edgesd.runtime.autoencoding import decoded
+from edgesd.runtime.autoencoding import decoded, encoded
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.chunks import fixed_chunks
@@ -21,7 +21,6 @@ from edgesd.runtime.closeable import Closeable
 from edgesd.runtime.conditioning import Conditioned, Prompts, with_size_ids
 from edgesd.runtime.controls import controls_of, with_features
 from edgesd.runtime.denoise import Step, denoise
-from edgesd.runtime.encoding import encoded
 from edgesd.runtime.fitting import Batch, images_per_run
 from edgesd.runtime.flow import GuidanceMode, flow_of, guidance_mode
 from edgesd.runtime.loaded import Loaded, OpenRunner, Timings
