@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from edgesd.runtime.denoise import Step
     from edgesd.runtime.flow import GuidanceMode
     from edgesd.runtime.images import SavedImage
+    from edgesd.runtime.lora import Used
     from edgesd.runtime.pipeline import Pipeline
     from edgesd.runtime.recorded import Recorded
     from edgesd.runtime.refined import Refined
@@ -119,6 +120,13 @@ _MOST_REMARKS = 5
     help="Write NAME.preview.png every K steps, until the image is done. [default: never]",
 )
 @refiner_options
+@click.option(
+    "--lora",
+    "loras",
+    metavar="FILE[:SCALE]",
+    multiple=True,
+    help="Use a LoRA that `edgesd lora convert` made for the bundle; may be repeated.",
+)
 @run_options
 @click.option(
     "--guidance-mode",
@@ -158,6 +166,7 @@ def generate_command(
     output: Path,
     preview: int,
     refining: RefinerOptions,
+    loras: tuple[str, ...],
     run: RunOptions,
     guidance_mode: GuidanceMode | None,
     no_fallback: bool,
@@ -173,6 +182,7 @@ def generate_command(
     """
     from edgesd.device.opening import open_for_generate
     from edgesd.runtime.images import check_output, expand_requests, read_prompts
+    from edgesd.runtime.lora import open_lora
     from edgesd.runtime.recorded import recorded
     from edgesd.runtime.refined import check_roles
 
@@ -189,6 +199,7 @@ def generate_command(
     opened = open_for_generate(bundle, any_machine)
     second = open_for_generate(refining.refiner, any_machine) if refining.refiner else None
     check_roles(opened, second, pictures.image is not None)
+    used = [open_lora(given) for given in loras]
     reporter = Reporter(quiet=as_json)
 
     def settings(of: Bundle) -> Settings:
@@ -206,12 +217,12 @@ def generate_command(
         first = control.applied(first, known)
         if like and known:
             first = known.request(first)
-            _tell(like, known, first, opened, second, reporter)
+            _tell(like, known, first, opened, second, used, reporter)
         for shown in first.controls:
             for note in shown.picture.notes:
                 reporter.warn(f"{shown.picture.name}: {note}")
         requests = expand_requests(first, texts, count)
-        with _pipeline(opened, second, settings) as pipeline:
+        with _pipeline(opened, second, settings, used) as pipeline:
             made = generate(pipeline, requests, out, reporter, batch, preview)
             if as_json:
                 print_json(_outcome(pipeline, made))
@@ -220,13 +231,17 @@ def generate_command(
 
 @contextmanager
 def _pipeline(
-    bundle: Bundle, refiner: Bundle | None, settings: Callable[[Bundle], Settings]
+    bundle: Bundle,
+    refiner: Bundle | None,
+    settings: Callable[[Bundle], Settings],
+    loras: Sequence[Used],
 ) -> Iterator[Pipeline | Refined]:
-    """The bundle's pipeline, with a refiner's if there is one."""
+    """The bundle's pipeline with LoRAs, and with a refiner's if there is one."""
     from edgesd.runtime.pipeline import Pipeline
     from edgesd.runtime.refined import Refined
 
     with Pipeline(bundle, settings(bundle)) as base:
+        base.use_loras(loras)
         if refiner is None:
             yield base
             return
@@ -247,10 +262,13 @@ def _tell(
     request: Request,
     bundle: Bundle,
     refiner: Bundle | None,
+    loras: Sequence[Used],
     reporter: Reporter,
 ) -> None:
     """Warn of what makes another image than that in the file `like`. Raises UsageError where it
     takes a refiner, or images that it was made from, and there is none."""
+    from edgesd.runtime.recorded import LORAS
+
     if missing := [name for name in known.pictures if getattr(request, name) is None]:
         files = " and ".join(f"--{name} FILE" for name in missing)
         said = ", ".join(f"{name}: sha256 {known.pictures[name]}" for name in missing)
@@ -263,7 +281,13 @@ def _tell(
             f"{like} was finished by a refiner ({known.made_by.get('refiner_model', '')[:60]}): "
             "give --refiner BUNDLE"
         )
-    if differing := known.differing(bundle.manifest, refiner.manifest if refiner else None):
+    other = refiner.manifest if refiner else None
+    differing = known.differing(bundle.manifest, other, loras)
+    if LORAS in differing:
+        differing.remove(LORAS)
+        said = known.made_by[LORAS][:160]
+        reporter.warn(f"{like} was made with other LoRAs ({said}): --lora FILE:SCALE gives them")
+    if differing:
         said = ", ".join(f"{name} {known.made_by[name][:60]}" for name in differing)
         reporter.warn(f"{like} was made by another bundle ({said}): this one's image differs")
     for remark in known.remarks:

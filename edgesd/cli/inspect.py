@@ -54,6 +54,10 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         "licence": f"{manifest.licence.name} ({', '.join(manifest.licence.files) or 'no file'})",
         "tools": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
     }
+    slots = [engine.slots for engine in manifest.engines.values() if engine.slots]
+    if slots:
+        layers, rank = sum(len(each.layers) for each in slots), max(each.rank for each in slots)
+        facts["lora slots"] = f"{layers} layers, rank {rank} together at most"
     if bundle.signed:
         from edgesd.runtime.signature import signer
 

@@ -289,7 +289,7 @@ class _Previews:
 def text_chunks(pipeline: Pipeline | Refined, request: CompleteRequest) -> dict[str, str]:
     """Text chunks of an image's PNG: everything needed to generate it again."""
     refiner = pipeline.refiner.bundle.manifest if isinstance(pipeline, Refined) else None
-    return texts_of(pipeline.bundle.manifest, request, refiner)
+    return texts_of(pipeline.bundle.manifest, request, refiner, pipeline.loras)
 
 
 def png_bytes(image: Image.Image, chunks: dict[str, str]) -> bytes:

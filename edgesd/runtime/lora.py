@@ -27,6 +27,7 @@ from msgspec import Meta
 
 from edgesd.errors import InputError, ResourceError, UsageError
 from edgesd.runtime.arrays import Array, Float
+from edgesd.runtime.signature import check_trusted_lora
 from edgesd.spec.base import Sha256, Size, decode_json
 from edgesd.spec.bundle import BundleManifest
 from edgesd.spec.lora import MOST_SLOTS, LoraFile, LoraSlots, slot_inputs
@@ -38,7 +39,7 @@ MOST_SCALE = 100
 
 _METADATA, _KEY = "__metadata__", "edgesd"
 _MOST_BYTES, _MOST_HEADER = 4 << 30, 16 << 20
-_LARGEST = float(np.finfo(np.float16).max)
+MOST_VALUE = float(np.finfo(np.float16).max)
 """Magnitude of a factor: backends may compute in fp16."""
 
 _TYPES: Mapping[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
@@ -77,6 +78,26 @@ class Used(NamedTuple):
 
     lora: Lora
     scale: float = 1.0
+
+
+def open_lora(given: str) -> Used:
+    """The LoRA in FILE or FILE:SCALE, as a command line has it. Raises InputError as `read_lora`,
+    UsageError for a scale that is none, BundleError for a file that this machine doesn't trust
+    (runtime.signature)."""
+    path, scale = Path(given), 1.0
+    if not path.is_file() and ":" in given:
+        name, _, text = given.rpartition(":")
+        path = Path(name)
+        try:
+            scale = float(text)
+        except ValueError:
+            scale = math.nan
+    if not path.is_file():
+        raise InputError(f"--lora {given}: there is no such file: give FILE or FILE:SCALE")
+    _check_scale(scale)
+    lora = read_lora(path)
+    check_trusted_lora(path, lora.sha256)
+    return Used(lora, scale)
 
 
 class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
@@ -150,8 +171,8 @@ def _parsed(content: bytes) -> Lora:
 
 def _check_values(array: Array, name: str) -> None:
     largest = float(np.abs(array).max(initial=0))  # NaN where there is one
-    if not largest <= _LARGEST:
-        raise InputError(f"{name[:100]!r} holds NaN, or values beyond {_LARGEST:.0f}")
+    if not largest <= MOST_VALUE:
+        raise InputError(f"{name[:100]!r} holds NaN, or values beyond {MOST_VALUE:.0f}")
 
 
 def _paired(found: Mapping[Place, Mapping[str, Array]]) -> dict[Place, Factors]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from edgesd.errors import InputError
 from edgesd.runtime import a1111
 from edgesd.runtime.hints import HINTS, Hint
+from edgesd.runtime.lora import Used
 from edgesd.runtime.pictures import MOST_BLUR, MOST_PADDING
 from edgesd.runtime.requests import MOST_TOLD_PIXELS, CompleteRequest, Micro, Request
 from edgesd.runtime.schedulers import SIGMA_KINDS
@@ -173,6 +174,7 @@ _SCHEDULE = "sigmas", "timesteps", "eta"
 _MADE_BY = "model", "model_sha256", "precision", "target"
 _REFINER = "refiner_"
 """Before the names of the same texts of a refiner."""
+LORAS, _NAMES = "loras", "lora_names"
 
 
 @dataclass(frozen=True)
@@ -248,18 +250,24 @@ class Recorded:
         return replace(given, **{**known, **other})
 
     def differing(
-        self, manifest: BundleManifest, refiner: BundleManifest | None = None
+        self,
+        manifest: BundleManifest,
+        refiner: BundleManifest | None = None,
+        loras: Sequence[Used] = (),
     ) -> list[str]:
-        """Which of what is said of the bundle, and of a refiner's, other manifests don't say."""
-        own = _bundle_texts(manifest, refiner)
+        """Which of what is said of the bundle, of a refiner's, and of LoRAs, isn't so of others."""
+        own = _bundle_texts(manifest, refiner) | _lora_texts(loras)
         return [name for name, text in self.made_by.items() if own.get(name) != text]
 
 
 def texts_of(
-    manifest: BundleManifest, request: CompleteRequest, refiner: BundleManifest | None = None
+    manifest: BundleManifest,
+    request: CompleteRequest,
+    refiner: BundleManifest | None = None,
+    loras: Sequence[Used] = (),
 ) -> dict[str, str]:
-    """The texts of an image that a bundle makes of a request, and a refiner's bundle finishes: all
-    that is needed to make it again."""
+    """The texts of an image that a bundle makes of a request with LoRAs, and a refiner's bundle
+    finishes: all that is needed to make it again."""
     found = {"Software": f"edgesd {manifest.tools.get('edgesd', '')}".strip()}
     for key, field in _FIELDS.items():
         values = [_value(request, name) for name in field.names]
@@ -269,7 +277,8 @@ def texts_of(
     if request.controls:
         found[_CONTROLS] = _controls_text(request)
     parameters = a1111.parameters(manifest, request)
-    return {**found, **_bundle_texts(manifest, refiner), a1111.KEY: parameters}
+    made_by = _bundle_texts(manifest, refiner) | _lora_texts(loras)
+    return {**found, **made_by, a1111.KEY: parameters}
 
 
 def _value(request: CompleteRequest, name: str) -> Any:
@@ -285,6 +294,14 @@ def _bundle_texts(manifest: BundleManifest, refiner: BundleManifest | None) -> d
     if refiner is not None:
         found |= {_REFINER + name: text for name, text in _bundle_texts(refiner, None).items()}
     return found
+
+
+def _lora_texts(loras: Sequence[Used]) -> dict[str, str]:
+    """SHA256:SCALE of each file, and the names of what they were made of."""
+    if not loras:
+        return {}
+    names = ", ".join(lora.about.name for lora, _ in loras)
+    return {LORAS: ",".join(f"{lora.sha256}:{scale!r}" for lora, scale in loras), _NAMES: names}
 
 
 def recorded(path: Path) -> Recorded:
@@ -313,7 +330,7 @@ def _own(path: Path, texts: Mapping[str, str]) -> Recorded:
                 ) from None
     if "prompt" not in values:
         raise InputError(f"{path} says no prompt: expected an image of edgesd")
-    names = *_MADE_BY, *(_REFINER + name for name in _MADE_BY)
+    names = *_MADE_BY, LORAS, *(_REFINER + name for name in _MADE_BY)
     made_by = {name: texts[name] for name in names if name in texts}
     try:
         controls = _controls(texts[_CONTROLS]) if _CONTROLS in texts else ()

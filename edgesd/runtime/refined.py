@@ -72,6 +72,7 @@ class Refined:
     def __init__(self, base: Pipeline, refiner: Pipeline) -> None:
         check_roles(base.bundle, refiner.bundle)
         self.base, self.refiner, self.bundle = base, refiner, base.bundle
+        self.loras = base.loras
         self._running = base
         self._second: dict[CompleteRequest, CompleteRequest] = {}
         """The base model's request -> the refiner's."""

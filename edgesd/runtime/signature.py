@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,10 @@ from edgesd.textfiles import read_lines, read_text
 
 _VERSION = "edgesd-ed25519-v1"
 _PREFIX = b"edgesd bundle manifest, version 1\n"
+_LORA_PREFIX = b"edgesd lora, version 1\n"
+_MOST_SIGNATURE = 512
+"""Bytes of the file."""
+
 SYSTEM_KEYS = Path("/etc/edgesd/trusted_keys")
 """If this file exists, it alone decides."""
 _TYPE = "ssh-ed25519"
@@ -175,14 +180,19 @@ def signer(bundle: Bundle) -> PublicKey | None:
     """
     if not bundle.signed:
         return None
-    line = bundle.framed(SIGNATURE).decode("ascii", "replace")
+    return _signer(bundle.framed(SIGNATURE), _message(bundle), str(bundle.path), MANIFEST)
+
+
+def _signer(signature: bytes, message: bytes, what: str, signed: str) -> PublicKey:
+    """Who signed `message`. what, signed: the bundle or file, and what of it, for errors."""
+    line = signature.decode("ascii", "replace")
     try:
         version, encoded_key, encoded = line.split()
-        raw, signature = (base64.b64decode(part, validate=True) for part in (encoded_key, encoded))
+        raw, found = (base64.b64decode(part, validate=True) for part in (encoded_key, encoded))
     except (ValueError, binascii.Error):
-        version, raw, signature = "", b"", b""
-    if version != _VERSION or len(raw) != _KEY_BYTES or len(signature) != 64:
-        raise BundleError(f"{bundle.path}: {SIGNATURE} isn't a signature of {_VERSION}: sign anew")
+        version, raw, found = "", b"", b""
+    if version != _VERSION or len(raw) != _KEY_BYTES or len(found) != 64:
+        raise BundleError(f"{what}: its signature isn't one of {_VERSION}: sign anew")
     try:
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -192,10 +202,10 @@ def signer(bundle: Bundle) -> PublicKey | None:
             "'edgesd[signed]'"
         ) from exc
     try:
-        Ed25519PublicKey.from_public_bytes(raw).verify(signature, _message(bundle))
+        Ed25519PublicKey.from_public_bytes(raw).verify(found, message)
     except InvalidSignature as exc:
         raise BundleError(
-            f"{bundle.path}: its signature isn't right: {MANIFEST} or {SIGNATURE} was altered"
+            f"{what}: its signature isn't right: {signed} or the signature was altered"
         ) from exc
     encoded_key = base64.b64encode(_blob(raw)).decode()
     return PublicKey(f"{_TYPE} {encoded_key}", raw, "")
@@ -207,6 +217,14 @@ def check_trusted(bundle: Bundle) -> PublicKey | None:
     None on a machine that has no file of trusted keys: there any bundle may run. Raises
     BundleError, InputError as `trusted_keys`, MissingDependencyError as `signer`.
     """
+    what = f"the bundle {bundle.manifest.name}"
+    return _check_trusted(what, "edgesd keys sign", lambda: signer(bundle))
+
+
+def _check_trusted(
+    what: str, advice: str, signer_of: Callable[[], PublicKey | None]
+) -> PublicKey | None:
+    """advice: how it is signed."""
     trusted = trusted_keys()
     if trusted is None:
         return None
@@ -215,19 +233,41 @@ def check_trusted(bundle: Bundle) -> PublicKey | None:
             f"{keys_file()} lists no key, so no bundle runs here: edgesd keys trust NAME.pub adds "
             "one; without the file any bundle runs"
         )
-    names, name = ", ".join(map(str, trusted.values())), bundle.manifest.name
-    found = signer(bundle)
+    names = ", ".join(map(str, trusted.values()))
+    found = signer_of()
     if found is None:
         raise BundleError(
-            f"the bundle {name} isn't signed, and this machine runs only what is signed by "
-            f"{names}: edgesd keys sign"
+            f"{what} isn't signed, and this machine runs only what is signed by {names}: {advice}"
         )
     if found.fingerprint not in trusted:
         raise BundleError(
-            f"the bundle {name} is signed by {found}, and this machine trusts only {names}: sign "
-            "it by that key, or edgesd keys trust"
+            f"{what} is signed by {found}, and this machine trusts only {names}: sign it by that "
+            "key, or edgesd keys trust"
         )
     return trusted[found.fingerprint]
+
+
+def check_trusted_lora(path: Path, sha256: str) -> PublicKey | None:
+    """The same for the LoRA in a file, whose bytes have that hash (runtime/lora.py); PATH.sig is
+    its signature."""
+    beside = lora_signature(path)
+
+    def signer_of() -> PublicKey | None:
+        try:
+            with beside.open("rb") as file:
+                line = file.read(_MOST_SIGNATURE)
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise InputError(f"{beside} can't be read ({exc.strerror or exc})") from exc
+        return _signer(line, _LORA_PREFIX + sha256.encode(), str(path), path.name)
+
+    return _check_trusted(f"the LoRA {path.name}", "edgesd lora convert --key", signer_of)
+
+
+def lora_signature(path: Path) -> Path:
+    """Where the signature of a LoRA lies."""
+    return path.with_name(f"{path.name}.sig")
 
 
 def new_key(path: Path, passphrase: bytes | None = None) -> PublicKey:
@@ -271,6 +311,20 @@ def sign(bundle: Bundle, key: Path, passphrase: bytes | None = None) -> bytes:
     key: PEM, or OpenSSH's own format. Raises InputError for anything but an Ed25519 key,
     WrongPassphraseError.
     """
+    return _signed(_message(bundle), key, passphrase)
+
+
+def sign_lora(path: Path, sha256: str, key: Path, passphrase: bytes | None = None) -> Path:
+    """Write the signature of the LoRA in a file, whose bytes have that hash; its path. Raises as
+    `sign`."""
+    line = _signed(_LORA_PREFIX + sha256.encode(), key, passphrase)
+    with atomic_write(lora_signature(path)) as file:
+        file.write(line)
+    return lora_signature(path)
+
+
+def _signed(message: bytes, key: Path, passphrase: bytes | None) -> bytes:
+    """The line that is the signature of `message`."""
     serialization, ed25519 = _library()
     data = read_text(key).encode()
     openssh = data.startswith(b"-----BEGIN OPENSSH PRIVATE KEY-----")
@@ -286,7 +340,7 @@ def sign(bundle: Bundle, key: Path, passphrase: bytes | None = None) -> bytes:
     if not isinstance(private, ed25519.Ed25519PrivateKey):
         raise InputError(f"{key} isn't an Ed25519 key: make one by `edgesd keys new`")
     raw = private.public_key().public_bytes_raw()
-    parts = (base64.b64encode(part).decode() for part in (raw, private.sign(_message(bundle))))
+    parts = (base64.b64encode(part).decode() for part in (raw, private.sign(message)))
     return f"{' '.join((_VERSION, *parts))}\n".encode()
 
 

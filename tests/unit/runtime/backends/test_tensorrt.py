@@ -11,6 +11,7 @@ import pytest
 from edgesd.errors import BundleError, MissingDependencyError, ResourceError, TargetError
 from edgesd.runtime.backends.tensorrt import TensorRtRunner
 from edgesd.runtime.device_memory import NumpyMemory
+from edgesd.spec.lora import LoraSlot, LoraSlots
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 from tests import fake_tensorrt
 
@@ -128,3 +129,47 @@ def test_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_tensorrt() -> None:
     with pytest.raises(MissingDependencyError, match="no_such_trt can't be imported"):
         TensorRtRunner(SPEC, plan(), NumpyMemory(), "no_such_trt")
+
+
+SLOTS = LoraSlots(3, True, (LoraSlot("linear", 4, 4),))
+
+
+def plan_with_a_slot() -> bytes:
+    """y = x + (x down) up."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (float[2, 4] x, float[4, 3] down, float[3, 4] up) => (float[2, 4] y) {
+            low = MatMul (x, down)
+            product = MatMul (low, up)
+            y = Add (x, product)
+        }""")
+    names = {"down": "lora.0.down", "up": "lora.0.up"}  # which the parser doesn't take
+    for value in model.graph.input:
+        value.name = names.get(value.name, value.name)
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    found: bytes = model.SerializeToString()
+    return found
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_factors_of_loras_are_uploaded_when_they_change(shared: bool) -> None:
+    spec = ComponentSpec(
+        "unet",
+        (TensorSpec("x", "float32", (2, 4)),),
+        (TensorSpec("y", "float32", (2, 4)),),
+    )
+    memory = NumpyMemory(shared=shared)
+    down, up = np.arange(8, dtype=np.float32).reshape(4, 2), np.ones((2, 4), np.float32)
+    with TensorRtRunner(spec, plan_with_a_slot(), memory, fake_tensorrt, SLOTS) as made:
+        made.bind({"x": (2, 4)})
+        x = made.inputs["x"]
+        x[...] = np.arange(8).reshape(2, 4)
+        for factors in ({}, {"lora.0.down": down, "lora.0.up": up}, {}):
+            made.adapt(factors)
+            wanted = x + (x @ down @ up if factors else 0)
+            for _ in range(3):
+                memory.log.clear()
+                made.run()
+                assert memory.log.count("upload") == 1
+                np.testing.assert_allclose(made.outputs["y"], wanted)

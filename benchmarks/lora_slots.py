@@ -1,0 +1,240 @@
+"""LoRAs in slots: what they cost a step, and images beside LoRAs that were merged.
+
+python -m benchmarks.lora_slots --folder FOLDER [--model sd15] [--precisions w4a8-g64 ...]
+python -m benchmarks.lora_slots --folder FOLDER --images [--ranks 4 16 64] [--lora FILE]
+
+The first is of a pipeline of true size with random weights (benchmarks/random_pipeline.py writes
+FOLDER/MODEL if it isn't there): a step of the denoiser without slots, with empty ones, and with a
+LoRA of each rank in all of them, in turn; and the time from one LoRA to another. The second is
+of the embedded model: PSNR of images with a LoRA in the slots of a quantized bundle, and of a
+bundle that it was merged into before it was quantized, both beside fp32 with the LoRA. FILE: a LoRA
+in any form that edgesd reads, in place of random ones. FOLDER/work keeps what builds keep.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save_file
+
+from benchmarks.common import environment, paired_ratio, parser, run, spread, table, write_json
+from benchmarks.random_pipeline import MODELS, write_pipeline
+from edgesd.evaluate.psnr import psnr
+from edgesd.export.lora.board import convert
+from edgesd.recipes import DEMO, BuildOptions, LocalFolders, QuantOptions, build, demo_model
+from edgesd.recipes.prompts import CALIBRATION
+from edgesd.runtime.arrays import Float
+from edgesd.runtime.backends.base import Runner
+from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.images import read_prompts
+from edgesd.runtime.lora import Factors, Lora, Used, filling, read_lora, slots_of
+from edgesd.runtime.pipeline import Pipeline
+from edgesd.runtime.requests import Request
+from edgesd.spec.lora import LoraFile
+
+TARGET, MOST_RANK = "x86-64-cpu", 64
+STRENGTH = 0.3
+"""Of random LoRAs: RMS of what they add to a weight, in RMS of the weight as networks begin."""
+
+
+class Row(NamedTuple):
+    """A line of the speed table; ratio: of a step to that without slots beside it."""
+
+    precision: str
+    what: str
+    step: str
+    ratio: str
+    swap_ms: float
+
+
+class ImageRow(NamedTuple):
+    """PSNR in dB of images beside fp32 with the LoRA: mean and least. plain: of fp32 without it."""
+
+    precision: str
+    lora: str
+    plain: str
+    merged: str
+    slots: str
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--folder", type=Path, required=True)
+    made.add_argument("--model", choices=MODELS, default="sd15", help="(default: sd15)")
+    made.add_argument("--precisions", nargs="+", default=["w4a8-g64", "w8a8"], metavar="NAME")
+    made.add_argument("--size", type=int, default=512, metavar="PIXELS", help="(default: 512)")
+    made.add_argument("--ranks", type=int, nargs="+", default=None, help="(default: 16; 4 16 64)")
+    made.add_argument("--rounds", type=int, default=9, help="of all steps in turn (default: 9)")
+    made.add_argument("--images", action="store_true", help="compare images instead")
+    made.add_argument("--count", type=int, default=8, help="of images (default: 8)")
+    made.add_argument("--lora", type=Path, help="instead of random ones")
+    given = made.parse_args()
+    if given.images:
+        ranks = given.ranks or [4, 16, 64]
+        rows = images(given.folder, given.precisions, ranks, given.count, given.lora)
+        print(table(ImageRow._fields, rows))
+        figures = [row._asdict() for row in rows]
+    else:
+        model = given.folder / given.model
+        if not model.exists():
+            write_pipeline(model, given.model)
+        found = [
+            row
+            for precision in given.precisions
+            for row in steps(
+                model, given.folder, precision, given.ranks or [16], given.size, given.rounds
+            )
+        ]
+        print(table(Row._fields, found))
+        figures = [row._asdict() for row in found]
+    write_json(given.json, {"environment": environment("torch"), "rows": figures})
+
+
+def _built(
+    model: str,
+    folder: Path,
+    precision: str,
+    slots: int | None,
+    loras: Sequence[str] = (),
+    prompts: tuple[str, ...] | None = None,
+) -> Bundle:
+    """A bundle, built anew; what it has in common with others is in FOLDER/work."""
+    out = folder / "bundles" / f"{precision}-{slots}-{len(loras)}"
+    shutil.rmtree(out, ignore_errors=True)
+    quantization = QuantOptions(quality_prompts=(), calibration_prompts=prompts)
+    options = BuildOptions(TARGET, precision, lora_slots=slots, quantization=quantization)
+    folders = LocalFolders(folder / "work", loras=tuple(loras))
+    return build(model, options, out, folders).bundle
+
+
+def random_lora(bundle: Bundle, rank: int, seed: int = 0) -> Lora:
+    """Of all slots."""
+    rng = np.random.default_rng(seed)
+    factors = {}
+    for component, slots in slots_of(bundle.manifest).items():
+        for slot in slots.layers:
+            down = rng.standard_normal((slot.inputs, rank), np.float32)
+            up = rng.standard_normal((rank, slot.outputs), np.float32)
+            # Linears begin with an RMS of 1 / sqrt(3 K), as torch makes them.
+            scale = np.float32(STRENGTH / np.sqrt(3.0 * slot.inputs * rank))
+            factors[component, slot.name] = Factors(down, up * scale)
+    return Lora("0" * 64, LoraFile(1, f"rank {rank}", "0" * 64, bundle.manifest.name), factors)
+
+
+def steps(
+    model: Path, folder: Path, precision: str, ranks: Sequence[int], size: int, rounds: int
+) -> list[Row]:
+    """A step of the denoiser in each state, in turn."""
+    prompts = CALIBRATION[:1]
+    plain = _built(str(model), folder, precision, None, prompts=prompts)
+    slotted = _built(str(model), folder, precision, MOST_RANK, prompts=prompts)
+    loras = {f"rank {rank}": [Used(random_lora(slotted, rank))] for rank in ranks}
+    name = plain.manifest.pipeline.wiring.denoiser.component
+    filled: dict[str, dict[str, Float]] = {"empty": {}}
+    filled |= {what: filling(slotted.manifest, used)[name] for what, used in loras.items()}
+    times: dict[str, list[float]] = {"without slots": [], **{what: [] for what in filled}}
+    swaps: dict[str, list[float]] = {what: [] for what in times}
+    with Pipeline(plain) as a, Pipeline(slotted) as b:
+        first, second = a.open_runner(name), b.open_runner(name)
+        with first, second:
+            for runner in (first, second):
+                _bind(runner, plain, size)
+            for _ in range(rounds + 1):
+                times["without slots"].append(_timed(first))
+                swaps["without slots"].append(0.0)
+                for what, factors in filled.items():
+                    start = time.perf_counter()
+                    second.adapt(factors)
+                    swaps[what].append(1000 * (time.perf_counter() - start))
+                    times[what].append(_timed(second))
+    measured = {what: values[1:] for what, values in times.items()}  # the first warms up
+    return [
+        Row(
+            precision,
+            what,
+            spread(values).text(),
+            paired_ratio(values, measured["without slots"]).text(),
+            spread(swaps[what][1:]).median,
+        )
+        for what, values in measured.items()
+    ]
+
+
+def _bind(runner: Runner, bundle: Bundle, size: int) -> None:
+    side = size // bundle.manifest.pipeline.latent.scale_factor
+    tokens = max(ref.max_tokens for ref in bundle.manifest.pipeline.wiring.tokenizers.values())
+    sizes = {"batch": 1, "height": side, "width": side}
+    shapes = {
+        tensor.name: tuple(d if isinstance(d, int) else sizes.get(d, tokens) for d in tensor.shape)
+        for tensor in runner.spec.inputs
+    }
+    runner.bind(shapes)
+    rng = np.random.default_rng(0)
+    for array in runner.inputs.values():
+        array[...] = rng.standard_normal(array.shape)
+    timestep = bundle.manifest.pipeline.wiring.denoiser.input_of("timestep")
+    if timestep is not None:
+        runner.inputs[timestep.name][...] = 500
+
+
+def _timed(runner: Runner) -> float:
+    start = time.perf_counter()
+    runner.run()
+    return time.perf_counter() - start
+
+
+def images(
+    folder: Path, precisions: Sequence[str], ranks: Sequence[int], count: int, lora: Path | None
+) -> list[ImageRow]:
+    """The embedded model's images with LoRAs."""
+    prompts = read_prompts(demo_model() / "prompts" / "quality.txt")[:count]
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
+    whole = _built(DEMO, folder, "fp32", MOST_RANK)
+    files = [lora] if lora else [_random_file(whole, folder, rank) for rank in ranks]
+    rows = []
+    for precision in precisions:
+        slotted = _built(DEMO, folder, precision, MOST_RANK)
+        for file in files:
+            out = folder / f"{file.stem}.lora"
+            out.unlink(missing_ok=True)
+            convert(str(file), whole, out)
+            used = [Used(read_lora(out))]
+            wanted, plain = _images(whole, requests, used), _images(whole, requests, [])
+            merged = _built(DEMO, folder, precision, None, [str(file)])
+            found = (plain, _images(merged, requests, []), _images(slotted, requests, used))
+            rows.append(ImageRow(precision, file.stem, *(_psnr(each, wanted) for each in found)))
+    return rows
+
+
+def _random_file(bundle: Bundle, folder: Path, rank: int) -> Path:
+    """A random LoRA in peft's names, as a file."""
+    path = folder / f"rank-{rank}.safetensors"
+    tensors = {}
+    for (component, layer), (down, up) in random_lora(bundle, rank).factors.items():
+        tensors[f"{component}.{layer}.lora_A.weight"] = np.ascontiguousarray(down.T)
+        tensors[f"{component}.{layer}.lora_B.weight"] = np.ascontiguousarray(up.T)
+    save_file(tensors, path)
+    return path
+
+
+def _images(
+    bundle: Bundle, requests: Sequence[Request], loras: Sequence[Used]
+) -> list[Image.Image]:
+    with Pipeline(bundle) as pipeline:
+        pipeline.use_loras(loras)
+        return [pipeline.generate([request])[0] for request in requests]
+
+
+def _psnr(found: Sequence[Image.Image], wanted: Sequence[Image.Image]) -> str:
+    values = [psnr(a, b) for a, b in zip(found, wanted, strict=True)]
+    return f"{sum(values) / len(values):.1f} ({min(values):.1f})"
+
+
+if __name__ == "__main__":
+    run(main)

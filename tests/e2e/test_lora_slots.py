@@ -1,0 +1,191 @@
+"""LoRAs in the slots of a bundle make the images of diffusers with the same LoRAs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+import torch
+from click.testing import CliRunner
+
+from edgesd.cli import cli
+from edgesd.errors import InputError, UsageError
+from edgesd.evaluate.psnr import psnr
+from edgesd.export.lora.board import convert
+from edgesd.recipes import BuildOptions, LocalFolders, QuantOptions, build
+from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.lora import Used, read_lora
+from edgesd.runtime.pipeline import Pipeline
+from edgesd.runtime.recorded import recorded
+from edgesd.runtime.requests import Request
+from edgesd.runtime.settings import Settings
+from tests.e2e.test_lora_images import (
+    GUIDANCE,
+    HEIGHT,
+    PROMPT,
+    SEED,
+    STEPS,
+    WIDTH,
+    difference,
+    theirs,
+)
+from tests.loras import Tensors, kohya_lora, peft_lora, save
+from tests.tiny_pipelines import tiny, write_tiny
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
+
+RANK = 8
+
+
+class Model(NamedTuple):
+    """A tiny pipeline on disk, and a bundle of it with slots."""
+
+    name: str
+    folder: Path
+    bundle: Bundle
+
+    def used(self, tensors: Tensors, folder: Path, scale: float = 1.0) -> Used:
+        """A LoRA, converted."""
+        file = save(folder / f"{len(list(folder.iterdir()))}.safetensors", tensors)
+        made = convert(str(file), self.bundle, file.with_suffix(".lora"))
+        return Used(read_lora(made.path), scale)
+
+
+def built(name: str, folder: Path, precision: str, slots: int | None, *loras: str) -> Bundle:
+    source = folder / name
+    if not source.exists():
+        write_tiny(name, source)
+    quantization = QuantOptions(quality_prompts=(), calibration_prompts=(PROMPT,), steps=STEPS)
+    options = BuildOptions("x86-64-cpu", precision, lora_slots=slots, quantization=quantization)
+    out = folder / f"{precision}-{slots}-{len(loras)}"
+    return build(str(source), options, out, LocalFolders(folder / "work", loras=loras)).bundle
+
+
+def made(name: str, root: Path) -> Model:
+    return Model(name, root / name, built(name, root, "fp32", RANK))
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return made("sd", tmp_path_factory.mktemp("slots"))
+
+
+@pytest.fixture
+def pipeline(sd: Model) -> Iterator[Pipeline]:
+    with Pipeline(sd.bundle, Settings(memory="fast")) as opened:
+        yield opened
+
+
+def drawn(pipeline: Pipeline, *loras: Used) -> Any:
+    pipeline.use_loras(loras)
+    request = Request(PROMPT, SEED, None, STEPS, GUIDANCE, height=HEIGHT, width=WIDTH)
+    return pipeline.generate([request])[0]
+
+
+def of_linears(tensors: Tensors) -> Tensors:
+    """Without convolutions of 3x3."""
+    return {name: tensor for name, tensor in tensors.items() if "_conv" not in name}
+
+
+def check_images(model: Model, pipeline: Pipeline, folder: Path) -> None:
+    """One LoRA after another, both together, and none again, without loading anything anew."""
+    peft = peft_lora(tiny(model.name), text=True)
+    kohya = of_linears(kohya_lora(tiny(model.name), seed=1, text=True))
+    one, two = model.used(peft, folder), model.used(kohya, folder)
+    plain = drawn(pipeline)
+    runners = {name: pipeline._loaded.runner(name) for name in pipeline.loaded}
+    for loras, wanted in (
+        ([one], {"one": (peft, 1.0)}),
+        ([two._replace(scale=0.7)], {"two": (kohya, 0.7)}),
+        ([one._replace(scale=0.5), two], {"one": (peft, 0.5), "two": (kohya, 1.0)}),
+    ):
+        found = drawn(pipeline, *loras)
+        assert difference(found, theirs(model.name, wanted)) <= 1 < difference(found, plain)
+    assert difference(drawn(pipeline, one._replace(scale=0.0)), plain) == 0
+    assert difference(drawn(pipeline), plain) == 0
+    assert runners == {name: pipeline._loaded.runner(name) for name in pipeline.loaded}
+
+
+def test_images_are_those_of_diffusers(sd: Model, pipeline: Pipeline, tmp_path: Path) -> None:
+    check_images(sd, pipeline, tmp_path)
+
+
+@pytest.mark.slow
+def test_images_of_two_encoders_are_those_of_diffusers(tmp_path: Path) -> None:
+    """SDXL's first encoder has a layer that is never run: its part of a LoRA is left out."""
+    model = made("sdxl", tmp_path)
+    (tmp_path / "loras").mkdir()
+    with Pipeline(model.bundle, Settings(memory="fast")) as pipeline:
+        check_images(model, pipeline, tmp_path / "loras")
+    file = save(tmp_path / "text.safetensors", peft_lora(tiny("sdxl"), text=True))
+    unused = convert(str(file), model.bundle, tmp_path / "text.lora").unused
+    assert unused and all("text_encoder." in name and ".layers.2." in name for name in unused)
+
+
+def test_what_has_no_slot_is_refused_by_name(sd: Model, tmp_path: Path) -> None:
+    def refused(tensors: Tensors, words: str) -> None:
+        file = save(tmp_path / "style.safetensors", tensors)
+        with pytest.raises(InputError, match=words):
+            convert(str(file), sd.bundle, tmp_path / "style.lora")
+        assert not (tmp_path / "style.lora").exists()
+
+    refused(kohya_lora(tiny("sd")), r"conv1.* which have no slots.*build --lora")
+    peft = peft_lora(tiny("sd"))
+    name = next(name.removesuffix(".lora_A.weight") for name in peft if "lora_A" in name)
+    rows = peft[f"{name}.lora_B.weight"].shape[0]
+    refused({**peft, f"{name}.lora_magnitude_vector": torch.ones(rows)}, "DoRA.*build --lora")
+    refused(peft_lora(tiny("sdxl")), "have no place in|changes weights of shape")
+    large = save(tmp_path / "large.safetensors", peft_lora(tiny("sd"), rank=RANK + 1))
+    with pytest.raises(UsageError, match=f"rank {RANK + 1}.*--lora-slots {RANK}"):
+        convert(str(large), sd.bundle, tmp_path / "large.lora")
+
+
+def test_commands(sd: Model, tmp_path: Path) -> None:
+    file = save(tmp_path / "style.safetensors", peft_lora(tiny("sd"), text=True))
+    run, board = CliRunner(), tmp_path / "style.lora"
+    asked = ["lora", "convert", str(file), "--for", str(sd.bundle.path)]
+    assert run.invoke(cli, asked, catch_exceptions=False).exit_code == 0
+    out = tmp_path / "image.png"
+    asked = ["generate", str(sd.bundle.path), "-p", PROMPT, "--seed", "3", "--steps", "2"]
+    asked += ["--size", f"{WIDTH}x{HEIGHT}", "--guidance", str(GUIDANCE), "-o", str(out)]
+    again = [*asked, "--lora", f"{board}:0.5", "--any-machine"]
+    assert run.invoke(cli, again, catch_exceptions=False).exit_code == 0
+    said = recorded(out).made_by["loras"]
+    assert said == f"{read_lora(board).sha256}:0.5"
+    told = run.invoke(cli, [*asked, "--like", str(out), "--any-machine"], catch_exceptions=False)
+    assert told.exit_code == 0 and "other LoRAs" in told.output
+    broken = tmp_path / "broken.lora"
+    broken.write_bytes(board.read_bytes()[:-4])
+    told = run.invoke(cli, [*asked, "--lora", str(broken)])
+    assert told.exit_code == 3 or isinstance(told.exception, InputError)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["w8a8", "w4a8-g32-lr4"])
+def test_slots_of_quantized_bundles_are_as_good_as_merging(
+    precision: str, sd: Model, tmp_path: Path
+) -> None:
+    """An image with a LoRA in slots is as near to fp32's as one that it was merged into before."""
+    tensors = {name: tensor * 2 for name, tensor in peft_lora(tiny("sd")).items()}
+    file = save(tmp_path / "style.safetensors", tensors)
+    used = sd.used(tensors, tmp_path)
+    with Pipeline(sd.bundle) as whole:
+        wanted = drawn(whole, used)
+    slotted = built("sd", tmp_path, precision, RANK)
+    with Pipeline(slotted) as pipeline:
+        found, empty = drawn(pipeline, used), drawn(pipeline)
+    with Pipeline(built("sd", tmp_path, precision, None)) as pipeline:
+        assert psnr(drawn(pipeline), empty) > 40  # sums are rounded in another order
+    with Pipeline(built("sd", tmp_path, precision, None, str(file))) as pipeline:
+        merged = drawn(pipeline)
+    assert psnr(found, wanted) > psnr(merged, wanted) - 3
+    assert psnr(found, wanted) > psnr(empty, wanted)
