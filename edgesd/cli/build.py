@@ -330,8 +330,8 @@ def _show(built: Built) -> None:
     if manifest.quality:
         q = manifest.quality
         say(
-            f"images against the source's, {len(q.images)} prompts, {q.num_inference_steps} "
-            f"steps: PSNR {q.psnr_mean:.1f} dB (least {q.psnr_min:.1f}), SSIM {q.ssim_mean:.3f}, "
+            f"{len(q.images)} images against the source's, {q.num_inference_steps} steps: "
+            f"PSNR {q.psnr_mean:.1f} dB (least {q.psnr_min:.1f}), SSIM {q.ssim_mean:.3f}, "
             f"{q.metric} {q.distance_mean:.4f}"
         )
     if manifest.recipe and manifest.recipe.simulated:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from edgesd.files import atomic_write
 from edgesd.progress import SILENT, Progress
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request, painted_whole
+from edgesd.spec.pipeline import Task
 from edgesd.spec.quality import ImageQuality, Quality
 
 EQUAL_DB = 100.0
@@ -41,7 +43,7 @@ def generate(
     together: bool = False,
 ) -> list[Image.Image]:
     """The images of all requests, one by one, as `edgesd generate` does; of a bundle of a fixed
-    batch as many at a time as it makes.
+    batch as many of one task at a time as it makes.
 
     together: several at a time where they are small, which is faster. Images that are generated
     together share the ranges of dynamically quantized activations: figures would be worse.
@@ -54,11 +56,13 @@ def generate(
     elif together:
         batch = max(1, min(_MAX_BATCH, _BATCH_PIXELS // (shape.height * shape.width)))
     images: list[Image.Image] = []
-    for start in range(0, len(requests), batch):
-        group = list(requests[start : start + batch])
-        filled = group if shape.dynamic else group + group[-1:] * (batch - len(group))
-        images += pipeline.generate(filled)[: len(group)]
-        progress.update(task, len(images), len(requests))
+    for _, found in groupby(requests, lambda each: (task_of(each), each.strength)):
+        alike = list(found)
+        for start in range(0, len(alike), batch):
+            group = alike[start : start + batch]
+            filled = group if shape.dynamic else group + group[-1:] * (batch - len(group))
+            images += pipeline.generate(filled)[: len(group)]
+            progress.update(task, len(images), len(requests))
     return images
 
 
@@ -97,6 +101,7 @@ def compare(
                 psnr=None if math.isinf(value) else value,
                 ssim=ssim(first, second),
                 distance=perceptual.distance(first, second),
+                task=task_of(request),
             )
         )
     return tuple(found)
@@ -127,6 +132,13 @@ def summarise(
         measured_on=arithmetic(),
         min_psnr=min_psnr,
     )
+
+
+def task_of(request: Request) -> Task:
+    """What is asked for."""
+    if request.image is None:
+        return "text"
+    return "image" if request.mask is None else "inpaint"
 
 
 def decibels(image: ImageQuality) -> float:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgesd.errors import EdgesdError, InputError
-from edgesd.export.example_masks import example_mask
+from edgesd.export.examples import example_mask
 from edgesd.export.families import ExportSpec
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.torch_runner import TorchRunner, any_batch
@@ -41,7 +41,7 @@ from edgesd.runtime.denoise import Step, denoise
 from edgesd.runtime.flow import Stage, flow_of
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.pictures import Picture
-from edgesd.runtime.requests import Completion, Control, Request, scheduler_of
+from edgesd.runtime.requests import Completion, Control, Request, painted_whole, scheduler_of
 from edgesd.runtime.tasks import text as text_to_image
 from edgesd.runtime.tasks.beginning import Beginning
 from edgesd.runtime.tokenizer import PromptTokenizer
@@ -480,7 +480,9 @@ class _Calibrating:
         spec, settings = self.export.pipeline, self.settings
         guided = flow_of(spec).guided(settings.guidance_scale)
         completion = Completion(spec)
-        first = completion.complete(settings.request(0))
+        asked = [settings.request(index) for index in range(len(settings.prompts))]
+        requests = [painted_whole(spec, request) for request in asked]
+        first = completion.complete(requests[0])
         # A sampler may call the network twice at one timestep.
         every = [float(value) for value in scheduler_of(spec, first).timesteps]
         timesteps = list(dict.fromkeys(every))
@@ -504,7 +506,7 @@ class _Calibrating:
                     for other in flow_of(spec).loop
                     if other != stage
                 )
-            request = completion.complete(settings.request(index))
+            request = completion.complete(requests[index])
             controls = controls_of(spec.wiring, request)
             if controls.shown:
                 at = self._controlled.index(index)

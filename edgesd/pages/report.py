@@ -11,7 +11,7 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from edgesd.errors import BundleError, InputError
-from edgesd.evaluate.quality import rank, worst_first
+from edgesd.evaluate.quality import decibels, rank, worst_first
 from edgesd.files import atomic_write, check_writable
 from edgesd.pages.page import (
     Cell,
@@ -40,6 +40,7 @@ from edgesd.pages.page import (
 )
 from edgesd.runtime.bundle import SUFFIX, Bundle
 from edgesd.spec.bundle import BundleManifest, LayerRecipe, QuantRecipe
+from edgesd.spec.pipeline import Task
 from edgesd.spec.quality import ImageQuality, Quality
 
 SIMULATED = (
@@ -286,6 +287,7 @@ def _quality(bundle: Bundle, quality: Quality) -> QualityPart:
     return QualityPart(
         about=(
             ("PSNR", f"{decibels} (equal images count as 100 dB)"),
+            *_by_task(quality.images),
             ("SSIM", f"mean {quality.ssim_mean:.4f} (1 for equal images)"),
             (quality.metric, f"mean {quality.distance_mean:.4f} (0 for equal images)"),
             ("Floor", _floor(quality)),
@@ -299,9 +301,32 @@ def _quality(bundle: Bundle, quality: Quality) -> QualityPart:
     )
 
 
+_TASKS: Mapping[Task, str] = {
+    "text": "text to image",
+    "refine": "refined",
+    "image": "image to image",
+    "inpaint": "inpainting",
+}
+
+
+def _by_task(images: Sequence[ImageQuality]) -> list[Fact]:
+    """The figures of each task, where there are others than text to image."""
+    tasks = dict.fromkeys(image.task for image in images)
+    if not {*tasks} - {"text"}:
+        return []
+    found: list[Fact] = []
+    for task in tasks:
+        values = [decibels(image) for image in images if image.task == task]
+        count = counted(len(values), "image")
+        figures = f"mean {np.mean(values):.2f} dB, worst {min(values):.2f} dB ({count})"
+        found.append((f"PSNR, {_TASKS[task]}", figures))
+    return found
+
+
 def _image_table(images: Sequence[ImageQuality], metric: str) -> Table:
     columns = (
         Column("prompt", prose=True),
+        Column("task"),
         Column("seed", numeric=True),
         Column("PSNR, dB", numeric=True, sorted="ascending"),
         Column("SSIM", numeric=True),
@@ -311,6 +336,7 @@ def _image_table(images: Sequence[ImageQuality], metric: str) -> Table:
     rows = [
         [
             Cell(_prompt(image)),
+            Cell(_TASKS[image.task]),
             Cell(str(image.seed), image.seed),
             Cell(_psnr(image), rank(image)),
             Cell(f"{image.ssim:.4f}", image.ssim),
@@ -363,8 +389,8 @@ def _card(
         shown = _kept_image(_png(amplified), "image/png", (width, height), caption, alt)
         images.append(("difference", shown))
     scores = (
-        f"seed {image.seed}, PSNR {_psnr(image, ' dB')}, SSIM {image.ssim:.4f}, "
-        f"{metric} {image.distance:.4f}"
+        f"{_TASKS[image.task]}, seed {image.seed}, PSNR {_psnr(image, ' dB')}, "
+        f"SSIM {image.ssim:.4f}, {metric} {image.distance:.4f}"
     )
     return Card(prompt, tuple(images), scores)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ import msgspec
 
 from edgesd.evaluate import quality as quality_
 from edgesd.evaluate.psnr import psnr
+from edgesd.export import examples
 from edgesd.export.families import Component
 from edgesd.export.torch_runner import TorchRunner
 from edgesd.files import atomic_write
@@ -23,8 +24,9 @@ from edgesd.recipes.gates import WORST, WorstImages
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.chunks import fixed_chunks
+from edgesd.runtime.pictures import Picture
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.requests import CompleteRequest, Completion, Request
+from edgesd.runtime.requests import CompleteRequest, Completion, Request, painted_whole
 from edgesd.runtime.settings import Settings
 from edgesd.spec.quality import Quality
 
@@ -57,7 +59,8 @@ class Measured:
 
 
 class Comparison:
-    """What bundles are compared with: images of their source, kept below `work`.
+    """What bundles are compared with: images of their source, kept below `work`. Some of those that
+    `requests` gives are pictures that other tasks of the pipeline begin with.
 
     components: the source's networks, which torch runs in fp32 from the checkpoint's own files.
     reference: the fp32 bundle of them, for all that isn't a network. min_psnr: the floor that was
@@ -74,17 +77,63 @@ class Comparison:
         min_psnr: float | None,
         progress: Progress,
     ) -> None:
-        self.reference, self.requests = reference, requests
+        self.reference, pipeline = reference, reference.manifest.pipeline
+        self._from_prompts = [painted_whole(pipeline, request) for request in requests]
+        self._further = examples.further_tasks(pipeline, len(requests))
         self._components = {component.name: component for component in components}
         self._perceptual, self._min_psnr, self._progress = perceptual, min_psnr, progress
-        self.folder = work / f"pictures-{self._key()}"
+        self._folder = work / f"pictures-{self._key()}"
+        self.folder = self._folder
+        """Its name says what all source images depend on."""
+        if self._further:
+            more = repr((self._further, sorted(pipeline.wiring.strengths.items())))
+            key = hashlib.sha256(f"{self._folder.name} {more}".encode()).hexdigest()[:16]
+            self.folder = work / f"pictures-{key}"
+
+    @property
+    def count(self) -> int:
+        """Images that are compared."""
+        return len(self._from_prompts) + len(self._further)
+
+    @property
+    def probes(self) -> tuple[int, ...]:
+        """Places of a few requests, of all tasks."""
+        first, count = len(self._from_prompts), min(WORST, self.count)
+        tasks = [task for task, _ in self._further]
+        others = [first + tasks.index(task) for task in dict.fromkeys(tasks)]
+        return (*range(min(first, count - len(others))), *others)
+
+    def encodes(self, places: Iterable[int]) -> bool:
+        """Whether some of the requests at `places` begin with an image."""
+        first = len(self._from_prompts)
+        return any(place >= first or self._from_prompts[place].image for place in places)
+
+    @cached_property
+    def requests(self) -> list[Request]:
+        """All of them; to make those of other tasks, the source's images are generated."""
+        if not self._further:
+            return self._from_prompts
+        further = examples.with_images(
+            self.reference.manifest.pipeline, self._from_prompts, self._first_images, self._further
+        )
+        return [*self._from_prompts, *further]
 
     @cached_property
     def source_images(self) -> list[Image.Image]:
         """The source's images of all requests, generated once."""
+        further = self.requests[len(self._from_prompts) :]
+        return self._first_images + self._generated(further, self.folder)
+
+    @cached_property
+    def _first_images(self) -> list[Image.Image]:
+        return self._generated(self._from_prompts, self._folder)
+
+    def _generated(self, requests: Sequence[Request], folder: Path) -> list[Image.Image]:
+        if not requests:
+            return []
         with self.source_pipeline() as pipeline:
             return quality_.generate_cached(
-                pipeline, self.requests, self.folder, self._progress, "source images"
+                pipeline, requests, folder, self._progress, "source images"
             )
 
     def source_pipeline(self) -> Pipeline:
@@ -145,7 +194,9 @@ class Comparison:
         """Hash of all that the source's images depend on."""
         pipeline = self.reference.manifest.pipeline
         complete = Completion(pipeline).complete
-        requests = [msgspec.json.encode(_named(complete(request))) for request in self.requests]
+        requests = [
+            msgspec.json.encode(_named(complete(request))) for request in self._from_prompts
+        ]
         tools = {**self.reference.manifest.tools, "sha": pipeline.source_sha256}
         chunks = fixed_chunks(pipeline) or 1
         if chunks > 1:  # left out otherwise, as older pipelines have it
@@ -155,10 +206,14 @@ class Comparison:
 
 
 def _named(request: CompleteRequest) -> dict[str, object]:
-    """What an image depends on. Fields with a default, which requests didn't always have, are left
-    out where they have it, so that older images are found."""
+    """What an image depends on, of pictures their hashes. Fields with a default, which requests
+    didn't always have, are left out where they have it, so that older images are found."""
     defaults = {one.name: one.default for one in fields(request)}
-    named = {name: value for name, value in vars(request).items() if value != defaults[name]}
+    named = {
+        name: value.sha256 if isinstance(value, Picture) else value
+        for name, value in vars(request).items()
+        if value != defaults[name]
+    }
     if request.controls:
         named["controls"] = [
             {**vars(one), "picture": one.picture.sha256} for one in request.controls

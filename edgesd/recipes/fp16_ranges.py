@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from edgesd.export import examples
 from edgesd.export.external_data import write_model
 from edgesd.export.passes.fp16_weights import MAX_FP16
 from edgesd.export.passes.fp32_region import Fp32Region
@@ -67,7 +68,8 @@ def protect_fp16_overflows(bundle: Bundle, prompt: str, exact: Collection[str] =
 
 
 def record(bundle: Bundle, prompt: str) -> Largest:
-    """Largest magnitudes of all fp16 values while an image of `prompt` is generated."""
+    """Largest magnitudes of all fp16 values while an image of `prompt` is generated, and then of
+    that image by each task that begins with one."""
     largest: Largest = {}
 
     def recorder(component: str) -> Runner:
@@ -79,13 +81,15 @@ def record(bundle: Bundle, prompt: str) -> Largest:
 
     settings = Settings(memory="balanced", made_here=True)
     with Pipeline(bundle, settings, recorder) as pipeline:
-        controls = drawn_controls(pipeline.spec)
-        asked = painted_whole(pipeline.spec, Request(prompt, seed=0, controls=controls))
-        request = pipeline.complete(asked)
-        steps = min(STEPS, request.num_inference_steps)
-        request = replace(request, num_inference_steps=steps)
-        requests = [replace(request, seed=seed) for seed in range(pipeline.images_per_run(request))]
-        pipeline.generate(requests)
+        spec = bundle.manifest.pipeline
+        steps = min(STEPS, spec.num_inference_steps)
+        asked = Request(prompt, 0, num_inference_steps=steps, controls=drawn_controls(spec))
+        first = painted_whole(spec, asked)
+        count = pipeline.images_per_run(first)
+        images = pipeline.generate([replace(first, seed=seed) for seed in range(count)])
+        further = examples.further_tasks(spec, 1)
+        for request in examples.with_images(spec, [first], images, further):
+            pipeline.generate([request] * count)
     return largest
 
 

@@ -90,7 +90,7 @@ class QuantizedBuild:
             measure = Sensitivities(
                 self.comparison, self.store, layers, self.scheme, work, self.progress
             ).measure
-        generating = flow_of(self.pipeline).from_prompts
+        generating = flow_of(self.pipeline).components
         self.search = SchemeSearch(
             self.scheme, layers, self.store, measure, generating, self.progress
         )
@@ -250,10 +250,10 @@ class QuantizedBuild:
 
     def _count(self) -> int:
         """Number of images that are compared."""
-        return 0 if self.comparison is None else len(self.comparison.requests)
+        return 0 if self.comparison is None else self.comparison.count
 
     def _first_probes(self) -> Probes:
-        return tuple(range(min(gates.WORST, self._count())))
+        return () if self.comparison is None else self.comparison.probes
 
     def _failure(self, measured: Quality, floor: float, probes: Probes) -> str:
         names = ", ".join(map(layer_name, self.search.most_sensitive(probes)))

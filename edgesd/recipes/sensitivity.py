@@ -60,7 +60,8 @@ class Sensitivities:
         quantized as planned (or what stands in for it); 0 for layers that no image depends on."""
         path = self._work / f"sensitivity-{self._scheme}-{self._key(probes)}.json"
         known = _read_figures(path)
-        components = flow_of(self.comparison.reference.manifest.pipeline).from_prompts
+        flow = flow_of(self.comparison.reference.manifest.pipeline)
+        components = flow.components if self.comparison.encodes(probes) else flow.from_prompts
         generating = {
             layer: scheme
             for layer, scheme in self.planned.items()

@@ -402,3 +402,20 @@ def test_a_fixed_size_is_calibrated_and_measured(rows: int, work: Path, tmp_path
     assert bundle.manifest.quality is not None
     assert len(bundle.manifest.quality.images) == len(PROMPTS)
     assert bundle.manifest.quality.psnr_min > 20
+
+
+@pytest.mark.slow
+def test_every_task_is_judged(work: Path, tmp_path: Path) -> None:
+    asked = msgspec.structs.replace(options("w8a8"), tasks=("inpaint",))
+    bundle = build(DEMO, asked, tmp_path / "b", LocalFolders(work)).bundle
+    manifest = bundle.manifest
+    assert manifest.quality is not None and manifest.recipe is not None
+    images = manifest.quality.images
+    assert [image.task for image in images] == ["text"] * 3 + ["image"] * 2 + ["inpaint"] * 2
+    assert min(image.psnr or 100 for image in images) > 20
+    encoder = manifest.pipeline.wiring.encoder
+    assert encoder is not None
+    layers = [each for each in manifest.recipe.layers if each.component == encoder.component]
+    assert layers and {each.scheme for each in layers} & {"w8a8"}
+    assert run_cli("report", bundle.path, "-o", tmp_path / "page.html")[0] == 0
+    assert "inpainting" in (tmp_path / "page.html").read_text()

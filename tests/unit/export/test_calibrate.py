@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
 from edgesd.errors import EdgesdError, InputError  # noqa: E402
 from edgesd.export import calibrate as calibrating  # noqa: E402
@@ -283,10 +283,7 @@ def test_what_is_told_and_written(
 def inpainting(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportSpec, Tokenizers]:
     """A tiny random UNet of nine channels, and what reads its prompts."""
     folder = tmp_path_factory.mktemp("inpainting")
-    made = tiny_pipelines._sd(
-        tiny_pipelines._euler(), diffusers.StableDiffusionInpaintPipeline, in_channels=9
-    )
-    made.save_pretrained(folder / "model")
+    tiny_pipelines.write_tiny("sd-inpaint", folder / "model")
     export = export_spec(resolve_source(folder / "model"))
     tokens = export.pipeline.wiring.tokenizers["tokenizer"].max_tokens
     files = write_tokenizer(folder / "model" / "tokenizer", folder, tokens)

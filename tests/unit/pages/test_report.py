@@ -151,6 +151,24 @@ def test_layers_come_by_error(folder: Path) -> None:
     assert places == sorted(places)
 
 
+def test_each_task_has_its_figures(folder: Path) -> None:
+    plain = Outline(report_html(open_bundle(folder))).text
+    assert "PSNR, text to image" not in plain and "inpainting" not in plain
+    first, second, equal = IMAGES
+    images = (
+        first,
+        msgspec.structs.replace(second, task="image"),
+        msgspec.structs.replace(second, task="inpaint", psnr=30.0),
+        msgspec.structs.replace(equal, task="inpaint"),
+    )
+    bundle = reforge(folder, quality=msgspec.structs.replace(QUALITY, images=images))
+    text = " ".join(Outline(report_html(bundle)).text.split())
+    assert "PSNR, text to imagemean 33.25 dB, worst 33.25 dB (1 image)" in text
+    assert "PSNR, image to imagemean 21.50 dB, worst 21.50 dB (1 image)" in text
+    assert "PSNR, inpaintingmean 65.00 dB, worst 30.00 dB (2 images)" in text
+    assert "inpainting, seed 2, PSNR 30.00 dB" in text
+
+
 def test_a_floor_that_did_not_hold_is_said(folder: Path) -> None:
     bundle = reforge(folder, quality=msgspec.structs.replace(QUALITY, min_psnr=30.0))
     assert "at least 30 dB was asked for: not held" in Outline(report_html(bundle)).text

@@ -34,7 +34,9 @@ def test_the_error_of_a_layer_s_output_stands_in_where_weights_stay_in_the_check
         folder=tmp_path,
         summary=lambda layer, scheme: SimpleNamespace(error=errors[layer]),
     )
-    comparison: Any = SimpleNamespace(reference=miniature, folder=tmp_path)
+    comparison: Any = SimpleNamespace(
+        reference=miniature, folder=tmp_path, encodes=lambda places: False
+    )
     planned = {near: W8A8, far: W8A8, whole: None, unused: W8A8}
     ours = Sensitivities(comparison, store, planned, W8A8, tmp_path, SILENT)
     found = ours.measure((0, 1))
