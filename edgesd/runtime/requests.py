@@ -320,7 +320,7 @@ class Completion:
         """The steps of a request's schedule. Raises as `scheduler_of`."""
         size = found.height, found.width
         steps = found.num_inference_steps
-        given = found.sigmas, found.timesteps, found.eta, found.strength
+        given = found.sigmas, found.timesteps, found.eta, found.strength, found.task
         schedule = found.scheduler, steps, *given, *size
         if schedule not in self._checked:
             scheduler = scheduler_of(self._spec, found)
@@ -453,6 +453,7 @@ def scheduler_of(spec: PipelineSpec, request: CompleteRequest) -> Scheduler:
             image_seq_len=latents,
             timesteps=request.timesteps,
             sigmas=sigmas,
+            strength=_narrowed(spec, request, scheduler),
         )
     except (ArithmeticError, ValueError, IndexError) as exc:
         raise InputError(
@@ -460,6 +461,18 @@ def scheduler_of(spec: PipelineSpec, request: CompleteRequest) -> Scheduler:
             f"computed from the bundle's configuration ({exc}): choose another --scheduler"
         ) from exc
     return scheduler
+
+
+def _narrowed(spec: PipelineSpec, request: CompleteRequest, scheduler: Scheduler) -> float:
+    """The part of the schedule that all steps are placed within: a request's strength, where
+    diffusers' pipeline does so. That is the one for Stable Diffusion's latent consistency models
+    that begins with an image; the one for Stable Diffusion XL's, and for inpainting, doesn't."""
+    inputs = spec.wiring.denoiser
+    distilled = inputs.input_of("guidance_embedding") is not None
+    told_sizes = any(inputs.input_of(fill) for fill in SIZE_FILLS)
+    if request.task == "image" and distilled and not told_sizes and scheduler.narrows:
+        return 1.0 if request.strength is None else request.strength
+    return 1.0
 
 
 def painted_whole(spec: PipelineSpec, request: Request) -> Request:

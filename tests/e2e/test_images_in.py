@@ -76,6 +76,10 @@ class Both:
     def wanted(self, task: ImageTask, count: int, size: tuple[int, int], **asked: Any) -> list[Any]:
         """diffusers' images, of its pipeline for the task. asked: of its call."""
         cls = CLASSES[self.ours.spec.family, task]
+        sampler = asked.get("scheduler", self.ours.spec.scheduler.name)
+        distilled = isinstance(self.theirs, diffusers.LatentConsistencyModelPipeline)
+        if distilled and (task, sampler) == ("image", "lcm"):
+            cls = diffusers.LatentConsistencyModelImg2ImgPipeline
         config = self.theirs.config
         options: dict[str, Any] = {"requires_safety_checker": False}
         if self.ours.spec.family == "sdxl":
@@ -84,7 +88,6 @@ class Both:
             options["requires_aesthetics_score"] = config.get("requires_aesthetics_score", False)
         pipeline = cls(**self.theirs.components, **options)
         pipeline.set_progress_bar_config(disable=True)
-        sampler = asked.get("scheduler", self.ours.spec.scheduler.name)
         own = getattr(diffusers, sampler_class(sampler))
         # As saved and read again: a file gives all options.
         known = dict(pipeline.scheduler.config) | {"_use_default_values": []}

@@ -49,6 +49,7 @@ _CLASSES = {
     **CLASSES,
 }
 _LCM = "LatentConsistencyModelPipeline"
+_LCM_FROM_IMAGE = "LatentConsistencyModelImg2ImgPipeline"
 _FROM_IMAGES: Mapping[ImageTask, str] = {
     "image": "StableDiffusionImg2ImgPipeline",
     "inpaint": "StableDiffusionInpaintPipeline",
@@ -165,6 +166,9 @@ def _own_pipeline(source: Checkpoint, defaults: Defaults, unet: Mapping[str, Any
             plain: Any = diffusers.StableDiffusionPipeline
             pipeline = plain(**pipeline.components, requires_safety_checker=False)
     pipeline = with_sampler(pipeline, defaults.sampler)
+    from_images = dict(_FROM_IMAGES)
+    if type(pipeline).__name__ == _LCM:
+        from_images["image"] = _LCM_FROM_IMAGE
     # The pipeline of latent consistency models has a default size where it is one number only.
     takes_two = hasattr(pipeline, "_is_unet_config_sample_size_int")
     return OwnPipeline(
@@ -177,6 +181,6 @@ def _own_pipeline(source: Checkpoint, defaults: Defaults, unet: Mapping[str, Any
         encoded=lambda component, outputs: tuple(outputs),
         has_size=takes_two or isinstance(pipeline.unet.config.sample_size, int),
         of_task=lambda task: with_networks_of(
-            pipeline, _FROM_IMAGES[task], requires_safety_checker=False
+            pipeline, from_images[task], requires_safety_checker=False
         ),
     )

@@ -61,7 +61,7 @@ class Scheduler(ABC):
     draws_by_eta: ClassVar[bool] = False
     """Whether it has an `eta`."""
     narrows: ClassVar[bool] = False
-    """Whether all its steps can be placed within a strength."""
+    """Whether diffusers has a pipeline that places all its steps within a strength."""
 
     timesteps: F32 | I64
     init_noise_sigma: float = 1.0

@@ -108,7 +108,7 @@ class LCM(PreservingScheduler):
                 signal, spread = schedule.signal_and_noise(float(self._table[timesteps[i + 1]]))
             self._weights.append((x0_s, x0_m, signal * skip, signal * out, spread))
         self.timesteps = timesteps
-        return n
+        return asked.steps
 
     def step(self, model_output: Array, i: int, sample: F32, noise: Noise) -> F32:
         x0_s, x0_m, skip, out, spread = self._weights[i]

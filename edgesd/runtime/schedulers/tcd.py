@@ -43,7 +43,6 @@ class TCD(PreservingScheduler):
     diffusers_class = "TCDScheduler"
     draws_by_eta = True
     takes = frozenset(("timesteps",))
-    narrows = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(TCDConfig, config, self.name)
