@@ -80,6 +80,8 @@ _UNREAD = (
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
 _WITH_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
 
+_UNSEEN_STRETCH = 1.05
+
 _COLOURED = 24
 """How much the channels of a pixel differ where it isn't a grey that a lossy format changed."""
 
@@ -410,6 +412,17 @@ def own_size(picture: Picture, multiple: int) -> tuple[int, int]:
             f"{multiple}x{multiple} that can be drawn: give --size"
         )
     return width, height
+
+
+def stretched(picture: Picture, width: int, height: int) -> str | None:
+    """A note for the user where a picture is read in another shape; None for nearly the same."""
+    factor = width * picture.height / (height * picture.width)
+    if 1 / _UNSEEN_STRETCH < factor < _UNSEEN_STRETCH:
+        return None
+    return (
+        f"{picture.name} has {picture.width}x{picture.height} pixels and is stretched to "
+        f"{width}x{height}: give a --size of its shape, or crop it"
+    )
 
 
 # --- arrays ---------------------------------------------------------------------------------------

@@ -73,13 +73,17 @@ def test_hostile_masks(name: str, tmp_path: Path, painter: Bundle) -> None:
     assert {*tmp_path.iterdir()} == {mask, image}
 
 
-def test_a_mask_that_is_scaled_is_told(tmp_path: Path, painter: Bundle) -> None:
+def test_what_is_scaled_or_stretched_is_told(tmp_path: Path, painter: Bundle) -> None:
     (tmp_path / "image.png").write_bytes(encoded("PNG", size=(40, 30)))
     Image.new("1", (20, 15), 1).save(tmp_path / "mask.png")
     files = "--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png"
     outcome = generate(painter, tmp_path, *files)
     assert outcome.code == 0, outcome
     assert "mask.png is scaled from 20x15 to the 40x30 pixels of" in outcome.err
+    assert "is stretched to 16x16" in outcome.err
+    outcome = generate(painter, tmp_path, *files, "--mask-padding", 2)
+    assert outcome.code == 0, outcome
+    assert "stretched" not in outcome.err
 
 
 @pytest.mark.parametrize(

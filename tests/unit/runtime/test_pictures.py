@@ -27,6 +27,7 @@ from edgesd.runtime.pictures import (
     own_size,
     painting,
     read_picture,
+    stretched,
 )
 
 FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -241,6 +242,15 @@ def test_sizes_follow_the_image() -> None:
     assert own_size(read(scene(64, 64)), 64) == (64, 64)
     with pytest.raises(InputError, match=r"image\.png has 100x63 pixels, less than the 64x64"):
         own_size(read(scene(100, 63)), 64)
+
+
+def test_a_picture_that_is_stretched_is_told() -> None:
+    photo = read(scene(100, 75), "photo.png")
+    for width, height in (96, 72), (64, 48), (64, 46), (400, 304):
+        assert stretched(photo, width, height) is None
+    told = "photo.png has 100x75 pixels and is stretched to 64x64: give a --size of its shape"
+    assert str(stretched(photo, 64, 64)).startswith(told)
+    assert stretched(photo, 128, 64)
 
 
 def test_pictures_of_the_same_bytes_are_equal(tmp_path: Path) -> None:
