@@ -48,7 +48,7 @@ from edgesd.spec.pipeline import ComponentSpec, TensorSpec  # noqa: E402
 from tests.loras import Tensors, encoders, kohya_lora, peft_lora, save  # noqa: E402
 from tests.single_files import ldm_unet  # noqa: E402
 from tests.support import assert_refused, run_cli  # noqa: E402
-from tests.tiny_pipelines import tiny, write_tiny  # noqa: E402
+from tests.tiny_pipelines import sdxl_unet, tiny, unet, write_tiny  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,12 +154,16 @@ def test_names_of_all_programs_mean_the_same(
     assert {f"{p.component}.{p.layer}" for p in one} == wanted
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
-def test_names_of_the_models_authors(
-    name: str, pipelines: Mapping[str, Any], tmp_path: Path
-) -> None:
+def _as_sd_1() -> Any:
+    """With attention where Stable Diffusion 1.x has it, on the way up behind a level without."""
+    downs, ups = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    return unet(down_block_types=downs, up_block_types=ups, layers_per_block=2)
+
+
+@pytest.mark.parametrize("make", [unet, sdxl_unet, _as_sd_1])
+def test_names_of_the_models_authors(make: Callable[[], Any], tmp_path: Path) -> None:
     """As Kohya's scripts name SDXL's layers, and as whole checkpoints do."""
-    unet = pipelines[name].unet
+    unet = make()
     layers = {
         key.removesuffix(".weight"): value
         for key, value in unet.state_dict().items()
@@ -178,7 +182,7 @@ def test_names_of_the_models_authors(
             tensors[f"{key}.lora_down.weight"] = values((2, into, *kernel))
             tensors[f"{key}.lora_up.weight"] = values((out, 2, *(1 for _ in kernel)))
         lora = read_lora(str(save(tmp_path / "x.safetensors", tensors)))
-        placed = place(lora, name, networks(pipelines[name]))
+        placed = place(lora, "toy", {"unet": shapes_of(unet)})
         found = {one.layer: one.update.layer for one in placed}
         assert found.keys() == layers.keys()
         assert dotted == all(theirs[layer] == key for layer, key in found.items())

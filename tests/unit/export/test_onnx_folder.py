@@ -24,7 +24,9 @@ from edgesd.export.mapped import state_of  # noqa: E402
 from edgesd.export.pipeline import export_spec  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.export.source.onnx_folder import OnnxFolder  # noqa: E402
+from edgesd.recipes.sources import open_model  # noqa: E402
 from edgesd.runtime.requests import Request  # noqa: E402
+from tests.loras import peft_lora, save  # noqa: E402
 from tests.models import edit  # noqa: E402
 from tests.onnx_folders import write_onnx_folder  # noqa: E402
 from tests.tiny_pipelines import on_torch, tiny, write_tiny  # noqa: E402
@@ -67,6 +69,16 @@ def check_equal(folder: Path, other: Path) -> None:
         for name, tensor in found.items():
             assert tensor.dtype == expected[name].dtype
             assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_lora_is_merged_behind_the_comparison_with_the_graphs(
+    exported: Path, tmp_path: Path
+) -> None:
+    file = save(tmp_path / "x.safetensors", peft_lora(tiny(NAME)))
+    export = export_spec(open_model(str(exported), loras=[str(file)]))
+    found, plain = state_of(export.components[2].load()), state_of(load(exported, 2))
+    changed = [name for name in plain if not torch.equal(found[name].float(), plain[name].float())]
+    assert len(changed) == len(peft_lora(tiny(NAME))) // 2
 
 
 def test_weights_are_those_of_the_networks(exported: Path, diffusers_folder: Path) -> None:
