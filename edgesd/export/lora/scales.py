@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ class Scales:
             return alpha / rank if rank else 1.0
         first, _, rest = layer.partition(".")
         config = self.configs.get(first)
+        rest = layer.removeprefix(_PEFT) if layer.startswith(_PEFT) else rest
         return 1.0 if config is None else config.scale(rest, rank)
 
 
@@ -113,6 +115,12 @@ def _numbers(path: Path, name: str, values: Any, least: float = -_LARGEST) -> di
         return {}
     if not isinstance(values, dict):
         raise InputError(f"{path}: {name} must be a JSON object")
+    for key in values:
+        if not re.fullmatch(r"\^?[\w.]+", key):
+            raise InputError(
+                f"{path}: {name} has the pattern {key[:60]!r}: edgesd takes names of layers, as "
+                "diffusers writes them"
+            )
     return {key: _number(path, name, value, least) for key, value in values.items()}
 
 

@@ -246,7 +246,7 @@ CONFIGS: Mapping[str, Any] = {
         r=3,
         lora_alpha=5,
         rank_pattern={"conv": 2},
-        alpha_pattern={"linear": 7},
+        alpha_pattern={"^linear": 7},
         target_modules=LAYERS,
     ),
     "rslora": lambda: peft.LoraConfig(r=4, lora_alpha=5, use_rslora=True, target_modules=LAYERS),
@@ -737,6 +737,7 @@ def wrong_tensors() -> Iterator[tuple[str, Tensors, dict[str, str]]]:
         '{"unet.r": "4"}',
         '{"unet.r": true}', '{"unet.lora_alpha": 4}', '{"unet.r": 4, "unet.lora_alpha": Infinity}',
         '{"unet.r": 4, "unet.alpha_pattern": [1]}', '{"unet.r": 4, "unet.rank_pattern": {"a": 0}}',
+        '{"unet.r": 4, "unet.rank_pattern": {".*q": 8}}',
         '{"unet.r": 4, "unet.peft_type": "OFT"}', '{"unet.r": 4, "unet.peft_type": ["LORA"]}',
         '{"unet.r": 4, "unet.init_lora_weights": "olora"}', '{"unet.r": ' + "9" * 5000 + "}",
     ):  # fmt: skip
