@@ -233,7 +233,7 @@ def test_a_full_autoencoder_is_planned_in_halves_where_it_is_streamed(tmp_path: 
             cost = plan.components[half]
             assert cost.memory["stream"] < cost.memory["balanced"]
             whole, tiled = cost.seconds["balanced"], cost.seconds["stream"]
-            assert whole is not None and tiled is not None and 2 * whole < tiled < 8 * whole
+            assert whole is not None and tiled is not None and 1.5 * whole < tiled < 8 * whole
         # The whole grows with the image; of the tiles only the image and its features do.
         small, large = (plan.components[half].memory for plan in plans.values())
         least = 4 if half == "vae_decoder" else 2  # an encoder's features are larger

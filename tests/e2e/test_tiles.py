@@ -122,4 +122,4 @@ def test_a_streamed_encoding_takes_no_more_than_estimated(bundle: Bundle) -> Non
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     taken, bound, process = map(int, said.split())
     assert process < taken <= bound
-    assert taken - process > 0.3 * (bound - process)
+    assert taken - process > 0.1 * (bound - process)  # which counts a picture's copies, too
