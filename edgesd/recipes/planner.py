@@ -134,9 +134,23 @@ class _Plan:
         return {mode: self.fitting.generation(self.batch, mode) for mode in self.fitting.modes}
 
     @cached_property
+    def tiled(self) -> dict[MemoryMode, frozenset[str]]:
+        """Components that run in parts or tiles, in each mode: as few as fit, or else what needs
+        least."""
+        costs, found = self.fitting.costs, {}
+        for mode, generation in self.generations.items():
+            fit = replace(self.fitting, memory=mode).choose(self.batch)
+            found[mode] = fit.tiled if fit else costs.tilings(mode, generation)[-1]
+        return found
+
+    @cached_property
     def needs(self) -> dict[MemoryMode, Need]:
         """Memory in each mode."""
-        return {m: self.fitting.costs.need(m, each) for m, each in self.generations.items()}
+        costs = self.fitting.costs
+        return {
+            mode: costs.need(mode, generation, tiled=self.tiled[mode])
+            for mode, generation in self.generations.items()
+        }
 
     def runs(self, stage: Stage, mode: MemoryMode) -> int:
         """How often a stage runs for an image."""
@@ -153,9 +167,9 @@ class _Plan:
             shapes = [networks.own_shape(stage)]
         elif stage.per == "step":
             shapes = [(height, width, self.generations[mode].batch)]
-        elif mode == "stream" and stage.component in costs.splits:
+        elif stage.component in self.tiled[mode] & costs.splits.keys():
             return self._in_parts(stage, form), costs.splits[stage.component][-1]
-        elif mode == "stream":
+        elif stage.component in self.tiled[mode]:
             halo = _halo(networks.pipeline, stage)
             shapes = [(h, w, 1) for h, w in _tiles((height, width), halo)]
         found = [form.lowered(networks.trace(stage, shape)) for shape in shapes]
@@ -174,7 +188,8 @@ class _Plan:
         """Of all runs of a stage for an image: reading its weights each time included, and once
         the memory that is touched for the first time."""
         workloads, footprint = self.workloads(stage, mode)
-        each = {id(workload): seconds(workload, speed, mode == "stream") for workload in workloads}
+        streamed = mode == "stream" or stage.component in self.tiled[mode]
+        each = {id(workload): seconds(workload, speed, streamed) for workload in workloads}
         units = 1 if stage.per == "prompt" else self.size[0] * self.size[1]
         fresh = speed.seconds("fresh", "", (max(1, sum(computing(footprint, units))),))
         # A network's weights are larger than caches, which hold those of a single operation.

@@ -24,14 +24,14 @@ from edgesd.spec.pipeline import EncoderSpec
 
 
 def decoded(loaded: Loaded, latents: Float) -> Float:
-    """Latents [C, h, w] -> values [3, H, W] from -1 to 1; in tiles where weights are streamed, if
-    the bundle's decoder can be run so (runtime/tiles.py)."""
+    """Latents [C, h, w] -> values [3, H, W] from -1 to 1; in tiles where that is fitted
+    (runtime/tiles.py)."""
     spec = loaded.bundle.manifest.pipeline
     component, latent = spec.wiring.decoder.component, spec.latent
     split = _split(loaded, component)
     if split is not None:
         return _decoded_in_parts(loaded, split, latents)
-    if loaded.memory == "stream" and latent.halo is not None and spec.shape.dynamic:
+    if component in loaded.tiled and latent.halo is not None:
 
         def decode(seen: Float, rows: Tile, columns: Tile) -> Float:
             return _decoded_whole(loaded, seen)
@@ -53,7 +53,7 @@ def encoded(loaded: Loaded, image: Float) -> tuple[Float, ...]:
     split = _split(loaded, encoder.component)
     if split is not None:
         return _encoded_in_parts(loaded, encoder, split, image[0])
-    if loaded.memory == "stream" and latent.encoder_halo is not None and spec.shape.dynamic:
+    if encoder.component in loaded.tiled and latent.encoder_halo is not None:
 
         def encode(seen: Float, rows: Tile, columns: Tile) -> Float:
             found: Float = _encoded_whole(loaded, encoder, seen)[0][0]
@@ -68,8 +68,8 @@ def encoded(loaded: Loaded, image: Float) -> tuple[Float, ...]:
 
 
 def _split(loaded: Loaded, component: str) -> SplitComponent | None:
-    """The parts that a component is run in: where weights are streamed, if it has any."""
-    if loaded.memory != "stream" or component in loaded.replaced:
+    """The parts that a component is run in, if any."""
+    if component not in loaded.tiled or component in loaded.replaced:
         return None
     return loaded.bundle.manifest.engines[component].split
 

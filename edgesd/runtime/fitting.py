@@ -62,12 +62,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a batch is generated. window: see `Costs.need`. weights_kept: bytes of a component's
-    weights that stay mapped while they are streamed; none where nothing limits the process."""
+    """How a batch is generated. window: see `Costs.need`; tiled: see `Costs.tilings`. weights_kept:
+    bytes of a component's weights that stay mapped while they are streamed; none where nothing
+    limits the process."""
 
     memory: MemoryMode
     window: int
     generation: Generation
+    tiled: frozenset[str] = frozenset()
     weights_kept: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -142,10 +144,12 @@ class Fitting:
         """The fastest way that fits, or None. Raises UsageError as `guidance_mode`."""
         for mode in self._modes:
             generation = self.generation(batch, mode)
-            for window in WINDOWS if mode == "stream" else WINDOWS[:1]:
-                need = self.costs.need(mode, generation, window)
-                if self._fits(need, mode):
-                    return Fit(mode, window, generation, self._weights_kept(need, mode))
+            for tiled in self.costs.tilings(mode, generation):
+                for window in WINDOWS if tiled else WINDOWS[:1]:
+                    need = self.costs.need(mode, generation, window, tiled)
+                    if self._fits(need, mode):
+                        kept = self._weights_kept(need, mode)
+                        return Fit(mode, window, generation, tiled, kept)
         return None
 
     def generation(self, batch: Batch, memory: MemoryMode) -> Generation:

@@ -38,6 +38,9 @@ _PROMPTER_BYTES = 80 << 20
 _COPIES = 5
 """Of an image's values in fp32, from the decoder's output to bytes, or to the encoder's input."""
 
+_AUTOENCODERS = ("encoder", "decoder")
+"""Roles of stages that can be run in parts or tiles."""
+
 _TEXT_COPIES = 10
 """Of a prompt's embedding, both halves of guidance (measured with 16 images at a time)."""
 
@@ -134,19 +137,16 @@ def whole(
     return Part(resident, footprint.in_file if streamed else 0, loaded, workspace)
 
 
-def autoencoder(
-    footprint: Footprint, generation: Generation, mode: MemoryMode, halo: int | None
-) -> Part:
-    """A decoder or encoder, in tiles where weights are streamed and it has a halo
-    (AutoencoderTiny)."""
-    behind = _COPIES * generation.image_bytes
-    height, width = generation.height, generation.width
-    if mode != "stream" or halo is None:
-        return whole(footprint, height * width, mode, behind)
+def autoencoder_in_tiles(footprint: Footprint, generation: Generation, halo: int) -> Part:
+    """An AutoencoderTiny's decoder or encoder, weights streamed."""
     margins = margins_of(halo)
-    sides = [[t.last - t.first for t in tiles_of(n, TILE, margins)] for n in (height, width)]
+    sides = [
+        [tile.last - tile.first for tile in tiles_of(n, TILE, margins)]
+        for n in (generation.height, generation.width)
+    ]
     several = any(len(set(side)) > 1 for side in sides)
-    return whole(footprint, max(sides[0]) * max(sides[1]), mode, behind, several)
+    units, behind = max(sides[0]) * max(sides[1]), _COPIES * generation.image_bytes
+    return whole(footprint, units, "stream", behind, several)
 
 
 def decoder_in_parts(
@@ -213,22 +213,24 @@ class Costs:
     splits: Mapping[str, tuple[Footprint, ...]]
     process: int
 
-    def need(self, mode: MemoryMode, generation: Generation, window: int = max(WINDOWS)) -> Need:
-        """Memory of generating in a mode. window: side in latents of a streamed decoder's
-        tiles."""
-        flow = flow_of(self.pipeline)
-        running = [
-            [
-                stage
-                for stage in group
-                if stage.role != "side" or stage.component in generation.sides
-            ]
-            for group in flow.groups
-        ]
+    def need(
+        self,
+        mode: MemoryMode,
+        generation: Generation,
+        window: int = max(WINDOWS),
+        tiled: frozenset[str] | None = None,
+    ) -> Need:
+        """Memory of generating in a mode. window: side in latents of a decoder's tiles. tiled: one
+        of `tilings`; None: the one that needs least."""
+        tiled = self.tilings(mode, generation)[-1] if tiled is None else tiled
         groups = [
-            {stage.component: self._part(stage, mode, generation, window) for stage in group}
-            for group in running
-            if group and (generation.encodes or flow.encoder not in group)
+            {
+                stage.component: self._in_tiles(stage, generation, window)
+                if stage.component in tiled
+                else self._whole(stage, mode, generation)
+                for stage in group
+            }
+            for group in self._groups(generation)
         ]
         return together(groups, self.process + generation.kept_bytes, mode, generation.previews)
 
@@ -237,21 +239,69 @@ class Costs:
         found = [self.footprints[name] for name in components if name in self.footprints]
         return sum(each.graph + (each.streamed if streamed else each.weights) for each in found)
 
-    def _part(self, stage: Stage, mode: MemoryMode, generation: Generation, window: int) -> Part:
-        latent, shape = self.pipeline.latent, self.pipeline.shape
+    def tilings(self, mode: MemoryMode, generation: Generation) -> list[frozenset[str]]:
+        """Which components run in parts or tiles, with weights streamed: sets of which one may be
+        taken, the fastest first and what needs least last. In `stream` all that can; in `balanced`
+        none, or those that would take more memory than all others; in `fast` none."""
+        none, able = frozenset[str](), self.tileable
+        if mode != "balanced":
+            return [frozenset(able) if mode == "stream" else none]
+        others = max(
+            _at_once([self._whole(stage, mode, generation) for stage in group])
+            for group in self._groups(generation)
+            if not any(stage.component in able for stage in group)
+        )
+        taken = {name: self._whole(stage, mode, generation) for name, stage in able.items()}
+        large = frozenset(name for name, part in taken.items() if part.resident > others)
+        return [none, large] if large else [none]
+
+    @property
+    def tileable(self) -> dict[str, Stage]:
+        """Components that can be run in parts or tiles."""
+        return {
+            stage.component: stage
+            for stage in flow_of(self.pipeline).stages
+            if stage.component in self.splits or self._halo(stage) is not None
+        }
+
+    def _groups(self, generation: Generation) -> list[list[Stage]]:
+        """The groups of the flow, of the stages that run."""
+        flow = flow_of(self.pipeline)
+        groups = [
+            [
+                stage
+                for stage in group
+                if stage.role != "side" or stage.component in generation.sides
+            ]
+            for group in flow.groups
+            if generation.encodes or flow.encoder not in group
+        ]
+        return [group for group in groups if group]
+
+    def _whole(self, stage: Stage, mode: MemoryMode, generation: Generation) -> Part:
         footprint = self.footprints[stage.component]
-        if stage.role not in ("encoder", "decoder"):
+        if stage.role in _AUTOENCODERS:
+            behind = _COPIES * generation.image_bytes
+        else:
             further = (generation.chunks - 1) * generation.batch if stage.per == "step" else 0
             behind = further * footprint.chunk
-            return whole(footprint, units_of(stage, generation), mode, behind)
-        decodes, levels = stage.role == "decoder", latent.levels or (0,)
-        parts = self.splits.get(stage.component, ()) if mode == "stream" else ()
-        if parts and decodes:
+        return whole(footprint, units_of(stage, generation), mode, behind)
+
+    def _in_tiles(self, stage: Stage, generation: Generation, window: int) -> Part:
+        levels = self.pipeline.latent.levels or (0,)
+        parts = self.splits.get(stage.component)
+        if parts is None:
+            halo = self._halo(stage) or 0
+            return autoencoder_in_tiles(self.footprints[stage.component], generation, halo)
+        if stage.role == "decoder":
             return decoder_in_parts(parts[0], parts[-1], generation, 4 * levels[0], window)
-        if parts:
-            return encoder_in_parts(parts, generation, levels, window)
-        halo = latent.halo_of(stage.role) if shape.dynamic else None
-        return autoencoder(footprint, generation, mode, halo)
+        return encoder_in_parts(parts, generation, levels, window)
+
+    def _halo(self, stage: Stage) -> int | None:
+        """Of an AutoencoderTiny's decoder or encoder that can be run in tiles; None of others."""
+        if stage.role not in _AUTOENCODERS or not self.pipeline.shape.dynamic:
+            return None
+        return self.pipeline.latent.halo_of(stage.role)
 
 
 def units_of(stage: Stage, generation: Generation) -> int:

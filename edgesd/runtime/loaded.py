@@ -94,8 +94,15 @@ class Loaded:
 
     @property
     def window(self) -> int:
-        """Side in latents of a streamed decoder's tiles."""
+        """Side in latents of a decoder's tiles."""
         return self._fit.window if self._fit else WINDOWS[0]
+
+    @property
+    def tiled(self) -> Set[str]:
+        """Components that are run in parts or tiles."""
+        if self._fit:
+            return self._fit.tiled
+        return self._fitting().costs.tileable.keys() if self.memory == "stream" else frozenset()
 
     def fit(self, batch: Batch) -> None:
         """Choose the fastest mode that `batch` fits into; components loaded for another mode, or
@@ -109,7 +116,8 @@ class Loaded:
         found = self._fitting().check(batch)
         before, self._fit = self._fit, found
         if before is not None and (
-            (found.memory, found.window) != (before.memory, before.window)
+            (found.memory, found.window, found.tiled)
+            != (before.memory, before.window, before.tiled)
             # What a session took for another size, it keeps: together that may be more than either.
             or (self.settings.max_memory is not None and found.generation != before.generation)
         ):
@@ -120,7 +128,8 @@ class Loaded:
         mode that is set."""
         fitting = self._fitting()
         generation = fitting.generation(batch, self.memory)
-        return fitting.costs.need(self.memory, generation, self.window).resident
+        tiled = self._fit.tiled if self._fit else None
+        return fitting.costs.need(self.memory, generation, self.window, tiled).resident
 
     def _fitting(self) -> Fitting:
         """The choice of modes, with the memory that is free now."""
@@ -145,7 +154,7 @@ class Loaded:
     def _open_by_backend(self, component: str, part: ComponentPart | None = None) -> Runner:
         options = RunnerOptions(
             threads=self.settings.threads,
-            streamed=self.memory == "stream",
+            streamed=self.memory == "stream" or component in self.tiled,
             kept_bytes=self._fit.weights_kept.get(component, 0) if self._fit else 0,
             kernels=self.settings.kernels,
             plan_of=self.settings.plan_of,

@@ -293,7 +293,7 @@ def costs_of(plan: Estimate, model: str) -> Costs:
             form = ComponentForm(plan.precision, lowering, schemes, on_disk, plan.kernels)
             footprints[stage.component] = networks.footprint(stage, form)
         process = PROCESS_BYTES + PROGRAM_BYTES + get_backend(plan.backend).process_bytes
-        KNOWN[key] = Costs(spec.pipeline, footprints, None, process)
+        KNOWN[key] = Costs(spec.pipeline, footprints, {}, process)
     return KNOWN[key]
 
 

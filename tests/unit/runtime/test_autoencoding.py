@@ -74,7 +74,7 @@ def decode(features: tuple[int, int], image: tuple[int, int]) -> Array:
     manifest = SimpleNamespace(pipeline=SPEC, engines={SPEC.wiring.decoder.component: engine})
     fake: Any = SimpleNamespace(
         bundle=SimpleNamespace(manifest=manifest),
-        memory="stream",
+        tiled={"vae_decoder"},
         replaced=set(),
         window=64,
         part=part,
@@ -156,7 +156,7 @@ def encode(memory: str, halved: int, halo: int | None = None, whole: int = 1) ->
         bundle=SimpleNamespace(
             manifest=SimpleNamespace(pipeline=spec, engines={"vae_encoder": engine})
         ),
-        memory=memory,
+        tiled={"vae_encoder"} if memory == "stream" else set(),
         replaced=set(),
         window=22,
         part=part,

@@ -18,10 +18,11 @@ from edgesd.runtime.backends import get_backend
 from edgesd.runtime.backends.onnxruntime import OnnxRuntime
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.footprint import (
+    Costs,
     Generation,
     Need,
     Part,
-    autoencoder,
+    autoencoder_in_tiles,
     computing,
     decoder_in_parts,
     encoder_in_parts,
@@ -30,6 +31,7 @@ from edgesd.runtime.footprint import (
 )
 from edgesd.runtime.images import make_images
 from edgesd.runtime.loaded import Loaded
+from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
 from edgesd.runtime.settings import Settings
@@ -123,12 +125,64 @@ def test_what_runs_in_each_step_is_loaded_together() -> None:
 def test_a_decoder_in_tiles_grows_with_the_image_alone() -> None:
     footprint = Footprint(1000, 0, 1000, 0, 0, ((32 * 32, 10**8, 0),))
     small, large = (Generation(n, n, 8) for n in (128, 256))
-    tiled = [autoencoder(footprint, d, "stream", 8).resident for d in (small, large)]
+    tiled = [autoencoder_in_tiles(footprint, d, 8).resident for d in (small, large)]
     images = 5 * (large.image_bytes - small.image_bytes)
     assert tiled[1] - tiled[0] == images
-    whole_ones = [autoencoder(footprint, d, "balanced", 8).resident for d in (small, large)]
+    whole_ones = [whole(footprint, d.height * d.width, "balanced").resident for d in (small, large)]
     assert whole_ones[1] - whole_ones[0] > 40 * 10**8
-    assert autoencoder(footprint, large, "stream", None).resident == whole_ones[1]
+
+
+def test_a_decoder_that_would_take_most_runs_in_tiles(bundle: Bundle) -> None:
+    """Where components are released, its peak would be that of all."""
+    spec = bundle.manifest.pipeline
+    generation = Generation(64, 64, spec.latent.scale_factor)
+
+    def tiled(mode: MemoryMode, halo: int | None = 8, **footprints: Footprint) -> set[str]:
+        latent = msgspec.structs.replace(spec.latent, halo=halo)
+        pipeline = msgspec.structs.replace(spec, latent=latent)
+        costs = Costs(pipeline, {**FOOTPRINTS, **footprints}, {}, PROCESS)
+        *_, least = tilings = costs.tilings(mode, generation)
+        assert tilings[:-1] == ([frozenset()] if mode == "balanced" and least else [])
+        if least and mode == "balanced":
+            assert costs.need(mode, generation).resident < min(
+                costs.need(mode, generation, tiled=other).resident for other in tilings[:-1]
+            )
+        return set(least)
+
+    small = Footprint(1, 0, 1, 0, 0, ((64, 1, 0),))
+    both: set[str] = {"vae_decoder"}
+    none: set[str] = set()
+    assert [tiled(mode) for mode in MEMORY_MODES] == [none, none, both]
+    assert [tiled(mode, unet=small) for mode in MEMORY_MODES] == [none, both, both]
+    assert [tiled(mode, None, unet=small) for mode in MEMORY_MODES] == [none, none, none]
+
+
+def test_a_decoder_runs_in_tiles_where_it_does_not_fit_as_a_whole(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    footprint = Footprint(20 * MB, 0, 2 * MB, 0, 0, ((64, 10 * MB, 0), (128 * 128, 500 * MB, 0)))
+    unet = Footprint(100 * MB, 0, 20 * MB, 10 * MB, 0, ((64, 1 * MB, 0), (128 * 128, 10 * MB, 0)))
+    pipeline = bundle.manifest.pipeline
+    latent = msgspec.structs.replace(pipeline.latent, halo=8)
+    engines = {
+        name: msgspec.structs.replace(bundle.manifest.engines[name], footprint=found)
+        for name, found in (("vae_decoder", footprint), ("unet", unet))
+    }
+    manifest = msgspec.structs.replace(
+        bundle.manifest,
+        pipeline=msgspec.structs.replace(pipeline, latent=latent),
+        engines={**bundle.manifest.engines, **engines},
+    )
+    update_manifest(root, manifest)
+    ours, images = open_bundle(root), []
+    for limit, tiled in (300 * MB, set()), (180 * MB, {"vae_decoder"}):
+        settings = Settings(memory="balanced", max_memory=PROCESS + limit)
+        with Pipeline(ours, settings) as pipe:
+            request = pipe.complete(Request("a cat", 1, height=160, width=160))
+            images.append(np.asarray(pipe.generate([request])[0]).astype(int))
+            assert set(pipe._loaded.tiled) == tiled
+    assert np.abs(images[0] - images[1]).max() <= 3
 
 
 def test_of_a_decoder_in_halves_the_larger_counts() -> None:
