@@ -214,8 +214,8 @@ def test_a_controlnet_is_quantized_with_its_unet(folders: Folders, tmp_path: Pat
     )  # fmt: skip
     recipe, quality = bundle.manifest.recipe, bundle.manifest.quality
     assert recipe is not None and quality is not None
-    schemes = {layer.component: layer.scheme for layer in recipe.layers}
-    assert schemes["controlnet-lines"] == schemes["unet"] == "w8a8"
+    quantized = {layer.component for layer in recipe.layers if layer.scheme == "w8a8"}
+    assert {"controlnet-lines", "unet"} <= quantized
     assert quality.psnr_min > 30
     plain = tmp_path / "plain.png"
     assert generated(bundle.path, plain).code == 0

@@ -37,6 +37,7 @@ from edgesd.runtime.requests import Control, Request
 from edgesd.runtime.settings import Settings
 from edgesd.runtime.tokenizer import tokenizer_of
 from edgesd.spec.build import SideKind
+from edgesd.spec.pipeline import ImageTask
 from tests.support import random_picture
 from tests.tiny_pipelines import (
     adapter,
@@ -375,3 +376,32 @@ def test_what_does_not_fit_together_is_refused(
     odd = shutil.copytree(own, tmp_path / "a:b")
     assert open_model(base, sides=[("controlnet", str(odd))]).sides == ("controlnet",)
     assert open_model(base, sides=[("controlnet", f"{odd}:c")]).sides == ("controlnet-c",)
+
+
+@pytest.mark.parametrize("task", ["image", "inpaint"])
+def test_beside_an_image_and_a_mask(
+    task: ImageTask, models: Callable[..., Model], tmp_path: Path
+) -> None:
+    """Parts of the steps are of those that the strength leaves."""
+    base = models("sd")
+    cls: Any = {
+        "image": diffusers.StableDiffusionControlNetImg2ImgPipeline,
+        "inpaint": diffusers.StableDiffusionControlNetInpaintPipeline,
+    }[task]
+    pipeline = cls(**base.theirs.components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    model = Model(pipeline, base.source, export_spec(base.source, tasks=(task,)))
+    own, begun = PICTURES[0].decoded(), PICTURES[1].decoded().resize(OBLONG)
+    mask = Image.new("L", OBLONG)
+    mask.paste(255, (4, 4, 30, 20))
+    masks = {"image": None, "inpaint": mask}
+    theirs = {
+        "image": begun, "control_image": own, "strength": 0.6, "control_guidance_start": 0.2,
+        "control_guidance_end": 0.7, "controlnet_conditioning_scale": 0.8,
+        **({} if task == "image" else {"mask_image": mask}),
+    }  # fmt: skip
+    asked: dict[str, Any] = {"steps": 8, "image": begun, "mask": masks[task], "strength": 0.6}
+    with model.ours(tmp_path / "bundle") as ours:
+        shown = [Control(PICTURES[0], scale=0.8, start=0.2, end=0.7)]
+        assert model.difference(ours, shown, theirs, **asked) <= 1
+        assert model.difference(ours, [], theirs, **asked) > 1
