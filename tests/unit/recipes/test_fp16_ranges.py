@@ -32,6 +32,7 @@ from edgesd.recipes.fp16_ranges import LIMIT, protect_fp16_overflows, record  # 
 from edgesd.runtime.bundle import Bundle, open_bundle  # noqa: E402
 from edgesd.runtime.pipeline import Pipeline  # noqa: E402
 from edgesd.runtime.requests import Request  # noqa: E402
+from tests.support import write_bundle  # noqa: E402
 
 Array = npt.NDArray[Any]
 X = np.array([[1.0, -2.0, 3.0, 0.5]], np.float32)
@@ -228,6 +229,20 @@ def test_a_component_may_be_in_fp32_whatever_the_image_hits(
     assert values and not any(value.dtype == ir.DataType.FLOAT16 for value in values)
     with Pipeline(open_bundle(overflowing)) as pipeline:
         pipeline.generate([Request("a red apple", 3)])
+
+
+def test_an_encoder_is_recorded_on_the_image(miniature: Bundle, tmp_path: Path) -> None:
+    """No image of a prompt runs it."""
+    manifest = miniature.manifest
+    bundle = write_bundle(tmp_path / "images", manifest.target, manifest.arch, images=True)
+    folder = bundle.path / "vae_encoder"
+    model = common.ShapeInferencePass()(ir.load(folder / "model.onnx")).model
+    Fp16Compute()(model)
+    write_model(model, folder)
+    files = [f"vae_encoder/{name}" for name in ("model.onnx", "weights.bin")]
+    update_manifest(bundle.path, bundle.manifest, files)
+    beyond = protect_fp16_overflows(open_bundle(bundle.path), "a cat", {"vae_encoder"})
+    assert set(beyond) == {"vae_encoder"} and max(beyond["vae_encoder"].values()) > 0
 
 
 def test_a_bundle_is_mended_before_it_is_written(overflowing: Path, miniature: Bundle) -> None:
