@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from edgesd.runtime.arrays import Array
@@ -128,7 +128,8 @@ class Loaded:
         mode that is set."""
         fitting = self._fitting()
         generation = fitting.generation(batch, self.memory)
-        tiled = self._fit.tiled if self._fit else None
+        fit = self._fit or replace(fitting, memory=self.memory).choose(batch)
+        tiled = fit.tiled if fit else None
         return fitting.costs.need(self.memory, generation, self.window, tiled).resident
 
     def _fitting(self) -> Fitting:

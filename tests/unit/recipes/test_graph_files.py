@@ -33,12 +33,18 @@ class FakeStore:
     def __init__(self) -> None:
         self.written: list[tuple[str, GraphForm]] = []
 
-    def write(self, component: str, schemes: object, folder: Path, form: GraphForm) -> None:
+    def quantize(self, wanted: object, progress: object, task: str) -> None:
+        """There is nothing to quantize."""
+
+    def write(
+        self, component: str, schemes: object, folder: Path, form: GraphForm
+    ) -> tuple[None, None]:
         folder.mkdir(parents=True)
         (folder / GRAPH_FILE).touch()
         if form.kernels:
             (folder / KERNELS_FILE).touch()
         self.written.append((component, form))
+        return None, None
 
     def take(self) -> list[tuple[str, GraphForm]]:
         written, self.written = self.written, []
@@ -52,7 +58,7 @@ def store() -> FakeStore:
 
 @pytest.fixture
 def files(store: FakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GraphFiles:
-    monkeypatch.setattr(module, "check_parity", lambda *_: Parity(0.0, 0.0, 0.5))
+    monkeypatch.setattr(module, "check_parity", lambda *_, slots: Parity(0.0, 0.0, 0.5))
     monkeypatch.setattr(module, "can_pool", lambda graphs, name, wiring: name == "second")
     monkeypatch.setattr("edgesd.runtime.kernels.usable", lambda schemes: True)
     monkeypatch.setattr("edgesd.runtime.kernels.library", lambda: None)
@@ -98,7 +104,7 @@ def test_a_graph_that_failed_its_check_is_written_anew(
     files.write(SCHEMES, GraphForm())
     store.take()
 
-    def fails(*_: object) -> Parity:
+    def fails(*_: object, slots: object) -> Parity:
         raise ParityError("too far")
 
     with monkeypatch.context() as patch:
