@@ -24,9 +24,10 @@ OTHER_FILES_BYTES = 400_000
 """Tokenizer, manifest, licences."""
 
 _BUILD_BYTES, _BUILD_PER_WEIGHT, _BUILD_PER_PIXEL = 700 << 20, 3.2, 4000
-"""Memory of a build, measured: torch and its libraries; for each weight of the largest network,
+"""Memory of a build, at most: torch and its libraries; for each weight of the largest network,
 what calibration records of its layers; for each pixel, of the decoder's calibration. Weights
-themselves stay in the checkpoint's files, and are made fp32 layer by layer."""
+themselves stay in the checkpoint's files, and are made fp32 layer by layer. A build of SDXL at
+1024x1024 took 4.0 GB where this gives 8.1."""
 
 _BUILD_MOST = 3_200_000_000
 """What calibration records of a network at most: its covariances and samples are limited."""
