@@ -11,8 +11,9 @@ some). All generate the same size and number of steps, without guidance unless -
 than 1, in turn: A B C A B C. Seconds of a step, of the whole image with loading and decoding, and
 the process's peak resident set (mapped files included) and largest anonymous memory. What
 stable-diffusion.cpp reads is made from MODEL once and kept in --work; it decodes in tiles, with
-flash attention. --openvino adds the UNet of an SDXL model in INT8 by nncf, alone, which takes 16 GB
-to make once. `python -m benchmarks.peers --install` gets it.
+flash attention. --openvino adds the UNet of an SDXL model in INT8 by nncf, alone, which takes more
+than 31 GB of memory to make once for 1024x1024, and has yet to be run. `python -m benchmarks.peers
+--install` gets both.
 
 With --control, an image steers a ControlNet: that of BUNDLE (`edgesd build --controlnet
 CONTROLNET`), and CONTROLNET itself in stable-diffusion.cpp. `random_pipeline --controlnet` makes
