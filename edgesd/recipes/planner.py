@@ -44,13 +44,15 @@ from edgesd.runtime.footprint import (
     Generation,
     Need,
     computing,
+    halo_of,
     prompter_bytes,
+    tile_sides,
 )
 from edgesd.runtime.kernels import computes, instruction_set_of
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.rates import Speed
 from edgesd.runtime.requests import CompleteRequest, scheduler_of
-from edgesd.runtime.tiles import TILE, WINDOWS, margins_of, tiles_of
+from edgesd.runtime.tiles import WINDOWS
 from edgesd.spec.bundle import Footprint
 from edgesd.spec.pipeline import PipelineSpec, check_multiple
 from edgesd.spec.scheme import Precision, number_format, parse_scheme
@@ -170,7 +172,7 @@ class _Plan:
         elif stage.component in self.tiled[mode] & costs.splits.keys():
             return self._in_parts(stage, form), costs.splits[stage.component][-1]
         elif stage.component in self.tiled[mode]:
-            halo = _halo(networks.pipeline, stage)
+            halo = halo_of(networks.pipeline, stage)
             shapes = [(h, w, 1) for h, w in _tiles((height, width), halo)]
         found = [form.lowered(networks.trace(stage, shape)) for shape in shapes]
         return found, costs.footprints[stage.component]
@@ -420,7 +422,7 @@ class _Planner:
             batches = {stage.batch(batch.count, batch.guided, mode) for mode in modes}
             return [(height, width, n) for n in sorted(batches)]
         found = [(height, width, 1)]
-        halo = _halo(spec, stage)
+        halo = halo_of(spec, stage)
         if halo is not None:
             tall, wide = zip(*_tiles((height, width), halo), strict=True)
             found.append((max(tall), max(wide), 1))
@@ -446,18 +448,12 @@ def _larger(target: Target, usable: int) -> list[Target]:
     return sorted(found, key=lambda other: (other.models != target.models, other.memory_bytes))
 
 
-def _halo(pipeline: PipelineSpec, stage: Stage) -> int | None:
-    """Of an AutoencoderTiny's decoder or encoder that can be run in tiles; None of others."""
-    return pipeline.latent.halo_of(stage.role) if pipeline.shape.dynamic else None
-
-
 def _tiles(size: tuple[int, int], halo: int | None) -> list[tuple[int, int]]:
     """Heights and widths in latents of what a streamed AutoencoderTiny is run at, one after
     another; all at once without a halo."""
     if halo is None:
         return [size]
-    margins = margins_of(halo)
-    tall, wide = ([tile.last - tile.first for tile in tiles_of(n, TILE, margins)] for n in size)
+    tall, wide = (tile_sides(n, halo) for n in size)
     return [(h, w) for h in tall for w in wide]
 
 

@@ -137,13 +137,14 @@ def whole(
     return Part(resident, footprint.in_file if streamed else 0, loaded, workspace)
 
 
+def tile_sides(size: int, halo: int) -> list[int]:
+    """Sides of an AutoencoderTiny's tiles, in latents, along `size`, with their margins."""
+    return [tile.last - tile.first for tile in tiles_of(size, TILE, margins_of(halo))]
+
+
 def autoencoder_in_tiles(footprint: Footprint, generation: Generation, halo: int) -> Part:
     """An AutoencoderTiny's decoder or encoder, weights streamed."""
-    margins = margins_of(halo)
-    sides = [
-        [tile.last - tile.first for tile in tiles_of(n, TILE, margins)]
-        for n in (generation.height, generation.width)
-    ]
+    sides = [tile_sides(n, halo) for n in (generation.height, generation.width)]
     several = any(len(set(side)) > 1 for side in sides)
     units, behind = max(sides[0]) * max(sides[1]), _COPIES * generation.image_bytes
     return whole(footprint, units, "stream", behind, several)
@@ -245,24 +246,28 @@ class Costs:
         none, or those that would take more memory than all others; in `fast` none."""
         none, able = frozenset[str](), self.tileable
         if mode != "balanced":
-            return [frozenset(able) if mode == "stream" else none]
-        others = max(
-            _at_once([self._whole(stage, mode, generation) for stage in group])
+            return [able if mode == "stream" else none]
+        parts = [
+            {stage.component: self._whole(stage, mode, generation) for stage in group}
             for group in self._groups(generation)
-            if not any(stage.component in able for stage in group)
+        ]
+        others = max(_at_once(group.values()) for group in parts if not able & group.keys())
+        large = frozenset(
+            name
+            for group in parts
+            for name, part in group.items()
+            if name in able and part.resident > others
         )
-        taken = {name: self._whole(stage, mode, generation) for name, stage in able.items()}
-        large = frozenset(name for name, part in taken.items() if part.resident > others)
         return [none, large] if large else [none]
 
     @property
-    def tileable(self) -> dict[str, Stage]:
+    def tileable(self) -> frozenset[str]:
         """Components that can be run in parts or tiles."""
-        return {
-            stage.component: stage
+        return frozenset(
+            stage.component
             for stage in flow_of(self.pipeline).stages
-            if stage.component in self.splits or self._halo(stage) is not None
-        }
+            if stage.component in self.splits or halo_of(self.pipeline, stage) is not None
+        )
 
     def _groups(self, generation: Generation) -> list[list[Stage]]:
         """The groups of the flow, of the stages that run."""
@@ -291,17 +296,16 @@ class Costs:
         levels = self.pipeline.latent.levels or (0,)
         parts = self.splits.get(stage.component)
         if parts is None:
-            halo = self._halo(stage) or 0
+            halo = halo_of(self.pipeline, stage) or 0
             return autoencoder_in_tiles(self.footprints[stage.component], generation, halo)
         if stage.role == "decoder":
             return decoder_in_parts(parts[0], parts[-1], generation, 4 * levels[0], window)
         return encoder_in_parts(parts, generation, levels, window)
 
-    def _halo(self, stage: Stage) -> int | None:
-        """Of an AutoencoderTiny's decoder or encoder that can be run in tiles; None of others."""
-        if stage.role not in _AUTOENCODERS or not self.pipeline.shape.dynamic:
-            return None
-        return self.pipeline.latent.halo_of(stage.role)
+
+def halo_of(pipeline: PipelineSpec, stage: Stage) -> int | None:
+    """Of an AutoencoderTiny's decoder or encoder that can be run in tiles; None of others."""
+    return pipeline.latent.halo_of(stage.role) if pipeline.shape.dynamic else None
 
 
 def units_of(stage: Stage, generation: Generation) -> int:

@@ -102,7 +102,7 @@ class Loaded:
         """Components that are run in parts or tiles."""
         if self._fit:
             return self._fit.tiled
-        return self._fitting().costs.tileable.keys() if self.memory == "stream" else frozenset()
+        return self._fitting().costs.tileable if self.memory == "stream" else frozenset()
 
     def fit(self, batch: Batch) -> None:
         """Choose the fastest mode that `batch` fits into; components loaded for another mode, or
