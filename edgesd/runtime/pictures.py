@@ -487,11 +487,11 @@ class Painting:
     """What an inpainting run draws: an image, its mask of the same size, and the box around the
     mask that is drawn alone, if one is.
 
-    image: RGB. mask: L. box: left, top, right, bottom. width, height: what is drawn.
-    notes: lines for the user.
+    image: decoded where its pixels are used. mask: L. box: left, top, right, bottom. width, height:
+    what is drawn. notes: lines for the user.
     """
 
-    image: Image.Image
+    image: Picture
     mask: Image.Image
     box: tuple[int, int, int, int] | None
     width: int
@@ -504,18 +504,19 @@ class Painting:
 
         Raises InputError when nothing is left to be painted.
         """
-        image, mask = self._fitted(self.image), self._fitted(self.mask)
-        found = _binary(mask)
+        found = mask_array(self._fitted(self.mask), self.width, self.height)
         if not found.any():
             raise InputError(
                 f"the mask has no white left, blurred and in {self.width}x{self.height} pixels: "
                 "make it wider, or blur it less"
             )
+        image = self._fitted(self.image.decoded())
         return image_array(image, self.width, self.height), found
 
     def _fitted(self, image: Image.Image) -> Image.Image:
+        """What of an image or mask is read."""
         if self.box is None:
-            return _resized(image, self.width, self.height)
+            return image
         return _filled(image.crop(self.box), self.width, self.height)
 
     def overlaid(self, drawn: Image.Image) -> Image.Image:
@@ -523,21 +524,21 @@ class Painting:
         is 0, and in between where it is grey."""
         from PIL import Image, ImageOps
 
+        image = self.image.decoded()
         if self.box is None:
-            box = self.mask.getbbox() or (0, 0, *self.image.size)
-            drawn = drawn if drawn.size == self.image.size else _resized(drawn, *self.image.size)
+            box = self.mask.getbbox() or (0, 0, *image.size)
+            drawn = drawn if drawn.size == image.size else _resized(drawn, *image.size)
             drawn = drawn.crop(box)
         else:
             box = self.box
             drawn = _covering(drawn, box[2] - box[0], box[3] - box[1])
         kept = Image.new("RGBa", drawn.size)
-        around = self.image.crop(box).convert("RGBA").convert("RGBa")
+        around = image.crop(box).convert("RGBA").convert("RGBa")
         kept.paste(around, mask=ImageOps.invert(self.mask.crop(box)))
         below = drawn.convert("RGBA")
         below.alpha_composite(kept.convert("RGBA"))
-        whole = self.image.copy()
-        whole.paste(below.convert("RGB"), box[:2])
-        return whole
+        image.paste(below.convert("RGB"), box[:2])
+        return image
 
 
 def painting(
@@ -578,7 +579,7 @@ def painting(
     if blur:
         found = found.filter(ImageFilter.GaussianBlur(blur))
     box = None if padding is None else crop_box(found, width, height, padding)
-    return Painting(image.decoded(), found, box, width, height, tuple(notes))
+    return Painting(image, found, box, width, height, tuple(notes))
 
 
 def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -53,7 +53,7 @@ class Beginning:
 
     def paintings(self) -> list[tuple[Float, Float]]:
         """The same with their masks, [1, 1, H, W] of 0 (kept) and 1 (painted)."""
-        found = [request.painting() for request in self.requests]
+        found = (request.painting() for request in self.requests)
         return [painted.arrays() for painted in found if painted is not None]
 
     def drawn(self) -> Float:
