@@ -237,7 +237,7 @@ class Completion:
         self._checked: dict[tuple[object, ...], int] = {}
         """Schedules that can be computed, each of which is tried once -> their steps."""
         self._painted: set[tuple[object, ...]] = set()
-        """Images, masks and their settings that fit each other, likewise."""
+        """Images, masks (by their hashes) and their settings that fit each other, likewise."""
 
     def complete(self, request: Request | CompleteRequest) -> CompleteRequest:
         """Fill in the pipeline's defaults and check every value; a complete request stays as it is.
@@ -367,7 +367,10 @@ class Completion:
                 f"strength must be above 0, up to 1, not {found.strength}: 0.3 keeps much of the "
                 "image, 0.8 little"
             )
-        painted = found.image, found.mask, found.mask_blur, found.mask_padding
+        if found.image is None or found.mask is None:
+            return
+        files = found.image.sha256, found.mask.sha256
+        painted = *files, found.mask_blur, found.mask_padding
         if painted not in self._painted:
             found.painting()
             self._painted.add(painted)

@@ -6,6 +6,8 @@ tests/e2e/test_images_in.py.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -224,3 +226,13 @@ def test_a_pipeline_for_inpainting_is_measured_on_images_that_are_painted_whole(
     assert painted is not None and painted.arrays()[1].all()
     own = Request("a cat", 1)
     assert painted_whole(ALL, own) is own
+
+
+def test_pictures_that_were_checked_are_not_kept() -> None:
+    completion = Completion(ALL)
+    mask = Image.new("L", IMAGE.size, 255)
+    found = completion.complete(Request("a cat", 1, image=IMAGE, mask=mask))
+    kept = [weakref.ref(picture) for picture in (found.image, found.mask) if picture]
+    del found
+    gc.collect()
+    assert [one() for one in kept] == [None, None]
