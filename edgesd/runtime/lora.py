@@ -17,7 +17,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -29,14 +29,12 @@ from edgesd.errors import InputError, ResourceError, UsageError
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.signature import check_trusted_lora
 from edgesd.spec.base import Sha256, Size, decode_json
+from edgesd.spec.build import MOST_LORA_SCALE
 from edgesd.spec.bundle import BundleManifest
 from edgesd.spec.lora import MOST_SLOTS, LoraFile, LoraSlots, slot_inputs
 from edgesd.spec.scheme import MAX_RANK
 
 SUFFIX = ".lora"
-MOST_SCALE = 100
-"""Magnitude of the factor that a LoRA is used with."""
-
 _METADATA, _KEY = "__metadata__", "edgesd"
 _MOST_BYTES, _MOST_HEADER = 4 << 30, 16 << 20
 MOST_VALUE = float(np.finfo(np.float16).max)
@@ -268,8 +266,9 @@ def filling(manifest: BundleManifest, used: Sequence[Used]) -> dict[str, dict[st
 
 
 def _check_scale(scale: float) -> None:
-    if not -MOST_SCALE <= scale <= MOST_SCALE:
-        raise UsageError(f"the scale {scale:g} of a LoRA isn't {-MOST_SCALE} to {MOST_SCALE}")
+    if not abs(scale) <= MOST_LORA_SCALE:
+        most = f"{MOST_LORA_SCALE:g}"
+        raise UsageError(f"the scale {scale:g} of a LoRA isn't -{most} to {most}")
 
 
 def fill_slots(slots: LoraSlots, factors: Mapping[str, Array]) -> dict[str, Array]:
@@ -301,8 +300,3 @@ def fill_slots(slots: LoraSlots, factors: Mapping[str, Array]) -> dict[str, Arra
 def empty_factors(slots: LoraSlots) -> dict[str, Array]:
     """What fills `slots` when no LoRA is used."""
     return fill_slots(slots, {})
-
-
-def touched(loras: Iterable[Used]) -> set[str]:
-    """Components that LoRAs change."""
-    return {component for lora, scale in loras if scale for component, _ in lora.factors}

@@ -21,6 +21,7 @@ MOST_SKIPPED = 64
 """Layers of a text encoder."""
 
 MOST_LORA_SCALE = 100.0
+"""Magnitude of the factor that a LoRA is used or merged with."""
 
 MOST_CHUNKS = 32
 """Of tokens, that a prompt is encoded in."""
