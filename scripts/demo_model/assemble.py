@@ -14,12 +14,14 @@ import argparse
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderTiny,
     DiffusionPipeline,
     LatentConsistencyModelPipeline,
+    SchedulerMixin,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -34,6 +36,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from . import model, train_control, train_inpaint, train_lcm, train_lcm_lora, train_lora, train_xl
 from . import xl as xl_parts
 from .train_unet import Denoiser
+from .training import Net
 
 NOTICES = ("LICENSES", "NOTICE")
 COPIED = (*NOTICES, "prompts/calibration.txt", "prompts/quality.txt", "tokenizer", "vae")
@@ -65,9 +68,7 @@ def assemble(work: Path, start: Path) -> StableDiffusionPipeline:
 
 def assemble_xl(work: Path, start: Path) -> StableDiffusionXLPipeline:
     """The pipeline of ``xl.pt``."""
-    net = train_xl.start_of(start)
-    net.load_state_dict(torch.load(work / "xl.pt")["average"])
-    contiguous(net)
+    net = trained(train_xl.start_of(start), work / "xl.pt")
     tokenizers = (
         CLIPTokenizer.from_pretrained(start / "tokenizer"),
         CLIPTokenizer.from_pretrained(start / "tokenizer", pad_token=xl_parts.PAD_2),
@@ -78,43 +79,34 @@ def assemble_xl(work: Path, start: Path) -> StableDiffusionXLPipeline:
 def assemble_lcm(work: Path, start: Path) -> LatentConsistencyModelPipeline:
     """The pipeline of ``lcm.pt``."""
     unet = train_lcm.student_of(UNet2DConditionModel.from_pretrained(start / "unet"))
-    unet.load_state_dict(torch.load(work / "lcm.pt")["average"])
-    contiguous(unet)
-    return LatentConsistencyModelPipeline(
-        vae=AutoencoderTiny.from_pretrained(start / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32),
-        tokenizer=CLIPTokenizer.from_pretrained(start / "tokenizer"),
-        unet=unet,
-        scheduler=train_lcm.scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    unet = trained(unet, work / "lcm.pt")
+    return LatentConsistencyModelPipeline(**parts_with(unet, train_lcm.scheduler(), start))
 
 
 def assemble_inpaint(work: Path, start: Path) -> StableDiffusionInpaintPipeline:
     """The pipeline of ``inpaint.pt``."""
     unet = train_inpaint.widened(UNet2DConditionModel.from_pretrained(start / "unet"))
-    unet.load_state_dict(torch.load(work / "inpaint.pt")["average"])
-    contiguous(unet)
-    return StableDiffusionInpaintPipeline(
-        vae=AutoencoderTiny.from_pretrained(start / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32),
-        tokenizer=CLIPTokenizer.from_pretrained(start / "tokenizer"),
-        unet=unet,
-        scheduler=model.scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    unet = trained(unet, work / "inpaint.pt")
+    return StableDiffusionInpaintPipeline(**parts_with(unet, model.scheduler(), start))
+
+
+def parts_with(
+    unet: UNet2DConditionModel, scheduler: SchedulerMixin, start: Path
+) -> dict[str, Any]:
+    """Arguments of a pipeline's class: the UNet, the scheduler, and else the parts of ``start``."""
+    return model.parts(
+        CLIPTokenizer.from_pretrained(start / "tokenizer"),
+        CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32),
+        unet,
+        AutoencoderTiny.from_pretrained(start / "vae"),
+        scheduler,
     )
 
 
 def save_control(work: Path, start: Path, out: Path) -> None:
     """Write the ControlNet of ``control.pt`` in fp16."""
     unet = UNet2DConditionModel.from_pretrained(start / "unet")
-    control = train_control.control_of(unet)
-    control.load_state_dict(torch.load(work / "control.pt")["average"])
-    contiguous(control)
+    control = trained(train_control.control_of(unet), work / "control.pt")
     control.to(torch.float16).save_pretrained(out)
     copy_from(start, out, NOTICES)
 
@@ -170,6 +162,13 @@ def save_lcm_lora(work: Path, start: Path, out: Path) -> None:
     factors = factors_of(work / "lcm-lora.pt", start, train_lcm_lora.TARGETS, rank, alpha)
     save_peft(factors, alpha / rank, out)
     copy_from(start, out, NOTICES)
+
+
+def trained(net: Net, checkpoint: Path) -> Net:
+    """``net`` with the averaged weights of a checkpoint."""
+    net.load_state_dict(torch.load(checkpoint)["average"])
+    contiguous(net)
+    return net
 
 
 def contiguous(net: nn.Module) -> None:

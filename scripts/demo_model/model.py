@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     DiffusionPipeline,
+    SchedulerMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -134,18 +136,29 @@ def assemble(
     vae: AutoencoderTiny,
 ) -> StableDiffusionPipeline:
     """A pipeline of the given parts, without safety checker or progress bar."""
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        unet=denoiser,
-        scheduler=scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = StableDiffusionPipeline(**parts(tokenizer, text, denoiser, vae, scheduler()))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def parts(
+    tokenizer: CLIPTokenizer,
+    text: CLIPTextModel,
+    denoiser: UNet2DConditionModel,
+    vae: AutoencoderTiny,
+    scheduler: SchedulerMixin,
+) -> dict[str, Any]:
+    """Arguments of a pipeline's class with one text encoder: no safety checker."""
+    return {
+        "vae": vae,
+        "text_encoder": text,
+        "tokenizer": tokenizer,
+        "unet": denoiser,
+        "scheduler": scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
