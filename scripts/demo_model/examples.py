@@ -1,4 +1,4 @@
-"""Draw the examples that `edgesd demo --task` begins with: a picture, a masked one, a sketch.
+"""Draw the examples beside the models: a picture to begin with, and a sketch to follow.
 
     python -m scripts.demo_model.examples --models models
 

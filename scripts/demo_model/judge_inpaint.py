@@ -1,6 +1,6 @@
 """Measure what a model of the demo's makes of masked pictures.
 
-    python -m scripts.demo_model.judge_inpaint --pipeline models/emoji-inpaint --data DATA
+    python -m scripts.demo_model.judge_inpaint --pipeline PIPELINE --data DATA
 
 The pictures are those of the prompts, moved as no picture of training was, so that the prompt alone
 doesn't tell what belongs under the mask. PSNR inside and outside of the mask, and of the
