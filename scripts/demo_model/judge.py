@@ -132,6 +132,13 @@ def names_of(emoji: Sequence[Emoji], kind: Kind, limit: int) -> list[str]:
     return names[::stride][:limit]
 
 
+def mixed_names(emoji: Sequence[Emoji], limit: int) -> list[str]:
+    """Up to ``limit`` names: a third each of those held out, shown and drawn as they are."""
+    kinds: tuple[Kind, ...] = ("held", "shown", "core")
+    names = [name for kind in kinds for name in names_of(emoji, kind, -(-limit // len(kinds)))]
+    return names[:limit]
+
+
 @torch.no_grad()
 def reconstruction_psnr(pipeline: DiffusionPipeline, pictures: npt.NDArray[np.uint8]) -> float:
     """PSNR in dB of pictures [N, S, S, 3] after encoding and decoding them."""

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from . import dataset, masks
 from .contact_sheet import tile
-from .judge import names_of
+from .judge import mixed_names
 from .judge_sketch import as_images, as_tensor
 from .moved import moved
-from .sampling import BATCH, draw, settings_of
+from .sampling import draw, settings_of
+from .training import to_unit_range
 from .vocabulary import SHEET_PROMPTS
 
 
@@ -57,20 +58,9 @@ def fill(
     **settings: float,
 ) -> list[Image.Image]:
     """uint8 pictures [N, 3, S, S] with what the prompts say under masks [N, 1, S, S]."""
-    drawn: list[Image.Image] = []
-    for first in range(0, len(prompts), BATCH):
-        part = slice(first, first + BATCH)
-        drawn += draw(
-            pipeline,
-            prompts[part],
-            seed=first,
-            image=pictures[part].float() / 127.5 - 1.0,
-            mask_image=mask[part],
-            height=pictures.shape[-2],
-            width=pictures.shape[-1],
-            **settings,
-        )
-    return drawn
+    height, width = pictures.shape[-2:]
+    given = {"image": to_unit_range(pictures), "mask_image": mask}
+    return draw(pipeline, prompts, given, seed=0, height=height, width=width, **settings)
 
 
 def main() -> None:
@@ -85,9 +75,7 @@ def main() -> None:
     torch.manual_seed(1234)
     raw, emoji = dataset.load(arguments.data, style="flat")
     place = {entry.name: number for number, entry in enumerate(emoji)}
-    third = -(-arguments.limit // 3)
-    prompts = [name for kind in ("held", "shown", "core") for name in names_of(emoji, kind, third)]
-    prompts = prompts[: arguments.limit]
+    prompts = mixed_names(emoji, arguments.limit)
     settings = settings_of(arguments.pipeline, arguments.steps, arguments.guidance)
     pipeline = StableDiffusionInpaintPipeline.from_pretrained(arguments.pipeline)
     pipeline.set_progress_bar_config(disable=True)
@@ -100,7 +88,7 @@ def main() -> None:
     pictures, mask = picked(prompts)
     wanted = pictures.float()
     with torch.no_grad():
-        latents = pipeline.vae.encode(wanted / 127.5 - 1).latents
+        latents = pipeline.vae.encode(to_unit_range(pictures)).latents
         kept = (pipeline.vae.decode(latents).sample.clamp(-1, 1) + 1) * 127.5
     filled = as_tensor(fill(pipeline, prompts, pictures, mask, **settings)).float()
     pasted = torch.where(mask > 0.5, filled, wanted)

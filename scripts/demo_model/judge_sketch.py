@@ -23,9 +23,10 @@ from torch.nn import functional
 
 from . import dataset, sketch
 from .contact_sheet import tile
-from .judge import names_of
+from .judge import mixed_names
 from .moved import moved
-from .sampling import BATCH, draw, open_pipeline, settings_of
+from .sampling import draw, open_pipeline, settings_of
+from .training import to_unit_range
 from .vocabulary import SHEET_PROMPTS
 
 NEAR = 2  # pixels
@@ -77,17 +78,8 @@ def draw_sketches(
     **settings: float,
 ) -> list[Image.Image]:
     """One picture for each prompt and hint of [N, 3, S, S]; prompt ``i`` from noise of seed i."""
-    drawn: list[Image.Image] = []
-    for first in range(0, len(prompts), BATCH):
-        drawn += draw(
-            pipeline,
-            prompts[first : first + BATCH],
-            seed=first,
-            image=hints[first : first + BATCH],
-            controlnet_conditioning_scale=scale,
-            **settings,
-        )
-    return drawn
+    scales = {"controlnet_conditioning_scale": scale}
+    return draw(pipeline, prompts, {"image": hints}, seed=0, **scales, **settings)
 
 
 def main() -> None:
@@ -104,9 +96,7 @@ def main() -> None:
     torch.manual_seed(1234)
     pictures, emoji = dataset.load(arguments.data, style="flat")
     place = {entry.name: number for number, entry in enumerate(emoji)}
-    third = -(-arguments.limit // 3)
-    prompts = [name for kind in ("held", "shown", "core") for name in names_of(emoji, kind, third)]
-    prompts = prompts[: arguments.limit]
+    prompts = mixed_names(emoji, arguments.limit)
     shown = moved(torch.from_numpy(pictures[[place[p] for p in prompts]]).permute(0, 3, 1, 2))
     lines = edges(shown)
     settings = settings_of(arguments.pipeline, arguments.steps, arguments.guidance)
@@ -114,7 +104,7 @@ def main() -> None:
     controlled = with_control(pipeline, arguments.control)
     hints = sketch.hints(lines)
     with torch.no_grad():
-        latents = pipeline.vae.encode(shown.float() / 127.5 - 1).latents
+        latents = pipeline.vae.encode(to_unit_range(shown)).latents
         kept = pipeline.vae.decode(latents).sample.clamp(-1, 1)
     followed = draw_sketches(controlled, prompts, hints, arguments.scale, **settings)
     for label, drawn in {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
 from .train_lcm import scheduler
 
@@ -50,14 +51,25 @@ def settings_of(folder: Path, steps: int | None, guidance: float | None) -> dict
 
 
 def draw(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], *, seed: int = 0, **settings: object
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    each: Mapping[str, Tensor] | None = None,
+    /,
+    *,
+    seed: int = 0,
+    **settings: object,
 ) -> list[Image.Image]:
-    """One picture for each prompt; prompt number ``i`` starts from noise of seed ``seed + i``."""
+    """One picture for each prompt; prompt number ``i`` starts from noise of seed ``seed + i``.
+
+    each: arguments of which prompt number ``i`` gets row ``i``.
+    """
     pictures: list[Image.Image] = []
     for first in range(0, len(prompts), BATCH):
-        batch = list(prompts[first : first + BATCH])
+        part = slice(first, first + BATCH)
+        batch = list(prompts[part])
+        rows = {name: values[part] for name, values in (each or {}).items()}
         generators = [
             torch.Generator().manual_seed(seed + first + place) for place in range(len(batch))
         ]
-        pictures += pipeline(batch, generator=generators, **settings).images
+        pictures += pipeline(batch, generator=generators, **rows, **settings).images
     return pictures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from scripts.demo_model import (
 )
 from scripts.demo_model.judge import styled
 from scripts.demo_model.moved import moved, variants
+from scripts.demo_model.sampling import BATCH, draw
 from scripts.demo_model.train_unet import diffusion_loss
 
 EMOJI = Path(__file__).resolve().parents[3] / "models" / "emoji"
@@ -259,3 +261,13 @@ def test_errors_are_told_by_place() -> None:
     assert judge_inpaint.decibels(drawn - wanted, 1 - mask).item() == pytest.approx(100, abs=0.1)
     assert judge_inpaint.seams(drawn, wanted, mask).item() == pytest.approx(20, abs=1e-3)
     assert judge_inpaint.seams(wanted + 9, wanted, mask).item() == pytest.approx(100, abs=0.1)
+
+
+def test_each_prompt_is_drawn_with_its_row_and_its_seed() -> None:
+    def pipeline(batch: list[str], generator: list[torch.Generator], image: Tensor) -> object:
+        seeds = [each.initial_seed() for each in generator]
+        return SimpleNamespace(images=[*zip(batch, seeds, image.tolist(), strict=True)])
+
+    count = BATCH + 2
+    drawn = draw(pipeline, [str(i) for i in range(count)], {"image": torch.arange(count)}, seed=5)
+    assert drawn == [(str(i), 5 + i, i) for i in range(count)]
