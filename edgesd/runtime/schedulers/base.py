@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
@@ -14,7 +14,14 @@ import numpy as np
 
 from edgesd.errors import InputError, UsageError
 from edgesd.runtime.arrays import Array
-from edgesd.runtime.schedulers.schedule import F32, I64, BetaSchedule, alphas_cumprod, combine
+from edgesd.runtime.schedulers.schedule import (
+    F32,
+    I64,
+    BetaSchedule,
+    alphas_cumprod,
+    combine,
+    x0_limiter,
+)
 
 
 class Noise(Protocol):
@@ -185,6 +192,23 @@ class LimitConfig(BetaConfig, frozen=True, kw_only=True):
     thresholding: bool = False
     dynamic_thresholding_ratio: float = 0.995
     sample_max_value: float = 1.0
+
+
+class ClipConfig(LimitConfig, frozen=True, kw_only=True):
+    """Options that limit or clip it."""
+
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+
+    def limiter(self) -> Callable[[F32], F32] | None:
+        """See `schedule.x0_limiter`."""
+        return x0_limiter(
+            self.thresholding,
+            self.dynamic_thresholding_ratio,
+            self.sample_max_value,
+            self.clip_sample,
+            self.clip_sample_range,
+        )
 
 
 C = TypeVar("C", bound=msgspec.Struct)

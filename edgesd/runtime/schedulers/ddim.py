@@ -10,16 +10,14 @@ import numpy as np
 
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
-from edgesd.runtime.schedulers.base import Asked, LimitConfig, Noise, read_config
+from edgesd.runtime.schedulers.base import Asked, ClipConfig, Noise, read_config
 from edgesd.runtime.schedulers.preserving import PreservingScheduler
 from edgesd.runtime.schedulers.schedule import F32, Prediction, Spacing
 
 
-class DDIMConfig(LimitConfig, frozen=True, kw_only=True):
+class DDIMConfig(ClipConfig, frozen=True, kw_only=True):
     """diffusers' DDIMScheduler."""
 
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
     set_alpha_to_one: bool = True
     prediction_type: Prediction = "epsilon"
     timestep_spacing: Spacing = "leading"
@@ -42,13 +40,7 @@ class DDIM(PreservingScheduler):
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = c = read_config(DDIMConfig, config, self.name)
         self._prepare(c, c.rescale_betas_zero_snr)
-        self._limit = schedule.x0_limiter(
-            c.thresholding,
-            c.dynamic_thresholding_ratio,
-            c.sample_max_value,
-            c.clip_sample,
-            c.clip_sample_range,
-        )
+        self._limit = c.limiter()
 
     def _lay_out(self, asked: Asked) -> int:
         """At most num_train_timesteps steps."""

@@ -13,7 +13,7 @@ from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import (
     Asked,
-    LimitConfig,
+    ClipConfig,
     Noise,
     read_config,
     refusal,
@@ -26,13 +26,11 @@ _VARIANCES = ("fixed_small", "fixed_small_log", _LARGE)
 _BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"]
 
 
-class DDPMConfig(LimitConfig, frozen=True, kw_only=True):
+class DDPMConfig(ClipConfig, frozen=True, kw_only=True):
     """diffusers' DDPMScheduler."""
 
     beta_schedule: _BetaSchedule = "linear"  # type: ignore[assignment]
     variance_type: str | None = "fixed_small"
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
     prediction_type: Prediction = "epsilon"
     timestep_spacing: Spacing = "leading"
     rescale_betas_zero_snr: bool = False
@@ -59,13 +57,7 @@ class DDPM(PreservingScheduler):
             expected = f"expected {', '.join(_VARIANCES)}"
             raise InputError(refusal(self.name, "variance_type", c.variance_type, expected))
         self._prepare(c, c.rescale_betas_zero_snr)
-        self._limit = schedule.x0_limiter(
-            c.thresholding,
-            c.dynamic_thresholding_ratio,
-            c.sample_max_value,
-            c.clip_sample,
-            c.clip_sample_range,
-        )
+        self._limit = c.limiter()
 
     def _lay_out(self, asked: Asked) -> int:
         """At most num_train_timesteps steps."""

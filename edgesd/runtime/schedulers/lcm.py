@@ -12,7 +12,7 @@ from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import (
     Asked,
-    LimitConfig,
+    ClipConfig,
     Noise,
     read_config,
     refusal,
@@ -23,7 +23,7 @@ from edgesd.runtime.schedulers.schedule import F32, I64, BetaSchedule, Predictio
 _SIGMA_DATA = 0.5
 
 
-class LCMConfig(LimitConfig, frozen=True, kw_only=True):
+class LCMConfig(ClipConfig, frozen=True, kw_only=True):
     """diffusers' LCMScheduler. It places its timesteps on the grid of the distillation, so that
     timestep_spacing and steps_offset have no effect there either."""
 
@@ -32,7 +32,6 @@ class LCMConfig(LimitConfig, frozen=True, kw_only=True):
     beta_schedule: BetaSchedule = "scaled_linear"
     original_inference_steps: int = 50
     clip_sample: bool = False
-    clip_sample_range: float = 1.0
     set_alpha_to_one: bool = True
     prediction_type: Prediction = "epsilon"
     timestep_scaling: float = 10.0
@@ -83,13 +82,7 @@ class LCM(PreservingScheduler):
         self.config = c = read_config(LCMConfig, config, self.name)
         check_grid(self.name, c.original_inference_steps, c.num_train_timesteps)
         self._prepare(c, c.rescale_betas_zero_snr)
-        self._limit = schedule.x0_limiter(
-            c.thresholding,
-            c.dynamic_thresholding_ratio,
-            c.sample_max_value,
-            c.clip_sample,
-            c.clip_sample_range,
-        )
+        self._limit = c.limiter()
 
     def _lay_out(self, asked: Asked) -> int:
         """At most original_inference_steps steps."""
