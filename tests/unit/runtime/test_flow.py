@@ -431,15 +431,19 @@ def test_a_model_that_is_told_no_sizes_refuses_them(miniature: Bundle) -> None:
                 pipeline.complete(request)
 
 
-def test_command_line_tells_the_model_sizes(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Request] = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """What `edgesd generate` is asked for; no images are made."""
+    found: list[Request] = []
     monkeypatch.setattr(
-        "edgesd.runtime.images.expand_requests", lambda first, texts, count: made.append(first)
+        "edgesd.runtime.images.expand_requests", lambda first, texts, count: found.append(first)
     )
     monkeypatch.setattr("edgesd.cli.generate.generate", lambda *args: [])
     monkeypatch.setattr("edgesd.cli.generate.summary", lambda *args: "")
+    return found
+
+
+def test_command_line_tells_the_model_sizes(bundle: Bundle, made: list[Request]) -> None:
     options = (
         *("--guidance-rescale", 0.5, "--original-size", "64x48", "--crop", "3,7"),
         *("--target-size", "32x24", "--aesthetic-score", 7, "--negative-original-size", "8x9"),
@@ -454,15 +458,7 @@ def test_command_line_tells_the_model_sizes(
     assert_refused(run_cli("generate", bundle.path, "-p", "a", "--crop", "3x7"), "LEFT,TOP")
 
 
-def test_command_line_shows_pictures(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Request] = []
-    monkeypatch.setattr(
-        "edgesd.runtime.images.expand_requests", lambda first, texts, count: made.append(first)
-    )
-    monkeypatch.setattr("edgesd.cli.generate.generate", lambda *args: [])
-    monkeypatch.setattr("edgesd.cli.generate.summary", lambda *args: "")
+def test_command_line_shows_pictures(bundle: Bundle, tmp_path: Path, made: list[Request]) -> None:
     file, odd = tmp_path / "a.png", tmp_path / "b:sketch"
     for path in file, odd:
         path.write_bytes(CONTROLS[0].picture.raw)

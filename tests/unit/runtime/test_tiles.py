@@ -80,6 +80,15 @@ def test_a_mosaic_is_of_patches_from_all_over() -> None:
     assert rows == [*range(9), *range(46, 55), *range(91, 100)]
 
 
+OPTIONS: dict[str, Any] = {
+    "block_out_channels": CHANNELS,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "norm_num_groups": 8,
+    "layers_per_block": 2,
+}
+
+
 def component(fixed: bool = False, **fields: Any) -> Any:
     """An AutoencoderKL's decoder with random weights, to be exported. fixed: of one size."""
     torch = pytest.importorskip("torch")
@@ -88,14 +97,8 @@ def component(fixed: bool = False, **fields: Any) -> Any:
     from edgesd.export.families.parts.vae import VaeDecoder
 
     torch.manual_seed(0)
-    options: dict[str, Any] = {
-        "block_out_channels": CHANNELS,
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "norm_num_groups": 8,
-        "layers_per_block": 2,
-    }
-    net = diffusers.AutoencoderKL(**{**options, **fields}).eval().requires_grad_(False)
+    options = {**OPTIONS, **fields}
+    net = diffusers.AutoencoderKL(**options).eval().requires_grad_(False)
     net.encoder = net.quant_conv = None
     module = VaeDecoder(net, LatentSpec(4, 8, 0.18215))
     dims: Any = ("batch", "height", "width", "height", "width")
@@ -280,21 +283,15 @@ def encoder_component(**fields: Any) -> Any:
     from edgesd.export.families.parts.vae import VaeEncoder
 
     torch.manual_seed(0)
-    options: dict[str, Any] = {
-        "block_out_channels": CHANNELS,
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "norm_num_groups": 8,
-        "layers_per_block": 2,
-    }
+    options = {**OPTIONS, **fields}
 
     def load(weights: bool = True) -> Any:
         with torch.device("cpu" if weights else "meta"):
-            net = diffusers.AutoencoderKL(**{**options, **fields}).eval()
+            net = diffusers.AutoencoderKL(**options).eval()
         net.decoder = net.post_quant_conv = None
         return VaeEncoder(net, LatentSpec(4, scale, 0.18215))
 
-    scale = 2 ** (len({**options, **fields}["block_out_channels"]) - 1)
+    scale = 2 ** (len(options["block_out_channels"]) - 1)
     image = TensorSpec("image", "float32", ("batch", 3, "height", "width"))
     outputs = (TensorSpec(n, "float32", ("batch", 4, f"{n}_height", f"{n}_width")) for n in MOMENTS)
     spec = ComponentSpec("vae_encoder", (image,), tuple(outputs))
