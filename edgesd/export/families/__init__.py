@@ -132,7 +132,15 @@ _KNOWN = {
     "^ORT": ("an export for ONNX Runtime", ": give its folder, with a model.onnx for each network"),
     "^OV": ("an export for OpenVINO", ": give the diffusers folder it was made from"),
     "^Flax": ("a pipeline for JAX", ": give a PyTorch version of it"),
+    "^StableDiffusion(XL)?ControlNet(Img2Img|Inpaint)?Pipeline$": (
+        "a pipeline with a ControlNet",
+        ": give its base model as MODEL, and its own folder controlnet as --controlnet",
+    ),
     "ControlNet": ("a pipeline with a ControlNet", _NOT_YET),
+    "^StableDiffusion(XL)?AdapterPipeline$": (
+        "a pipeline with a T2I-Adapter",
+        ": give its base model as MODEL, and its own folder adapter as --adapter",
+    ),
     "Inpaint": ("an inpainting pipeline", _NOT_YET),
     "InstructPix2Pix|Upscal|Depth2Img|ImageVariation": ("a pipeline of another task", _NOT_YET),
     "^StableDiffusion3": ("a Stable Diffusion 3 pipeline", _NOT_YET),

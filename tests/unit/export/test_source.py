@@ -154,7 +154,12 @@ def test_broken_index(model: Path, content: str) -> None:
         ("StableDiffusion3Pipeline", r"is a Stable Diffusion 3 pipeline.*yet"),
         ("FluxKontextPipeline", r"is a FLUX pipeline.*yet"),
         ("KandinskyInpaintPipeline", r"is an inpainting pipeline.*yet"),
-        ("StableDiffusionControlNetPipeline", r"is a pipeline with a ControlNet.*yet"),
+        (
+            "StableDiffusionControlNetPipeline",
+            r"is a pipeline with a ControlNet.*base model as MODEL, .* controlnet .* --controlnet",
+        ),
+        ("StableDiffusionXLAdapterPipeline", r"is a pipeline with a T2I-Adapter.* as --adapter"),
+        ("StableDiffusion3ControlNetPipeline", r"is a pipeline with a ControlNet.*yet"),
         ("ORTStableDiffusionPipeline", r"ONNX Runtime.*give its folder, with a model\.onnx"),
         ("OVStableDiffusionPipeline", r"OpenVINO.*give the diffusers folder"),
         ("SomethingElsePipeline", r"SomethingElsePipeline.*takes LatentConsistencyModelPipeline"),
