@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -262,14 +261,5 @@ def _hints(file: TensorFile) -> dict[str, Any]:
     path = file.path.parent / HINTS
     if path.is_file() and not (path.parent / INDEX).exists():
         return check_hints(path, read_json_object(path), _HINTS)
-    text = file.metadata.get(_METADATA)
-    if text is None:
-        return {}
-    where = f"{file.path}: {_METADATA} in its metadata"
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as exc:
-        raise InputError(f"{where} isn't valid JSON ({exc})") from exc
-    if not isinstance(found, dict):
-        raise InputError(f"{where} must be a JSON object")
-    return check_hints(where, found, _HINTS)
+    found = file.metadata_object(_METADATA) or {}
+    return check_hints(f"{file.path}: {_METADATA} in its metadata", found, _HINTS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -73,17 +72,8 @@ def scales_of(file: TensorFile) -> Scales:
                 "has its alpha: put that there, or save the LoRA with diffusers"
             )
         return Scales({_PEFT.split(".")[0]: _config(path, read_json_object(path))}, (path,))
-    text = file.metadata.get(_METADATA)
-    if text is None:
-        return Scales({})
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as exc:
-        raise InputError(f"{file.path}: its {_METADATA} isn't valid JSON ({exc})") from exc
-    if not isinstance(found, dict):
-        raise InputError(f"{file.path}: its {_METADATA} must be a JSON object")
     fields: dict[str, dict[str, Any]] = {}
-    for key, value in found.items():
+    for key, value in (file.metadata_object(_METADATA) or {}).items():
         first, _, name = key.partition(".")
         fields.setdefault(first, {})[name] = value
     return Scales({first: _config(file.path, config) for first, config in fields.items()})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgesd.errors import InputError
 from edgesd.export.source.pointers import check_no_pointer
@@ -67,6 +68,21 @@ class TensorFile(Mapping[str, TensorInfo]):
     def licence(self) -> str:
         """What its metadata say, in short; "" where they don't."""
         return " ".join(self.metadata.get(_LICENCE, "").split())[:_LONGEST_LICENCE]
+
+    def metadata_object(self, name: str) -> dict[str, Any] | None:
+        """The JSON object that its metadata have as `name`; None where they have none. Raises
+        InputError for anything else."""
+        text = self.metadata.get(name)
+        if text is None:
+            return None
+        where = f"{self.path}: {name} in its metadata"
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as exc:
+            raise InputError(f"{where} isn't valid JSON ({exc})") from exc
+        if not isinstance(found, dict):
+            raise InputError(f"{where} must be a JSON object")
+        return found
 
     def below(self, prefix: str) -> list[str]:
         """The names that begin with `prefix`."""
