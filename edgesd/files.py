@@ -21,6 +21,7 @@ import fcntl
 import functools
 import hashlib
 import itertools
+import math
 import os
 import pwd
 import re
@@ -323,6 +324,18 @@ def named_path(given: str) -> tuple[str, str]:
         return given, ""
     path, _, name = given.rpartition(":")
     return path, name
+
+
+def scaled_path(given: str) -> tuple[Path, float]:
+    """The path in PATH or PATH:SCALE, divided as by `named_path`, and the scale: 1 where there is
+    none, NaN for what is no number."""
+    path, text = named_path(given)
+    if path == given:
+        return expanded(path), 1.0
+    try:
+        return expanded(path), float(text)
+    except ValueError:
+        return expanded(path), math.nan
 
 
 def environment_folder(name: str) -> Path | None:

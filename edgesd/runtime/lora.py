@@ -26,6 +26,7 @@ import numpy as np
 from msgspec import Meta
 
 from edgesd.errors import InputError, ResourceError, UsageError
+from edgesd.files import scaled_path
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.signature import check_trusted_lora
 from edgesd.spec.base import Sha256, Size, decode_json
@@ -82,14 +83,7 @@ def open_lora(given: str) -> Used:
     """The LoRA in FILE or FILE:SCALE, as a command line has it. Raises InputError as `read_lora`,
     UsageError for a scale that is none, BundleError for a file that this machine doesn't trust
     (runtime.signature)."""
-    path, scale = Path(given), 1.0
-    if not path.is_file() and ":" in given:
-        name, _, text = given.rpartition(":")
-        path = Path(name)
-        try:
-            scale = float(text)
-        except ValueError:
-            scale = math.nan
+    path, scale = scaled_path(given)
     if not path.is_file():
         raise InputError(f"--lora {given}: there is no such file: give FILE or FILE:SCALE")
     _check_scale(scale)

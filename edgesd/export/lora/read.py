@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,9 +22,9 @@ from edgesd.export.lora.update import (
     files_sha256,
     listed,
 )
-from edgesd.export.source.folder import HINTS, INDEX, PICKLES, check_hints, read_json_object
+from edgesd.export.source.folder import HINTS, INDEX, check_hints, check_no_pickle, read_json_object
 from edgesd.export.source.tensor_file import NUMBERS, TensorFile
-from edgesd.files import expanded
+from edgesd.files import scaled_path
 from edgesd.spec.build import MOST_LORA_SCALE
 
 if TYPE_CHECKING:
@@ -120,28 +119,18 @@ def read_lora(given: str) -> Lora:
 
 
 def _path_and_scale(given: str) -> tuple[Path, float]:
-    path, scale = expanded(given), 1.0
-    if not path.is_file() and ":" in given:
-        name, _, text = given.rpartition(":")
-        path = expanded(name)
-        try:
-            scale = float(text)
-        except ValueError:
-            scale = math.nan
-        if path.is_file() and not abs(scale) <= MOST_LORA_SCALE:
-            raise InputError(
-                f"--lora {given}: {text[:40]!r} is no scale: give FILE or FILE:SCALE with a number "
-                f"from -{MOST_LORA_SCALE:g} to {MOST_LORA_SCALE:g}, mostly 0 to 1"
-            )
+    path, scale = scaled_path(given)
+    if path.is_file() and not abs(scale) <= MOST_LORA_SCALE:
+        raise InputError(
+            f"--lora {given}: {given.rpartition(':')[2][:40]!r} is no scale: give FILE or "
+            f"FILE:SCALE with a number from -{MOST_LORA_SCALE:g} to {MOST_LORA_SCALE:g}, mostly 0 "
+            "to 1"
+        )
     if path.is_dir():
         raise InputError(f"--lora {given}: {path} is a folder: give the .safetensors file in it")
     if not path.is_file():
         raise InputError(f"--lora {given}: there is no such file: give FILE or FILE:SCALE")
-    if path.suffix.lower() in PICKLES:
-        raise InputError(
-            f"{path} is a pickle, and reading one can run code: convert it to .safetensors "
-            "(docs/lora.md has a command that reads tensors alone), or download that"
-        )
+    check_no_pickle(path, "lora.md")
     return path, scale
 
 

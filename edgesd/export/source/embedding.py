@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from edgesd.errors import InputError
 from edgesd.export.families.checkpoint import Embedding
-from edgesd.export.source.folder import PICKLES
-from edgesd.files import expanded, sha256_file
+from edgesd.export.source.folder import check_no_pickle
+from edgesd.files import expanded, named_path, sha256_file
 from edgesd.text import first_sentence
 
 if TYPE_CHECKING:
@@ -37,17 +37,11 @@ def read_embedding(given: str) -> Embedding:
     file's name. Raises InputError for another file, for vectors that none has, and for a token that
     can't stand in a prompt.
     """
-    path, token = expanded(given), ""
-    if not path.is_file() and ":" in given:
-        name, _, token = given.rpartition(":")
-        path = expanded(name)
+    where, token = named_path(given)
+    path = expanded(where)
     if not path.is_file():
         raise InputError(f"--embedding {given}: there is no such file: give FILE or FILE:TOKEN")
-    if path.suffix.lower() in PICKLES:
-        raise InputError(
-            f"{path} is a pickle, and reading one can run code: convert it to .safetensors "
-            "(docs/prompts.md has a command that reads tensors alone), or download that"
-        )
+    check_no_pickle(path, "prompts.md")
     tensors = _tensors(path)
     names = set(tensors)
     if names == _BOTH:

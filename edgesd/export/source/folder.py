@@ -555,13 +555,23 @@ def _no_pipeline(root: Path) -> str:
     )
 
 
+def check_no_pickle(path: Path, page: str) -> None:
+    """Raise InputError for a file that is named as pickles are. page: of docs/, that says more."""
+    if path.suffix.lower() in PICKLES:
+        raise InputError(_is_pickle(path, page))
+
+
+def _is_pickle(path: Path, page: str) -> str:
+    return (
+        f"{path} is a pickle, and reading one can run code: convert it to .safetensors "
+        f"(docs/{page} has a command that reads tensors alone), or download that"
+    )
+
+
 def not_a_folder(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix in PICKLES:
-        return (
-            f"{path} is a pickle, and reading one can run code: convert it to .safetensors "
-            "(docs/models.md has a command that reads tensors alone), or download that"
-        )
+        return _is_pickle(path, "models.md")
     what = {
         ".edgesd": "a bundle already: edgesd inspect shows what it is",
         ".gguf": "a GGUF file, which isn't supported: give the diffusers folder it was made from",
