@@ -6,7 +6,6 @@ feature_0, feature_1 ... (parts/inlets.py), unscaled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import diffusers
@@ -16,7 +15,14 @@ from torch import Tensor, nn
 from edgesd.errors import InputError
 from edgesd.export.families import Component
 from edgesd.export.families.checkpoint import Checkpoint
-from edgesd.export.families.parts.inlets import FEATURE, Inlets, Place, on_meta, place_of, tensors
+from edgesd.export.families.parts.inlets import (
+    FEATURE,
+    Inlets,
+    check_places,
+    on_meta,
+    place_of,
+    tensors,
+)
 from edgesd.export.families.parts.shapes import (
     COLOURS,
     CONTROL,
@@ -76,7 +82,7 @@ def adapter(
             f"{where} doesn't take images of {source.name}: {first_sentence(exc)}"
         ) from exc
     places = tuple(map(place_of, made))
-    _check_places(source, where, places, inlets.features)
+    check_places(where, source.name, FEATURE, places, inlets.features)
     return Component(
         ComponentSpec(
             name, (control,), tuple(tensors(FEATURE, places, batch, shape, inlets.sizes))
@@ -86,21 +92,3 @@ def adapter(
         inlets.multiples,
         {CONTROL: uniform(0, 1)},
     )
-
-
-def _check_places(
-    source: Checkpoint, where: str, found: Sequence[Place], wanted: Sequence[Place]
-) -> None:
-    """Raise InputError unless each feature is added where it fits: diffusers fails there, or drops
-    what it can't add."""
-    if len(found) > len(wanted):
-        raise InputError(
-            f"{where} makes {len(found)} features, and the UNet of {source.name} adds "
-            f"{len(wanted)}: give one for this base model"
-        )
-    for number, (ours, theirs) in enumerate(zip(found, wanted, strict=False)):
-        if ours != theirs:
-            raise InputError(
-                f"{where} makes feature {number} as {list(ours)}, and the UNet of {source.name} "
-                f"adds {list(theirs)}: give one for this base model"
-            )

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from edgesd.errors import InputError
 from edgesd.export.families import Component
 from edgesd.export.families.checkpoint import Checkpoint
-from edgesd.export.families.parts.inlets import RESIDUAL, Inlets, Place, on_meta, place_of, tensors
+from edgesd.export.families.parts.inlets import (
+    RESIDUAL,
+    Inlets,
+    check_places,
+    on_meta,
+    place_of,
+    tensors,
+)
 from edgesd.export.families.parts.shapes import (
     COLOURS,
     CONTROL,
@@ -28,7 +35,6 @@ from edgesd.export.families.parts.unet import TEXT_EMBEDS, TIME_IDS
 from edgesd.export.families.parts.weights import load_network
 from edgesd.spec.pipeline import ComponentSpec, LatentSpec, ShapeSpec
 
-CLASS = "ControlNetModel"
 _UNSUPPORTED = (
     "class_embed_type",
     "num_class_embeds",
@@ -95,12 +101,12 @@ def controlnet(
         return ControlNet(net, names)
 
     module: Any = load(weights=False)
-    own = module.net.config
-    _check_config(source, name, own, config, latent)
+    where = f"ControlNet {source.folder(name)}"
+    _check_config(source, where, module.net.config, config, latent)
     with torch.no_grad():
         made = module(*(on_meta(tensor, inlets.sizes) for tensor in inputs))
     places = tuple(map(place_of, made))
-    _check_places(source, name, places, inlets.residuals)
+    check_places(where, source.name, RESIDUAL, places, inlets.residuals)
     return Component(
         ComponentSpec(name, inputs, tuple(tensors(RESIDUAL, places, batch, shape, inlets.sizes))),
         load,
@@ -111,10 +117,9 @@ def controlnet(
 
 
 def _check_config(
-    source: Checkpoint, name: str, own: Any, unet: Mapping[str, Any], latent: LatentSpec
+    source: Checkpoint, where: str, own: Any, unet: Mapping[str, Any], latent: LatentSpec
 ) -> None:
     """Raise InputError for a ControlNet of another base model, or one that isn't supported."""
-    where = f"ControlNet {source.folder(name)}"
     for field in _UNSUPPORTED:
         if own[field]:
             raise InputError(f"{where} has {field}={own[field]!r}, which isn't supported")
@@ -132,25 +137,6 @@ def _check_config(
     ):
         if found != wanted:
             raise InputError(f"{where} has {found} {what}, and {source.name} {wanted}")
-
-
-def _check_places(
-    source: Checkpoint, name: str, found: Sequence[Place], wanted: Sequence[Place]
-) -> None:
-    """Raise InputError unless each residual is added where it fits: diffusers drops what is more
-    than the other has."""
-    where = f"ControlNet {source.folder(name)}"
-    if len(found) != len(wanted):
-        raise InputError(
-            f"{where} makes {len(found)} residuals, and the UNet of {source.name} adds "
-            f"{len(wanted)}: give one for this base model"
-        )
-    for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
-        if ours != theirs:
-            raise InputError(
-                f"{where} makes residual {number} as {list(ours)}, and the UNet of {source.name} "
-                f"adds {list(theirs)}: give one for this base model"
-            )
 
 
 def _plain(value: object) -> object:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgesd.errors import InputError
 from edgesd.export.families import Component, Sizes
 from edgesd.export.families.parts.shapes import float_tensor
 from edgesd.spec.base import Dim
@@ -96,6 +97,25 @@ def _dims(shape: ShapeSpec, sizes: Sizes, height: int, width: int) -> tuple[Dim,
         "height" if rows == 1 else f"height/{rows}",
         "width" if columns == 1 else f"width/{columns}",
     )
+
+
+def check_places(
+    where: str, base: str, kind: str, found: Sequence[Place], wanted: Sequence[Place]
+) -> None:
+    """Raise InputError unless each of `found`, of the `kind` RESIDUAL or FEATURE, is added where it
+    fits: diffusers fails there, or drops what it can't add. where: the network that makes them.
+    base: the model whose UNet has the places `wanted`, which features may be fewer than."""
+    if len(found) > len(wanted) or (kind == RESIDUAL and len(found) < len(wanted)):
+        raise InputError(
+            f"{where} makes {len(found)} {kind}s, and the UNet of {base} adds {len(wanted)}: give "
+            "one for this base model"
+        )
+    for number, (ours, theirs) in enumerate(zip(found, wanted, strict=False)):
+        if ours != theirs:
+            raise InputError(
+                f"{where} makes {kind} {number} as {list(ours)}, and the UNet of {base} adds "
+                f"{list(theirs)}: give one for this base model"
+            )
 
 
 def place_of(made: Tensor) -> Place:
