@@ -22,6 +22,7 @@ from edgesd.export.families import Component  # noqa: E402
 from edgesd.export.passes.lora_slots import AddLoraSlots  # noqa: E402
 from edgesd.export.passes.own_kernels import DOMAIN, INPUTS, LINEAR  # noqa: E402
 from edgesd.export.quantize.layers import find_layers, matrix_of  # noqa: E402
+from edgesd.export.quantize.quantize import rounded_layer  # noqa: E402
 from edgesd.export.to_onnx import graph_from_module  # noqa: E402
 from edgesd.runtime.arrays import Array  # noqa: E402
 from edgesd.runtime.backends.onnxruntime import session_options  # noqa: E402
@@ -30,7 +31,6 @@ from edgesd.spec.lora import LoraSlots, slot_inputs  # noqa: E402
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec  # noqa: E402
 from edgesd.spec.scheme import parse_scheme  # noqa: E402
 from tests.quantizing import normal  # noqa: E402
-from tests.unit.export.passes.test_fusions import rounded_layer  # noqa: E402
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
