@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from edgesd.errors import EdgesdError, InputError
 from edgesd.export.examples import example_mask
-from edgesd.export.families import ExportSpec
+from edgesd.export.families import Component, ExportSpec
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.torch_runner import TorchRunner, any_batch
 from edgesd.files import atomic_path, atomic_write
@@ -423,7 +423,7 @@ class _Calibrating:
         for stage in flow.stages:
             match stage.role:
                 case "text":
-                    encoded |= self._encode(stage)
+                    encoded.update(self._encode(stage).items())
                 case "side" if stage.per == "image":
                     features |= self._adapt(stage)
                 case "side" | "denoiser":
@@ -435,7 +435,7 @@ class _Calibrating:
                 case "encoder":
                     pass
 
-    def _encode(self, stage: Stage) -> dict[Part | Fill, Float]:
+    def _encode(self, stage: Stage) -> dict[Part, Float]:
         """Encode the empty prompt and all others with a text encoder, one by one."""
         wiring = self.export.pipeline.wiring
         text = next(text for text in wiring.texts if text.component == stage.component)
@@ -443,11 +443,7 @@ class _Calibrating:
         ids = [tokenizer.encode(prompt)[0] for prompt in (_NEGATIVE, *self.settings.prompts)]
         labels = ["the empty prompt", *self._labels()]
         outputs = self._run_each(stage, [{text.input: row} for row in ids], labels)
-        spec = self.export.pipeline.components[stage.component]
-        names = [tensor.name for tensor in spec.outputs]
-        return {
-            Part(stage.component, name): rows for name, rows in zip(names, outputs, strict=True)
-        }
+        return self._by_part(stage, outputs)
 
     def _adapt(self, stage: Stage) -> dict[Part, Float]:
         """Run a side once for each prompt that shows it a picture; its outputs [n, C, h, w]."""
@@ -462,9 +458,14 @@ class _Calibrating:
         ]
         labels = [self._labels()[index] for index in self._controlled]
         outputs = self._run_each(stage, [{side.inputs[0].name: image} for image in shown], labels)
-        names = [tensor.name for tensor in self.export.pipeline.components[stage.component].outputs]
+        return self._by_part(stage, outputs)
+
+    def _by_part(self, stage: Stage, outputs: Sequence[Float]) -> dict[Part, Float]:
+        """Outputs of a component in the order of its spec, by what they are called elsewhere."""
+        tensors = self.export.pipeline.components[stage.component].outputs
         return {
-            Part(stage.component, name): rows for name, rows in zip(names, outputs, strict=True)
+            Part(stage.component, tensor.name): rows
+            for tensor, rows in zip(tensors, outputs, strict=True)
         }
 
     @property
@@ -543,9 +544,12 @@ class _Calibrating:
         return latents
 
     def _source_runner(self, name: str) -> TorchRunner:
-        """Another component of the loop, which is run without recording."""
-        component = next(each for each in self.export.components if each.name == name)
+        """A component that is run without recording."""
+        component = self._component(name)
         return TorchRunner(any_batch(component.spec), component.load())
+
+    def _component(self, name: str) -> Component:
+        return next(each for each in self.export.components if each.name == name)
 
     def _negative(self, rows: Float) -> Float:
         return np.zeros_like(rows) if self.export.pipeline.wiring.zero_negative else rows
@@ -572,9 +576,8 @@ class _Calibrating:
         if not path.exists():
             encoder, settings = self.export.pipeline.wiring.encoder, self.settings
             assert encoder is not None
-            component = next(c for c in self.export.components if c.name == encoder.component)
             image = np.zeros((1, 3, settings.height, settings.width), np.float32)
-            with TorchRunner(any_batch(component.spec), component.load()) as runner:
+            with self._source_runner(encoder.component) as runner:
                 made = run_once(runner, {encoder.input: image})
             with atomic_write(path) as file:
                 np.save(file, made[encoder.outputs[0]])
@@ -619,7 +622,7 @@ class _Calibrating:
             made.append(tensors.pop(key).numpy())
         if complete:
             return made
-        component = next(each for each in self.export.components if each.name == name)
+        component = self._component(name)
         module = component.load()
         outputs = [list(rows) for rows in zip(*made, strict=True)]
         count, task = len(labels), f"{name}: calibrate"
