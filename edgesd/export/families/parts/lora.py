@@ -103,11 +103,7 @@ def place(lora: Lora, model: str, networks: Mapping[str, Shapes]) -> tuple[Place
     placed: list[Placed] = []
     homeless: list[str] = []
     for update in lora.updates:
-        named = [
-            Placed(component, tables[component][name], update)
-            for component, name in _readings(update.layer)
-            if name in tables.get(component, {})
-        ]
+        named = _named(update, tables)
         if not named:
             homeless.append(update.layer)
             continue
@@ -144,12 +140,11 @@ def lora_edits(source: Checkpoint, component: str, net: nn.Module) -> dict[str, 
     if not source.loras or component not in TAKES_LORA:
         return {}
     shapes = shapes_of(net)
-    table = _layers(shapes)
+    tables = {component: _layers(shapes)}
     for lora in source.loras:
         for update in lora.updates:
-            for where, name in _readings(update.layer):
-                one = Placed(component, table.get(name, ""), update)
-                if where != component or name not in table or not _fits(one, shapes):
+            for one in _named(update, tables):
+                if not _fits(one, shapes):
                     continue
                 if update.product is not None:
                     edit = partial(update.weights, scale=lora.scale)
@@ -169,6 +164,15 @@ def _edited(edits: Iterable[Edit], what: str, weight: Tensor) -> Tensor:
             f"{what} becomes NaN or infinite: its values are too large; is the scale right?"
         )
     return weight
+
+
+def _named(update: Update, tables: Mapping[str, Mapping[str, str]]) -> list[Placed]:
+    """Where an update may belong by its name. tables: `_layers` of components."""
+    return [
+        Placed(component, tables[component][name], update)
+        for component, name in _readings(update.layer)
+        if name in tables.get(component, {})
+    ]
 
 
 def _readings(layer: str) -> list[tuple[str, str]]:
