@@ -294,12 +294,7 @@ def _encode_theirs(spec: PipelineSpec, image: torch.Tensor) -> SimpleNamespace:
 def _encode_ours(spec: PipelineSpec, image: Float) -> tuple[Float, ...]:
     """The same as an encoder's graph gives them."""
     assert spec.wiring.encoder is not None
-    latent, (mean, spread) = spec.latent, _moments(spec, image)
-    scale: Float = np.full((latent.channels, 1, 1), latent.scaling_factor, np.float32)
-    shift: Float = np.full_like(scale, latent.shift_factor)
-    if latent.mean is not None and latent.std is not None:
-        scale /= np.array(latent.std, np.float32)[:, None, None]
-        shift = np.array(latent.mean, np.float32)[:, None, None]
+    (mean, spread), (scale, shift) = _moments(spec, image), _scaling(spec.latent)
     found = (mean - shift) * scale, spread * scale
     return found[: len(spec.wiring.encoder.outputs)]
 
@@ -502,11 +497,17 @@ def _generate_ours(spec: PipelineSpec, tokenizers: Tokenizers, asked: Request, f
 
 def _descaled(latent: LatentSpec, latents: Float) -> Float:
     """Latents [B, C, h, w] as the autoencoder itself takes them."""
-    scale, shift = np.float32(latent.scaling_factor), np.float32(latent.shift_factor)
-    found: Float
-    if latent.mean is None or latent.std is None:
-        found = latents / scale + shift
-    else:
-        mean, std = (np.array(one, np.float32)[:, None, None] for one in (latent.mean, latent.std))
-        found = latents * std / scale + mean
+    scale, shift = _scaling(latent)
+    found: Float = latents / scale + shift
     return found
+
+
+def _scaling(latent: LatentSpec) -> tuple[Float, Float]:
+    """Scale and shift [C, 1, 1] of each channel: latents are what the autoencoder itself makes,
+    less the shift, times the scale."""
+    scale: Float = np.full((latent.channels, 1, 1), latent.scaling_factor, np.float32)
+    shift: Float = np.full_like(scale, latent.shift_factor)
+    if latent.mean is not None and latent.std is not None:
+        scale /= np.array(latent.std, np.float32)[:, None, None]
+        shift = np.array(latent.mean, np.float32)[:, None, None]
+    return scale, shift
