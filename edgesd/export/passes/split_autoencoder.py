@@ -144,8 +144,8 @@ class TiledNorms(Pass):
 def split_component(model: ir.Model) -> tuple[ir.Model, ...]:
     """The parts of an exported decoder or encoder, which is left as it is; weights are shared.
 
-    None where it can't be split: AutoencoderTiny's, which has no group normalization, those with
-    attention where the image is larger than the latents, and graphs of one size.
+    None of them where it can't be split: AutoencoderTiny's, which has no group normalization, those
+    with attention where the image is larger than the latents, and graphs of one size.
     """
     dims = [dim for value in model.graph.inputs for dim in value.shape or ()]
     if all(isinstance(dim, int) for dim in dims):
