@@ -44,13 +44,10 @@ def convert_command(lora: str, bundle: Path, output: Path | None, key: Path | No
     """
     from edgesd.export.lora.board import convert
     from edgesd.runtime.bundle import open_bundle
-    from edgesd.runtime.lora import SUFFIX, read_lora
+    from edgesd.runtime.lora import read_lora
     from edgesd.runtime.signature import sign_lora
 
-    path = Path(lora)
-    if not path.is_file():
-        path = Path(lora.rpartition(":")[0] or lora)
-    made = convert(lora, open_bundle(bundle), output or path.with_suffix(SUFFIX))
+    made = convert(lora, open_bundle(bundle), output)
     if made.unused:
         say_error(
             f"note: {len(made.unused)} layers are left out, which the pipeline doesn't run: "

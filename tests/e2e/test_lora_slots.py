@@ -12,9 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 import torch
-from click.testing import CliRunner
 
-from edgesd.cli import cli
 from edgesd.errors import InputError, UsageError
 from edgesd.evaluate.psnr import psnr
 from edgesd.export.lora.board import convert
@@ -36,6 +34,7 @@ from tests.e2e.test_lora_images import (
     theirs,
 )
 from tests.loras import Tensors, kohya_lora, peft_lora, save
+from tests.support import assert_refused, run_cli
 from tests.tiny_pipelines import tiny, write_tiny
 
 pytestmark = [
@@ -151,22 +150,23 @@ def test_what_has_no_slot_is_refused_by_name(sd: Model, tmp_path: Path) -> None:
 
 def test_commands(sd: Model, tmp_path: Path) -> None:
     file = save(tmp_path / "style.safetensors", peft_lora(tiny("sd"), text=True))
-    run, board = CliRunner(), tmp_path / "style.lora"
-    asked = ["lora", "convert", str(file), "--for", str(sd.bundle.path)]
-    assert run.invoke(cli, asked, catch_exceptions=False).exit_code == 0
+    board, bundle = tmp_path / "style.lora", sd.bundle.path
+    assert run_cli("lora", "convert", file, "--for", bundle).code == 0
+    assert_refused(run_cli("lora", "convert", file, "--for", bundle), "style.lora")
+    assert_refused(run_cli("lora", "convert", ".", "--for", bundle), "is a folder")
     out = tmp_path / "image.png"
-    asked = ["generate", str(sd.bundle.path), "-p", PROMPT, "--seed", "3", "--steps", "2"]
-    asked += ["--size", f"{WIDTH}x{HEIGHT}", "--guidance", str(GUIDANCE), "-o", str(out)]
-    again = [*asked, "--lora", f"{board}:0.5", "--any-machine"]
-    assert run.invoke(cli, again, catch_exceptions=False).exit_code == 0
+    options = ("--seed", 3, "--steps", 2, "--size", f"{WIDTH}x{HEIGHT}", "--guidance", GUIDANCE)
+    asked = ("generate", bundle, "-p", PROMPT, *options, "-o", out, "--any-machine")
+    assert run_cli(*asked, "--lora", f"{board}:0.5").code == 0
     said = recorded(out).made_by["loras"]
     assert said == f"{read_lora(board).sha256}:0.5"
-    told = run.invoke(cli, [*asked, "--like", str(out), "--any-machine"], catch_exceptions=False)
-    assert told.exit_code == 0 and "other LoRAs" in told.output
+    told = run_cli(*asked, "--like", out)
+    assert told.code == 0 and "other LoRAs" in told.err
     broken = tmp_path / "broken.lora"
     broken.write_bytes(board.read_bytes()[:-4])
-    told = run.invoke(cli, [*asked, "--lora", str(broken)])
-    assert told.exit_code == 3 or isinstance(told.exception, InputError)
+    refused = run_cli(*asked, "--lora", broken)
+    assert refused.code == 3
+    assert_refused(refused, "broken.lora", "copy it anew")
 
 
 @pytest.mark.slow

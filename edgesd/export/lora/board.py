@@ -17,7 +17,7 @@ from edgesd.export.lora.update import LowRank, Shape, Update, brief, listed
 from edgesd.files import atomic_write, check_new
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.lora import MOST_VALUE, Factors, Place, lora_bytes, slots_of
+from edgesd.runtime.lora import MOST_VALUE, SUFFIX, Factors, Place, lora_bytes, slots_of
 from edgesd.spec.build import MOST_SKIPPED
 from edgesd.spec.lora import LoraFile, LoraSlots
 
@@ -40,16 +40,17 @@ class Converted(NamedTuple):
     unused: tuple[str, ...]
 
 
-def convert(given: str, bundle: Bundle, out: Path) -> Converted:
+def convert(given: str, bundle: Bundle, out: Path | None = None) -> Converted:
     """Write the LoRA in FILE, or FILE:SCALE, to the new file `out`, for bundles with the slots of
-    `bundle`.
+    `bundle`. Without `out` it is beside FILE, with the suffix .lora.
 
     Raises InputError as `read_lora`, for a LoRA that isn't one of products (DoRA, LoHa, LoKr), and
     for layers that have no slot, UsageError for a bundle without slots, or a rank above theirs.
     """
-    check_new(out)
     slots = slots_of(bundle.manifest)
     lora = read_lora(given)
+    out = lora.files[0].with_suffix(SUFFIX) if out is None else out
+    check_new(out)
     placed = place(lora, bundle.manifest.name, {c: _shapes(each) for c, each in slots.items()})
     known = {(c, slot.name) for c, each in slots.items() for slot in each.layers}
     elsewhere = {(c, other.name) for c, each in slots.items() for other in each.others}
