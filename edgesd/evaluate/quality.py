@@ -18,7 +18,7 @@ from edgesd.evaluate.ssim import ssim
 from edgesd.files import atomic_write
 from edgesd.progress import SILENT, Progress
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.requests import Request, painted_whole
+from edgesd.runtime.requests import Request, image_task, painted_whole
 from edgesd.spec.pipeline import Task
 from edgesd.spec.quality import ImageQuality, Quality
 
@@ -136,9 +136,7 @@ def summarise(
 
 def task_of(request: Request) -> Task:
     """What is asked for."""
-    if request.image is None:
-        return "text"
-    return "image" if request.mask is None else "inpaint"
+    return image_task(request) or "text"
 
 
 def decibels(image: ImageQuality) -> float:

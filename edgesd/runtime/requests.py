@@ -182,9 +182,7 @@ class CompleteRequest:
     @property
     def task(self) -> ImageTask | None:
         """What denoising begins with; None for the pipeline's own task, which takes no image."""
-        if self.image is None:
-            return None
-        return "image" if self.mask is None else "inpaint"
+        return image_task(self)
 
     @property
     def pasted(self) -> bool:
@@ -332,8 +330,8 @@ class Completion:
     def _task(self, request: Request) -> Task:
         """What is asked for. Raises UsageError where the pipeline hasn't got it, or what it needs
         isn't given."""
-        tasks = self._spec.wiring.tasks
-        if request.image is None:
+        tasks, task = self._spec.wiring.tasks, image_task(request)
+        if task is None:
             given = {
                 "a mask": request.mask,
                 "strength": request.strength,
@@ -344,7 +342,6 @@ class Completion:
                 if value is not None:
                     raise UsageError(f"{name} goes with an image: give --image, too")
             return tasks[0]
-        task: ImageTask = "image" if request.mask is None else "inpaint"
         if task not in tasks:
             if "inpaint" in tasks and request.mask is None:
                 raise UsageError(
@@ -476,6 +473,13 @@ def _narrowed(spec: PipelineSpec, request: CompleteRequest, scheduler: Scheduler
     if request.task == "image" and distilled and not told_sizes and scheduler.narrows:
         return 1.0 if request.strength is None else request.strength
     return 1.0
+
+
+def image_task(request: Request | CompleteRequest) -> ImageTask | None:
+    """What is asked for by an image, or one and a mask; None where no image is given."""
+    if request.image is None:
+        return None
+    return "image" if request.mask is None else "inpaint"
 
 
 def painted_whole(spec: PipelineSpec, request: Request) -> Request:
