@@ -65,14 +65,19 @@ _VELOCITY = "v2"
 """A layout that models of two kinds have."""
 _ANY = "v1"
 """diffusers' guess for what it doesn't know."""
+_INPAINTING = (
+    "a checkpoint for inpainting: give --config FOLDER, a diffusers folder of such a model, whose "
+    "weights aren't needed"
+)
 _OTHERS: Mapping[str, str] = {
-    "inpainting": "a checkpoint for inpainting",
-    "inpainting_v2": "a checkpoint for inpainting",
-    "xl_inpaint": "a checkpoint for inpainting",
-    "upscale": "an upscaler",
-    "controlnet": "a ControlNet",
+    "inpainting": _INPAINTING,
+    "inpainting_v2": _INPAINTING,
+    "xl_inpaint": _INPAINTING,
+    "upscale": "an upscaler: edgesd doesn't support that yet",
+    "controlnet": "a ControlNet: give its base model as MODEL, and the folder of a ControlNet that "
+    "diffusers saved as --controlnet",
 }
-"""Layouts without configs here -> what they are."""
+"""Layouts without configs here -> what they are, and advice."""
 
 _GIVE_CONFIG = (
     "if it is another model of the same kind, give --config FOLDER, a diffusers folder of that "
@@ -235,7 +240,7 @@ def _layout_of(tensors: TensorFile) -> str:
     if layout in known_layouts():
         return layout
     if layout in _OTHERS:
-        raise InputError(f"{tensors.path} is {_OTHERS[layout]}: edgesd doesn't support that yet")
+        raise InputError(f"{tensors.path} is {_OTHERS[layout]}")
     raise InputError(
         f"{tensors.path} is {layout}: of single files edgesd knows {', '.join(known_layouts())}; "
         f"{_GIVE_CONFIG}"

@@ -39,7 +39,7 @@ from tests.single_files import (  # noqa: E402
 )
 from tests.tiny_pipelines import on_torch, write_tiny  # noqa: E402
 
-KINDS = ("sd", "sd2-v", "sdxl")
+KINDS = ("sd", "sd2-v", "sdxl", "sd-inpaint")
 
 
 class Forms:
@@ -289,10 +289,13 @@ def test_a_network_that_stands_in(forms: dict[str, Forms], tmp_path: Path) -> No
         (lambda s: {"lora_unet_down.alpha": shape(1)}, "is a LoRA"),
         (lambda s: {"down_blocks.0.weight": shape(1)}, "begins with down_blocks.*whole check"),
         (lambda s: {}, "holds no weights"),
-        (lambda s: {**s, FIRST: shape(320, 9, 3, 3)}, "is a checkpoint for inpainting"),
+        (lambda s: {**s, FIRST: shape(320, 9, 3, 3)}, "for inpainting: give --config FOLDER"),
         (lambda s: {**s, FIRST: shape()}, "isn't a checkpoint that diffusers knows"),
         (lambda s: {FIRST: s[FIRST]}, "of an unknown build.*--config FOLDER"),
-        (lambda s: {**s, "control_model.time_embed.0.weight": shape(1)}, "is a ControlNet"),
+        (
+            lambda s: {**s, "control_model.time_embed.0.weight": shape(1)},
+            "is a ControlNet: .*--controlnet",
+        ),
     ],
 )
 def test_other_files_are_refused(
