@@ -10,7 +10,7 @@ from PIL import Image
 from edgesd.errors import EdgesdError
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.pictures import read_picture
-from tests.hostile_pictures import CASES, encoded
+from tests.hostile_pictures import CASES, Case, encoded
 from tests.support import Outcome, run_cli, write_bundle
 
 
@@ -36,7 +36,10 @@ def one_line(outcome: Outcome, code: int = 3) -> str:
     return line
 
 
-def readable(raw: bytes) -> bool:
+def readable(case: Case, raw: bytes) -> bool:
+    """Whether the bytes of a case are to be read: as it says, if all of Pillow's versions agree."""
+    if case.outcome != "either":
+        return case.outcome == "read"
     try:
         read_picture(raw)
     except EdgesdError:
@@ -50,7 +53,7 @@ def test_hostile_images(name: str, tmp_path: Path, painter: Bundle) -> None:
     path = tmp_path / "given.png"
     path.write_bytes(case.make())
     outcome = generate(painter, tmp_path, "--image", path)
-    if readable(path.read_bytes()):
+    if readable(case, path.read_bytes()):
         assert outcome.code == 0, outcome
         assert case.said in outcome.err
         assert {each.name for each in tmp_path.iterdir()} == {"given.png", "out.png"}
