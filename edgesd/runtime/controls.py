@@ -76,10 +76,10 @@ def with_features(
 ) -> Controls:
     """`controls` with the outputs of the sides that run once. run, done: see
     conditioning.Prompts."""
-    images = {one.component: one.image for one in controls.shown if one.scale != 0}
+    images = {one.component: one.image for one in controls.shown}
     features: dict[Part, Float] = {}
     for side in wiring.sides:
-        if side.when == "once" and side.component in images:
+        if side.when == "once" and side.component in controls.components:
             inputs = {one.name: images[side.component] for one in side.inputs}
             for name, values in run(side.component, inputs).items():
                 features[Part(side.component, name)] = np.array(values, np.float32)

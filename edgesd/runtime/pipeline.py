@@ -198,6 +198,7 @@ class Pipeline(Closeable):
         if len(requests) > 1 and len({self.chunks(request) for request in requests}) > 1:
             raise UsageError("the prompts of one batch must have the same number of chunks")
         self._loaded.fit(self._batch(first, len(requests), previews))
+        controls = controls_of(wiring, first)  # refuses a sketch without lines at once
         conditioned = self._conditioned(requests)
         noise = BatchNoise([request.seed for request in requests])
         scheduler = scheduler_of(self.spec, first)
@@ -206,9 +207,7 @@ class Pipeline(Closeable):
         start = TASKS[first.task or wiring.tasks[0]].prepare(begin)
         if self.flow.encoder is not None:
             self._loaded.release(self.flow.encoder.component)
-        controls = with_features(
-            wiring, controls_of(wiring, first), self._loaded.run, self._loaded.release
-        )
+        controls = with_features(wiring, controls, self._loaded.run, self._loaded.release)
         mode, guidance = self.guidance_mode(first, len(requests)), first.guidance_scale
         idle = self.flow.sides - controls.components
         loop = tuple(stage.component for stage in self.flow.loop if stage.component not in idle)

@@ -597,6 +597,17 @@ def test_wrong_controls_are_refused_in_one_line(
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_sketch_without_lines_is_refused_before_a_network_is_loaded(bundle: Bundle) -> None:
+    empty = replace(CONTROLS[1], picture=random_picture(1, (3, 3)), kind="scribble")
+    fakes = Fakes()
+    with (
+        Pipeline(bundle, Settings(made_here=True), fakes) as pipeline,
+        pytest.raises(InputError, match="no lines that stand out"),
+    ):
+        pipeline.generate([replace(REQUESTS[0], controls=(empty,))])
+    assert fakes.events == []
+
+
 def test_a_bundle_without_sides_refuses_control_images(miniature: Bundle) -> None:
     with Pipeline(miniature) as pipeline, pytest.raises(UsageError, match="--controlnet FOLDER"):
         pipeline.complete(Request("a cat", 1, controls=CONTROLS[:1]))
