@@ -11,7 +11,14 @@ from edgesd.errors import InputError, UsageError, unknown_name
 from edgesd.runtime.arrays import Float
 from edgesd.runtime.chunks import Prompt
 from edgesd.runtime.cut import first_of_picture
-from edgesd.runtime.pictures import Painting, Picture, own_size, painting, read_picture
+from edgesd.runtime.pictures import (
+    Painting,
+    Picture,
+    hint_array,
+    own_size,
+    painting,
+    read_picture,
+)
 from edgesd.runtime.schedulers import (
     Scheduler,
     create_scheduler,
@@ -92,7 +99,6 @@ class Control:
         """What is shown, [1, 3, height, width] from 0 to 1. Raises InputError for a broken
         picture, and for a sketch without lines."""
         from edgesd.runtime.hints import control_image
-        from edgesd.runtime.pictures import hint_array
 
         image = control_image(self.picture.decoded(), self.kind, width, height)
         return hint_array(image, width, height)
