@@ -24,8 +24,10 @@ from edgesd.engines.bundle import update_manifest, write_manifest
 from edgesd.files import sha256_file
 from edgesd.progress import Lines
 from edgesd.runtime.bundle import Bundle, open_bundle
+from edgesd.runtime.lora import Factors, lora_bytes
 from edgesd.runtime.pictures import Picture, read_picture
 from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, Engine, FileEntry, Licence, Parity
+from edgesd.spec.lora import LoraFile, LoraSlot, LoraSlots, slot_inputs
 from edgesd.spec.pipeline import (
     ComponentSpec,
     EncoderSpec,
@@ -372,3 +374,39 @@ def with_other_decoder(bundle: Bundle, path: Path, factor: float = 0.97) -> Bund
     (weights * np.float32(factor)).tofile(path / name)
     update_manifest(path, bundle.manifest, [name])
     return open_bundle(path)
+
+
+def with_lora_slot(bundle: Bundle, path: Path, rank: int = 4) -> Bundle:
+    """A copy of a bundle folder at `path`, whose UNet has a slot for LoRAs: in `project`, of what
+    it takes of the prompt."""
+    shutil.copytree(bundle.path, path)
+    name = "unet/model.onnx"
+    model = onnx.load(path / name, load_external_data=False)
+    at = next(i for i, node in enumerate(model.graph.node) if "project" in node.input)
+    linear = model.graph.node[at]
+    source, written = linear.input[0], linear.output[0]
+    linear.output[0] = "without"
+    down, up = slot_inputs(0)
+    model.graph.input.extend([_value(down, F32, [TEXT, "r"]), _value(up, F32, ["r", CHANNELS])])
+    added = (
+        helper.make_node("MatMul", [source, down], ["low"]),
+        helper.make_node("MatMul", ["low", up], ["product"]),
+        helper.make_node("Add", ["without", "product"], [written]),
+    )
+    for behind, node in enumerate(added, 1):
+        model.graph.node.insert(at + behind, node)
+    (path / name).write_bytes(model.SerializeToString())
+    slots = LoraSlots(rank, False, (LoraSlot("project", TEXT, CHANNELS),))
+    unet = msgspec.structs.replace(bundle.manifest.engines["unet"], slots=slots)
+    engines = {**bundle.manifest.engines, "unet": unet}
+    update_manifest(path, msgspec.structs.replace(bundle.manifest, engines=engines), [name])
+    return open_bundle(path)
+
+
+def lora_file(path: Path, rank: int = 2, seed: int = 0, outputs: int = CHANNELS) -> Path:
+    """A LoRA for the slot of `with_lora_slot`, in a new file."""
+    rng = np.random.default_rng(seed)
+    down, up = (rng.standard_normal(s, np.float32) for s in ((TEXT, rank), (rank, outputs)))
+    about = LoraFile(1, path.name, "ab" * 32, "miniature")
+    path.write_bytes(lora_bytes({("unet", "project"): Factors(down, up)}, about))
+    return path

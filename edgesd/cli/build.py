@@ -16,7 +16,9 @@ from edgesd.cli.options import (
     OptionGroup,
     config_option,
     json_option,
+    lora_slots_option,
     lpips_option,
+    merged_lora_option,
     scheduler_option,
     side_options,
     task_option,
@@ -25,7 +27,6 @@ from edgesd.cli.options import (
 )
 from edgesd.export.quantize.methods import method_names
 from edgesd.spec.build import DEFAULT_METHOD, MOST_CHUNKS, MOST_SKIPPED, BuildOptions, QuantOptions
-from edgesd.spec.scheme import MAX_RANK
 
 if TYPE_CHECKING:
     from edgesd.recipes import Built, LocalFolders
@@ -81,13 +82,7 @@ _BUILD = (
         help="Leave out so many of the text encoders' last layers: 1 for models that web UIs run "
         "with a Clip skip of 2. [default: the model's, mostly 0]",
     ),
-    click.option(
-        "--lora-slots",
-        type=click.IntRange(1, MAX_RANK),
-        metavar="RANK",
-        help="Leave places for LoRAs of up to this rank together, which `generate --lora` fills "
-        "without building anew. [default: none]",
-    ),
+    lora_slots_option,
     click.option(
         "--prompt-chunks",
         type=click.IntRange(1, MOST_CHUNKS),
@@ -162,13 +157,7 @@ _FOLDERS = (
         "file's own, or its name]; may be repeated.",
     ),
     *side_options,
-    click.option(
-        "--lora",
-        "loras",
-        metavar="FILE[:SCALE]",
-        multiple=True,
-        help="Merge a LoRA (.safetensors) into the model, at SCALE [default: 1]; may be repeated.",
-    ),
+    merged_lora_option,
     click.option(
         "--prompter",
         type=click.Path(path_type=Path, file_okay=False),

@@ -27,12 +27,21 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Folder of wheels for the boards. [default: downloaded by pip, here]",
 )
+@click.option(
+    "--lora",
+    "loras",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Put a LoRA that `edgesd lora convert` made beside the bundle: NAME.lora is `generate "
+    "--lora NAME` there; may be repeated.",
+)
 @self_test_option
 @json_option
 def deploy_command(
     arguments: tuple[str, ...],
     rollback: bool,
     wheels: Path | None,
+    loras: tuple[Path, ...],
     self_test: bool,
     as_json: bool,
 ) -> None:
@@ -46,6 +55,8 @@ def deploy_command(
     hosts = arguments if rollback else arguments[1:]
     if rollback:
         _check_boards_alone(arguments)
+        if loras:
+            raise click.UsageError("--lora goes with a bundle, not with --rollback: LoRAs stay")
     if not hosts:
         raise click.UsageError("name the board: edgesd deploy BUNDLE USER@BOARD")
     found: dict[str, Deployed | Installed] = {}
@@ -60,7 +71,7 @@ def deploy_command(
                 show_each(_roll_back(hosts, self_test, reporter), show)
             else:
                 bundle = Path(arguments[0])
-                show_each(_deploy(bundle, hosts, wheels, self_test, reporter), show)
+                show_each(_deploy(bundle, hosts, wheels, self_test, loras, reporter), show)
     finally:
         if as_json and found:
             print_json(found)
@@ -87,16 +98,24 @@ def _roll_back(
 
 
 def _deploy(
-    path: Path, hosts: Sequence[str], wheels: Path | None, self_test: bool, reporter: Reporter
+    path: Path,
+    hosts: Sequence[str],
+    wheels: Path | None,
+    self_test: bool,
+    loras: Sequence[Path],
+    reporter: Reporter,
 ) -> Mapping[str, Deployed | EdgesdError]:
-    from edgesd.remote.deploy import deploy
+    from edgesd.remote.deploy import deploy, lora_to_deploy
     from edgesd.remote.hosts import on_each
     from edgesd.runtime.bundle import open_bundle
 
     bundle = open_bundle(path)
+    checked = [lora_to_deploy(lora, bundle) for lora in loras]
+    if len({lora.name for lora in checked}) < len(checked):
+        raise click.UsageError("two LoRAs have the same name: rename a file")
     return on_each(
         hosts,
-        lambda board: deploy(board, bundle, wheels, self_test, _prefixed(reporter, board)),
+        lambda board: deploy(board, bundle, wheels, self_test, _prefixed(reporter, board), checked),
     )
 
 
@@ -111,8 +130,9 @@ def _line(host: str, done: Deployed | Installed) -> str:
     if isinstance(done, Installed):
         slot = done.slot
         return f"{host}: {slot.name} {slot.manifest_sha256[:16]} is active again"
+    loras = f"; LoRAs: {', '.join(lora.name for lora in done.loras)}" if done.loras else ""
     if done.installed is None:
-        return f"{host}: that bundle is active already, and every byte of it is right"
+        return f"{host}: that bundle is active already, and every byte of it is right{loras}"
     tested = done.installed.self_test
     speed = "emulated" if tested and tested.emulated else "{:.2f} s a step"
     test = f", tested ({speed.format(tested.step_seconds)})" if tested else ", not tested"
@@ -120,6 +140,6 @@ def _line(host: str, done: Deployed | Installed) -> str:
     return (
         f"{host}: active in slot {done.slot.slot}: {done.slot.name} {done.slot.precision}{test}{by}"
         f"; runtime {done.runtime}; sent {done.sent_bytes / 1e6:.1f} MB, wrote "
-        f"{done.written_bytes / 1e6:.1f} MB, {done.seconds:.0f} s. Generate there: "
+        f"{done.written_bytes / 1e6:.1f} MB, {done.seconds:.0f} s{loras}. Generate there: "
         'edgesd/bin/edgesd generate edgesd/current -p "a red apple"'
     )

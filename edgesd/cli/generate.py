@@ -125,7 +125,8 @@ _MOST_REMARKS = 5
     "loras",
     metavar="FILE[:SCALE]",
     multiple=True,
-    help="Use a LoRA that `edgesd lora convert` made for the bundle; may be repeated.",
+    help="Use a LoRA that `edgesd lora convert` made for the bundle: a file, or the name of one "
+    "that was deployed to this machine; may be repeated. With --refiner it is of BUNDLE, the base.",
 )
 @run_options
 @click.option(
@@ -181,6 +182,7 @@ def generate_command(
     to its place is kept in the cache or the temporary folder, and the error says where.
     """
     from edgesd.device.opening import open_for_generate
+    from edgesd.device.slots import lora_folder
     from edgesd.runtime.images import check_output, expand_requests, read_prompts
     from edgesd.runtime.lora import open_lora
     from edgesd.runtime.recorded import recorded
@@ -199,7 +201,7 @@ def generate_command(
     opened = open_for_generate(bundle, any_machine)
     second = open_for_generate(refining.refiner, any_machine) if refining.refiner else None
     check_roles(opened, second, pictures.image is not None)
-    used = [open_lora(given) for given in loras]
+    used = [open_lora(given, lora_folder()) for given in loras]
     reporter = Reporter(quiet=as_json)
 
     def settings(of: Bundle) -> Settings:

@@ -19,6 +19,7 @@ from edgesd.files import expanded, named_path
 from edgesd.spec.base import MAX_CONTROL_SCALE, MAX_GUIDANCE, MAX_SCORE, MAX_STEPS
 from edgesd.spec.build import VARIANTS
 from edgesd.spec.pipeline import IMAGE_TASKS
+from edgesd.spec.scheme import MAX_RANK
 
 if TYPE_CHECKING:
     from edgesd.runtime.hints import Hint
@@ -394,6 +395,25 @@ side_options = (
     ),
 )
 """--controlnet and --adapter, of what a bundle is built of."""
+
+
+merged_lora_option = click.option(
+    "--lora",
+    "loras",
+    metavar="FILE[:SCALE]",
+    multiple=True,
+    help="Merge a LoRA (.safetensors) into the model, at SCALE [default: 1]; may be repeated.",
+)
+"""--lora, of what a bundle is built of."""
+
+
+lora_slots_option = click.option(
+    "--lora-slots",
+    type=click.IntRange(1, MAX_RANK),
+    metavar="RANK",
+    help="Leave places for LoRAs of up to this rank together, which `generate --lora` fills "
+    "without building anew. [default: none]",
+)
 
 
 config_option = click.option(

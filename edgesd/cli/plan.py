@@ -13,6 +13,8 @@ from edgesd.cli.options import (
     config_option,
     generation_options,
     json_option,
+    lora_slots_option,
+    merged_lora_option,
     side_options,
     task_option,
     vae_option,
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 @vae_option
 @side_options[0]
 @side_options[1]
+@merged_lora_option
+@lora_slots_option
 @config_option
 @variant_option
 @task_option
@@ -67,6 +71,8 @@ def plan_command(
     vae: str | None,
     controlnets: tuple[str, ...],
     adapters: tuple[str, ...],
+    loras: tuple[str, ...],
+    lora_slots: int | None,
     config: Path | None,
     variant: Variant | None,
     tasks: tuple[ImageTask, ...] | None,
@@ -101,6 +107,8 @@ def plan_command(
         tasks=tasks or (),
         vae=vae,
         sides=sides_of(controlnets, adapters),
+        loras=loras,
+        lora_slots=lora_slots,
         config=config,
         rates=find_rates(get_target(target).name, rates),
     )
@@ -151,6 +159,11 @@ def _show(estimate: Estimate) -> None:
         say("time isn't known: edgesd profile --host USER@BOARD measures such a board")
     else:
         say(f"seconds are of one image, without loading, by rates of {estimate.rates}")
+    if estimate.lora_slots is not None:
+        say(
+            f"memory and time are with LoRAs of rank {estimate.lora_slots} in all slots: "
+            f"{estimate.lora_bytes / 1e6:.1f} MB of it are theirs"
+        )
     say(f"building takes about {estimate.build_bytes / 1e9:.1f} GB of memory")
     for line in estimate.advice:
         say(f"instead: {line}")

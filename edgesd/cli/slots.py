@@ -10,7 +10,7 @@ from edgesd.cli.common import Reporter, print_json, say
 from edgesd.cli.options import json_option, self_test_option
 
 if TYPE_CHECKING:
-    from edgesd.device.slots import Installed, Slot
+    from edgesd.device.slots import BoardLora, Installed, Slot
 
 
 @click.group("slots", short_help="The bundles that were deployed to this machine.")
@@ -25,15 +25,18 @@ def slots_group() -> None:
 @click.option("--wait", is_flag=True, help="Wait until no deploy is at work.")
 @json_option
 def show_command(wait: bool, as_json: bool) -> None:
-    """Show both slots."""
+    """Show both slots, and the LoRAs beside them."""
     from edgesd.device.slots import Slots
 
-    found = Slots().show(wait)
+    slots = Slots()
+    found = slots.show(wait)
     if as_json:
         print_json(found)
         return
     for slot in found:
         say(slot_line(slot))
+    for lora in slots.loras():
+        say(_lora_line(lora))
     if not found:
         say("none: edgesd deploy installs one")
 
@@ -54,6 +57,27 @@ def install_command(
     from edgesd.device.slots import Slots
 
     _tell(Slots().install(manifest, checksum, signature, self_test, Reporter()), as_json)
+
+
+@slots_group.command("lora")
+@click.argument("name")
+@click.argument("sha256")
+@click.option("--signature", help="SHA-256 of NAME.lora.sig.")
+@json_option
+def lora_command(name: str, sha256: str, signature: str | None, as_json: bool) -> None:
+    """Let `generate --lora NAME` use a file that was sent to ~/edgesd/objects; `edgesd deploy`
+    runs this command.
+
+    SHA256: of the file, which `edgesd lora convert` made for the active bundle, or one with the
+    same slots.
+    """
+    from edgesd.device.slots import Slots
+
+    placed = Slots().put_lora(name, sha256, signature)
+    if as_json:
+        print_json(placed)
+        return
+    say(_lora_line(placed))
 
 
 @slots_group.command("rollback")
@@ -88,6 +112,10 @@ def slot_line(slot: Slot) -> str:
         f"{slot.slot}  {state}  {slot.name}, {slot.precision}, for {slot.target}, "
         f"{slot.bytes / 1e6:.1f} MB, {slot.manifest_sha256[:16]}"
     )
+
+
+def _lora_line(lora: BoardLora) -> str:
+    return f"lora  {lora.name}, {lora.bytes / 1e6:.1f} MB"
 
 
 def _tell(installed: Installed, as_json: bool) -> None:

@@ -5,10 +5,12 @@ Below `home_folder()`:
     objects/SHA256     files that were sent, by their content
     slots/a  slots/b   bundles, of hard links to objects: files that both have are on the card once
     current            symbolic link to the active slot
+    loras/NAME.lora    LoRAs, hard links to objects, too; NAME.lora.sig where they are signed
 
 A bundle is assembled beside the slots, verified, and tested by generating an image. Only then it
 takes the place of the slot that isn't active, and `current` is switched by one rename: whatever is
 killed or cut, and whenever, `current` leads to the whole old bundle or to the whole new one.
+LoRAs belong to no slot: they fit every bundle with the same places for them.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,13 +34,14 @@ import msgspec
 
 from edgesd.device.detect import emulated
 from edgesd.device.opening import check_runs_here
-from edgesd.errors import BoardError, BundleError, InputError
+from edgesd.errors import BoardError, BundleError, InputError, UsageError
 from edgesd.files import (
     disk_errors,
     environment_folder,
     fsync_dir,
     fsync_tree,
     link_or_copy,
+    sha256_file,
     user_home,
 )
 from edgesd.processes import module_command
@@ -50,9 +54,11 @@ from edgesd.runtime.bundle import (
     open_bundle,
     read_manifest,
 )
+from edgesd.runtime.lora import SUFFIX, Used, filling, read_lora
+from edgesd.runtime.signature import check_trusted_lora, lora_signature
 from edgesd.spec.base import Spec, is_sha256
 
-_SLOTS = ("a", "b")
+_SLOTS, _LORAS = ("a", "b"), "loras"
 _TEST_STEPS = 2
 _TEST_PROMPT = "a red apple"
 _PATIENCE_SECONDS, _POLL_SECONDS = 600, 0.2
@@ -96,6 +102,27 @@ class Installed(Spec, frozen=True):
     signer: str | None = None
 
 
+class BoardLora(Spec, frozen=True):
+    """A LoRA on a board. name: what `edgesd generate --lora` calls it there. sha256: of its file;
+    "" where that isn't asked for."""
+
+    name: str
+    bytes: int
+    sha256: str = ""
+
+
+_LORA_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+
+
+def check_lora_name(name: str) -> None:
+    """Raise UsageError for a name that a LoRA can't have on boards."""
+    if not _LORA_NAME.fullmatch(name):
+        raise UsageError(
+            f"{name[:120]!r} can't be the name of a LoRA on a board: letters, digits, _, . and - "
+            "can, 100 at most: rename the file"
+        )
+
+
 _BETTER_DISK = "bundles are deployed to a home folder on a disk with links and locks (ext4)"
 """Advice where symbolic links or locks are missing. Not EDGESD_HOME: deploy sets it."""
 
@@ -112,6 +139,14 @@ def home_folder() -> Path:
     return home / "edgesd"
 
 
+def lora_folder() -> Path | None:
+    """Where the LoRAs lie that were deployed to this machine. None without a home folder."""
+    try:
+        return home_folder() / _LORAS
+    except InputError:
+        return None
+
+
 class Slots:
     """The bundles below `root`. Raises InputError, ResourceError as the disk answers."""
 
@@ -120,6 +155,7 @@ class Slots:
         self.current = self.root / "current"
         self._objects = self.root / "objects"
         self._slots = self.root / "slots"
+        self._loras = self.root / _LORAS
 
     def show(self, wait: bool = False) -> list[Slot]:
         """The bundles that are there, the active one first.
@@ -189,6 +225,34 @@ class Slots:
         with self._alone():
             self._check(open_bundle(self._at(active)), progress)
         return self._look(active, True)
+
+    def put_lora(self, name: str, sha256: str, signature: str | None = None) -> BoardLora:
+        """Let `edgesd generate --lora NAME` use the LoRA whose file is this object, as NAME.lora.
+        It takes the place of another one of that name. signature: the object that is its own.
+
+        Raises UsageError for a name that is none, and for a LoRA that doesn't fit the active
+        bundle; InputError where no bundle is active, and for a file that is no LoRA; BundleError
+        for an object that is missing or damaged, or that no trusted key signed. What was there
+        stays then.
+        """
+        check_lora_name(name)
+        with self._alone():
+            active = self.active_bundle()
+            if active is None:
+                raise InputError("no bundle is active that a LoRA could be for: deploy one")
+            fresh = self._loras / ".next"
+            try:
+                self._link_lora(fresh / f"{name}{SUFFIX}", sha256, signature, active)
+                place = self._move_lora(fresh / f"{name}{SUFFIX}")
+            finally:
+                self._clear(fresh)
+            self._sweep()
+            return BoardLora(name, place.stat().st_size, sha256)
+
+    def loras(self) -> list[BoardLora]:
+        """The LoRAs that were deployed, by name."""
+        found = sorted(self._loras.glob(f"[!.]*{SUFFIX}")) if self._loras.is_dir() else []
+        return [BoardLora(path.name[: -len(SUFFIX)], path.stat().st_size) for path in found]
 
     def active_bundle(self) -> Bundle | None:
         """The bundle that is active, or None. Raises BundleError for one that can't be opened."""
@@ -283,6 +347,30 @@ class Slots:
             link_or_copy(self._objects / sha256, path)
         except FileNotFoundError as exc:
             raise BundleError(f"{path.name} hasn't arrived: deploy again") from exc
+
+    def _link_lora(self, path: Path, sha256: str, signature: str | None, active: Bundle) -> None:
+        """Make `path`, and its signature, of objects in a folder of their own, and check them."""
+        self._clear(path.parent)
+        path.parent.mkdir(parents=True)
+        self._link_one(sha256, path)
+        if signature:
+            self._link_one(signature, lora_signature(path))
+        if sha256_file(path) != sha256:
+            raise BundleError(f"{path.name} is damaged: deploy it again")
+        filling(active.manifest, [Used(read_lora(path))])
+        check_trusted_lora(path, sha256)
+        fsync_tree(path.parent)
+
+    def _move_lora(self, path: Path) -> Path:
+        """Put the LoRA where it is looked for, and its signature: the new path."""
+        place = self._loras / path.name
+        if lora_signature(path).exists():
+            lora_signature(path).replace(lora_signature(place))
+        else:
+            lora_signature(place).unlink(missing_ok=True)
+        path.replace(place)
+        fsync_dir(self._loras)
+        return place
 
     def _check(self, bundle: Bundle, progress: Progress) -> str | None:
         """Verify every byte; an object that is damaged is removed, so that it is sent anew."""

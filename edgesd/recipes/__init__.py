@@ -239,6 +239,7 @@ def _prepare(
         scheduler=options.scheduler,
         prompt_chunks=options.prompt_chunks,
         tasks=options.tasks,
+        lora_slots=options.lora_slots,
     )
     expected = estimate_source(source, model, target, backend, asked)
     check_estimate(expected)

@@ -33,6 +33,8 @@ class Estimate(Spec, frozen=True):
     takes least; mode: the fastest that fits, None for none. seconds: of an image by mode, without
     loading; None where the target was never profiled. rates: which machine they were measured
     on. advice: what would fit where this doesn't. assumed: what the model doesn't say of itself.
+    lora_slots: memory and seconds are with LoRAs of this rank in all slots, which are `lora_bytes`
+    of the memory.
     """
 
     model: str
@@ -55,6 +57,8 @@ class Estimate(Spec, frozen=True):
     rates: str | None
     advice: tuple[str, ...] = ()
     assumed: str = ""
+    lora_slots: int | None = None
+    lora_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class PlanRequest:
     default sampler. variant: the kind of model that it is said to be. vae: of which model its
     autoencoder is. config: a diffusers folder with the configs of a model that is a single file.
     prompt_chunks: of a prompt, in fixed graphs. tasks: beside text to image. sides: see
-    `recipes.sources.open_model`."""
+    `recipes.sources.open_model`, and loras, which are merged. lora_slots: the largest rank of LoRAs
+    that graphs take."""
 
     precision: Precision
     size: tuple[int, int] | None = None
@@ -83,6 +88,8 @@ class PlanRequest:
     prompt_chunks: int = 1
     tasks: tuple[ImageTask, ...] = ()
     sides: tuple[tuple[SideKind, str], ...] = ()
+    loras: tuple[str, ...] = ()
+    lora_slots: int | None = None
 
 
 def check_estimate(estimate: Estimate) -> None:

@@ -19,6 +19,7 @@ from edgesd.export.cost.cpu_lowering import NO_SLOTS, Slots, lower_workload
 from edgesd.export.cost.workload import Workload, split_workload, trace
 from edgesd.export.families import ExportSpec
 from edgesd.export.families.parts.shapes import TOKENS
+from edgesd.export.passes.lora_slots import has_slot, takes_loras
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 from edgesd.runtime.flow import Stage, flow_of
@@ -31,6 +32,7 @@ from edgesd.runtime.tiles import (
     part_shapes,
 )
 from edgesd.spec.bundle import BundleManifest, Engine, Footprint, split_of
+from edgesd.spec.pipeline import Wiring
 from edgesd.spec.scheme import Precision, number_format, parse_scheme
 
 Shape = tuple[int, int, int]
@@ -38,6 +40,9 @@ Shape = tuple[int, int, int]
 
 _ENCODER_MARGINS: Margins = 3, 3
 """Of the tiles of a full autoencoder's encoder, about: its graphs say it."""
+
+FACTOR_BYTES, LORA_BYTES = 4, 2
+"""Of each value that fills slots: as graphs take it, and in the file that it is read from."""
 
 _CHUNK_MARGIN = 2.2
 """How many times as much as is traced a further chunk takes at most: measured on the embedded model
@@ -317,14 +322,24 @@ def schemes_of(
     }
 
 
+def planned_slots(workload: Workload, wiring: Wiring, rank: int | None) -> tuple[Slots, int]:
+    """The slots that a component's graph gets, at their largest rank, and the values that fill
+    them. workload: of its own size."""
+    if rank is None or not takes_loras(workload.component, wiring):
+        return NO_SLOTS, 0
+    found = (op.layer for op in workload.operations if op.layer is not None)
+    layers = [layer for layer in dict.fromkeys(found) if has_slot(layer)]
+    values = rank * sum(layer.rows + layer.columns for layer in layers)
+    return Slots(rank, frozenset(layer.name for layer in layers)), values
+
+
 def _slots_of(engine: Engine) -> tuple[Slots, int]:
-    """Slots at their largest rank, and bytes of factors that are there whether used or not."""
+    """The same of a graph that was built."""
     slots = engine.slots
     if slots is None:
         return NO_SLOTS, 0
     values = slots.rank * sum(slot.inputs + slot.outputs for slot in slots.layers)
-    names = frozenset(slot.name for slot in slots.layers)
-    return Slots(slots.rank, names), 4 * values if slots.fixed else 0
+    return Slots(slots.rank, frozenset(slot.name for slot in slots.layers)), values
 
 
 def footprinted(manifest: BundleManifest, spec: ExportSpec) -> BundleManifest:
@@ -341,8 +356,10 @@ def footprinted(manifest: BundleManifest, spec: ExportSpec) -> BundleManifest:
             if own and engine.kernels is None:
                 continue
             fp32 = networks.in_fp32(stage.component, engine.precision)
+            slots, values = _slots_of(engine)
+            factors = FACTOR_BYTES * values if lowering.fixed_shapes else 0
             form = ComponentForm(
-                engine.precision, lowering, schemes, on_disk, own, fp32, *_slots_of(engine)
+                engine.precision, lowering, schemes, on_disk, own, fp32, slots, factors
             )
             found: dict[str, object] = {field: networks.footprint(stage, form)}
             if engine.split is not None:

@@ -31,7 +31,14 @@ from edgesd.export.quantize.assign import planned
 from edgesd.export.quantize.methods import get_method
 from edgesd.export.source import ModelSource
 from edgesd.recipes.estimate import ComponentCost, Estimate, PlanRequest
-from edgesd.recipes.footprints import ComponentForm, Networks, Shape
+from edgesd.recipes.footprints import (
+    FACTOR_BYTES,
+    LORA_BYTES,
+    ComponentForm,
+    Networks,
+    Shape,
+    planned_slots,
+)
 from edgesd.recipes.shapes import fixed_shape
 from edgesd.recipes.sources import open_model
 from edgesd.runtime.backends import get_backend
@@ -75,7 +82,12 @@ def estimate_build(
     backend = target.backends[0] if backend is None else backend
     check_request(target, request.precision, backend)
     source = open_model(
-        model, request.variant, request.vae, config=request.config, sides=request.sides
+        model,
+        request.variant,
+        request.vae,
+        config=request.config,
+        loras=request.loras,
+        sides=request.sides,
     )
     return estimate_source(source, model, target, backend, request)
 
@@ -116,7 +128,8 @@ def _calls(pipeline: PipelineSpec, steps: int, size: tuple[int, int]) -> int:
 @dataclass(frozen=True)
 class _Plan:
     """One image, by networks as they would be built. calls: of the denoiser by the sampler, which
-    some make twice in a step. forms: of their graphs, by component."""
+    some make twice in a step. forms: of their graphs, by component. lora_bytes: of LoRAs that fill
+    all slots, in the process."""
 
     networks: Networks
     batch: Batch
@@ -124,6 +137,7 @@ class _Plan:
     calls: int
     fitting: Fitting
     forms: Mapping[str, ComponentForm]
+    lora_bytes: int
 
     @property
     def size(self) -> tuple[int, int]:
@@ -270,6 +284,8 @@ class _Planner:
             seconds=_together(costs) if speed else None,
             rates=request.rates.machine if request.rates else None,
             assumed=self.assumed,
+            lora_slots=request.lora_slots,
+            lora_bytes=plan.lora_bytes,
         )
 
     def advice(self, estimate: Estimate) -> Iterator[str]:
@@ -384,12 +400,18 @@ class _Planner:
             )
             for stage in networks.flow.stages
         }
-        costs = Costs(spec, footprints, splits, self._process_bytes())
+        filled = [
+            planned_slots(networks.trace_own(stage), spec.wiring, self.request.lora_slots)[1]
+            for stage in networks.flow.stages
+        ]
+        lora_bytes = (FACTOR_BYTES + LORA_BYTES) * sum(filled)
+        costs = Costs(spec, footprints, splits, self._process_bytes() + lora_bytes)
         limit = self.request.max_memory
         budget = Budget(limit, usable_bytes(self.target), mapped=True)
         fitting = Fitting(costs, budget, modes=self.backend.memory_modes)
         steps = spec.num_inference_steps if self.request.steps is None else self.request.steps
-        return _Plan(networks, batch, steps, _calls(spec, steps, size), fitting, forms)
+        calls = _calls(spec, steps, size)
+        return _Plan(networks, batch, steps, calls, fitting, forms, lora_bytes)
 
     def _form(self, networks: Networks, stage: Stage, precision: Precision) -> ComponentForm:
         """A component's graph as it would be built."""
@@ -401,7 +423,9 @@ class _Planner:
         halved = precision == "fp16" and not (fp32 and self.lowering.fp16_arithmetic)
         on_disk = file_bytes(workload, schemes, 2 if halved else 4, smoothed)
         own = self._own_kernels(precision)
-        return ComponentForm(precision, self.lowering, schemes, on_disk, own, fp32)
+        slots, values = planned_slots(workload, networks.pipeline.wiring, self.request.lora_slots)
+        factors = FACTOR_BYTES * values if self.lowering.fixed_shapes else 0
+        return ComponentForm(precision, self.lowering, schemes, on_disk, own, fp32, slots, factors)
 
     def _own_kernels(self, precision: Precision) -> bool:
         """Whether edgesd's own kernels will run there: by runtime.kernels."""

@@ -1,7 +1,8 @@
 """`edgesd deploy`: the runtime and a bundle onto a board, over SSH.
 
 The board needs python3 and sshd only. The runtime goes into a virtual environment, from
-wheels, without a network there; then `edgesd slots` there (device/slots.py) takes the bundle in.
+wheels, without a network there; then `edgesd slots` there (device/slots.py) takes the bundle in,
+and LoRAs for it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -18,7 +19,7 @@ from msgspec import Meta
 
 import edgesd
 from edgesd.device.capabilities import normal_arch
-from edgesd.device.slots import Installed, Slot
+from edgesd.device.slots import BoardLora, Installed, Slot, check_lora_name
 from edgesd.device.targets import OS_BYTES
 from edgesd.errors import BoardError, TargetError
 from edgesd.files import sha256_file
@@ -30,10 +31,13 @@ from edgesd.runtime.backends import get_backend
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SIGNATURE, Bundle
 from edgesd.runtime.fitting import least_memory
 from edgesd.runtime.footprint import prompter_bytes
+from edgesd.runtime.lora import SUFFIX, Used, filling, read_lora
+from edgesd.runtime.signature import lora_signature
 from edgesd.spec.base import Spec
 
 _HOME = "edgesd"
 """Folder on the board, as device.slots.home_folder says it."""
+_OBJECTS = f"{_HOME}/objects"
 _PYTHONS = ((3, 10), (3, 13))
 _SPARE_BYTES = 64 << 20
 """Of the board's disk, left free."""
@@ -49,7 +53,7 @@ class Deployed(Spec, frozen=True):
 
     sent_bytes: over the link. written_bytes: to the board's disk, counted: what was sent, and the
     runtime once installed. runtime: "installed", or "kept". installed: None where this very bundle
-    was active already, and every byte of it right.
+    was active already, and every byte of it right. loras: what was put beside it.
     """
 
     slot: Slot
@@ -58,6 +62,32 @@ class Deployed(Spec, frozen=True):
     written_bytes: int
     seconds: float
     installed: Installed | None = None
+    loras: tuple[BoardLora, ...] = ()
+
+
+class LoraToDeploy(NamedTuple):
+    """A LoRA for boards. files: its own, and its signature's, if it has one."""
+
+    name: str
+    files: tuple[Item, ...]
+
+
+def lora_to_deploy(path: Path, bundle: Bundle) -> LoraToDeploy:
+    """The LoRA in a file of `edgesd lora convert`, which is called as the file is on boards.
+
+    Raises InputError as `read_lora`, UsageError where it doesn't fit the bundle, or has a name that
+    it can't have there.
+    """
+    name = path.name.removesuffix(SUFFIX)
+    lora = read_lora(path)
+    check_lora_name(name)
+    filling(bundle.manifest, [Used(lora)])
+    files = [Item(path.stat().st_size, lora.sha256, partial(_pieces, path))]
+    signature = lora_signature(path)
+    if signature.is_file():
+        raw = signature.read_bytes()
+        files.append(Item(len(raw), hashlib.sha256(raw).hexdigest(), partial(iter, [raw])))
+    return LoraToDeploy(name, tuple(files))
 
 
 class _Here(NamedTuple):
@@ -129,17 +159,30 @@ async def deploy(
     wheels: Path | None = None,
     self_test: bool = True,
     progress: Progress = SILENT,
+    loras: Sequence[LoraToDeploy] = (),
 ) -> Deployed:
-    """Install the runtime and `bundle` on the board, and make it the active bundle. wheels: folder
-    that they are chosen from; None asks pip's index, on this machine. Raises TargetError when the
-    board isn't one of the bundle's architecture, has no fit Python or too little memory for any
-    mode, ResourceError when its disk is too small, BoardError with the board's own words when it
-    refuses the bundle, or the self-test fails there.
+    """Install the runtime and `bundle` on the board, and make it the active bundle, with `loras`
+    beside it. wheels: folder that they are chosen from; None asks pip's index, on this machine.
+    Raises TargetError when the board isn't one of the bundle's architecture, has no fit Python or
+    too little memory for any mode, ResourceError when its disk is too small, BoardError with the
+    board's own words when it refuses the bundle or a LoRA, or the self-test fails there.
     """
     start = time.perf_counter()
     here = await _look(board, bundle)
     sent, written = await _runtime(board, bundle, here, wheels, progress)
     state = "installed" if written else "kept"
+    slot, installed, of_bundle = await _bundle(board, bundle, self_test, progress)
+    placed, of_loras = await _loras(board, loras, progress)
+    sent_now = of_bundle + of_loras
+    seconds = time.perf_counter() - start
+    return Deployed(slot, state, sent + sent_now, written + sent_now, seconds, installed, placed)
+
+
+async def _bundle(
+    board: Board, bundle: Bundle, self_test: bool, progress: Progress
+) -> tuple[Slot, Installed | None, int]:
+    """Make `bundle` the active one: its slot, what was done (None where it was active and whole),
+    and bytes sent."""
     active = await active_slot(board)
     files = bundle_items(bundle)
     frame = {name: files[name].sha256 for name in bundle.frame}
@@ -155,12 +198,11 @@ async def deploy(
             slot = boards.decode(
                 board, await boards.edgesd(board, "slots", "check", "--json"), Slot
             )
-            return Deployed(slot, state, sent, written, time.perf_counter() - start)
+            return slot, None, 0
         except BoardError as exc:
             progress.line(f"installing it anew, for this reason: {exc}")
     count = count_bytes(progress, "bundle", sum(item.size for item in items.values()))
-    objects = f"{_HOME}/objects"
-    sent_now = await boards.send(board, objects, items, count, _SPARE_BYTES, others=True)
+    sent = await boards.send(board, _OBJECTS, items, count, _SPARE_BYTES, others=True)
     arguments = ["slots", "install", frame[MANIFEST], frame[CHECKSUM], "--json"]
     if SIGNATURE in frame:
         arguments += ["--signature", frame[SIGNATURE]]
@@ -168,14 +210,25 @@ async def deploy(
         arguments.append("--no-self-test")
     output = await boards.edgesd(board, *arguments, on_line=progress.line)
     installed = boards.decode(board, output, Installed)
-    return Deployed(
-        installed.slot,
-        state,
-        sent + sent_now,
-        written + sent_now,
-        time.perf_counter() - start,
-        installed,
-    )
+    return installed.slot, installed, sent
+
+
+async def _loras(
+    board: Board, loras: Sequence[LoraToDeploy], progress: Progress
+) -> tuple[tuple[BoardLora, ...], int]:
+    """Put LoRAs beside the active bundle: what is there then, and bytes sent."""
+    placed, sent = [], 0
+    for lora in loras:
+        items = {item.sha256: item for item in lora.files}
+        count = count_bytes(progress, lora.name, sum(item.size for item in lora.files))
+        sent += await boards.send(board, _OBJECTS, items, count, _SPARE_BYTES, others=True)
+        own, *signatures = (item.sha256 for item in lora.files)
+        signed = [part for sha256 in signatures for part in ("--signature", sha256)]
+        output = await boards.edgesd(
+            board, "slots", "lora", lora.name, own, *signed, "--json", on_line=progress.line
+        )
+        placed.append(boards.decode(board, output, BoardLora))
+    return tuple(placed), sent
 
 
 async def rollback(board: Board, self_test: bool = True, progress: Progress = SILENT) -> Installed:

@@ -79,11 +79,13 @@ class Used(NamedTuple):
     scale: float = 1.0
 
 
-def open_lora(given: str) -> Used:
-    """The LoRA in FILE or FILE:SCALE, as a command line has it. Raises InputError as `read_lora`,
-    UsageError for a scale that is none, BundleError for a file that this machine doesn't trust
-    (runtime.signature)."""
+def open_lora(given: str, folder: Path | None = None) -> Used:
+    """The LoRA in FILE or FILE:SCALE, as a command line has it; without such a file, NAME.lora in
+    `folder`, of NAME or NAME:SCALE. Raises InputError as `read_lora`, UsageError for a scale that
+    is none, BundleError for a file that this machine doesn't trust (runtime.signature)."""
     path, scale = scaled_path(given)
+    if folder is not None and not path.exists() and str(path) == path.name:
+        path = folder / f"{path.name.removesuffix(SUFFIX)}{SUFFIX}"
     if not path.is_file():
         raise InputError(f"--lora {given}: there is no such file: give FILE or FILE:SCALE")
     _check_scale(scale)

@@ -22,6 +22,7 @@ from PIL import Image
 from edgesd.engines.bundle import update_manifest
 from edgesd.remote import deploy as deploying
 from edgesd.runtime.bundle import Bundle, open_bundle
+from edgesd.runtime.lora import read_lora
 from edgesd.runtime.signature import new_key
 from edgesd.spec.bundle import SCHEMA_VERSION
 from tests.boards import Pi, Server, sshd
@@ -29,8 +30,10 @@ from tests.support import (
     PATIENCE_SECONDS,
     Outcome,
     assert_refused,
+    lora_file,
     run_cli,
     wait_until,
+    with_lora_slot,
     with_other_decoder,
 )
 
@@ -83,6 +86,68 @@ def test_deploy_and_generate(server: Server, pi: Pi, miniature: Bundle, tmp_path
     assert run_cli("generate", miniature.path, *generate, "-o", ours).code == 0
     assert run_cli("generate", pi.home / "edgesd/current", *generate, "-o", theirs).code == 0
     np.testing.assert_array_equal(np.asarray(Image.open(ours)), np.asarray(Image.open(theirs)))
+
+
+@pytest.fixture
+def slotted(miniature: Bundle, tmp_path: Path) -> Bundle:
+    return with_lora_slot(miniature, tmp_path / "slotted")
+
+
+def test_loras_come_with_a_bundle(
+    server: Server, pi: Pi, slotted: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name there, what the file is here; a further deploy sends what changed of them."""
+    style, other = (lora_file(tmp_path / f"{n}.lora", seed=i) for i, n in enumerate("ab"))
+    outcome = deploy(server, slotted, "--lora", style, "--lora", other, "--no-self-test")
+    assert outcome.code == 0 and "LoRAs: a, b. Generate there" in outcome.err, outcome.err
+    monkeypatch.setenv("EDGESD_HOME", str(pi.home / "edgesd"))
+    assert "lora  a, 0.0 MB" in run_cli("slots", "show").out
+
+    def pixels(bundle: Path, *lora: object) -> bytes:
+        options = ("-p", "a", "--seed", "1", "--steps", "2", "-o", tmp_path / "image.png")
+        asked = [part for one in lora for part in ("--lora", one)]
+        outcome = run_cli("generate", bundle, *options, *asked)
+        assert outcome.code == 0, outcome.err
+        return Image.open(tmp_path / "image.png").tobytes()
+
+    current = pi.home / "edgesd/current"
+    here, there = pixels(slotted.path, f"{style}:0.5"), pixels(current, "a:0.5")
+    assert here == there != pixels(current) and there != pixels(current, "b.lora:0.5")
+    before = server.written
+    assert deploy(server, slotted, "--lora", style).code == 0
+    assert server.written == before
+    told = json.loads(
+        deploy(server, slotted, "--lora", lora_file(style, 3), "--json", "--no-self-test").out
+    )[host(server)]
+    assert told["sent_bytes"] == style.stat().st_size == server.written - before
+    (placed,) = told["loras"]
+    assert placed["sha256"] == read_lora(pi.home / "edgesd/loras/a.lora").sha256
+    assert pixels(current, "b.lora")
+    objects = {path.name for path in (pi.home / "edgesd/objects").iterdir()}
+    assert {placed["sha256"], read_lora(other).sha256} < objects
+
+
+def test_a_lora_that_does_not_fit_is_refused_before_anything_is_sent(
+    server: Server, miniature: Bundle, slotted: Bundle, tmp_path: Path
+) -> None:
+    style = lora_file(tmp_path / "style.lora")
+    broken = tmp_path / "broken.lora"
+    broken.write_bytes(style.read_bytes()[:-4])
+    (tmp_path / "more").mkdir()
+    same = lora_file(tmp_path / "more/style.lora", seed=1)
+    for bundle, loras, words in (
+        (miniature, [style], "has no place for LoRAs"),
+        (slotted, [style, lora_file(tmp_path / "wide.lora", outputs=7)], "for another model"),
+        (slotted, [lora_file(tmp_path / "high.lora", rank=5)], "--lora-slots 4"),
+        (slotted, [broken], "copy it anew"),
+        (slotted, [tmp_path / "none.lora"], "none.lora: it can't be read"),
+        (slotted, [lora_file(tmp_path / "a b.lora")], "can't be the name of a LoRA"),
+        (slotted, [style, same], "the same name"),
+    ):
+        asked = [part for lora in loras for part in ("--lora", lora)]
+        assert_refused(deploy(server, bundle, *asked), words)
+    assert_refused(run_cli("deploy", "--rollback", host(server), "--lora", style), "LoRAs stay")
+    assert server.written == 0
 
 
 def test_the_same_again_sends_nothing(server: Server, pi: Pi, miniature: Bundle) -> None:

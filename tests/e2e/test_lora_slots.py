@@ -11,18 +11,23 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
+import numpy as np
 import torch
 
 from edgesd.errors import InputError, UsageError
 from edgesd.evaluate.psnr import psnr
 from edgesd.export.lora.board import convert
 from edgesd.recipes import BuildOptions, LocalFolders, QuantOptions, build
+from edgesd.recipes.estimate import Estimate, PlanRequest
+from edgesd.recipes.planner import estimate_build
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.lora import Used, read_lora
+from edgesd.runtime.footprint import PROGRAM_BYTES
+from edgesd.runtime.lora import Factors, Lora, Used, read_lora, slots_of
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.recorded import recorded
 from edgesd.runtime.requests import Request
 from edgesd.runtime.settings import Settings
+from edgesd.spec.lora import LoraFile
 from tests.e2e.test_lora_images import (
     GUIDANCE,
     HEIGHT,
@@ -33,6 +38,7 @@ from tests.e2e.test_lora_images import (
     difference,
     theirs,
 )
+from tests.e2e.test_plan import board
 from tests.loras import Tensors, kohya_lora, peft_lora, save
 from tests.support import assert_refused, run_cli
 from tests.tiny_pipelines import tiny, write_tiny
@@ -88,6 +94,52 @@ def drawn(pipeline: Pipeline, *loras: Used) -> Any:
     pipeline.use_loras(loras)
     request = Request(PROMPT, SEED, None, STEPS, GUIDANCE, height=HEIGHT, width=WIDTH)
     return pipeline.generate([request])[0]
+
+
+def test_a_plan_counts_slots_that_are_filled(sd: Model) -> None:
+    """As generating does with LoRAs of the largest rank in all slots."""
+    size = WIDTH, HEIGHT
+
+    def planned(slots: int | None, target: str = "x86-64-cpu") -> Estimate:
+        request = PlanRequest("fp32", size, STEPS, GUIDANCE, rates=board(None), lora_slots=slots)
+        return estimate_build(str(sd.folder), target, request)
+
+    plan, plain = planned(RANK), planned(None)
+    layers = {c: each.layers for c, each in slots_of(sd.bundle.manifest).items()}
+    assert layers.keys() == {"unet", "text_encoder"}
+    factors = {
+        (component, slot.name): Factors(
+            np.ones((slot.inputs, RANK), np.float16), np.ones((RANK, slot.outputs), np.float16)
+        )
+        for component, slots in layers.items()
+        for slot in slots
+    }
+    lora = Lora("0" * 64, LoraFile(1, "full", "0" * 64, "sd"), factors)
+    # In fp16 as they are read, and in fp32 as graphs take them.
+    assert plan.lora_bytes == 3 * lora.bytes and plain.lora_bytes == 0
+    process = board(None).process_bytes + PROGRAM_BYTES
+    for mode, planned_bytes in plan.memory.items():
+        assert planned_bytes > plain.memory[mode] + plan.lora_bytes
+        with Pipeline(sd.bundle, Settings(memory=mode)) as pipeline:  # type: ignore[arg-type]
+            pipeline.use_loras([Used(lora)])
+            asked = Request(PROMPT, 1, None, STEPS, GUIDANCE, height=HEIGHT, width=WIDTH)
+            told = pipeline.estimate(pipeline.complete(asked), 1) - pipeline.process_bytes
+        assert planned_bytes - process == pytest.approx(told, rel=0.03), mode
+    seconds, before = plan.seconds, plain.seconds
+    assert seconds and before and all(seconds[mode] > before[mode] for mode in before)
+    on_gpu = [planned(slots, "jetson-orin").memory["balanced"] for slots in (None, RANK)]
+    assert on_gpu[1] - on_gpu[0] > plan.lora_bytes
+
+
+def test_a_plan_of_a_merged_lora_reads_it(sd: Model, tmp_path: Path) -> None:
+    style, other = (
+        save(tmp_path / f"{name}.safetensors", peft_lora(tiny(name))) for name in ("sd", "sdxl")
+    )
+    plan = ("plan", sd.folder, "--target", "x86-64-cpu", "--lora-slots")
+    told = run_cli(*plan, 4, "--lora", f"{style}:0.5")
+    assert told.code == 0 and "LoRAs of rank 4 in all slots: " in told.out, told.err
+    assert_refused(run_cli(*plan, 4, "--lora", other), "sdxl.safetensors", "that it was made for")
+    assert_refused(run_cli(*plan, 513), "--lora-slots")
 
 
 def of_linears(tensors: Tensors) -> Tensors:

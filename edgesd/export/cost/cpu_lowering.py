@@ -127,18 +127,15 @@ class OrtOps:
         """Whether a LoRA is added to an operation's output."""
         return op.layer is not None and op.layer.name in self.slots.layers
 
-    def low_bytes(self, op: Operation) -> int:
-        """What lies between a LoRA's two products."""
-        return 4 * op.rows * self.slots.rank
-
     def fill_slot(self, op: Operation) -> None:
         """Two products of the layer's input, and a sum."""
-        (written,) = op.writes
-        low, product = self.new(self.low_bytes(op)), self.new(self.sizes[written])
+        assert op.layer is not None
+        (written,), rank = op.writes, self.slots.rank
+        low, product = self.new(4 * op.rows * rank), self.new(self.sizes[written])
         self.made += [
-            Operation("matmul", op.reads[:1], (low,), form=FUSED),
-            Operation("matmul", (low,), (product,), form=FUSED),
-            Operation("add", (written, product), (written,), in_place=True, form=FUSED),
+            _factor(op, op.reads[0], low, op.layer.columns, rank),
+            _factor(op, low, product, rank, op.layer.rows),
+            Operation("add", (written, product), (written,), in_place=True),
         ]
 
     def new(self, size: int) -> int:
@@ -168,6 +165,12 @@ class OrtOps:
         product = self.new(self.sizes[op.writes[0]])
         self.made.append(replace(op, reads=(last,), writes=(product,), form="int8"))
         self.made.append(Operation("copy", (product,), op.writes, form=FUSED))
+
+
+def _factor(op: Operation, read: int, written: int, columns: int, outputs: int) -> Operation:
+    """A product with one of a LoRA's factors [columns, outputs], in the slot of `op`."""
+    macs = op.rows * columns * outputs
+    return Operation("matmul", (read,), (written,), macs=macs, rows=op.rows)
 
 
 class EdgesdOps(OrtOps):
@@ -209,10 +212,15 @@ class EdgesdOps(OrtOps):
             self.made.append(Operation("add", op.writes, op.writes, in_place=True))
 
     def fill_slot(self, op: Operation) -> None:
-        if op.kind == "linear" and self._form(op) is not None:  # the second product is the kernel's
-            self.made[-1] = replace(self.made[-1], spare=(self.low_bytes(op),))
-        else:
+        if op.layer is None or op.kind != "linear" or self._form(op) is None:
             super().fill_slot(op)
+            return
+        # The second product is the kernel's, and so of no memory of its own; its time is counted.
+        rank, written = self.slots.rank, self.made[-1].writes[0]
+        low = self.new(4 * op.rows * rank)
+        first = _factor(op, op.reads[0], low, op.layer.columns, rank)
+        second = _factor(op, low, written, rank, op.layer.rows)
+        self.made += [first, replace(second, reads=(low, written), in_place=True)]
 
     def _form(self, op: Operation) -> str | None:
         if op.kind == "attention":

@@ -70,11 +70,13 @@ def _seconds(workload: Workload, op: Operation, speed: Speed) -> float:
     if op.kind == "attention":
         batch, heads, queries, keys, width = op.heads
         return speed.seconds("attention", op.form, (batch * heads, queries, keys, width))
-    if op.kind in ("conv", "linear"):
-        layer = op.layer
-        columns = layer.columns if layer else op.macs // max(1, op.rows)
-        outputs = layer.rows if layer else 1
-        return speed.seconds(op.kind, op.form, (op.rows, columns, outputs))
+    if op.kind in ("conv", "linear", "matmul"):
+        outputs = max(1, workload.sizes[op.writes[0]] // (4 * max(1, op.rows)))
+        columns = max(1, op.macs // max(1, op.rows * outputs))
+        if op.layer is not None:
+            columns, outputs = op.layer.columns, op.layer.rows
+        kind = "conv" if op.kind == "conv" else "linear"
+        return speed.seconds(kind, op.form or "fp32", (op.rows, columns, outputs))
     kind = _TIMED.get(op.kind, op.kind)
     elements = max(1, sum(workload.sizes[value] for value in op.writes) // 4)
     if not speed.knows(kind):

@@ -68,12 +68,16 @@ def add_slots(
 ) -> LoraSlots | None:
     """Give a component's graph slots of `rank`, if it has weights that LoRAs are of: those of text
     encoders and the denoiser. None where it has none, or no rank is given."""
-    with_slots = (*(text.component for text in wiring.texts), wiring.denoiser.component)
-    if rank is None or component not in with_slots:
+    if rank is None or not takes_loras(component, wiring):
         return None
     adding = AddLoraSlots(component, rank, fixed)
     adding(model)
     return adding.slots
+
+
+def takes_loras(component: str, wiring: Wiring) -> bool:
+    """Whether a component gets slots: text encoders and the denoiser do."""
+    return component in (*(text.component for text in wiring.texts), wiring.denoiser.component)
 
 
 def has_slot(layer: Layer) -> bool:

@@ -13,10 +13,12 @@ import pytest
 
 from edgesd.device import slots as slots_module
 from edgesd.device.slots import Slots
-from edgesd.errors import BoardError, BundleError, InputError
+from edgesd.errors import BoardError, BundleError, InputError, UsageError
 from edgesd.files import sha256_file
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, open_bundle
-from tests.support import with_other_decoder
+from edgesd.runtime.lora import open_lora
+from edgesd.runtime.signature import new_key, sign_lora, trust
+from tests.support import lora_file, with_lora_slot, with_other_decoder
 
 pytestmark = pytest.mark.integration
 
@@ -102,6 +104,77 @@ def test_dying_at_every_change_of_the_disk(
         assert left == {"a", "b"}, count
         count += 1
     assert count >= (20 if what == "install" else 1)
+
+
+def send(slots: Slots, lora: Path) -> str:
+    """Put a LoRA's file where `edgesd deploy` sends it; its hash."""
+    sha256 = sha256_file(lora)
+    shutil.copy(lora, slots.root / "objects" / sha256)
+    return sha256
+
+
+def test_dying_while_a_lora_takes_another_ones_place(miniature: Bundle, tmp_path: Path) -> None:
+    slots = Slots(tmp_path / "home")
+    install(slots, with_lora_slot(miniature, tmp_path / "slotted"))
+    files = [lora_file(tmp_path / f"{seed}.lora", seed=seed) for seed in (1, 2)]
+    slots.put_lora("style", send(slots, files[0]))
+    place, count, died = slots.root / "loras/style.lora", 0, True
+    while died:
+        old, new = sha256_file(place), send(slots, files[(count + 1) % 2])
+        died = dies_at(count, partial(slots.put_lora, "style", new))
+        assert sha256_file(place) in (old, new) and [one.name for one in slots.loras()] == ["style"]
+        assert died or sha256_file(place) == new
+        slots.put_lora("style", send(slots, files[(count + 1) % 2]))  # the next one finishes
+        assert sha256_file(place) == new
+        assert [path.name for path in place.parent.iterdir()] == ["style.lora"]
+        count += 1
+    assert count >= 8
+
+
+def test_a_lora_that_is_refused_leaves_the_one_before(miniature: Bundle, tmp_path: Path) -> None:
+    slots = Slots(tmp_path / "home")
+    slots.show()
+    (slots.root / "objects").mkdir(parents=True)
+    style, wide = (lora_file(tmp_path / f"{n}.lora", outputs=n) for n in (4, 5))
+    with pytest.raises(InputError, match="no bundle is active"):
+        slots.put_lora("style", send(slots, style))
+    install(slots, with_lora_slot(miniature, tmp_path / "slotted"))
+    slots.put_lora("style", send(slots, style))
+    damaged = slots.root / "objects" / send(slots, wide)
+    with pytest.raises(UsageError, match="another model"):
+        slots.put_lora("style", damaged.name)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"style\.lora is damaged: deploy it again"):
+        slots.put_lora("style", damaged.name)
+    for name in ("../style", ".style", "", "a" * 101, "a\n", "-style"):
+        with pytest.raises(UsageError, match="can't be the name of a LoRA"):
+            slots.put_lora(name, damaged.name)
+    for sha256 in ("0" * 64, "../" * 21 + "x"):
+        with pytest.raises(BundleError, match=r"hasn't arrived|isn't a SHA-256"):
+            slots.put_lora("style", sha256)
+    assert sha256_file(slots.root / "loras/style.lora") == sha256_file(style)
+    assert [path.name for path in (slots.root / "loras").iterdir()] == ["style.lora"]
+    install(slots, with_other_decoder(miniature, tmp_path / "other"))
+    assert sha256_file(slots.root / "loras/style.lora") == sha256_file(style)
+
+
+def test_where_keys_are_trusted_loras_come_with_signatures(
+    miniature: Bundle, tmp_path: Path
+) -> None:
+    pytest.importorskip("cryptography")
+    slots = Slots(tmp_path / "home")
+    install(slots, with_lora_slot(miniature, tmp_path / "slotted"))
+    style = lora_file(tmp_path / "style.lora")
+    trusted = trust(new_key(tmp_path / "key"))
+    try:
+        sha256 = send(slots, style)
+        with pytest.raises(BundleError, match=r"the LoRA style\.lora isn't signed"):
+            slots.put_lora("style", sha256)
+        signature = send(slots, sign_lora(style, sha256, tmp_path / "key.key"))
+        slots.put_lora("style", sha256, signature)
+        assert open_lora("style:0.5", slots.root / "loras").lora.sha256 == sha256
+    finally:
+        trusted.unlink()
 
 
 def test_damage_is_found_and_its_object_removed(

@@ -27,6 +27,8 @@ from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.signature import new_key, sign_lora, trust
 from edgesd.spec.bundle import BundleManifest
 from edgesd.spec.lora import LoraFile, LoraSlot, LoraSlots
+from edgesd.text import shown
+from tests.support import assert_refused, run_cli, with_lora_slot
 
 ABOUT = LoraFile(1, "style.safetensors", "ab" * 32, "tiny")
 SLOTS = LoraSlots(8, False, (LoraSlot("a.to_q", 6, 4), LoraSlot("a.ff", 3, 5)))
@@ -131,13 +133,20 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_what_is_no_whole_file_of_factors_is_refused_in_one_line(what: str, tmp_path: Path) -> None:
-    path = tmp_path / "style.lora"
-    path.write_bytes(BROKEN[what])
-    with pytest.raises(InputError) as caught:
-        read_lora(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+def test_what_is_no_whole_file_of_factors_is_refused_in_one_line(
+    miniature: Bundle, tmp_path: Path
+) -> None:
+    bundle = with_lora_slot(miniature, tmp_path / "slots").path
+    path, image = tmp_path / "style.lora", tmp_path / "image.png"
+    for what, broken in BROKEN.items():
+        path.write_bytes(broken)
+        with pytest.raises(InputError) as caught:
+            read_lora(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value), what
+        outcome = run_cli("generate", bundle, "-p", "a", "--lora", path, "-o", image)
+        assert_refused(outcome)
+        assert outcome.err == f"{shown(f'edgesd: {caught.value}')}\n", what
+        assert outcome.code == InputError.exit_code and not image.exists(), what
 
 
 def test_random_damage_is_refused_or_read(tmp_path: Path) -> None:
@@ -173,6 +182,20 @@ def test_a_scale_follows_the_name(tmp_path: Path) -> None:
     for wrong in ("x", "nan", "1e9", ""):
         with pytest.raises((UsageError, InputError), match=r"scale|no such file"):
             open_lora(f"{path}:{wrong}")
+
+
+def test_a_name_is_looked_for_where_loras_are_deployed(tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    (folder / "style.lora").write_bytes(content())
+    for given, scale in (("style", 1), ("style.lora", 1), ("style:0.5", 0.5)):
+        assert open_lora(given, folder).scale == scale
+        with pytest.raises(InputError, match="no such file"):
+            open_lora(given)
+    (tmp_path / "more.lora").write_bytes(content())
+    for given in ("../more", "more", "loras/style", "..", str(tmp_path / "style")):
+        with pytest.raises(InputError, match="no such file"):
+            open_lora(given, folder)
 
 
 def test_several_are_added_with_their_scales(with_slots: BundleManifest) -> None:
