@@ -22,6 +22,24 @@ def steps_of_base(spec: PipelineSpec, scheduler: Scheduler, at: float) -> int:
     return _checked(count, scheduler, at)
 
 
+def taken_by_base(
+    spec: PipelineSpec, scheduler: Scheduler, at: float, strength: float | None
+) -> range:
+    """The indices of the timesteps that a base model takes. strength: where it begins with a
+    picture, None without one.
+
+    Raises UsageError where there are none, or all.
+    """
+    first = 0 if strength is None else first_of_picture(scheduler, strength)
+    last = steps_of_base(spec, scheduler, at)
+    if first >= last:
+        raise UsageError(
+            f"strength {strength:g} begins where the refiner goes on (denoising_end {at:g}): take "
+            "more --strength, or a larger --denoising-end"
+        )
+    return range(first, last)
+
+
 def first_of_refiner(spec: PipelineSpec, scheduler: Scheduler, at: float) -> int:
     """The index of the timestep that a refiner begins with. Raises UsageError where it has none, or
     all."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from edgesd.errors import UsageError
 from edgesd.runtime.arrays import Float
 from edgesd.runtime.bundle import Bundle
-from edgesd.runtime.cut import first_of_refiner, steps_of_base
+from edgesd.runtime.cut import first_of_refiner, taken_by_base
 from edgesd.runtime.denoise import Step
 from edgesd.runtime.loaded import Timings
 from edgesd.runtime.memory import MemoryMode
@@ -104,7 +104,7 @@ class Refined:
         at = first.denoising_end or DENOISING_END
         base = scheduler_of(self.base.spec, first)
         refiner = scheduler_of(self.refiner.spec, second)
-        begun = steps_of_base(self.base.spec, base, at)
+        begun = len(taken_by_base(self.base.spec, base, at, first.strength))
         left = len(refiner.timesteps) - first_of_refiner(self.refiner.spec, refiner, at)
         if (base.noise_level(0)[0] == 1) != (refiner.noise_level(0)[0] == 1):
             raise UsageError(
@@ -181,7 +181,7 @@ class Refined:
 
 def _for_refiner(request: Request, first: CompleteRequest) -> Request:
     """The refiner's request for an image that the base model begins with `first`. Its only text
-    encoder is the base model's second."""
+    encoder is the base model's second; of a picture it sees what the base model made of it."""
 
     def second(one: str | None, two: str | None) -> str | None:
         return one if two is None else two
@@ -193,6 +193,8 @@ def _for_refiner(request: Request, first: CompleteRequest) -> Request:
         prompt_2=None,
         negative_prompt_2=None,
         controls=(),
+        image=None,
+        strength=None,
         num_inference_steps=first.num_inference_steps,
         height=first.height,
         width=first.width,

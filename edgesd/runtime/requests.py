@@ -337,6 +337,11 @@ class Completion:
         """What is asked for. Raises UsageError where the pipeline hasn't got it, or what it needs
         isn't given."""
         tasks, task = self._spec.wiring.tasks, image_task(request)
+        if task == "inpaint" and request.denoising_end is not None:
+            raise UsageError(
+                "a refiner goes on with whole images, not with what a mask covers: leave --refiner "
+                "or --mask out"
+            )
         if task is None:
             given = {
                 "a mask": request.mask,
@@ -358,8 +363,6 @@ class Completion:
             raise UsageError(f"this bundle {what}: build it with --task {task}")
         if request.mask is None and (request.mask_blur, request.mask_padding) != (None, None):
             raise UsageError("mask_blur and mask_padding go with a mask: give --mask, too")
-        if request.denoising_end is not None:
-            raise UsageError("a refiner goes on with images of prompts alone: leave --image out")
         return task
 
     def _check_image(self, found: CompleteRequest) -> None:

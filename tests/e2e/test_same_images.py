@@ -15,16 +15,18 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("torch")
 
-from edgesd.errors import InputError, ParityError
+from edgesd.errors import InputError, ParityError, UsageError
 from edgesd.export.families import ExportSpec, sdxl
 from edgesd.export.families.parts import clip
 from edgesd.export.own_pipeline import check_own_pipeline
 from edgesd.export.pipeline import export_spec
 from edgesd.export.source import ModelSource, resolve_source
 from edgesd.runtime import conditioning
+from edgesd.runtime.denoise import Step
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.refined import Refined
 from edgesd.runtime.requests import CompleteMicro, Micro, Request
@@ -162,6 +164,53 @@ def test_a_refiner_goes_on_as_diffusers_does(
     for one, other, begun in zip(found, wanted, alone, strict=True):
         assert int(np.abs(np.int32(one) - np.int32(other)).max()) <= 1
         assert int(np.abs(np.int32(one) - np.int32(begun)).max()) > 10
+
+
+@pytest.mark.parametrize(("strength", "end"), [(0.7, 0.6), (1.0, 0.8)])
+def test_a_refiner_goes_on_with_an_image_as_diffusers_does(
+    sdxl_model: Model, refiner: Model, strength: float, end: float, tmp_path: Path
+) -> None:
+    import diffusers
+
+    width, height = OBLONG
+    values = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    picture = Image.fromarray(values).resize(OBLONG)
+    options = {"num_inference_steps": 10, "guidance_scale": 5.0}
+    img2img = diffusers.StableDiffusionXLImg2ImgPipeline(
+        **sdxl_model.theirs.components, add_watermarker=False
+    )
+    img2img.set_progress_bar_config(disable=True)
+    latents = diffusers_images(
+        img2img, PROMPTS, SEEDS, **options, image=[picture] * 2, strength=strength,
+        denoising_end=end, output_type="latent",
+    )  # fmt: skip
+    wanted = diffusers_images(
+        refiner.theirs, PROMPTS, SEEDS, **options, image=latents, denoising_start=end
+    )
+    export = export_spec(sdxl_model.source, tasks=("image",))
+    steps: list[Step] = []
+    with (
+        on_torch(sdxl_model.source, export, tmp_path / "base") as base,
+        refiner.ours(tmp_path / "refiner") as second,
+    ):
+        both = Refined(base, second)
+        request = Request(
+            "", 0, None, 10, image=picture, strength=strength, denoising_end=end
+        )  # fmt: skip
+        requests = [
+            both.complete(replace(request, prompt=prompt, seed=seed))
+            for prompt, seed in zip(PROMPTS, SEEDS, strict=True)
+        ]
+        found = both.generate(requests, steps.append)
+        late = replace(request, strength=round(1 - end, 1), prompt="a")
+        with pytest.raises(UsageError, match="begins where the refiner goes on"):
+            both.complete(late)
+        with pytest.raises(UsageError, match="leave --refiner or --mask out"):
+            both.complete(replace(request, mask=Image.new("L", OBLONG, 255)))
+    taken = round(10 * strength)
+    assert [(step.index, step.count) for step in steps] == [(i, taken) for i in range(taken)]
+    for one, other in zip(found, wanted, strict=True):
+        assert int(np.abs(np.int32(one) - np.int32(other)).max()) <= 1
 
 
 @pytest.mark.parametrize(

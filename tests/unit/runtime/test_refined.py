@@ -26,7 +26,16 @@ from edgesd.runtime.refined import Refined
 from edgesd.runtime.requests import Request
 from edgesd.runtime.schedulers import create_scheduler
 from edgesd.runtime.settings import Settings
-from tests.support import assert_refused, pipeline_spec, run_cli, with_other_decoder
+from tests.support import (
+    assert_refused,
+    lora_file,
+    pipeline_spec,
+    random_picture,
+    run_cli,
+    with_lora_slot,
+    with_other_decoder,
+    write_bundle,
+)
 
 REQUESTS = [Request("a red apple", 3, num_inference_steps=10), Request("a cat", 4, None, 10)]
 
@@ -174,6 +183,40 @@ class TestCommand:
             run_cli("generate", miniature.path, "--like", first, "-o", second),
             "was finished by a refiner (miniature): give --refiner BUNDLE",
         )
+
+    def test_an_image_is_begun_with_and_finished(self, refiner: Bundle, tmp_path: Path) -> None:
+        base = write_bundle(tmp_path / "base", images=True)
+        photo, first, second = (tmp_path / f"{name}.png" for name in ("photo", "first", "second"))
+        photo.write_bytes(random_picture(1, (24, 24)).raw)
+        asked = "generate", base.path, "--refiner", refiner.path, "--any-machine"
+        given = "--image", photo, "--strength", 0.5, "-p", "a", "--steps", 10
+        made = run_cli(*asked, *given, "-o", first)
+        assert made.code == 0, made.err
+        again = run_cli(*asked, "--like", first, "--image", photo, "-o", second)
+        assert again.code == 0, again.err
+        assert Image.open(second).tobytes() == Image.open(first).tobytes()
+        assert_refused(run_cli(*asked, *given, "--mask", photo, "-o", first), "--mask out")
+        assert_refused(run_cli(*asked, *given, "--strength", 0.1, "-o", first), "--strength")
+
+    def test_loras_are_of_the_base_model(
+        self, miniature: Bundle, refiner: Bundle, tmp_path: Path
+    ) -> None:
+        base, style = with_lora_slot(miniature, tmp_path / "base"), lora_file(tmp_path / "a.lora")
+        other = with_lora_slot(refiner, tmp_path / "refiner")
+        out, made = tmp_path / "image.png", []
+        for second, loras in (
+            (refiner, ()),
+            (refiner, ("--lora", style)),
+            (other, ("--lora", style)),
+        ):
+            asked = base.path, "--refiner", second.path, "-p", "a", "--seed", 3, "--steps", 10
+            outcome = run_cli("generate", *asked, *loras, "-o", out)
+            assert outcome.code == 0, outcome.err
+            made.append(Image.open(out).tobytes())
+            assert ("loras" in Image.open(out).text) == bool(loras)  # type: ignore[attr-defined]
+        assert made[0] != made[1] == made[2]
+        asked = miniature.path, "--refiner", other.path, "-p", "a", "--lora", style, "-o", out
+        assert_refused(run_cli("generate", *asked), "miniature has no place for LoRAs")
 
     def test_what_each_of_both_is_for(
         self, miniature: Bundle, refiner: Bundle, tmp_path: Path
