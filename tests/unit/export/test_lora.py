@@ -38,6 +38,7 @@ from edgesd.export.pipeline import export_spec  # noqa: E402
 from edgesd.export.to_onnx import graph_from_module  # noqa: E402
 from edgesd.recipes.like import Like  # noqa: E402
 from edgesd.recipes.sources import open_model  # noqa: E402
+from edgesd.runtime.bundle import Bundle  # noqa: E402
 from edgesd.spec.build import (  # noqa: E402
     BuildOptions,
     BuildRecord,
@@ -45,9 +46,10 @@ from edgesd.spec.build import (  # noqa: E402
     ModelReference,
 )
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec  # noqa: E402
+from edgesd.text import shown  # noqa: E402
 from tests.loras import Tensors, encoders, kohya_lora, peft_lora, save  # noqa: E402
 from tests.single_files import ldm_unet  # noqa: E402
-from tests.support import assert_refused, run_cli  # noqa: E402
+from tests.support import assert_refused, run_cli, with_lora_slot  # noqa: E402
 from tests.tiny_pipelines import sdxl_unet, tiny, unet, write_tiny  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -751,23 +753,33 @@ def refusal(file: Path, what: str) -> str:
     pytest.fail(f"taken: {what}")
 
 
-def test_hostile_files(tmp_path: Path) -> None:
+def test_hostile_files(miniature: Bundle, tmp_path: Path) -> None:
+    """Each is refused by the command in the reader's own line, and nothing is written."""
     whole = save(tmp_path / "whole.safetensors", PAIR)
     found = merged(read_lora(str(whole)), toy())
     assert not torch.equal(found["linear.weight"], toy().linear.weight)
+    bundle = with_lora_slot(miniature, tmp_path / "slots").path
     path, count = tmp_path / "x.safetensors", 0
-    for what, content in broken_files(whole.read_bytes()):
-        path.write_bytes(content)
+
+    def check(what: str) -> None:
+        nonlocal count
         line = refusal(path, what)
         assert len(line) < 800, what
-        assert "Traceback" not in line, what
+        outcome = run_cli("lora", "convert", path, "--for", bundle)
+        assert_refused(outcome)
+        assert (outcome.code, outcome.out) == (InputError.exit_code, ""), what
+        assert outcome.err.split() == shown(f"edgesd: {line}").split(), what
+        assert not path.with_suffix(".lora").exists(), what
         count += 1
+
+    for what, content in broken_files(whole.read_bytes()):
+        path.write_bytes(content)
+        check(what)
     for what, tensors, metadata in wrong_tensors():
-        line = refusal(save(path, tensors, **metadata), what)
-        assert "\n" not in line, what
-        assert len(line) < 800, what
-        count += 1
+        save(path, tensors, **metadata)
+        check(what)
     assert count >= 150
+    assert {entry.name for entry in tmp_path.iterdir()} == {whole.name, bundle.name, path.name}
 
 
 def test_files_with_flipped_bytes(tmp_path: Path) -> None:
