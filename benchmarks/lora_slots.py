@@ -1,14 +1,17 @@
 """LoRAs in slots: what they cost a step, and images beside LoRAs that were merged.
 
-python -m benchmarks.lora_slots --folder FOLDER [--model sd15] [--precisions w4a8-g64 ...]
+python -m benchmarks.lora_slots --folder FOLDER [--model sd15] [--precisions w4a8-g64 ...] [--built]
 python -m benchmarks.lora_slots --folder FOLDER --images [--ranks 4 16 64] [--lora FILE]
 
 The first is of a pipeline of true size with random weights (benchmarks/random_pipeline.py writes
-FOLDER/MODEL if it isn't there): a step of the denoiser without slots, with empty ones, and with a
-LoRA of each rank in all of them, in turn; and the time from one LoRA to another. The second is
+FOLDER/MODEL if it isn't there; --model demo is the embedded one, for a try): a step of the denoiser
+without slots, with empty ones, and with a LoRA of each rank in all of them, in turn, and the time
+from one LoRA to another: medians, with quartiles in brackets, and ratios of steps that were taken
+one after another. --built takes the bundles of an earlier run, to measure alone. The second is
 of the embedded model: PSNR of images with a LoRA in the slots of a quantized bundle, and of a
-bundle that it was merged into before it was quantized, both beside fp32 with the LoRA. FILE: a LoRA
-in any form that edgesd reads, in place of random ones. FOLDER/work keeps what builds keep.
+bundle that it was merged into before it was quantized, both beside fp32 with the LoRA; and what
+quantizing costs without one. FILE: a LoRA in any form that edgesd reads, in place of random ones.
+FOLDER/work keeps what builds keep.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from edgesd.recipes import DEMO, BuildOptions, LocalFolders, QuantOptions, build
 from edgesd.recipes.prompts import CALIBRATION
 from edgesd.runtime.arrays import Float
 from edgesd.runtime.backends.base import Runner
-from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.images import read_prompts
 from edgesd.runtime.lora import Factors, Lora, Used, filling, read_lora, slots_of
 from edgesd.runtime.pipeline import Pipeline
@@ -44,7 +47,7 @@ STRENGTH = 0.3
 
 
 class Row(NamedTuple):
-    """A line of the speed table; ratio: of a step to that without slots beside it."""
+    """A line of the speed table: seconds of a step; ratio: to that without slots beside it."""
 
     precision: str
     what: str
@@ -54,10 +57,12 @@ class Row(NamedTuple):
 
 
 class ImageRow(NamedTuple):
-    """PSNR in dB of images beside fp32 with the LoRA: mean and least. plain: of fp32 without it."""
+    """PSNR in dB of images beside fp32 with the LoRA: mean and least. plain: of fp32 without it.
+    without: of the quantized bundle beside fp32, both without it."""
 
     precision: str
     lora: str
+    without: str
     plain: str
     merged: str
     slots: str
@@ -66,7 +71,9 @@ class ImageRow(NamedTuple):
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--folder", type=Path, required=True)
-    made.add_argument("--model", choices=MODELS, default="sd15", help="(default: sd15)")
+    models = [*MODELS, DEMO]
+    made.add_argument("--model", choices=models, default="sd15", help="(default: sd15)")
+    made.add_argument("--built", action="store_true", help="take the bundles that are there")
     made.add_argument("--precisions", nargs="+", default=["w4a8-g64", "w8a8"], metavar="NAME")
     made.add_argument("--size", type=int, default=512, metavar="PIXELS", help="(default: 512)")
     made.add_argument("--ranks", type=int, nargs="+", default=None, help="(default: 16; 4 16 64)")
@@ -81,14 +88,16 @@ def main() -> None:
         print(table(ImageRow._fields, rows))
         figures = [row._asdict() for row in rows]
     else:
-        model = given.folder / given.model
-        if not model.exists():
-            write_pipeline(model, given.model)
+        folder = given.folder / given.model
+        if given.model != DEMO and not folder.exists():
+            write_pipeline(folder, given.model)
+        model = DEMO if given.model == DEMO else str(folder)
         found = [
             row
             for precision in given.precisions
             for row in steps(
-                model, given.folder, precision, given.ranks or [16], given.size, given.rounds
+                *(model, given.folder, precision, given.ranks or [16], given.size, given.rounds),
+                built=given.built,
             )
         ]
         print(table(Row._fields, found))
@@ -103,9 +112,13 @@ def _built(
     slots: int | None,
     loras: Sequence[str] = (),
     prompts: tuple[str, ...] | None = None,
+    built: bool = False,
 ) -> Bundle:
-    """A bundle, built anew; what it has in common with others is in FOLDER/work."""
-    out = folder / "bundles" / f"{precision}-{slots}-{len(loras)}"
+    """A bundle, built anew unless it was `built`; what it has in common with others is in
+    FOLDER/work."""
+    out = folder / "bundles" / f"{Path(model).name}-{precision}-{slots}-{len(loras)}"
+    if built and out.exists():
+        return open_bundle(out)
     shutil.rmtree(out, ignore_errors=True)
     quantization = QuantOptions(quality_prompts=(), calibration_prompts=prompts)
     options = BuildOptions(TARGET, precision, lora_slots=slots, quantization=quantization)
@@ -128,12 +141,20 @@ def random_lora(bundle: Bundle, rank: int, seed: int = 0) -> Lora:
 
 
 def steps(
-    model: Path, folder: Path, precision: str, ranks: Sequence[int], size: int, rounds: int
+    model: str,
+    folder: Path,
+    precision: str,
+    ranks: Sequence[int],
+    size: int,
+    rounds: int,
+    built: bool,
 ) -> list[Row]:
     """A step of the denoiser in each state, in turn."""
     prompts = CALIBRATION[:1]
-    plain = _built(str(model), folder, precision, None, prompts=prompts)
-    slotted = _built(str(model), folder, precision, MOST_RANK, prompts=prompts)
+    plain, slotted = (
+        _built(model, folder, precision, slots, prompts=prompts, built=built)
+        for slots in (None, MOST_RANK)
+    )
     loras = {f"rank {rank}": [Used(random_lora(slotted, rank))] for rank in ranks}
     name = plain.manifest.pipeline.wiring.denoiser.component
     filled: dict[str, dict[str, Float]] = {"empty": {}}
@@ -197,18 +218,21 @@ def images(
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
     whole = _built(DEMO, folder, "fp32", MOST_RANK)
     files = [lora] if lora else [_random_file(whole, folder, rank) for rank in ranks]
+    plain = _images(whole, requests, [])
     rows = []
     for precision in precisions:
         slotted = _built(DEMO, folder, precision, MOST_RANK)
+        without = _psnr(_images(slotted, requests, []), plain)
         for file in files:
             out = folder / f"{file.stem}.lora"
             out.unlink(missing_ok=True)
             convert(str(file), whole, out)
             used = [Used(read_lora(out))]
-            wanted, plain = _images(whole, requests, used), _images(whole, requests, [])
+            wanted = _images(whole, requests, used)
             merged = _built(DEMO, folder, precision, None, [str(file)])
             found = (plain, _images(merged, requests, []), _images(slotted, requests, used))
-            rows.append(ImageRow(precision, file.stem, *(_psnr(each, wanted) for each in found)))
+            beside = [_psnr(each, wanted) for each in found]
+            rows.append(ImageRow(precision, file.stem, without, *beside))
     return rows
 
 
