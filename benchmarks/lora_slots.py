@@ -1,7 +1,7 @@
 """LoRAs in slots: what they cost a step, and images beside LoRAs that were merged.
 
 python -m benchmarks.lora_slots --folder FOLDER [--model sd15] [--precisions w4a8-g64 ...] [--built]
-python -m benchmarks.lora_slots --folder FOLDER --images [--ranks 4 16 64] [--lora FILE]
+python -m benchmarks.lora_slots --folder FOLDER --images [--ranks 4 16 64] [--lora FILE ...]
 
 The first is of a pipeline of true size with random weights (benchmarks/random_pipeline.py writes
 FOLDER/MODEL if it isn't there; --model demo is the embedded one, for a try): a step of the denoiser
@@ -80,11 +80,12 @@ def main() -> None:
     made.add_argument("--rounds", type=int, default=9, help="of all steps in turn (default: 9)")
     made.add_argument("--images", action="store_true", help="compare images instead")
     made.add_argument("--count", type=int, default=8, help="of images (default: 8)")
-    made.add_argument("--lora", type=Path, help="instead of random ones")
+    made.add_argument("--lora", type=Path, nargs="+", help="instead of random ones")
     given = made.parse_args()
     if given.images:
         ranks = given.ranks or [4, 16, 64]
-        rows = images(given.folder, given.precisions, ranks, given.count, given.lora)
+        loras = given.lora or ranks
+        rows = images(given.folder, given.precisions, loras, given.count, given.built)
         print(table(ImageRow._fields, rows))
         figures = [row._asdict() for row in rows]
     else:
@@ -116,7 +117,8 @@ def _built(
 ) -> Bundle:
     """A bundle, built anew unless it was `built`; what it has in common with others is in
     FOLDER/work."""
-    out = folder / "bundles" / f"{Path(model).name}-{precision}-{slots}-{len(loras)}"
+    name = [Path(model).name, precision, str(slots), *(Path(lora).stem for lora in loras)]
+    out = folder / "bundles" / "-".join(name)
     if built and out.exists():
         return open_bundle(out)
     shutil.rmtree(out, ignore_errors=True)
@@ -211,17 +213,23 @@ def _timed(runner: Runner) -> float:
 
 
 def images(
-    folder: Path, precisions: Sequence[str], ranks: Sequence[int], count: int, lora: Path | None
+    folder: Path,
+    precisions: Sequence[str],
+    loras: Sequence[int | Path],
+    count: int,
+    built: bool,
 ) -> list[ImageRow]:
-    """The embedded model's images with LoRAs."""
+    """The embedded model's images with LoRAs: files, or random ones of these ranks."""
     prompts = read_prompts(demo_model() / "prompts" / "quality.txt")[:count]
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
-    whole = _built(DEMO, folder, "fp32", MOST_RANK)
-    files = [lora] if lora else [_random_file(whole, folder, rank) for rank in ranks]
+    whole = _built(DEMO, folder, "fp32", MOST_RANK, built=built)
+    files = [
+        each if isinstance(each, Path) else _random_file(whole, folder, each) for each in loras
+    ]
     plain = _images(whole, requests, [])
     rows = []
     for precision in precisions:
-        slotted = _built(DEMO, folder, precision, MOST_RANK)
+        slotted = _built(DEMO, folder, precision, MOST_RANK, built=built)
         without = _psnr(_images(slotted, requests, []), plain)
         for file in files:
             out = folder / f"{file.stem}.lora"
@@ -229,7 +237,7 @@ def images(
             convert(str(file), whole, out)
             used = [Used(read_lora(out))]
             wanted = _images(whole, requests, used)
-            merged = _built(DEMO, folder, precision, None, [str(file)])
+            merged = _built(DEMO, folder, precision, None, [str(file)], built=built)
             found = (plain, _images(merged, requests, []), _images(slotted, requests, used))
             beside = [_psnr(each, wanted) for each in found]
             rows.append(ImageRow(precision, file.stem, without, *beside))

@@ -768,7 +768,7 @@ def test_hostile_files(miniature: Bundle, tmp_path: Path) -> None:
         outcome = run_cli("lora", "convert", path, "--for", bundle)
         assert_refused(outcome)
         assert (outcome.code, outcome.out) == (InputError.exit_code, ""), what
-        assert outcome.err.split() == shown(f"edgesd: {line}").split(), what
+        assert outcome.err.split() == f"edgesd: {shown(' '.join(line.split()))}".split(), what
         assert not path.with_suffix(".lora").exists(), what
         count += 1
 
