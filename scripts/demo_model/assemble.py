@@ -11,6 +11,7 @@ the tokenizer from ``--start``; a part without checkpoint stays as it is in ``--
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,8 @@ def save_lcm_lora(work: Path, start: Path, out: Path) -> None:
     rank, alpha = train_lcm_lora.RANK, train_lcm_lora.ALPHA
     factors = factors_of(work / "lcm-lora.pt", start, train_lcm_lora.TARGETS, rank, alpha)
     save_peft(factors, alpha / rank, out)
+    hints = {"variant": "lcm", "num_inference_steps": 4, "guidance_scale": 1.0}
+    (out / "edgesd.json").write_text(json.dumps(hints) + "\n", encoding="utf-8")
     copy_from(start, out, NOTICES)
 
 

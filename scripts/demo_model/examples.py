@@ -40,6 +40,23 @@ def crude_picture() -> Image.Image:
     return shrunk(drawing)
 
 
+def face() -> Image.Image:
+    """A yellow face that smiles."""
+    drawing, pen = canvas("white")
+    pen.ellipse(scaled(8, 8, 120, 120), fill="#ffb02e")
+    for left in (36, 74):
+        pen.ellipse(scaled(left, 42, left + 18, 66), fill="#402a32")
+    pen.arc(scaled(36, 50, 92, 100), 25, 155, fill="#402a32", width=6 * FINER)
+    return shrunk(drawing)
+
+
+def eyes() -> Image.Image:
+    """The mask of the face's eyes and brows."""
+    drawing, pen = canvas("black")
+    pen.rectangle(scaled(4, 24, 124, 76), fill="white")
+    return shrunk(drawing)
+
+
 def sketch() -> Image.Image:
     """White outline of a round fruit with a stalk and a leaf, on black."""
     drawing, pen = canvas("black")
@@ -59,6 +76,8 @@ def main() -> None:
     models = parser.parse_args().models
     for path, drawn in {
         models / "emoji" / "example" / "image.png": crude_picture(),
+        models / "emoji-inpaint" / "example" / "image.png": face(),
+        models / "emoji-inpaint" / "example" / "mask.png": eyes(),
         models / "emoji-sketch" / "example" / "sketch.png": sketch(),
     }.items():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,18 +6,13 @@ A picture shows the right object when the nearest picture of the whole flat set 
 at 32x32, all colours of all objects) is of that object, and the right colour when its main hue is
 nearer to the colour word asked for than to any other. The autoencoder's own loss is told apart by
 its PSNR on the pictures of each kind.
-
-With ``--style`` the pictures that it compares with are filtered as that style's were, colours don't
-count, and it says how many drawn pictures have the style: how colourful and how blue they are is
-nearer to the filtered pictures' means than to the plain ones', each in units of its deviation. The
-same is said of the set's own pictures, filtered and plain.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +26,9 @@ from .colour import HUES, hue_distance, main_hue
 from .contact_sheet import tile
 from .dataset import Emoji, Kind
 from .sampling import add_drawing_options, draw, open_pipeline, settings_of
-from .styles import STYLES
 from .vocabulary import TINTED
 
 FEATURE_SIZE = 32
-INKED = 230  # a pixel of which no channel is less is white
 
 
 @dataclass(frozen=True)
@@ -96,35 +89,6 @@ def judge(
     return verdicts
 
 
-def style_measures(pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """How colourful what is not white is, 0 to 1, and which part of that is blue rather
-    than red, -1 to 1: [N, 2] of pictures [N, S, S, 3]."""
-    signed = pictures.astype(np.int16)
-    inked = signed.min(axis=3) < INKED
-    spread = (signed.max(axis=3) - signed.min(axis=3)) * inked
-    blue = (signed[..., 2] - signed[..., 0]) * inked
-    colours = spread.sum(axis=(1, 2))
-    colourful = colours / (255.0 * inked.sum(axis=(1, 2)).clip(1))
-    return np.stack([colourful, blue.sum(axis=(1, 2)) / colours.clip(1)], axis=1)
-
-
-def styled(
-    drawn: npt.NDArray[np.uint8],
-    plain: npt.NDArray[np.uint8],
-    filtered: npt.NDArray[np.uint8],
-) -> int:
-    """How many of the drawn pictures are nearer to the filtered than to the plain ones.
-
-    All [N, S, S, 3].
-    """
-    rows = style_measures(drawn)
-    distances = []
-    for known in (style_measures(plain), style_measures(filtered)):
-        scaled = (rows - known.mean(axis=0)) / (known.std(axis=0) + 0.1)
-        distances.append((scaled**2).sum(axis=1))
-    return int((distances[1] < distances[0]).sum())
-
-
 def names_of(emoji: Sequence[Emoji], kind: Kind, limit: int) -> list[str]:
     """Up to ``limit`` different names of a kind, evenly spread over the set."""
     names = list(dict.fromkeys(entry.name for entry in emoji if entry.kind == kind))
@@ -157,16 +121,9 @@ def main() -> None:
     parser.add_argument("--kinds", default="held,shown,core,tint,rest")
     parser.add_argument("--limit", type=int, default=64, help="prompts of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--style", choices=STYLES, help="that the pictures should have")
     parser.add_argument("--sheets", type=Path, help="folder for a sheet of each kind")
     arguments = parser.parse_args()
     pictures, emoji = dataset.load(arguments.data, style="flat")
-    plain = pictures
-    if arguments.style:
-        channels_first = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-        pictures = STYLES[arguments.style](channels_first).permute(0, 2, 3, 1).numpy()
-        own = [styled(each, plain, pictures) for each in (pictures, plain)]
-        print(f"the set's: {own[0]} of {len(plain)} filtered, {own[1]} of the plain in the style")
     known = features(pictures)
     names = [entry.name for entry in emoji]
     pipeline = open_pipeline(arguments.pipeline, arguments.adapter, arguments.lcm)
@@ -175,10 +132,6 @@ def main() -> None:
         prompts = names_of(emoji, kind, arguments.limit)
         drawn = draw(pipeline, prompts, seed=arguments.seed, **settings)
         verdicts = judge(prompts, drawn, known, names)
-        if arguments.style:
-            verdicts = [replace(verdict, colour_right=True) for verdict in verdicts]
-            count = styled(np.stack([np.asarray(each) for each in drawn]), plain, pictures)
-            print(f"{kind}: {count} of {len(drawn)} in the style")
         right = sum(verdict.right for verdict in verdicts)
         chosen = [index for index, entry in enumerate(emoji) if entry.kind == kind]
         decibels = reconstruction_psnr(pipeline, pictures[chosen[: arguments.limit]])

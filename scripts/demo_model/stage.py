@@ -59,6 +59,7 @@ class Stage:
         average: Net,
         loss_of: Callable[[random.Random], Tensor],
         average_decay: float = AVERAGE_DECAY,
+        warmup: int = 200,
     ) -> None:
         """Train ``net`` as the options say; the checkpoint is ``work/NAME.pt``."""
         fit(
@@ -70,6 +71,7 @@ class Stage:
             batch=self.batch,
             lr=self.options.lr,
             average_decay=average_decay,
+            warmup=warmup,
         )
 
 

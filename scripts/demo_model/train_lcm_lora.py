@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import stage
 from .train_lcm import EMPTY_CAPTION_SHARE, TARGET_DECAY, Solver, distillation_loss
-from .train_lora import ATTENTION, CONVOLUTIONS, adapted
+from .train_lora import ATTENTION, CONVOLUTIONS, WARMUP, adapted
 from .training import Options, averaged, stage_parser
 
 RANK = 32
@@ -42,11 +42,11 @@ def train(options: Options) -> None:
             student, target, teacher, solver, latents[chosen], hidden, empty, GUIDANCE_SCALE
         )
 
-    begun.fit("lcm-lora", student, target, loss_of, TARGET_DECAY)
+    begun.fit("lcm-lora", student, target, loss_of, TARGET_DECAY, WARMUP)
 
 
 def main() -> None:
-    train(Options(**vars(stage_parser(__doc__, lr=1e-3, cpu_minutes=8).parse_args())))
+    train(Options(**vars(stage_parser(__doc__, lr=1e-3, cpu_minutes=3).parse_args())))
 
 
 if __name__ == "__main__":

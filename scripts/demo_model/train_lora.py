@@ -21,6 +21,7 @@ from .training import Options, averaged, stage_parser
 
 RANK = 8
 ALPHA = 4
+WARMUP = 50  # steps, of a few hundred
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "proj_in", "proj_out"]
 # What each style adapts: lines are finer than the levels that attend, colours are not.
@@ -51,11 +52,11 @@ def train(options: Options, style: str) -> None:
         hidden = text(begun.ids(captions))[0]
         return diffusion_loss(predict, begun.alphas, latents[chosen], hidden)
 
-    begun.fit(style, net, averaged(net), loss_of)
+    begun.fit(style, net, averaged(net), loss_of, warmup=WARMUP)
 
 
 def main() -> None:
-    parser = stage_parser(__doc__, lr=2e-3, cpu_minutes=4)
+    parser = stage_parser(__doc__, lr=2e-3, cpu_minutes=1.5)
     parser.add_argument("style", choices=STYLES)
     given = vars(parser.parse_args())
     style = given.pop("style")

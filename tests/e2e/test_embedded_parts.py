@@ -1,4 +1,4 @@
-"""What models/ has beside whole pipelines: a ControlNet, and LoRAs, for the embedded pipeline."""
+"""What models/ has beside pipelines of prompts: a model for inpainting, a ControlNet, LoRAs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from edgesd.export.pipeline import export_spec
+from edgesd.export.source import resolve_source
 from edgesd.recipes import demo_model
 from edgesd.recipes.sources import open_model
 from edgesd.runtime.pictures import read_picture
@@ -20,7 +21,9 @@ from tests.tiny_pipelines import diffusers_images, on_torch
 
 MODELS = demo_model().parent
 SKETCH = MODELS / "emoji-sketch"
-WEIGHTS = {"emoji-sketch": "diffusion_pytorch_model.safetensors"}
+ADAPTER = "pytorch_lora_weights.safetensors"
+LORAS = ("emoji-line-art", "emoji-duotone", "emoji-lcm-lora")
+WEIGHTS = {"emoji-sketch": "diffusion_pytorch_model.safetensors", **dict.fromkeys(LORAS, ADAPTER)}
 PROMPTS, SEEDS = ("a peach", "a red balloon"), (3, 4)
 MOST_BYTES = 8e6
 
@@ -49,6 +52,45 @@ def differences(ours: list[Any], theirs: list[Any]) -> list[int]:
     """Largest difference of each image's pixels."""
     pairs = zip(ours, theirs, strict=True)
     return [int(np.abs(np.int32(one) - np.int32(other)).max()) for one, other in pairs]
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_images_with_a_lora_are_those_of_diffusers(name: str, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DiffusionPipeline.from_pretrained(demo_model())
+    theirs.set_progress_bar_config(disable=True)
+    file = MODELS / name / ADAPTER
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0}
+    plain = diffusers_images(theirs, PROMPTS, SEEDS, **options)
+    theirs.load_lora_weights(file.parent)
+    theirs.fuse_lora(components=["unet"])
+    wanted = diffusers_images(theirs, PROMPTS, SEEDS, **options)
+    assert min(differences(plain, wanted)) > 50
+    source = open_model("demo", variant="base", loras=[str(file)])
+    with on_torch(source, export_spec(source), tmp_path / "bundle") as ours:
+        requests = [
+            Request(prompt, seed, num_inference_steps=4, guidance_scale=3.0)
+            for prompt, seed in zip(PROMPTS, SEEDS, strict=True)
+        ]
+        assert max(differences([*ours.generate(requests)], wanted)) <= 1
+
+
+def test_the_lora_of_few_steps_says_so() -> None:
+    file = MODELS / "emoji-lcm-lora" / ADAPTER
+    spec = export_spec(open_model("demo", loras=[str(file)])).pipeline
+    assert spec.scheduler.name == "lcm"
+    assert (spec.num_inference_steps, spec.guidance_scale) == (4, 1.0)
+
+
+def test_the_model_for_inpainting_is_the_embedded_one_with_more_inputs() -> None:
+    folder = demo_model("emoji-inpaint")
+    source = resolve_source(str(folder))
+    assert source.sha256() in (folder / "README.md").read_text()
+    assert [*export_spec(source).pipeline.wiring.tasks] == ["inpaint"]
+    for name in ("text_encoder/model", "vae/diffusion_pytorch_model"):
+        file = f"{name}.safetensors"
+        assert (folder / file).read_bytes() == (demo_model() / file).read_bytes()
+    assert (folder / "unet" / WEIGHTS["emoji-sketch"]).stat().st_size < 8.6e6
 
 
 def test_sketched_images_are_those_of_diffusers(pipe: Any, tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from scripts.demo_model import (
     train_lcm_lora,
     train_lora,
 )
-from scripts.demo_model.judge import styled
+from scripts.demo_model.contact_sheet import tile
+from scripts.demo_model.judge_style import styled, tiles
 from scripts.demo_model.moved import moved, variants
 from scripts.demo_model.sampling import BATCH, draw
 from scripts.demo_model.train_unet import diffusion_loss
@@ -271,3 +272,10 @@ def test_each_prompt_is_drawn_with_its_row_and_its_seed() -> None:
     count = BATCH + 2
     drawn = draw(pipeline, [str(i) for i in range(count)], {"image": torch.arange(count)}, seed=5)
     assert drawn == [(str(i), 5 + i, i) for i in range(count)]
+
+
+def test_a_contact_sheet_is_taken_apart() -> None:
+    torch.manual_seed(0)
+    pictures = judge_sketch.as_images(torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8))
+    taken = tiles(tile(pictures))
+    assert [each.tobytes() for each in taken] == [each.tobytes() for each in pictures]
