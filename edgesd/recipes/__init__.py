@@ -19,7 +19,7 @@ from edgesd.engines.bundle import pack_bundle
 from edgesd.errors import BundleError, EdgesdError, UsageError
 from edgesd.files import atomic_dir, check_new, check_writable, named_path, private_folder
 from edgesd.progress import SILENT, Progress
-from edgesd.recipes.demo import demo_judge, demo_model, demo_sha256, demo_target
+from edgesd.recipes.demo import demo_judge, demo_model, demo_target
 from edgesd.recipes.job import Job
 from edgesd.recipes.like import Like
 from edgesd.recipes.notes import AllInFp32, KeptInFp32, Note, PlansPending
@@ -53,7 +53,6 @@ __all__ = [
     "default_output",
     "demo_judge",
     "demo_model",
-    "demo_sha256",
     "demo_target",
 ]
 
