@@ -202,7 +202,7 @@ def measure(
 
         def generate(name: str, seed: int) -> Run:
             pipeline.timings = Timings()
-            pipeline.forget_prompts()
+            pipeline.forget()
             start = time.monotonic()
             image = pipeline.generate(
                 [replace(request, seed=seed)],

@@ -562,8 +562,7 @@ class _Calibrating:
 
     def _encode_images(self, stage: Stage, images: Float) -> None:
         """Encode what was made, as no other images are there, and what masks leave of it."""
-        encoder = self.export.pipeline.wiring.encoder
-        assert encoder is not None
+        encoder = self.export.pipeline.wiring.image_encoder
         images, (height, width) = images.clip(-1, 1), images.shape[2:]
         masks = [example_mask(index, height, width)[0] for index in range(len(images))]
         rest = [image * (mask < 0.5) for image, mask in zip(images, masks, strict=True)]
@@ -574,8 +573,7 @@ class _Calibrating:
         """Latents [1, C, h, w] of mid grey, which is put in place of what is painted."""
         path = self.folder / "grey.npy"
         if not path.exists():
-            encoder, settings = self.export.pipeline.wiring.encoder, self.settings
-            assert encoder is not None
+            encoder, settings = self.export.pipeline.wiring.image_encoder, self.settings
             image = np.zeros((1, 3, settings.height, settings.width), np.float32)
             with self._source_runner(encoder.component) as runner:
                 made = run_once(runner, {encoder.input: image})

@@ -283,9 +283,8 @@ def _moments(spec: PipelineSpec, image: Float) -> tuple[Float, Float]:
 
 def _encode_theirs(spec: PipelineSpec, image: torch.Tensor) -> SimpleNamespace:
     """The same as diffusers' autoencoders give them."""
-    assert spec.wiring.encoder is not None
     mean, spread = (torch.from_numpy(values) for values in _moments(spec, image.numpy()))
-    if len(spec.wiring.encoder.outputs) == 1:
+    if len(spec.wiring.image_encoder.outputs) == 1:
         return SimpleNamespace(latents=mean)
     parameters = torch.cat([mean, 2 * spread.log()], dim=1)
     return SimpleNamespace(latent_dist=DiagonalGaussianDistribution(parameters))
@@ -293,10 +292,9 @@ def _encode_theirs(spec: PipelineSpec, image: torch.Tensor) -> SimpleNamespace:
 
 def _encode_ours(spec: PipelineSpec, image: Float) -> tuple[Float, ...]:
     """The same as an encoder's graph gives them."""
-    assert spec.wiring.encoder is not None
     (mean, spread), (scale, shift) = _moments(spec, image), _scaling(spec.latent)
     found = (mean - shift) * scale, spread * scale
-    return found[: len(spec.wiring.encoder.outputs)]
+    return found[: len(spec.wiring.image_encoder.outputs)]
 
 
 def _check_image(

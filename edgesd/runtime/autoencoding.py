@@ -3,6 +3,7 @@ memory is short."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +22,9 @@ from edgesd.runtime.tiles import (
 )
 from edgesd.spec.bundle import ComponentPart, SplitComponent
 from edgesd.spec.pipeline import EncoderSpec
+
+_Known = dict[tuple[tuple[int, ...], bytes], tuple[Float, ...]]
+"""Shape and hash of an image -> what it was encoded to."""
 
 
 def decoded(loaded: Loaded, latents: Float) -> Float:
@@ -48,8 +52,7 @@ def encoded(loaded: Loaded, image: Float) -> tuple[Float, ...]:
     """An image [1, 3, H, W] of -1 to 1 -> what the encoder makes of it, mean and deviation of its
     latents or the latents alone, each [1, C, h, w]; in tiles as in `decoded`."""
     spec = loaded.bundle.manifest.pipeline
-    encoder, latent = spec.wiring.encoder, spec.latent
-    assert encoder is not None
+    encoder, latent = spec.wiring.image_encoder, spec.latent
     split = _split(loaded, encoder.component)
     if split is not None:
         return _encoded_in_parts(loaded, encoder, split, image[0])
@@ -65,6 +68,31 @@ def encoded(loaded: Loaded, image: Float) -> tuple[Float, ...]:
         in_tiles(encode, image[0], latents, (height, width), TILE, margins)
         return (latents[None],)
     return _encoded_whole(loaded, encoder, image)
+
+
+class Encoded:
+    """Encodes images, each once: what the batch before began with is known, until `forget`. What
+    they were encoded to is small beside what encoding takes."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        self._before: _Known = {}
+        self._known: _Known = {}
+
+    def next_batch(self) -> None:
+        """Keep what was asked for since the last time, and forget all else."""
+        self._before, self._known = self._known, {}
+
+    def forget(self) -> None:
+        """Encode every image anew from now on."""
+        self._before, self._known = {}, {}
+
+    def __call__(self, image: Float) -> tuple[Float, ...]:
+        """As `encoded`."""
+        key = image.shape, hashlib.sha256(image.data).digest()
+        if key not in self._known:
+            self._known[key] = self._before.get(key) or encoded(self._loaded, image)
+        return self._known[key]
 
 
 def _split(loaded: Loaded, component: str) -> SplitComponent | None:

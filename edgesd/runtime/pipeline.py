@@ -6,14 +6,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgesd.errors import UsageError
 from edgesd.runtime.arrays import Float
-from edgesd.runtime.autoencoding import decoded, encoded
+from edgesd.runtime.autoencoding import Encoded, decoded
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.bundle import Bundle
 from edgesd.runtime.chunks import fixed_chunks
@@ -28,7 +27,13 @@ from edgesd.runtime.lora import Used, filling
 from edgesd.runtime.memory import MemoryMode, peak_bytes
 from edgesd.runtime.networks import check_networks
 from edgesd.runtime.noise import BatchNoise
-from edgesd.runtime.requests import CompleteRequest, Completion, Request, scheduler_of
+from edgesd.runtime.requests import (
+    CompleteRequest,
+    Completion,
+    Request,
+    of_pictures,
+    scheduler_of,
+)
 from edgesd.runtime.settings import Settings
 from edgesd.runtime.signature import check_trusted
 from edgesd.runtime.tasks import TASKS
@@ -82,6 +87,7 @@ class Pipeline(Closeable):
         self._prompts = Prompts(texts, tokenizers, fixed_chunks(self.spec))
         self._completion = Completion(self.spec)
         self._loaded = Loaded(bundle, self.settings, open_runner)
+        self._encoded = Encoded(self._loaded)
         self.truncations, self.fallbacks = self._prompts.truncations, self._loaded.fallbacks
         self._turns = Turns(str(bundle.path))
         self.loras: tuple[Used, ...] = ()
@@ -149,7 +155,7 @@ class Pipeline(Closeable):
                 return []
             began = time.perf_counter()
             images = self._images(self._denoised(complete, on_step, previews, begun))
-            images = list(map(_pasted, images, complete))
+            images = _pasted(images, complete)
             self._count(began)
             return images
 
@@ -202,8 +208,8 @@ class Pipeline(Closeable):
         conditioned = self._conditioned(requests)
         noise = BatchNoise([request.seed for request in requests])
         scheduler = scheduler_of(self.spec, first)
-        encode = partial(encoded, self._loaded)
-        begin = Beginning(self.spec, requests, scheduler, noise, begun, encode)
+        self._encoded.next_batch()
+        begin = Beginning(self.spec, requests, scheduler, noise, begun, self._encoded)
         start = TASKS[first.task or wiring.tasks[0]].prepare(begin)
         if self.flow.encoder is not None:
             self._loaded.release(self.flow.encoder.component)
@@ -272,17 +278,17 @@ class Pipeline(Closeable):
 
     def replace(self, component: str, runner: Runner) -> None:
         """Generate with another runner for one component from now on; the one before is freed.
-        Raises UsageError, as `restore` and `forget_prompts` do, within on_step and once it is
+        Raises UsageError, as `restore` and `forget` do, within on_step and once it is
         closed."""
         with self._turns.turn():
             self._loaded.replace(component, runner)
-            self._prompts.forget()
+            self._forget()
 
     def restore(self, component: str) -> None:
         """Generate with the bundle's own engine again; it is loaded when first needed."""
         with self._turns.turn():
             self._loaded.restore(component)
-            self._prompts.forget()
+            self._forget()
 
     def use_loras(self, loras: Sequence[Used]) -> None:
         """Generate with these from now on, instead of those before; () for none. No network is
@@ -298,10 +304,14 @@ class Pipeline(Closeable):
             if changed & {text.component for text in self.spec.wiring.texts}:
                 self._prompts.forget()
 
-    def forget_prompts(self) -> None:
-        """Encode every prompt anew from now on, as for an image on its own."""
+    def forget(self) -> None:
+        """Encode every prompt and image anew from now on, as for an image on its own."""
         with self._turns.turn():
-            self._prompts.forget()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._prompts.forget()
+        self._encoded.forget()
 
     def unload(self) -> None:
         """Free all networks, until they are needed again. Raises UsageError within on_step, and
@@ -362,8 +372,10 @@ class Pipeline(Closeable):
         self._loaded.timings = timings
 
 
-def _pasted(image: Image.Image, request: CompleteRequest) -> Image.Image:
-    """What the request's mask covers of `image`, in the image it begins with, if it asks for
-    that."""
-    painted = request.painting() if request.pasted else None
-    return image if painted is None else painted.overlaid(image)
+def _pasted(images: list[Image.Image], requests: Sequence[CompleteRequest]) -> list[Image.Image]:
+    """What masks cover of `images`, in those that they begin with, where that is asked for."""
+    if not requests[0].pasted:
+        return images
+    painted = of_pictures(requests, CompleteRequest.painting)
+    pairs = zip(images, painted, strict=True)
+    return [image if one is None else one.overlaid(image) for image, one in pairs]

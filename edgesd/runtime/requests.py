@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -238,8 +239,9 @@ class Completion:
 
     def __init__(self, spec: PipelineSpec) -> None:
         self._spec = spec
-        self._checked: dict[tuple[object, ...], int] = {}
-        """Schedules that can be computed, each of which is tried once -> their steps."""
+        self._checked: dict[tuple[CompleteRequest, ImageTask | None], int] = {}
+        """What images of a batch share, without pictures -> the steps of their schedule, which is
+        tried once."""
         self._painted: set[tuple[object, ...]] = set()
         """Images, masks (by their hashes) and their settings that fit each other, likewise."""
 
@@ -322,16 +324,13 @@ class Completion:
 
     def _steps(self, found: CompleteRequest) -> int:
         """The steps of a request's schedule. Raises as `scheduler_of`."""
-        size = found.height, found.width
-        steps = found.num_inference_steps
-        given = found.sigmas, found.timesteps, found.eta, found.strength, found.task
-        schedule = found.scheduler, steps, *given, *size
-        if schedule not in self._checked:
+        shared = replace(found.shared, controls=()), found.task
+        if shared not in self._checked:
             scheduler = scheduler_of(self._spec, found)
             if found.strength is not None:
                 first_of_picture(scheduler, found.strength)  # refuses what leaves no step
-            self._checked[schedule] = scheduler.num_inference_steps
-        return self._checked[schedule]
+            self._checked[shared] = scheduler.num_inference_steps
+        return self._checked[shared]
 
     def _task(self, request: Request) -> Task:
         """What is asked for. Raises UsageError where the pipeline hasn't got it, or what it needs
@@ -489,6 +488,18 @@ def image_task(request: Request | CompleteRequest) -> ImageTask | None:
     if request.image is None:
         return None
     return "image" if request.mask is None else "inpaint"
+
+
+def of_pictures(
+    requests: Sequence[CompleteRequest], read: Callable[[CompleteRequest], _T]
+) -> list[_T]:
+    """What is read of each request's image and mask: once for those that have the same."""
+    known: dict[object, _T] = {}
+    for request in requests:
+        pictures = request.image, request.mask
+        if pictures not in known:
+            known[pictures] = read(request)
+    return [known[request.image, request.mask] for request in requests]
 
 
 def painted_whole(spec: PipelineSpec, request: Request) -> Request:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from edgesd.errors import UsageError
+from edgesd.errors import BundleError, UsageError
 from edgesd.spec.base import (
     DTYPE,
     MOST_CONFIG,
@@ -326,6 +326,13 @@ class Wiring(Spec, frozen=True):
         """The components that are halves of the autoencoder."""
         encoders = () if self.encoder is None else (self.encoder.component,)
         return *encoders, self.decoder.component
+
+    @property
+    def image_encoder(self) -> EncoderSpec:
+        """What encodes images, where a task begins with one. Raises BundleError without."""
+        if self.encoder is None:
+            raise BundleError("nothing encodes images in this pipeline: build it with --task image")
+        return self.encoder
 
     def input_of(self, component: str, fill: Fill) -> str | None:
         """Name of the input of a component that is filled so, or None."""

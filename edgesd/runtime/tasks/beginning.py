@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgesd.errors import BundleError
 from edgesd.runtime.arrays import Float
 from edgesd.runtime.pictures import image_array
-from edgesd.runtime.requests import CompleteRequest
+from edgesd.runtime.requests import CompleteRequest, of_pictures
 from edgesd.runtime.schedulers import Scheduler
 from edgesd.runtime.schedulers.base import Noise
 from edgesd.spec.pipeline import PipelineSpec
@@ -19,12 +20,16 @@ Encode = Callable[[Float], Sequence[Float]]
 [1, C, h, w]."""
 
 
+def _no_encoder(image: Float) -> Sequence[Float]:
+    raise BundleError("nothing encodes the image that this begins with: build with --task image")
+
+
 @dataclass(frozen=True)
 class Beginning:
     """Requests that are generated in one batch, and what they are generated with.
 
     scheduler: laid out for the requests. begun: latents [B, C, h, w] that another pipeline began.
-    encode: the encoder; for tasks that begin with an image.
+    encode: for tasks that begin with an image.
     """
 
     spec: PipelineSpec
@@ -32,7 +37,7 @@ class Beginning:
     scheduler: Scheduler
     noise: Noise
     begun: Float | None = None
-    encode: Encode | None = None
+    encode: Encode = _no_encoder
 
     @property
     def size(self) -> tuple[int, int]:
@@ -48,13 +53,22 @@ class Beginning:
 
     def images(self) -> list[Float]:
         """The images that the requests begin with, [1, 3, H, W] of -1 to 1 each."""
-        given = [(each.image, each.width, each.height) for each in self.requests]
-        return [image_array(one.decoded(), *size) for one, *size in given if one is not None]
+
+        def read(request: CompleteRequest) -> Float | None:
+            if request.image is None:
+                return None
+            return image_array(request.image.decoded(), request.width, request.height)
+
+        return [one for one in of_pictures(self.requests, read) if one is not None]
 
     def paintings(self) -> list[tuple[Float, Float]]:
         """The same with their masks, [1, 1, H, W] of 0 (kept) and 1 (painted)."""
-        found = (request.painting() for request in self.requests)
-        return [painted.arrays() for painted in found if painted is not None]
+
+        def read(request: CompleteRequest) -> tuple[Float, Float] | None:
+            painted = request.painting()
+            return None if painted is None else painted.arrays()
+
+        return [one for one in of_pictures(self.requests, read) if one is not None]
 
     def drawn(self) -> Float:
         """Standard normal noise of the latents' shape [B, C, h, w]."""
@@ -63,7 +77,6 @@ class Beginning:
     def encoded(self, images: Sequence[Float]) -> Float:
         """Latents [B, C, h, w] of images [1, 3, H, W]: drawn by their mean and deviation, where the
         encoder gives these."""
-        assert self.encode is not None
         found = [self.encode(image) for image in images]
         mean, *spread = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return mean + spread[0] * self.drawn() if spread else mean

@@ -37,9 +37,8 @@ def prepare(begin: Beginning) -> Start:
     start = noise * np.float32(scheduler.init_noise_sigma)
     if latents is not None and strength < 1:
         start = scheduler.add_noise(latents, noise, first)
-    if made_for_it:
+    if made_for_it or latents is None:
         return Start(start, first, {"mask": mask, "masked": masked})
-    assert latents is not None
     return Start(start, first, after_step=_kept(scheduler, latents, noise, mask))
 
 

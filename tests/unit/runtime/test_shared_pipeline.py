@@ -137,7 +137,7 @@ USES: dict[str, Callable[[Pipeline], object]] = {
     "open_runner": lambda p: p.open_runner("unet"),
     "replace": lambda p: p.replace("unet", FakeRunner(p.spec.components["unet"], dict)),
     "restore": lambda p: p.restore("unet"),
-    "forget_prompts": lambda p: p.forget_prompts(),
+    "forget": lambda p: p.forget(),
     "with": lambda p: p.__enter__(),
 }
 
@@ -165,7 +165,7 @@ def test_previews_within_a_step_change_no_image(memory: MemoryMode, miniature: B
     assert previews[-1][0].tobytes() == image.tobytes()
 
 
-@pytest.mark.parametrize("use", ["generate", "replace", "restore", "forget_prompts", "close"])
+@pytest.mark.parametrize("use", ["generate", "replace", "restore", "forget", "close"])
 def test_networks_that_generate_are_left_alone(
     use: str, pipeline: Pipeline, miniature: Bundle
 ) -> None:
