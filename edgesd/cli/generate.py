@@ -407,13 +407,16 @@ def _remarks(requests: Sequence[Request]) -> list[str]:
 
 def _picture_notes(pipeline: Pipeline | Refined, request: Request) -> Iterator[str]:
     """What the user should know of how images are read."""
-    from edgesd.runtime.pictures import stretched
+    from edgesd.runtime.pictures import shrunk, stretched
 
     complete = pipeline.complete(request)
     for picture in (complete.image, complete.mask):
         yield from picture.notes if picture else ()
     if complete.image and complete.mask_padding is None:
-        told = stretched(complete.image, complete.width, complete.height)
+        drawn = complete.width, complete.height
+        unasked = request.width is request.height is None
+        free = unasked and pipeline.bundle.manifest.pipeline.shape.dynamic
+        told = stretched(complete.image, *drawn) or (free and shrunk(complete.image, *drawn))
         yield from (told,) if told else ()
     painted = complete.painting()
     yield from painted.notes if painted else ()

@@ -148,7 +148,7 @@ picture_options = OptionGroup(
             type=click.Path(path_type=Path),
             metavar="FILE",
             help="Begin with this image (bundles of build --task image); without --size the new "
-            "one has its size, rounded down.",
+            "one has its size, rounded down; of a larger one than the bundle's own, its shape.",
         ),
         click.option(
             "--mask",

@@ -35,7 +35,7 @@ class Batch:
     """Images that are generated at a time. height, width: in pixels. guided: with guidance, which
     doubles the denoiser's batch. previews: whether unfinished images are decoded. chunks: of
     tokens, that a prompt has. encodes: whether they begin with an image. sides: side components
-    that run."""
+    that run. picture_bytes: while the user's pictures are read, and images are laid over them."""
 
     height: int
     width: int
@@ -45,6 +45,7 @@ class Batch:
     chunks: int = 1
     encodes: bool = False
     sides: frozenset[str] = frozenset()
+    picture_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ class Fitting:
             batch.chunks,
             batch.encodes,
             batch.sides,
+            batch.picture_bytes,
         )
 
     @property
@@ -235,6 +237,8 @@ class Fitting:
             yield "a shorter prompt"
         if batch.previews and self.choose(replace(batch, previews=False)):
             yield "no --preview"
+        if batch.picture_bytes and self.choose(replace(batch, picture_bytes=0)):
+            yield "smaller pictures"
         last = self.modes[-1]
         if self.memory in self.modes[:-1] and replace(self, memory=last).choose(batch):
             yield f"--memory {last}"

@@ -38,6 +38,9 @@ _PROMPTER_BYTES = 80 << 20
 _COPIES = 5
 """Of an image's values in fp32, from the decoder's output to bytes, or to the encoder's input."""
 
+_PICTURES = "pictures"
+"""What stands among components for the reading of pictures."""
+
 _AUTOENCODERS = ("encoder", "decoder")
 """Roles of stages that can be run in parts or tiles."""
 
@@ -54,7 +57,7 @@ class Generation:
     of a latent; count: images; batch: of the denoiser; text_values: of one prompt's embedding;
     previews: whether unfinished images are decoded, while the denoiser is loaded; chunks: of
     tokens, that a prompt has; encodes: whether images are encoded first; sides: side components
-    that run."""
+    that run; picture_bytes: while pictures are read, and images are laid over them."""
 
     height: int
     width: int
@@ -66,6 +69,7 @@ class Generation:
     chunks: int = 1
     encodes: bool = False
     sides: frozenset[str] = frozenset()
+    picture_bytes: int = 0
 
     @property
     def image_bytes(self) -> int:
@@ -233,6 +237,9 @@ class Costs:
             }
             for group in self._groups(generation)
         ]
+        if generation.picture_bytes:  # beside networks only where these stay loaded
+            taken = generation.picture_bytes
+            groups.insert(0, {_PICTURES: Part(taken, workspace=taken)})
         return together(groups, self.process + generation.kept_bytes, mode, generation.previews)
 
     def loaded(self, components: Iterable[str], streamed: bool) -> int:

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import io
 import logging
+import math
 import os
 import stat
 import sys
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -38,6 +39,10 @@ MOST_BYTES = 64 << 20
 MOST_PIXELS = 25_000_000
 """That are decoded: 100 MB, twice while a picture is turned or flattened."""
 
+_PIXEL_BYTES, _ALPHA_BYTES = 12, 4
+"""What a pixel takes at most while a file is decoded, turned, flattened or made a mask, and more of
+it where it isn't opaque (measured: 5 to 16; of WebP, the most of all formats, up to 26)."""
+
 MOST_SIDE = 1 << 15
 
 _MOST_JPEG_PIXELS = 160_000_000
@@ -45,6 +50,9 @@ _MOST_JPEG_PIXELS = 160_000_000
 
 _MOST_JPEG_SCANS = 200
 """Each of them goes over all pixels, and takes few bytes."""
+
+_BAND = 256
+"""Rows that are laid over a picture at a time."""
 
 MOST_BLUR = 256
 MOST_PADDING = 1 << 14
@@ -80,7 +88,7 @@ _UNREAD = (
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
 _WITH_ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
 
-_UNSEEN_STRETCH = 1.05
+_UNSEEN_STRETCH, _UNSEEN_SHRINK = 1.05, 0.8
 
 _COLOURED = 24
 """How much the channels of a pixel differ where it isn't a grey that a lossy format changed."""
@@ -91,7 +99,8 @@ class Picture:
     """A picture file that was read and can be decoded. Two of the same bytes are equal.
 
     sha256: of the file, hexadecimal. width, height: pixels, upright. transparent: somewhere, at
-    least in part. notes: lines for the user.
+    least in part. notes: lines for the user. reading_bytes: what reading it anew takes in memory,
+    at most, beside `raw`.
     """
 
     name: str = field(compare=False)
@@ -100,6 +109,7 @@ class Picture:
     height: int
     transparent: bool
     notes: tuple[str, ...] = field(compare=False)
+    reading_bytes: int = field(compare=False)
     raw: bytes = field(compare=False, repr=False)
 
     @property
@@ -109,7 +119,7 @@ class Picture:
 
     def decoded(self) -> Image.Image:
         """The pixels, RGB and upright; what is transparent lies on white."""
-        return _flat(_decode(self.name, self.raw)[0], "white")
+        return _flat(_decode(self.name, self.raw).image, "white")
 
     def mask(self) -> Image.Image:
         """The pixels as a mask (mode L): what is white is painted.
@@ -119,7 +129,7 @@ class Picture:
         """
         from PIL import Image, ImageOps
 
-        image, _ = _decode(self.name, self.raw)
+        image = _decode(self.name, self.raw).image
         if image.mode != "RGBA":
             return image.convert("L")
         alpha = image.getchannel("A")
@@ -134,7 +144,7 @@ class Picture:
         """
         from PIL import ImageOps
 
-        image, _ = _decode(self.name, self.raw)
+        image = _decode(self.name, self.raw).image
         if image.mode != "RGBA":
             raise InputError(
                 f"{self.name} isn't transparent anywhere, so that it can't be its own mask"
@@ -159,7 +169,7 @@ def read_picture(source: Path | BinaryIO | bytes, name: str | None = None) -> Pi
         )
     if not raw:
         raise InputError(f"{name} is empty: expected a picture, {_FORMAT_NAMES}")
-    image, notes = _decode(name, raw)
+    image, notes, pixel_bytes = _decode(name, raw)
     return Picture(
         name=name,
         sha256=hashlib.sha256(raw).hexdigest(),
@@ -167,6 +177,7 @@ def read_picture(source: Path | BinaryIO | bytes, name: str | None = None) -> Pi
         height=image.height,
         transparent=image.mode == "RGBA",
         notes=tuple(notes),
+        reading_bytes=pixel_bytes * image.width * image.height,
         raw=raw,
     )
 
@@ -201,16 +212,27 @@ def _bounded(file: BinaryIO) -> bytes:
 # --- decoding -------------------------------------------------------------------------------------
 
 
-def _decode(name: str, raw: bytes) -> tuple[Image.Image, list[str]]:
-    """The upright pixels of a file: RGB, or RGBA where it isn't opaque; and notes."""
+class _Decoded(NamedTuple):
+    """The upright pixels of a file: RGB, or RGBA where it isn't opaque; notes; and what a pixel
+    takes in memory at most, before it is one of these."""
+
+    image: Image.Image
+    notes: list[str]
+    pixel_bytes: int
+
+
+def _decode(name: str, raw: bytes) -> _Decoded:
     with _pillow_errors(name, raw):
         image, notes = _opened(name, raw)
         with _libtiff_silenced() if image.format == "TIFF" else nullcontext():
             image.load()
         orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns these
+        # Of formats that take more, fewer pixels are read.
+        more = MOST_PIXELS // _LIMITS.get(str(image.format), MOST_PIXELS)
         image = _eight_bits(name, image)
         image = _turned(image, orientation)
-    return image, notes
+    alpha = _ALPHA_BYTES if image.mode == "RGBA" else 0
+    return _Decoded(image, notes, _PIXEL_BYTES * more + alpha)
 
 
 @contextmanager
@@ -400,10 +422,11 @@ def _flat(image: Image.Image, ground: str) -> Image.Image:
 # --- sizes ----------------------------------------------------------------------------------------
 
 
-def own_size(picture: Picture, multiple: int) -> tuple[int, int]:
-    """Width and height of an image made from `picture`: its own, down to the next `multiple`.
+def own_size(picture: Picture, multiple: int, most: int) -> tuple[int, int]:
+    """Width and height of an image made from `picture`: its own, down to the next `multiple`. Of a
+    picture that has more than `most` pixels then, the multiples nearest to its shape in so many.
 
-    Raises InputError when it is smaller than that.
+    Raises InputError when it is smaller than the multiple.
     """
     width, height = (side - side % multiple for side in picture.size)
     if not width or not height:
@@ -411,7 +434,22 @@ def own_size(picture: Picture, multiple: int) -> tuple[int, int]:
             f"{picture.name} has {picture.width}x{picture.height} pixels, less than the "
             f"{multiple}x{multiple} that can be drawn: give --size"
         )
+    if width * height <= most:
+        return width, height
+    part = math.sqrt(most / (picture.width * picture.height)) / multiple
+    width, height = (max(1, round(side * part)) * multiple for side in picture.size)
     return width, height
+
+
+def shrunk(picture: Picture, width: int, height: int) -> str | None:
+    """A note for the user where a picture is drawn with much fewer pixels than it has; else
+    None."""
+    if width * height > _UNSEEN_SHRINK * picture.width * picture.height:
+        return None
+    return (
+        f"{picture.name} has {picture.width}x{picture.height} pixels and is drawn with "
+        f"{width}x{height}, which suits the model: --size chooses another size"
+    )
 
 
 def stretched(picture: Picture, width: int, height: int) -> str | None:
@@ -532,12 +570,16 @@ class Painting:
         else:
             box = self.box
             drawn = _covering(drawn, box[2] - box[0], box[3] - box[1])
-        kept = Image.new("RGBa", drawn.size)
-        around = image.crop(box).convert("RGBA").convert("RGBa")
-        kept.paste(around, mask=ImageOps.invert(self.mask.crop(box)))
-        below = drawn.convert("RGBA")
-        below.alpha_composite(kept.convert("RGBA"))
-        image.paste(below.convert("RGB"), box[:2])
+        left, above, right, below = box
+        for top in range(above, below, _BAND):  # takes several copies of what it joins
+            bottom = min(top + _BAND, below)
+            part = left, top, right, bottom
+            kept = Image.new("RGBa", (right - left, bottom - top))
+            around = image.crop(part).convert("RGBA").convert("RGBa")
+            kept.paste(around, mask=ImageOps.invert(self.mask.crop(part)))
+            new = drawn.crop((0, top - above, drawn.width, bottom - above)).convert("RGBA")
+            new.alpha_composite(kept.convert("RGBA"))
+            image.paste(new.convert("RGB"), (left, top))
         return image
 
 

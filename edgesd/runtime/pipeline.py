@@ -238,6 +238,7 @@ class Pipeline(Closeable):
             chunks,
             encodes=request.image is not None,
             sides=sides,
+            picture_bytes=request.picture_bytes(count),
         )
 
     def _conditioned(self, requests: Sequence[CompleteRequest]) -> Conditioned:

@@ -51,6 +51,10 @@ MOST_TOLD_PIXELS = 1 << 20
 _SCORE, _NEGATIVE_SCORE = 6.0, 2.5
 """Aesthetic scores that diffusers' pipelines tell a model."""
 
+_MASK_BYTES, _PASTED_BYTES = 1, 8
+"""Of a pixel of the image: of a mask that is kept while the image is read; of an image that was
+laid over it, decoded and as a file."""
+
 Sigmas = str | tuple[float, ...]
 
 
@@ -120,7 +124,8 @@ class Request:
     ControlNets are asked without the negative prompt. negative_micro: where it differs from
     `micro`, for the negative half of guidance. denoising_end: between 0 and 1, how far a base model
     denoises before a refiner goes on; None where one model does all of it.
-    image: begin with this one; its own size, rounded down, is the default then. mask: what is white
+    image: begin with this one; its own size, rounded down, is the default then, or of a larger one
+    its shape with as many pixels as the bundle's own size. mask: what is white
     of it is painted anew, the rest stays. strength: above 0 to 1, the part of the steps that is
     taken. mask_blur, mask_padding: in pixels of the image, how far the mask's edges are blurred,
     and how much around the mask is drawn, of which the image gets what the mask covers; with either
@@ -204,6 +209,16 @@ class CompleteRequest:
         size, blur = (self.width, self.height), self.mask_blur or 0
         return painting(self.image, self.mask, *size, blur, self.mask_padding)
 
+    def picture_bytes(self, count: int) -> int:
+        """Memory at most while the pictures of `count` such requests are read, one after another,
+        and while images are laid over them."""
+        shown = (self.image, self.mask, *(control.picture for control in self.controls))
+        reading = max((one.reading_bytes for one in shown if one is not None), default=0)
+        if self.image is None or self.mask is None:
+            return reading
+        whole = _PASTED_BYTES * count if self.pasted else 0
+        return reading + (_MASK_BYTES + whole) * self.image.width * self.image.height
+
     @property
     def positive(self) -> Prompt:
         """The prompt, as it is encoded."""
@@ -260,7 +275,7 @@ class Completion:
         task = self._task(request)
         width, height = shape.width, shape.height
         if image is not None and shape.dynamic and request.width is request.height is None:
-            width, height = own_size(image, shape.multiple_of)
+            width, height = own_size(image, shape.multiple_of, width * height)
         found = CompleteRequest(
             prompt=request.prompt,
             seed=request.seed,

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgesd.errors import UsageError
+from edgesd.errors import ResourceError, UsageError
 from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.loaded import Timings
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
 from edgesd.runtime.settings import Settings
 from tests.support import Outcome, assert_refused, run_cli, write_bundle
 
-SIZE = (21, 17)
+SIZE = (17, 15)
 """Width and height of the image that is given."""
 
-DRAWN = (20, 16)
+DRAWN = (16, 14)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_notes_on_images_are_told(bundle: Bundle, image: Path, mask: Path, tmp_p
     with Image.open(mask) as opened:
         opened.resize((2 * SIZE[0], 2 * SIZE[1])).save(mask)
     outcome = generate(bundle, "--image", image, "--mask", mask, "-o", tmp_path / "a.png")
-    assert outcome.code == 0 and "mask.png is scaled from 42x34" in outcome.err
+    assert outcome.code == 0 and "mask.png is scaled from 34x30" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -191,6 +192,77 @@ def test_python_takes_images_and_files(bundle: Bundle, image: Path) -> None:
         assert np.array_equal(np.asarray(wanted), np.asarray(other))
 
 
+def test_a_large_image_is_drawn_with_as_many_pixels_as_the_bundle_has(
+    bundle: Bundle, image: Path, mask: Path, tmp_path: Path
+) -> None:
+    photo = tmp_path / "large.png"
+    with Image.open(image) as opened:
+        opened.resize((800, 600)).save(photo)
+    out = tmp_path / "a.png"
+    outcome = generate(bundle, "--image", photo, "-o", out)
+    assert outcome.code == 0, outcome.err
+    told = "large.png has 800x600 pixels and is drawn with 18x14, which suits the model: --size"
+    assert told in outcome.err
+    assert pixels(out).shape == (14, 18, 3)
+    outcome = generate(bundle, "--image", photo, "--size", "24x18", "-o", out)
+    assert outcome.code == 0 and "is drawn with" not in outcome.err
+    assert pixels(out).shape == (18, 24, 3)
+    white = tmp_path / "white.png"
+    Image.new("1", (80, 60), 1).save(white)
+    given = ("--image", photo, "--mask", white, "--mask-blur", 2)
+    assert generate(bundle, *given, "-o", out).code == 0
+    assert pixels(out).shape == (600, 800, 3)
+
+
+def test_images_are_encoded_once_for_all_batches(
+    bundle: Bundle, image: Path, mask: Path, tmp_path: Path
+) -> None:
+    def encoded(pipeline: Pipeline, *seeds: int, **asked: Any) -> tuple[bool, list[bytes]]:
+        """Whether the encoder ran, and the images."""
+        pipeline.timings = Timings()
+        made = pipeline.generate([Request("a cat", seed, **asked) for seed in seeds])
+        return "vae_encoder" in pipeline.timings.run, [each.tobytes() for each in made]
+
+    other = tmp_path / "other.png"
+    Image.new("RGB", SIZE, "red").save(other)
+    with Pipeline(bundle, Settings(memory="balanced")) as pipeline:
+        first = encoded(pipeline, 1, image=image)
+        second = encoded(pipeline, 2, image=image)
+        assert first[0] and not second[0]
+        assert encoded(pipeline, 1, 2, image=image) == (False, first[1] + second[1])
+        assert encoded(pipeline, 1, image=image, width=8, height=8)[0]
+        assert encoded(pipeline, 1, image=other)[0]
+        assert encoded(pipeline, 1, image=image) == first
+        assert encoded(pipeline, 1, image=image, mask=mask)[0]  # what the mask leaves of it
+        assert not encoded(pipeline, 2, image=image, mask=mask, mask_blur=0)[0]
+        pipeline.forget()
+        assert encoded(pipeline, 2, image=image) == (True, second[1])
+
+
+def test_reading_large_pictures_counts_as_memory(bundle: Bundle, tmp_path: Path) -> None:
+    Image.new("RGB", (2000, 1500)).save(tmp_path / "large.png")
+    Image.new("RGB", (16, 12)).save(tmp_path / "small.png")
+    Image.new("L", (2000, 1500), 255).save(tmp_path / "mask.png")
+    large, small = (
+        Request("a cat", 5, image=tmp_path / f"{each}.png") for each in ("large", "small")
+    )
+    with Pipeline(bundle, Settings(memory="fast")) as pipeline:
+        more, least = (
+            pipeline.estimate(pipeline.complete(replace(each, width=16, height=12)), 1)
+            for each in (large, small)
+        )
+        assert more - least >= 12 * 2000 * 1500 - 10**5
+        masked = replace(large, mask=tmp_path / "mask.png")
+        pasted = replace(masked, mask_blur=1)
+        assert more < pipeline.estimate(pipeline.complete(masked), 1)
+        one, two = (pipeline.estimate(pipeline.complete(pasted), count) for count in (1, 2))
+        assert two - one > 8 * 2000 * 1500
+    limit = Settings(max_memory=more - 10**6)
+    with Pipeline(bundle, limit) as pipeline, pytest.raises(ResourceError) as caught:
+        pipeline.fit(pipeline.complete(large), 1)
+    assert "smaller pictures" in str(caught.value)
+
+
 def test_the_encoder_stays_while_it_is_of_use(bundle: Bundle, image: Path) -> None:
     text, seen = Request("a cat", 5), list[tuple[str, ...]]()
     with Pipeline(bundle, Settings(memory="fast")) as pipeline:
@@ -198,7 +270,10 @@ def test_the_encoder_stays_while_it_is_of_use(bundle: Bundle, image: Path) -> No
         assert "vae_encoder" in pipeline.loaded
         from_image, from_text = (
             pipeline.estimate(pipeline.complete(each), 1)
-            for each in (replace(text, image=image), text)
+            for each in (
+                replace(text, image=image),
+                replace(text, width=DRAWN[0], height=DRAWN[1]),
+            )
         )
         assert from_image > from_text
         pipeline.generate([text])

@@ -108,6 +108,22 @@ def test_modes_add_components_up() -> None:
     assert together(groups, 100, "balanced", previews=True).parts["c"] == 157
 
 
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+def test_pictures_are_read_beside_networks_that_stay_loaded(
+    bundle: Bundle, mode: MemoryMode
+) -> None:
+    costs = Costs(bundle.manifest.pipeline, FOOTPRINTS, {}, PROCESS)
+    none, small, large = (
+        costs.need(mode, Generation(8, 8, 2, picture_bytes=count)).resident
+        for count in (0, MB, 500 * MB)
+    )
+    kept = Generation(8, 8, 2).kept_bytes
+    if mode == "fast":
+        assert (small, large) == (none + MB, none + 500 * MB)
+    else:
+        assert (small, large) == (none, PROCESS + kept + 500 * MB)
+
+
 def test_what_runs_in_each_step_is_loaded_together() -> None:
     groups = [
         {"text": Part(5, 1, 4, 1)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from edgesd.runtime.pictures import (
     own_size,
     painting,
     read_picture,
+    shrunk,
     stretched,
 )
 
@@ -238,10 +240,29 @@ def test_a_large_jpeg_is_halved_while_it_is_decoded(monkeypatch: pytest.MonkeyPa
 
 
 def test_sizes_follow_the_image() -> None:
-    assert own_size(read(scene(100, 71)), 8) == (96, 64)
-    assert own_size(read(scene(64, 64)), 64) == (64, 64)
+    assert own_size(read(scene(100, 71)), 8, 96 * 64) == (96, 64)
+    assert own_size(read(scene(64, 64)), 64, 64 * 64) == (64, 64)
     with pytest.raises(InputError, match=r"image\.png has 100x63 pixels, less than the 64x64"):
-        own_size(read(scene(100, 63)), 64)
+        own_size(read(scene(100, 63)), 64, 512 * 512)
+
+
+@pytest.mark.parametrize(
+    ("size", "multiple", "drawn"),
+    [
+        ((4000, 3000), 64, (576, 448)),
+        ((3000, 4000), 8, (440, 592)),
+        ((520, 520), 8, (512, 512)),
+        ((511, 600), 8, (472, 552)),
+        ((20_000, 100), 64, (7232, 64)),
+    ],
+)
+def test_a_larger_image_keeps_its_shape(
+    size: tuple[int, int], multiple: int, drawn: tuple[int, int]
+) -> None:
+    photo = replace(read(scene(8, 8), "photo.png"), width=size[0], height=size[1])
+    assert own_size(photo, multiple, 512 * 512) == drawn
+    told = f"photo.png has {size[0]}x{size[1]} pixels and is drawn with {drawn[0]}x{drawn[1]}"
+    assert (told in (shrunk(photo, *drawn) or "")) == (size[0] > 600)
 
 
 def test_a_picture_that_is_stretched_is_told() -> None:
@@ -296,8 +317,12 @@ BOXES = [
 @pytest.mark.parametrize("padding", [0, 7, 200])
 @pytest.mark.parametrize("drawn", [(64, 64), (128, 64), (64, 136)])
 def test_the_masks_surroundings_are_drawn_as_by_diffusers(
-    box: tuple[int, int, int, int], padding: int, drawn: tuple[int, int]
+    box: tuple[int, int, int, int],
+    padding: int,
+    drawn: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(pictures, "_BAND", 7)
     width, height = drawn
     mask, image = blob(100, 80, box), scene(100, 80)
     mask_file, image_file = read(mask), read(image)
@@ -320,8 +345,11 @@ def test_the_masks_surroundings_are_drawn_as_by_diffusers(
         assert np.array_equal(np.asarray(ours)[outside], np.asarray(image)[outside])
 
 
-def test_without_padding_the_whole_image_is_drawn_and_laid_below() -> None:
+def test_without_padding_the_whole_image_is_drawn_and_laid_below(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     mask, image, made = blob(100, 80), scene(100, 80), scene(100, 80).rotate(180)
+    monkeypatch.setattr(pictures, "_BAND", 33)
     both = painting(read(image), read(mask), 100, 80, blur=3)
     blurred = VaeImageProcessor.blur(mask, 3)
     theirs = VaeImageProcessor().apply_overlay(blurred, image, made)
