@@ -66,7 +66,7 @@ def test_hostile_images(name: str, tmp_path: Path, painter: Bundle) -> None:
     assert [*tmp_path.iterdir()] == [path]
 
 
-@pytest.mark.parametrize("name", [*CASES][::8])
+@pytest.mark.parametrize("name", [*CASES][::4])
 def test_hostile_masks(name: str, tmp_path: Path, painter: Bundle) -> None:
     mask, image = tmp_path / "mask.png", tmp_path / "image.png"
     mask.write_bytes(CASES[name].make())
@@ -74,6 +74,46 @@ def test_hostile_masks(name: str, tmp_path: Path, painter: Bundle) -> None:
     line = one_line(generate(painter, tmp_path, "--image", image, "--mask", mask))
     assert str(mask) in line
     assert {*tmp_path.iterdir()} == {mask, image}
+
+
+@pytest.mark.parametrize("name", [*CASES][2::8])
+def test_hostile_control_images(name: str, tmp_path: Path, painter: Bundle) -> None:
+    """They are read before anything else is: a bundle without a ControlNet says so behind that."""
+    case, shown = CASES[name], tmp_path / "control.png"
+    shown.write_bytes(case.make())
+    outcome = generate(painter, tmp_path, "--control", shown)
+    if readable(case, shown.read_bytes()):
+        assert outcome.code == 2
+        assert "this bundle has no ControlNet" in outcome.err.splitlines()[-1]
+    else:
+        line = one_line(outcome)
+        assert str(shown) in line and case.said in line
+    assert [*tmp_path.iterdir()] == [shown]
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (Image.new("L", (16, 24), 255), "has the shape of its image"),
+        (Image.new("L", (24, 18), 255), "has the shape of its image"),
+        (Image.new("L", (1, 3000), 255), "has the shape of its image"),
+        (Image.new("L", (24, 16)), "no white in it"),
+        (Image.new("1", (24, 16)), "no white in it"),
+        (Image.new("RGB", (48, 32), "navy"), "no white in it"),
+        (Image.new("RGBA", (24, 16)), "no white in it"),
+        (Image.new("LA", (24, 16), (0, 255)), "no white in it"),
+        (Image.new("I;16", (24, 16), 30_000), "no white in it"),
+    ],
+)
+def test_masks_that_fit_no_image(
+    mask: Image.Image, said: str, tmp_path: Path, painter: Bundle
+) -> None:
+    given, image = tmp_path / "mask.png", tmp_path / "image.png"
+    mask.save(given)
+    image.write_bytes(encoded("PNG"))
+    line = one_line(generate(painter, tmp_path, "--image", image, "--mask", given))
+    assert said in line and str(given) in line
+    assert {*tmp_path.iterdir()} == {given, image}
 
 
 def test_what_is_scaled_or_stretched_is_told(tmp_path: Path, painter: Bundle) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import ImageFile
 
 from edgesd.errors import InputError
 from edgesd.runtime import pictures
-from edgesd.runtime.pictures import image_array, painting, read_picture
+from edgesd.runtime.pictures import image_array, read_picture
 from tests.hostile_pictures import CASES, FILES, SIZES, encoded
 
 
@@ -141,25 +141,3 @@ def test_a_link_to_a_picture_is_one(tmp_path: Path) -> None:
     (tmp_path / "real").write_bytes(encoded("PNG"))
     (tmp_path / "link.png").symlink_to("real")
     assert read_picture(tmp_path / "link.png").size == (24, 16)
-
-
-@pytest.mark.parametrize(
-    ("mask", "said"),
-    [
-        (Image.new("L", (16, 24), 255), "has the shape of its image"),
-        (Image.new("L", (24, 18), 255), "has the shape of its image"),
-        (Image.new("L", (1, 3000), 255), "has the shape of its image"),
-        (Image.new("L", (24, 16)), "no white in it"),
-        (Image.new("1", (24, 16)), "no white in it"),
-        (Image.new("RGB", (48, 32), "navy"), "no white in it"),
-        (Image.new("RGBA", (24, 16)), "no white in it"),
-        (Image.new("LA", (24, 16), (0, 255)), "no white in it"),
-        (Image.new("I;16", (24, 16), 30_000), "no white in it"),
-    ],
-)
-def test_masks_that_fit_no_image(mask: Image.Image, said: str, tmp_path: Path) -> None:
-    mask.save(tmp_path / "mask.png")
-    image = read_picture(encoded("PNG"), "image.png")
-    with pytest.raises(InputError, match=said) as caught:
-        painting(image, read_picture(tmp_path / "mask.png"), 8, 8)
-    assert "\n" not in str(caught.value)
