@@ -7,12 +7,11 @@ import math
 
 import numpy as np
 
-from edgesd.errors import UsageError
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import Asked, BetaConfig, Scheduler
 from edgesd.runtime.schedulers.schedule import F32, F64, Prediction, Spacing
-from edgesd.runtime.schedulers.sigmas import SPREADS, spread_of
+from edgesd.runtime.schedulers.sigmas import SPREADS, check_unlisted, spread_of
 
 
 class ExplodingConfig(BetaConfig, frozen=True, kw_only=True):
@@ -98,11 +97,7 @@ class SpreadScheduler(ExplodingScheduler):
         spreads them, or else as they are."""
         if self._kind is None:
             return timesteps.astype(np.float32), sigmas
-        if asked.timesteps is not None:
-            raise UsageError(
-                f"a list of timesteps leaves nothing to spread: give it or {self._kind} sigmas, "
-                "not both"
-            )
+        check_unlisted(asked.timesteps, self._kind)
         top, bottom = float(sigmas[0]), float(sigmas[-1])
         if self._kind != "karras" or self._limits_karras:
             c = self._options

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from edgesd.errors import InputError
+from edgesd.errors import InputError, UsageError
 from edgesd.runtime.schedulers.base import refusal
 from edgesd.runtime.schedulers.schedule import F64
 
@@ -90,3 +90,11 @@ def spread_of(scheduler: str, config: HasSpreads) -> str | None:
         expected = f"expected only one of it and {option_of(asked[0])}"
         raise InputError(refusal(scheduler, option_of(asked[1]), True, expected))
     return asked[0] if asked else None
+
+
+def check_unlisted(timesteps: Sequence[int] | None, kind: str | None) -> None:
+    """Raise UsageError where both a list of timesteps and a kind of sigmas say where steps are."""
+    if timesteps is not None and kind is not None:
+        raise UsageError(
+            f"a list of timesteps leaves nothing to spread: give it or {kind} sigmas, not both"
+        )

@@ -12,12 +12,17 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from edgesd.errors import InputError, UsageError
+from edgesd.errors import InputError
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.schedulers import schedule
 from edgesd.runtime.schedulers.base import Asked, LimitConfig, Scheduler, refusal
 from edgesd.runtime.schedulers.schedule import F32, F64, Prediction, Spacing
-from edgesd.runtime.schedulers.sigmas import SPREADS, exponential_sigmas, spread_of
+from edgesd.runtime.schedulers.sigmas import (
+    SPREADS,
+    check_unlisted,
+    exponential_sigmas,
+    spread_of,
+)
 
 AnySolver = Literal["midpoint", "heun", "logrho", "bh1", "bh2"]
 """A solver_type may be another class's: it stands for the class's usual one, as in diffusers."""
@@ -79,11 +84,7 @@ class SolverScheduler(Scheduler):
         c = self._common
         schedule.check_steps(asked.steps, c.num_train_timesteps)
         if asked.timesteps is not None:
-            if self._kind is not None:
-                raise UsageError(
-                    f"a list of timesteps leaves nothing to spread: give it or {self._kind} "
-                    "sigmas, not both"
-                )
+            check_unlisted(asked.timesteps, self._kind)
             return schedule.check_timesteps(asked.timesteps, len(self._table)).astype(np.float64)
         # lambda descends with the timestep.
         lambdas = np.log(np.sqrt(self._table)) - np.log(np.sqrt(np.float32(1) - self._table))
