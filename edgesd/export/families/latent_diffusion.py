@@ -91,6 +91,11 @@ def concat(name: str, unet: Mapping[str, Any]) -> Concat:
     )
 
 
+def inpaints(name: str, given: Mapping[str, Any]) -> bool:
+    """Whether a UNet takes a mask. given: its config, as the file has it."""
+    return bool(concat(name, {"in_channels": 4, "out_channels": 4, **given}))
+
+
 def check_unet(name: str, unet: Mapping[str, Any], texts: Sequence[Mapping[str, Any]]) -> None:
     """Raise InputError unless a UNet takes what it is given. unet, texts: configs of the UNet and
     of the text encoders, as the libraries have them."""

@@ -31,6 +31,7 @@ from edgesd.export.families.latent_diffusion import (
     concat,
     finished,
     for_images,
+    inpaints,
     sampling,
     tasks_of,
     unet_config,
@@ -119,7 +120,7 @@ def _class_of(source: Checkpoint, unet: Mapping[str, Any]) -> str:
     """The pipeline that generates from prompts alone; of a model for inpainting, that. unet: its
     config."""
     class_name = str(source.index["_class_name"])
-    if concat(source.name, {"in_channels": 4, "out_channels": 4, **unet}):
+    if inpaints(source.name, unet):
         return _FROM_IMAGES["inpaint"]
     return _FROM_TEXT if class_name in _FROM_IMAGES.values() else class_name
 

@@ -36,6 +36,7 @@ from edgesd.export.families.latent_diffusion import (
     concat,
     finished,
     for_images,
+    inpaints,
     sampling,
     tasks_of,
     unet_config,
@@ -146,7 +147,7 @@ def _refines(source: Checkpoint) -> bool:
 def _class_of(source: Checkpoint, unet: Mapping[str, Any]) -> str:
     """The pipeline that the model is run by: of all but refiners and models for inpainting, that
     without an image. unet: its config."""
-    if concat(source.name, {"in_channels": 4, "out_channels": 4, **unet}):
+    if inpaints(source.name, unet):
         return _INPAINTING
     return _FROM_IMAGE if _refines(source) else _PIPELINE
 
