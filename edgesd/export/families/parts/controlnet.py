@@ -31,7 +31,7 @@ from edgesd.export.families.parts.shapes import (
     float_tensor,
     uniform,
 )
-from edgesd.export.families.parts.unet import TEXT_EMBEDS, TIME_IDS
+from edgesd.export.families.parts.unet import told
 from edgesd.export.families.parts.weights import load_network
 from edgesd.spec.pipeline import ComponentSpec, LatentSpec, ShapeSpec
 
@@ -67,13 +67,12 @@ class ControlNet(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.names, inputs, strict=True))
-        added = {name: given[name] for name in (TEXT_EMBEDS, TIME_IDS) if name in given}
         down, middle = self.net(
             given["sample"],
             given["timestep"],
             encoder_hidden_states=given["encoder_hidden_states"],
             controlnet_cond=given[CONTROL],
-            added_cond_kwargs=added or None,
+            added_cond_kwargs=told(given),
             return_dict=False,
         )
         return (*down, middle)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgesd.errors import InputError
+from edgesd.export.families.parts.unet import told
 from edgesd.export.parity import TOLERANCE, relative_rms
 from edgesd.export.pieces import run_model_in_pieces
 from edgesd.export.quiet import quiet
@@ -27,17 +28,15 @@ _TOKENS, _LATENTS, _PIXELS = 7, 16, 64
 """
 _MOST_NUMBERS = 1 << 24
 """In one input."""
-_SIZE_IDS = ("text_embeds", "time_ids")
 
 
 def _unet(net: Any, inputs: Inputs) -> dict[str, Tensor]:
-    added = {name: inputs[name] for name in _SIZE_IDS if name in inputs}
     more = {"timestep_cond": inputs["timestep_cond"]} if "timestep_cond" in inputs else {}
     out = net(
         inputs["sample"],
         inputs["timestep"],
         inputs["encoder_hidden_states"],
-        added_cond_kwargs=added or None,
+        added_cond_kwargs=told(inputs),
         **more,
     )
     return {"out_sample": out.sample}

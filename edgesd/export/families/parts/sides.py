@@ -15,7 +15,7 @@ from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.export.families.parts import adapter, controlnet
 from edgesd.export.families.parts.inlets import FEATURE, RESIDUAL, inlets_of, tensors
 from edgesd.export.families.parts.shapes import CONTROL
-from edgesd.export.families.parts.unet import TEXT_EMBEDS, TIME_IDS
+from edgesd.export.families.parts.unet import told
 from edgesd.spec.pipeline import InputSpec, LatentSpec, Part, ShapeSpec, SideSpec, Wiring
 
 
@@ -30,14 +30,13 @@ class SidedUnet(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         given = dict(zip(self.names, inputs, strict=True))
-        added = {name: given[name] for name in (TEXT_EMBEDS, TIME_IDS) if name in given}
         residuals, features = _of_kind(given, RESIDUAL), _of_kind(given, FEATURE)
         out: Tensor = self.net(
             given["sample"],
             given["timestep"],
             encoder_hidden_states=given["encoder_hidden_states"],
             timestep_cond=given.get("timestep_cond"),
-            added_cond_kwargs=added or None,
+            added_cond_kwargs=told(given),
             down_block_additional_residuals=residuals[:-1] or None,
             mid_block_additional_residual=residuals[-1] if residuals else None,
             down_intrablock_additional_residuals=features or None,

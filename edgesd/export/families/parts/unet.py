@@ -88,6 +88,12 @@ class TextTimeUnet(Unet):
         return super().forward(sample, timestep, encoder_hidden_states, timestep_cond, added)
 
 
+def told(given: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """What a network is told of texts as a whole and of sizes, among its inputs by diffusers'
+    names; None where that is nothing."""
+    return {name: given[name] for name in (TEXT_EMBEDS, TIME_IDS) if name in given} or None
+
+
 def unet(
     source: Checkpoint,
     name: str,
