@@ -18,8 +18,9 @@ from edgesd.recipes.sources import open_model  # noqa: E402
 from edgesd.runtime.bundle import Bundle, open_bundle  # noqa: E402
 from edgesd.runtime.pipeline import Pipeline  # noqa: E402
 from edgesd.runtime.requests import Request  # noqa: E402
-from tests.models import EMOJI, edit  # noqa: E402
+from tests.models import edit  # noqa: E402
 from tests.support import assert_refused, run_cli  # noqa: E402
+from tests.tiny_pipelines import LEVELS, diffusers_images, tiny  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,40 +42,52 @@ def kl(levels: int = 4, channels: int = 4) -> Any:
 
 
 @pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline with an autoencoder of another class, and papers of its own."""
+    folder, pipeline = tmp_path_factory.mktemp("model") / "sd", tiny("sd")
+    pipeline.vae = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(16, 16),
+        decoder_block_out_channels=(16, 16),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    pipeline.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nA card.\n")
+    (folder / "NOTICE").write_text("Words of a notice.\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vae") / "small-kl"
-    kl().save_pretrained(folder)
+    kl(len(LEVELS)).save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\nA card.\n")
     (folder / "LICENSE").write_text("Words of a licence.\n")
     return folder
 
 
 @pytest.fixture(scope="module")
-def bundle(vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(model: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     out = tmp_path_factory.mktemp("bundle") / "out"
-    made = run_cli("build", "demo", "--vae", vae, "--target", "x86-64-cpu", "-o", out)
+    made = run_cli("build", model, "--vae", vae, "--target", "x86-64-cpu", "-o", out)
     assert made.code == 0, made.err
     return open_bundle(out)
 
 
 def test_images_are_those_of_diffusers_with_that_autoencoder(bundle: Bundle, vae: Path) -> None:
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(EMOJI, safety_checker=None)
+    theirs = tiny("sd")
     theirs.vae = diffusers.AutoencoderKL.from_pretrained(vae)
-    theirs.set_progress_bar_config(disable=True)
     with Pipeline(bundle) as pipeline:
-        request = Request("a red apple", 3, num_inference_steps=3)
+        request = Request("a red apple", 3, num_inference_steps=3, guidance_scale=3.0)
         found = np.asarray(pipeline.generate([request])[0], int)
-    wanted = theirs(
-        "a red apple",
-        num_inference_steps=3,
-        guidance_scale=3.0,
-        generator=torch.Generator().manual_seed(3),
-    ).images[0]
+    (wanted,) = diffusers_images(
+        theirs, ["a red apple"], [3], num_inference_steps=3, guidance_scale=3.0
+    )
     assert np.abs(found - np.asarray(wanted, int)).max() <= 1
     assert found.std() > 5
 
 
-def test_the_bundle_says_whose_autoencoder_it_has(bundle: Bundle, vae: Path) -> None:
+def test_the_bundle_says_whose_autoencoder_it_has(bundle: Bundle, model: Path, vae: Path) -> None:
     manifest = bundle.manifest
     assert manifest.pipeline.latent.scaling_factor == 0.4
     assert manifest.licence.name == "apache-2.0; vae: mit"
@@ -82,22 +95,24 @@ def test_the_bundle_says_whose_autoencoder_it_has(bundle: Bundle, vae: Path) -> 
     assert {"licence/README.md", "licence/vae/README.md"} <= manifest.files.keys()
     assert manifest.build is not None and manifest.build.vae is not None
     assert (manifest.build.vae.kind, manifest.build.vae.name) == ("folder", "small-kl")
-    source = open_model("demo", vae=str(vae))
+    source = open_model(str(model), vae=str(vae))
     assert manifest.build.vae.sha256 == source.others["vae"].network_sha256("vae")
-    assert manifest.pipeline.source_sha256 == source.sha256() != resolve_source(EMOJI).sha256()
+    assert manifest.pipeline.source_sha256 == source.sha256() != resolve_source(model).sha256()
 
 
-def test_another_bundle_like_it_needs_the_same_folder(bundle: Bundle, tmp_path: Path) -> None:
-    refused = run_cli("build", "--like", bundle.path, "-o", tmp_path / "out")
+def test_another_bundle_like_it_needs_the_same_folder(
+    bundle: Bundle, model: Path, tmp_path: Path
+) -> None:
+    refused = run_cli("build", model, "--like", bundle.path, "-o", tmp_path / "out")
     assert_refused(refused, "an autoencoder called 'small-kl'", "say where it is: --vae MODEL")
 
 
-def test_the_autoencoder_of_a_pipeline_is_taken(vae: Path, tmp_path: Path) -> None:
-    pipeline = shutil.copytree(EMOJI, tmp_path / "pipeline")
+def test_the_autoencoder_of_a_pipeline_is_taken(model: Path, vae: Path, tmp_path: Path) -> None:
+    pipeline = shutil.copytree(model, tmp_path / "pipeline")
     shutil.rmtree(pipeline / "vae")
     shutil.copytree(vae, pipeline / "vae")
     edit(pipeline / "model_index.json", vae=["diffusers", "AutoencoderKL"])
-    source, alone = (open_model("demo", vae=str(path)) for path in (pipeline, vae))
+    source, alone = (open_model(str(model), vae=str(path)) for path in (pipeline, vae))
     assert source.class_of("vae") == alone.class_of("vae") == "AutoencoderKL"
     assert source.sha256() == alone.sha256()
     assert source.parameters("vae") == alone.parameters("vae")

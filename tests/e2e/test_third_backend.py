@@ -17,7 +17,9 @@ from edgesd.runtime import backends
 from edgesd.runtime.bundle import open_bundle
 from tests.support import assert_refused, run_cli
 
-lowerings = pytest.importorskip("edgesd.export.backends")
+pytest.importorskip("torch")
+from edgesd.export import backends as lowerings
+from tests.tiny_pipelines import write_tiny
 
 RUNTIME = '''
 """Runs graphs as they are written, without any fusion."""
@@ -141,14 +143,15 @@ def generated(bundle: Path, out: Path, *more: object) -> np.ndarray:
 
 
 def test_a_file_on_each_side_makes_a_backend(third: None, tmp_path: Path) -> None:
-    planned = run_cli("plan", "demo", "--target", "third-board", "--json")
+    model = write_tiny("sd", tmp_path / "model")
+    planned = run_cli("plan", model, "--target", "third-board", "--json")
     assert planned.code == 0, planned.err
     plan = json.loads(planned.out)
     assert plan["backend"] == "third" and plan["memory"].keys() == {"fast", "balanced"}
     ours, standard = tmp_path / "third", tmp_path / "standard"
     for target, out in (("third-board", ours), ("x86-64-cpu", standard)):
         built = run_cli(
-            "build", "demo", "--target", target, "--precision", "fp32", "--size", "64x64", "-o", out
+            "build", model, "--target", target, "--precision", "fp32", "--size", "40x24", "-o", out
         )
         assert built.code == 0, built.err
     bundle = open_bundle(ours)
