@@ -23,6 +23,7 @@ from edgesd.recipes.sensitivity import Sensitivities
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.spec.bundle import FileEntry
 from tests.support import assert_refused, run_cli
+from tests.tiny_pipelines import write_tiny
 
 pytestmark = pytest.mark.usefixtures("kept_exports", "own_kernels")
 
@@ -40,8 +41,16 @@ def options(precision: str, **more: object) -> BuildOptions:
     return BuildOptions("x86-64-cpu", precision, quantization=quantization)
 
 
-def built(out: Path, work: Path, precision: str, **more: object) -> Bundle:
-    return build(DEMO, options(precision, **more), out, LocalFolders(work)).bundle
+def built(
+    out: Path, work: Path, precision: str, model: str | Path = DEMO, **more: object
+) -> Bundle:
+    return build(str(model), options(precision, **more), out, LocalFolders(work)).bundle
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline, for what doesn't depend on how good its images are."""
+    return write_tiny("sd", tmp_path_factory.mktemp("model") / "sd")
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +189,7 @@ def test_what_comparing_lacks_is_said_before_calibration(
     ("precision", "more", "least"),
     [
         # Static ranges of two prompts and four steps don't hold what others need.
-        pytest.param("w8a8", {"static": True}, 18, id="static"),
+        pytest.param("w8a8", {"method": "rtn", "static": True}, 18, id="static"),
         pytest.param("w4a16-g32", {"method": "gptq"}, 25, id="gptq"),
         pytest.param("w8a16", {"method": "rtn"}, 25, id="rtn", marks=pytest.mark.slow),
     ],
@@ -193,8 +202,8 @@ def test_rtn_gptq_and_static_ranges(
     assert bundle.manifest.quality.psnr_min > least
 
 
-def test_four_bit_activations_are_called_a_simulation(work: Path, tmp_path: Path) -> None:
-    bundle = built(tmp_path / "bundle", work, "w4a4-g32", method="rtn")
+def test_four_bit_activations_are_called_a_simulation(small: Path, tmp_path: Path) -> None:
+    bundle = built(tmp_path / "bundle", tmp_path / "work", "w4a4-g32", small, method="rtn")
     assert bundle.manifest.recipe is not None and bundle.manifest.recipe.simulated
     page = tmp_path / "page.html"
     assert run_cli("report", bundle.path, "-o", page).code == 0
@@ -277,9 +286,9 @@ def test_a_floor_out_of_reach_fails_and_names_layers(
         built(tmp_path / "out", work, "w8a8", method="rtn", min_psnr=99.0, max_size=0.29)
     assert caught.value.exit_code == 7
     with pytest.raises(UsageError, match=r"--max-time 0\.01: w8a8 takes at least 0\.\d\d of"):
-        built(tmp_path / "out", work, "w8a8", max_time=0.01)
+        built(tmp_path / "out", work, "w8a8", method="rtn", max_time=0.01)
     with pytest.raises(UsageError, match=r"--max-size 0\.2 allows .* takes at least"):
-        built(tmp_path / "out", work, "w8a8", max_size=0.2)
+        built(tmp_path / "out", work, "w8a8", method="rtn", max_size=0.2)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -393,11 +402,11 @@ def test_killed_twenty_times_the_bytes_are_the_same(work: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_fixed_size_is_calibrated_and_measured(rows: int, work: Path, tmp_path: Path) -> None:
+def test_a_fixed_size_is_calibrated_and_measured(rows: int, small: Path, tmp_path: Path) -> None:
     """One row: guidance one half after the other. Three: three images at a time."""
     out = tmp_path / "bundle"
-    fixed = msgspec.structs.replace(options("w8a8", method="rtn"), size=(64, 64), batch=rows)
-    bundle = build(DEMO, fixed, out, LocalFolders(work)).bundle
+    fixed = msgspec.structs.replace(options("w8a8", method="rtn"), size=(40, 24), batch=rows)
+    bundle = build(str(small), fixed, out, LocalFolders(tmp_path / "work")).bundle
     assert bundle.manifest.pipeline.shape.batch == rows
     assert bundle.manifest.quality is not None
     assert len(bundle.manifest.quality.images) == len(PROMPTS)
