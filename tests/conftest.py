@@ -105,7 +105,8 @@ def sealed(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """Tests look for no weights on the network, and neither see nor change the user's files, nor
     the folder that they were started in.
 
-    Nor does what they print depend on time: lines of progress never come.
+    Nor does what they print depend on time: lines of progress never come. Nor do they wait for the
+    disk, as no test cuts the power.
     """
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(FOREIGN)]:
@@ -116,6 +117,7 @@ def sealed(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         patch.setenv("EDGESD_OFFLINE", "1")
         patch.setenv("EDGESD_CACHE", str(run_folder / "cache"))
         patch.setattr(cli, "LINE_SECONDS", math.inf)
+        patch.setattr(os, "fsync", lambda fd: None)
         patch.chdir(tmp_path_factory.mktemp("here"))
         yield
 
