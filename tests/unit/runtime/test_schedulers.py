@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import sys
 import warnings
@@ -29,8 +28,8 @@ from edgesd.runtime.schedulers import (
     sampler_class,
     spread_options,
 )
-from edgesd.runtime.schedulers.brownian import BrownianPath
 from edgesd.runtime.schedulers.flow_euler import FlowEuler
+from tests.samplers import diffusers_sampler, round_once
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -157,60 +156,15 @@ def _noisy(scheduler: Any, x0: Any, noise: Any, timesteps: Any) -> Any:
     return scheduler.scale_noise(x0, timesteps, noise)
 
 
-def _quad(f: Callable[[float], Any], start: Any, end: Any, **_: float) -> tuple[float, float]:
-    """scipy.integrate.quad of a polynomial."""
-    nodes, weights = np.polynomial.legendre.leggauss(6)
-    half = (float(end) - float(start)) / 2
-    values = [float(f(float(start) + half * (1 + node))) for node in nodes]
-    return half * float(np.dot(weights, values)), 0.0
-
-
-class _Interval:
-    """torchsde.BrownianInterval."""
-
-    def __init__(self, *, t0: Any, t1: Any, size: Any, entropy: int, **_: Any) -> None:
-        self._path = BrownianPath(entropy, tuple(size), float(t0), float(t1))
-
-    def __call__(self, start: Any, end: Any) -> Any:
-        import torch
-
-        return torch.from_numpy(self._path.increment(float(start), float(end)))
-
-
 class Compare:
     """Runs both and asserts that they agree; keeps the largest error seen."""
 
-    def __init__(self, torch: ModuleType, diffusers: ModuleType) -> None:
-        self.torch, self.diffusers, self.worst = torch, diffusers, 0.0
+    def __init__(self, torch: ModuleType) -> None:
+        self.torch, self.worst = torch, 0.0
 
     def __call__(self, *args: Any, **options: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             self._compare(patch, *args, **options)
-
-    def _class(self, patch: pytest.MonkeyPatch, name: str) -> Any:
-        """diffusers' class; where scipy or torchsde isn't there, with what they do for it: an
-        integral of a polynomial, and a path that edgesd's own stands for."""
-        found = getattr(self.diffusers, CLASSES[name])
-        if not isinstance(found, self.diffusers.utils.DummyObject):
-            return found
-        if name == "dpmpp-sde":
-            patch.setitem(sys.modules, "torchsde", SimpleNamespace(BrownianInterval=_Interval))  # type: ignore[arg-type]
-            module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
-        else:
-            module = importlib.import_module("diffusers.schedulers.scheduling_lms_discrete")
-            patch.setattr(module, "integrate", SimpleNamespace(quad=_quad), raising=False)
-        return getattr(module, CLASSES[name])
-
-    def _round_once(self, patch: pytest.MonkeyPatch) -> None:
-        """Make torch's functions round as IEEE 754 has it: their last bit depends on the build and
-        on the processor, and much depends on it in samplers that aren't exact."""
-        for function in ("log", "exp", "__pow__"):
-            exact = getattr(self.torch.Tensor, function)
-
-            def rounded(x: Any, *power: Any, exact: Any = exact) -> Any:
-                return exact(x.double(), *power).to(x.dtype)
-
-            patch.setattr(self.torch.Tensor, function, rounded)
 
     def _compare(
         self,
@@ -229,9 +183,9 @@ class Compare:
             eta = 0.0  # what diffusers' pipelines hand over
         scheduler = create_scheduler(name, config, eta)
         scheduler.set_timesteps(steps, **timesteps)
-        cls = self._class(patch, name)
+        cls = diffusers_sampler(name, patch)
         if not SCHEDULERS[name].exact:
-            self._round_once(patch)
+            round_once(patch)
         theirs = cls.from_config(dict(config), **preset(name))
         lists = {key: list(value) for key, value in timesteps.items() if key != "image_seq_len"}
         if "image_seq_len" in timesteps:
@@ -266,7 +220,7 @@ class Compare:
 
 @pytest.fixture(scope="module")
 def compare(torch: ModuleType, diffusers: ModuleType) -> Iterator[Compare]:
-    both = Compare(torch, diffusers)
+    both = Compare(torch)
     yield both
     print(f"largest relative error: {both.worst:.2e}")
 
