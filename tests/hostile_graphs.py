@@ -153,6 +153,11 @@ def attention(heads: int, width: int, queries: int = 8, keys: int = 8, batch: in
     return Graph("QuantAttention", {"num_heads": heads, "scale": 0.1}, (q, k, k))
 
 
+def widen(shape: tuple[int, ...]) -> Graph:
+    """A Widen of x."""
+    return Graph("Widen", {"values": math.prod(shape)}, (Tensor(FLOAT16, shape),))
+
+
 def weight(n: int, k: int, bits: int, group: int, layout: int) -> tuple[Tensor | None, ...]:
     """Codes, scale and steps."""
     groups, scale = -(-k // group), Tensor(FLOAT, (n,))
@@ -173,7 +178,9 @@ def random_graph(rng: np.random.Generator, isa: str) -> Graph:
     def maybe() -> bool:
         return bool(rng.integers(2))
 
-    op = rng.choice(["linear", "conv", "attention"], p=[0.4, 0.45, 0.15])
+    op = rng.choice(["linear", "conv", "attention", "widen"], p=[0.37, 0.43, 0.15, 0.05])
+    if op == "widen":
+        return widen(tuple(below(60, 0) for _ in range(below(4))))
     bits = 4 if isa in kernels.ONLY_4_BITS or maybe() else 8
     if op == "linear":
         layout = int(bits == 4 and maybe())
@@ -460,6 +467,15 @@ CASES: dict[str, tuple[Graph, str]] = {
     "blocks": (BLOCKS, "ran"),
     "conv": (conv(16, 16), "ran"),
     "attention": (attention(4, 16), "ran"),
+    "widen": (widen((3, 5)), "ran"),
+    "widen nothing": (widen((0, 5)), "ran"),
+    "widen more than there is": (
+        with_attributes(widen((3, 5)), values=10**6),
+        "x is [3, 5], not of",
+    ),
+    "widen less": (with_attributes(widen((3, 5)), values=14), "x is [3, 5], not of 14"),
+    "widen fp32": (put(widen((3, 5)), 0, Tensor(FLOAT, (3, 5))), "tensor(float)"),
+    "widen beyond all": (with_attributes(widen((3, 5)), values=2**41), "values is 2199023255552"),
     "no rows": (linear(64, 64, rows=(0,)), "ran"),
     "no images": (conv(16, 16, batch=0), "ran"),
     "N of more codes": (

@@ -233,6 +233,22 @@ void check_attention(const Compute& compute, int64_t m, int64_t n, int heads, in
   report("attention", 8, y, wanted);
 }
 
+// All numbers that are finite in fp16.
+void check_widen(const Compute& compute) {
+  std::vector<uint16_t> x;
+  std::vector<double> wanted;
+  for (int sign = 0; sign < 2; sign++)
+    for (int h = 0; h < 31 << 10; h++) {
+      x.push_back(uint16_t(h | sign << 15));
+      const double size = h < 1024 ? std::ldexp(h, -24) : double(single(uint16_t(h)));
+      wanted.push_back(sign ? -size : size);
+    }
+  x.resize(x.size() - 3), wanted.resize(x.size());  // not a multiple of any vector
+  std::vector<float> y(x.size());
+  compute.widen({x.data(), y.data(), int64_t(x.size())}, two);
+  report("widen", 16, y, wanted);
+}
+
 // What is thrown in another thread arrives here: prints the part of the calls for which it didn't.
 void check_refused(const Compute& compute) {
   const Made made = make(4, Weight::ROWS_K_BY_N, 70, 36, 32);
@@ -283,5 +299,6 @@ int main() {
   check_attention(compute, 5, 64, 2, 80);
   check_attention(compute, 9, 77, 1, 160);
   check_attention(compute, 3, 1, 2, 6);
+  check_widen(compute);
   check_refused(compute);
 }

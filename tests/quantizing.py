@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgesd.export.passes.fusions import FUSIONS
-from edgesd.export.passes.own_kernels import DOMAIN, INPUTS
+from edgesd.export.passes.own_kernels import CONV, DOMAIN, INPUTS
 from edgesd.export.quantize.layers import Layer
 
 Array = npt.NDArray[np.float32]
@@ -44,7 +44,7 @@ def patches(x: npt.NDArray[Any], layer: Layer) -> Array:
 
 def fused_in(graph: ir.Graph, branches: bool = False) -> Fused:
     """What became part of each of edgesd's layers, read off inputs and attributes. branches: they
-    have low-rank ones, each in the place of another branch's values."""
+    have low-rank ones, those of convolutions in the place of another branch's values."""
     found: Fused = {}
     for node in graph:
         if node.domain != DOMAIN or node.op_type not in INPUTS:
@@ -57,6 +57,6 @@ def fused_in(graph: ir.Graph, branches: bool = False) -> Fused:
             if _KINDS[node.op_type] in fusion.layers
             and given >= set(fusion.inputs)
             and all(node.attributes[k].as_int() == v for k, v in fusion.attributes.items())
-            and not (fusion.name == "residual" and branches)
+            and not (fusion.name == "residual" and branches and node.op_type == CONV)
         }
     return found

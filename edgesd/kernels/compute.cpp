@@ -877,11 +877,27 @@ void attention(const Attention& job, Threads threads) {
   parallel(threads, size_t(heads * parts), rows);
 }
 
+void widen(const Halves& job, Threads threads) {
+  constexpr int64_t PART = 1 << 15;
+  auto part = [&](size_t task) {
+    int64_t i = int64_t(task) * PART;
+    const int64_t end = std::min(job.count, i + PART);
+    for (; i + W <= end; i += W) store(job.y + i, from_halves(job.x + i));
+    if (i == end) return;
+    uint16_t last[W] = {};
+    float wide[W];
+    std::memcpy(last, job.x + i, size_t(end - i) * 2);
+    store(wide, from_halves(last));
+    std::memcpy(job.y + i, wide, size_t(end - i) * 4);
+  };
+  parallel(threads, size_t((job.count + PART - 1) / PART), part);
+}
+
 }  // namespace
 
 #define EDGESD_TEXT(name) #name
 #define EDGESD_NAME(name) EDGESD_TEXT(name)
-const Compute found{EDGESD_NAME(EDGESD_ISA), WEIGHT_MAX, linear, conv, attention};
+const Compute found{EDGESD_NAME(EDGESD_ISA), WEIGHT_MAX, linear, conv, attention, widen};
 
 }  // namespace EDGESD_ISA
 

@@ -57,6 +57,13 @@ struct Conv {
   int kernel_h, kernel_w, stride_h, stride_w, top, left, bottom, right;
 };
 
+// Numbers in fp16 that become fp32.
+struct Halves {
+  const uint16_t* x;  // fp16 [count]
+  float* y;           // [count]
+  int64_t count;
+};
+
 constexpr int MAX_HEAD = 160;  // the widest head, in values
 
 struct Attention {
@@ -75,6 +82,7 @@ struct Compute {
   void (*linear)(const Linear&, Threads);
   void (*conv)(const Conv&, Threads);
   void (*attention)(const Attention&, Threads);
+  void (*widen)(const Halves&, Threads);
 };
 
 const Compute* avx512_vnni_compute();

@@ -95,6 +95,17 @@ static inline vf maximum(vf a, vf b) {
 }
 static inline vf minimum(vf a, vf b) { return -maximum(-a, -b); }
 
+// W numbers in fp16 as fp32.
+static inline vf from_halves(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+#endif
+}
+
 static inline float lanes_max(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);

@@ -179,6 +179,9 @@ class Run {
       throw Failure("residual is " + text_of(found) + ", not " + text_of(like) + " as y");
     return data(index);
   }
+  const uint16_t* halves(size_t index, const char* name, int64_t count) const {
+    return static_cast<const uint16_t*>(data(index, name, FLOAT16, count));
+  }
   float* output(const Shape& shape) const {
     Value* value = nullptr;
     void* data = nullptr;
@@ -250,8 +253,8 @@ bool is_mapped_file(const void* memory, int64_t bytes) {
 }
 
 // Weights are mapped from their file and read where they lie. Those of layers beyond a budget are
-// let go after each use, and the next such layer's are asked for meanwhile: memory holds the budget
-// and one or two layers, the rest is the page cache's to keep or drop.
+// let go after each use, and those of what comes next are asked for meanwhile: memory holds the
+// budget and one or two layers, the rest is the page cache's to keep or drop.
 class WeightPager {
  public:
   static void keep(int64_t bytes) { budget() = bytes; }
@@ -280,11 +283,12 @@ class WeightPager {
     if (stays_) return;
     const std::lock_guard<std::mutex> guard(mutex());
     places()[place_] = {codes, bytes_, true};
-    for (size_t i = 1; i < places().size(); i++) {
+    int64_t asked = 0;
+    for (size_t i = 1; i < places().size() && asked < LEAST_ASKED; i++) {
       const Place& next = places()[(place_ + i) % places().size()];
       if (!next.codes) continue;
       advise(next.codes, next.bytes, MADV_WILLNEED);
-      return;
+      asked += next.bytes;
     }
   }
   void after(const void* codes) const {
@@ -322,6 +326,7 @@ class WeightPager {
     const uintptr_t end = (uintptr_t(codes) + uintptr_t(bytes)) / page * page;
     if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
   }
+  static constexpr int64_t LEAST_ASKED = 1 << 20;  // a branch's factors are too small to wait for
   int64_t bytes_;
   bool stays_;
   size_t place_ = 0;
@@ -350,11 +355,10 @@ struct WeightFormat {
     const int type = bits == 8 ? INT8 : layout == Weight::BLOCKS_OF_N ? UINT8 : INT4;
     const void* codes = run.data(1, "codes", type, type == UINT8 ? bytes() : values());
     const float* scale = run.floats(2, "scale", n);
-    const void* steps = bits == 4 ? run.data(3, "steps", FLOAT16, n * groups()) : nullptr;
+    const uint16_t* steps = bits == 4 ? run.halves(3, "steps", n * groups()) : nullptr;
     if (!codes || !scale || (bits == 4 && !steps))
       throw Failure("a weight's codes, scale or steps aren't there");
-    return {static_cast<const uint8_t*>(codes), scale, static_cast<const uint16_t*>(steps), bits,
-            group, layout, n, k};
+    return {static_cast<const uint8_t*>(codes), scale, steps, bits, group, layout, n, k};
   }
 };
 
@@ -509,6 +513,27 @@ struct QuantAttention {
   }
 };
 
+// Widen(x, in fp16) -> the same in fp32: factors that stay in their file, and are fp32 while a layer
+// reads them. ONNX Runtime would compute its own Cast of a constant once, and keep the result.
+struct Widen {
+  static constexpr const char* NAME = "Widen";
+  static constexpr size_t INPUTS = 1, REQUIRED_INPUTS = 1;
+  const Compute* compute;
+  int64_t values;
+  WeightPager pager;
+  Widen(const Compute* compute, const Kernel& kernel)
+      : compute(compute), values(kernel.integer("values", 0, MAX_ELEMENTS)), pager(2 * values) {}
+  void operator()(Run& run) const {
+    const Shape shape = run.shape(0);
+    const uint16_t* x = run.halves(0, "x", values);
+    float* y = run.output(shape);
+    if (values == 0) return;
+    pager.before(x);
+    compute->widen({x, y, values}, run.threads());
+    pager.after(x);
+  }
+};
+
 template <typename Op>
 struct Registered {
   Registered(const Api* api, const KernelInfo* info) : api(api), op(compute(), Kernel(api, info)) {}
@@ -551,6 +576,7 @@ const Operator& operator_of() {
     out.input_count = [](const Operator*) { return Op::INPUTS; };
     // Codes come as int8, int4 or packed bytes, steps as fp16: attributes say what they are.
     out.input_type = [](const Operator*, size_t index) -> int {
+      if (Op::INPUTS == 1) return FLOAT16;
       return Op::INPUTS > 3 && (index == 1 || index == 3) ? ANY : FLOAT;
     };
     out.output_count = [](const Operator*) -> size_t { return 1; };
@@ -609,7 +635,8 @@ __attribute__((visibility("default"))) edgesd::ort::Status* RegisterCustomOps(
   Status* status = api->call<Status*>(CREATE_DOMAIN, "edgesd", &domain);
   for (const Operator* op : {&edgesd::operator_of<edgesd::QuantLinear>(),
                              &edgesd::operator_of<edgesd::QuantConv>(),
-                             &edgesd::operator_of<edgesd::QuantAttention>()})
+                             &edgesd::operator_of<edgesd::QuantAttention>(),
+                             &edgesd::operator_of<edgesd::Widen>()})
     if (!status) status = api->call<Status*>(ADD_OPERATOR, domain, op);
   if (!status) status = api->call<Status*>(ADD_DOMAIN, options, domain);
   return status;

@@ -207,6 +207,8 @@ class EdgesdOps(OrtOps):
             super().lower(op)
             return
         layer = self.layers.get(id(op), op)
+        if op.kind == "linear" and (rank := self._branch_rank(op)):  # down x, of its branch
+            layer = replace(layer, spare=(4 * op.rows * rank,))
         self.made.append(replace(layer, form=form))
         if op.biased and "bias" not in layer.fused:
             self.made.append(Operation("add", op.writes, op.writes, in_place=True))
@@ -237,8 +239,8 @@ class EdgesdOps(OrtOps):
         """A layer, fused with the operations after it."""
         if op.kind == "conv" and self.has_slot(op):  # its product is added before anything else
             return op
-        # A low-rank branch comes in where another branch's values would.
-        taken = {"residual"} if self._has_branch(op) else set()
+        # A convolution's low-rank branch comes in where another branch's values would.
+        taken = {"residual"} if op.kind == "conv" and self._branch_rank(op) else set()
         fusions = [f for f in self.fusions if f.side == "epilogue" and op.kind in f.layers]
         if op.biased:
             if not any(f.name == "bias" for f in fusions):
@@ -268,7 +270,7 @@ class EdgesdOps(OrtOps):
 
     def _fuse_prologue(self, op: Operation) -> Operation:
         """A layer, fused with the operations before it."""
-        if self._has_branch(op) or self.has_slot(op):  # which reads the input, too
+        if self._branch_rank(op) or self.has_slot(op):  # which reads the input, too
             return op
         for fusion in self.fusions:
             if fusion.side == "epilogue" or op.kind not in fusion.layers:
@@ -282,9 +284,9 @@ class EdgesdOps(OrtOps):
                 )
         return op
 
-    def _has_branch(self, op: Operation) -> bool:
+    def _branch_rank(self, op: Operation) -> int:
         scheme = self.choices.get(op.layer) if op.layer else None
-        return scheme is not None and scheme.rank > 0
+        return 0 if scheme is None else scheme.rank
 
     def _following(self, kinds: Sequence[str], value: int) -> list[Operation]:
         """Operations of these kinds: the first reads `value`, each other what one of them wrote,

@@ -41,7 +41,8 @@ class Fusion:
     data; none where tracing has them within the layer (its bias). operand: what a sum adds; None
     for others. inputs: of the kernel's operator, taken from the pattern's parameters of these
     names. attributes: what the operator gets; read: adds those that the match says, None where it
-    doesn't fit after all. excludes: what can't be fused besides. last: nothing that follows is.
+    doesn't fit after all. joined: of inputs that may be there already, the axis along which both
+    become one. excludes: what can't be fused besides. last: nothing that follows is.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Fusion:
     inputs: tuple[str, ...] = ()
     attributes: Mapping[str, int] = field(default_factory=dict)
     read: Callable[[Bindings], Mapping[str, int | float] | None] = lambda _: {}
+    joined: Mapping[str, int] = field(default_factory=dict)
     excludes: tuple[str, ...] = ()
     last: bool = False
 
@@ -181,8 +183,18 @@ FUSIONS = (
 )
 """All fusions. Sums after a layer may come in any order, each once."""
 
-LORA = Fusion("lora", "epilogue", ("linear",), _lora, (), inputs=("low", "up"), read=_of_a_slot)
-"""Of slots, which no source has: the cost model knows them by their layers."""
+LORA = Fusion(
+    "lora",
+    "epilogue",
+    ("linear",),
+    _lora,
+    (),
+    inputs=("low", "up"),
+    read=_of_a_slot,
+    joined={"low": -1, "up": 0},
+)
+"""Of slots, which no source has: the cost model knows them by their layers. Beside a low-rank
+branch the factors of both are one's."""
 
 
 def kernel_takes(layer: Layer) -> bool:

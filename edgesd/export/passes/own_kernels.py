@@ -5,6 +5,7 @@
 | linear with 8-bit inputs               | QuantLinear: each row of the input has a format     |
 | convolution with 8-bit inputs          | QuantConv: each image of the input has a format     |
 | attention that isn't causal            | QuantAttention, in 8 bits                           |
+| factors of low-rank branches           | Widen: fp16 in their file, fp32 while they are read |
 | anything else                          | what QuantizedOrt makes of it                       |
 
 Weights lie in the file as QuantizedOrt writes them, so that both graphs of a component share one
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -28,9 +30,10 @@ from edgesd.export.passes.matching import Match, Matcher
 from edgesd.export.passes.quantized_ort import OrtLowering, QuantizedOrt
 from edgesd.export.passes.values import input_of
 from edgesd.export.quantize.layers import QuantizedLayer
+from edgesd.runtime.arrays import Array
 
 DOMAIN = "edgesd"
-LINEAR, CONV, ATTENTION = "QuantLinear", "QuantConv", "QuantAttention"
+LINEAR, CONV, ATTENTION, WIDEN = "QuantLinear", "QuantConv", "QuantAttention", "Widen"
 
 INPUTS = {
     LINEAR: ("x", "codes", "scale", "steps", "bias", "residual", "low", "up"),
@@ -84,13 +87,16 @@ class OwnKernels(QuantizedOrt):
 
 
 class _Kernel(OrtLowering):
-    """One layer; its branch is what the kernel adds to its output."""
+    """One layer. The kernel adds its branch: a linear's in the registers, a convolution's where
+    another branch's values would come in."""
 
     def output(self) -> ir.Value:
         q, layer = self.q, self.q.layer
         x = self.smoothed(input_of(self.node, 0))
         inputs: list[ir.Value | None] = [x, *self._weight(), self.bias()]
-        if q.rank:
+        if q.rank and layer.kind == "linear":
+            inputs += [None, *self.branch_factors(x)]
+        elif q.rank:
             inputs.append(self.branch(x))
         blocks = layer.kind == "linear" and q.activations.mode == "group"
         attributes = {
@@ -116,6 +122,11 @@ class _Kernel(OrtLowering):
             upsample=1,
             **attributes,
         )
+
+    def fp16(self, name: str, array: Array) -> ir.Value:
+        """As fp32 while it is read: Cast would be computed once, and stay."""
+        value = self.const(name, array.astype(np.float16))
+        return self.op(WIDEN, [value], DOMAIN, values=array.size)
 
     def _weight(self) -> list[ir.Value | None]:
         """Codes, scale and steps, as QuantizedOrt has them."""
@@ -151,7 +162,7 @@ class FuseEpilogue(Pass):
         if not _read_once(out):
             return None
         for fusion, matcher in self._matchers:
-            used = (*fusion.inputs, *fusion.excludes)
+            used = set(fusion.inputs).difference(fusion.joined).union(fusion.excludes)
             if _kind(node) not in fusion.layers or not _free(node, *used):
                 continue
             for match in matcher.following(model, out):
@@ -159,7 +170,7 @@ class FuseEpilogue(Pass):
                 if attributes is None or not _adds(fusion, node, match):
                     continue
                 attributes = {**fusion.attributes, **attributes}
-                inputs = _with_inputs(node, fusion, match)
+                inputs = _with_inputs(model, node, fusion, match)
                 return _replaced(model, node, match, inputs, attributes), not fusion.last
         return None
 
@@ -183,7 +194,7 @@ class FusePrologue(Pass):
         attributes = None if match is None else fusion.read(match.values)
         if match is None or attributes is None:
             return False
-        inputs = _with_inputs(node, fusion, match)
+        inputs = _with_inputs(model, node, fusion, match)
         inputs[0] = match.values["x"]
         node.resize_inputs(len(inputs))
         for place, given in enumerate(inputs):
@@ -216,13 +227,21 @@ def _free(node: ir.Node, *names: str) -> bool:
     return all(given.get(name) is None for name in names)
 
 
-def _with_inputs(node: ir.Node, fusion: Fusion, match: Match) -> list[ir.Value | None]:
+def _with_inputs(
+    model: ir.Model, node: ir.Node, fusion: Fusion, match: Match
+) -> list[ir.Value | None]:
     """A layer's inputs with those of a fusion."""
     names, inputs = INPUTS[node.op_type], list(node.inputs)
     if fusion.inputs:
         inputs += [None] * (len(names) - len(inputs))
     for name in fusion.inputs:
-        inputs[names.index(name)] = match.values[name]
+        place, value = names.index(name), match.values[name]
+        if (there := inputs[place]) is not None:
+            both = ir.node("Concat", [there, value], {"axis": fusion.joined[name]})
+            both.name = both.outputs[0].name = f"{node.name}:{name}"
+            model.graph.insert_before(match.last, both)
+            value = both.outputs[0]
+        inputs[place] = value
     return inputs
 
 

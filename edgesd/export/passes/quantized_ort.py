@@ -144,17 +144,22 @@ class OrtLowering(LayerLowering):
 
     def branch(self, x: ir.Value) -> ir.Value:
         """up (down x)."""
-        assert self.q.down is not None and self.q.up is not None
-        layer = self.q.layer
-        if layer.kind == "linear":
-            down = self._fp16("down", self.q.down.T)
-            up = self._fp16("up", self.q.up.T)
-            return self.op("MatMul", [self.op("MatMul", [x, down]), up])
-        down = self._fp16("down", self.kernel(self.q.down))
-        up = self._fp16("up", self.q.up[:, :, None, None])
-        return self.op("Conv", [self._convolved(x, down), up], kernel_shape=[1, 1])
+        low, up = self.branch_factors(x)
+        if self.q.layer.kind == "linear":
+            return self.op("MatMul", [low, up])
+        return self.op("Conv", [low, up], kernel_shape=[1, 1])
 
-    def _fp16(self, name: str, array: Array) -> ir.Value:
+    def branch_factors(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """down x, and up."""
+        assert self.q.down is not None and self.q.up is not None
+        if self.q.layer.kind == "linear":
+            down, up = self.q.down.T, self.q.up.T
+            return self.op("MatMul", [x, self.fp16("down", down)]), self.fp16("up", up)
+        down, up = self.kernel(self.q.down), self.q.up[:, :, None, None]
+        return self._convolved(x, self.fp16("down", down)), self.fp16("up", up)
+
+    def fp16(self, name: str, array: Array) -> ir.Value:
+        """A constant that is fp16 in its file, as fp32."""
         value = self.const(name, array.astype(np.float16))
         return self.op("Cast", [value], to=ir.DataType.FLOAT)
 
@@ -176,7 +181,7 @@ class OrtLowering(LayerLowering):
         four = self.q.scheme.weight_bits == 4
         values: list[ir.Value | None] = [
             self.matrix(codes, ir.DataType.INT4 if four else ir.DataType.INT8),
-            self._fp16("scales", scales),
+            self.fp16("scales", scales),
         ]
         attributes = {"axis": axis, "block_size": self.q.group} if four else {"axis": axis}
         return self.ops("DequantizeLinear", values, attributes)[0]

@@ -194,7 +194,7 @@ def test_edgesds_kernels_add_a_slots_product_themselves(scheme: str, graph: Any)
     assert len(linears) == 3
     assert all(node.inputs[place] is not None for node in linears for place in places)
     gated = next(node for node in linears if (node.name or "").startswith("gate"))
-    assert gated.attributes["gated"].as_int() == ("lr" not in scheme)
+    assert gated.attributes["gated"].as_int() == 1
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "fp16", "w8a16", "w4a16-g32-lr4"])
