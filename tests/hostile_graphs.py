@@ -155,7 +155,11 @@ def attention(heads: int, width: int, queries: int = 8, keys: int = 8, batch: in
 
 def widen(shape: tuple[int, ...]) -> Graph:
     """A Widen of x."""
-    return Graph("Widen", {"values": math.prod(shape)}, (Tensor(FLOAT16, shape),))
+    return Graph(
+        "Widen",
+        {"values": math.prod(shape)},
+        (Tensor(FLOAT16, shape), Tensor(FLOAT, (2,), constant=False)),
+    )
 
 
 def weight(n: int, k: int, bits: int, group: int, layout: int) -> tuple[Tensor | None, ...]:

@@ -513,11 +513,12 @@ struct QuantAttention {
   }
 };
 
-// Widen(x, in fp16) -> the same in fp32: factors that stay in their file, and are fp32 while a layer
-// reads them. ONNX Runtime would compute its own Cast of a constant once, and keep the result.
+// Widen(x, in fp16, after) -> the same in fp32: factors that stay in their file, and are fp32 while a
+// layer reads them. ONNX Runtime would compute its own Cast of a constant once, and keep the result;
+// and what waits for nothing it may compute long before: nothing is read of `after`.
 struct Widen {
   static constexpr const char* NAME = "Widen";
-  static constexpr size_t INPUTS = 1, REQUIRED_INPUTS = 1;
+  static constexpr size_t INPUTS = 2, REQUIRED_INPUTS = 2;
   const Compute* compute;
   int64_t values;
   WeightPager pager;
@@ -576,7 +577,7 @@ const Operator& operator_of() {
     out.input_count = [](const Operator*) { return Op::INPUTS; };
     // Codes come as int8, int4 or packed bytes, steps as fp16: attributes say what they are.
     out.input_type = [](const Operator*, size_t index) -> int {
-      if (Op::INPUTS == 1) return FLOAT16;
+      if (Op::INPUTS == 2) return index == 0 ? FLOAT16 : FLOAT;
       return Op::INPUTS > 3 && (index == 1 || index == 3) ? ANY : FLOAT;
     };
     out.output_count = [](const Operator*) -> size_t { return 1; };

@@ -135,11 +135,14 @@ def build(
     reference: Bundle | None = None
     notes: list[Note] = []
     unfinished: EdgesdError | None = None
+    attention = False
     with private_folder(out) if one_file else atomic_dir(out) as root:
         writer = BundleWriter(root, identity, record)
         if job.options.quantized:
             reference = _reference(job, identity)
-            notes += QuantizedBuild(job, reference, writer).run()
+            quantized = QuantizedBuild(job, reference, writer)
+            notes += quantized.run()
+            attention = quantized.attention
         else:
             precision, lowering = job.options.precision, job.lowering
             graphs = export_pipeline(
@@ -158,7 +161,7 @@ def build(
             writer.put_engines(_checked_engines(job, writer))
         if job.folders.prompter:
             writer.put_prompter(job.folders.prompter, read_prompter(job.folders.prompter))
-        writer.put_engines(footprinted(writer.manifest(), job.spec).engines)
+        writer.put_engines(footprinted(writer.manifest(), job.spec, attention).engines)
         writer.write()
         job.source.check_unchanged()
         if finish:

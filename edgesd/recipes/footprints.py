@@ -53,7 +53,8 @@ in 8 and 4 bits, with both halves of guidance in one run; fp32 takes what is tra
 class ComponentForm:
     """How a component's graph is built. schemes: of its quantized layers. on_disk: bytes of its
     weights' file. own_kernels: for edgesd's own kernels. fp32: on a GPU, what isn't quantized stays
-    in fp32. slots: for LoRAs; factors: bytes of what always fills them."""
+    in fp32. slots: for LoRAs; factors: bytes of what always fills them. attention: in 8 bits, by
+    edgesd's own kernels."""
 
     precision: Precision
     lowering: Lowering
@@ -63,11 +64,13 @@ class ComponentForm:
     fp32: bool = False
     slots: Slots = NO_SLOTS
     factors: int = 0
+    attention: bool = True
 
     def lowered(self, workload: Workload, tiled: bool = False) -> Workload:
         """A workload as the graph runs it. tiled: of an autoencoder's part that is run in tiles."""
         own = self.own_kernels
-        return lower_workload(workload, self.schemes, own, own, tiled, slots=self.slots)
+        attention = own and self.attention
+        return lower_workload(workload, self.schemes, own, attention, tiled, slots=self.slots)
 
 
 @dataclass(frozen=True)
@@ -342,9 +345,11 @@ def _slots_of(engine: Engine) -> tuple[Slots, int]:
     return Slots(slots.rank, frozenset(slot.name for slot in slots.layers)), values
 
 
-def footprinted(manifest: BundleManifest, spec: ExportSpec) -> BundleManifest:
-    """The manifest of a bundle that was built from `spec`, with what its graphs take. Raises
-    EdgesdError."""
+def footprinted(
+    manifest: BundleManifest, spec: ExportSpec, attention: bool = True
+) -> BundleManifest:
+    """The manifest of a bundle that was built from `spec`, with what its graphs take. attention:
+    in 8 bits, where graphs are for edgesd's own kernels. Raises EdgesdError."""
     networks = Networks(spec)
     engines = dict(manifest.engines)
     for stage in networks.flow.stages:
@@ -359,7 +364,15 @@ def footprinted(manifest: BundleManifest, spec: ExportSpec) -> BundleManifest:
             slots, values = _slots_of(engine)
             factors = FACTOR_BYTES * values if lowering.fixed_shapes else 0
             form = ComponentForm(
-                engine.precision, lowering, schemes, on_disk, own, fp32, slots, factors
+                engine.precision,
+                lowering,
+                schemes,
+                on_disk,
+                own,
+                fp32,
+                slots,
+                factors,
+                attention,
             )
             found: dict[str, object] = {field: networks.footprint(stage, form)}
             if engine.split is not None:

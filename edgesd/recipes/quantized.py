@@ -81,6 +81,7 @@ class QuantizedBuild:
         self.scheme, self.lowering = parse_scheme(job.options.precision), job.lowering
         self.root, self.writer = writer.root, writer
         self.progress = job.progress
+        self.attention = False  # of the graphs that are there: in 8 bits
         self.comparison = _comparison(job, reference)
         self.assets = _copy_assets(reference, self.root)
         self.store = _store(job, reference, self.graphs)
@@ -204,6 +205,7 @@ class QuantizedBuild:
     ) -> Bundle:
         """The bundle in `root`, with graphs as chosen."""
         self.files.write(assignment.schemes, form)
+        self.attention = form.attention
         manifest = self.reference.manifest
         recipe = QuantRecipe(
             name=str(self.scheme),

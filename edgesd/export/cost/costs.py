@@ -20,6 +20,9 @@ NODE_BYTES = 16_000
 NODE_FILE_BYTES = 700
 """Bytes for each operation in the graph's file."""
 
+_BRANCH_NODES = 4
+"""Operations of a low-rank branch: two factors become fp32, and two products."""
+
 OTHER_FILES_BYTES = 400_000
 """Tokenizer, manifest, licences."""
 
@@ -27,7 +30,7 @@ _BUILD_BYTES, _BUILD_PER_WEIGHT, _BUILD_PER_PIXEL = 700 << 20, 3.2, 4000
 """Memory of a build, at most: torch and its libraries; for each weight of the largest network,
 what calibration records of its layers; for each pixel, of the decoder's calibration. Weights
 themselves stay in the checkpoint's files, and are made fp32 layer by layer. A build of SDXL at
-1024x1024 took 4.0 GB where this gives 8.1."""
+1024x1024 took 7.2 GB where this gives 8.1."""
 
 _BUILD_MOST = 3_200_000_000
 """What calibration records of a network at most: its covariances and samples are limited."""
@@ -104,9 +107,10 @@ def memory(
     what stays are packed copies, and of what it unpacks (Cast, DequantizeLinear) the results.
     """
     workload = workloads[0]
-    mapped = kept = unpacked = twice = loading = largest = 0
+    mapped = kept = unpacked = twice = loading = largest = nodes = 0
     rest = on_disk
     for op in workload.operations:
+        nodes += op.form != FUSED
         if op.layer is None or op.form == FUSED:
             continue
         count, choice = op.layer.rows * op.layer.columns, choices.get(op.layer)
@@ -114,6 +118,7 @@ def memory(
         rest -= stored
         if op.layer.kind == "embedding":
             continue  # rows of it alone are read
+        nodes += _BRANCH_NODES if choice is not None and choice.rank else 0
         if op.form in EDGESD_FORMS:
             mapped += stored
             largest = max(largest, count)
@@ -141,7 +146,7 @@ def memory(
         # Inputs and outputs are bound to arrays, and what comes out is copied.
         activations=arena_bytes(workloads) + 2 * max(map(_outside, workloads)) + behind,
         workspace=max(_workspace(op) for each in workloads for op in each.operations),
-        graph=NODE_BYTES * sum(op.form != FUSED for op in workload.operations),
+        graph=NODE_BYTES * nodes,
     )
 
 

@@ -207,8 +207,8 @@ class EdgesdOps(OrtOps):
             super().lower(op)
             return
         layer = self.layers.get(id(op), op)
-        if op.kind == "linear" and (rank := self._branch_rank(op)):  # down x, of its branch
-            layer = replace(layer, spare=(4 * op.rows * rank,))
+        if rank := self._branch_rank(op):
+            layer = self._with_branch(layer, 4 * op.rows * rank)
         self.made.append(replace(layer, form=form))
         if op.biased and "bias" not in layer.fused:
             self.made.append(Operation("add", op.writes, op.writes, in_place=True))
@@ -283,6 +283,15 @@ class EdgesdOps(OrtOps):
                     op, reads=(*before.reads, *op.reads[1:]), fused=(*op.fused, fusion.name)
                 )
         return op
+
+    def _with_branch(self, op: Operation, low_bytes: int) -> Operation:
+        """A layer that reads down x, of `low_bytes`; a convolution's kernel up (down x)."""
+        read = self.new(low_bytes)
+        self.made.append(Operation("matmul", op.reads[:1], (read,), form=FUSED))
+        if op.kind == "conv":
+            low, read = read, self.new(self.sizes[op.writes[0]])
+            self.made.append(Operation("matmul", (low,), (read,), form=FUSED))
+        return replace(op, reads=(*op.reads, read))
 
     def _branch_rank(self, op: Operation) -> int:
         scheme = self.choices.get(op.layer) if op.layer else None

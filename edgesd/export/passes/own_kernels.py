@@ -123,10 +123,10 @@ class _Kernel(OrtLowering):
             **attributes,
         )
 
-    def fp16(self, name: str, array: Array) -> ir.Value:
+    def factor(self, name: str, array: Array, after: ir.Value) -> ir.Value:
         """As fp32 while it is read: Cast would be computed once, and stay."""
         value = self.const(name, array.astype(np.float16))
-        return self.op(WIDEN, [value], DOMAIN, values=array.size)
+        return self.op(WIDEN, [value, after], DOMAIN, values=array.size)
 
     def _weight(self) -> list[ir.Value | None]:
         """Codes, scale and steps, as QuantizedOrt has them."""

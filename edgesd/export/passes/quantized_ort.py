@@ -153,13 +153,16 @@ class OrtLowering(LayerLowering):
         """down x, and up."""
         assert self.q.down is not None and self.q.up is not None
         if self.q.layer.kind == "linear":
-            down, up = self.q.down.T, self.q.up.T
-            return self.op("MatMul", [x, self.fp16("down", down)]), self.fp16("up", up)
-        down, up = self.kernel(self.q.down), self.q.up[:, :, None, None]
-        return self._convolved(x, self.fp16("down", down)), self.fp16("up", up)
+            low = self.op("MatMul", [x, self.factor("down", self.q.down.T, x)])
+            return low, self.factor("up", self.q.up.T, low)
+        low = self._convolved(x, self.factor("down", self.kernel(self.q.down), x))
+        return low, self.factor("up", self.q.up[:, :, None, None], low)
 
-    def fp16(self, name: str, array: Array) -> ir.Value:
-        """A constant that is fp16 in its file, as fp32."""
+    def factor(self, name: str, array: Array, after: ir.Value) -> ir.Value:
+        """A branch's factor, as fp32, for a product of `after`."""
+        return self._fp16(name, array)
+
+    def _fp16(self, name: str, array: Array) -> ir.Value:
         value = self.const(name, array.astype(np.float16))
         return self.op("Cast", [value], to=ir.DataType.FLOAT)
 
@@ -181,7 +184,7 @@ class OrtLowering(LayerLowering):
         four = self.q.scheme.weight_bits == 4
         values: list[ir.Value | None] = [
             self.matrix(codes, ir.DataType.INT4 if four else ir.DataType.INT8),
-            self.fp16("scales", scales),
+            self._fp16("scales", scales),
         ]
         attributes = {"axis": axis, "block_size": self.q.group} if four else {"axis": axis}
         return self.ops("DequantizeLinear", values, attributes)[0]
