@@ -109,6 +109,9 @@ def main() -> None:
     made.add_argument("folder", type=Path)
     made.add_argument("--model", choices=MODELS, default="sdxl", help="(default: sdxl)")
     made.add_argument("--pipeline", type=Path, help="the pipeline, if not FOLDER/MODEL")
+    made.add_argument(
+        "--controlnet", type=Path, help="build this in (benchmarks/random_pipeline.py makes one)"
+    )
     made.add_argument("--precision", default="w8a8", help="(default: w8a8)")
     made.add_argument("--method", default="svdquant", help="(default: svdquant)")
     made.add_argument(
@@ -131,13 +134,14 @@ def main() -> None:
     )
     size = tuple(given.size) if given.size else None
     options = BuildOptions(TARGET, given.precision, size=size, quantization=quantization)
+    controlnets = (str(given.controlnet),) if given.controlnet else ()
     sampler = Sampler()
     try:
         build(
             str(pipeline),
             options,
             bundle,
-            LocalFolders(given.folder / "work"),
+            LocalFolders(given.folder / "work", controlnets=controlnets),
             Lines(sampler.begin),
             lambda warning: print(f"warning: {warning}", flush=True),
         )
