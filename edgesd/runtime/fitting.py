@@ -197,10 +197,15 @@ class Fitting:
         limit = self.budget.limit
         if limit is None or mode != "stream":
             return {}
-        return {
-            name: max(0, limit - with_margin(part, self.costs.process))
-            for name, part in need.parts.items()
-        }
+        kept = {}
+        for group in need.together:
+            left = max(0, limit - with_margin(need.parts[group[0]], self.costs.process))
+            # The smaller ones first: what they leave is for the others.
+            weights = {name: self.costs.footprints[name].weights for name in group}
+            for place, name in enumerate(sorted(group, key=lambda name: weights[name])):
+                kept[name] = min(weights[name], left // (len(group) - place))
+                left -= kept[name]
+        return kept
 
     def least(self, batch: Batch) -> tuple[MemoryMode, int]:
         """The mode that needs least, and the bytes it needs."""

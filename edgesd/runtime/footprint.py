@@ -99,11 +99,13 @@ class Part:
 @dataclass(frozen=True)
 class Need:
     """resident: peak of the process, mapped files included (VmHWM). held: of that, what can't be
-    taken back. parts: peaks while each component is there, the process included."""
+    taken back. parts: peaks while each component is there, the process included. together:
+    components that are there at once."""
 
     resident: int
     held: int
     parts: Mapping[str, int]
+    together: tuple[tuple[str, ...], ...]
 
 
 def computing(footprint: Footprint, units: int) -> tuple[int, int]:
@@ -332,16 +334,21 @@ def together(
     if mode == "fast":
         parts = {name: part for group in groups for name, part in group.items()}
         peak = base + _at_once(parts.values())
-        return Need(peak, peak, {name: base + part.resident for name, part in parts.items()})
+        alone = {name: base + part.resident for name, part in parts.items()}
+        return Need(peak, peak, alone, (tuple(parts),))
     peaks = [base + _at_once(group.values()) for group in groups]
+    names = [tuple(group) for group in groups]
     if previews:
         peaks[-1] += _at_once(groups[-2].values())
+        names[-2:] = [names[-2] + names[-1]]
     held = [
         peak - sum(part.in_file for part in group.values())
         for peak, group in zip(peaks, groups, strict=True)
     ]
     alone = {name: peak for peak, group in zip(peaks, groups, strict=True) for name in group}
-    return Need(max(peaks), max(held), alone)
+    if previews:
+        alone |= dict.fromkeys(groups[-2], peaks[-1])
+    return Need(max(peaks), max(held), alone, tuple(names))
 
 
 def _at_once(parts: Collection[Part]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from edgesd.runtime.footprint import (
     encoder_in_parts,
     together,
     whole,
+    with_margin,
 )
 from edgesd.runtime.images import make_images
 from edgesd.runtime.loaded import Loaded
@@ -104,8 +106,12 @@ def test_modes_add_components_up() -> None:
     parts = {"a": Part(5, 1, 4, 1), "b": Part(50, 20, 40, 3), "c": Part(7, 0, 6, 1)}
     groups = [{name: part} for name, part in parts.items()]
     assert together(groups, 100, "fast").resident == 100 + 4 + 40 + 6 + 3
-    assert together(groups, 100, "balanced") == Need(150, 130, {"a": 105, "b": 150, "c": 107})
-    assert together(groups, 100, "balanced", previews=True).parts["c"] == 157
+    balanced = together(groups, 100, "balanced")
+    apart = (("a",), ("b",), ("c",))
+    assert balanced == Need(150, 130, {"a": 105, "b": 150, "c": 107}, apart)
+    previews = together(groups, 100, "balanced", previews=True)
+    assert previews.parts == {"a": 105, "b": 157, "c": 157}
+    assert previews.together == (("a",), ("b", "c"))
 
 
 @pytest.mark.parametrize("mode", MEMORY_MODES)
@@ -134,6 +140,7 @@ def test_what_runs_in_each_step_is_loaded_together() -> None:
     balanced = together(groups, 100, "balanced")
     assert balanced.parts == {"text": 105, "side": both, "denoiser": both, "decoder": 107}
     assert balanced.resident == both and balanced.held == both - 22
+    assert balanced.together == (("text",), ("side", "denoiser"), ("decoder",))
     fast = together(groups, 100, "fast")
     assert fast.resident == fast.held == 100 + 4 + 25 + 40 + 6 + 4
 
@@ -277,6 +284,27 @@ def test_previews_count(bundle: Bundle) -> None:
         assert pipeline.memory == "balanced"
         pipeline.fit(request, 1, previews=True)
         assert pipeline.memory == "stream"
+
+
+@pytest.mark.parametrize("previews", [False, True])
+def test_components_that_are_there_at_once_share_what_is_left_for_weights(
+    previews: bool, bundle: Bundle
+) -> None:
+    """A preview's decoder is there beside the denoiser."""
+    limit = PROCESS + 120 * MB
+    with Pipeline(bundle, Settings(memory="stream", max_memory=limit)) as pipeline:
+        pipeline.fit(request_of(pipeline), 1, previews)
+        fit, costs = pipeline._loaded._fit, pipeline._loaded._fitting().costs
+    assert fit is not None
+    generation = replace(fit.generation, previews=previews)
+    peaks = costs.need("stream", generation, fit.window, fit.tiled).parts
+    left = {name: limit - with_margin(peaks[name], PROCESS) for name in ("unet", "vae_decoder")}
+    kept = fit.weights_kept
+    assert kept["vae_decoder"] == 20 * MB  # all of them
+    if previews:
+        assert kept["unet"] == left["unet"] - 20 * MB and left["unet"] == left["vae_decoder"]
+    else:
+        assert kept["unet"] == left["unet"] < 100 * MB
 
 
 def test_later_requests_are_fitted_anew_and_generate_the_same(bundle: Bundle) -> None:
