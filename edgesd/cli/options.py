@@ -22,7 +22,7 @@ from edgesd.spec.pipeline import IMAGE_TASKS
 from edgesd.spec.scheme import MAX_RANK
 
 if TYPE_CHECKING:
-    from edgesd.runtime.hints import Hint
+    from edgesd.runtime.hints import Hint, Lines
     from edgesd.runtime.memory import MemoryMode
     from edgesd.runtime.recorded import Recorded
     from edgesd.runtime.requests import Request
@@ -473,6 +473,8 @@ class ControlOptions:
     starts: tuple[float, ...] = ()
     ends: tuple[float, ...] = ()
     sources: tuple[str, ...] = ()
+    thresholds: tuple[tuple[float, float], ...] = ()
+    lines: tuple[Lines, ...] = ()
     guess_mode: bool = False
 
     def __post_init__(self) -> None:
@@ -481,6 +483,8 @@ class ControlOptions:
             ("--control-start", self.starts),
             ("--control-end", self.ends),
             ("--control-from", self.sources),
+            ("--control-thresholds", self.thresholds),
+            ("--control-lines", self.lines),
         ):
             if values and not self.controls:
                 raise click.UsageError(f"{option} goes with --control FILE")
@@ -493,7 +497,8 @@ class ControlOptions:
     def applied(self, request: Request, known: Recorded | None = None) -> Request:
         """`request` with the pictures, which are read. known: of an image that is made again: what
         isn't given is as it was there. Raises InputError, and UsageError where a picture that was
-        shown then isn't given."""
+        shown then isn't given, or an option has no picture that it is for."""
+        from edgesd.runtime.hints import USUAL
         from edgesd.runtime.pictures import read_picture
         from edgesd.runtime.requests import Control
 
@@ -513,15 +518,28 @@ class ControlOptions:
                 )
                 if values
             }
+            options = USUAL
             if one := before.pop(name, None):
                 then = {"scale": one.scale, "start": one.start, "end": one.end, "kind": one.kind}
-                own = {**then, **own}
-            found.append(Control(read_picture(expanded(path)), name, **own))
+                own, options = {**then, **own}, one.options
+            if self.thresholds:
+                low, high = self.thresholds[place % len(self.thresholds)]
+                options = replace(options, low=low, high=high)
+            if self.lines:
+                options = replace(options, lines=self.lines[place % len(self.lines)])
+            found.append(Control(read_picture(expanded(path)), name, **own, options=options))
         for name, one in before.items():
             raise click.UsageError(
                 f"that image was made with a control image for {name} (sha256 {one.sha256[:16]}...)"
                 f": say where it is: --control FILE:{name}"
             )
+        kinds = {control.kind for control in found}
+        for option, values, source in (
+            ("--control-thresholds", self.thresholds, "photo"),
+            ("--control-lines", self.lines, "sketch"),
+        ):
+            if values and _SOURCES[source] not in kinds:
+                raise click.UsageError(f"{option} goes with --control-from {source}")
         return replace(request, controls=tuple(found), guess_mode=self.guess_mode)
 
 
@@ -549,8 +567,8 @@ control_options = OptionGroup(
             type=_SCALE,
             metavar="NUMBER",
             multiple=True,
-            help="How much it counts. These four may be given once for all pictures, or once for "
-            "each, in their order.  [default: 1]",
+            help="How much it counts. This and the other --control-... may be given once for all "
+            "pictures, or once for each, in their order.  [default: 1]",
         ),
         click.option(
             "--control-start",
@@ -576,6 +594,23 @@ control_options = OptionGroup(
             help="What the picture is: a hint, as the ControlNet was trained with (edges, depth, a "
             "pose), or a photo or a sketch, of which white lines on black are made.  "
             "[default: hint]",
+        ),
+        click.option(
+            "--control-thresholds",
+            "thresholds",
+            type=(Finite(0), Finite(0)),
+            metavar="LOW HIGH",
+            multiple=True,
+            help="Of a photo's edges (Canny): lower ones find more. An edge begins where it is "
+            "steeper than HIGH and goes on down to LOW.  [default: 100 200]",
+        ),
+        click.option(
+            "--control-lines",
+            "lines",
+            type=click.Choice(["dark", "light"]),
+            multiple=True,
+            help="Whether a sketch's lines are darker or lighter than its ground.  [default: "
+            "whichever there is less of]",
         ),
         click.option(
             "--guess-mode",

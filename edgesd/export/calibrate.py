@@ -508,7 +508,7 @@ class _Calibrating:
                     if other != stage
                 )
             request = completion.complete(requests[index])
-            controls = controls_of(spec.wiring, request)
+            controls = controls_of(spec.wiring, [request])
             if controls.shown:
                 at = self._controlled.index(index)
                 own = {part: rows[at : at + 1] for part, rows in features.items()}

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from edgesd.errors import InputError
+from edgesd.errors import InputError, UsageError
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.conditioning import Run
+from edgesd.runtime.pictures import Painting
 from edgesd.runtime.requests import CompleteRequest
 from edgesd.spec.pipeline import ComponentSpec, Part, Wiring, size_of
 
@@ -23,8 +24,8 @@ from edgesd.spec.pipeline import ComponentSpec, Part, Wiring, size_of
 class Shown:
     """What one side component is shown, and how much of its outputs is added.
 
-    image: [1, 3, H, W] from 0 to 1. start, end: parts of the steps that are taken, between which it
-    acts.
+    image: [1, 3, H, W] from 0 to 1. start, end: parts of the steps, between which it acts. once:
+    whether the component runs once for an image.
     """
 
     component: str
@@ -32,11 +33,13 @@ class Shown:
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    once: bool = False
 
-    def acts(self, index: int, count: int) -> bool:
-        """Whether it acts at a step (0-based) of `count`: diffusers' `controlnet_keep`."""
-        kept = not (index / count < self.start or (index + 1) / count > self.end)
-        return kept and self.scale != 0
+    def acts(self, index: int, count: int, taken: int) -> bool:
+        """Whether it acts at a step (0-based) of `count`, the first `taken` of which are taken:
+        diffusers' `controlnet_keep`, and for what runs once, its `adapter_conditioning_factor`."""
+        late = index >= int(taken * self.end) if self.once else (index + 1) / count > self.end
+        return not (index / count < self.start or late) and self.scale != 0
 
 
 @dataclass(frozen=True)
@@ -58,17 +61,33 @@ class Controls:
 NO_CONTROLS = Controls()
 
 
-def controls_of(wiring: Wiring, request: CompleteRequest) -> Controls:
-    """What a request shows to side components. Raises InputError for a picture that is broken."""
-    size = request.width, request.height
-    components = {side.name: side.component for side in wiring.sides}
-    return Controls(
-        tuple(
-            Shown(components[one.name], one.hint(*size), one.scale, one.start, one.end)
-            for one in request.controls
-        ),
-        request.guess_mode,
-    )
+def controls_of(wiring: Wiring, requests: Sequence[CompleteRequest]) -> Controls:
+    """What the requests of a batch show to side components, all the same. Raises InputError for a
+    picture that is broken, UsageError where each would be shown another part of it."""
+    first = requests[0]
+    painted = _painted_alone(requests) if first.controls else None
+    sides = {side.name: side for side in wiring.sides}
+    shown = []
+    for one in first.controls:
+        side = sides[one.name]
+        image = one.hint(first.width, first.height, painted)
+        once = side.when == "once"
+        shown.append(Shown(side.component, image, one.scale, one.start, one.end, once))
+    return Controls(tuple(shown), first.guess_mode)
+
+
+def _painted_alone(requests: Sequence[CompleteRequest]) -> Painting | None:
+    """Where each request paints a part of its image alone, the same in all; None where they paint
+    in the whole image."""
+    if requests[0].mask_padding is None:
+        return None
+    found = [request.painting() for request in requests]
+    if len({one and one.box for one in found}) > 1:
+        raise UsageError(
+            "the images of one batch that are shown a control image must paint the same part: "
+            "generate them one by one, or leave mask_padding out"
+        )
+    return found[0]
 
 
 def with_features(

@@ -113,7 +113,7 @@ def denoise(
         values: dict[str, Array] = {"timestep": timestep, "sample": sample[:, :channels]}
         sums.clear()
         for one in controls.shown:
-            if one.acts(index, len(scheduler.timesteps) - start.first_step):
+            if one.acts(index, len(scheduler.timesteps) - start.first_step, count):
                 sides.add(one, run, values, sums)
         found = network.run(run, {**values, "sample": sample, **sums.arrays})[denoiser.output]
         if found.shape != expected:

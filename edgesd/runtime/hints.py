@@ -79,8 +79,11 @@ class HintOptions:
             )
 
 
+USUAL = HintOptions()
+
+
 def control_image(
-    image: Image.Image, kind: Hint, width: int, height: int, options: HintOptions | None = None
+    image: Image.Image, kind: Hint, width: int, height: int, options: HintOptions = USUAL
 ) -> Image.Image:
     """The control image that `image` (RGB) gives at a size: RGB, white lines on black.
 
@@ -90,7 +93,6 @@ def control_image(
 
     if kind == "ready":
         return image
-    options = options or HintOptions()
     finer = 1 if kind == "canny" else min(-(-_LEAST_SKETCH // min(width, height)), _FINEST)
     image = image.resize((width * finer, height * finer), Image.Resampling.LANCZOS)
     if kind == "canny":

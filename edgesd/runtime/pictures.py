@@ -557,6 +557,13 @@ class Painting:
             return image
         return _filled(image.crop(self.box), self.width, self.height)
 
+    def same_part(self, image: Image.Image) -> Image.Image:
+        """What another RGB image shows of where is painted; it is scaled to the size of the one
+        that is painted in."""
+        if self.box is not None and image.size != self.image.size:
+            image = _resized(image, *self.image.size)
+        return self._fitted(image)
+
     def overlaid(self, drawn: Image.Image) -> Image.Image:
         """`drawn` where the mask is, in the image: of its size, with its own bits where the mask
         is 0, and in between where it is grey."""

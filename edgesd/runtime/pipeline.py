@@ -204,7 +204,7 @@ class Pipeline(Closeable):
         if len(requests) > 1 and len({self.chunks(request) for request in requests}) > 1:
             raise UsageError("the prompts of one batch must have the same number of chunks")
         self._loaded.fit(self._batch(first, len(requests), previews))
-        controls = controls_of(wiring, first)  # refuses a sketch without lines at once
+        controls = controls_of(wiring, requests)  # refuses a sketch without lines at once
         conditioned = self._conditioned(requests)
         noise = BatchNoise([request.seed for request in requests])
         scheduler = scheduler_of(self.spec, first)

@@ -14,9 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgesd.errors import InputError
+from edgesd.errors import InputError, UsageError
 from edgesd.runtime import a1111
-from edgesd.runtime.hints import HINTS, Hint
+from edgesd.runtime.hints import (
+    HINTS,
+    MOST_LINE_WIDTH,
+    MOST_THRESHOLD,
+    USUAL,
+    Hint,
+    HintOptions,
+)
 from edgesd.runtime.lora import Used
 from edgesd.runtime.pictures import MOST_BLUR, MOST_PADDING
 from edgesd.runtime.requests import MOST_TOLD_PIXELS, CompleteRequest, Micro, Request
@@ -187,10 +194,18 @@ class RecordedControl:
     start: float
     end: float
     kind: Hint
+    options: HintOptions = USUAL
 
 
 _CONTROLS = "controls"
-"""The text on controls, a line for each."""
+"""The text on controls, a line for each; it ends with those of HintOptions that were asked for."""
+
+_HINT_OPTIONS: dict[str, Callable[[str], tuple[Any]]] = {
+    "low": _real(0, MOST_THRESHOLD),
+    "high": _real(0, MOST_THRESHOLD),
+    "lines": _one_of("dark", "light"),
+    "line_width": _whole(1, MOST_LINE_WIDTH),
+}
 
 _MOST_CONTROLS = 16
 
@@ -198,6 +213,11 @@ _MOST_CONTROLS = 16
 def _controls_text(request: CompleteRequest) -> str:
     return "\n".join(
         f"{one.name} {one.picture.sha256} {one.scale} {one.start} {one.end} {one.kind}"
+        + "".join(
+            f" {name}={value}"
+            for name, value in vars(one.options).items()
+            if value != getattr(HintOptions, name)
+        )
         for one in request.controls
     )
 
@@ -208,14 +228,25 @@ def _controls(text: str) -> tuple[RecordedControl, ...]:
     kinds: dict[str, Hint] = {kind: kind for kind in HINTS}
     found = []
     for line in text.split("\n"):
-        name, sha256, scale, start, end, kind = line.split(" ")
+        name, sha256, scale, start, end, kind, *options = line.split(" ")
         if not (is_file_name(name) and is_sha256(sha256) and kind in kinds):
             raise ValueError
-        values = *number(scale), *part(start), *part(end)
-        found.append(RecordedControl(name, sha256, *values, kinds[kind]))
+        values = *number(scale), *part(start), *part(end), kinds[kind], _hint_options(options)
+        found.append(RecordedControl(name, sha256, *values))
     if len(found) > _MOST_CONTROLS:
         raise ValueError
     return tuple(found)
+
+
+def _hint_options(words: Sequence[str]) -> HintOptions:
+    """Raises ValueError."""
+    values = dict(word.split("=") for word in words)
+    if not values.keys() <= _HINT_OPTIONS.keys():
+        raise ValueError
+    try:
+        return HintOptions(**{name: _HINT_OPTIONS[name](text)[0] for name, text in values.items()})
+    except UsageError as exc:
+        raise ValueError from exc
 
 
 @dataclass(frozen=True)

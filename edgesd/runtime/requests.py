@@ -12,6 +12,7 @@ from edgesd.errors import InputError, UsageError, unknown_name
 from edgesd.runtime.arrays import Float
 from edgesd.runtime.chunks import Prompt
 from edgesd.runtime.cut import first_of_picture
+from edgesd.runtime.hints import USUAL, Hint, HintOptions, control_image
 from edgesd.runtime.pictures import (
     Painting,
     Picture,
@@ -40,8 +41,6 @@ from edgesd.spec.pipeline import (
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from edgesd.runtime.hints import Hint
 
     GivenPicture = Picture | Image.Image | Path | str
 
@@ -89,8 +88,8 @@ class Control:
     """A picture that a ControlNet or an adapter of the bundle is shown.
 
     name: which; "" where the bundle has one only. scale: what its outputs are multiplied by.
-    start, end: parts of the steps, between which it acts. kind: how the control image is made of
-    the picture.
+    start, end: parts of the steps, between which it acts. kind, options: how the control image is
+    made of the picture.
     """
 
     picture: Picture
@@ -99,13 +98,16 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     kind: Hint = "ready"
+    options: HintOptions = USUAL
 
-    def hint(self, width: int, height: int) -> Float:
-        """What is shown, [1, 3, height, width] from 0 to 1. Raises InputError for a broken
+    def hint(self, width: int, height: int, painted: Painting | None = None) -> Float:
+        """What is shown, [1, 3, height, width] from 0 to 1. painted: where a part of an image is
+        painted alone: the same part of the picture is shown. Raises InputError for a broken
         picture, and for a sketch without lines."""
-        from edgesd.runtime.hints import control_image
-
-        image = control_image(self.picture.decoded(), self.kind, width, height)
+        image = self.picture.decoded()
+        if painted is not None:
+            image = painted.same_part(image)
+        image = control_image(image, self.kind, width, height, self.options)
         return hint_array(image, width, height)
 
 

@@ -112,7 +112,9 @@ def made(name: str, folder: Path, nets: int = 1, kind: str = "controlnet", **opt
     plain = tiny(name) if kind == "controlnet" else for_adapter(tiny(name))
     plain.save_pretrained(folder / "base")
     make: Callable[..., Any] = controlnet if kind == "controlnet" else adapter
-    sides = [make(plain.unet, seed, **options) for seed in range(nets)]
+    # A ControlNet of a model for inpainting takes the latents alone.
+    unet = tiny(name.removesuffix("-inpaint")).unet if "inpaint" in name else plain.unet
+    sides = [make(unet, seed, **options) for seed in range(nets)]
     given = []
     for side, letter in zip(sides, "abcd", strict=False):
         side.save_pretrained(folder / letter)
@@ -255,6 +257,24 @@ def test_adapters_act_as_in_diffusers(name: str, nets: int, channels: int, tmp_p
             late = [replace(controls[0], end=0.5)]
             theirs["adapter_conditioning_factor"] = 0.5
             assert model.difference(pipeline, late, theirs, size=OBLONG) <= 1
+            # Of the steps before a refiner's, which are 5 of 8: not those before the half of all.
+            wanted = diffusers_images(
+                model.theirs, PROMPTS[:1], SEEDS[:1], num_inference_steps=8, width=width,
+                height=height, guidance_scale=4.0, denoising_end=0.6, output_type="latent",
+                **theirs,
+            )  # fmt: skip
+            request = Request(
+                PROMPTS[0],
+                SEEDS[0],
+                None,
+                8,
+                4.0,
+                height,
+                width,
+                denoising_end=0.6,
+                controls=(*late,),
+            )
+            np.testing.assert_allclose(pipeline.begin([request])[0], wanted[0], atol=1e-4)
 
 
 def test_calibration_shows_pictures_to_every_second_prompt(
@@ -318,7 +338,7 @@ def test_mistakes_are_noticed(
     elif change == "guess":
         monkeypatch.setattr(denoise, "guess_weights", lambda count: np.ones(count, np.float32))
     else:
-        monkeypatch.setattr(Shown, "acts", lambda self, index, count: index / count <= self.end)
+        monkeypatch.setattr(Shown, "acts", lambda self, index, count, _: index / count <= self.end)
     with model.ours(tmp_path / "bundle") as pipeline:
         assert model.difference(pipeline, controls, theirs, guess_mode=change == "guess") > 1
 
@@ -378,30 +398,83 @@ def test_what_does_not_fit_together_is_refused(
     assert open_model(base, sides=[("controlnet", f"{odd}:c")]).sides == ("controlnet-c",)
 
 
-@pytest.mark.parametrize("task", ["image", "inpaint"])
-def test_beside_an_image_and_a_mask(
-    task: ImageTask, models: Callable[..., Model], tmp_path: Path
-) -> None:
-    """Parts of the steps are of those that the strength leaves."""
-    base = models("sd")
-    cls: Any = {
-        "image": diffusers.StableDiffusionControlNetImg2ImgPipeline,
-        "inpaint": diffusers.StableDiffusionControlNetInpaintPipeline,
-    }[task]
-    pipeline = cls(**base.theirs.components, requires_safety_checker=False)
+_BESIDE = {
+    ("sd", "image"): diffusers.StableDiffusionControlNetImg2ImgPipeline,
+    ("sd", "inpaint"): diffusers.StableDiffusionControlNetInpaintPipeline,
+    ("sdxl", "image"): diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
+    ("sdxl", "inpaint"): diffusers.StableDiffusionXLControlNetInpaintPipeline,
+}
+
+
+def beside(models: Callable[..., Model], name: str, task: ImageTask) -> Model:
+    """The model `name` with a ControlNet, for images that begin with one."""
+    base = models(name)
+    family = name.removesuffix("-inpaint")
+    own: dict[str, Any] = (
+        {"requires_safety_checker": False} if family == "sd" else {"add_watermarker": False}
+    )
+    cls: Any = _BESIDE[family, task]
+    pipeline = cls(**base.theirs.components, **own)
     pipeline.set_progress_bar_config(disable=True)
-    model = Model(pipeline, base.source, export_spec(base.source, tasks=(task,)))
+    return Model(pipeline, base.source, export_spec(base.source, tasks=(task,)))
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "guess"),
+    [
+        ("sd", "image", True),
+        ("sd", "inpaint", False),
+        ("sdxl", "image", False),
+        ("sdxl", "inpaint", True),
+        ("sd-inpaint", "inpaint", True),
+        ("sdxl-inpaint", "inpaint", False),
+    ],
+)
+def test_beside_an_image_and_a_mask(
+    name: str, task: ImageTask, guess: bool, models: Callable[..., Model], tmp_path: Path
+) -> None:
+    """Two images in a batch. Parts of the steps are of those that the strength leaves."""
+    model = beside(models, name, task)
     own, begun = PICTURES[0].decoded(), PICTURES[1].decoded().resize(OBLONG)
     mask = Image.new("L", OBLONG)
     mask.paste(255, (4, 4, 30, 20))
     masks = {"image": None, "inpaint": mask}
     theirs = {
-        "image": begun, "control_image": own, "strength": 0.6, "control_guidance_start": 0.2,
-        "control_guidance_end": 0.7, "controlnet_conditioning_scale": 0.8,
-        **({} if task == "image" else {"mask_image": mask}),
+        "image": [begun] * 2, "control_image": [own] * 2, "strength": 0.6,
+        "control_guidance_start": 0.2, "control_guidance_end": 0.7,
+        "controlnet_conditioning_scale": 0.8, "guess_mode": guess,
+        **({} if task == "image" else {"mask_image": [mask] * 2}),
     }  # fmt: skip
-    asked: dict[str, Any] = {"steps": 8, "image": begun, "mask": masks[task], "strength": 0.6}
+    asked: dict[str, Any] = {
+        "count": 2, "steps": 8, "image": begun, "mask": masks[task], "strength": 0.6,
+    }  # fmt: skip
     with model.ours(tmp_path / "bundle") as ours:
         shown = [Control(PICTURES[0], scale=0.8, start=0.2, end=0.7)]
-        assert model.difference(ours, shown, theirs, **asked) <= 1
+        assert model.difference(ours, shown, theirs, guess_mode=guess, **asked) <= 1
         assert model.difference(ours, [], theirs, **asked) > 1
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_where_a_part_is_painted_alone_the_same_part_is_shown(
+    name: str, models: Callable[..., Model], tmp_path: Path
+) -> None:
+    model = beside(models, name, "inpaint")
+    begun, mask = PICTURES[1].decoded(), Image.new("L", PICTURES[1].size)
+    mask.paste(255, (20, 12, 44, 25))
+    theirs = {
+        "image": begun, "mask_image": mask, "control_image": PICTURES[0].decoded(),
+        "strength": 0.6, "padding_mask_crop": 3, "controlnet_conditioning_scale": 1.0,
+    }  # fmt: skip
+    asked: dict[str, Any] = {
+        "steps": 5, "image": begun, "mask": mask, "strength": 0.6, "mask_padding": 3,
+    }  # fmt: skip
+    with model.ours(tmp_path / "bundle") as ours:
+        assert model.difference(ours, [Control(PICTURES[0])], theirs, **asked) <= 1
+        other = Image.new("L", mask.size)
+        other.paste(255, (2, 2, 20, 10))
+        requests = [
+            Request("a", 1, image=begun, mask=one, mask_padding=3, controls=(Control(PICTURES[0]),))
+            for one in (mask, other)
+        ]
+        with pytest.raises(UsageError, match="must paint the same part"):
+            ours.generate(requests)

@@ -19,8 +19,10 @@ from edgesd.runtime import tasks
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.fake import FakeRunner
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, checksum_line, open_bundle
+from edgesd.runtime.controls import Shown
 from edgesd.runtime.denoise import Start
 from edgesd.runtime.flow import GuidanceMode, Stage, flow_of
+from edgesd.runtime.hints import HintOptions
 from edgesd.runtime.images import png_bytes
 from edgesd.runtime.memory import MemoryMode
 from edgesd.runtime.pipeline import Pipeline
@@ -468,13 +470,14 @@ def test_command_line_shows_pictures(bundle: Bundle, tmp_path: Path, made: list[
         *("--control", f"{file}:sketch", "--control", f"{odd}:adapter", "--guess-mode"),
         *("--control-scale", 0.5, "--control-scale", 2, "--control-start", 0.1),
         *("--control-end", 0.9, "--control-from", "photo", "--control-from", "sketch"),
+        *("--control-thresholds", 50, 90.5, "--control-lines", "light"),
     )
     outcome = run_cli(*command, *options)
     assert outcome.code == 0, outcome.err
     picture = CONTROLS[0].picture
     shown = (
-        Control(picture, "sketch", 0.5, 0.1, 0.9, "canny"),
-        Control(picture, "adapter", 2.0, 0.1, 0.9, "scribble"),
+        Control(picture, "sketch", 0.5, 0.1, 0.9, "canny", HintOptions(50, 90.5, "light")),
+        Control(picture, "adapter", 2.0, 0.1, 0.9, "scribble", HintOptions(50, 90.5, "light")),
     )
     assert made[-1].controls == shown and made[-1].guess_mode
     for more, words in (
@@ -483,6 +486,20 @@ def test_command_line_shows_pictures(bundle: Bundle, tmp_path: Path, made: list[
         (("--control", tmp_path / "none.png"), "none.png"),
         (("--control", odd, "--control-scale", "nan"), "nan"),
         (("--control", odd, "--control-from", "video"), "video"),
+        (("--control-lines", "dark"), "--control-lines goes with --control FILE"),
+        (("--control", odd, "--control-lines", "dark"), "goes with --control-from sketch"),
+        (
+            ("--control", odd, "--control-from", "sketch", "--control-thresholds", 1, 2),
+            "--control-thresholds goes with --control-from photo",
+        ),
+        (
+            ("--control", odd, "--control-from", "photo", "--control-thresholds", 9, 5),
+            "the low one first, not 9.0 and 5.0",
+        ),
+        (
+            ("--control", odd, "--control-from", "photo", "--control-thresholds", 1, 1e9),
+            "must be 0 to 2040",
+        ),
     ):
         assert_refused(run_cli(*command, *more), words)
     # What an image says of them is read again; the pictures themselves must be given.
@@ -495,6 +512,8 @@ def test_command_line_shows_pictures(bundle: Bundle, tmp_path: Path, made: list[
     assert run_cli(*like, *options).code == 0
     assert made[-1].controls == tuple(replace(one, end=0.8) for one in shown)
     assert made[-1].guess_mode
+    assert run_cli(*like, *options, "--control-lines", "dark").code == 0
+    assert [one.options for one in made[-1].controls] == [HintOptions(50, 90.5, "dark")] * 2
     other = tmp_path / "other.png"
     other.write_bytes(random_picture(8, (12, 15)).raw)
     outcome = run_cli(*like, "--control", f"{other}:sketch", "--control", f"{odd}:adapter")
@@ -512,6 +531,12 @@ def test_command_line_shows_pictures(bundle: Bundle, tmp_path: Path, made: list[
         f"sketch {'0' * 64} nan 0 1 ready",
         f"sketch {'0' * 64} 1 0 2 ready",
         f"sketch {'0' * 64} 1 0 ready",
+        f"sketch {'0' * 64} 1 0 1 canny low=9 high=5",
+        f"sketch {'0' * 64} 1 0 1 canny low=nan",
+        f"sketch {'0' * 64} 1 0 1 canny low",
+        f"sketch {'0' * 64} 1 0 1 canny middle=5",
+        f"sketch {'0' * 64} 1 0 1 scribble lines=blue",
+        f"sketch {'0' * 64} 1 0 1 scribble line_width=999",
         "\n".join([f"sketch {'0' * 64} 1 0 1 ready"] * 17),
     ],
 )
@@ -571,6 +596,21 @@ def test_a_side_runs_for_requests_and_steps_that_ask_for_it(bundle: Bundle) -> N
     _, fakes = generated(bundle, requests=[replace(one, controls=late) for one in REQUESTS])
     assert len(fakes.seen["sketch"]) == 1
     assert [bool(inputs["residual"].any()) for inputs in fakes.seen["net"]] == [False, False, True]
+
+
+def test_parts_of_steps_are_counted_as_by_diffusers() -> None:
+    """A ControlNet's of all steps; an adapter's of those that are taken, rounded down."""
+    hint = np.zeros((1, 3, 1, 1), np.float32)
+    for end, count, taken, controlnet, adapter in (
+        (0.5, 8, 8, 4, 4),
+        (0.58, 50, 50, 29, 28),  # 50 * 0.58 is a little less than 29
+        (0.5, 8, 5, 4, 2),
+        (1.0, 3, 3, 3, 3),
+    ):
+        for once, acting in (False, controlnet), (True, adapter):
+            shown = Shown("side", hint, end=end, once=once)
+            found = [shown.acts(index, count, taken) for index in range(count)]
+            assert found == [True] * acting + [False] * (count - acting)
 
 
 @pytest.mark.parametrize(

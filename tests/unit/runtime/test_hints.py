@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image, ImageDraw
 from edgesd.errors import InputError, UsageError
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.hints import HINTS, HintOptions, Lines, canny, control_image, scribble
+from edgesd.runtime.pictures import read_picture
+from edgesd.runtime.requests import Control
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "canny.npz"
 """What OpenCV 5.0.0 finds in `photos()`: `cv2.Canny(photo, low, high)`, np.packbits of it."""
@@ -148,6 +151,16 @@ def test_specks_are_left_out() -> None:
 def test_a_ready_hint_stays_as_it_is() -> None:
     image = sketch(64)
     assert control_image(image, "ready", 8, 8) is image
+
+
+def test_a_control_image_is_made_with_its_options() -> None:
+    ramp = np.tile(np.uint8([20] * 10 + [50] * 10), (20, 1))
+    file = io.BytesIO()
+    Image.fromarray(ramp).save(file, "PNG")
+    picture = read_picture(file.getvalue())
+    found = Control(picture, kind="canny").hint(20, 20)
+    assert not found.any()  # 4 * 30 is below 200
+    assert Control(picture, kind="canny", options=HintOptions(50, 100)).hint(20, 20).any()
 
 
 def test_edges_are_those_of_the_size_that_is_drawn() -> None:

@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from edgesd.errors import InputError
 from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.hints import HintOptions
 from edgesd.runtime.pictures import Picture
 from edgesd.runtime.recorded import Recorded, RecordedControl, recorded, texts_of
 from edgesd.runtime.requests import CompleteMicro, CompleteRequest, Completion, Control, Request
@@ -216,7 +217,16 @@ def test_every_value_of_a_request_is_written(miniature: Bundle, tmp_path: Path) 
         strength=0.4,
         mask_blur=4.5,
         mask_padding=32,
-        controls=(Control(replace(PICTURE, sha256="c" * 64), "sketch", 0.5, 0.25, 0.75),),
+        controls=(
+            Control(
+                replace(PICTURE, sha256="c" * 64),
+                "sketch",
+                0.5,
+                0.25,
+                0.75,
+                options=HintOptions(0.25, 1e3, "dark", 5),
+            ),
+        ),
         guess_mode=True,
     )
     assert all(getattr(request, name) != value for name, value in vars(other).items())
@@ -224,7 +234,9 @@ def test_every_value_of_a_request_is_written(miniature: Bundle, tmp_path: Path) 
     known = recorded(write_png(tmp_path / "a.png", **texts))
     values, pictures = dict(known.values), {"image": other.image, "mask": other.mask}
     assert known.pictures == {"image": "a" * 64, "mask": "b" * 64}
-    assert known.controls == (RecordedControl("sketch", "c" * 64, 0.5, 0.25, 0.75, "ready"),)
+    (control,) = other.controls
+    said = RecordedControl("sketch", "c" * 64, 0.5, 0.25, 0.75, "ready", control.options)
+    assert known.controls == (said,)
     for name in ("micro", "negative_micro"):
         values[name] = CompleteMicro(**vars(values[name]))
     assert CompleteRequest(**values, **pictures, controls=other.controls) == other
