@@ -111,24 +111,36 @@ def guess_weights(count: int) -> Float:
     return np.logspace(-1, 0, count).astype(np.float32)
 
 
-class Sums:
-    """The denoiser's inputs that are sums of outputs of sides. spec: of the denoiser. rows, height,
-    width: of the latents in one run of it."""
+def sum_shapes(
+    wiring: Wiring, spec: ComponentSpec, rows: int, height: int, width: int
+) -> dict[str, tuple[int, ...]]:
+    """Shapes [rows, C, h, w] of the denoiser's inputs that are sums of outputs of sides, by name.
+    spec: of the denoiser. rows, height, width: of the latents in one run of it."""
+    sizes = {"batch": rows, "height": height, "width": width}
+    sums = {one.name for one in wiring.denoiser.inputs if one.fill == "side"}
+    return {
+        tensor.name: tuple(size_of(dim, sizes) for dim in tensor.shape)
+        for tensor in spec.inputs
+        if tensor.name in sums
+    }
 
-    def __init__(
-        self, wiring: Wiring, spec: ComponentSpec, rows: int, height: int, width: int
-    ) -> None:
-        sizes = {"batch": rows, "height": height, "width": width}
-        self.arrays: dict[str, Float] = {}
+
+class Sums:
+    """The denoiser's inputs that are sums of outputs of sides. inputs: arrays of these that the
+    denoiser is run on, by name: they are added up in place, as they are large, but for those of
+    another type than fp32."""
+
+    def __init__(self, wiring: Wiring, inputs: Mapping[str, Array]) -> None:
+        self.arrays: dict[str, Float] = {
+            name: array if array.dtype == np.float32 else np.zeros(array.shape, np.float32)
+            for name, array in inputs.items()
+        }
         """By the input's name [rows, C, h, w]."""
         self._into: dict[Part, list[Float]] = {}
         for one in wiring.denoiser.inputs:
-            tensor = spec.input(one.name)
-            if one.fill == "side" and tensor is not None:
-                array = np.zeros([size_of(dim, sizes) for dim in tensor.shape], np.float32)
-                self.arrays[one.name] = array
+            if one.name in inputs:
                 for part in one.parts:
-                    self._into.setdefault(part, []).append(array)
+                    self._into.setdefault(part, []).append(self.arrays[one.name])
 
     def clear(self) -> None:
         """Begin a new sum."""

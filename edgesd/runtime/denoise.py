@@ -13,7 +13,14 @@ from edgesd.errors import InputError
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.backends.base import Runner
 from edgesd.runtime.conditioning import Conditioned, Encoded, joined, stacked
-from edgesd.runtime.controls import NO_CONTROLS, Controls, Shown, Sums, guess_weights
+from edgesd.runtime.controls import (
+    NO_CONTROLS,
+    Controls,
+    Shown,
+    Sums,
+    guess_weights,
+    sum_shapes,
+)
 from edgesd.runtime.flow import GuidanceMode
 from edgesd.runtime.schedulers import Scheduler
 from edgesd.runtime.schedulers.base import Noise
@@ -107,7 +114,10 @@ def denoise(
     timestep = np.zeros(1, np.float32)
     expected = (len(sample), *latents.shape[1:])
     sides = _Sides(wiring, runners, runs, batch, given, guidance_scale, controls)
-    sums = Sums(wiring, runners[denoiser.component].spec, len(sample), *latents.shape[2:])
+    spec = runners[denoiser.component].spec
+    shapes = sum_shapes(wiring, spec, len(sample), *latents.shape[2:])
+    inputs = network.bind({"timestep": timestep.shape, "sample": sample.shape, **shapes})
+    sums = Sums(wiring, {name: inputs[name] for name in shapes})
 
     def predict(run: int) -> Array:
         values: dict[str, Array] = {"timestep": timestep, "sample": sample[:, :channels]}
@@ -193,20 +203,29 @@ class _Network:
         self._filled: int | None = None
         """The run that the inputs are filled for."""
 
+    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Array]:
+        """The arrays that are run on, by input. shapes: of those that change, as in `run`."""
+        changing = {name: shapes[key] for name, key in self._changing.items()}
+        fixed = {name: array.shape for name, array in self._fixed[0].items()}
+        self._runner.bind({**fixed, **changing})
+        return self._runner.inputs
+
     def run(self, run: int, values: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Fill the inputs and run: all outputs. They stay as they are until the next run."""
+        """Fill the inputs and run: all outputs. They stay as they are until the next run. An array
+        that is run on itself was filled by the caller."""
         filled = {name: values[key] for name, key in self._changing.items()}
         if self._filled != run:
             filled |= self._fixed[run]
         if self._filled is None:
-            self._runner.bind({name: array.shape for name, array in filled.items()})
+            self.bind({key: values[key].shape for key in self._changing.values()})
         for name, array in filled.items():
             if array.shape != self._runner.inputs[name].shape:
                 raise InputError(
                     f"{self.component}: {name} gets the shape {list(array.shape)} after others: "
                     "build the bundle again"
                 )
-            self._runner.inputs[name][:] = array
+            if array is not self._runner.inputs[name]:
+                self._runner.inputs[name][:] = array
         self._filled = run
         self._runner.run()
         return self._runner.outputs
