@@ -187,7 +187,7 @@ def test_the_text_of_a_large_picture_is_read(tmp_path: Path) -> None:
     assert recorded(path).values["seed"] == 5
 
 
-PICTURE = Picture("a.png", "a" * 64, 8, 8, False, (), b"")
+PICTURE = Picture("a.png", "a" * 64, 8, 8, False, (), 0, b"")
 
 
 def test_every_value_of_a_request_is_written(miniature: Bundle, tmp_path: Path) -> None:
