@@ -30,6 +30,7 @@ from benchmarks.common import environment, paired_ratio, parser, run, spread, ta
 from benchmarks.random_pipeline import MODELS, write_pipeline
 from edgesd.evaluate.psnr import psnr
 from edgesd.export.lora.board import convert
+from edgesd.files import sha256_file
 from edgesd.recipes import DEMO, BuildOptions, LocalFolders, QuantOptions, build, demo_model
 from edgesd.recipes.prompts import CALIBRATION
 from edgesd.runtime.arrays import Float
@@ -117,7 +118,8 @@ def _built(
 ) -> Bundle:
     """A bundle, built anew unless it was `built`; what it has in common with others is in
     FOLDER/work."""
-    name = [Path(model).name, precision, str(slots), *(Path(lora).stem for lora in loras)]
+    name = [Path(model).name, precision, str(slots)]
+    name += [sha256_file(Path(lora))[:8] for lora in loras]
     out = folder / "bundles" / "-".join(name)
     if built and out.exists():
         return open_bundle(out)
@@ -232,7 +234,8 @@ def images(
         slotted = _built(DEMO, folder, precision, MOST_RANK, built=built)
         without = _psnr(_images(slotted, requests, []), plain)
         for file in files:
-            out = folder / f"{file.stem}.lora"
+            label = f"{file.parent.name}/{file.stem}"
+            out = folder / "used.lora"
             out.unlink(missing_ok=True)
             convert(str(file), whole, out)
             used = [Used(read_lora(out))]
@@ -240,7 +243,7 @@ def images(
             merged = _built(DEMO, folder, precision, None, [str(file)], built=built)
             found = (plain, _images(merged, requests, []), _images(slotted, requests, used))
             beside = [_psnr(each, wanted) for each in found]
-            rows.append(ImageRow(precision, file.stem, without, *beside))
+            rows.append(ImageRow(precision, label, without, *beside))
     return rows
 
 
