@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-WHOLE_SHARE = 0.25
+WHOLE_SHARE = 0.1
 BLOB_SHARE = 0.35
 BOX_SIDES = (0.2, 0.8)  # of the picture's
 BLOB_AREAS = (0.1, 0.6)

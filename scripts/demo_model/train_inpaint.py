@@ -22,8 +22,8 @@ from .moved import variants
 from .train_unet import EMPTY_CAPTION_SHARE, diffusion_loss
 from .training import Options, averaged, stage_parser, to_unit_range
 
-VARIANTS = 8
-UNMOVED_SHARE = 0.4  # the rest as in `moved`
+VARIANTS = 12
+UNMOVED_SHARE = 0.3  # the rest as in `moved`
 CHANNELS = 2 * model.LATENT_CHANNELS + 1
 
 
@@ -76,7 +76,7 @@ def train(options: Options) -> None:
 
 
 def main() -> None:
-    train(Options(**vars(stage_parser(__doc__, lr=6e-4, cpu_minutes=20).parse_args())))
+    train(Options(**vars(stage_parser(__doc__, lr=6e-4, cpu_minutes=26).parse_args())))
 
 
 if __name__ == "__main__":
