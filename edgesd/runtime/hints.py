@@ -43,6 +43,9 @@ _LEAST_SKETCH = 512
 _FINEST = 8
 """Times the size that is drawn, at most."""
 
+_WORKING_BYTES = 112
+"""Of a pixel, while lines are looked for (measured: 75 for edges, 107 for a sketch)."""
+
 _TILES = 32
 """Along the shorter side, in which the brightness of a sketch's ground is measured."""
 
@@ -93,7 +96,7 @@ def control_image(
 
     if kind == "ready":
         return image
-    finer = 1 if kind == "canny" else min(-(-_LEAST_SKETCH // min(width, height)), _FINEST)
+    finer = _finer(kind, width, height)
     image = image.resize((width * finer, height * finer), Image.Resampling.LANCZOS)
     if kind == "canny":
         found = canny(np.asarray(image), options.low, options.high)
@@ -102,6 +105,18 @@ def control_image(
         grey = np.asarray(image.convert("L"))
         found = scribble(grey, options.line_width or usual, options.lines, finer)
     return Image.fromarray(found.astype(np.uint8) * np.uint8(255)).convert("RGB")
+
+
+def making_bytes(kind: Hint, width: int, height: int) -> int:
+    """Memory at most while a control image of this size is made of a picture's pixels."""
+    if kind == "ready":
+        return 0
+    return _WORKING_BYTES * width * height * _finer(kind, width, height) ** 2
+
+
+def _finer(kind: Hint, width: int, height: int) -> int:
+    """How many times the size that is drawn a picture is looked at in."""
+    return 1 if kind == "canny" else min(-(-_LEAST_SKETCH // min(width, height)), _FINEST)
 
 
 # --- edges ----------------------------------------------------------------------------------------

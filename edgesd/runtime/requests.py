@@ -12,7 +12,7 @@ from edgesd.errors import InputError, UsageError, unknown_name
 from edgesd.runtime.arrays import Float
 from edgesd.runtime.chunks import Prompt
 from edgesd.runtime.cut import first_of_picture
-from edgesd.runtime.hints import USUAL, Hint, HintOptions, control_image
+from edgesd.runtime.hints import USUAL, Hint, HintOptions, control_image, making_bytes
 from edgesd.runtime.pictures import (
     Painting,
     Picture,
@@ -109,6 +109,10 @@ class Control:
             image = painted.same_part(image)
         image = control_image(image, self.kind, width, height, self.options)
         return hint_array(image, width, height)
+
+    def making_bytes(self, width: int, height: int) -> int:
+        """Memory at most while that is made."""
+        return self.picture.reading_bytes + making_bytes(self.kind, width, height)
 
 
 @dataclass(frozen=True)
@@ -214,8 +218,10 @@ class CompleteRequest:
     def picture_bytes(self, count: int) -> int:
         """Memory at most while the pictures of `count` such requests are read, one after another,
         and while images are laid over them."""
-        shown = (self.image, self.mask, *(control.picture for control in self.controls))
-        reading = max((one.reading_bytes for one in shown if one is not None), default=0)
+        size = self.width, self.height
+        each = [one.reading_bytes for one in (self.image, self.mask) if one is not None]
+        each += [control.making_bytes(*size) for control in self.controls]
+        reading = max(each, default=0)
         if self.image is None or self.mask is None:
             return reading
         whole = _PASTED_BYTES * count if self.pasted else 0

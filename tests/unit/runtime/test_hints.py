@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,16 @@ from PIL import Image, ImageDraw
 
 from edgesd.errors import InputError, UsageError
 from edgesd.runtime.arrays import Array
-from edgesd.runtime.hints import HINTS, HintOptions, Lines, canny, control_image, scribble
+from edgesd.runtime.hints import (
+    HINTS,
+    Hint,
+    HintOptions,
+    Lines,
+    canny,
+    control_image,
+    making_bytes,
+    scribble,
+)
 from edgesd.runtime.pictures import read_picture
 from edgesd.runtime.requests import Control
 
@@ -78,6 +88,20 @@ def sketch(size: int, dark: bool = True) -> Image.Image:
 
 def near(image: Array, y: int, x: int) -> bool:
     return bool(image[y - 2 : y + 3, x - 2 : x + 3].any())
+
+
+@pytest.mark.parametrize("kind", ["canny", "scribble"])
+def test_what_lines_take_in_memory_is_planned(kind: Hint) -> None:
+    y, x = np.mgrid[:400, :400]
+    waves = 127 + 100 * np.sin(x / 5 + y / 4)  # wide lines everywhere, which take most
+    image = Image.fromarray(waves.astype(np.uint8)).convert("RGB")
+    tracemalloc.start()
+    try:
+        control_image(image, kind, 256, 192)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak <= making_bytes(kind, 256, 192) <= 2 * peak
 
 
 @pytest.mark.parametrize("size", [96, 200, 512])
