@@ -283,6 +283,9 @@ def test_the_encoder_stays_while_it_is_of_use(bundle: Bundle, image: Path) -> No
         assert seen and all("vae_encoder" not in loaded for loaded in seen)
 
 
-def test_latents_of_another_model_are_not_gone_on_with(bundle: Bundle, image: Path) -> None:
-    with Pipeline(bundle) as pipeline, pytest.raises(UsageError, match="leave --image out"):
-        pipeline.begin([Request("a cat", 5, image=image, denoising_end=0.8)])
+def test_a_part_of_an_image_is_not_left_to_a_refiner(
+    bundle: Bundle, image: Path, mask: Path
+) -> None:
+    asked = Request("a cat", 5, image=image, mask=mask, denoising_end=0.8)
+    with Pipeline(bundle) as pipeline, pytest.raises(UsageError, match="leave --refiner or --mask"):
+        pipeline.begin([asked])
