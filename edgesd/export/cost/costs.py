@@ -104,10 +104,12 @@ def memory(
     the component is still loaded.
 
     Our kernels use weights where they are mapped. ONNX Runtime's leave the file after loading:
-    what stays are packed copies, and of what it unpacks (Cast, DequantizeLinear) the results.
+    what stays are packed copies, and of what it unpacks (Cast, DequantizeLinear) the results. In
+    `stream`, beside our kernels, codes are unpacked in each run, one layer's at a time.
     """
     workload = workloads[0]
-    mapped = kept = unpacked = twice = loading = largest = nodes = 0
+    mapped = kept = unpacked = twice = loading = largest = nodes = codes = 0
+    anew: list[int] = []
     rest = on_disk
     for op in workload.operations:
         nodes += op.form != FUSED
@@ -132,17 +134,23 @@ def memory(
             kept += count
         else:
             kept += 4 * count
+            if op.layer in choices:
+                anew.append(4 * count)
+                codes += stored
             # 16 bits or codes are unpacked, and a convolution's weights laid out in blocks.
             unpacked += 4 * count if op.layer in choices or op.kind == "conv" else 0
             twice += stored if op.layer not in choices and op.kind == "conv" else 0
     kept += max(0, rest)
     passing = min(mapped, int(_PASSING * largest))
+    if not (mapped and anew):
+        anew, codes = [0], 0
+    unfolded = kept - sum(anew) + max(anew) + codes
     return Memory(
         weights=kept + mapped,
         loading=loading,
-        streamed=kept + twice + passing,
+        streamed=unfolded + twice + passing,
         # ONNX Runtime's operators take from the file what they need not unpack.
-        in_file=kept - unpacked + twice + passing,
+        in_file=kept - unpacked + twice + passing + codes,
         # Inputs and outputs are bound to arrays, and what comes out is copied.
         activations=arena_bytes(workloads) + 2 * max(map(_outside, workloads)) + behind,
         workspace=max(_workspace(op) for each in workloads for op in each.operations),

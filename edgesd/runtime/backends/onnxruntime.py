@@ -94,7 +94,8 @@ class OnnxRuntimeRunner(BoundRunner):
     order lets them; the default order is ONNX Runtime's. library: of edgesd's own kernels, for a
     graph that needs it. weights_in_file: weights aren't copied into the layout that is fastest:
     they stay mapped, which takes a third more time. small: nor are those of convolutions (a sixth
-    more time on an x86 CPU). slots: for LoRAs, that the graph has.
+    more time on an x86 CPU). unfolded: what is computed from weights alone, as by
+    DequantizeLinear, is computed in each run, and not kept. slots: for LoRAs, that the graph has.
     Raises BundleError when the graph can't be loaded, MissingDependencyError when it needs an
     operator that isn't there, ResourceError when memory runs out.
     """
@@ -108,6 +109,7 @@ class OnnxRuntimeRunner(BoundRunner):
         library: Path | None = None,
         weights_in_file: bool = False,
         small: bool = False,
+        unfolded: bool = False,
         slots: LoraSlots | None = None,
     ) -> None:
         super().__init__(spec, slots)
@@ -138,7 +140,10 @@ class OnnxRuntimeRunner(BoundRunner):
         )
         try:
             self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
-                graph.model, options, providers=["CPUExecutionProvider"]
+                graph.model,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["ConstantFolding"] if unfolded else [],
             )
         except Exception as exc:
             raise self._error(exc, "can't be loaded") from exc
@@ -227,8 +232,15 @@ class OnnxRuntime(Backend):
             graph = bundle.graph_file(component, kernels=True, part=part)
             try:
                 with kernels.keeping_weights(options.kept_bytes if options.streamed else None):
+                    # Few layers are left that our kernels don't run: those of the timestep's row.
                     return OnnxRuntimeRunner(
-                        spec, graph, threads, library=kernels.library(), small=small, slots=slots
+                        spec,
+                        graph,
+                        threads,
+                        library=kernels.library(),
+                        small=small,
+                        unfolded=options.streamed and part is None,
+                        slots=slots,
                     )
             except MissingDependencyError as exc:
                 options.on_fallback(f"{exc}; generating without edgesd's own kernels")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from edgesd import cores
 from edgesd.cgroup import cpu_quota
 from edgesd.runtime.backends import onnxruntime as runner
+from edgesd.runtime.backends.base import RunnerOptions, run_once
+from edgesd.runtime.bundle import Bundle, GraphFile
+from edgesd.spec.pipeline import ComponentSpec, TensorSpec
 
 
 def machine(root: Path, clocks: list[int]) -> Path:
@@ -170,3 +175,49 @@ def test_sums_that_would_saturate_take_the_exact_way(
         assert runner._sums_saturate() is exact
     finally:
         runner._sums_saturate.cache_clear()
+
+
+@pytest.mark.parametrize("unfolded", [False, True])
+def test_codes_are_unpacked_once_or_in_each_run(
+    unfolded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.parser.parse_model(
+        """
+        <ir_version: 10, opset_import: ["" : 20]>
+        net (float[1, 2] x) => (float[1, 3] y)
+        <int8[2, 3] codes = {1, 2, 3, 4, 5, 6}, float[3] scales = {0.5, 1, 2}>
+        {
+            w = DequantizeLinear <axis = 1> (codes, scales)
+            y = MatMul (x, w)
+        }
+        """
+    )
+    spec = ComponentSpec(
+        "net", (TensorSpec("x", "float32", (1, 2)),), (TensorSpec("y", "float32", (1, 3)),)
+    )
+    usual, path = runner.session_options, tmp_path / "optimized.onnx"
+
+    def written(*given: Any) -> Any:
+        options = usual(*given)
+        options.optimized_model_filepath = str(path)
+        return options
+
+    monkeypatch.setattr(runner, "session_options", written)
+    graph = GraphFile(model.SerializeToString(), tmp_path)
+    with runner.OnnxRuntimeRunner(spec, graph, 1, unfolded=unfolded) as opened:
+        found = run_once(opened, {"x": np.float32([[1, 10]])})["y"]
+        assert found.tolist() == [[20.5, 52.0, 126.0]]
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert ("DequantizeLinear" in kinds) == unfolded
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_beside_our_kernels_codes_are_unpacked_in_each_run_where_weights_are_streamed(
+    streamed: bool, miniature: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner.OnnxRuntime, "own_kernels", lambda *_: True)
+    monkeypatch.setattr(Bundle, "graph_file", lambda *_, **__: GraphFile(b"", tmp_path))
+    monkeypatch.setattr(runner, "OnnxRuntimeRunner", lambda *_, **options: options)
+    options: Any = runner.BACKEND.open_runner(miniature, "unet", RunnerOptions(streamed=streamed))
+    assert options["unfolded"] == streamed
