@@ -132,7 +132,9 @@ def test_a_bundle_is_built_again_like_another(demo: Path, tmp_path: Path) -> Non
     assert ours.build == theirs.build and ours.engines == theirs.engines
     assert str(MODEL.parent) not in (out / "bundle.json").read_text().split('"build"')[1]
     small = tmp_path / "small.edgesd"
-    outcome = run_cli("build", "demo", "--like", first, "--size", "64x64", "-o", small, "--json")
+    outcome = run_cli(
+        "build", "demo", "--like", first, "--size", "64x64", "--batch", 2, "-o", small, "--json"
+    )
     assert outcome.code == 0, outcome.err
     assert "unet/model.onnx" in json.loads(outcome.out)["differing"]
     record = open_bundle(small).manifest.build

@@ -18,7 +18,7 @@ from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.cuda import Gpu
 from tests import fake_tensorrt
 from tests.boards import JETSON, MACHINE, Builder, Jetson, Server, sshd
-from tests.support import assert_refused, run_cli, write_bundle
+from tests.support import Outcome, assert_refused, run_cli, write_bundle
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 
@@ -216,23 +216,31 @@ def test_what_this_machine_builds_plans_for(board: Builder) -> None:
 
 
 class TestBuild:
-    """`edgesd build --on`, on the embedded pipeline."""
+    """`edgesd build --on`, on a tiny pipeline."""
 
     @pytest.fixture(autouse=True)
     def _quick(self, kept_exports: object, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Without the export and TensorRT-RTX's check, which other tests see."""
-        pytest.importorskip("torch")
+        """Exported once, and without TensorRT-RTX's check, which other tests see."""
         monkeypatch.setattr("edgesd.export.backends.tensorrt.CHECK_MODULE", "no_such_module")
 
-    def build(self, server: Server, out: Path, *more: object) -> object:
+    @pytest.fixture(scope="class")
+    def model(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        pytest.importorskip("torch")
+        from tests.tiny_pipelines import write_tiny
+
+        return write_tiny("sd", tmp_path_factory.mktemp("model") / "sd")
+
+    def build(self, model: Path, server: Server, out: Path) -> Outcome:
         return run_cli(
-            *("build", "demo", "--target", "jetson-orin", "--precision", "fp16"),
-            *("--size", "64x64", "--on", host(server), "-o", out, *more),
+            *("build", model, "--target", "jetson-orin", "--precision", "fp16"),
+            *("--size", "32x32", "--on", host(server), "-o", out),
         )
 
-    def test_it_ends_in_engines(self, server: Server, jetson: Jetson, tmp_path: Path) -> None:
+    def test_it_ends_in_engines(
+        self, model: Path, server: Server, jetson: Jetson, tmp_path: Path
+    ) -> None:
         out = tmp_path / "demo.edgesd"
-        outcome = self.build(server, out)
+        outcome = self.build(model, server, out)
         assert outcome.code == 0, outcome.err
         assert f"{host(server)} builds plans for tensorrt 10.3.0, sm_87" in outcome.err
         assert "note:" not in outcome.out
@@ -241,11 +249,11 @@ class TestBuild:
         assert "vae_decoder" in jetson.built
 
     def test_a_failure_at_the_end_costs_no_more_than_the_plans(
-        self, server: Server, jetson: Jetson, tmp_path: Path
+        self, model: Path, server: Server, jetson: Jetson, tmp_path: Path
     ) -> None:
         out = tmp_path / "demo.edgesd"
         jetson.change(error="unet: tensorrt was killed")
-        outcome = self.build(server, out)
+        outcome = self.build(model, server, out)
         assert outcome.code == 8
         last = outcome.err.splitlines()[-1]
         assert "tensorrt was killed" in last
@@ -258,10 +266,10 @@ class TestBuild:
         assert again.code == 0, again.err
 
     def test_a_board_that_does_not_answer_is_told_before_long_work(
-        self, server: Server, tmp_path: Path
+        self, model: Path, server: Server, tmp_path: Path
     ) -> None:
         (tmp_path / "user/.ssh/known_hosts").unlink()
-        outcome = self.build(server, tmp_path / "demo")
+        outcome = self.build(model, server, tmp_path / "demo")
         assert outcome.code == 8
         assert_refused(outcome, "its host key isn't known here")
 
