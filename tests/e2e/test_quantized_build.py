@@ -41,16 +41,20 @@ def options(precision: str, **more: object) -> BuildOptions:
     return BuildOptions("x86-64-cpu", precision, quantization=quantization)
 
 
-def built(
-    out: Path, work: Path, precision: str, model: str | Path = DEMO, **more: object
-) -> Bundle:
-    return build(str(model), options(precision, **more), out, LocalFolders(work)).bundle
+def built(out: Path, work: Path, precision: str, **more: object) -> Bundle:
+    return build(DEMO, options(precision, **more), out, LocalFolders(work)).bundle
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipeline, for what doesn't depend on how good its images are."""
     return write_tiny("sd", tmp_path_factory.mktemp("model") / "sd")
+
+
+def built_small(out: Path, small: Path, precision: str, rows: int = 1) -> Bundle:
+    """A bundle of it for one size. Two with as many rows begin with the same graphs."""
+    fixed = msgspec.structs.replace(options(precision, method="rtn"), size=(40, 24), batch=rows)
+    return build(str(small), fixed, out, LocalFolders(small.parent / "work")).bundle
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +207,7 @@ def test_rtn_gptq_and_static_ranges(
 
 
 def test_four_bit_activations_are_called_a_simulation(small: Path, tmp_path: Path) -> None:
-    bundle = built(tmp_path / "bundle", tmp_path / "work", "w4a4-g32", small, method="rtn")
+    bundle = built_small(tmp_path / "bundle", small, "w4a4-g32")
     assert bundle.manifest.recipe is not None and bundle.manifest.recipe.simulated
     page = tmp_path / "page.html"
     assert run_cli("report", bundle.path, "-o", page).code == 0
@@ -404,9 +408,7 @@ def test_killed_twenty_times_the_bytes_are_the_same(work: Path, tmp_path: Path) 
 @pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_fixed_size_is_calibrated_and_measured(rows: int, small: Path, tmp_path: Path) -> None:
     """One row: guidance one half after the other. Three: three images at a time."""
-    out = tmp_path / "bundle"
-    fixed = msgspec.structs.replace(options("w8a8", method="rtn"), size=(40, 24), batch=rows)
-    bundle = build(str(small), fixed, out, LocalFolders(tmp_path / "work")).bundle
+    bundle = built_small(tmp_path / "bundle", small, "w8a8", rows)
     assert bundle.manifest.pipeline.shape.batch == rows
     assert bundle.manifest.quality is not None
     assert len(bundle.manifest.quality.images) == len(PROMPTS)
