@@ -215,6 +215,14 @@ def test_what_this_machine_builds_plans_for(board: Builder) -> None:
     assert told["environment"]["sm"] == "sm_87" and "arch" in told["machine"]
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("torch")
+    from tests.tiny_pipelines import write_tiny
+
+    return write_tiny("sd", tmp_path_factory.mktemp("model") / "sd")
+
+
 class TestBuild:
     """`edgesd build --on`, on a tiny pipeline."""
 
@@ -222,13 +230,6 @@ class TestBuild:
     def _quick(self, kept_exports: object, monkeypatch: pytest.MonkeyPatch) -> None:
         """Exported once, and without TensorRT-RTX's check, which other tests see."""
         monkeypatch.setattr("edgesd.export.backends.tensorrt.CHECK_MODULE", "no_such_module")
-
-    @pytest.fixture(scope="class")
-    def model(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        pytest.importorskip("torch")
-        from tests.tiny_pipelines import write_tiny
-
-        return write_tiny("sd", tmp_path_factory.mktemp("model") / "sd")
 
     def build(self, model: Path, server: Server, out: Path) -> Outcome:
         return run_cli(
