@@ -235,11 +235,17 @@ class Run {
   size_t count_ = 0;
 };
 
+struct Range {
+  const void* memory;
+  int64_t bytes;
+};
+
 // Whether all of the memory is mapped from one file: let go, it comes back as it was.
-bool is_mapped_file(const void* memory, int64_t bytes) {
+bool is_mapped_file(Range range) {
+  if (range.bytes == 0) return true;
   std::FILE* maps = std::fopen("/proc/self/maps", "re");
   if (!maps) return false;
-  const uintptr_t begin = uintptr_t(memory), end = begin + uintptr_t(bytes);
+  const uintptr_t begin = uintptr_t(range.memory), end = begin + uintptr_t(range.bytes);
   bool found = false;
   char line[512];  // a path that is longer is read as lines of its own, which begin with no range
   while (!found && std::fgets(line, sizeof line, maps)) {
@@ -259,50 +265,56 @@ class WeightPager {
  public:
   static void keep(int64_t bytes) { budget() = bytes; }
 
-  explicit WeightPager(int64_t bytes) : bytes_(bytes) {
+  // steps: bytes of a weight's steps, which lie apart from its codes.
+  explicit WeightPager(int64_t bytes, int64_t steps = 0) : bytes_(bytes), steps_(steps) {
     const std::lock_guard<std::mutex> guard(mutex());
     int64_t& left = budget();
-    stays_ = left < 0 || bytes <= left;
+    stays_ = left < 0 || bytes + steps <= left;
     if (stays_) {
-      if (left >= 0) left -= bytes;
+      if (left >= 0) left -= bytes + steps;
       return;
     }
     place_ = places().size();
-    places().push_back({nullptr, 0, true});
+    places().push_back({{}, {}, true});
   }
   ~WeightPager() {
     if (stays_) return;
     const std::lock_guard<std::mutex> guard(mutex());
-    places()[place_] = {nullptr, 0, false};
+    places()[place_] = {{}, {}, false};
     while (!places().empty() && !places().back().taken) places().pop_back();
   }
   WeightPager(const WeightPager&) = delete;
   WeightPager& operator=(const WeightPager&) = delete;
 
-  void before(const void* codes) const {
+  void before(const void* codes, const void* steps = nullptr) const {
     if (stays_) return;
     const std::lock_guard<std::mutex> guard(mutex());
-    places()[place_] = {codes, bytes_, true};
+    places()[place_] = {{codes, bytes_}, {steps, steps ? steps_ : 0}, true};
     int64_t asked = 0;
     for (size_t i = 1; i < places().size() && asked < LEAST_ASKED; i++) {
       const Place& next = places()[(place_ + i) % places().size()];
-      if (!next.codes) continue;
-      advise(next.codes, next.bytes, MADV_WILLNEED);
-      asked += next.bytes;
+      if (!next.codes.memory) continue;
+      advise(next.codes, MADV_WILLNEED);
+      advise(next.steps, MADV_WILLNEED);
+      asked += next.codes.bytes;
     }
   }
-  void after(const void* codes) const {
+  void after() const {
     if (stays_) return;
     const std::lock_guard<std::mutex> guard(mutex());
-    if (codes != seen_) mapped_ = is_mapped_file(codes, bytes_);
-    seen_ = codes;
-    if (mapped_) advise(codes, bytes_, MADV_DONTNEED);
+    const Place& place = places()[place_];
+    if (place.codes.memory != seen_)
+      mapped_ = is_mapped_file(place.codes) && is_mapped_file(place.steps);
+    seen_ = place.codes.memory;
+    if (!mapped_) return;
+    advise(place.codes, MADV_DONTNEED);
+    advise(place.steps, MADV_DONTNEED);
   }
 
  private:
   struct Place {
-    const void* codes;  // null before the layer's first run
-    int64_t bytes;
+    Range codes;  // null before the layer's first run
+    Range steps;
     bool taken;  // by a layer that is still there
   };
   static std::mutex& mutex() {
@@ -320,14 +332,14 @@ class WeightPager {
     return all;
   }
   // Whole pages within: what lies beside them is somebody else's.
-  static void advise(const void* codes, int64_t bytes, int advice) {
+  static void advise(Range range, int advice) {
     const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-    const uintptr_t begin = (uintptr_t(codes) + page - 1) / page * page;
-    const uintptr_t end = (uintptr_t(codes) + uintptr_t(bytes)) / page * page;
+    const uintptr_t begin = (uintptr_t(range.memory) + page - 1) / page * page;
+    const uintptr_t end = (uintptr_t(range.memory) + uintptr_t(range.bytes)) / page * page;
     if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
   }
   static constexpr int64_t LEAST_ASKED = 1 << 20;  // a branch's factors are too small to wait for
-  int64_t bytes_;
+  int64_t bytes_, steps_;
   bool stays_;
   size_t place_ = 0;
   mutable const void* seen_ = nullptr;  // the codes that `mapped_` is said of
@@ -351,6 +363,7 @@ struct WeightFormat {
   // Values in the file, of which the last bytes of a row may be none of the weight's.
   int64_t values() const { return n * (layout == Weight::BLOCKS_OF_N ? groups() * group : k); }
   int64_t bytes() const { return (values() * bits + 7) / 8; }
+  int64_t step_bytes() const { return bits == 4 ? 2 * n * groups() : 0; }
   Weight at(const Run& run) const {
     const int type = bits == 8 ? INT8 : layout == Weight::BLOCKS_OF_N ? UINT8 : INT4;
     const void* codes = run.data(1, "codes", type, type == UINT8 ? bytes() : values());
@@ -381,7 +394,7 @@ struct QuantLinear {
       : compute(compute),
         weight(kernel),
         gated(kernel.integer("gated", 0, 1) != 0),
-        pager(weight.bytes()) {
+        pager(weight.bytes(), weight.step_bytes()) {
     check_bits(compute, weight);
     if (gated && weight.n % 2) throw Failure("gated, with an odd N");
   }
@@ -406,9 +419,9 @@ struct QuantLinear {
     job.residual = run.residual(5, shape);
     job.y = run.output(shape);
     if (outputs == 0) return;
-    pager.before(job.weight.codes);
+    pager.before(job.weight.codes, job.weight.steps);
     compute->linear(job, run.threads());
-    pager.after(job.weight.codes);
+    pager.after();
   }
 };
 
@@ -435,7 +448,7 @@ struct QuantConv {
         epsilon(kernel.real("epsilon")),
         silu(kernel.integer("silu", 0, 1) != 0),
         relu(kernel.integer("relu", 0, 1) != 0),
-        pager(weight.bytes()) {
+        pager(weight.bytes(), weight.step_bytes()) {
     check_bits(compute, weight);
     if (weight.layout != Weight::ROWS_K_BY_N) throw Failure("a convolution's weight is [K, N]");
     if (weight.k % (kernel_shape[0] * kernel_shape[1]))
@@ -480,9 +493,9 @@ struct QuantConv {
     job.bottom = int(pads[2]), job.right = int(pads[3]);
     job.y = run.output(out);
     if (outputs == 0) return;
-    pager.before(job.weight.codes);
+    pager.before(job.weight.codes, job.weight.steps);
     compute->conv(job, run.threads());
-    pager.after(job.weight.codes);
+    pager.after();
   }
 };
 
@@ -531,7 +544,7 @@ struct Widen {
     if (values == 0) return;
     pager.before(x);
     compute->widen({x, y, values}, run.threads());
-    pager.after(x);
+    pager.after();
   }
 };
 

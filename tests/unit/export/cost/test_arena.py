@@ -48,6 +48,22 @@ def test_an_operation_in_place_takes_no_memory() -> None:
     assert arena_bytes([wider]) == 3 * MB
 
 
+def test_what_waits_for_no_image_is_there_from_the_beginning() -> None:
+    """As keys and values of a text: two blocks' lie there while the first block runs."""
+    blocks = (
+        op((1,), (2,)),
+        op((0, 2), (3,)),
+        op((1,), (4,)),
+        op((3, 4), (5,), in_place=True),
+        op((5,), (6,)),
+    )
+    found = Workload("unet", blocks, (MB,) * 7, (0, 1), (6,), 0)
+    assert arena_bytes([found]) == 3 * MB
+    # In the order that is written, the first block's would be gone before the second's come.
+    one_input = Workload("unet", blocks, (MB,) * 7, (1, 0), (6,), 0)
+    assert arena_bytes([one_input]) == 2 * MB
+
+
 def test_what_an_operation_takes_besides_counts() -> None:
     assert arena_bytes([workload([MB, MB], op((0,), (1,), spare=(MB, MB)))]) == 2 * MB
 
