@@ -38,9 +38,6 @@ _PROMPTER_BYTES = 80 << 20
 _COPIES = 5
 """Of an image's values in fp32, from the decoder's output to bytes, or to the encoder's input."""
 
-_PICTURES = "pictures"
-"""What stands among components for the reading of pictures."""
-
 _AUTOENCODERS = ("encoder", "decoder")
 """Roles of stages that can be run in parts or tiles."""
 
@@ -239,10 +236,8 @@ class Costs:
             }
             for group in self._groups(generation)
         ]
-        if generation.picture_bytes:  # beside networks only where these stay loaded
-            taken = generation.picture_bytes
-            groups.insert(0, {_PICTURES: Part(taken, workspace=taken)})
-        return together(groups, self.process + generation.kept_bytes, mode, generation.previews)
+        base, reading = self.process + generation.kept_bytes, generation.picture_bytes
+        return together(groups, base, mode, generation.previews, reading)
 
     def loaded(self, components: Iterable[str], streamed: bool) -> int:
         """Memory of components once they are loaded: their weights, at least."""
@@ -326,14 +321,19 @@ def units_of(stage: Stage, generation: Generation) -> int:
 
 
 def together(
-    groups: Sequence[Mapping[str, Part]], base: int, mode: MemoryMode, previews: bool = False
+    groups: Sequence[Mapping[str, Part]],
+    base: int,
+    mode: MemoryMode,
+    previews: bool = False,
+    reading: int = 0,
 ) -> Need:
     """All components together. groups: those that are loaded together, in order of their
     runs. base: of the process without any. previews: whether the last group also runs
-    beside the one before it, on unfinished images."""
+    beside the one before it, on unfinished images. reading: while pictures are read, which is
+    beside networks only where these stay loaded."""
     if mode == "fast":
         parts = {name: part for group in groups for name, part in group.items()}
-        peak = base + _at_once(parts.values())
+        peak = base + _at_once([*parts.values(), Part(reading, workspace=reading)])
         alone = {name: base + part.resident for name, part in parts.items()}
         return Need(peak, peak, alone, (tuple(parts),))
     peaks = [base + _at_once(group.values()) for group in groups]
@@ -348,7 +348,8 @@ def together(
     alone = {name: peak for peak, group in zip(peaks, groups, strict=True) for name in group}
     if previews:
         alone |= dict.fromkeys(groups[-2], peaks[-1])
-    return Need(max(peaks), max(held), alone, tuple(names))
+    read = base + reading
+    return Need(max(*peaks, read), max(*held, read), alone, tuple(names))
 
 
 def _at_once(parts: Collection[Part]) -> int:

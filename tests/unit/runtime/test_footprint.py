@@ -18,6 +18,7 @@ from edgesd.runtime import loaded as loading
 from edgesd.runtime.backends import get_backend
 from edgesd.runtime.backends.onnxruntime import OnnxRuntime
 from edgesd.runtime.bundle import Bundle, open_bundle
+from edgesd.runtime.fitting import Batch, Budget, Fitting
 from edgesd.runtime.footprint import (
     Costs,
     Generation,
@@ -128,6 +129,15 @@ def test_pictures_are_read_beside_networks_that_stay_loaded(
         assert (small, large) == (none + MB, none + 500 * MB)
     else:
         assert (small, large) == (none, PROCESS + kept + 500 * MB)
+
+
+def test_what_pictures_take_changes_nothing_of_which_weights_stay_mapped(bundle: Bundle) -> None:
+    costs = Costs(bundle.manifest.pipeline, FOOTPRINTS, {}, PROCESS)
+    stream = Fitting(costs, Budget(PROCESS + 120 * MB), memory="stream")
+    batch = Batch(16, 16, 1, True)
+    fits = [stream.check(replace(batch, picture_bytes=count)) for count in (0, MB, 60 * MB)]
+    assert [fit.weights_kept for fit in fits] == [fits[0].weights_kept] * 3
+    assert fits[0].weights_kept.keys() == FOOTPRINTS.keys()
 
 
 def test_what_runs_in_each_step_is_loaded_together() -> None:
