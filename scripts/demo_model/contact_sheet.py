@@ -29,6 +29,16 @@ def tile(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
+def tiles(sheet: Image.Image) -> list[Image.Image]:
+    """The pictures of a contact sheet."""
+    size = sheet.width // COLUMNS
+    return [
+        sheet.crop((left + GAP // 2, top + GAP // 2, left + size - GAP // 2, top + size - GAP // 2))
+        for top in range(0, sheet.height, size)
+        for left in range(0, sheet.width, size)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_drawing_options(parser)

@@ -18,14 +18,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
 from . import dataset
 from .colour import HUES, hue_distance, main_hue
 from .contact_sheet import tile
 from .dataset import Emoji, Kind
 from .sampling import add_drawing_options, draw, open_pipeline, settings_of
+from .training import to_unit_range
 from .vocabulary import TINTED
 
 FEATURE_SIZE = 32
@@ -104,14 +106,20 @@ def mixed_names(emoji: Sequence[Emoji], limit: int) -> list[str]:
 
 
 @torch.no_grad()
+def reconstructed(vae: AutoencoderTiny, pictures: Tensor) -> Tensor:
+    """uint8 pictures [N, 3, S, S] after encoding and decoding them: -1 to 1."""
+    drawn = [
+        vae.decode(vae.encode(batch).latents).sample.clamp(-1, 1)
+        for batch in torch.split(to_unit_range(pictures), 16)
+    ]
+    return torch.cat(drawn)
+
+
 def reconstruction_psnr(pipeline: DiffusionPipeline, pictures: npt.NDArray[np.uint8]) -> float:
     """PSNR in dB of pictures [N, S, S, 3] after encoding and decoding them."""
-    wanted = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    errors = []
-    for batch in torch.split(wanted, 16):
-        drawn = pipeline.vae.decode(pipeline.vae.encode(batch).latents).sample.clamp(-1, 1)
-        errors.append(((drawn - batch) / 2).pow(2).mean(dim=(1, 2, 3)))
-    return float(-10 * torch.log10(torch.cat(errors).mean()))
+    given = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    errors = (reconstructed(pipeline.vae, given) - to_unit_range(given)) / 2
+    return float(-10 * torch.log10(errors.pow(2).mean()))
 
 
 def main() -> None:

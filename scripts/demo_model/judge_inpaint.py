@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import dataset, masks
 from .contact_sheet import tile
-from .judge import mixed_names
+from .judge import mixed_names, reconstructed
 from .judge_sketch import as_images, as_tensor
 from .moved import moved
 from .sampling import draw, settings_of
@@ -87,9 +87,7 @@ def main() -> None:
 
     pictures, mask = picked(prompts)
     wanted = pictures.float()
-    with torch.no_grad():
-        latents = pipeline.vae.encode(to_unit_range(pictures)).latents
-        kept = (pipeline.vae.decode(latents).sample.clamp(-1, 1) + 1) * 127.5
+    kept = (reconstructed(pipeline.vae, pictures) + 1) * 127.5
     filled = as_tensor(fill(pipeline, prompts, pictures, mask, **settings)).float()
     pasted = torch.where(mask > 0.5, filled, wanted)
     for label, drawn in {

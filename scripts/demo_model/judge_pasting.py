@@ -24,10 +24,9 @@ from edgesd.runtime.bundle import open_bundle
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request
 
-from .contact_sheet import tile
+from .contact_sheet import tile, tiles
 from .judge_inpaint import decibels, partial_masks, seams
 from .judge_sketch import as_images, as_tensor
-from .judge_style import tiles
 from .vocabulary import SHEET_PROMPTS
 
 SHOWN = 16  # prompts on the sheet

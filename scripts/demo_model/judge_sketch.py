@@ -23,10 +23,9 @@ from torch.nn import functional
 
 from . import dataset, sketch
 from .contact_sheet import tile
-from .judge import mixed_names
+from .judge import mixed_names, reconstructed
 from .moved import moved
 from .sampling import draw, open_pipeline, settings_of
-from .training import to_unit_range
 from .vocabulary import SHEET_PROMPTS
 
 NEAR = 2  # pixels
@@ -103,9 +102,7 @@ def main() -> None:
     pipeline = open_pipeline(arguments.pipeline)
     controlled = with_control(pipeline, arguments.control)
     hints = sketch.hints(lines)
-    with torch.no_grad():
-        latents = pipeline.vae.encode(to_unit_range(shown)).latents
-        kept = pipeline.vae.decode(latents).sample.clamp(-1, 1)
+    kept = reconstructed(pipeline.vae, shown)
     followed = draw_sketches(controlled, prompts, hints, arguments.scale, **settings)
     for label, drawn in {
         "with the ControlNet": as_tensor(followed),

@@ -20,8 +20,8 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from . import dataset
-from .contact_sheet import COLUMNS, GAP
-from .judge import features, judge
+from .contact_sheet import tiles
+from .judge import features, judge, reconstructed
 from .styles import STYLES
 from .vocabulary import SHEET_PROMPTS
 
@@ -58,26 +58,10 @@ def styled(
     return int((distances[1] < distances[0]).sum())
 
 
-@torch.no_grad()
 def decoded(vae: AutoencoderTiny, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Pictures [N, S, S, 3] after encoding and decoding them."""
-    given = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    drawn = [
-        vae.decode(vae.encode(batch).latents).sample.clamp(-1, 1)
-        for batch in torch.split(given, 16)
-    ]
-    scaled = ((torch.cat(drawn) + 1.0) * 127.5).round().to(torch.uint8)
-    return scaled.permute(0, 2, 3, 1).numpy()
-
-
-def tiles(sheet: Image.Image) -> list[Image.Image]:
-    """The pictures of a contact sheet."""
-    size = sheet.width // COLUMNS
-    return [
-        sheet.crop((left + GAP // 2, top + GAP // 2, left + size - GAP // 2, top + size - GAP // 2))
-        for top in range(0, sheet.height, size)
-        for left in range(0, sheet.width, size)
-    ]
+    drawn = reconstructed(vae, torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    return ((drawn + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def main() -> None:

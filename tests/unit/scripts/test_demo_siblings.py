@@ -25,8 +25,8 @@ from scripts.demo_model import (
     train_lcm_lora,
     train_lora,
 )
-from scripts.demo_model.contact_sheet import tile
-from scripts.demo_model.judge_style import styled, tiles
+from scripts.demo_model.contact_sheet import tile, tiles
+from scripts.demo_model.judge_style import styled
 from scripts.demo_model.moved import moved, variants
 from scripts.demo_model.sampling import BATCH, draw
 from scripts.demo_model.train_unet import diffusion_loss
