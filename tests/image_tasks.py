@@ -38,7 +38,7 @@ HINT, SCALE = random_picture(1, (63, 45)), 0.9
 """A control image, of another size than what is drawn, and how much a ControlNet counts: diffusers'
 pipelines differ in what they take where nobody says it."""
 
-_CLASSES: Mapping[tuple[str, Task], tuple[Any, Any]] = {
+CLASSES: Mapping[tuple[str, Task], tuple[Any, Any]] = {
     ("sd", "text"): (
         diffusers.StableDiffusionPipeline,
         diffusers.StableDiffusionControlNetPipeline,
@@ -113,7 +113,7 @@ class Both:
         """diffusers' pipeline for a task."""
         family, parts = self.ours.spec.family, dict(self.theirs.components)
         parts["scheduler"] = deepcopy(self.theirs.scheduler)  # some pipelines change its options
-        cls = _CLASSES[family, task][self.controlnet is not None]
+        cls = CLASSES[family, task][self.controlnet is not None]
         if self.distilled and sampler == "lcm":
             cls = _DISTILLED.get(task, cls)
         config = self.theirs.config

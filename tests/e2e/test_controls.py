@@ -38,6 +38,7 @@ from edgesd.runtime.settings import Settings
 from edgesd.runtime.tokenizer import tokenizer_of
 from edgesd.spec.build import SideKind
 from edgesd.spec.pipeline import ImageTask
+from tests.image_tasks import CLASSES
 from tests.support import random_picture
 from tests.tiny_pipelines import (
     adapter,
@@ -56,12 +57,9 @@ SIZE, OBLONG = (32, 32), (40, 24)
 
 PICTURES = (random_picture(1, (63, 45)), random_picture(2, (63, 45)))
 """Of another size than the images."""
-_CLASSES = {
-    "sd": (diffusers.StableDiffusionControlNetPipeline, diffusers.StableDiffusionAdapterPipeline),
-    "sdxl": (
-        diffusers.StableDiffusionXLControlNetPipeline,
-        diffusers.StableDiffusionXLAdapterPipeline,
-    ),
+_ADAPTED = {
+    "sd": diffusers.StableDiffusionAdapterPipeline,
+    "sdxl": diffusers.StableDiffusionXLAdapterPipeline,
 }
 
 
@@ -127,7 +125,8 @@ def made(name: str, folder: Path, nets: int = 1, kind: str = "controlnet", **opt
         parts["add_watermarker"] = False
     if kind == "adapter" and not name.startswith("sdxl"):
         del parts["image_encoder"]
-    cls = _CLASSES[name.split("-", maxsplit=1)[0]][kind == "adapter"]
+    family = name.split("-", maxsplit=1)[0]
+    cls: Any = _ADAPTED[family] if kind == "adapter" else CLASSES[family, "text"][True]
     theirs = cls(**parts)
     theirs.set_progress_bar_config(disable=True)
     return Model(theirs, source, export_spec(source))
@@ -398,14 +397,6 @@ def test_what_does_not_fit_together_is_refused(
     assert open_model(base, sides=[("controlnet", f"{odd}:c")]).sides == ("controlnet-c",)
 
 
-_BESIDE = {
-    ("sd", "image"): diffusers.StableDiffusionControlNetImg2ImgPipeline,
-    ("sd", "inpaint"): diffusers.StableDiffusionControlNetInpaintPipeline,
-    ("sdxl", "image"): diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
-    ("sdxl", "inpaint"): diffusers.StableDiffusionXLControlNetInpaintPipeline,
-}
-
-
 def beside(models: Callable[..., Model], name: str, task: ImageTask) -> Model:
     """The model `name` with a ControlNet, for images that begin with one."""
     base = models(name)
@@ -413,8 +404,7 @@ def beside(models: Callable[..., Model], name: str, task: ImageTask) -> Model:
     own: dict[str, Any] = (
         {"requires_safety_checker": False} if family == "sd" else {"add_watermarker": False}
     )
-    cls: Any = _BESIDE[family, task]
-    pipeline = cls(**base.theirs.components, **own)
+    pipeline = CLASSES[family, task][True](**base.theirs.components, **own)
     pipeline.set_progress_bar_config(disable=True)
     return Model(pipeline, base.source, export_spec(base.source, tasks=(task,)))
 
