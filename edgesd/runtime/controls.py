@@ -16,7 +16,7 @@ from edgesd.errors import InputError, UsageError
 from edgesd.runtime.arrays import Array, Float
 from edgesd.runtime.conditioning import Run
 from edgesd.runtime.pictures import Painting
-from edgesd.runtime.requests import CompleteRequest
+from edgesd.runtime.requests import CompleteRequest, of_pictures
 from edgesd.spec.pipeline import ComponentSpec, Part, Wiring, size_of
 
 
@@ -81,7 +81,7 @@ def _painted_alone(requests: Sequence[CompleteRequest]) -> Painting | None:
     in the whole image."""
     if requests[0].mask_padding is None:
         return None
-    found = [request.painting() for request in requests]
+    found = of_pictures(requests, CompleteRequest.painting)
     if len({one and one.box for one in found}) > 1:
         raise UsageError(
             "the images of one batch that are shown a control image must paint the same part: "
