@@ -53,8 +53,8 @@ in 8 and 4 bits, with both halves of guidance in one run; fp32 takes what is tra
 class ComponentForm:
     """How a component's graph is built. schemes: of its quantized layers. on_disk: bytes of its
     weights' file. own_kernels: for edgesd's own kernels. fp32: on a GPU, what isn't quantized stays
-    in fp32. slots: for LoRAs; factors: bytes of what always fills them. attention: in 8 bits, by
-    edgesd's own kernels."""
+    in fp32. slots: for LoRAs; filling: values that fill them. attention: in 8 bits, by edgesd's own
+    kernels."""
 
     precision: Precision
     lowering: Lowering
@@ -63,8 +63,13 @@ class ComponentForm:
     own_kernels: bool = False
     fp32: bool = False
     slots: Slots = NO_SLOTS
-    factors: int = 0
+    filling: int = 0
     attention: bool = True
+
+    @property
+    def factors(self) -> int:
+        """Bytes of what always fills the slots, as graphs of fixed shapes have it."""
+        return FACTOR_BYTES * self.filling if self.lowering.fixed_shapes else 0
 
     def lowered(self, workload: Workload, tiled: bool = False) -> Workload:
         """A workload as the graph runs it. tiled: of an autoencoder's part that is run in tiles."""
@@ -361,8 +366,7 @@ def footprinted(
             if own and engine.kernels is None:
                 continue
             fp32 = networks.in_fp32(stage.component, engine.precision)
-            slots, values = _slots_of(engine)
-            factors = FACTOR_BYTES * values if lowering.fixed_shapes else 0
+            slots, filling = _slots_of(engine)
             form = ComponentForm(
                 engine.precision,
                 lowering,
@@ -371,7 +375,7 @@ def footprinted(
                 own,
                 fp32,
                 slots,
-                factors,
+                filling,
                 attention,
             )
             found: dict[str, object] = {field: networks.footprint(stage, form)}

@@ -400,11 +400,8 @@ class _Planner:
             )
             for stage in networks.flow.stages
         }
-        filled = [
-            planned_slots(networks.trace_own(stage), spec.wiring, self.request.lora_slots)[1]
-            for stage in networks.flow.stages
-        ]
-        lora_bytes = (FACTOR_BYTES + LORA_BYTES) * sum(filled)
+        filling = sum(form.filling for form in forms.values())
+        lora_bytes = (FACTOR_BYTES + LORA_BYTES) * filling
         costs = Costs(spec, footprints, splits, self._process_bytes() + lora_bytes)
         limit = self.request.max_memory
         budget = Budget(limit, usable_bytes(self.target), mapped=True)
@@ -423,9 +420,8 @@ class _Planner:
         halved = precision == "fp16" and not (fp32 and self.lowering.fp16_arithmetic)
         on_disk = file_bytes(workload, schemes, 2 if halved else 4, smoothed)
         own = self._own_kernels(precision)
-        slots, values = planned_slots(workload, networks.pipeline.wiring, self.request.lora_slots)
-        factors = FACTOR_BYTES * values if self.lowering.fixed_shapes else 0
-        return ComponentForm(precision, self.lowering, schemes, on_disk, own, fp32, slots, factors)
+        slots, filling = planned_slots(workload, networks.pipeline.wiring, self.request.lora_slots)
+        return ComponentForm(precision, self.lowering, schemes, on_disk, own, fp32, slots, filling)
 
     def _own_kernels(self, precision: Precision) -> bool:
         """Whether edgesd's own kernels will run there: by runtime.kernels."""
