@@ -32,7 +32,7 @@ from edgesd.runtime.bundle import CHECKSUM, MANIFEST, SIGNATURE, Bundle
 from edgesd.runtime.fitting import least_memory
 from edgesd.runtime.footprint import prompter_bytes
 from edgesd.runtime.lora import SUFFIX, Used, filling, read_lora
-from edgesd.runtime.signature import lora_signature
+from edgesd.runtime.signature import read_lora_signature
 from edgesd.spec.base import Spec
 
 _HOME = "edgesd"
@@ -75,17 +75,16 @@ class LoraToDeploy(NamedTuple):
 def lora_to_deploy(path: Path, bundle: Bundle) -> LoraToDeploy:
     """The LoRA in a file of `edgesd lora convert`, which is called as the file is on boards.
 
-    Raises InputError as `read_lora`, UsageError where it doesn't fit the bundle, or has a name that
-    it can't have there.
+    Raises InputError as `read_lora` and `read_lora_signature`, UsageError where it doesn't fit the
+    bundle, or has a name that it can't have there.
     """
     name = path.name.removesuffix(SUFFIX)
     lora = read_lora(path)
     check_lora_name(name)
     filling(bundle.manifest, [Used(lora)])
     files = [Item(path.stat().st_size, lora.sha256, partial(_pieces, path))]
-    signature = lora_signature(path)
-    if signature.is_file():
-        raw = signature.read_bytes()
+    raw = read_lora_signature(path)
+    if raw is not None:
         files.append(Item(len(raw), hashlib.sha256(raw).hexdigest(), partial(iter, [raw])))
     return LoraToDeploy(name, tuple(files))
 

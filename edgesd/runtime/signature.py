@@ -250,16 +250,11 @@ def _check_trusted(
 def check_trusted_lora(path: Path, sha256: str) -> PublicKey | None:
     """The same for the LoRA in a file, whose bytes have that hash (runtime/lora.py); PATH.sig is
     its signature."""
-    beside = lora_signature(path)
 
     def signer_of() -> PublicKey | None:
-        try:
-            with beside.open("rb") as file:
-                line = file.read(_MOST_SIGNATURE)
-        except FileNotFoundError:
+        line = read_lora_signature(path)
+        if line is None:
             return None
-        except OSError as exc:
-            raise InputError(f"{beside} can't be read ({exc.strerror or exc})") from exc
         return _signer(line, _LORA_PREFIX + sha256.encode(), str(path), path.name)
 
     return _check_trusted(f"the LoRA {path.name}", "edgesd lora convert --key", signer_of)
@@ -268,6 +263,19 @@ def check_trusted_lora(path: Path, sha256: str) -> PublicKey | None:
 def lora_signature(path: Path) -> Path:
     """Where the signature of a LoRA lies."""
     return path.with_name(f"{path.name}.sig")
+
+
+def read_lora_signature(path: Path) -> bytes | None:
+    """The signature of the LoRA in a file; None where it has none. Raises InputError where it can't
+    be read. Of one that is too long, the beginning, which isn't right."""
+    beside = lora_signature(path)
+    try:
+        with beside.open("rb") as file:
+            return file.read(_MOST_SIGNATURE)
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise InputError(f"{beside} can't be read ({exc.strerror or exc})") from exc
 
 
 def new_key(path: Path, passphrase: bytes | None = None) -> PublicKey:
