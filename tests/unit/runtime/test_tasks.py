@@ -191,7 +191,11 @@ ONLY_TEXT, ALL, INPAINTING = pipeline_spec(), spec(), spec(concat=True)
         (ALL, {"image": IMAGE, "strength": 1.5}, "strength must be above 0, up to 1, not 1.5"),
         (ALL, {"image": IMAGE, "strength": float("nan")}, "up to 1, not nan"),
         (ALL, {"image": IMAGE, "strength": 0.1}, "strength 0.1 leaves no step of 4"),
-        (ALL, {"image": IMAGE, "denoising_end": 0.8}, "leave --image out"),
+        (
+            ALL,
+            {"image": IMAGE, "mask": IMAGE, "denoising_end": 0.8},
+            "leave --refiner or --mask out",
+        ),
         (ALL, {"image": IMAGE, "mask": IMAGE, "mask_blur": -1}, "mask blur must be 0 to"),
         (ALL, {"image": IMAGE, "mask": IMAGE, "mask_padding": 1 << 20}, "mask padding must be"),
     ],
