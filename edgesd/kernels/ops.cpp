@@ -5,9 +5,11 @@
 // its range when an operator is made, and every input to the attributes before each run. What doesn't
 // fit becomes ONNX Runtime's status; no exception leaves this file.
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
@@ -240,9 +242,8 @@ struct Range {
   int64_t bytes;
 };
 
-// Whether all of the memory is mapped from one file: let go, it comes back as it was.
-bool is_mapped_file(Range range) {
-  if (range.bytes == 0) return true;
+// Whether all of the memory is mapped from one file, by the list of what is mapped: long, and slow.
+bool is_in_mapped_file(Range range) {
   std::FILE* maps = std::fopen("/proc/self/maps", "re");
   if (!maps) return false;
   const uintptr_t begin = uintptr_t(range.memory), end = begin + uintptr_t(range.bytes);
@@ -256,6 +257,31 @@ bool is_mapped_file(Range range) {
   }
   std::fclose(maps);
   return found;
+}
+
+// Whether all of the memory that is there is mapped from files: let go, it comes back as it was. Of
+// each page the kernel says so (Documentation/admin-guide/mm/pagemap.rst).
+bool is_mapped_file(Range range) {
+  constexpr uint64_t PRESENT = uint64_t(1) << 63, SWAPPED = uint64_t(1) << 62,
+                     OF_FILE = uint64_t(1) << 61;
+  if (range.bytes == 0) return true;
+  const int pages = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  if (pages < 0) return is_in_mapped_file(range);  // a kernel without it
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = uintptr_t(range.memory) / page;
+  const uintptr_t end = (uintptr_t(range.memory) + uintptr_t(range.bytes) + page - 1) / page;
+  uint64_t found[512];
+  bool mapped = true;
+  for (uintptr_t at = begin; mapped && at < end;) {
+    const size_t bytes = std::min<size_t>(end - at, 512) * sizeof(uint64_t);
+    const ssize_t got = pread(pages, found, bytes, off_t(at * sizeof(uint64_t)));
+    mapped = got >= ssize_t(sizeof(uint64_t));
+    for (ssize_t i = 0; mapped && i < got / ssize_t(sizeof(uint64_t)); i++)
+      mapped = !(found[i] & SWAPPED) && (!(found[i] & PRESENT) || (found[i] & OF_FILE));
+    at += uintptr_t(std::max<ssize_t>(got, 0)) / sizeof(uint64_t);
+  }
+  close(pages);
+  return mapped;
 }
 
 // Weights are mapped from their file and read where they lie. Those of layers beyond a budget are
