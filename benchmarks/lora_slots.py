@@ -119,7 +119,7 @@ def _built(
 ) -> Bundle:
     """A bundle, built anew unless it was `built`; what it has in common with others is in
     FOLDER/work. quick: rounded to nearest, after a step of one prompt, as images don't matter."""
-    name = [Path(model).name, precision, str(slots)]
+    name = [Path(model).name, precision, str(slots), *(["quick"] if quick else [])]
     name += [sha256_file(Path(lora))[:8] for lora in loras]
     out = folder / "bundles" / "-".join(name)
     if built and out.exists():
