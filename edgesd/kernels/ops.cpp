@@ -412,6 +412,7 @@ void check_bits(const Compute* compute, const WeightFormat& weight) {
 struct QuantLinear {
   static constexpr const char* NAME = "QuantLinear";
   static constexpr size_t INPUTS = 8, REQUIRED_INPUTS = 3;
+  static constexpr int FIRST_TYPE = FLOAT;
   const Compute* compute;
   WeightFormat weight;
   bool gated;
@@ -456,6 +457,7 @@ struct QuantLinear {
 struct QuantConv {
   static constexpr const char* NAME = "QuantConv";
   static constexpr size_t INPUTS = 9, REQUIRED_INPUTS = 3;
+  static constexpr int FIRST_TYPE = FLOAT;
   const Compute* compute;
   WeightFormat weight;
   Shape kernel_shape, strides, pads;
@@ -529,6 +531,7 @@ struct QuantConv {
 struct QuantAttention {
   static constexpr const char* NAME = "QuantAttention";
   static constexpr size_t INPUTS = 3, REQUIRED_INPUTS = 3;
+  static constexpr int FIRST_TYPE = FLOAT;
   const Compute* compute;
   int64_t heads;
   float scale;
@@ -558,6 +561,7 @@ struct QuantAttention {
 struct Widen {
   static constexpr const char* NAME = "Widen";
   static constexpr size_t INPUTS = 2, REQUIRED_INPUTS = 2;
+  static constexpr int FIRST_TYPE = FLOAT16;
   const Compute* compute;
   int64_t values;
   WeightPager pager;
@@ -616,7 +620,7 @@ const Operator& operator_of() {
     out.input_count = [](const Operator*) { return Op::INPUTS; };
     // Codes come as int8, int4 or packed bytes, steps as fp16: attributes say what they are.
     out.input_type = [](const Operator*, size_t index) -> int {
-      if (Op::INPUTS == 2) return index == 0 ? FLOAT16 : FLOAT;
+      if (index == 0) return Op::FIRST_TYPE;
       return Op::INPUTS > 3 && (index == 1 || index == 3) ? ANY : FLOAT;
     };
     out.output_count = [](const Operator*) -> size_t { return 1; };

@@ -355,10 +355,13 @@ def test_both_graphs_share_one_file_of_weights(tmp_path: Path, library: Path) ->
     assert off(found[1], found[0]) < 0.03
 
 
+@pytest.mark.parametrize("scheme", ["w4a8-g32", "w4a8-g32-lr64"])
 @pytest.mark.parametrize("kept", [0, 10_000, None])
-def test_weights_that_are_let_go_come_back(kept: int | None, tmp_path: Path, library: Path) -> None:
+def test_weights_that_are_let_go_come_back(
+    kept: int | None, scheme: str, tmp_path: Path, library: Path
+) -> None:
     proto = block(128)
-    layers = {q.layer.node: q for q in quantized_block(proto, "w4a8-g32")}
+    layers = {q.layer.node: q for q in quantized_block(proto, scheme)}
     write_model(own_model(proto, layers), tmp_path)
     feed = {"x": normal(1, 128, 8, 8), "time": normal(1, 128, 1, 1, seed=7)}
 
@@ -373,10 +376,12 @@ def test_weights_that_are_let_go_come_back(kept: int | None, tmp_path: Path, lib
         assert all(np.array_equal(a, b) for a, b in zip(wanted, generated(), strict=True))
 
 
-def test_weights_of_another_thread_are_not_let_go(library: Path) -> None:
-    """Its weights lie in memory: they would be lost, and its answers be of zeros."""
+@pytest.mark.parametrize("scheme", ["w4a8-g32", "w4a8-g32-lr64"])
+def test_weights_that_lie_in_memory_are_not_let_go(scheme: str, library: Path) -> None:
+    """They would be lost, and answers be of zeros: of this thread, and of another one, which isn't
+    told to let any go."""
     proto = block(128)
-    model = own(proto, list(quantized_block(proto, "w4a8-g32")))
+    model = own(proto, list(quantized_block(proto, scheme)))
     feed = {"x": normal(1, 128, 8, 8), "time": normal(1, 128, 1, 1, seed=7)}
 
     def generated() -> list[Array]:
@@ -385,8 +390,8 @@ def test_weights_of_another_thread_are_not_let_go(library: Path) -> None:
 
     wanted = generated()
     with ThreadPoolExecutor(1) as pool, kernels.keeping_weights(0):
-        found = pool.submit(generated).result(timeout=60)
-    assert all(np.array_equal(a, b) for a, b in zip(wanted, found, strict=True))
+        for found in (generated(), pool.submit(generated).result(timeout=60)):
+            assert all(np.array_equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
 # Graphs of an attacker.
