@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.flux_gguf import convert_t5, convert_transformer
 from edgesd.errors import EdgesdError
 from edgesd.files import atomic_dir
 from edgesd.spec.base import Dim
@@ -372,13 +373,15 @@ def _make_sdcpp(_: Path, model: Model, out: Path, kind: str) -> None:
 
 
 def convert_sdcpp(pipeline: Path, kind: str, work: Path) -> Path:
-    """The file of stable-diffusion.cpp for a diffusers folder, made once and kept in `work`. kind:
-    one of SDCPP_TYPES. Raises EdgesdError when it can't be made."""
+    """The file of stable-diffusion.cpp for a diffusers folder, made once and kept in `work`; of
+    FLUX.1 a folder, with a file for each network. kind: one of SDCPP_TYPES. Raises EdgesdError when
+    it can't be made."""
+    if (pipeline / "transformer").is_dir():
+        return _convert_flux(pipeline, kind, work)
     path = work / f"{pipeline.name}-{kind}.gguf"
     if path.exists():
         return path
     import stable_diffusion_cpp
-    from safetensors.torch import load_file, save_file
     from stable_diffusion_cpp.stable_diffusion import GGML_TYPE_MAP
 
     work.mkdir(parents=True, exist_ok=True)
@@ -388,13 +391,8 @@ def convert_sdcpp(pipeline: Path, kind: str, work: Path) -> Path:
             target = copy / file.relative_to(pipeline)
             target.parent.mkdir(parents=True, exist_ok=True)
             if file.is_file() and file.parent.name.startswith("text_encoder"):
-                # Its names are those that transformers wrote before version 5.
                 if file.suffix == ".safetensors":
-                    tensors = load_file(file)
-                    old = "text_model."
-                    plain = not any(name.startswith(old) for name in tensors)
-                    named = {f"{old}{name}" if plain else name: t for name, t in tensors.items()}
-                    save_file(named, target)
+                    _with_old_names(file, target)
             elif file.is_file():
                 target.symlink_to(file.resolve())
         done = stable_diffusion_cpp.convert(
@@ -405,6 +403,38 @@ def convert_sdcpp(pipeline: Path, kind: str, work: Path) -> Path:
         _mend_names(part)
         part.rename(path)
     return path
+
+
+FLUX_FILES = {
+    "diffusion_model_path": "transformer.gguf",
+    "t5xxl_path": "t5.gguf",
+    "clip_l_path": "clip_l.safetensors",
+    "vae_path": "vae.safetensors",
+}
+"""What stable-diffusion.cpp calls the networks of FLUX.1 -> files of the folder of them."""
+
+
+def _convert_flux(pipeline: Path, kind: str, work: Path) -> Path:
+    path = work / f"{pipeline.name}-{kind}"
+    if path.exists():
+        return path
+    work.mkdir(parents=True, exist_ok=True)
+    with atomic_dir(path) as out:
+        transformer, t5, clip, vae = (out / name for name in FLUX_FILES.values())
+        convert_transformer(pipeline / "transformer", kind, transformer)
+        convert_t5(pipeline / "text_encoder_2", kind, t5)
+        _with_old_names(pipeline / "text_encoder" / "model.safetensors", clip)
+        shutil.copyfile(pipeline / "vae" / "diffusion_pytorch_model.safetensors", vae)
+    return path
+
+
+def _with_old_names(file: Path, target: Path) -> None:
+    """Write CLIP's weights under the names that transformers wrote before version 5."""
+    from safetensors.torch import load_file, save_file
+
+    tensors, old = load_file(file), "text_model."
+    plain = not any(name.startswith(old) for name in tensors)
+    save_file({f"{old}{name}" if plain else name: t for name, t in tensors.items()}, target)
 
 
 def convert_sdcpp_control(controlnet: Path, work: Path) -> Path:

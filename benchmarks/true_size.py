@@ -3,10 +3,10 @@
 python -m benchmarks.true_size FOLDER [--model sdxl] [--precision w8a8] [--size 512 512] ...
 
 FOLDER/MODEL is the pipeline (benchmarks/random_pipeline.py writes it if it isn't there: 7 GB for
-SDXL), FOLDER/work keeps what builds keep, FOLDER/bundle is the result, which is removed before the
-next. Memory is sampled every half second over this process and its children: anonymous pages,
-which must be there, and mapped ones, which the system may drop and read again. What a build finds
-in FOLDER/work takes no time: remove it for figures of a whole build.
+SDXL, 34 GB for FLUX.1 at its full depth), FOLDER/work keeps what builds keep, FOLDER/bundle is the
+result, which is removed before the next. Memory is sampled every half second over this process and
+its children: anonymous pages, which must be there, and mapped ones, which the system may drop and
+read again. What a build finds in FOLDER/work takes no time: remove it for figures of a whole build.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.common import environment, parser, run, table, write_json
-from benchmarks.random_pipeline import MODELS, write_pipeline
+from benchmarks.random_pipeline import MODELS, add_depth, depth_options, write_pipeline
 from edgesd.progress import Lines
 from edgesd.recipes import BuildOptions, LocalFolders, QuantOptions, build
 from edgesd.recipes.prompts import CALIBRATION, QUALITY
@@ -120,10 +120,12 @@ def main() -> None:
     made.add_argument("--steps", type=int, help="of calibration and images")
     made.add_argument("--prompts", type=int, help="of calibration (default: as a build has them)")
     made.add_argument("--images", type=int, help="that are compared (default: the same; 0: none)")
+    add_depth(made)
     given = made.parse_args()
+    depth = depth_options(made, given)
     pipeline = given.pipeline or given.folder / given.model
     if not pipeline.exists():
-        write_pipeline(pipeline, given.model)
+        write_pipeline(pipeline, given.model, tiny_vae=False, **depth)
     bundle = given.folder / "bundle"
     shutil.rmtree(bundle, ignore_errors=True)
     quantization = QuantOptions(

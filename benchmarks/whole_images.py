@@ -41,6 +41,7 @@ import numpy as np
 from benchmarks.common import environment, paired_ratio, parser, run, spread, table, write_json
 from benchmarks.contenders import openvino_step
 from benchmarks.peer_files import (
+    FLUX_FILES,
     INPUTS_FILE,
     SDCPP_TYPES,
     convert_openvino,
@@ -150,8 +151,11 @@ def sdcpp(path: Path, asked: Asked, controlnet: Path | None = None) -> list[floa
     convert_sdcpp_control."""
     import stable_diffusion_cpp
 
+    files = {"model_path": str(path)}
+    if path.is_dir():
+        files = {name: str(path / file) for name, file in FLUX_FILES.items()}
     model = stable_diffusion_cpp.StableDiffusion(
-        model_path=str(path),
+        **files,
         control_net_path=str(controlnet or ""),
         n_threads=asked.threads,
         diffusion_flash_attn=True,
