@@ -32,10 +32,10 @@ from edgesd.export.quantize.methods import get_method
 from edgesd.export.quantize.quantize import quantize_layer
 from edgesd.recipes import BuildOptions, LocalFolders, QuantOptions, build
 from edgesd.runtime.bundle import open_bundle
-from edgesd.spec.scheme import parse_scheme
+from edgesd.spec.scheme import FLOATING, parse_scheme
 
 TARGET = "jetson-agx-orin-64gb"
-PRECISIONS = ("fp16", "w8a8", "w4a16-g64-lr32")
+PRECISIONS = ("fp16", "bf16", "w8a8", "w4a16-g64-lr32")
 LAYERS = {
     "3x3 convolution, 1280 to 1280": (1280, 1280, 3, 3),
     "1x1 convolution, 2560 to 1280": (1280, 2560, 1, 1),
@@ -146,26 +146,26 @@ def _layer(shape: tuple[int, ...], precision: str) -> ir.Model:
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     model = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(proto))
-    layers = {}
-    if precision != "fp16":
-        (layer,) = find_layers("unet", model)
-        found = matrix_of(model.graph[0], layer)
-        rows = rng.standard_normal((64, layer.columns)).astype(np.float16)
-        stats = LayerStats(
-            low=np.full((1, layer.channels), -4, np.float32),
-            high=np.full((1, layer.channels), 4, np.float32),
-            blocks=tuple(
-                np.eye(min(1280, layer.columns - at), dtype=np.float32) * 64
-                for at in range(0, layer.columns, 1280)
-            ),
-            count=64,
-            rows=rows,
-            row_steps=np.zeros(64, np.int64),
-        )
-        method = get_method("rtn", static=True)
-        quantized = quantize_layer(layer, found, stats, parse_scheme(precision), method)
-        layers = {"layer/op": quantized}
-    LOWERING.lower_quantized(model, layers, (), None)
+    if precision in FLOATING:
+        LOWERING.lower(model, precision, None)
+        return model
+    (layer,) = find_layers("unet", model)
+    found = matrix_of(model.graph[0], layer)
+    rows = rng.standard_normal((64, layer.columns)).astype(np.float16)
+    stats = LayerStats(
+        low=np.full((1, layer.channels), -4, np.float32),
+        high=np.full((1, layer.channels), 4, np.float32),
+        blocks=tuple(
+            np.eye(min(1280, layer.columns - at), dtype=np.float32) * 64
+            for at in range(0, layer.columns, 1280)
+        ),
+        count=64,
+        rows=rows,
+        row_steps=np.zeros(64, np.int64),
+    )
+    method = get_method("rtn", static=True)
+    quantized = quantize_layer(layer, found, stats, parse_scheme(precision), method)
+    LOWERING.lower_quantized(model, {"layer/op": quantized}, (), None)
     return model
 
 

@@ -56,9 +56,10 @@ _BUILD = (
     click.option(
         "--precision",
         metavar="NAME",
-        help="fp32, fp16 (on CPUs storage only), or fewer bits for weights and activations: w8a16, "
-        "w8a8, w4a16-g64, w4a8-g64, w4a4-g64 (simulated). -gN: N weights share a scale; A final "
-        "-lrR adds a 16-bit branch of rank R, as in w4a8-g64-lr32.  [default: fp32]",
+        help="fp32, fp16 (on CPUs storage only), bf16 (on GPUs alone), or fewer bits for weights "
+        "and activations: w8a16, w8a8, w4a16-g64, w4a8-g64, w4a4-g64 (simulated). -gN: N weights "
+        "share a scale; a final -lrR adds a 16-bit branch of rank R, as in w4a8-g64-lr32.  "
+        "[default: fp32]",
     ),
     click.option(
         "--size",

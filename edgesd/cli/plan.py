@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     "--precision",
     default="fp32",
     show_default=True,
-    help="fp32, fp16, or a scheme: w8a8, w4a8-g64.",
+    help="fp32, fp16, bf16, or a scheme: w8a8, w4a8-g64.",
 )
 @generation_options("model", without=["negative", "scheduler"])
 @vae_option

@@ -52,6 +52,9 @@ from edgesd.spec.target import Machine
 _WORKSPACE_PART = 4
 """A layer's workspace may take this part of the GPU's memory, which a Jetson shares."""
 
+_BF16_FROM = 80
+"""Compute capability of the first GPUs (Ampere) that compute in bf16."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -151,6 +154,12 @@ def prepare_plans(
             included,
             here,
         )
+    for name, engine in engines.items():
+        if engine.precision == "bf16" and int(gpu.sm.removeprefix("sm_")) < _BF16_FROM:
+            raise TargetError(
+                f"{name} computes in bf16, which GPUs have from sm_{_BF16_FROM} on, and {gpu.name} "
+                f"is {gpu.sm}: build the bundle in fp16"
+            )
     workspace = gpu.memory_bytes // _WORKSPACE_PART
     return {
         name: None

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends.onnxruntime import session_options
+from edgesd.runtime.onnx_wire import bf16_in_fp32
 
 PIECE_BYTES = 1 << 29
 """Weights of a piece, floating-point ones as ONNX Runtime computes with them, in fp32. One weight
@@ -50,7 +51,8 @@ def run_in_pieces(
     library: of edgesd's own kernels. elsewhere: weights that its files don't hold, by name. Raises
     what ONNX Runtime raises.
     """
-    model = onnx.load(graph, load_external_data=False)
+    raw = graph.read_bytes()
+    model = onnx.load_model_from_string(raw if elsewhere else bf16_in_fp32(raw))
     return run_model_in_pieces(model, graph.parent, cases, library, elsewhere, piece_bytes)
 
 

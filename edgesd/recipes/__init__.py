@@ -155,7 +155,7 @@ def build(
                 lora_slots=job.options.lora_slots,
             )
             writer.put_graphs(graphs)
-        if job.lowering.fp16_arithmetic and job.options.precision != "fp32":
+        if job.lowering.fp16_arithmetic and job.options.precision not in ("fp32", "bf16"):
             notes += _protect_fp16_overflows(job, writer.write())
         if job.lowering.checks_engines:
             writer.put_engines(_checked_engines(job, writer))

@@ -128,7 +128,8 @@ class Networks:
 
     def in_fp32(self, component: str, precision: Precision) -> bool:
         """Whether what isn't quantized of a component stays in fp32 on a GPU."""
-        return precision == "fp32" or self._components[component].fp32
+        upcast = self._components[component].fp32 and precision != "bf16"  # which holds as much
+        return precision == "fp32" or upcast
 
     def trace(self, stage: Stage, shape: Shape, chunks: int = 1) -> Workload:
         """The workload of a stage's component. chunks: of prompts, where it takes any number."""

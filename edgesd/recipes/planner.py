@@ -62,9 +62,10 @@ from edgesd.runtime.requests import CompleteRequest, scheduler_of
 from edgesd.runtime.tiles import WINDOWS
 from edgesd.spec.bundle import Footprint
 from edgesd.spec.pipeline import PipelineSpec, check_multiple
-from edgesd.spec.scheme import Precision, number_format, parse_scheme
+from edgesd.spec.scheme import FLOATING, Precision, number_format, parse_scheme
 from edgesd.spec.target import Target
 
+_HALVES = ("fp16", "bf16")
 _SUGGESTED = ("fp32", "fp16", "w8a8", "w4a8-g64")
 """Precisions that are suggested where another doesn't fit, the finest first."""
 
@@ -413,11 +414,11 @@ class _Planner:
     def _form(self, networks: Networks, stage: Stage, precision: Precision) -> ComponentForm:
         """A component's graph as it would be built."""
         workload = networks.trace_own(stage)
-        quantized = precision not in ("fp32", "fp16")
+        quantized = precision not in FLOATING
         schemes = planned(workload.layers, parse_scheme(precision)) if quantized else {}
         smoothed = get_method(self.request.method).smooths
         fp32 = networks.in_fp32(stage.component, precision)
-        halved = precision == "fp16" and not (fp32 and self.lowering.fp16_arithmetic)
+        halved = precision in _HALVES and not (fp32 and self.lowering.fp16_arithmetic)
         on_disk = file_bytes(workload, schemes, 2 if halved else 4, smoothed)
         own = self._own_kernels(precision)
         slots, filling = planned_slots(workload, networks.pipeline.wiring, self.request.lora_slots)

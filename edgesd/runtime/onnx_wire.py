@@ -1,4 +1,4 @@
-"""Reads and moves the external-data references of a serialized ONNX model, without `onnx`.
+"""Rewrites serialized ONNX models without `onnx`: where their weights lie, and bf16 as fp32.
 
 ONNX Runtime memory-maps weights that lie in a file of their own; weights handed over in memory are
 copied (measured: RSS doubles). So each reference `(location, offset)` is rewritten to point to the
@@ -14,6 +14,7 @@ Field numbers are those of onnx.proto; the encoding is that of the Protocol Buff
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from edgesd.errors import BundleError
 
@@ -21,6 +22,12 @@ _GRAPH, _INITIALIZER, _EXTERNAL_DATA, _KEY, _VALUE = 7, 5, 13, 1, 2
 """ModelProto.graph, GraphProto.initializer, TensorProto.external_data, and the two fields of
 StringStringEntryProto."""
 _LENGTH_DELIMITED = 2
+
+_NODE, _VALUE_INFO, _TENSOR_TYPE, _TENSOR_NAME = 1, 13, 2, 8
+_NODE_IN, _NODE_OUT, _OPERATOR, _ATTRIBUTE, _ATTRIBUTE_INT = 1, 2, 4, 5, 3
+_FLOAT, _BFLOAT16 = 1, 16
+"""GraphProto.node, .value_info; TensorProto.data_type, .name; NodeProto.input, .output, .op_type,
+.attribute; AttributeProto.i; two values of TensorProto.DataType."""
 
 _INNER: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
@@ -68,7 +75,7 @@ def relocate_external_data(model: bytes, move: Relocation) -> bytes:
     def in_graph(graph: memoryview) -> bytes:
         return _rewrite(graph, {_INITIALIZER: in_tensor})
 
-    try:
+    with _readable():
         found = _rewrite(memoryview(model), {_GRAPH: in_graph})
         # Each reference has "location" in it: most models need no second, longer look.
         if model.count(b"location") != moved and _references(memoryview(model), "model") != moved:
@@ -76,9 +83,74 @@ def relocate_external_data(model: bytes, move: Relocation) -> bytes:
                 "the graph refers to a file other than its weights, which isn't verified"
                 ": build the bundle again"
             )
-    except (IndexError, KeyError, ValueError, UnicodeDecodeError) as exc:
-        raise BundleError(f"the graph isn't a readable ONNX model ({exc})") from exc
     return found
+
+
+def bf16_in_fp32(model: bytes) -> bytes:
+    """`model` with fp32 in place of the bf16 that it computes in, of the same weights.
+
+    ONNX Runtime has no arithmetic in bf16 on CPUs, and unlike fp16's it doesn't replace it. Weights
+    stay bf16 in their file, with a Cast behind each; Casts to bf16 become Casts to fp32. Raises
+    BundleError as `relocate_external_data` does.
+    """
+    casts: list[bytes] = []
+
+    def in_tensor(tensor: memoryview) -> bytes:
+        if _number_of(tensor, _TENSOR_TYPE) != _BFLOAT16:
+            return bytes(tensor)
+        name = next(bytes(body) for number, body in _fields(tensor) if number == _TENSOR_NAME)
+        casts.append(_field(_NODE, _cast(name + b"/bf16", name)))
+        return _rewrite(tensor, {_TENSOR_NAME: lambda body: bytes(body) + b"/bf16"})
+
+    def in_node(node: memoryview) -> bytes:
+        if b"Cast" not in [bytes(body) for number, body in _fields(node) if number == _OPERATOR]:
+            return bytes(node)
+
+        def in_attribute(attribute: memoryview) -> bytes:
+            halved = _number_of(attribute, _ATTRIBUTE_INT) == _BFLOAT16
+            return _TO_FLOAT if halved else bytes(attribute)
+
+        return _rewrite(node, {_ATTRIBUTE: in_attribute})
+
+    def in_graph(graph: memoryview) -> bytes:
+        edits: dict[int, Callable[[memoryview], bytes | None]] = {
+            _NODE: in_node,
+            _INITIALIZER: in_tensor,
+            _VALUE_INFO: lambda _: None,  # of the types that values had
+        }
+        rest = _rewrite(graph, edits)
+        return b"".join(casts) + rest  # Casts before the nodes that read them
+
+    with _readable():
+        return _rewrite(memoryview(model), {_GRAPH: in_graph})
+
+
+_TO_FLOAT = b"\x0a\x02to\x18\x01\xa0\x01\x02"
+"""AttributeProto: name "to", i FLOAT, type INT."""
+
+
+def _cast(source: bytes, out: bytes) -> bytes:
+    """NodeProto of a Cast to fp32."""
+    named = _field(_NODE_IN, source) + _field(_NODE_OUT, out)
+    return named + _field(_OPERATOR, b"Cast") + _field(_ATTRIBUTE, _TO_FLOAT)
+
+
+def _number_of(message: memoryview, wanted: int) -> int | None:
+    """The last varint in the field `wanted`."""
+    found = None
+    for number, start, body in _spans(message):
+        if number == wanted and body is None:
+            _, at = _varint(message, start)
+            found, _ = _varint(message, at)
+    return found
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except (IndexError, KeyError, StopIteration, ValueError) as exc:
+        raise BundleError(f"the graph isn't a readable ONNX model ({exc})") from exc
 
 
 def _references(message: memoryview, kind: str, depth: int = 0) -> int:

@@ -10,7 +10,7 @@ from msgspec import Meta
 from edgesd.errors import UsageError
 from edgesd.spec.base import Guidance, Pixels, Sha256, Spec, Word
 from edgesd.spec.pipeline import ImageTask
-from edgesd.spec.scheme import MAX_RANK, Precision, number_format
+from edgesd.spec.scheme import FLOATING, MAX_RANK, Precision, number_format
 
 _MOST_PROMPTS, _LONGEST_PROMPT = 10_000, 64_000
 _MOST_BYTES = 2_000_000
@@ -103,7 +103,7 @@ class BuildOptions(Spec, frozen=True):
     @property
     def quantized(self) -> bool:
         """Whether the precision is a scheme."""
-        return self.precision not in ("fp32", "fp16")
+        return self.precision not in FLOATING
 
     def check(self) -> None:
         """Raise UsageError for options that contradict each other, or that nothing can build."""

@@ -1,4 +1,4 @@
-"""Precisions: fp32, fp16, and quantization schemes."""
+"""Precisions: fp32, fp16, bf16, and quantization schemes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from edgesd.errors import UsageError, unknown_name
 from edgesd.spec.base import Spec
 
 Precision = str
-"""fp32, fp16, or a quantization scheme in canonical form: w4a8-g64-lr32 (`parse_scheme`)."""
+"""fp32, fp16, bf16, or a quantization scheme in canonical form: w4a8-g64-lr32 (`parse_scheme`)."""
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "w8a16", "w8a8", "w4a16", "w4a8", "w4a4")
+FLOATING: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+"""Those that quantize nothing."""
+
+_QUANTIZED: tuple[Precision, ...] = ("w8a16", "w8a8", "w4a16", "w4a8", "w4a4")
+
+PRECISIONS: tuple[Precision, ...] = (*FLOATING, *_QUANTIZED)
 """The number formats, without group and rank."""
 
+CPU_PRECISIONS: tuple[Precision, ...] = tuple(name for name in PRECISIONS if name != "bf16")
+"""Those that ONNX Runtime has on CPUs, where no kernel computes in bf16."""
+
 TENSORRT_PRECISIONS: tuple[Precision, ...] = PRECISIONS[:-1]
-"""Those that TensorRT has: w4a4 is only simulated."""
+"""Those that TensorRT has on GPUs from sm_80 on: w4a4 is only simulated."""
 
 
 class Scheme(Spec, frozen=True):
@@ -57,7 +65,7 @@ def parse_scheme(name: str) -> Scheme:
     """`name` as a Scheme. Raises UsageError, naming what is valid, for anything but a scheme."""
     match = _SCHEME.fullmatch(name)
     if not match:
-        raise UsageError(unknown_name("precision", name, ("fp32", "fp16", *_EXAMPLES)))
+        raise UsageError(unknown_name("precision", name, (*FLOATING, *_EXAMPLES)))
     weights, activations, group, rank = (int(part or 0) for part in match.groups())
     if weights == 8 and (group or activations == 4):
         raise UsageError(
@@ -77,7 +85,7 @@ def number_format(precision: Precision) -> str:
 
     Raises UsageError for a name that is no precision.
     """
-    if precision in ("fp32", "fp16"):
+    if precision in FLOATING:
         return precision
     scheme = parse_scheme(precision)
     return f"w{scheme.weight_bits}a{scheme.activation_bits}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edgesd.spec.base import Bytes, Count, Spec
-from edgesd.spec.scheme import PRECISIONS, Precision
+from edgesd.spec.scheme import CPU_PRECISIONS, Precision
 
 
 class Machine(Spec, frozen=True):
@@ -39,7 +39,7 @@ class Target(Spec, frozen=True):
     backends: tuple[str, ...]
     memory_bytes: int
     cpu_count: int
-    precisions: tuple[Precision, ...] = PRECISIONS
+    precisions: tuple[Precision, ...] = CPU_PRECISIONS
     capabilities: tuple[str, ...] = ()
     memory_options: tuple[int, ...] = ()
     families: tuple[str, ...] = ()

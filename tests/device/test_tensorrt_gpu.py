@@ -12,7 +12,8 @@ import pytest
 from edgesd.engines.plans import Plans, plan_environment
 from edgesd.engines.tensorrt import BuildSpec, build_plan
 from edgesd.errors import EdgesdError
-from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
+from edgesd.runtime.backends import onnxruntime
+from edgesd.runtime.backends.base import RunnerOptions
 from edgesd.runtime.backends.tensorrt import TensorRtRunner
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.cuda import find_gpu
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.gpu
 
 COMPONENTS = flow_of(pipeline_spec()).components
 
-PRECISIONS = ("fp16", "w8a8", "w4a16-g64-lr32")
+PRECISIONS = ("fp16", "bf16", "w8a8", "w4a16-g64-lr32")
 REQUEST = Request("a red apple", 3)
 
 
@@ -79,7 +80,7 @@ def test_a_component_computes_what_onnx_runtime_computes(
     shapes: dict[str, Any] = {tensor.name: tensor.shape for tensor in spec.inputs}
     with (
         TensorRtRunner(spec, plan.read_bytes(), memory, module) as ours,
-        OnnxRuntimeRunner(spec, bundle.graph_file(component)) as theirs,
+        onnxruntime.BACKEND.open_runner(bundle, component, RunnerOptions()) as theirs,
     ):
         for runner in (ours, theirs):
             runner.bind(shapes)
@@ -97,7 +98,8 @@ def test_a_component_computes_what_onnx_runtime_computes(
                 runner.run()
             for name, wanted in theirs.outputs.items():
                 apart = np.sqrt(np.mean((ours.outputs[name] - wanted) ** 2) / np.mean(wanted**2))
-                assert apart < 2e-2, name
+                # ONNX Runtime computes in fp32, a GPU in 8 or 11 bits.
+                assert apart < (8e-2 if engine.precision == "bf16" else 2e-2), name
 
 
 def test_a_image_is_that_of_the_cpu(bundle: Bundle, tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_a_image_is_that_of_the_cpu(bundle: Bundle, tmp_path: Path) -> None:
         found = pipeline.generate([REQUEST])[0]
         again = pipeline.generate([REQUEST])[0]
         assert not pipeline.fallbacks
-    assert psnr(found, wanted) > 30
+    assert psnr(found, wanted) > (24 if bundle.manifest.precision == "bf16" else 30)
     assert found.tobytes() == again.tobytes()
 
 

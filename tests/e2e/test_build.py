@@ -95,10 +95,11 @@ def test_same_seed_same_image_as_diffusers(
         assert psnr(np.asarray(image), np.asarray(Image.open(path))) >= 45
 
 
-def test_build_for_a_board_in_one_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_build_for_a_board_in_one_file(precision: str, tmp_path: Path) -> None:
     out = tmp_path / "demo.edgesd"
     outcome = run_cli(
-        "build", "demo", "--target", "jetson-orin", "--precision", "fp16", "--size", "64x64",
+        "build", "demo", "--target", "jetson-orin", "--precision", precision, "--size", "64x64",
         "-o", out,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
@@ -109,7 +110,7 @@ def test_build_for_a_board_in_one_file(tmp_path: Path) -> None:
         assert engine.checked and engine.checked.startswith(("passed", "built for sm_86 by")), name
     assert b"--onnx=unet/model.onnx" in bundle.read("trtexec.sh")
     assert bundle.manifest.target == "jetson-orin-nano-4gb"
-    assert bundle.manifest.precision == "fp16"
+    assert bundle.manifest.precision == precision
     assert not bundle.manifest.pipeline.shape.dynamic
     parameters = sum(path.stat().st_size for path in MODEL.rglob("*.safetensors"))
     assert out.stat().st_size < 1.5 * parameters  # the checkpoint is fp16, too

@@ -19,6 +19,7 @@ from edgesd.engines.bundle import pack_bundle, update_manifest
 from edgesd.engines.tensorrt import PlanReport
 from edgesd.errors import EdgesdError, ResourceError
 from edgesd.runtime.bundle import Bundle
+from edgesd.runtime.cuda import Gpu
 from tests import fake_tensorrt
 from tests.boards import JETSON as HERE
 from tests.boards import Builder
@@ -178,6 +179,23 @@ def test_a_plan_that_does_not_load_falls_back(
     np.testing.assert_array_equal(image, wanted)
     outcome = run_cli("generate", bundle.path, "-p", "a cat", "--no-fallback")
     assert_refused(outcome, "not enough GPU memory for text_encoder")
+
+
+def test_bf16_needs_a_gpu_that_has_it(
+    bundle: Bundle, board: Builder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root = shutil.copytree(bundle.path, tmp_path / "bf16")
+    engines = {
+        name: msgspec.structs.replace(engine, precision="bf16")
+        for name, engine in bundle.manifest.engines.items()
+    }
+    update_manifest(root, msgspec.structs.replace(bundle.manifest, engines=engines))
+    monkeypatch.setattr(plans, "find_gpu", lambda: Gpu("Xavier", "sm_72", 8 << 30))
+    refused = "computes in bf16, which GPUs have from sm_80 on, and Xavier is sm_72"
+    assert_refused(run_cli("finalize", root), refused)
+    assert board.built == []
+    outcome = run_cli("generate", root, "-p", "a cat", "-o", tmp_path / "cat.png")
+    assert outcome.code == 0 and refused in outcome.err and "on the CPU instead" in outcome.err
 
 
 @pytest.mark.skipif(not isinstance(plans.find_gpu(), str), reason="this machine has an NVIDIA GPU")

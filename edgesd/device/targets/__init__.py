@@ -16,7 +16,7 @@ import msgspec
 
 from edgesd.device.capabilities import GB
 from edgesd.errors import TargetError, UsageError, unknown_name
-from edgesd.spec.scheme import number_format
+from edgesd.spec.scheme import Precision, number_format
 from edgesd.spec.target import Target
 
 OS_BYTES = 128 * 2**20
@@ -85,20 +85,33 @@ def check_request(target: Target, precision: str, backend: str | None = None) ->
     asked_format = number_format(precision)
     if backend is not None and backend not in backends:
         raise UsageError(unknown_name("backend", backend, backends))
-    if asked_format not in target.precisions:
-        kind, asked, runs = "precision", str(precision), ", ".join(target.precisions)
-    elif backend is not None and backend not in target.backends:
-        kind, asked, runs = "backend", backend, ", ".join(target.backends)
+    runs = target.backends
+    if backend is not None and backend not in target.backends:
+        asked = f"backend {backend}"
+    elif asked_format not in (runs := _precisions(target, backend)):
+        asked = f"precision {precision}"
+        if asked_format in _precisions(target):
+            asked += f" by {backend}"
     else:
         return
+    others = [each for each in all_targets() if asked_format in _precisions(each)]
     able = [
-        other
-        for other in all_targets()
-        if asked_format in other.precisions and (backend is None or backend in other.backends)
+        each
+        for each in all_targets()
+        if (backend is None or backend in each.backends)
+        and asked_format in _precisions(each, backend)
     ]
-    near = _nearest(target, able)
+    near = _nearest(target, able or [each for each in others if each.name != target.name])
     advice = f"use one of these, or --target {near.name}" if near else "use one of these"
-    raise TargetError(f"{target.name} can't run {kind} {asked}, it runs {runs}: {advice}")
+    raise TargetError(f"{target.name} can't run {asked}, it runs {', '.join(runs)}: {advice}")
+
+
+def _precisions(target: Target, backend: str | None = None) -> tuple[Precision, ...]:
+    """What `target` runs by a backend, its best if none is given."""
+    from edgesd.runtime.backends import get_backend  # numpy, which describing a machine needs not
+
+    able = get_backend(backend or target.backends[0]).precisions
+    return tuple(name for name in target.precisions if name in able)
 
 
 def _with_memory(board: Target, size_bytes: int) -> Target:

@@ -22,7 +22,7 @@ from edgesd.engines.tensorrt import (
 from edgesd.errors import ResourceError
 from edgesd.export.backends.base import Lowering
 from edgesd.export.backends.tensorrt_lint import check_graph
-from edgesd.export.passes.fp16_compute import Fp16Compute
+from edgesd.export.passes.half_compute import HalfCompute
 from edgesd.export.passes.lowering import Timesteps
 from edgesd.export.passes.quantized_qdq import QuantizedQdq
 from edgesd.export.passes.standard_attention import StandardAttention
@@ -40,6 +40,7 @@ CHECK_SM = {"sm_87": "sm_86", "sm_110": "sm_120"}
 """A board's GPU -> the nearest one that TensorRT-RTX builds for: of one generation."""
 CHECK_MODULE = "tensorrt_rtx"
 
+_HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _LINTED = "passed edgesd's lint"
 _MIB = 1 << 20
 
@@ -58,14 +59,15 @@ class TensorRtLowering(Lowering):
     # Codes of 16-bit activations may become fp16 in a plan.
     weight_bytes: ClassVar[Mapping[str, float] | None] = {
         "fp32": 4.0,
-        **dict.fromkeys(("fp16", "w8a16", "w4a16"), 2.0),
+        **dict.fromkeys(("fp16", "bf16", "w8a16", "w4a16"), 2.0),
         **dict.fromkeys(("w8a8", "w4a8"), 1.1),
     }
 
     def lower(self, model: ir.Model, precision: Precision, timestep: str | None) -> None:
         StandardAttention()(model)
-        if precision == "fp16":
-            Fp16Compute(() if timestep is None else (timestep,))(model)
+        if precision in _HALVES:
+            exact = () if timestep is None else (timestep,)
+            HalfCompute(exact, _HALVES[precision])(model)
 
     def lower_quantized(
         self,

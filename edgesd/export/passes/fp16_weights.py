@@ -65,15 +65,17 @@ def _store_fp16(value: ir.Value, tensor: ir.TensorProtocol) -> ir.Node:
         if node is not cast:
             node.replace_input_with(index, out)
     value.dtype = ir.DataType.FLOAT16
-    value.const_value = fp16_tensor(tensor, name)
+    value.const_value = half_tensor(tensor, name)
     return cast
 
 
-def fp16_tensor(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
-    """`tensor` in fp16, made when it is read."""
+def half_tensor(
+    tensor: ir.TensorProtocol, name: str, dtype: ir.DataType = ir.DataType.FLOAT16
+) -> ir.LazyTensor:
+    """`tensor` in fp16, or another 16-bit `dtype`, made when it is read."""
 
     def converted() -> ir.TensorProtocol:
-        return ir.tensor(tensor.numpy().astype(np.float16), name=name)
+        return ir.tensor(tensor.numpy().astype(dtype.numpy()), name=name)
 
     shape = ir.Shape(tensor.shape.numpy())
-    return ir.LazyTensor(converted, dtype=ir.DataType.FLOAT16, shape=shape, name=name)
+    return ir.LazyTensor(converted, dtype=dtype, shape=shape, name=name)

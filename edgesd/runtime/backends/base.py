@@ -21,6 +21,7 @@ from edgesd.runtime.lora import fill_slots
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
 from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import ComponentSpec
+from edgesd.spec.scheme import CPU_PRECISIONS, Precision
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -188,14 +189,15 @@ class RunnerOptions:
 class Backend(ABC):
     """What runs engines of one kind on this machine.
 
-    name: as manifests and targets have it. needs_plans: its engines are compiled for the machine
-    that runs them (engines.plans). memory_modes: those that differ for it, the fastest first.
-    process_bytes: what it takes of a process for good, besides components and what
-    `unimported_bytes` counts. board_packages: what must be installed on a board besides the
-    runtime's own packages.
+    name: as manifests and targets have it. precisions: the number formats that it has. needs_plans:
+    its engines are compiled for the machine that runs them (engines.plans). memory_modes: those
+    that differ for it, the fastest first. process_bytes: what it takes of a process for good,
+    besides components and what `unimported_bytes` counts. board_packages: what must be installed
+    on a board besides the runtime's own packages.
     """
 
     name: ClassVar[str]
+    precisions: ClassVar[tuple[Precision, ...]] = CPU_PRECISIONS
     needs_plans: ClassVar[bool] = False
     memory_modes: ClassVar[tuple[MemoryMode, ...]] = MEMORY_MODES
     process_bytes: ClassVar[int] = 0

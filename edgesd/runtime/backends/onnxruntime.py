@@ -18,6 +18,7 @@ from edgesd.runtime import kernels
 from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends.base import Backend, BoundRunner, RunnerOptions
 from edgesd.runtime.bundle import Bundle, GraphFile
+from edgesd.runtime.onnx_wire import bf16_in_fp32
 from edgesd.spec.bundle import ComponentPart
 from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import ComponentSpec
@@ -245,6 +246,8 @@ class OnnxRuntime(Backend):
             except MissingDependencyError as exc:
                 options.on_fallback(f"{exc}; generating without edgesd's own kernels")
         graph = bundle.graph_file(component, part=part)
+        if bundle.manifest.engines[component].precision == "bf16":  # another backend's
+            graph = graph._replace(model=bf16_in_fp32(graph.model))
         return OnnxRuntimeRunner(
             spec, graph, threads, weights_in_file=options.streamed, small=small, slots=slots
         )

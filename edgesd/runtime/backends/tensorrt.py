@@ -25,6 +25,7 @@ from edgesd.runtime.device_memory import Buffer, DeviceMemory
 from edgesd.spec.bundle import ComponentPart
 from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec
+from edgesd.spec.scheme import TENSORRT_PRECISIONS
 
 
 class TensorRtRunner(BoundRunner):
@@ -176,6 +177,7 @@ class TensorRt(Backend):
     only."""
 
     name = "tensorrt"
+    precisions = TENSORRT_PRECISIONS
     needs_plans = True
     memory_modes = ("fast", "balanced")
     process_bytes = 400 << 20  # of CUDA and TensorRT; assumed: no board was measured

@@ -27,6 +27,7 @@ from edgesd.device.targets import (
     usable_bytes,
 )
 from edgesd.errors import TargetError, UsageError
+from edgesd.runtime.backends import get_backend
 from edgesd.spec.target import Machine, Target
 
 MACHINES = Path(__file__).parents[2] / "golden" / "machines"
@@ -161,7 +162,9 @@ def test_what_a_target_says_it_can_do_is_allowed(target):
     for number_format in target.precisions:
         precision = f"{number_format}-g64" if number_format.startswith("w4") else number_format
         check_request(target, precision)
-        for backend in target.backends:
+        able = [name for name in target.backends if number_format in get_backend(name).precisions]
+        assert able
+        for backend in able:
             check_request(target, precision, backend)
 
 
@@ -190,6 +193,18 @@ def test_precision_that_only_others_run():
         "raspberry-pi-4 can't run precision fp16, it runs fp32: "
         "use one of these, or --target raspberry-pi-4"
     )  # the registered one, which isn't restricted
+
+
+def test_bf16_is_for_gpus() -> None:
+    with pytest.raises(
+        TargetError, match=r"^raspberry-pi-5 can't run precision bf16, it runs .*fp16"
+    ):
+        check_request(get_target("raspberry-pi-5"), "bf16")
+    board = get_target("jetson-orin")
+    check_request(board, "bf16")
+    check_request(board, "bf16", "tensorrt")
+    with pytest.raises(TargetError, match="can't run precision bf16 by onnxruntime, it runs fp32,"):
+        check_request(board, "bf16", "onnxruntime")
 
 
 def test_usable_memory_is_near_what_boards_show():

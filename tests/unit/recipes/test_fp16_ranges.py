@@ -24,8 +24,8 @@ from edgesd.engines.bundle import update_manifest  # noqa: E402
 from edgesd.errors import EdgesdError  # noqa: E402
 from edgesd.export.backends.tensorrt_lint import lint  # noqa: E402
 from edgesd.export.external_data import write_model  # noqa: E402
-from edgesd.export.passes.fp16_compute import Fp16Compute  # noqa: E402
 from edgesd.export.passes.fp32_region import Fp32Region  # noqa: E402
+from edgesd.export.passes.half_compute import HalfCompute  # noqa: E402
 from edgesd.export.passes.record_largest import LARGEST, RecordLargest  # noqa: E402
 from edgesd.recipes import fp16_ranges  # noqa: E402
 from edgesd.recipes.fp16_ranges import LIMIT, protect_fp16_overflows, record  # noqa: E402
@@ -74,7 +74,7 @@ def loud() -> ir.Model:
     model = parse(
         LOUD, w=WEIGHT, big=np.array([6e4], np.float32), small=np.array([1e-5], np.float32)
     )
-    Fp16Compute()(model)
+    HalfCompute()(model)
     return model
 
 
@@ -107,7 +107,7 @@ def test_a_region_in_fp32_computes_what_fp32_computes(tmp_path: Path) -> None:
 
 def test_a_region_that_reaches_the_boundary(tmp_path: Path) -> None:
     model = parse("a = Mul(x, big)  y = Mul(a, big)", big=np.array([6e4], np.float32))
-    Fp16Compute()(model)
+    HalfCompute()(model)
     names = {node.outputs[0].name for node in model.graph if node.op_type == "Mul"}
     Fp32Region(names)(model)
     np.testing.assert_allclose(evaluate(model)[0], X * 3.6e9, rtol=1e-3)
@@ -117,7 +117,7 @@ def test_a_region_that_reaches_the_boundary(tmp_path: Path) -> None:
 
 def test_an_input_that_is_cast_in_the_region_is_not_rounded() -> None:
     model = parse("y = Add(x, one)", one=np.ones(1, np.float32))
-    Fp16Compute()(model)
+    HalfCompute()(model)
     Fp32Region({"x/to_fp16", "y/fp16"})(model)
     np.testing.assert_array_equal(evaluate(model, X * 1e30)[0], X * np.float32(1e30) + 1)
 
@@ -128,7 +128,7 @@ def test_a_weight_that_others_read_in_fp16_stays(tmp_path: Path) -> None:
         s=np.array([6e2], np.float32),
         t=np.array([1e-5], np.float32),
     )
-    Fp16Compute()(model)
+    HalfCompute()(model)
     Fp32Region({"b"})(model)
     assert model.graph.initializers["s"].dtype == ir.DataType.FLOAT16
     assert model.graph.initializers["s/fp32"].dtype == ir.DataType.FLOAT
@@ -185,7 +185,7 @@ def overflowing(miniature: Bundle, tmp_path: Path) -> Path:
         if component == "vae_decoder":
             _amplify(model)
         model = common.ShapeInferencePass()(model).model
-        Fp16Compute(exact=("timestep",))(model)
+        HalfCompute(exact=("timestep",))(model)
         write_model(model, path.parent)
         changed += [f"{component}/model.onnx", f"{component}/weights.bin"]
     update_manifest(root, miniature.manifest, changed)
@@ -237,7 +237,7 @@ def test_an_encoder_is_recorded_on_the_image(miniature: Bundle, tmp_path: Path) 
     bundle = write_bundle(tmp_path / "images", manifest.target, manifest.arch, images=True)
     folder = bundle.path / "vae_encoder"
     model = common.ShapeInferencePass()(ir.load(folder / "model.onnx")).model
-    Fp16Compute()(model)
+    HalfCompute()(model)
     write_model(model, folder)
     files = [f"vae_encoder/{name}" for name in ("model.onnx", "weights.bin")]
     update_manifest(bundle.path, bundle.manifest, files)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from edgesd.errors import BundleError
-from edgesd.runtime.onnx_wire import relocate_external_data
+from edgesd.runtime.onnx_wire import bf16_in_fp32, relocate_external_data
 
 
 def model_with(offsets: list[int], location: str) -> onnx.ModelProto:
@@ -48,6 +48,20 @@ def test_garbage_is_refused(garbage: bytes) -> None:
     model = model_with([0], "weights.bin").SerializeToString()
     with pytest.raises(BundleError, match="isn't a readable ONNX model"):
         relocate_external_data(model + garbage, lambda where, offset, length: (where, offset))
+
+
+@pytest.mark.parametrize(
+    "inside", [b"\xff", b"\x0a\x05ab", b"\x2a\x02\x10\x90", b"\x2a\x02\x10\x10"]
+)
+def test_what_cannot_be_read_for_bf16_is_refused(inside: bytes) -> None:
+    model = b"\x3a" + bytes([len(inside)]) + inside  # the graph; the last: a weight without a name
+    with pytest.raises(BundleError, match="isn't a readable ONNX model"):
+        bf16_in_fp32(model)
+
+
+def test_a_model_without_bf16_stays_as_it_is() -> None:
+    model = model_with([8], "weights.bin").SerializeToString()
+    assert onnx.load_from_string(bf16_in_fp32(model)) == onnx.load_from_string(model)
 
 
 def external(**entries: object) -> TensorProto:

@@ -15,9 +15,10 @@ import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 
 from edgesd.errors import EdgesdError  # noqa: E402
-from edgesd.export.passes.fp16_compute import Fp16Compute  # noqa: E402
+from edgesd.export.passes.half_compute import HalfCompute  # noqa: E402
 from edgesd.export.passes.standard_attention import StandardAttention  # noqa: E402
 from edgesd.runtime.backends.onnxruntime import session_options  # noqa: E402
+from edgesd.runtime.onnx_wire import bf16_in_fp32  # noqa: E402
 from tests.quantizing import normal  # noqa: E402
 
 Array = npt.NDArray[Any]
@@ -105,7 +106,7 @@ def test_arithmetic_is_fp16_and_the_phase_of_the_timestep_is_not() -> None:
         "ids": np.array([1]),
     }
     wanted = run(model, feed)
-    assert Fp16Compute(exact=("timestep",))(model)
+    assert HalfCompute(exact=("timestep",))(model)
     proto = ir.serde.serialize_model(model)
     onnx.checker.check_model(proto, full_check=True)
     types = {value.name: value.dtype for node in model.graph for value in node.outputs}
@@ -123,9 +124,40 @@ def test_arithmetic_is_fp16_and_the_phase_of_the_timestep_is_not() -> None:
     np.testing.assert_allclose(run(model, feed), wanted, atol=4e-3)
 
 
+def test_bf16_holds_what_fp16_does_not_and_runs_in_fp32_on_cpus() -> None:
+    weight = normal(64, 32)
+    weight[3, 4] = 7e4
+    model = small_unet(weight)
+    feed = {
+        "sample": normal(2, 64, seed=5),
+        "timestep": np.array([987.0], np.float32),
+        "ids": np.array([1]),
+    }
+    assert HalfCompute(exact=("timestep",), dtype=ir.DataType.BFLOAT16)(model)
+    proto = ir.serde.serialize_model(model)
+    onnx.checker.check_model(proto, full_check=True)
+    types = {value.name: value.dtype for node in model.graph for value in node.outputs}
+    assert types["phase"] == ir.DataType.FLOAT
+    assert types["product"] == types["wave"] == types["sum"] == ir.DataType.BFLOAT16
+    assert [(v.name, v.dtype) for v in model.graph.outputs] == [("y", ir.DataType.FLOAT)]
+
+    raw = bf16_in_fp32(proto.SerializeToString())
+    found = onnx.load_model_from_string(raw)
+    onnx.checker.check_model(found, full_check=True)
+    casts = [node for node in found.graph.node if node.op_type == "Cast"]
+    assert all(node.attribute[0].i == onnx.TensorProto.FLOAT for node in casts)
+    rounded = small_unet(weight)  # the same arithmetic on weights of 8 bits of mantissa
+    for name, value in rounded.graph.initializers.items():
+        if name != "frequency":
+            half = value.const_value.numpy().astype(ir.DataType.BFLOAT16.numpy())
+            value.const_value = ir.tensor(half.astype(np.float32), name=name)
+    (ours,) = onnxruntime.InferenceSession(raw, session_options(1)).run(None, feed)
+    np.testing.assert_allclose(ours, run(rounded, feed), atol=1e-6)
+
+
 def test_without_a_sine_the_timestep_is_like_other_inputs() -> None:
     model = small_unet(normal(64, 32))
-    Fp16Compute(exact=())(model)
+    HalfCompute(exact=())(model)
     types = {value.name: value.dtype for node in model.graph for value in node.outputs}
     assert types["phase"] == ir.DataType.FLOAT16
 
@@ -134,14 +166,14 @@ def test_weights_beyond_fp16_are_refused_by_name() -> None:
     weight = normal(64, 32)
     weight[3, 4] = 7e4
     with pytest.raises(EdgesdError, match=r"w holds 7e\+04, above fp16's 65504"):
-        Fp16Compute()(small_unet(weight))
+        HalfCompute()(small_unet(weight))
 
 
 def test_a_graph_is_made_fp16_once() -> None:
     model = small_unet(normal(64, 32))
-    Fp16Compute()(model)
+    HalfCompute()(model)
     with pytest.raises(EdgesdError, match="is a Cast already"):
-        Fp16Compute()(model)
+        HalfCompute()(model)
 
 
 def test_attention_computes_in_fp16_after_it_was_written_out() -> None:
@@ -149,6 +181,6 @@ def test_attention_computes_in_fp16_after_it_was_written_out() -> None:
     model = attention(tokens="5")
     wanted = run(model, feed)
     StandardAttention()(model)
-    Fp16Compute()(model)
+    HalfCompute()(model)
     onnx.checker.check_model(ir.serde.serialize_model(model), full_check=True)
     np.testing.assert_allclose(run(model, feed), wanted, atol=4e-3)

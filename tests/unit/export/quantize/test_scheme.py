@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgesd.errors import UsageError
-from edgesd.spec.scheme import GROUPS, MAX_RANK, PRECISIONS, Scheme, number_format, parse_scheme
+from edgesd.spec.scheme import (
+    FLOATING,
+    GROUPS,
+    MAX_RANK,
+    PRECISIONS,
+    Scheme,
+    number_format,
+    parse_scheme,
+)
 
 RANKS = ("", "-lr1", "-lr32", f"-lr{MAX_RANK}")
 VALID = [
@@ -66,7 +74,7 @@ def test_the_message_says_what_is_valid() -> None:
         parse_scheme("w8a8-lr513")
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", FLOATING)
 def test_floating_point_has_a_number_format_and_is_no_scheme(name: str) -> None:
     assert number_format(name) == name
     with pytest.raises(UsageError):
@@ -83,7 +91,7 @@ def test_any_text_is_a_scheme_or_a_usage_error(name: str) -> None:
         scheme = parse_scheme(name)
     except UsageError as exc:
         assert len(str(exc).splitlines()) == 1
-        if name not in ("fp32", "fp16"):
+        if name not in FLOATING:
             with pytest.raises(UsageError):
                 number_format(name)
         return

@@ -2,7 +2,7 @@
 
 What goes in and out stays fp32, with a Cast at the boundary: a device's loop is the same for all
 precisions. What is computed from the timestep alone stays in fp32, too, until it is a sine and a
-cosine: 999 * frequency has no digits left in fp16.
+cosine: 999 * frequency has no digits left in 16 bits.
 """
 
 from __future__ import annotations
@@ -14,27 +14,39 @@ import onnx_ir as ir
 
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
-from edgesd.export.passes.fp16_weights import MAX_FP16, fp16_tensor
+from edgesd.export.passes.fp16_weights import MAX_FP16, half_tensor
 
 _LAST_EXACT = ("Sin", "Cos")
-"""Operators whose results fit fp16 again."""
+"""Operators whose results fit 16 bits again."""
 _FP32_INPUTS = {("Resize", 2)}
 """Operators and their inputs that are fp32 whatever they compute in: the scales of a Resize."""
 
 
-class Fp16Compute(Pass):
+class HalfCompute(Pass):
     """Every fp32 value of the graph becomes fp16, but for inputs, outputs and the timestep's phase.
 
     exact: names of the inputs (the timestep) whose values keep fp32 up to the first Sin or Cos.
-    Raises EdgesdError
-    for a weight beyond 65504, which fp16 can't hold, and for a graph that casts by itself.
+    dtype: BFLOAT16 instead, which holds whatever fp32 does, with fewer digits. ONNX allows Conv and
+    InstanceNormalization in bf16 from opset 22 on; TensorRT takes them in older ones. Raises
+    EdgesdError for a weight beyond 65504, which fp16 can't hold, and for a graph that casts by
+    itself.
     """
 
-    def __init__(self, exact: Collection[str] = ()) -> None:
-        self.exact = exact
+    def __init__(
+        self, exact: Collection[str] = (), dtype: ir.DataType = ir.DataType.FLOAT16
+    ) -> None:
+        self.exact, self.dtype = exact, dtype
+        self._word = "bf16" if dtype == ir.DataType.BFLOAT16 else "fp16"
 
     def requires(self, model: ir.Model) -> None:
-        """Every weight fits fp16, and all casts are this pass's own."""
+        """Every weight fits, and all casts are this pass's own."""
+        if self.dtype == ir.DataType.FLOAT16:
+            self._check_weights(model)
+        for node in model.graph:
+            if node.op_type in ("Cast", "CastLike"):
+                raise EdgesdError(f"{model.graph.name}: {node.name} is a {node.op_type} already")
+
+    def _check_weights(self, model: ir.Model) -> None:
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             if tensor is None or tensor.dtype != ir.DataType.FLOAT or not tensor.size:
@@ -45,9 +57,6 @@ class Fp16Compute(Pass):
                     f"{model.graph.name}: {name} holds {largest:.3g}, above fp16's "
                     f"{MAX_FP16:.0f}: build it in fp32"
                 )
-        for node in model.graph:
-            if node.op_type in ("Cast", "CastLike"):
-                raise EdgesdError(f"{model.graph.name}: {node.name} is a {node.op_type} already")
 
     def call(self, model: ir.Model) -> bool:
         graph = model.graph
@@ -59,7 +68,7 @@ class Fp16Compute(Pass):
                 continue
             for out in node.outputs:
                 if out.dtype == ir.DataType.FLOAT:
-                    out.dtype = ir.DataType.FLOAT16
+                    out.dtype = self.dtype
         for value in list(graph.inputs):
             if value.dtype == ir.DataType.FLOAT:
                 users = [(user, index) for user, index in value.uses() if user not in phase]
@@ -70,15 +79,15 @@ class Fp16Compute(Pass):
                     users = [(user, index) for user, index in out.uses() if user not in phase]
                     self._cast(graph, out, users, node)
         for index, value in enumerate(list(graph.outputs)):
-            if value.dtype == ir.DataType.FLOAT16:
+            if value.dtype == self.dtype:
                 self._cast_output(graph, index, value)
         return True
 
     def ensures(self, model: ir.Model) -> None:
-        """Inputs and outputs are of the types they were: no fp16."""
+        """Inputs and outputs are of the types they were."""
         for value in (*model.graph.inputs, *model.graph.outputs):
-            if value.dtype == ir.DataType.FLOAT16:
-                raise EdgesdError(f"{value.name} is fp16: expected fp32 at the boundary")
+            if value.dtype == self.dtype:
+                raise EdgesdError(f"{value.name} is {self._word}: expected fp32 at the boundary")
 
     def _phase(self, graph: ir.Graph) -> dict[ir.Node, None]:
         """The nodes from an exact input to the first sine or cosine, these included, in order."""
@@ -98,11 +107,13 @@ class Fp16Compute(Pass):
         uses = list(value.uses())
         exact = [user for user, at in uses if user in phase or (user.op_type, at) in _FP32_INPUTS]
         if exact and len(exact) < len(uses):
-            raise EdgesdError(f"{value.name} is read in fp32 by {exact[0].name}, in fp16 by others")
+            raise EdgesdError(
+                f"{value.name} is read in fp32 by {exact[0].name}, in {self._word} by others"
+            )
         if exact:
             return
-        value.dtype = ir.DataType.FLOAT16
-        value.const_value = fp16_tensor(tensor, value.name or "")
+        value.dtype = self.dtype
+        value.const_value = half_tensor(tensor, value.name or "", self.dtype)
 
     def _cast(
         self,
@@ -113,11 +124,11 @@ class Fp16Compute(Pass):
     ) -> None:
         if not users:
             return
-        cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT16}, num_outputs=1)
-        cast.name = f"{value.name}/to_fp16"
+        cast = ir.node("Cast", [value], {"to": self.dtype}, num_outputs=1)
+        cast.name = f"{value.name}/to_{self._word}"
         out = cast.outputs[0]
         out.name, out.shape = cast.name, value.shape
-        out.type = ir.TensorType(ir.DataType.FLOAT16)
+        out.type = ir.TensorType(self.dtype)
         for user, index in users:
             user.replace_input_with(index, out)
         if after is not None:
@@ -127,7 +138,7 @@ class Fp16Compute(Pass):
 
     def _cast_output(self, graph: ir.Graph, index: int, value: ir.Value) -> None:
         name = value.name
-        value.name = f"{name}/fp16"
+        value.name = f"{name}/{self._word}"
         cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, num_outputs=1)
         cast.name = f"{name}/to_fp32"
         out = cast.outputs[0]
