@@ -85,7 +85,8 @@ class LayerStats:
     low, high [T, C]: smallest and largest value of each channel. blocks: sums
     of x x^T over `count` rows, one [B, B] for each B columns of K (the last one smaller). rows
     [n, K] float16: a sample, spread over prompts and timesteps; row_steps [n]: index of theirs.
-    rows_per_run: rows of the matrix product in one run of the network.
+    rows_per_run: rows of the matrix product in one run of the network. blocks are () where no
+    covariance was asked for.
     """
 
     low: Float
@@ -148,8 +149,9 @@ class Calibration:
 @dataclass(frozen=True)
 class CalibrationSettings:
     """What is to be recorded. Prompts are generated one at a time, seeds counting from
-    `first_seed`. sides: names of the pipeline's ControlNets and adapters, which every second
-    prompt, from the first on, shows one of `pictures`."""
+    `first_seed`. covariance: of layers' inputs, is wanted. sides: names of the pipeline's
+    ControlNets and adapters, which every second prompt, from the first on, shows one of
+    `pictures`."""
 
     prompts: tuple[str, ...]
     num_inference_steps: int
@@ -158,6 +160,7 @@ class CalibrationSettings:
     height: int
     width: int
     first_seed: int = 1 << 20
+    covariance: bool = True
     sides: tuple[str, ...] = ()
     pictures: tuple[Picture, ...] = ()
 
@@ -202,6 +205,8 @@ def calibration_key(settings: CalibrationSettings, source_sha256: str) -> str:
     """Name of the cache entry: a hash of all that the statistics depend on."""
     said = dict(vars(settings))
     pictures = [picture.sha256 for picture in said.pop("pictures")]
+    if said.pop("covariance") is False:  # it was always there
+        said["covariance"] = False
     if sides := said.pop("sides"):
         said["sides"] = (sides, pictures)
     parts = (VERSION, source_sha256, *said.values(), BLOCKS, COVARIANCE_BYTES)
@@ -268,7 +273,7 @@ class _State:
 
 class _StatsRecorder:
     """Hooks on a component's layers that add up statistics; `runs` are expected in all. told: takes
-    how many of them are done."""
+    how many of them are done. covariance: of inputs, is added up, too."""
 
     def __init__(
         self,
@@ -278,12 +283,13 @@ class _StatsRecorder:
         runs: int,
         tensors: dict[str, Tensor],
         told: Callable[[int], None],
+        covariance: bool = True,
     ) -> None:
         self.step = 0
         self.runs, self.told = runs, told
         self.tensors = tensors
         self._handles = []
-        block, rows = _block_size(layers), _sample_rows(layers)
+        block, rows = _block_size(layers) if covariance else 0, _sample_rows(layers)
         for layer in layers:
             target = module.get_submodule(f"net.{layer.name}")
             if f"{layer.name}:low" not in tensors:
@@ -308,10 +314,11 @@ class _StatsRecorder:
         torch.maximum(high, x.amax(others), out=high)
         rows, total = _rows(layer, x, ROWS_PER_RUN)
         tensors[f"{name}:rows_per_run"][0] = total
-        size = tensors[f"{name}:block0"].shape[0]
-        for index, start in enumerate(range(0, layer.columns, size)):
-            part = rows[:, start : start + size]
-            tensors[f"{name}:block{index}"].addmm_(part.T, part)
+        start = index = 0
+        while (block := tensors.get(f"{name}:block{index}")) is not None:
+            part = rows[:, start : start + len(block)]
+            block.addmm_(part.T, part)
+            start, index = start + len(block), index + 1
         tensors[f"{name}:count"] += len(rows)
         self._sample(layer, rows)
 
@@ -337,10 +344,11 @@ def _channel_axis(layer: Layer, x: Tensor) -> int:
 
 
 def _allocate(tensors: dict[str, Tensor], layer: Layer, steps: int, block: int, rows: int) -> None:
+    """Zeros for one layer. block: of the covariance; 0: none. rows: that are kept."""
     name, columns = layer.name, layer.columns
     tensors[f"{name}:low"] = torch.full((steps, layer.channels), torch.inf)
     tensors[f"{name}:high"] = torch.full((steps, layer.channels), -torch.inf)
-    for index, start in enumerate(range(0, columns, block)):
+    for index, start in enumerate(range(0, columns if block else 0, block or 1)):
         size = min(block, columns - start)
         tensors[f"{name}:block{index}"] = torch.zeros(size, size)
     tensors[f"{name}:count"] = torch.zeros(1, dtype=torch.int64)
@@ -628,7 +636,9 @@ class _Calibrating:
         def told(finished: int) -> None:
             self.progress.update(task, finished, count * runs)
 
-        recorder = _StatsRecorder(module, mine, timesteps, count * runs, tensors, told)
+        recorder = _StatsRecorder(
+            module, mine, timesteps, count * runs, tensors, told, self.settings.covariance
+        )
         told(done * runs)
         try:
             with TorchRunner(any_batch(component.spec), module) as runner:

@@ -315,7 +315,9 @@ def _copy_assets(reference: Bundle, root: Path) -> tuple[str, ...]:
 def _store(job: Job, reference: Bundle, graphs: SourceGraphs) -> LayerStore:
     """Calibrated layers of the source's graphs."""
     spec, work = job.spec.pipeline, job.folders.work
-    settings = _calibration(job)
+    options = job.options.quantization
+    method = get_method(options.method, options.static or job.lowering.static_ranges)
+    settings = _calibration(job, method.correlates)
     nodes = find_nodes(graphs, spec.components)
     folder = work / f"calibration-{calibration_key(settings, spec.source_sha256)}"
     tokenizers = {
@@ -323,8 +325,6 @@ def _store(job: Job, reference: Bundle, graphs: SourceGraphs) -> LayerStore:
     }
 
     calibration = calibrate(job.spec, list(nodes), settings, tokenizers, folder, job.progress)
-    options = job.options.quantization
-    method = get_method(options.method, options.static or job.lowering.static_ranges)
     return LayerStore(graphs, nodes, calibration, method, work, job.lowering, spec.wiring)
 
 
@@ -333,8 +333,8 @@ def _weights(job: Job) -> int:
     return job.source.parameters(flow_of(job.spec.pipeline).denoiser.component)
 
 
-def _calibration(job: Job) -> CalibrationSettings:
-    """The prompts and settings that activations are recorded with."""
+def _calibration(job: Job, covariance: bool) -> CalibrationSettings:
+    """The prompts and settings that activations are recorded with. covariance: with that."""
     spec, options, source = job.spec.pipeline, job.options.quantization, job.source
     chosen: Sequence[str] = (
         options.calibration_prompts or source.prompts("calibration") or prompts.CALIBRATION
@@ -350,6 +350,7 @@ def _calibration(job: Job) -> CalibrationSettings:
         scheduler=spec.scheduler.name,
         height=spec.shape.height,
         width=spec.shape.width,
+        covariance=covariance,
         sides=tuple(side.name for side in spec.wiring.sides),
         pictures=tuple(drawing(spec, seed) for seed in range(DRAWINGS))
         if spec.wiring.sides

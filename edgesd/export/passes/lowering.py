@@ -16,7 +16,7 @@ from onnx_ir.passes import common
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
 from edgesd.export.passes.values import producer_of
-from edgesd.export.quantize.layers import QuantizedLayer, weight_of
+from edgesd.export.quantize.layers import Codes, QuantizedLayer, weight_of
 from edgesd.runtime.arrays import Array, Float
 
 
@@ -42,7 +42,7 @@ class QuantizedPass(Pass):
             weight = weight_of(nodes[name]) if name in nodes else None
             if weight is None or weight.const_value is None:
                 raise EdgesdError(f"{model.graph.name}: there is no layer {name} to quantize")
-            if weight.const_value.size != quantized.codes.size:
+            if weight.const_value.size != quantized.stored.size:
                 raise EdgesdError(f"{model.graph.name}: {name} has another shape than its codes")
             self.check_layer(f"{model.graph.name}: {name}", quantized, weight.const_value)
             self._weights.add(weight.name or "")
@@ -137,9 +137,14 @@ class LayerLowering:
         tensor = ir.LazyTensor(made, dtype=dtype, shape=ir.Shape(shape), name=name)
         return _initializer(self.model, tensor)
 
-    def matrix(self, array: Array, dtype: ir.DataType = ir.DataType.INT8) -> ir.Value:
-        """The same of an array that is there, such as a view of the layer's codes."""
-        return self.codes("codes", array.shape, dtype, lambda: array)
+    def matrix(
+        self,
+        form: Callable[[Codes], Array] = lambda codes: codes,
+        dtype: ir.DataType = ir.DataType.INT8,
+    ) -> ir.Value:
+        """The same of the layer's codes [N, K], as `form` turns or shapes them."""
+        shape = form(np.broadcast_to(np.int8(0), self.q.stored.shape)).shape
+        return self.codes("codes", shape, dtype, lambda: form(self.q.codes))
 
     def per_channel(self, values: Array) -> Array:
         """[C] -> the shape in which they meet the layer's input: [C], or [1, C, 1, 1] of a conv."""

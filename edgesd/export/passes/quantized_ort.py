@@ -17,7 +17,7 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -32,7 +32,7 @@ from edgesd.export.passes.lowering import (
     shared_constant,
 )
 from edgesd.export.passes.values import array_of, input_of
-from edgesd.export.quantize.layers import Activations, QuantizedLayer, pack_int4
+from edgesd.export.quantize.layers import Activations, Codes, QuantizedLayer, pack_int4
 from edgesd.runtime.arrays import Array
 
 OPSET = 21
@@ -179,11 +179,12 @@ class OrtLowering(LayerLowering):
     # Weights. What ONNX Runtime folds it keeps until all is folded: each weight passes through as
     # few operators as can be, since each leaves a copy behind.
 
-    def _dequantized(self, codes: Array, scales: Array, axis: int) -> ir.Value:
-        """Codes times scales as fp32: scales of outputs along `axis`, or of groups."""
+    def _dequantized(self, form: Callable[[Codes], Array], scales: Array, axis: int) -> ir.Value:
+        """Codes, of that form, times scales as fp32: scales of outputs along `axis`, or of
+        groups."""
         four = self.q.scheme.weight_bits == 4
         values: list[ir.Value | None] = [
-            self.matrix(codes, ir.DataType.INT4 if four else ir.DataType.INT8),
+            self.matrix(form, ir.DataType.INT4 if four else ir.DataType.INT8),
             self._fp16("scales", scales),
         ]
         attributes = {"axis": axis, "block_size": self.q.group} if four else {"axis": axis}
@@ -191,17 +192,17 @@ class OrtLowering(LayerLowering):
 
     def _matrix(self) -> ir.Value:
         """The weight [K, N] of a linear in fp32."""
-        return self._dequantized(self.q.codes.T, self.q.scales[:, 0], 1)
+        return self._dequantized(np.transpose, self.q.scales[:, 0], 1)
 
     def _kernel(self) -> ir.Value:
         """The weight [N, C, kh, kw] of a convolution in fp32."""
         layer, scales = self.q.layer, self.q.scales
         if self.q.scheme.weight_bits == 8:
-            return self._dequantized(self.kernel(self.q.codes), scales[:, 0], 0)
+            return self._dequantized(self.kernel, scales[:, 0], 0)
         if layer.channels % self.q.group == 0:  # no group is of two taps
             wide = scales.reshape(layer.rows, *layer.kernel, -1).transpose(0, 3, 1, 2)
-            return self._dequantized(self.kernel(self.q.codes), wide, 1)
-        rows = self._dequantized(self.q.codes, scales, 1)
+            return self._dequantized(self.kernel, wide, 1)
+        rows = self._dequantized(np.asarray, scales, 1)
         taps = self.const("shape", np.array([-1, *layer.kernel, layer.channels]))
         return self.op("Transpose", [self.op("Reshape", [rows, taps])], perm=[0, 3, 1, 2])
 
@@ -216,13 +217,13 @@ class OrtLowering(LayerLowering):
         4 bits each code times its group's scale is rounded once more, to a 127th of its output's
         largest: codes of 4 bits over steps [groups, N] are those of 8."""
         if self.q.scheme.weight_bits == 8:
-            return self.matrix(self.q.codes.T), None, self.q.scales[:, 0].astype(np.float32)
+            return self.matrix(np.transpose), None, self.q.scales[:, 0].astype(np.float32)
         scale = self.scale_of_127()
         with np.errstate(divide="ignore"):
             steps = scale[:, None] / self.q.scales.astype(np.float32)
         # A code that isn't 0 makes at most 127 steps: what is out of range belongs to zeros.
         steps = steps.clip(1 / 256, MAX_FP16).astype(np.float16)
-        codes = self.matrix(self.q.codes.T, ir.DataType.INT4)
+        codes = self.matrix(np.transpose, ir.DataType.INT4)
         return codes, self.const("steps", steps.T), scale
 
     def _int8(self) -> tuple[ir.Value, Array]:
@@ -258,7 +259,7 @@ class OrtLowering(LayerLowering):
 
     def blocks(self) -> tuple[ir.Value, ir.Value]:
         """A linear's 4-bit weight: bytes [N, groups, group / 2], and scales [N, groups]."""
-        rows, columns = self.q.codes.shape
+        rows, columns = self.q.stored.shape
         count, group = self.q.scales.shape[1], self.q.group
 
         def packed() -> Array:
@@ -271,7 +272,7 @@ class OrtLowering(LayerLowering):
         return codes, self.const("scales", self.q.scales)
 
     def _nbits(self, x: ir.Value, level: int) -> ir.Value:
-        rows, columns = self.q.codes.shape
+        rows, columns = self.q.stored.shape
         codes, scales = self.blocks()
         return self.op(
             "MatMulNBits",
@@ -355,7 +356,7 @@ class OrtLowering(LayerLowering):
     def _embedding(self) -> ir.Value:
         """Rows of codes times their scales."""
         indices = input_of(self.node, 1)
-        codes = self.op("Gather", [self.matrix(self.q.codes), indices], axis=0)
+        codes = self.op("Gather", [self.matrix(), indices], axis=0)
         scales = self.op("Gather", [self.const("scales", self.q.scales), indices], axis=0)
         wide = [self.op("Cast", [part], to=ir.DataType.FLOAT) for part in (codes, scales)]
         return self.op("Mul", [wide[0], wide[1]])

@@ -184,7 +184,10 @@ class _Lowering(LayerLowering):
             codes = self.kernel(codes)
         axis = 1 if self._transposed() else 0
         codes = codes.T if self._transposed() else codes
-        inputs: list[ir.Value | None] = [self.matrix(codes), self._float("scale", scale)]
+        inputs: list[ir.Value | None] = [
+            self.codes("codes", codes.shape, ir.DataType.INT8, lambda: codes),
+            self._float("scale", scale),
+        ]
         return self.op("DequantizeLinear", inputs, axis=axis)
 
     def _transposed(self) -> bool:

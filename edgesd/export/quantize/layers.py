@@ -174,19 +174,38 @@ class Activations:
 
 
 @dataclass(frozen=True)
+class PackedCodes:
+    """Codes of 4 bits, two to a byte, along rows that end in whole bytes: as they lie in a file,
+    which stays mapped. shape [N, K]: of the codes. packed uint8 [N, ceil(K / 2)]."""
+
+    packed: npt.NDArray[np.uint8]
+    shape: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        """Number of codes."""
+        return self.shape[0] * self.shape[1]
+
+    def unpacked(self) -> Codes:
+        """The codes int8 [N, K]."""
+        return unpack_int4(self.packed)[:, : self.shape[1]]
+
+
+@dataclass(frozen=True)
 class QuantizedLayer:
     """W x is computed as codes * scales applied to x / smooth, plus up (down (x / smooth)).
 
-    codes int8 [N, K]: 8 or 4 bits wide. scales [N, G] float16, G groups of `group` values along K,
-    the last one shorter where K isn't a multiple; one group of all K for 8 bits. smooth [C] fp32:
-    what each input channel is divided by, or None. down [r, K], up [N, r] float16: the branch.
-    error: RMS of the change of the output over RMS of the output, on calibrated rows.
+    stored: the codes int8 [N, K], 8 or 4 bits wide, as they are kept. scales [N, G] float16, G
+    groups of `group` values along K, the last one shorter where K isn't a multiple; one group of
+    all K for 8 bits. smooth [C] fp32: what each input channel is divided by, or None. down [r, K],
+    up [N, r] float16: the branch. error: RMS of the change of the output over RMS of the output, on
+    calibrated rows.
     """
 
     layer: Layer
     scheme: Scheme
     method: str
-    codes: Codes
+    stored: Codes | PackedCodes
     scales: Float16
     group: int
     smooth: Float | None = None
@@ -194,6 +213,12 @@ class QuantizedLayer:
     up: Float16 | None = None
     activations: Activations = Activations()
     error: float = 0.0
+
+    @property
+    def codes(self) -> Codes:
+        """The codes int8 [N, K]; of packed ones made anew, so that no layer holds them."""
+        stored = self.stored
+        return stored.unpacked() if isinstance(stored, PackedCodes) else stored
 
     @property
     def rank(self) -> int:
@@ -207,12 +232,12 @@ class QuantizedLayer:
     def branch(self) -> Float:
         """up @ down [N, K], zeros without a branch."""
         if self.down is None or self.up is None:
-            return np.zeros(self.codes.shape, np.float32)
+            return np.zeros(self.stored.shape, np.float32)
         return self.up.astype(np.float32) @ self.down.astype(np.float32)
 
     def effective_weight(self) -> Float:
         """The weight [N, K] that unquantized inputs see: smoothing undone."""
-        total = self.residual() + self.branch()
+        total = self.residual() + self.branch() if self.rank else self.residual()
         return total if self.smooth is None else total / spread(self.smooth, total.shape[1])
 
     def bytes(self) -> int:
@@ -259,12 +284,31 @@ def pack_int4(codes: Codes) -> npt.NDArray[np.uint8]:
     return packed
 
 
+def unpack_int4(packed: npt.NDArray[np.uint8]) -> Codes:
+    """The inverse of pack_int4: [..., B] bytes -> codes [..., 2 B]."""
+    codes = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.int8)
+    signed = packed.view(np.int8)
+    codes[..., 0::2] = (signed << 4) >> 4
+    codes[..., 1::2] = signed >> 4
+    return codes
+
+
+def _packed(quantized: QuantizedLayer) -> npt.NDArray[Any]:
+    """The codes as they lie in a file: of 4 bits two to a byte."""
+    stored = quantized.stored
+    if isinstance(stored, PackedCodes):
+        return stored.packed
+    if quantized.scheme.weight_bits != 4:
+        return stored
+    return pack_int4(np.pad(np.ascontiguousarray(stored), ((0, 0), (0, stored.shape[1] % 2))))
+
+
 def save_layer(quantized: QuantizedLayer, path: Path) -> None:
     """Write a layer to `path` (safetensors), whole or not at all; equal layers, equal bytes."""
     act = quantized.activations
     tensors: dict[str, npt.NDArray[Any]] = {}
     for name, part in (
-        ("codes", quantized.codes),
+        ("codes", _packed(quantized)),
         ("scales", quantized.scales),
         ("smooth", quantized.smooth),
         ("down", quantized.down),
@@ -305,11 +349,15 @@ def _layer_from(meta: dict[str, Any], parts: dict[str, npt.NDArray[Any]]) -> Qua
     fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in meta["layer"].items()
     }
+    layer, scheme, codes = Layer(**fields), parse_scheme(meta["scheme"]), parts["codes"]
+    four = scheme.weight_bits == 4
+    if codes.shape != (layer.rows, -(-layer.columns // 2) if four else layer.columns):
+        raise ValueError(f"its codes are {list(codes.shape)}")
     return QuantizedLayer(
-        layer=Layer(**fields),
-        scheme=parse_scheme(meta["scheme"]),
+        layer=layer,
+        scheme=scheme,
         method=meta["method"],
-        codes=parts["codes"],
+        stored=PackedCodes(codes, (layer.rows, layer.columns)) if four else codes,
         scales=parts["scales"],
         group=meta["group"],
         smooth=parts.get("smooth"),

@@ -53,13 +53,14 @@ class Method(ABC):
     tensor.
 
     name: of its file. label: as a recipe has it. smooths: outliers of the inputs move into the
-    weights, where that pays.
+    weights, where that pays. correlates: the inputs' covariance is used, and has to be recorded.
     """
 
     static: bool = False
     name: ClassVar[str]
     label: ClassVar[str]
     smooths: ClassVar[bool] = False
+    correlates: ClassVar[bool] = True
 
     def __repr__(self) -> str:
         # Part of the cache's keys: what was quantized before is found again.

@@ -27,8 +27,8 @@ from edgesd.export.quantize.rounding import rounded
 from edgesd.runtime.arrays import Float
 from edgesd.spec.scheme import Scheme
 
-VERSION = 5
-"""Part of the cache key: raised when a method changes its results."""
+VERSION = 6
+"""Part of the cache key: raised when a method changes its results, or their file its form."""
 
 _ALPHAS = (0.25, 0.5, 0.75)
 _WORTHWHILE = 0.7
@@ -98,7 +98,7 @@ def quantize_layer(
         layer=layer,
         scheme=scheme,
         method=method.label,
-        codes=codes.numpy(),
+        stored=codes.numpy(),
         scales=scales.half().numpy(),
         group=group,
         smooth=None if smooth is None else smooth.numpy(),
@@ -133,7 +133,7 @@ def rounded_layer(layer: Layer, weight: Float, scheme: Scheme) -> QuantizedLayer
         layer=layer,
         scheme=scheme,
         method="rtn",
-        codes=codes.numpy(),
+        stored=codes.numpy(),
         scales=scales.half().numpy(),
         group=group,
         down=down.half().numpy() if rank else None,
@@ -152,8 +152,6 @@ def layer_error(quantized: QuantizedLayer, weight: Float, stats: LayerStats | No
 
 
 def _error(quantized: QuantizedLayer, source: Tensor, inputs: _Inputs | None) -> float:
-    residual = torch.from_numpy(quantized.residual())
-    branch = torch.from_numpy(quantized.branch())
     if inputs is None:
         wanted, found = source, torch.from_numpy(quantized.effective_weight())
     else:
@@ -163,7 +161,9 @@ def _error(quantized: QuantizedLayer, source: Tensor, inputs: _Inputs | None) ->
         low = fake_quantize(
             inputs.rows, quantized.activations, quantized.layer, inputs.ranges, inputs.steps
         )
-        found = low @ residual.T + inputs.rows @ branch.T
+        found = low @ torch.from_numpy(quantized.residual()).T
+        if quantized.rank:
+            found += inputs.rows @ torch.from_numpy(quantized.branch()).T
     scale = float(wanted.square().mean())
     return math.sqrt(float((found - wanted).square().mean()) / scale) if scale > 0 else 0.0
 
@@ -175,7 +175,7 @@ def _blind(layer: Layer, matrix: Tensor, scheme: Scheme, group: int) -> Quantize
         layer=layer,
         scheme=Scheme(scheme.weight_bits, 16, scheme.group),
         method="rtn",
-        codes=codes.numpy(),
+        stored=codes.numpy(),
         scales=scales.half().numpy(),
         group=group,
     )

@@ -9,6 +9,10 @@ _SHRINK = tuple(1 - 0.035 * step for step in range(15))
 """Candidates for a scale, as parts of the one that holds the group's largest magnitude."""
 
 
+_CACHED = 1 << 17
+"""Weights that are worked on at a time: a processor's cache holds them."""
+
+
 def code_range(bits: int) -> tuple[int, int]:
     """Smallest and largest code: -8 to 7, or -127 to 127 (int8 GEMMs want a symmetric range)."""
     return (-8, 7) if bits == 4 else (-127, 127)
@@ -36,6 +40,19 @@ def group_scales(weight: Tensor, group: int, bits: int, importance: Tensor | Non
         return _usable(largest)
     weights = torch.ones(weight.shape[1]) if importance is None else importance
     weights = grouped(weights[None], group)
+    found = [_searched(groups[at], largest[at], weights, low, high) for at in _parts(weight)]
+    return torch.cat(found) if found else largest
+
+
+def _parts(weight: Tensor) -> list[slice]:
+    """Rows of weight [N, K] that are worked on at a time."""
+    rows = max(1, _CACHED // max(1, weight.shape[1]))
+    return [slice(at, at + rows) for at in range(0, len(weight), rows)]
+
+
+def _searched(groups: Tensor, largest: Tensor, weights: Tensor, low: int, high: int) -> Tensor:
+    """The best scales [N, G] for groups [N, G, group], of those whose largest magnitudes are
+    `largest` [N, G]."""
     best, chosen = torch.full_like(largest, torch.inf), _usable(largest)
     for part in _SHRINK:
         scale = _usable(largest * part)
@@ -50,8 +67,11 @@ def group_scales(weight: Tensor, group: int, bits: int, importance: Tensor | Non
 def round_to_nearest(weight: Tensor, scales: Tensor, group: int, bits: int) -> Tensor:
     """Codes int8 [N, K] of weight [N, K] under the scales [N, G] of its groups."""
     low, high = code_range(bits)
-    wide = scales.repeat_interleave(group, 1)[:, : weight.shape[1]]
-    return (weight / wide).round_().clamp_(low, high).to(torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    for part in _parts(weight):
+        wide = scales[part].repeat_interleave(group, 1)[:, : weight.shape[1]]
+        codes[part] = (weight[part] / wide).round_().clamp_(low, high).to(torch.int8)
+    return codes
 
 
 def rounded(

@@ -581,6 +581,19 @@ def test_values_beyond_float16_are_kept_finite() -> None:
     assert torch.isfinite(one.tensors["conv:rows"]).all()
 
 
+def test_no_covariance_is_kept_where_none_is_wanted() -> None:
+    layer = Layer("unet", "linear", "linear/MatMul", "linear", (8, 16))
+    tensors: dict[str, torch.Tensor] = {}
+    calibrating._allocate(tensors, layer, 1, 0, calibrating._sample_rows([layer])[layer])
+    assert not [name for name in tensors if "block" in name]
+    one = calibrating._StatsRecorder(
+        torch.nn.Module(), [layer][:0], 1, 1, tensors, lambda done: None, covariance=False
+    )
+    one._record(layer, torch.arange(32.0).reshape(1, 2, 16))
+    assert not [name for name in tensors if "block" in name]
+    assert int(tensors["linear:used"]) == 2 and float(tensors["linear:high"].max()) == 31
+
+
 @pytest.mark.parametrize(("runs", "tokens"), [(4, 50), (16, 400), (2000, 64)])
 def test_the_sample_is_spread_over_all_runs(runs: int, tokens: int) -> None:
     layer = Layer("unet", "linear", "linear/MatMul", "linear", (8, 16))
@@ -649,6 +662,7 @@ def test_the_key_is_of_all_that_matters(monkeypatch: pytest.MonkeyPatch) -> None
         replace(HOW, height=128),
         replace(HOW, width=128),
         replace(HOW, first_seed=1),
+        replace(HOW, covariance=False),
     ]
     keys = {calibration_key(other, "ab") for other in others} | {calibration_key(HOW, "abc")}
     monkeypatch.setattr(calibrating, "ROWS_PER_RUN", 100)

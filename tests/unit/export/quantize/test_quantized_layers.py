@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,13 @@ pytest.importorskip("safetensors")
 import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 
 from edgesd.errors import EdgesdError  # noqa: E402
 from edgesd.export.quantize.layers import (  # noqa: E402
     Activations,
     Layer,
+    PackedCodes,
     QuantizedLayer,
     dequantize,
     find_layers,
@@ -249,7 +251,7 @@ def quantized(columns: int = 36, group: int = 16, full: bool = True) -> Quantize
         layer=layer,
         scheme=parse_scheme("w4a8-g16-lr4" if full else "w4a16-g16"),
         method="svdquant+gptq",
-        codes=rng.integers(-8, 8, (10, wide)).astype(np.int8),
+        stored=rng.integers(-8, 8, (10, wide)).astype(np.int8),
         scales=rng.uniform(0.01, 1, (10, count)).astype(np.float16),
         group=group,
         error=0.123456789,
@@ -269,8 +271,8 @@ def quantized(columns: int = 36, group: int = 16, full: bool = True) -> Quantize
 
 
 def assert_equal(ours: QuantizedLayer, theirs: QuantizedLayer) -> None:
-    for name, value in vars(ours).items():
-        other = getattr(theirs, name)
+    for name in ("codes", *(each.name for each in fields(ours) if each.name != "stored")):
+        value, other = getattr(ours, name), getattr(theirs, name)
         if isinstance(value, np.ndarray):
             assert value.dtype == other.dtype
             np.testing.assert_array_equal(value, other)
@@ -304,7 +306,7 @@ def test_a_layer_of_views_survives_the_disk(tmp_path: Path) -> None:
     assert layer.down is not None
     views = replace(
         layer,
-        codes=np.asfortranarray(layer.codes),
+        stored=np.asfortranarray(layer.codes),
         scales=layer.scales.repeat(2, 1)[:, ::2],
         down=np.asfortranarray(layer.down),
     )
@@ -319,6 +321,31 @@ def test_a_layer_stays_in_its_file(tmp_path: Path) -> None:
     assert str(path) in Path("/proc/self/maps").read_text()
     del loaded
     assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("columns", [36, 35])
+def test_codes_of_4_bits_take_half_a_byte_in_their_file(columns: int, tmp_path: Path) -> None:
+    layer = quantized(columns)
+    assert layer.codes.min() == -8 and layer.codes.max() == 7
+    save_layer(layer, tmp_path / "layer.safetensors")
+    loaded = load_layer(tmp_path / "layer.safetensors")
+    assert isinstance(loaded.stored, PackedCodes) and loaded.stored.shape == layer.codes.shape
+    assert loaded.stored.packed.nbytes == 10 * -(-3 * columns // 2)
+    assert loaded.codes is not loaded.codes
+    assert_equal(layer, loaded)
+
+
+def test_codes_of_another_shape_are_one_clear_error(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save
+
+    path = tmp_path / "layer.safetensors"
+    save_layer(quantized(), path)
+    with safe_open(path, "np") as file:
+        meta = file.metadata()
+    tensors = load_file(path)
+    path.write_bytes(save({**tensors, "codes": tensors["codes"][:, 1:]}, meta))
+    with pytest.raises(EdgesdError, match=r"its codes are .*: remove it and run again"):
+        load_layer(path)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, 0.5, 0.99, -1])

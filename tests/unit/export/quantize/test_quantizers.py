@@ -894,3 +894,13 @@ def test_inputs_that_never_change_have_a_metric_in_spite_of_rounding() -> None:
 def test_a_covariance_that_no_inputs_have_is_refused() -> None:
     with pytest.raises(EdgesdError, match="which no inputs have"):
         svdquant.Metric([torch.diag(torch.tensor([3.0, -1.0]))])
+
+
+@pytest.mark.parametrize("columns", [64, 80])
+def test_scales_are_searched_in_parts_as_at_once(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, importance = torch.from_numpy(normal(37, columns)), torch.rand(columns)
+    whole = rounding.group_scales(weight, 16, 4, importance)
+    monkeypatch.setattr(rounding, "_CACHED", 5 * columns)
+    assert torch.equal(whole, rounding.group_scales(weight, 16, 4, importance))
