@@ -18,6 +18,7 @@ from edgesd.cli.options import (
     json_option,
     lora_slots_option,
     lpips_option,
+    max_tokens_option,
     merged_lora_option,
     scheduler_option,
     side_options,
@@ -83,6 +84,7 @@ _BUILD = (
         help="Leave out so many of the text encoders' last layers: 1 for models that web UIs run "
         "with a Clip skip of 2. [default: the model's, mostly 0]",
     ),
+    max_tokens_option,
     lora_slots_option,
     click.option(
         "--prompt-chunks",

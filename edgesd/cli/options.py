@@ -17,7 +17,7 @@ import click
 from edgesd.cli.common import Bytes, Finite, Numbers, Offset, Size
 from edgesd.files import expanded, named_path
 from edgesd.spec.base import MAX_CONTROL_SCALE, MAX_GUIDANCE, MAX_SCORE, MAX_STEPS
-from edgesd.spec.build import VARIANTS
+from edgesd.spec.build import LEAST_TOKENS, MOST_TOKENS, VARIANTS
 from edgesd.spec.pipeline import IMAGE_TASKS
 from edgesd.spec.scheme import MAX_RANK
 
@@ -405,6 +405,14 @@ merged_lora_option = click.option(
     help="Merge a LoRA (.safetensors) into the model, at SCALE [default: 1]; may be repeated.",
 )
 """--lora, of what a bundle is built of."""
+
+
+max_tokens_option = click.option(
+    "--max-tokens",
+    type=click.IntRange(LEAST_TOKENS, MOST_TOKENS),
+    help="For FLUX: tokens of a prompt that T5 is given, with padding: 128, 256 or 512. The number "
+    "changes the image, and T5 takes time and memory by it. [default: the model's]",
+)
 
 
 lora_slots_option = click.option(

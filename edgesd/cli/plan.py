@@ -14,6 +14,7 @@ from edgesd.cli.options import (
     generation_options,
     json_option,
     lora_slots_option,
+    max_tokens_option,
     merged_lora_option,
     side_options,
     task_option,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 @lora_slots_option
 @config_option
 @variant_option
+@max_tokens_option
 @task_option
 @click.option("--backend", help="tensorrt or onnxruntime. [default: the target's best]")
 @click.option(
@@ -75,6 +77,7 @@ def plan_command(
     lora_slots: int | None,
     config: Path | None,
     variant: Variant | None,
+    max_tokens: int | None,
     tasks: tuple[ImageTask, ...] | None,
     backend: str | None,
     method: str,
@@ -104,6 +107,7 @@ def plan_command(
         max_memory=max_memory,
         method=method,
         variant=variant,
+        max_tokens=max_tokens,
         tasks=tasks or (),
         vae=vae,
         sides=sides_of(controlnets, adapters),

@@ -16,7 +16,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import NewGELUActivation
 from transformers.models.clip.modeling_clip import CLIPAttention
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from edgesd.errors import InputError
 
@@ -25,18 +27,33 @@ Lowering = Literal["ort-mha", "sdpa"]
 
 @torch.library.custom_op("edgesd::multi_head_attention", mutates_args=())
 def multi_head_attention(
-    query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    scale: float,
+    causal: bool,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale query key^T) value per head (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
+    """softmax(scale query key^T + bias) value per head (Vaswani et al. 2017, arXiv 1706.03762,
+    eq. 1).
 
     query [batch, n, heads * d], key [batch, m, heads * d], value [batch, m, heads * e]
-    -> [batch, n, heads * e]. causal: token i sees tokens up to i only.
+    -> [batch, n, heads * e]. causal: token i sees tokens up to i only. bias: [1, heads, n, m].
     """
-    return _attend(query, key, value, heads, scale, causal).contiguous()
+    return _attend(query, key, value, heads, scale, causal, bias).contiguous()
 
 
 @multi_head_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    scale: float,
+    causal: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
 
 
@@ -93,8 +110,46 @@ class CausalAttention(nn.Module):
         return self.out_proj(self.attend(query, key, value, self.heads, self.scale, True)), None
 
 
+class RelativeAttention(nn.Module):
+    """Stands in for transformers' T5Attention of an encoder, whose scores have a bias by how far
+    off a key is. That of the first layer makes it, for all layers.
+
+    biases: [heads, rows], and buckets: int64 [n, n], the row for each query and key; of the first
+    layer alone (families/parts/t5.py).
+    """
+
+    biases: Tensor
+    buckets: Tensor
+
+    def __init__(self, t5: T5Attention, lowering: Lowering) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = t5.q, t5.k, t5.v, t5.o
+        self.heads, self.scale = t5.n_heads, t5.scaling
+        self.attend = _ATTEND[lowering]
+        for name, buffer in t5.named_buffers():
+            self.register_buffer(name, buffer, persistent=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, None]:
+        """hidden_states [batch, n, C] -> the same shape, the bias [1, heads, n, n], and no
+        attention weights. mask: hides nothing; transformers makes one while it is exported."""
+        if position_bias is None:
+            heads, tokens = len(self.biases), len(self.buckets)
+            position_bias = self.biases.index_select(1, self.buckets.flatten())
+            position_bias = position_bias.reshape(1, heads, tokens, tokens)
+        query, key, value = (project(hidden_states) for project in (self.q, self.k, self.v))
+        out = self.attend(query, key, value, self.heads, self.scale, False, position_bias)
+        return self.o(out), position_bias, None
+
+
 def replace_attention(module: nn.Module, lowering: Lowering) -> int:
-    """Replace every attention inside `module`, in place; returns how many there are.
+    """Replace every attention inside `module`, in place; returns how many there are. transformers'
+    GELU of eight operators becomes torch's.
 
     Raises InputError for a kind of attention that this can't express.
     """
@@ -109,6 +164,13 @@ def replace_attention(module: nn.Module, lowering: Lowering) -> int:
         elif isinstance(child, CLIPAttention):
             parent, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(parent), attribute, CausalAttention(child, lowering))
+        elif isinstance(child, T5Attention):
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, RelativeAttention(child, lowering))
+        elif isinstance(child, NewGELUActivation):
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, nn.GELU(approximate="tanh"))
+            continue
         else:
             continue
         count += 1
@@ -121,13 +183,21 @@ def translation_table() -> dict[Any, Any]:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    scale: float,
+    causal: bool,
+    bias: Tensor | None = None,
 ) -> Tensor:
     query, key, value = (
         t.reshape(t.shape[0], t.shape[1], heads, t.shape[2] // heads).transpose(1, 2)
         for t in (query, key, value)
     )
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, is_causal=causal, scale=scale
+    )
     return out.transpose(1, 2).flatten(2)
 
 
@@ -138,6 +208,7 @@ def _mha_op() -> onnxscript.values.Op:
     """The parts of the contrib operator that are used here; onnx has no schema for it."""
     schema = onnx.defs.OpSchema
     kinds = schema.AttrType
+    optional = schema.FormalParameterOption.Optional
     return onnxscript.values.Op(
         onnxscript.values.Opset("com.microsoft", 1),
         "MultiHeadAttention",
@@ -145,7 +216,13 @@ def _mha_op() -> onnxscript.values.Op:
             "MultiHeadAttention",
             "com.microsoft",
             1,
-            inputs=[schema.FormalParameter(name, "T") for name in ("query", "key", "value")],
+            inputs=[
+                *(schema.FormalParameter(name, "T") for name in ("query", "key", "value")),
+                *(
+                    schema.FormalParameter(name, "T", param_option=optional)
+                    for name in ("bias", "key_padding_mask", "attention_bias")
+                ),
+            ],
             outputs=[schema.FormalParameter("output", "T")],
             type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
             attributes=[
@@ -160,5 +237,14 @@ def _mha_op() -> onnxscript.values.Op:
 _MHA = _mha_op()
 
 
-def _to_onnx(query: Any, key: Any, value: Any, heads: int, scale: float, causal: bool) -> Any:
-    return _MHA(query, key, value, num_heads=heads, scale=scale, unidirectional=int(causal))
+def _to_onnx(
+    query: Any,
+    key: Any,
+    value: Any,
+    heads: int,
+    scale: float,
+    causal: bool,
+    bias: Any = None,
+) -> Any:
+    more = () if bias is None else (None, None, bias)
+    return _MHA(query, key, value, *more, num_heads=heads, scale=scale, unidirectional=int(causal))

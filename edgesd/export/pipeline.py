@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from edgesd.errors import InputError, MissingDependencyError
+from edgesd.errors import InputError, MissingDependencyError, UsageError
 from edgesd.export.families import Component, ExportSpec
 from edgesd.export.source import ModelSource
 from edgesd.files import atomic_dir, disk_errors
 from edgesd.progress import SILENT, Progress
+from edgesd.runtime.chunks import chunked
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.base import check_ranges
 from edgesd.spec.bundle import Graph, GraphSet, SplitComponent
@@ -88,7 +89,11 @@ def export_pipeline(
         for folder, tokenizer in spec.pipeline.wiring.tokenizers.items():
             progress.line(f"{folder}: tokenizer")
             files = write_tokenizer(
-                source.folder(folder), root / folder, tokenizer.max_tokens, source.embeddings
+                source.folder(folder),
+                root / folder,
+                tokenizer.max_tokens,
+                source.embeddings,
+                source.class_of(folder),
             )
             assets += [f"{folder}/{name}" for name in files]
             tokenizers[folder] = PromptTokenizer(*files.values())
@@ -136,8 +141,8 @@ def export_spec(
     size: (width, height) in pixels for static graphs, whose denoiser takes `batch`, and `chunks` of
     a prompt; None for any of these, and any multiple of the model's granularity. scheduler: another
     sampler than the model's own. tasks: beside text to image. Raises InputError for a model that
-    isn't supported, UsageError for a size or task that isn't the model's, MissingDependencyError
-    without edgesd[build], whose libraries read the configs.
+    isn't supported, UsageError for a size, a task or --max-tokens that isn't the model's,
+    MissingDependencyError without edgesd[build], whose libraries read the configs.
     """
     require_build_tools()
     source.check_configs()
@@ -145,6 +150,11 @@ def export_spec(
         spec = source.family.export_spec(source, size, scheduler, batch, chunks, tasks)
     except (TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise InputError(f"{source.name}: its configs hold a value of a wrong type: {exc}") from exc
+    if source.max_tokens is not None and chunked(spec.pipeline.wiring):
+        raise UsageError(
+            f"--max-tokens is for text encoders that take a prompt whole, as T5 in FLUX does, and "
+            f"{source.name} has none: leave it out"
+        )
     try:
         check_ranges(spec.pipeline)
     except InputError as exc:

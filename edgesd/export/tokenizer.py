@@ -1,4 +1,4 @@
-"""Converts a CLIP tokenizer to the one file that boards read."""
+"""Converts tokenizers of transformers to the one file that boards read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 from edgesd.errors import BundleError, InputError
 from edgesd.export.families.checkpoint import Embedding
-from edgesd.export.families.parts.clip import load_tokenizer
+from edgesd.export.families.parts import clip, t5
 from edgesd.export.quiet import quiet
 from edgesd.files import atomic_write
 from edgesd.runtime.tokenizer import PromptTokenizer, TokenizerSpec
@@ -17,17 +17,25 @@ from edgesd.text import first_sentence
 
 
 def write_tokenizer(
-    source: Path, folder: Path, max_tokens: int, embeddings: Sequence[Embedding] = ()
+    source: Path,
+    folder: Path,
+    max_tokens: int,
+    embeddings: Sequence[Embedding] = (),
+    class_name: str = "CLIPTokenizer",
 ) -> dict[str, bytes]:
     """Write tokenizer.json and tokenizer_spec.json to `folder` from a diffusers tokenizer folder.
 
     max_tokens: of a prompt, with its padding. embeddings: textual inversions whose tokens are
-    added. Returns the files, by name. Raises InputError when `source` can't be read.
-    own_pipeline.py compares what is written with diffusers' ids.
+    added to CLIP's. class_name: of the tokenizer, in model_index.json. Returns the files, by name.
+    Raises InputError when `source` can't be read. own_pipeline.py compares what is written with
+    diffusers' ids.
     """
     try:
         with quiet():
-            original = load_tokenizer(source, embeddings)
+            if class_name in t5.TOKENIZERS:
+                original = t5.load_tokenizer(source)
+            else:
+                original = clip.load_tokenizer(source, embeddings)
             backend = original.backend_tokenizer
     except InputError:
         raise
@@ -48,7 +56,7 @@ def write_tokenizer(
     try:
         PromptTokenizer(*files.values())
     except BundleError as exc:
-        raise InputError(f"{source} doesn't hold a tokenizer such as CLIP's: {exc}") from exc
+        raise InputError(f"{source} doesn't hold a {class_name} as edgesd has it: {exc}") from exc
     for name, content in files.items():
         with atomic_write(folder / name) as file:
             file.write(content)

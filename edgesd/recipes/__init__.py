@@ -226,7 +226,7 @@ def _prepare(
         folders.loras,
         folders.sides,
     )
-    source = replace(source, clip_skip=options.clip_skip)
+    source = replace(source, clip_skip=options.clip_skip, max_tokens=options.max_tokens)
     for embedding in source.embeddings:
         progress.line(f"{embedding.token}: a token of {len(embedding.tokens)} vectors is added")
     if folders.prompter:
@@ -240,6 +240,7 @@ def _prepare(
         batch=options.batch,
         scheduler=options.scheduler,
         prompt_chunks=options.prompt_chunks,
+        max_tokens=options.max_tokens,
         tasks=options.tasks,
         lora_slots=options.lora_slots,
     )

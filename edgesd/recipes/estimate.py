@@ -68,9 +68,9 @@ class PlanRequest:
     takes `batch`; others generate any size, and so are those for TensorRT. scheduler: the bundle's
     default sampler. variant: the kind of model that it is said to be. vae: of which model its
     autoencoder is. config: a diffusers folder with the configs of a model that is a single file.
-    prompt_chunks: of a prompt, in fixed graphs. tasks: beside text to image. sides: see
-    `recipes.sources.open_model`, and loras, which are merged. lora_slots: the largest rank of LoRAs
-    that graphs take."""
+    prompt_chunks: of a prompt, in fixed graphs. max_tokens: that T5 is given of it. tasks: beside
+    text to image. sides: see `recipes.sources.open_model`, and loras, which are merged. lora_slots:
+    the largest rank of LoRAs that graphs take."""
 
     precision: Precision
     size: tuple[int, int] | None = None
@@ -86,6 +86,7 @@ class PlanRequest:
     vae: str | None = None
     config: Path | None = None
     prompt_chunks: int = 1
+    max_tokens: int | None = None
     tasks: tuple[ImageTask, ...] = ()
     sides: tuple[tuple[SideKind, str], ...] = ()
     loras: tuple[str, ...] = ()

@@ -90,6 +90,7 @@ def estimate_build(
         loras=request.loras,
         sides=request.sides,
     )
+    source = replace(source, max_tokens=request.max_tokens)
     return estimate_source(source, model, target, backend, request)
 
 

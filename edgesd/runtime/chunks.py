@@ -3,6 +3,8 @@
 The tokens of each chunk stand between beginning and end and are padded, as if it were a prompt of
 its own. diffusers' pipelines cut a long prompt off after the first chunk; its community pipelines
 (lpw_stable_diffusion) and AUTOMATIC1111's web UI (`sd_hijack_clip.py`) encode all of them.
+
+That is CLIP's. Other encoders, such as T5, take some hundred tokens of a prompt, and no more.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from edgesd.runtime.arrays import Float
 from edgesd.runtime.syntax import Syntax, segments
 from edgesd.runtime.tokenizer import PromptTokenizer, Truncation, check_prompt
 from edgesd.spec.build import MOST_CHUNKS
-from edgesd.spec.pipeline import DenoiserSpec, PipelineSpec, SideSpec
+from edgesd.spec.pipeline import DenoiserSpec, PipelineSpec, SideSpec, Wiring
 
 _BACKTRACK = 20
 """Tokens that are moved into the next chunk where the last comma is no further off: the web UI's
@@ -51,17 +53,23 @@ class Chunk:
 
 
 def chunks_of(
-    tokenizer: PromptTokenizer, text: str, syntax: Syntax = "plain", most: int = MOST_CHUNKS
+    tokenizer: PromptTokenizer,
+    text: str,
+    syntax: Syntax = "plain",
+    most: int = MOST_CHUNKS,
+    whole: bool = False,
 ) -> tuple[list[Chunk], Truncation | None]:
-    """The chunks of a prompt, at least one and at most `most`, and what didn't fit.
+    """The chunks of a prompt, at least one and at most `most`, and what didn't fit. whole: nothing
+    ends a chunk before it is full.
 
     Raises InputError for a prompt that isn't text, or not of its syntax.
     """
     check_prompt(text)
-    cutting = _Cutting(tokenizer.capacity, 0 if syntax == "plain" else _BACKTRACK)
+    cutting = _Cutting(tokenizer.capacity, 0 if whole or syntax == "plain" else _BACKTRACK)
     for segment in segments(text, syntax):
         if segment.ends_chunk:
-            cutting.end()
+            if not whole:
+                cutting.end()
             continue
         ids = tokenizer.ids(segment.text)
         # diffusers cuts the vectors of a token off as it cuts all others.
@@ -87,7 +95,8 @@ def _chunk(tokenizer: PromptTokenizer, tokens: _Tokens) -> Chunk:
     if all(weight == 1 for _, weight in tokens):
         return Chunk(ids)
     weights = np.ones(ids.shape[1], np.float32)
-    weights[1 : len(tokens) + 1] = [weight for _, weight in tokens]
+    first = len(tokenizer.spec.beginning)
+    weights[first : first + len(tokens)] = [weight for _, weight in tokens]
     return Chunk(ids, weights)
 
 
@@ -133,9 +142,16 @@ class _Cutting:
             self.current = moved
 
 
+def chunked(wiring: Wiring) -> bool:
+    """Whether prompts may be given in chunks: all encoders of a pipeline get equally many."""
+    return all(wiring.tokenizers[text.tokenizer].chunked for text in wiring.texts)
+
+
 def fixed_chunks(pipeline: PipelineSpec) -> int | None:
     """How many chunks the networks of a pipeline take of each prompt; None: any number."""
     wiring = pipeline.wiring
+    if not chunked(wiring):
+        return 1
     tokens = min(wiring.tokenizers[text.tokenizer].max_tokens for text in wiring.texts)
     specs: tuple[DenoiserSpec | SideSpec, ...] = (wiring.denoiser, *wiring.sides)
     sizes = [

@@ -3,7 +3,7 @@ sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -38,7 +38,8 @@ class Conditioned(NamedTuple):
 class Prompts:
     """Encodes prompts, and caches what it encoded last until `forget`.
 
-    truncations: of every prompt that was too long for an encoder, what was cut.
+    truncations: of every text that was too long for each encoder that reads it, the least that
+    was cut.
     """
 
     def __init__(
@@ -46,10 +47,14 @@ class Prompts:
         texts: Sequence[TextSpec],
         tokenizers: Mapping[str, PromptTokenizer],
         chunks: int | None = 1,
+        whole: Collection[str] = (),
     ) -> None:
         """tokenizers: by the folders that `texts` name. chunks: that each prompt is given as
-        (chunks.fixed_chunks); None for as many as the longest of a batch has."""
+        (chunks.fixed_chunks); None for as many as the longest of a batch has. whole: folders of
+        tokenizers whose prompts aren't cut into chunks."""
         self.truncations: dict[str, Truncation] = {}
+        self._least: dict[str, Truncation | None] = {}
+        self._whole = frozenset(whole)
         self._texts, self._tokenizers, self._fixed = texts, tokenizers, chunks
         self._places = list(dict.fromkeys(text.tokenizer for text in texts))
         self._known: dict[tuple[str, bytes], dict[str, Float]] = {}
@@ -89,7 +94,7 @@ class Prompts:
                     key = text.component, chunk.ids.tobytes()
                     if key not in self._known:
                         self._known[key] = known.get(key) or _run(text, chunk, run)
-                encoded[prompt, text.component] = self._whole(text, chunks)
+                encoded[prompt, text.component] = self._outputs(text, chunks)
             done(text.component)
         return Conditioned(
             self._joined(encoded, positive, positive[0]),
@@ -104,12 +109,18 @@ class Prompts:
         """The chunks of what a tokenizer reads of a prompt."""
         text = prompt.texts[min(self._places.index(folder), len(prompt.texts) - 1)]
         most = self._fixed or MOST_CHUNKS
-        chunks, cut = chunks_of(self._tokenizers[folder], text, prompt.syntax, most)
-        if cut:
-            self.truncations.setdefault(text, cut)
+        whole = folder in self._whole
+        chunks, cut = chunks_of(self._tokenizers[folder], text, prompt.syntax, most, whole)
+        # A user is told what no encoder has read: FLUX's CLIP reads the beginning alone.
+        both = self._least.get(text, cut), cut
+        least = self._least[text] = min(both, key=lambda one: one.cut_tokens if one else 0)
+        if least:
+            self.truncations[text] = least
+        else:
+            self.truncations.pop(text, None)
         return tuple(chunks)
 
-    def _whole(self, text: TextSpec, chunks: Sequence[Chunk]) -> dict[str, Float]:
+    def _outputs(self, text: TextSpec, chunks: Sequence[Chunk]) -> dict[str, Float]:
         """All outputs of an encoder for the chunks of a prompt: embeddings of tokens one after
         another [1, chunks x tokens, C]; what is of a whole prompt, as the first chunk has it."""
         outputs = [self._known[text.component, chunk.ids.tobytes()] for chunk in chunks]

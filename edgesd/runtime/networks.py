@@ -10,7 +10,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from edgesd.errors import BundleError, UsageError
-from edgesd.runtime.chunks import fixed_chunks
+from edgesd.runtime.chunks import chunked, fixed_chunks
 from edgesd.runtime.flow import flow_of
 from edgesd.runtime.tasks import TASKS
 from edgesd.spec.base import Dim
@@ -214,6 +214,7 @@ def _split_problems(split: SplitComponent, image: _Tensors, made: _Tensors) -> I
 def _chunk_problems(pipeline: PipelineSpec) -> Iterator[str]:
     """Inputs for the embeddings of tokens that don't all take equally many chunks of a prompt."""
     counts = set()
+    most = MOST_CHUNKS if chunked(pipeline.wiring) else 1
     for spec in _in_loop(pipeline):
         for one in spec.inputs:
             tensor = pipeline.components[spec.component].input(one.name)
@@ -223,7 +224,7 @@ def _chunk_problems(pipeline: PipelineSpec) -> Iterator[str]:
             made = pipeline.components[part.component].output(part.output)
             taken, given = tensor.shape[1], made.shape[1] if made else 0
             if isinstance(taken, int) and isinstance(given, int):
-                if not 0 < taken <= MOST_CHUNKS * given or taken % given:
+                if not 0 < taken <= most * given or taken % given:
                     yield f"{one.name} of {spec.component} takes {taken} tokens of {given}"
                 counts.add(taken)
     if len(counts) > 1:

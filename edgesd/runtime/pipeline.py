@@ -81,10 +81,11 @@ class Pipeline(Closeable):
             check_trusted(bundle)
         check_networks(bundle.manifest)
         self.flow = flow_of(self.spec)
-        texts = self.spec.wiring.texts
+        texts, refs = self.spec.wiring.texts, self.spec.wiring.tokenizers
         folders = {text.tokenizer for text in texts}
         tokenizers = {name: tokenizer_of(bundle, name) for name in folders}
-        self._prompts = Prompts(texts, tokenizers, fixed_chunks(self.spec))
+        whole = [name for name in folders if not refs[name].chunked]
+        self._prompts = Prompts(texts, tokenizers, fixed_chunks(self.spec), whole)
         self._completion = Completion(self.spec)
         self._loaded = Loaded(bundle, self.settings, open_runner)
         self._encoded = Encoded(self._loaded)

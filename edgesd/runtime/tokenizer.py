@@ -29,14 +29,19 @@ class TokenizerSpec(Spec, frozen=True):
     """tokenizer_spec.json: what a text encoder expects around the tokens of a prompt.
 
     max_length: tokens of the encoder's input, with beginning and end (77 for CLIP). pad_id: fills
-    up what is left (the end token in Stable Diffusion 1.x, 0 in 2.x). bos_id, eos_id: beginning
-    and end.
+    up what is left (the end token in Stable Diffusion 1.x, 0 in 2.x and for T5). bos_id, eos_id:
+    beginning and end; T5 has no beginning.
     """
 
     max_length: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
     pad_id: TokenId
-    bos_id: TokenId
+    bos_id: TokenId | None
     eos_id: TokenId
+
+    @property
+    def beginning(self) -> tuple[int, ...]:
+        """Ids before those of a prompt."""
+        return () if self.bos_id is None else (self.bos_id,)
 
 
 class Truncation(NamedTuple):
@@ -51,7 +56,7 @@ class Truncation(NamedTuple):
 
 
 class PromptTokenizer:
-    """Encodes prompts as diffusers' Stable Diffusion pipelines do.
+    """Encodes prompts as diffusers' pipelines do.
 
     tokenizer_json: a tokenizer of the tokenizers package; padding and truncation that it may
     have set are not used. spec_json: a TokenizerSpec. Raises BundleError when either can't be
@@ -80,8 +85,8 @@ class PromptTokenizer:
             frame = self._tokenizer.encode("").ids
             size = self._tokenizer.get_vocab_size()
         if (
-            frame != [spec.bos_id, spec.eos_id]
-            or spec.max_length < 2
+            frame != [*spec.beginning, spec.eos_id]
+            or spec.max_length < len(frame)
             or not 0 <= spec.pad_id < size
         ):
             raise BundleError(
@@ -104,7 +109,7 @@ class PromptTokenizer:
     @property
     def capacity(self) -> int:
         """Tokens of a prompt between beginning and end."""
-        return self.spec.max_length - 2
+        return self.spec.max_length - len(self.spec.beginning) - 1
 
     def ids(self, text: str) -> list[int]:
         """The token ids of a text, however many. Raises InputError as `encode`."""
@@ -118,7 +123,8 @@ class PromptTokenizer:
         """At most `capacity` ids with beginning, end and padding [1, max_length]."""
         spec = self.spec
         padded = np.full((1, spec.max_length), spec.pad_id, np.int64)
-        padded[0, : len(ids) + 2] = [spec.bos_id, *ids, spec.eos_id]
+        framed = [*spec.beginning, *ids, spec.eos_id]
+        padded[0, : len(framed)] = framed
         return padded
 
     def units(self, ids: Sequence[int]) -> Iterator[tuple[int, ...]]:

@@ -26,6 +26,9 @@ MOST_LORA_SCALE = 100.0
 MOST_CHUNKS = 32
 """Of tokens, that a prompt is encoded in."""
 
+LEAST_TOKENS, MOST_TOKENS = 2, 512
+"""Of a prompt, that T5 is given: the most that diffusers' FluxPipeline takes."""
+
 DEMO, HUB, FOLDER = "demo", "hub", "folder"
 """Where a model was: in edgesd, on the hub, in a folder or a file of the machine that built."""
 
@@ -82,9 +85,9 @@ class BuildOptions(Spec, frozen=True):
     model it is, where the model itself doesn't tell. quantization: for a precision that is a
     scheme. prompt_chunks: of tokens, that static graphs take of each prompt. clip_skip: last layers
     of the text encoders that aren't used, beyond those that the model's pipeline leaves; None is
-    the model's own. tasks: what the bundle is for beside text to image; inpaint includes image.
-    lora_slots: the largest rank of LoRAs that graphs take while they run; None leaves no place for
-    them.
+    the model's own. max_tokens: of a prompt, that T5 is given; None is the model's own. tasks: what
+    the bundle is for beside text to image; inpaint includes image. lora_slots: the largest rank of
+    LoRAs that graphs take while they run; None leaves no place for them.
     """
 
     target: Word
@@ -97,6 +100,7 @@ class BuildOptions(Spec, frozen=True):
     quantization: QuantOptions = QuantOptions()
     prompt_chunks: Annotated[int, Meta(ge=1, le=MOST_CHUNKS)] = 1
     clip_skip: Annotated[int, Meta(ge=0, le=MOST_SKIPPED)] | None = None
+    max_tokens: Annotated[int, Meta(ge=LEAST_TOKENS, le=MOST_TOKENS)] | None = None
     tasks: Annotated[tuple[ImageTask, ...], Meta(max_length=8)] = ()
     lora_slots: Annotated[int, Meta(ge=1, le=MAX_RANK)] | None = None
 

@@ -228,9 +228,11 @@ _Inputs = Annotated[tuple[InputSpec, ...], Meta(max_length=MOST_TENSORS)]
 
 
 class TokenizerRef(Spec, frozen=True):
-    """A tokenizer. max_tokens: of a prompt, with its padding."""
+    """A tokenizer. max_tokens: of a prompt, with its padding. chunked: whether a longer prompt is
+    encoded in chunks of so many (runtime/chunks.py), instead of being cut."""
 
     max_tokens: Annotated[int, Meta(ge=2, le=1 << 16)]
+    chunked: bool = True
 
 
 class TextSpec(Spec, frozen=True):

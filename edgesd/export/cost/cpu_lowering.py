@@ -83,7 +83,7 @@ class OrtOps:
     def lower(self, op: Operation) -> None:
         """Append one lowered operation."""
         choice = self.choices.get(op.layer) if op.layer else None
-        if op.kind == "attention":  # its inputs head by head
+        if op.kind == "attention":  # its inputs head by head; the scores, as large as their bias
             copies = tuple(self.sizes[value] for value in op.reads)
             self.made.append(replace(op, form="fp32", spare=copies))
             return
@@ -226,7 +226,7 @@ class EdgesdOps(OrtOps):
 
     def _form(self, op: Operation) -> str | None:
         if op.kind == "attention":
-            fits = attention_taken(op.heads[-1], op.causal)
+            fits = attention_taken(op.heads[-1], op.causal, op.biased)
             return EDGESD_INT8 if self.attention and fits else None
         choice = self.choices.get(op.layer) if op.layer else None
         if op.layer is None or choice is None:

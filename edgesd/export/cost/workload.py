@@ -57,8 +57,9 @@ class Operation:
     the layer has. heads: of attention: batch, heads, queries, keys, width of a head. in_place: its
     output may lie where an input of the same size lay that nothing else reads. form: which kernel
     computes it, where that is decided (cpu_lowering.py). biased: a linear has a bias, which is an
-    operation of its own in a graph. fused: names of the fusions (passes/fusions.py) that became
-    part of a layer. spare: bytes that it allocates besides while it runs.
+    operation of its own in a graph; scores of attention have one. fused: names of the fusions
+    (passes/fusions.py) that became part of a layer. spare: bytes that it allocates besides while it
+    runs.
     """
 
     kind: str
@@ -269,8 +270,9 @@ def _by_one(name: str, args: tuple[Any, ...]) -> bool:
 
 
 def _attention(op: Operation, args: tuple[Any, ...]) -> Operation:
-    query, key, value, heads, _, causal = args
+    query, key, value, heads, _, causal, *bias = args
     batch, tokens, width = query.shape
     macs = batch * tokens * key.shape[1] * (width + value.shape[2])
     shape = (batch, heads, tokens, key.shape[1], width // heads)
-    return replace(op, kind="attention", macs=macs, heads=shape, causal=causal)
+    biased = bias not in ([], [None])
+    return replace(op, kind="attention", macs=macs, heads=shape, causal=causal, biased=biased)

@@ -206,6 +206,7 @@ def kernel_takes(layer: Layer) -> bool:
     return layer.columns <= MAX_K and all(pad <= size for pad, size in pads)
 
 
-def attention_taken(width: int, causal: bool) -> bool:
-    """Whether the kernel of attention in 8 bits takes heads of this width."""
-    return width <= MAX_HEAD and not causal
+def attention_taken(width: int, causal: bool, biased: bool) -> bool:
+    """Whether the kernel of attention in 8 bits takes heads of this width. biased: whether
+    something is added to its scores."""
+    return width <= MAX_HEAD and not causal and not biased

@@ -19,6 +19,15 @@ from edgesd.export.passes.values import producer_of
 from edgesd.export.quantize.layers import Codes, QuantizedLayer, weight_of
 from edgesd.runtime.arrays import Array, Float
 
+_SCORE_BIAS = 5
+"""The input of a MultiHeadAttention that is added to its scores."""
+
+
+def score_bias(attention: ir.Node) -> ir.Value | None:
+    """What a MultiHeadAttention adds to its scores [1, heads, n, m], if anything."""
+    inputs = attention.inputs
+    return inputs[_SCORE_BIAS] if len(inputs) > _SCORE_BIAS else None
+
 
 class Timesteps(NamedTuple):
     """A graph's input of timesteps, and those that static ranges were recorded at [T]."""

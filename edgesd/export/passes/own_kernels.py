@@ -25,7 +25,7 @@ from onnx_ir.passes import common
 
 from edgesd.export.passes import Pass
 from edgesd.export.passes.fusions import FUSIONS, LORA, Fusion, Kind, attention_taken, kernel_takes
-from edgesd.export.passes.lowering import LayerLowering, Timesteps, replace_node
+from edgesd.export.passes.lowering import LayerLowering, Timesteps, replace_node, score_bias
 from edgesd.export.passes.matching import Match, Matcher
 from edgesd.export.passes.quantized_ort import OrtLowering, QuantizedOrt
 from edgesd.export.passes.values import input_of
@@ -287,18 +287,20 @@ def _replaced(
 
 
 class AttentionIn8Bits(Pass):
-    """MultiHeadAttention that isn't causal becomes QuantAttention."""
+    """MultiHeadAttention that isn't causal, and whose scores have no bias, becomes
+    QuantAttention."""
 
     def call(self, model: ir.Model) -> bool:
         changed = False
         for node in list(model.graph):
             if node.op_type != "MultiHeadAttention":
                 continue
+            biased = score_bias(node) is not None
             causal = bool(node.attributes["unidirectional"].as_int())
             heads = node.attributes["num_heads"].as_int()
             query = node.inputs[0]
             width = query.shape[-1] if query is not None and query.shape is not None else None
-            if not isinstance(width, int) or not attention_taken(width // heads, causal):
+            if not isinstance(width, int) or not attention_taken(width // heads, causal, biased):
                 continue
             made = ir.node(
                 ATTENTION,

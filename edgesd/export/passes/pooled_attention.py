@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
-from edgesd.export.passes.lowering import shared_constant
+from edgesd.export.passes.lowering import score_bias, shared_constant
 from edgesd.export.passes.values import producer_of, shape_of
 from edgesd.export.quantize.layers import weight_of
 
@@ -111,6 +111,8 @@ def _self_attentions(model: ir.Model) -> list[_SelfAttention]:
     found = []
     for node in model.graph:
         if node.op_type != "MultiHeadAttention" or node.attributes["unidirectional"].as_int():
+            continue
+        if score_bias(node) is not None:
             continue
         (query, _), (key, after), (value, behind) = (_linear(v) for v in node.inputs[:3])
         if query is None or key is None or value is None:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
-from edgesd.export.passes.lowering import replace_node, shared_constant
+from edgesd.export.passes.lowering import replace_node, score_bias, shared_constant
 from edgesd.export.passes.values import dtype_of, input_of, shape_of
 from edgesd.runtime.arrays import Array
 
@@ -18,7 +18,8 @@ _DOMAIN, _OP = "com.microsoft", "MultiHeadAttention"
 
 
 class StandardAttention(Pass):
-    """Every MultiHeadAttention becomes softmax(scale query key^T) value in standard operators.
+    """Every MultiHeadAttention becomes softmax(scale query key^T + bias) value in standard
+    operators.
 
     query, key, value [batch, n, heads * d] are split into heads by Reshape and Transpose. The query
     is scaled before the product, so that scores of fp16 don't overflow. Where attention is causal,
@@ -77,6 +78,9 @@ class _Writer:
             tokens = shape_of(value).numpy()[1]
             mask = np.triu(np.full((tokens, tokens), MASKED, dtype), 1)
             scores = self._op("Add", [scores, self._const(f"causal:{tokens}:{dtype}", mask)])
+        bias = score_bias(self.node)
+        if bias is not None:
+            scores = self._op("Add", [scores, bias])
         weights = self._op("Softmax", [scores], axis=-1)
         mixed = self._op("MatMul", [weights, self._heads(value, heads, (0, 2, 1, 3))])
         rows = self._op("Transpose", [mixed], perm=(0, 2, 1, 3))

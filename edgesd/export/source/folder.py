@@ -49,6 +49,7 @@ _HINT_TYPES: dict[str, tuple[type, ...]] = {
     "num_inference_steps": (int,),
     "guidance_scale": (int, float),
     "clip_skip": (int,),
+    "max_tokens": (int,),
     "variant": (str,),
 }
 
@@ -58,8 +59,8 @@ class ModelSource:
     """A model on this machine. `name` is what the user called it; `index` is model_index.json.
     variant: what kind of model the user says that it is. others: component -> the model whose
     network stands in for it, or is added. embeddings: textual inversions that are added to it.
-    loras: what is merged into its networks. clip_skip: layers that the user leaves out
-    (spec.build.BuildOptions). sides: ControlNets and adapters among `others`."""
+    loras: what is merged into its networks. clip_skip, max_tokens: what the user says of its text
+    encoders (spec.build.BuildOptions). sides: ControlNets and adapters among `others`."""
 
     name: str
     root: Path
@@ -70,6 +71,7 @@ class ModelSource:
     embeddings: tuple[Embedding, ...] = ()
     loras: tuple[Lora, ...] = ()
     clip_skip: int | None = None
+    max_tokens: int | None = None
     sides: tuple[str, ...] = ()
 
     def folder(self, name: str) -> Path:
@@ -243,17 +245,18 @@ class ModelSource:
 
     def hints(self) -> dict[str, Any]:
         """Defaults that the model asks for in edgesd.json: num_inference_steps, guidance_scale,
-        variant, clip_skip. Those of a LoRA come before the model's. What the user says holds, and
-        steps and guidance of another variant than that don't.
+        variant, clip_skip, max_tokens. Those of a LoRA come before the model's. What the user says
+        holds, and steps and guidance of another variant than that don't.
 
         Raises InputError for another field, or a value that makes no sense.
         """
         own = self._own_hints()
-        skipped = own.get("clip_skip") if self.clip_skip is None else self.clip_skip
+        said = {"clip_skip": self.clip_skip, "max_tokens": self.max_tokens}
+        said = {name: own.get(name) if value is None else value for name, value in said.items()}
         found = self._lora_hints() or own
         if self.variant not in (None, found.get("variant")):
             found = {"variant": self.variant}
-        return found if skipped is None else {**found, "clip_skip": skipped}
+        return {**found, **{name: value for name, value in said.items() if value is not None}}
 
     def _lora_hints(self) -> dict[str, Any]:
         """What its LoRAs ask for. Raises InputError where two of them don't agree."""
@@ -333,7 +336,9 @@ class ModelSource:
             digest.update(
                 f"lora\0{lora.sha256}\0{lora.scale!r}\0{[*lora.hints.items()]}\n".encode()
             )
-        said = {"variant": self.variant, "clip_skip": self.hints().get("clip_skip")}
+        hints = self.hints()
+        said = {"variant": self.variant}
+        said |= {name: hints.get(name) for name in ("clip_skip", "max_tokens")}
         for name, value in said.items():
             if value:
                 digest.update(f"{name}\0{value}\n".encode())

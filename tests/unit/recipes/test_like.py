@@ -28,6 +28,7 @@ OPTIONS = BuildOptions(
     scheduler="ddim",
     variant="turbo",
     clip_skip=1,
+    max_tokens=128,
     prompt_chunks=2,
     tasks=("inpaint",),
     lora_slots=16,

@@ -1,0 +1,225 @@
+"""T5's text encoder: its graph computes what transformers does, for a fixed number of tokens."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+import onnxruntime  # noqa: E402
+
+from edgesd.errors import InputError  # noqa: E402
+from edgesd.export.cost.workload import trace  # noqa: E402
+from edgesd.export.families import Component, Family  # noqa: E402
+from edgesd.export.families.checkpoint import TRANSFORMERS_STEM  # noqa: E402
+from edgesd.export.families.parts import t5  # noqa: E402
+from edgesd.export.mapped import state_of  # noqa: E402
+from edgesd.export.passes.own_kernels import AttentionIn8Bits  # noqa: E402
+from edgesd.export.passes.standard_attention import StandardAttention  # noqa: E402
+from edgesd.export.quantize.layers import find_layers  # noqa: E402
+from edgesd.export.quiet import quiet  # noqa: E402
+from edgesd.export.source.folder import ModelSource  # noqa: E402
+from edgesd.export.to_onnx import graph_from_module  # noqa: E402
+from edgesd.export.tokenizer import write_tokenizer  # noqa: E402
+from edgesd.runtime.arrays import Array  # noqa: E402
+from edgesd.runtime.tokenizer import PromptTokenizer  # noqa: E402
+from edgesd.spec.pipeline import ShapeSpec  # noqa: E402
+from tests.unit.runtime.test_t5_tokenizer import pieces  # noqa: E402
+
+ENCODER, TOKENIZER, TOKENS = "text_encoder_2", "tokenizer_2", 24
+FAMILY: Any = Family("t5", (), {ENCODER: TRANSFORMERS_STEM}, (TOKENIZER,), lambda *_: None)
+SHAPE = ShapeSpec(64, 64, 4, dynamic=True, multiple_of=16)
+
+
+def config(**more: Any) -> Any:
+    """Far distances share a bucket from 12 tokens on, so that 24 tokens have all kinds."""
+    return transformers.T5Config(
+        vocab_size=len(pieces()) + 9,
+        d_model=32,
+        d_ff=48,
+        d_kv=8,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=12,
+        **{"feed_forward_proj": "gated-gelu", **more},
+    )
+
+
+def write_model(root: Path, dtype: Any, **more: Any) -> ModelSource:
+    torch.manual_seed(0)
+    with quiet():
+        net = transformers.T5EncoderModel(config(**more)).to(dtype)
+        for weight in net.parameters():
+            weight.data += 0.1 * torch.randn(weight.shape, dtype=dtype)
+        net.save_pretrained(root / ENCODER)
+    transformers.T5TokenizerFast(vocab=pieces(), extra_ids=0).save_pretrained(root / TOKENIZER)
+    index = {ENCODER: ["transformers", "T5EncoderModel"]}
+    return ModelSource("tiny", root, index, FAMILY)
+
+
+def component(source: ModelSource, tokens: int = TOKENS) -> Component:
+    found = source.config(f"{ENCODER}/config.json")
+    return t5.text_encoder(source, ENCODER, found, tokens, SHAPE)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    """In 16 bits, as T5-XXL is. Read-only."""
+    return write_model(tmp_path_factory.mktemp("t5"), torch.float16)
+
+
+def export(source: ModelSource, tokens: int = TOKENS) -> ir.Model:
+    part = component(source, tokens)
+    return graph_from_module(part.load(), part, "ort-mha")
+
+
+@pytest.fixture(scope="module")
+def graph(source: ModelSource) -> bytes:
+    return ir.to_proto(export(source)).SerializeToString()
+
+
+def model_of(graph: bytes) -> ir.Model:
+    import onnx
+
+    return ir.from_proto(onnx.load_from_string(graph))
+
+
+def run(model: ir.Model, ids: Array) -> Array:
+    content = ir.to_proto(model).SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"input_ids": ids})
+    return np.asarray(found)
+
+
+def reference(source: ModelSource, ids: Array) -> Array:
+    """transformers' own, in fp32, without a mask, as diffusers' FluxPipeline runs it."""
+    net = transformers.T5EncoderModel.from_pretrained(source.folder(ENCODER), dtype=torch.float32)
+    with torch.no_grad():
+        found = net.eval()(torch.from_numpy(ids), output_hidden_states=False)[0]
+    return np.asarray(found)
+
+
+def ids_of(prompts: list[str], tokens: int = TOKENS) -> Array:
+    tokenizer = transformers.T5TokenizerFast(vocab=pieces(), extra_ids=0)
+    found: Array = tokenizer(
+        prompts, padding="max_length", max_length=tokens, truncation=True, return_tensors="np"
+    ).input_ids
+    return found
+
+
+PROMPTS = ["", "a red apple", "x " * 40]
+
+
+def test_the_graph_computes_what_transformers_does(source: ModelSource, graph: bytes) -> None:
+    ids = ids_of(PROMPTS)
+    wanted = reference(source, ids)
+    assert np.abs(wanted).max() > 0.5
+    np.testing.assert_allclose(run(model_of(graph), ids), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated-silu"])
+def test_other_activations_do_too(tmp_path: Path, kind: str) -> None:
+    source = write_model(tmp_path, torch.float32, feed_forward_proj=kind)
+    ids = ids_of(PROMPTS[1:2])
+    np.testing.assert_allclose(run(export(source), ids), reference(source, ids), atol=1e-5)
+
+
+def test_nothing_is_left_to_compute_the_buckets_with(graph: bytes) -> None:
+    model = model_of(graph)
+    count = Counter(node.op_type for node in model.graph)
+    assert count["MultiHeadAttention"] == count["Gelu"] == 2
+    assert not count.keys() & {"Log", "Where", "Range", "Less", "Abs", "Cast", "Tanh", "Softmax"}
+    assert [value.shape for value in model.graph.inputs] == [ir.Shape(["batch", TOKENS])]
+
+
+def test_the_bias_is_part_of_attention_in_standard_operators(
+    source: ModelSource, graph: bytes
+) -> None:
+    model, ids = model_of(graph), ids_of(PROMPTS)
+    assert StandardAttention()(model)
+    assert not any(node.domain for node in model.graph)
+    np.testing.assert_allclose(run(model, ids), reference(source, ids), atol=1e-5)
+
+
+def test_kernels_without_a_bias_leave_the_attention(source: ModelSource, graph: bytes) -> None:
+    assert not AttentionIn8Bits()(model_of(graph))
+    kinds = [op for op in trace(component(source), {"batch": 1}).operations if op.heads[0]]
+    assert [(op.kind, op.biased) for op in kinds] == [("attention", True)] * 2
+
+
+def test_biases_of_many_tokens_are_no_weights(source: ModelSource) -> None:
+    tokens = 128
+    model, ids = export(source, tokens), ids_of(["a red apple " * 30], tokens)
+    (gather,) = (n for n in model.graph if n.op_type == "Gather" and n.attributes["axis"].value)
+    assert gather.inputs[0] is not None and gather.inputs[0].shape == (4, 8)
+    assert find_layers("t5", model, least=1)[0].kind == "embedding"
+    assert {la.kind for la in find_layers("t5", model, least=1)[1:]} == {"linear"}
+    np.testing.assert_allclose(run(model, ids), reference(source, ids), atol=1e-5)
+
+
+def test_a_position_counts(source: ModelSource, graph: bytes) -> None:
+    ids = ids_of(PROMPTS[1:2])
+    model = model_of(graph)
+    (attention, *_) = (n for n in model.graph if n.op_type == "MultiHeadAttention")
+    bias = attention.inputs[5]
+    assert bias is not None and bias.const_value is not None
+    bias.const_value = ir.tensor(np.flip(bias.const_value.numpy(), -1))
+    assert np.abs(run(model, ids) - reference(source, ids)).max() > 1e-3
+
+
+def test_weights_stay_in_the_type_of_their_files(source: ModelSource) -> None:
+    state = state_of(component(source).load())
+    wide = [name for name, weight in state.items() if weight.dtype == torch.float32]
+    assert [name.rpartition(".")[2] for name in wide] == ["biases"]
+    count = sum(weight.dtype == torch.float16 for weight in state.values())
+    assert count == len(transformers.T5EncoderModel(config()).state_dict())
+
+
+def test_the_tokenizer_becomes_one_that_boards_read(source: ModelSource, tmp_path: Path) -> None:
+    folder = source.folder(TOKENIZER)
+    files = write_tokenizer(folder, tmp_path / "made", TOKENS, (), "T5Tokenizer")
+    spec = json.loads(files["tokenizer_spec.json"])
+    assert spec == {"max_length": TOKENS, "pad_id": 0, "bos_id": None, "eos_id": 1}
+    rows = [PromptTokenizer(*files.values()).encode(prompt)[0] for prompt in PROMPTS]
+    assert np.array_equal(np.concatenate(rows), ids_of(PROMPTS))
+
+
+def test_a_tokenizer_without_its_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "spiece.model").write_bytes(b"\n")
+    with pytest.raises(InputError, match=r"lacks tokenizer\.json") as caught:
+        write_tokenizer(tmp_path, tmp_path / "made", TOKENS, (), "T5TokenizerFast")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_number_of_tokens(source: ModelSource, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    tokenizer = t5.load_tokenizer(source.folder(TOKENIZER))
+    found = source.config(f"{ENCODER}/config.json")
+
+    def count(given: ModelSource, usual: int = 256) -> int:
+        return t5.token_count(given, TOKENIZER, tokenizer, found, usual)
+
+    assert count(source) == 256
+    assert count(replace(source, max_tokens=128)) == 128
+    tokenizer.model_max_length = 24
+    assert count(source) == 24
+    assert count(replace(source, max_tokens=512)) == 512
+    own = replace(source, root=tmp_path)
+    (tmp_path / "edgesd.json").write_text('{"max_tokens": 64}')
+    assert (count(own), count(replace(own, max_tokens=32))) == (64, 32)
+    (tmp_path / "edgesd.json").write_text('{"max_tokens": 513}')
+    with pytest.raises(InputError, match="takes 2 to 512 tokens of a prompt, not 513"):
+        count(own)
+    found["vocab_size"] = 9
+    with pytest.raises(InputError, match="embeddings for 9 only"):
+        count(source)
