@@ -113,14 +113,14 @@ class Calibration:
         """Statistics of one layer; None for one that saw nothing (an embedding)."""
         with self._opened(layer) as file:
             names = set(file.keys())
-            key = layer.name
+            key = layer.module
             if f"{key}:low" not in names:
                 return None
             used = int(file.get_tensor(f"{key}:used")[0])
             blocks: list[Float] = []
             while f"{key}:block{len(blocks)}" in names:
                 blocks.append(file.get_tensor(f"{key}:block{len(blocks)}"))
-            return LayerStats(
+            whole = LayerStats(
                 low=file.get_tensor(f"{key}:low"),
                 high=file.get_tensor(f"{key}:high"),
                 blocks=tuple(blocks),
@@ -129,10 +129,11 @@ class Calibration:
                 row_steps=file.get_tensor(f"{key}:row_steps")[:used],
                 rows_per_run=int(file.get_tensor(f"{key}:rows_per_run")[0]),
             )
+        return whole if layer.part is None else _part_of(whole, *layer.part)
 
     def rows_per_run(self, layer: Layer) -> int:
         """Rows of the layer's matrix product in one run of the network; 1 where none was seen."""
-        key = f"{layer.name}:rows_per_run"
+        key = f"{layer.module}:rows_per_run"
         with self._opened(layer) as file:
             return int(file.get_tensor(key)[0]) if key in file.keys() else 1  # noqa: SIM118
 
@@ -144,6 +145,24 @@ class Calibration:
                 yield file
         except (SafetensorError, OSError) as exc:
             raise EdgesdError(f"{path} can't be read ({exc}): remove it and run again") from exc
+
+
+def _part_of(stats: LayerStats, start: int, stop: int) -> LayerStats:
+    """What went into the columns from `start` to `stop` of a linear."""
+    blocks, at = [], 0
+    for block in stats.blocks:
+        first, last = (min(max(edge - at, 0), len(block)) for edge in (start, stop))
+        if first < last:
+            blocks.append(block[first:last, first:last])
+        at += len(block)
+    columns = slice(start, stop)
+    return replace(
+        stats,
+        low=stats.low[:, columns],
+        high=stats.high[:, columns],
+        blocks=tuple(blocks),
+        rows=stats.rows[:, columns],
+    )
 
 
 @dataclass(frozen=True)

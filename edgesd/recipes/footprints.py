@@ -324,6 +324,8 @@ def schemes_of(
     if manifest.recipe is None:
         return {}
     written = {la.name: la.scheme for la in manifest.recipe.layers if la.component == component}
+    # Of a layer that was split, the first part (passes/split_concat.py).
+    written = {layer.name: written.get(f"{layer.name}.0", "fp16") for layer in layers} | written
     return {
         layer: None if written[layer.name] == "fp16" else parse_scheme(written[layer.name])
         for layer in layers

@@ -85,7 +85,8 @@ class QuantizedBuild:
         self.comparison = _comparison(job, reference)
         self.assets = _copy_assets(reference, self.root)
         self.store = _store(job, reference, self.graphs)
-        layers, work = planned(self.store.layers, self.scheme), job.folders.work
+        ends, work = "ends" in self.store.method.measures, job.folders.work
+        layers = planned(self.store.layers, self.scheme, ends)
         measure = _no_images
         if self.comparison is not None:
             measure = Sensitivities(
@@ -316,15 +317,17 @@ def _store(job: Job, reference: Bundle, graphs: SourceGraphs) -> LayerStore:
     """Calibrated layers of the source's graphs."""
     spec, work = job.spec.pipeline, job.folders.work
     options = job.options.quantization
-    method = get_method(options.method, options.static or job.lowering.static_ranges)
+    static = options.static or job.lowering.static_ranges
+    method = get_method(options.method, static, options.measures)
     settings = _calibration(job, method.correlates)
-    nodes = find_nodes(graphs, spec.components)
     folder = work / f"calibration-{calibration_key(settings, spec.source_sha256)}"
     tokenizers = {
         text.tokenizer: tokenizer_of(reference, text.tokenizer) for text in spec.wiring.texts
     }
 
-    calibration = calibrate(job.spec, list(nodes), settings, tokenizers, folder, job.progress)
+    whole = list(find_nodes(graphs, spec.components))
+    calibration = calibrate(job.spec, whole, settings, tokenizers, folder, job.progress)
+    nodes = find_nodes(graphs, spec.components, split="split" in method.measures)
     return LayerStore(graphs, nodes, calibration, method, work, job.lowering, spec.wiring)
 
 

@@ -40,6 +40,11 @@ Variant = Literal["base", "turbo", "lightning", "lcm"]
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
+Measure = Literal["split", "unsigned", "joint", "ends"]
+"""What is done for few bits, by the form of a graph, whatever the method (docs/quantization.md)."""
+
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+
 Prompts = Annotated[
     tuple[Annotated[str, Meta(max_length=_LONGEST_PROMPT)], ...],
     Meta(max_length=_MOST_PROMPTS),
@@ -55,7 +60,7 @@ class QuantOptions(Spec, frozen=True):
     calibration and comparison; None is the model's default. min_psnr: floor in dB for the worst
     image. max_size: limit of the bundle's size relative to the fp32 one's; max_time: the same for
     the estimated time of an image. pool_attention: fewer keys and values in the largest
-    self-attention, where images allow.
+    self-attention, where images allow. measures: those that are taken; None is all of them.
     """
 
     method: Word = DEFAULT_METHOD
@@ -68,6 +73,7 @@ class QuantOptions(Spec, frozen=True):
     max_size: Annotated[float, Meta(gt=0, le=1)] | None = None
     max_time: Annotated[float, Meta(gt=0, le=1e15)] | None = None
     pool_attention: bool = False
+    measures: Annotated[tuple[Measure, ...], Meta(max_length=len(MEASURES))] | None = None
 
     @property
     def limited(self) -> bool:

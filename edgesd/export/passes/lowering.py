@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -36,12 +37,17 @@ class Timesteps(NamedTuple):
     recorded: Float
 
 
+Made = dict[tuple[str, bytes], ir.Value]
+"""Values that several layers read: what each was made of, by name, and how -> the value."""
+
+
 class QuantizedPass(Pass):
     """Replaces the nodes of `layers` (by node name)."""
 
     def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
         self.layers = layers
         self._weights: set[str] = set()
+        self.made: Made = {}
 
     def requires(self, model: ir.Model) -> None:
         """Every layer's node is there, with a weight of the layer's shape."""
@@ -60,6 +66,7 @@ class QuantizedPass(Pass):
         """Raise EdgesdError, which begins with `name`, for a layer that can't be written."""
 
     def call(self, model: ir.Model) -> bool:
+        self.made.clear()
         for number, node in enumerate(list(model.graph)):
             quantized = self.layers.get(node.name or "")
             if quantized is not None:
@@ -88,12 +95,14 @@ class QuantizedPass(Pass):
 
 
 class LayerLowering:
-    """Writes one layer's nodes in the place of the one it was."""
+    """Writes one layer's nodes in the place of the one it was. made: what layers before it made,
+    and what this one adds."""
 
     def __init__(
-        self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
+        self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str, made: Made
     ) -> None:
         self.model, self.node, self.q, self.prefix = model, node, quantized, prefix
+        self.made = made
         self.nodes: list[ir.Node] = []
 
     def replace(self) -> None:
@@ -145,6 +154,17 @@ class LayerLowering:
 
         tensor = ir.LazyTensor(made, dtype=dtype, shape=ir.Shape(shape), name=name)
         return _initializer(self.model, tensor)
+
+    def smoothed(self, x: ir.Value, dtype: npt.DTypeLike = np.float32) -> ir.Value:
+        """The input divided by the smoothing, if there is one; once for all layers that read it and
+        share their smoothing."""
+        if self.q.smooth is None:
+            return x
+        factor = self.per_channel((1 / self.q.smooth).astype(dtype))
+        key = x.name or "", factor.tobytes()
+        if key not in self.made:
+            self.made[key] = self.op("Mul", [x, self.const("smooth", factor)])
+        return self.made[key]
 
     def matrix(
         self,

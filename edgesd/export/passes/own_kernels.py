@@ -83,7 +83,7 @@ class OwnKernels(QuantizedOrt):
     ) -> LayerLowering:
         if quantized.activations.bits != 8 or not kernel_takes(quantized.layer):
             return super().lowering(model, node, quantized, prefix)
-        return _Kernel(model, node, quantized, prefix, None)
+        return _Kernel(model, node, quantized, prefix, self.made, None)
 
 
 class _Kernel(OrtLowering):

@@ -26,6 +26,7 @@ from edgesd.errors import EdgesdError
 from edgesd.export.passes.fp16_weights import MAX_FP16
 from edgesd.export.passes.lowering import (
     LayerLowering,
+    Made,
     QuantizedPass,
     Timesteps,
     check_opset_21,
@@ -69,7 +70,7 @@ class QuantizedOrt(QuantizedPass):
     def lowering(
         self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
     ) -> LayerLowering:
-        return OrtLowering(model, node, quantized, prefix, self._step)
+        return OrtLowering(model, node, quantized, prefix, self.made, self._step)
 
 
 def _table(act: Activations) -> bool:
@@ -102,9 +103,10 @@ class OrtLowering(LayerLowering):
         node: ir.Node,
         quantized: QuantizedLayer,
         prefix: str,
+        made: Made,
         step: ir.Value | None,
     ) -> None:
-        super().__init__(model, node, quantized, prefix)
+        super().__init__(model, node, quantized, prefix, made)
         self.step = step
 
     def output(self) -> ir.Value:
@@ -121,13 +123,6 @@ class OrtLowering(LayerLowering):
 
     def _shared(self, name: str, values: list[int]) -> ir.Value:
         return shared_constant(self.model, name, np.array(values, np.int64))
-
-    def smoothed(self, x: ir.Value) -> ir.Value:
-        """The input divided by the smoothing, if there is one."""
-        if self.q.smooth is None:
-            return x
-        factor = (1 / self.q.smooth).astype(np.float32)
-        return self.op("Mul", [x, self.const("smooth", self.per_channel(factor))])
 
     def bias(self) -> ir.Value | None:
         """The node's own bias [N], if it has one: a MatMul's is an Add after it."""
@@ -341,17 +336,23 @@ class OrtLowering(LayerLowering):
         return taps[0] if len(taps) == 1 and taps[0] else self.op("Concat", taps, axis=3)
 
     def _simulated(self, x: ir.Value) -> ir.Value:
-        """x rounded to 4 bits, a scale per group of channels of each row or pixel."""
-        layer, group = self.q.layer, self.q.activations.group
+        """x rounded to 4 bits, a scale per group of channels of each row or pixel. Where a shift
+        makes it positive, codes are unsigned, and the layer's bias would take the shift back."""
+        layer, group, shift = self.q.layer, self.q.activations.group, self.q.activations.shift
+        if shift is not None:
+            offset = self.const("shift", self.per_channel(shift))
+            x = self.op("Add", [x, offset])
         count = layer.channels // group
         shape = [-1, count, group] if layer.kind == "linear" else [0, count, group, -1]
         wide = self.op("Reshape", [x, self._shared("shape:" + "x".join(map(str, shape)), shape)])
         largest = self.op("ReduceMax", [self.op("Abs", [wide]), self._shared("axis:2", [2])])
         least = shared_constant(self.model, "const:least", np.float32(1e-7))
-        high = shared_constant(self.model, "const:7.0", np.float32(7))
+        steps = 7.0 if shift is None else 15.0
+        high = shared_constant(self.model, f"const:{steps}", np.float32(steps))
         scale = self.op("Div", [self.op("Max", [largest, least]), high])
         rounded = self.op("Mul", [self.op("Round", [self.op("Div", [wide, scale])]), scale])
-        return self.op("Reshape", [rounded, self.op("Shape", [x])])
+        out = self.op("Reshape", [rounded, self.op("Shape", [x])])
+        return out if shift is None else self.op("Sub", [out, offset])
 
     def _embedding(self) -> ir.Value:
         """Rows of codes times their scales."""

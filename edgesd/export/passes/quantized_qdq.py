@@ -32,6 +32,7 @@ import onnx_ir as ir
 from edgesd.errors import EdgesdError
 from edgesd.export.passes.lowering import (
     LayerLowering,
+    Made,
     QuantizedPass,
     check_opset_21,
     shared_constant,
@@ -79,7 +80,7 @@ class QuantizedQdq(QuantizedPass):
     def lowering(
         self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
     ) -> LayerLowering:
-        return _Lowering(model, node, quantized, prefix)
+        return _Lowering(model, node, quantized, prefix, self.made)
 
     def ensures(self, model: ir.Model) -> None:
         """No float weight of a quantized layer is left; new values are finite, scales positive."""
@@ -119,9 +120,9 @@ def _any_int4(layers: Mapping[str, QuantizedLayer]) -> bool:
 
 class _Lowering(LayerLowering):
     def __init__(
-        self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
+        self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str, made: Made
     ) -> None:
-        super().__init__(model, node, quantized, prefix)
+        super().__init__(model, node, quantized, prefix, made)
         weight = weight_of(node)
         assert weight is not None
         self.weight, self.dtype = weight, _TYPES[tensor_of(weight).dtype]
@@ -132,7 +133,7 @@ class _Lowering(LayerLowering):
         inputs[inputs.index(self.weight)] = weight
         x = source
         if self.q.layer.kind != "embedding":  # its input 0 is the weight
-            x = self._smoothed(source)
+            x = self.smoothed(source, self.dtype)
             inputs[0] = self._quantized(x)
         (out,) = self.ops(self.node.op_type, inputs, self.node.attributes)
         return self.op("Add", [out, self._branch(x)]) if self.q.rank else out
@@ -141,12 +142,6 @@ class _Lowering(LayerLowering):
         return self.const(name, array.astype(self.dtype))
 
     # The input.
-
-    def _smoothed(self, x: ir.Value) -> ir.Value:
-        if self.q.smooth is None:
-            return x
-        factor = self.per_channel(1 / self.q.smooth)
-        return self.op("Mul", [x, self._float("smooth", factor)])
 
     def _quantized(self, x: ir.Value) -> ir.Value:
         """What the product takes: x, of whole blocks for int4, rounded to 8 bits if static."""

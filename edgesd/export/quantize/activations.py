@@ -53,7 +53,7 @@ def fake_quantize(
     if act.mode == "none":
         return rows
     if act.mode == "group":
-        return _by_group(rows, layer, act.group, act.bits)
+        return _by_group(rows, layer, act)
     if act.mode == "dynamic":
         low, high = ranges[:, 0].clamp(max=0), ranges[:, 1].clamp(min=0)
         scale = ((high - low) / 255).clamp_min(_MIN_SCALE)
@@ -68,8 +68,15 @@ def fake_quantize(
     return rounded
 
 
-def _by_group(rows: Tensor, layer: Layer, group: int, bits: int) -> Tensor:
-    high = 2 ** (bits - 1) - 1
+def _by_group(rows: Tensor, layer: Layer, act: Activations) -> Tensor:
+    if act.shift is not None:
+        shift = torch.from_numpy(act.shift)
+        return _rounded(rows + shift, layer, act.group, 2**act.bits - 1) - shift
+    return _rounded(rows, layer, act.group, 2 ** (act.bits - 1) - 1)
+
+
+def _rounded(rows: Tensor, layer: Layer, group: int, high: int) -> Tensor:
+    """Rows rounded to `high` steps from 0 to the largest magnitude of each group of channels."""
     taps = rows.shape[1] // layer.channels
     count = -(-layer.channels // group)
     padded = torch.nn.functional.pad(

@@ -32,19 +32,21 @@ _PRICES = (1.0, 8.0, 1 / 8, 64.0, 1 / 64, 1e6, 1e-6)
 """Of a byte against time, in turn, until both budgets hold."""
 
 
-def planned(layers: Sequence[Layer], scheme: Scheme) -> dict[Layer, LayerScheme]:
+def planned(layers: Sequence[Layer], scheme: Scheme, ends: bool = True) -> dict[Layer, LayerScheme]:
     """The scheme of every layer before anything is measured.
 
-    A component's first and last convolution stay in fp16: they are its way in and out, see or make
-    few channels, and hold few weights. An embedding, which is read and not multiplied, gets 8 bits.
+    A component's ways in and out stay in fp16, as they see or make few channels and hold few
+    weights: its first and last convolution, and, with `ends`, those of a transformer. An embedding,
+    which is read and not multiplied, gets 8 bits.
     """
     convs: dict[str, list[Layer]] = {}
     for layer in layers:
         if layer.kind == "conv":
             convs.setdefault(layer.component, []).append(layer)
-    ends = {layer for group in convs.values() for layer in (group[0], group[-1])}
+    kept = {layer for group in convs.values() for layer in (group[0], group[-1])}
+    kept |= {layer for layer in layers if ends and layer.end}
     return {
-        layer: None if layer in ends else Scheme(8, 16) if layer.kind == "embedding" else scheme
+        layer: None if layer in kept else Scheme(8, 16) if layer.kind == "embedding" else scheme
         for layer in layers
     }
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ Codes = npt.NDArray[np.int8]
 MIN_WEIGHTS = 1024
 """Smaller weights stay as they are: they save nothing."""
 
+GELU_FLOOR = 0.171875
+"""What makes any value of GELU positive: a little more than its least, which is -0.1700 in its
+exact form and in that of the hyperbolic tangent."""
+
+PART = "edgesd.part"
+"""In a node's meta: the columns that it has of a layer which was split (passes/split_concat.py)."""
+
 _WEIGHT_INPUT = {"Conv": 1, "MatMul": 1, "Gemm": 1, "Gather": 0}
 
 
@@ -41,7 +49,11 @@ class Layer:
     name: of the torch module below its component's network. node: of its ONNX node. shape: of the
     weight, outputs first: [N, C, kh, kw], [N, K] or [rows, C] for an embedding. kernel, strides,
     pads (top, left, bottom, right): of a conv. one_row: a linear that sees one vector per run, the
-    timestep's, and not one per token.
+    timestep's, and not one per token. part: columns (first, behind the last) of the module's
+    weight, where the layer is a part of it, which has the module's name and a number. floor: what
+    makes all values of the input positive; 0 where nothing is known to. source: the value that it
+    reads, where other linears do, too; "" where none does. end: the network's way in or out, and
+    not a convolution.
     """
 
     component: str
@@ -52,6 +64,15 @@ class Layer:
     strides: tuple[int, int] = (1, 1)
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
     one_row: bool = False
+    part: tuple[int, int] | None = None
+    floor: float = 0.0
+    source: str = ""
+    end: bool = False
+
+    @property
+    def module(self) -> str:
+        """The torch module that the weight is of."""
+        return self.name if self.part is None else self.name.rpartition(".")[0]
 
     @property
     def kernel(self) -> tuple[int, int]:
@@ -90,8 +111,57 @@ def find_layers(component: str, model: ir.Model, least: int = MIN_WEIGHTS) -> li
             continue
         layer = _layer(component, node, tuple(tensor.shape.numpy()))
         if layer is not None:
-            found.append(layer)
-    return found
+            found.append(replace(layer, part=node.meta.get(PART), floor=_floor(node, layer)))
+    ends, shared = _ends(model, found), _shared_inputs(model, found)
+    return [
+        replace(layer, source=shared.get(layer.node, ""), end=layer.node in ends) for layer in found
+    ]
+
+
+def _floor(node: ir.Node, layer: Layer) -> float:
+    """See Layer."""
+    x = node.inputs[0] if layer.kind == "linear" and not layer.one_row else None
+    maker = None if x is None else x.producer()
+    return GELU_FLOOR if maker is not None and maker.op_type == "Gelu" else 0.0
+
+
+def _shared_inputs(model: ir.Model, layers: Sequence[Layer]) -> dict[str, str]:
+    """Nodes of linears for tokens -> the value that they read, where several read it."""
+    nodes = {layer.node for layer in layers if layer.kind == "linear" and not layer.one_row}
+    readers: dict[str, list[str]] = {}
+    for node in model.graph:
+        x = node.inputs[0] if node.name in nodes else None
+        if x is not None and x.name:
+            readers.setdefault(x.name, []).append(node.name or "")
+    return {node: x for x, several in readers.items() if len(several) > 1 for node in several}
+
+
+def _ends(model: ir.Model, layers: Sequence[Layer]) -> set[str]:
+    """Nodes of the linears for tokens that alone read one of the graph's inputs, or alone lead to
+    its outputs, in a network that isn't one of convolutions."""
+    if sum(layer.kind == "conv" for layer in layers) > 1:
+        return set()
+    names = {layer.node for layer in layers}
+    # What a value is made of: inputs of the graph, and layers, with no other layer in between.
+    made: dict[ir.Value | None, frozenset[str]] = {
+        value: frozenset([f"<{value.name}>"]) for value in model.graph.inputs
+    }
+    readers: dict[str, set[str]] = {}
+    for node in model.graph:
+        of = frozenset[str]()
+        if node.op_type != "Shape":
+            of = of.union(*(made.get(value, ()) for value in node.inputs))
+        if node.name in names:
+            for source in of:
+                readers.setdefault(source, set()).add(node.name or "")
+            of = frozenset([node.name or ""])
+        for out in node.outputs:
+            made[out] = of
+    leading = {name for value in model.graph.outputs for name in made.get(value, ())}
+    alone = [readers.get(f"<{value.name}>", set()) for value in model.graph.inputs]
+    found = {name for group in (*alone, leading) if len(group) == 1 for name in group}
+    tokens = {la.node for la in layers if la.kind == "linear" and not la.one_row}
+    return found & tokens
 
 
 def weight_of(node: ir.Node) -> ir.Value | None:
@@ -162,7 +232,8 @@ class Activations:
     mode "none": floating point. "dynamic": 8 bits, asymmetric, range of the current tensor.
     "static": 8 bits, `scale` [T] and `zero_point` [T] for each timestep recorded (T = 1: one for
     all; asymmetric), and `symmetric_scale` [1], for backends that take nothing else. "group": a
-    scale per `group` channels of each row, symmetric, `bits` wide.
+    scale per `group` channels of each row, `bits` wide: symmetric, or, with `shift` [C], unsigned
+    codes of the input plus it, which is what makes all values positive.
     """
 
     mode: str = "none"
@@ -171,6 +242,7 @@ class Activations:
     scale: Float | None = None
     zero_point: npt.NDArray[np.uint8] | None = None
     symmetric_scale: Float | None = None
+    shift: Float | None = None
 
 
 @dataclass(frozen=True)
@@ -316,6 +388,7 @@ def save_layer(quantized: QuantizedLayer, path: Path) -> None:
         ("act_scale", act.scale),
         ("act_zero_point", act.zero_point),
         ("act_symmetric_scale", act.symmetric_scale),
+        ("act_shift", act.shift),
     ):
         if part is not None:
             tensors[name] = np.ascontiguousarray(part)
@@ -370,6 +443,7 @@ def _layer_from(meta: dict[str, Any], parts: dict[str, npt.NDArray[Any]]) -> Qua
             scale=parts.get("act_scale"),
             zero_point=parts.get("act_zero_point"),
             symmetric_scale=parts.get("act_symmetric_scale"),
+            shift=parts.get("act_shift"),
         ),
         error=meta["error"],
     )

@@ -10,6 +10,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from edgesd.spec.build import MEASURES
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -50,13 +52,14 @@ class Represented(NamedTuple):
 @dataclass(frozen=True, repr=False)
 class Method(ABC):
     """How codes are chosen. static: activation ranges are recorded ones, not those of the current
-    tensor.
+    tensor. measures: see spec/build.py.
 
     name: of its file. label: as a recipe has it. smooths: outliers of the inputs move into the
     weights, where that pays. correlates: the inputs' covariance is used, and has to be recorded.
     """
 
     static: bool = False
+    measures: frozenset[str] = frozenset(MEASURES)
     name: ClassVar[str]
     label: ClassVar[str]
     smooths: ClassVar[bool] = False
@@ -64,7 +67,9 @@ class Method(ABC):
 
     def __repr__(self) -> str:
         # Part of the cache's keys: what was quantized before is found again.
-        return f"Method(name={self.name!r}, static={self.static!r})"
+        left = sorted(set(MEASURES) - self.measures)
+        without = f", without={left}" if left else ""
+        return f"Method(name={self.name!r}, static={self.static!r}{without})"
 
     @abstractmethod
     def represent(self, problem: Problem) -> Represented:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from edgesd.export.quantize.rounding import rounded
 from edgesd.runtime.arrays import Float
 from edgesd.spec.scheme import Scheme
 
-VERSION = 6
+VERSION = 7
 """Part of the cache key: raised when a method changes its results, or their file its form."""
 
 _ALPHAS = (0.25, 0.5, 0.75)
@@ -69,8 +70,11 @@ def quantize_layer(
     stats: LayerStats | None,
     scheme: Scheme,
     method: Method,
+    together: Sequence[Float] = (),
 ) -> QuantizedLayer:
     """Quantize weight [N, K]. stats: None for an embedding, and where nothing was recorded.
+    together: weights of all layers that read this one's input, itself included, in an order that
+    is the same for each of them: they get one smoothing.
 
     Raises EdgesdError when the weight or the statistics hold NaN or infinite values.
     """
@@ -84,7 +88,9 @@ def quantize_layer(
         return _blind(layer, matrix, scheme, group)
     source, recorded = matrix, _inputs(layer, stats)
     mode = activation_mode(layer, scheme, method.static)
-    smooth, inputs, acts = _choose_smoothing(layer, matrix, recorded, scheme, mode, method)
+    sharing = [torch.from_numpy(np.array(each, np.float32)) for each in together] or [matrix]
+    smooth, inputs, acts = _choose_smoothing(layer, sharing, recorded, scheme, mode, method)
+    del sharing
     if smooth is not None:
         matrix = matrix * _per_column(smooth, layer.columns)
     rank = min(scheme.rank, *matrix.shape)
@@ -127,7 +133,9 @@ def rounded_layer(layer: Layer, weight: Float, scheme: Scheme) -> QuantizedLayer
     acts = {
         "none": Activations(),
         "dynamic": Activations("dynamic", 8),
-        "group": Activations("group", bits, channel_group(layer, scheme)),
+        "group": Activations(
+            "group", bits, channel_group(layer, scheme), shift=_shift(layer, scheme, None)
+        ),
     }[mode]
     return QuantizedLayer(
         layer=layer,
@@ -209,31 +217,52 @@ def _noise(layer: Layer, inputs: _Inputs, acts: Activations) -> Tensor:
     return (low - inputs.rows).square().mean(0).sqrt()
 
 
-def _activations(layer: Layer, inputs: _Inputs, scheme: Scheme, mode: str) -> Activations:
+def _activations(
+    layer: Layer, inputs: _Inputs, scheme: Scheme, mode: str, method: Method, smooth: Tensor | None
+) -> Activations:
     if mode == "none":
         return Activations()
     if mode == "static":
         return static_ranges(inputs.ranges)
     if mode == "group":
-        return Activations("group", scheme.activation_bits, channel_group(layer, scheme))
+        shift = _shift(layer, scheme, smooth) if "unsigned" in method.measures else None
+        group = channel_group(layer, scheme)
+        return Activations("group", scheme.activation_bits, group, shift=shift)
     return Activations("dynamic", 8)
 
 
+def _shift(layer: Layer, scheme: Scheme, smooth: Tensor | None) -> Float | None:
+    """What makes a smoothed input positive [C], so that it needs no sign; None where nothing does.
+
+    In 8 bits it would gain nothing: kernels have a zero point, or no unsigned codes.
+    """
+    if not layer.floor or scheme.activation_bits == 8:
+        return None
+    smooth = torch.ones(layer.channels) if smooth is None else smooth
+    shift: Float = (layer.floor / smooth).numpy()
+    return shift
+
+
 def _choose_smoothing(
-    layer: Layer, matrix: Tensor, inputs: _Inputs, scheme: Scheme, mode: str, method: Method
+    layer: Layer,
+    matrices: Sequence[Tensor],
+    inputs: _Inputs,
+    scheme: Scheme,
+    mode: str,
+    method: Method,
 ) -> tuple[Tensor | None, _Inputs, Activations]:
-    """The smoothing whose rounding to nearest loses least, none where it doesn't pay."""
-    acts = _activations(layer, inputs, scheme, mode)
+    """The smoothing whose rounding to nearest loses least, none where it doesn't pay. matrices: of
+    all layers that share it."""
+    acts = _activations(layer, inputs, scheme, mode, method, None)
     if mode == "none" or not method.smooths:
         return None, inputs, acts
-    best = _trial(layer, matrix, matrix, inputs, inputs, acts, scheme) * _WORTHWHILE
+    best = _trial(layer, matrices, None, inputs, inputs, acts, scheme) * _WORTHWHILE
     chosen: tuple[Tensor | None, _Inputs, Activations] = (None, inputs, acts)
     for alpha in _ALPHAS:
-        smooth = smoothing(inputs.channel_max, matrix, alpha)
+        smooth = smoothing(inputs.channel_max, torch.cat(list(matrices)), alpha)
         divided = inputs.divided(smooth)
-        scaled = matrix * _per_column(smooth, layer.columns)
-        acts = _activations(layer, divided, scheme, mode)
-        error = _trial(layer, matrix, scaled, inputs, divided, acts, scheme)
+        acts = _activations(layer, divided, scheme, mode, method, smooth)
+        error = _trial(layer, matrices, smooth, inputs, divided, acts, scheme)
         if error < best:
             best, chosen = error, (smooth, divided, acts)
     return chosen
@@ -241,19 +270,21 @@ def _choose_smoothing(
 
 def _trial(
     layer: Layer,
-    source: Tensor,
-    matrix: Tensor,
+    matrices: Sequence[Tensor],
+    smooth: Tensor | None,
     before: _Inputs,
     after: _Inputs,
     acts: Activations,
     scheme: Scheme,
 ) -> float:
-    """RMS error of the output when codes are rounded to nearest."""
+    """RMS of the layers' errors, each relative to its output, when codes are rounded to nearest."""
     low = fake_quantize(after.rows, acts, layer, after.ranges, after.steps)
-    wanted = before.rows @ source.T
-    if scheme.rank:  # the branch takes care of the weights: judge the inputs
-        found = low @ matrix.T
-    else:
-        group = scheme.group or matrix.shape[1]
-        found = low @ rounded(matrix, group, scheme.weight_bits)[2].T
-    return math.sqrt(float((found - wanted).square().mean()))
+    total = 0.0
+    for source in matrices:
+        wanted = before.rows @ source.T
+        matrix = source if smooth is None else source * _per_column(smooth, layer.columns)
+        if not scheme.rank:  # else the branch takes care of the weights: judge the inputs
+            matrix = rounded(matrix, scheme.group or layer.columns, scheme.weight_bits)[2]
+        lost = float((low @ matrix.T - wanted).square().sum())
+        total += lost / max(float(wanted.square().sum()), 1e-30)
+    return math.sqrt(total / len(matrices))

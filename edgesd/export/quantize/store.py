@@ -25,6 +25,7 @@ from edgesd.export.passes.lowering import Timesteps
 from edgesd.export.passes.no_shapes import NoShapes
 from edgesd.export.passes.pooled_attention import PooledAttention
 from edgesd.export.passes.split_autoencoder import describe_split, split_component
+from edgesd.export.passes.split_concat import SplitConcat
 from edgesd.export.quantize import quantize
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import (
@@ -96,6 +97,10 @@ class LayerStore:
         self.lowering, self.wiring = lowering, wiring
         self.layers = list(nodes)
         self._nodes = nodes
+        self._reading: dict[tuple[str, str], list[Layer]] = {}
+        for layer in nodes:
+            if layer.source and method.smooths and "joint" in method.measures:
+                self._reading.setdefault((layer.component, layer.source), []).append(layer)
         self._summaries: dict[tuple[Layer, Scheme], Summary] = {}
         parts = (quantize.VERSION, method, torch.__version__, torch.get_num_threads())
         key = hashlib.sha256(repr((calibration.folder.name, parts)).encode()).hexdigest()[:16]
@@ -134,7 +139,9 @@ class LayerStore:
                 _log.warning("%s", exc)
         stats = self.calibration.layer(layer)
         weight = matrix_of(self._nodes[layer], layer)
-        quantized = quantize_layer(layer, weight, stats, scheme, self.method)
+        others = self._reading.get((layer.component, layer.source), ())
+        together = [matrix_of(self._nodes[each], each) for each in others]
+        quantized = quantize_layer(layer, weight, stats, scheme, self.method, together)
         self.graphs.check()
         save_layer(quantized, path)
         return load_layer(path)
@@ -232,6 +239,8 @@ class LayerStore:
         """
         timesteps = self.timesteps(component)
         used = True
+        split = self._split(component, layers, fp16_weights)
+        SplitConcat(split.__contains__)(model)
         if attention is None:
             self.lowering.lower_quantized(model, layers, fp16_weights, timesteps)
         else:
@@ -239,17 +248,34 @@ class LayerStore:
         NoShapes()(model)
         return used
 
+    def _split(
+        self, component: str, layers: Mapping[str, QuantizedLayer], fp16_weights: Collection[str]
+    ) -> set[str]:
+        """Modules of which some part is quantized, or in 16 bits."""
+        return {
+            layer.module
+            for layer, node in self._nodes.items()
+            if layer.component == component
+            and layer.part
+            and (layer.node in layers or getattr(weight_of(node), "name", None) in fp16_weights)
+        }
+
     def timesteps(self, component: str) -> Timesteps | None:
         """Timesteps that ranges were recorded at; None for a component that doesn't take them."""
         name = self.wiring.input_of(component, "timestep")
         return None if name is None else Timesteps(name, self.calibration.timesteps())
 
 
-def find_nodes(graphs: SourceGraphs, components: Iterable[str]) -> dict[Layer, ir.Node]:
-    """All layers that can be quantized in the fp32 graphs of `components`, with their nodes."""
+def find_nodes(
+    graphs: SourceGraphs, components: Iterable[str], split: bool = False
+) -> dict[Layer, ir.Node]:
+    """All layers that can be quantized in the fp32 graphs of `components`, with their nodes. split:
+    of what is split into parts, the parts (passes/split_concat.py)."""
     layers: dict[Layer, ir.Node] = {}
     for component in components:
         model = graphs.load(component)
+        if split:
+            SplitConcat()(model)
         nodes = {node.name: node for node in model.graph}
         layers.update({layer: nodes[layer.node] for layer in find_layers(component, model)})
     return layers

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from edgesd.errors import UsageError, unknown_name
-from edgesd.spec.build import DEFAULT_METHOD
+from edgesd.spec.build import DEFAULT_METHOD, MEASURES
 
 if TYPE_CHECKING:
     from edgesd.export.quantize.method import Method
@@ -28,8 +29,13 @@ def check_method(name: str) -> None:
         raise UsageError(unknown_name("method", name, method_names()))
 
 
-def get_method(name: str = DEFAULT_METHOD, static: bool = False) -> Method:
-    """The method called `name`. static: see Method. Raises UsageError when there is none."""
+def get_method(
+    name: str = DEFAULT_METHOD, static: bool = False, measures: Iterable[str] | None = None
+) -> Method:
+    """The method called `name`. static, measures: see Method; None is all of them. Raises
+    UsageError when there is none."""
     check_method(name)
-    made: Method = importlib.import_module(f"{__name__}.{name}").METHOD(static)
+    made: Method = importlib.import_module(f"{__name__}.{name}").METHOD(
+        static, frozenset(MEASURES if measures is None else measures)
+    )
     return made

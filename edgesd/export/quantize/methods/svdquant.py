@@ -45,7 +45,7 @@ class SvdQuant(Method):
 
     def represent(self, problem: Problem) -> Represented:
         if not problem.rank:
-            return Gptq(self.static).represent(problem)
+            return Gptq(self.static, self.measures).represent(problem)
         noise, importance = problem.noise(), problem.importance()
 
         def plain(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
