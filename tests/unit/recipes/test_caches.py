@@ -49,7 +49,7 @@ def test_quantized_layers(tmp_path: Path) -> None:
     calibration: Any = SimpleNamespace(folder=Path("calibration-4e9c6533bc8ecb9a"))
     no: Any = None
     store = LayerStore(tmp_path, {}, calibration, get_method("gptq"), tmp_path, no, no)
-    assert store.folder.name == "layers-bf297714b7704bf6"
+    assert store.folder.name == "layers-87caeaa4ad050472"
 
 
 def test_layers_of_a_checkpoint_that_has_changed_are_not_kept(

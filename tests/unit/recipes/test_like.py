@@ -43,6 +43,7 @@ OPTIONS = BuildOptions(
         max_size=0.21,
         max_time=0.9,
         pool_attention=True,
+        measures=("split", "joint"),
     ),
 )
 Rebuild = Callable[[ModelReference], Like]

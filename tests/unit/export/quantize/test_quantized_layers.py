@@ -265,7 +265,7 @@ def quantized(columns: int = 36, group: int = 16, full: bool = True) -> Quantize
         up=normal(10, 4).astype(np.float16),
         activations=Activations(
             "static", 8, 0, np.array([0.1, 0.2], np.float32), np.array([3, 255], np.uint8),
-            np.array([0.3], np.float32),
+            np.array([0.3], np.float32), rng.uniform(0, 1, columns).astype(np.float32),
         ),
     )  # fmt: skip
 

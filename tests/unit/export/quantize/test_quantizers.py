@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,12 @@ torch = pytest.importorskip("torch")
 from edgesd.errors import EdgesdError, UsageError  # noqa: E402
 from edgesd.export.calibrate import LayerStats  # noqa: E402
 from edgesd.export.quantize import activations, methods, rounding  # noqa: E402
-from edgesd.export.quantize.layers import Activations, Layer  # noqa: E402
+from edgesd.export.quantize.layers import (  # noqa: E402
+    GELU_FLOOR,
+    Activations,
+    Layer,
+    QuantizedLayer,
+)
 from edgesd.export.quantize.methods import get_method, svdquant  # noqa: E402
 from edgesd.export.quantize.methods.gptq import DAMPING, gptq  # noqa: E402
 from edgesd.export.quantize.quantize import layer_error, quantize_layer  # noqa: E402
@@ -767,6 +773,45 @@ def test_groups_have_a_scale_per_row_and_tap(
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_an_input_behind_gelu_needs_no_sign() -> None:
+    layer = replace(linear(normal(8, 64)), floor=GELU_FLOOR)
+    rows = torch.nn.functional.gelu(torch.from_numpy(normal(40, 64)) * 2).numpy()
+    smooth = np.linspace(0.5, 2, 64, dtype=np.float32)
+    shift = np.float32(GELU_FLOOR) / smooth
+    act = Activations("group", 4, 16, shift=shift)
+    none = torch.zeros(1, 2), torch.zeros(40, dtype=torch.int64)
+    found = activations.fake_quantize(torch.from_numpy(rows / smooth), act, layer, *none).numpy()
+    expected = np.empty_like(rows)
+    for row in range(40):
+        for start in range(0, 64, 16):
+            part = slice(start, start + 16)
+            values = rows[row, part] / smooth[part] + shift[part]
+            assert (values >= 0).all()
+            scale = values.max() / np.float32(15)
+            codes = np.round(values / scale)
+            assert codes.min() >= 0 and codes.max() == 15
+            expected[row, part] = codes * scale - shift[part]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    recorded, weight = stats(rows, layer), normal(8, 64)
+    scheme = parse_scheme("w4a4-g16")
+    signed, unsigned = (
+        quantize_layer(layer, weight, recorded, scheme, get_method("rtn", measures=measures))
+        for measures in ((), ("unsigned",))
+    )
+    assert signed.activations.shift is None and unsigned.activations.shift is not None
+    assert activation_error(unsigned, rows) < 0.6 * activation_error(signed, rows)
+    for eight in ("w4a8-g16", "w8a8"):
+        found8 = quantize_layer(layer, weight, recorded, parse_scheme(eight), get_method("rtn"))
+        assert found8.activations.shift is None
+
+
+def activation_error(quantized: QuantizedLayer, rows: Array) -> float:
+    none = torch.zeros(1, 2), torch.zeros(len(rows), dtype=torch.int64)
+    x = torch.from_numpy(rows)
+    low = activations.fake_quantize(x, quantized.activations, quantized.layer, *none)
+    return float((low - x).square().mean().sqrt())
+
+
 def test_which_mode_a_layer_gets() -> None:
     linear_layer = Layer("unet", "a", "a/MatMul", "linear", (8, 40))
     one_row = Layer("unet", "a", "a/Gemm", "linear", (8, 40), one_row=True)
@@ -880,6 +925,7 @@ def test_layers_that_were_quantized_before_are_found_again() -> None:
     """The cache's keys hash it."""
     assert repr(get_method()) == "Method(name='svdquant', static=False)"
     assert repr(get_method("rtn", static=True)) == "Method(name='rtn', static=True)"
+    assert "without=['joint', 'split']" in repr(get_method(measures=("ends", "unsigned")))
 
 
 def test_inputs_that_never_change_have_a_metric_in_spite_of_rounding() -> None:
