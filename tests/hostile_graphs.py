@@ -153,6 +153,31 @@ def attention(heads: int, width: int, queries: int = 8, keys: int = 8, batch: in
     return Graph("QuantAttention", {"num_heads": heads, "scale": 0.1}, (q, k, k))
 
 
+def joint(
+    heads: int,
+    width: int,
+    tokens: tuple[int, ...] = (5, 8),
+    batch: int = 1,
+    normed: bool = True,
+    rotated: bool = True,
+) -> Graph:
+    """A QuantAttention of tokens of one or two tensors, the first ones first, whose heads are
+    normalized and rotated."""
+    *first, rest = tokens
+
+    def fed(*shape: int) -> Tensor:
+        return Tensor(FLOAT, shape, constant=False)
+
+    norm = Tensor(FLOAT, (width,)) if normed else None
+    angles = fed(sum(tokens), width // 2) if rotated else None
+    before = [fed(batch, *first, heads * width)] * 3 + [norm] * 2 if first else []
+    return Graph(
+        "QuantAttention",
+        {"num_heads": heads, "scale": 0.1, "epsilon": 1e-6},
+        (*[fed(batch, rest, heads * width)] * 3, norm, norm, angles, angles, *before),
+    )
+
+
 def widen(shape: tuple[int, ...]) -> Graph:
     """A Widen of x."""
     return Graph(
@@ -222,6 +247,9 @@ def random_graph(rng: np.random.Generator, isa: str) -> Graph:
             silu=below(2, 0),
             relu=below(2, 0),
         )
+    if maybe():
+        tokens = tuple(below(70) for _ in range(below(3)))
+        return joint(below(5), 2 * below(81), tokens, below(3), maybe(), maybe())
     return attention(below(5), below(161), below(70), below(140), below(3))
 
 
@@ -590,6 +618,49 @@ CASES: dict[str, tuple[Graph, str]] = {
         "q, k and v are [1, 8, 64], [1, 8, 64] and [1, 4, 64]",
     ),
     "no width": (attention(4, 0), "0 values aren't 4 heads"),
+    "joint attention": (joint(3, 16), "ran"),
+    "first tokens none": (joint(3, 16, tokens=(0, 8)), "ran"),
+    "rotated, an odd width": (joint(2, 15, tokens=(8,)), "rotated, with other keys, or an odd"),
+    "rotated, with other keys": (
+        put(
+            put(joint(2, 16, tokens=(8,)), 1, Tensor(FLOAT, (1, 9, 32), constant=False)),
+            2,
+            Tensor(FLOAT, (1, 9, 32), constant=False),
+        ),
+        "rotated, with other keys",
+    ),
+    "angles of fewer tokens": (
+        put(joint(3, 16), 5, Tensor(FLOAT, (12, 8), constant=False)),
+        "cos and sin are [12, 8] and [13, 8], not [13, 8]",
+    ),
+    "angles of half a pair": (put(joint(3, 16), 6, None), "of cos and sin only one is there"),
+    "a norm of all heads": (
+        put(joint(3, 16), 3, Tensor(FLOAT, (48,))),
+        "q_norm is [48], not of 16",
+    ),
+    "first queries alone": (
+        replace(joint(3, 16), inputs=joint(3, 16).inputs[:8]),
+        "of first_q, first_k and first_v not all are there",
+    ),
+    "fewer first values": (
+        put(joint(3, 16), 9, Tensor(FLOAT, (1, 4, 48), constant=False)),
+        "first_q, first_k and first_v are [1, 5, 48], [1, 5, 48] and [1, 4, 48]",
+    ),
+    "first tokens of another batch": (
+        replace(
+            joint(3, 16),
+            inputs=(
+                *joint(3, 16).inputs[:7],
+                *[Tensor(FLOAT, (2, 5, 48), constant=False)] * 3,
+            ),
+        ),
+        "not as q, k and v but their tokens",
+    ),
+    "keys of another type": (
+        put(attention(4, 16), 1, Tensor(FLOAT16, (1, 8, 64), constant=False)),
+        "tensor(float16)",
+    ),
+    "an epsilon below 0": (with_attributes(joint(3, 16), epsilon=-1.0), "epsilon is negative"),
 }
 """Name -> a graph, and a part of what is said of it. Where it is refused, the operators
 would read or write memory that isn't theirs, divide by zero, or leave an answer as it was."""

@@ -205,15 +205,13 @@ void check_conv(const Compute& compute, int bits, int64_t channels, int64_t n, i
   report(groups ? "normed" : "conv", bits, y, wanted);
 }
 
-void check_attention(const Compute& compute, int64_t m, int64_t n, int heads, int d) {
+// y [batch, m, heads * d], of what queries, keys and values are in the end.
+std::vector<double> attended(const std::vector<double>& q, const std::vector<double>& k,
+                             const std::vector<double>& v, int64_t batch, int64_t m, int64_t n,
+                             int heads, int d, float scale) {
   const int64_t width = int64_t(heads) * d;
-  const auto q = normal(size_t(2 * m * width)), v = normal(size_t(2 * n * width), 0.2f);
-  auto k = normal(size_t(2 * n * width), 0.5f);
-  const float scale = 1 / std::sqrt(float(d));
-  std::vector<float> y(q.size());
-  compute.attention({q.data(), k.data(), v.data(), y.data(), 2, m, n, heads, d, scale}, two);
-  std::vector<double> wanted(y.size());
-  for (int64_t b = 0; b < 2; b++)
+  std::vector<double> wanted(q.size());
+  for (int64_t b = 0; b < batch; b++)
     for (int h = 0; h < heads; h++)
       for (int64_t r = 0; r < m; r++) {
         std::vector<double> weights(static_cast<size_t>(n));
@@ -221,7 +219,7 @@ void check_attention(const Compute& compute, int64_t m, int64_t n, int heads, in
         for (int64_t c = 0; c < n; c++) {
           double dot = 0;
           for (int i = 0; i < d; i++)
-            dot += double(q[(b * m + r) * width + h * d + i]) * k[(b * n + c) * width + h * d + i];
+            dot += q[(b * m + r) * width + h * d + i] * k[(b * n + c) * width + h * d + i];
           total += weights[c] = std::exp(dot * scale);
         }
         for (int i = 0; i < d; i++) {
@@ -230,7 +228,76 @@ void check_attention(const Compute& compute, int64_t m, int64_t n, int heads, in
           wanted[(b * m + r) * width + h * d + i] = value / total;
         }
       }
-  report("attention", 8, y, wanted);
+  return wanted;
+}
+
+std::vector<double> wide(const std::vector<float>& x) { return {x.begin(), x.end()}; }
+
+void check_attention(const Compute& compute, int64_t m, int64_t n, int heads, int d) {
+  const int64_t width = int64_t(heads) * d;
+  const auto q = normal(size_t(2 * m * width)), v = normal(size_t(2 * n * width), 0.2f);
+  auto k = normal(size_t(2 * n * width), 0.5f);
+  const float scale = 1 / std::sqrt(float(d));
+  std::vector<float> y(q.size());
+  compute.attention({q.data(), k.data(), v.data(), y.data(), 2, m, n, heads, d, scale}, two);
+  report("attention", 8, y, attended(wide(q), wide(k), wide(v), 2, m, n, heads, d, scale));
+}
+
+// Tokens of one or of two tensors, of which heads are normalized and pairs rotated.
+void check_joint(const Compute& compute, int64_t first, int64_t rest, int heads, int d,
+                 bool normed, bool rotated) {
+  const int64_t width = int64_t(heads) * d, all = first + rest;
+  std::vector<float> part[3][2], norm[2][2];
+  for (int i = 0; i < 3; i++)
+    for (int p = 0; p < 2; p++) part[i][p] = normal(size_t(2 * (p ? rest : first) * width), 0.3f);
+  for (auto& pair : norm)
+    for (auto& weight : pair) {
+      weight = normal(size_t(d), 1);
+      for (float& x : weight) x *= 0.5f;
+    }
+  std::vector<float> cos, sin;
+  for (const float angle : normal(size_t(all * d / 2))) {
+    cos.push_back(std::cos(angle));
+    sin.push_back(std::sin(angle));
+  }
+  const float scale = 1 / std::sqrt(float(d)), epsilon = 0.01f;
+  std::vector<float> y(size_t(2 * all * width));
+  Attention job{part[0][1].data(), part[1][1].data(), part[2][1].data(), y.data(), 2, all, all,
+                heads, d, scale};
+  job.first = first;
+  if (first)
+    job.first_q = part[0][0].data(), job.first_k = part[1][0].data(),
+    job.first_v = part[2][0].data();
+  job.epsilon = epsilon;
+  if (normed) job.q_norm = norm[0][1].data(), job.k_norm = norm[1][1].data();
+  if (normed && first)
+    job.first_q_norm = norm[0][0].data(), job.first_k_norm = norm[1][0].data();
+  if (rotated) job.cos = cos.data(), job.sin = sin.data();
+  compute.attention(job, two);
+  std::vector<double> joined[3];
+  for (int i = 0; i < 3; i++)
+    for (int64_t b = 0; b < 2; b++)
+      for (int64_t token = 0; token < all; token++)
+        for (int64_t h = 0; h < heads; h++) {
+          const int p = token >= first;
+          const int64_t count = p ? rest : first, at = token - (p ? first : 0);
+          std::vector<double> head(static_cast<size_t>(d));
+          double squares = 0;
+          for (int j = 0; j < d; j++) {
+            head[j] = part[i][p][((b * count + at) * heads + h) * d + j];
+            squares += head[j] * head[j];
+          }
+          for (int j = 0; normed && i < 2 && j < d; j++)
+            head[j] *= norm[i][p][j] / std::sqrt(squares / d + epsilon);
+          for (int j = 0; rotated && i < 2 && j < d; j += 2) {
+            const double left = head[j], right = head[j + 1];
+            const double c = cos[token * (d / 2) + j / 2], s = sin[token * (d / 2) + j / 2];
+            head[j] = left * c - right * s;
+            head[j + 1] = right * c + left * s;
+          }
+          joined[i].insert(joined[i].end(), head.begin(), head.end());
+        }
+  report("joint", 8, y, attended(joined[0], joined[1], joined[2], 2, all, all, heads, d, scale));
 }
 
 // All numbers that are finite in fp16.
@@ -299,6 +366,10 @@ int main() {
   check_attention(compute, 5, 64, 2, 80);
   check_attention(compute, 9, 77, 1, 160);
   check_attention(compute, 3, 1, 2, 6);
+  check_joint(compute, 7, 70, 2, 128, true, true);
+  check_joint(compute, 0, 30, 3, 38, true, true);
+  check_joint(compute, 5, 20, 2, 64, false, true);
+  check_joint(compute, 3, 66, 2, 24, true, false);
   check_widen(compute);
   check_refused(compute);
 }

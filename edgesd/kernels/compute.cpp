@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <exception>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "isa.h"
@@ -650,10 +651,11 @@ inline float power(int eighths) {
 
 // A row of one head, filled up with zeros to whole vectors.
 struct Line {
-  alignas(64) float x[MAX_HEAD + W] = {};
+  alignas(64) float x[(MAX_HEAD + 15) / 16 * 16];
   int count;
   Line(const float* from, int count) : count(count) {
     std::memcpy(x, from, size_t(count) * sizeof(float));
+    std::memset(x + count, 0, size_t((16 - count % 16) % 16) * sizeof(float));
   }
   // The largest magnitude; NaN where there is NaN or infinity.
   float largest() const {
@@ -663,10 +665,61 @@ struct Line {
       most = maximum(most, maximum(v, -v));
       zeros += v * 0.0f;
     }
-    float none = 0;
-    for (int j = 0; j < W; j++) none += zeros[j];
-    return lanes_max(most) + none;
+    return lanes_max(most) + lanes_sum(zeros);
   }
+  void normalize(const float* weight, float epsilon) {
+    vf squares = vf{};
+    for (int i = 0; i < count; i += W) squares += load<vf>(x + i) * load<vf>(x + i);
+    const float inverse = 1 / std::sqrt(lanes_sum(squares) / float(count) + epsilon);
+    int i = 0;
+    for (; i + W <= count; i += W) store(x + i, load<vf>(x + i) * inverse * load<vf>(weight + i));
+    for (; i < count; i++) x[i] *= inverse * weight[i];
+  }
+  void rotate(const float* cos, const float* sin) {
+    vf sign = vf_set(1);
+    for (int i = 0; i < W; i += 2) sign[i] = -1;
+    int i = 0;
+    for (; i + W <= count; i += W) {
+      const vf v = load<vf>(x + i);
+      store(x + i, v * twice(load<vh>(cos + i / 2)) +
+                       swapped(v) * sign * twice(load<vh>(sin + i / 2)));
+    }
+    for (; i < count; i += 2) {
+      const float left = x[i], right = x[i + 1], c = cos[i / 2], s = sin[i / 2];
+      x[i] = left * c - right * s;
+      x[i + 1] = right * c + left * s;
+    }
+  }
+};
+
+// Tokens of one image and head: queries, keys or values.
+class Tokens {
+ public:
+  Tokens(const Attention& job, int64_t b, int h, const float* x, int64_t count, const float* norm,
+         const float* first, const float* first_norm, bool rotated = true)
+      : job_(job),
+        stride_(int64_t(job.heads) * job.d),
+        first_(first + b * job.first * stride_ + h * job.d),
+        rest_(x + (b * (count - job.first) - job.first) * stride_ + h * job.d),
+        first_norm_(first_norm),
+        norm_(norm),
+        rotated_(rotated && job.cos) {}
+  bool as_they_are() const { return !norm_ && !first_norm_ && !rotated_; }
+  const float* at(int64_t i) const { return (i < job_.first ? first_ : rest_) + i * stride_; }
+  Line line(int64_t i) const {
+    Line out(at(i), job_.d);
+    const float* norm = i < job_.first ? first_norm_ : norm_;
+    const int64_t angles = i * (job_.d / 2);
+    if (norm) out.normalize(norm, job_.epsilon);
+    if (rotated_) out.rotate(job_.cos + angles, job_.sin + angles);
+    return out;
+  }
+
+ private:
+  const Attention& job_;
+  int64_t stride_;
+  const float *first_, *rest_, *first_norm_, *norm_;
+  bool rotated_;
 };
 
 struct Head {
@@ -674,103 +727,154 @@ struct Head {
   const int8_t* values;  // [blocks][KEYS / 4][wide][4]
   const float* key_scale;
   const int32_t* key_zero;  // what the queries' zero adds to each key's product, negative
-  const float* value_scale;  // [d]; the value beside them is 1: it counts the probabilities
+  const float* value_scale;  // [d]
 };
+
+constexpr int TOGETHER = 4;  // times ATTENTION_ROWS: rows that meet a block of keys in the cache
+constexpr int STEP = W < 8 ? 8 / W : 1;  // vectors that a width is a multiple of: less to compile
+constexpr int COLUMNS = 4;   // vectors of a product's columns whose sums stay in registers
+
+// sum [R][C] plus R rows of `left`, `stride` bytes apart, times C vectors of `right`, whose rows are
+// `wide` bytes.
+template <int R, int C>
+inline __attribute__((always_inline)) void add_product(vi (&sum)[R][C], const uint8_t* left,
+                                                       int64_t stride, int64_t steps,
+                                                       const int8_t* right, int64_t wide) {
+  for (int64_t k = 0; k < steps; k++, right += wide) {
+    vi column[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) column[c] = load<vi>(right + c * W * 4);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      int32_t four;
+      std::memcpy(&four, left + r * stride + 4 * k, 4);
+      const vi a = vi_set(four);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) sum[r][c] = dot4(sum[r][c], a, column[c]);
+    }
+  }
+}
+
+// What rows have gathered of the blocks of keys so far.
+template <int D>
+struct Gathered {
+  alignas(64) uint8_t query[(MAX_HEAD + 15) / 16 * 16];
+  float scale;
+  int most;  // in eighths
+  vf count;  // of probabilities, in each lane
+  vf out[D];
+};
+
+// One block of keys and values for R rows. left: keys that there are.
+template <int D>
+void attend_block(Gathered<D>* rows, const int8_t* keys, const int8_t* values,
+                  const float* key_scale, const int32_t* key_zero, int64_t d4, int64_t left) {
+  constexpr int R = ATTENTION_ROWS, V = KEYS / W;
+  alignas(64) int32_t sums[R][KEYS];
+#pragma GCC unroll 4
+  for (int first = 0; first < V; first += COLUMNS) {
+    vi sum[R][COLUMNS];
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; c++)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sum[r][c] = load<vi>(key_zero + (first + c) * W);
+    add_product<R, COLUMNS>(sum, rows[0].query, sizeof rows[0], d4, keys + first * W * 4, KEYS * 4);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int c = 0; c < COLUMNS; c++) store(&sums[r][(first + c) * W], sum[r][c]);
+  }
+  alignas(64) uint8_t chances[R][KEYS];
+  float weight[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+    Gathered<D>& row = rows[r];
+    vf score[V];
+    vf top = vf_set(-3e38f);
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) {
+      score[i] = to_float(load<vi>(&sums[r][i * W])) * load<vf>(key_scale + i * W);
+      if (left < KEYS)
+        for (int j = 0; j < W; j++)
+          if (i * W + j >= left) score[i][j] = -3e38f;
+      top = maximum(top, score[i]);
+    }
+    // The largest of the block, rounded up to an eighth: what blocks differ by is exact then.
+    const float eighths = std::ceil(lanes_max(top) * row.scale * 8);
+    const float largest = eighths * 0.125f;
+    const int steps = eighths > -1e6f ? int(std::min(eighths, 1e6f)) : -1000000;
+    vi codes[V];
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++)
+      codes[i] = nearest(exp2_below<PROBABILITY_MAX>(score[i] * row.scale - largest));
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i += 16 / W) store_bytes(&chances[r][i * W], &codes[i]);
+    if (steps > row.most) {
+      const float fade = power(row.most - steps);
+      for (int i = 0; i < D; i++) row.out[i] *= fade;
+      row.count *= fade;
+      row.most = steps;
+      weight[r] = 1;
+    } else {
+      weight[r] = power(steps - row.most);
+    }
+    vi count = vi{};
+    for (int i = 0; i < KEYS; i += 4 * W)
+      count = dot4(count, load<vi>(&chances[r][i]), vi_set(0x01010101));
+    row.count += to_float(count) * weight[r];
+  }
+  const auto gather = [&](auto columns, int first) {
+    constexpr int C = decltype(columns)::value;
+    vi part[R][C];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) part[r][c] = vi{};
+    add_product<R, C>(part, chances[0], KEYS, KEYS / 4, values + first * W * 4, D * W * 4);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) rows[r].out[first + c] += to_float(part[r][c]) * weight[r];
+  };
+  int first = 0;
+  for (; first + COLUMNS <= D; first += COLUMNS)
+    gather(std::integral_constant<int, COLUMNS>(), first);
+  if constexpr (D % COLUMNS) gather(std::integral_constant<int, D % COLUMNS>(), first);
+}
 
 template <int D>  // vectors of the value's width
 void attend(const Attention& job, int64_t b, int h, int64_t first, const Head& head) {
-  constexpr int R = ATTENTION_ROWS, V = KEYS / W;
-  const int64_t stride = int64_t(job.heads) * job.d, d4 = (job.d + 3) / 4, blocks = (job.n + KEYS - 1) / KEYS;
-  alignas(64) uint8_t query[R][512];
-  float scale[R];
-  int most[R];  // in eighths
-  vf out[R][D];
-  const int valid = int(std::min<int64_t>(R, job.m - first));
-  for (int r = 0; r < R; r++) {
-    const float* q = job.q + (b * job.m + std::min(first + r, job.m - 1)) * stride + h * job.d;
-    const Line line(q, job.d);
+  constexpr int COUNT = TOGETHER * ATTENTION_ROWS;
+  const int64_t d4 = (job.d + 3) / 4, blocks = (job.n + KEYS - 1) / KEYS;
+  const int valid = int(std::min<int64_t>(COUNT, job.m - first));
+  const Tokens queries(job, b, h, job.q, job.m, job.q_norm, job.first_q, job.first_q_norm);
+  Gathered<D> rows[COUNT];
+  for (int r = 0; r < COUNT; r++) {
+    Gathered<D>& row = rows[r];
+    const Line line = queries.line(std::min(first + r, job.m - 1));
     const float largest = line.largest(), inverse = largest > 0 ? QUERY_MAX / largest : 0;
-    for (int i = 0; i < job.d; i += W)
-      store(query[r] + i, __builtin_convertvector(
-                              nearest(load<vf>(line.x + i) * inverse) + (QUERY_ZERO - SHIFT), vb));
-    scale[r] = largest / QUERY_MAX * job.scale * 1.44269504f;  // for 2^x
-    most[r] = -1000000;
-    for (int i = 0; i < D; i++) out[r][i] = vf{};
+    for (int i = 0; i < job.d; i += 16) {
+      vi codes[16 / W];
+      for (int j = 0; j < 16 / W; j++)
+        codes[j] = nearest(load<vf>(line.x + i + j * W) * inverse) + (QUERY_ZERO - SHIFT);
+      store_bytes(row.query + i, codes);
+    }
+    row.scale = largest / QUERY_MAX * job.scale * 1.44269504f;  // for 2^x
+    row.most = -1000000;
+    row.count = vf{};
+    for (int i = 0; i < D; i++) row.out[i] = vf{};
   }
   for (int64_t block = 0; block < blocks; block++) {
-    const int8_t* keys = head.keys + block * d4 * KEYS * 4;
-    const int8_t* values = head.values + block * KEYS * D * W;
     const int64_t at = block * KEYS;
-    vi sum[R][V];
-#pragma GCC unroll 16
-    for (int i = 0; i < V; i++) {
-      const vi none = load<vi>(head.key_zero + at + i * W);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) sum[r][i] = none;
-    }
-    for (int64_t k = 0; k < d4; k++, keys += KEYS * 4)
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        int32_t four;
-        std::memcpy(&four, query[r] + 4 * k, 4);
-        const vi a = vi_set(four);
-#pragma GCC unroll 16
-        for (int i = 0; i < V; i++) sum[r][i] = dot4(sum[r][i], a, load<vi>(keys + i * W * 4));
-      }
-    alignas(64) uint8_t chances[R][KEYS];
-    float weight[R];
-    const int64_t left = job.n - at;
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      vf score[V];
-      vf top = vf_set(-3e38f);
-#pragma GCC unroll 16
-      for (int i = 0; i < V; i++) {
-        score[i] = to_float(sum[r][i]) * load<vf>(head.key_scale + at + i * W);
-        if (left < KEYS)
-          for (int j = 0; j < W; j++)
-            if (i * W + j >= left) score[i][j] = -3e38f;
-        top = maximum(top, score[i]);
-      }
-      // The largest of the block, rounded up to an eighth: what blocks differ by is exact then.
-      const float eighths = std::ceil(lanes_max(top) * scale[r] * 8);
-      const float largest = eighths * 0.125f;
-      const int steps = eighths > -1e6f ? int(std::min(eighths, 1e6f)) : -1000000;
-#pragma GCC unroll 16
-      for (int i = 0; i < V; i++) {
-        const vf p = exp2_below<PROBABILITY_MAX>(score[i] * scale[r] - largest);
-        store(chances[r] + i * W, __builtin_convertvector(nearest(p), vb));
-      }
-      if (steps > most[r]) {
-        const float fade = power(most[r] - steps);
-        for (int i = 0; i < D; i++) out[r][i] *= fade;
-        most[r] = steps;
-        weight[r] = 1;
-      } else {
-        weight[r] = power(steps - most[r]);
-      }
-    }
-    vi part[R][D];
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 16
-      for (int i = 0; i < D; i++) part[r][i] = vi{};
-    for (int k = 0; k < KEYS; k += 4, values += D * W * 4)
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        int32_t four;
-        std::memcpy(&four, chances[r] + k, 4);
-        const vi a = vi_set(four);
-#pragma GCC unroll 16
-        for (int i = 0; i < D; i++) part[r][i] = dot4(part[r][i], a, load<vi>(values + i * W * 4));
-      }
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 16
-      for (int i = 0; i < D; i++) out[r][i] += to_float(part[r][i]) * weight[r];
+    for (int r = 0; r < valid; r += ATTENTION_ROWS)
+      attend_block<D>(rows + r, head.keys + at * d4 * 4, head.values + at * D * W,
+                      head.key_scale + at, head.key_zero + at, d4, job.n - at);
   }
+  const int64_t stride = int64_t(job.heads) * job.d;
   for (int r = 0; r < valid; r++) {
     alignas(64) float line[D * W];
-    for (int i = 0; i < D; i++) store(line + i * W, out[r][i]);
-    const float total = line[job.d];
+    for (int i = 0; i < D; i++) store(line + i * W, rows[r].out[i]);
+    const float total = lanes_sum(rows[r].count);
     for (int i = 0; i < job.d; i++) line[i] *= head.value_scale[i] / total;
     float* y = job.y + (b * job.m + first + r) * stride + h * job.d;
     std::memcpy(y, line, size_t(job.d) * 4);
@@ -783,7 +887,7 @@ struct Attend {
     if (d == D)
       attend<D>(job, b, h, first, head);
     else
-      Attend<D - 1>::call(d, job, b, h, first, head);
+      Attend<D - STEP>::call(d, job, b, h, first, head);
   }
 };
 template <>
@@ -793,8 +897,7 @@ struct Attend<0> {
 
 void attention(const Attention& job, Threads threads) {
   const int64_t heads = job.batch * job.heads, blocks = (job.n + KEYS - 1) / KEYS;
-  const int64_t d4 = (job.d + 3) / 4, wide = (job.d + W) / W * W;
-  const int64_t stride = int64_t(job.heads) * job.d;
+  const int64_t d4 = (job.d + 3) / 4, wide = (job.d + STEP * W - 1) / (STEP * W) * (STEP * W);
   static thread_local Scratch<int8_t> key_memory, value_memory;
   static thread_local Scratch<float> scale_memory, value_scale_memory;
   static thread_local Scratch<int32_t> sum_memory;
@@ -806,13 +909,19 @@ void attention(const Attention& job, Threads threads) {
   float* value_scale = value_scale_memory.get(size_t(heads * wide));
 
   auto pack = [&](size_t which) {
-    const int64_t head = int64_t(which), b = head / job.heads, h = head % job.heads;
-    const float* k = job.k + b * job.n * stride + h * job.d;
-    const float* v = job.v + b * job.n * stride + h * job.d;
-    alignas(64) float mean[MAX_HEAD + W] = {}, largest[MAX_HEAD + W] = {}, none = 0;
+    const int64_t head = int64_t(which), b = head / job.heads;
+    const int h = int(head % job.heads);
+    const Tokens key_tokens(job, b, h, job.k, job.n, job.k_norm, job.first_k, job.first_k_norm);
+    const Tokens value_tokens(job, b, h, job.v, job.n, nullptr, job.first_v, nullptr, false);
+    // Keys that are made are kept until all of them are, which gives their mean.
+    static thread_local Scratch<float> made_memory;
+    const bool made = !key_tokens.as_they_are();
+    float* made_keys = made ? made_memory.get(size_t(job.n * job.d)) : nullptr;
+    alignas(64) float mean[MAX_HEAD + 16] = {}, largest[MAX_HEAD + 16] = {}, none = 0;
     vf zeros = vf{};
     for (int64_t n = 0; n < job.n; n++) {
-      const Line line(k + n * stride, job.d), other(v + n * stride, job.d);
+      const Line line = key_tokens.line(n), other(value_tokens.at(n), job.d);
+      if (made) std::memcpy(made_keys + n * job.d, line.x, size_t(job.d) * sizeof(float));
       for (int i = 0; i < job.d; i += W) {
         const vf value = load<vf>(other.x + i);
         store(mean + i, load<vf>(mean + i) + load<vf>(line.x + i));
@@ -820,59 +929,63 @@ void attention(const Attention& job, Threads threads) {
         zeros += value * 0.0f;
       }
     }
-    for (int j = 0; j < W; j++) none += zeros[j];
+    none += lanes_sum(zeros);
     for (int i = 0; i < job.d; i++) {
       mean[i] /= float(job.n);
       none += mean[i] * 0.0f;
     }
-    alignas(64) float inverse[MAX_HEAD + W] = {};
+    alignas(64) float inverse[MAX_HEAD + 16] = {};
     for (int i = 0; i < job.d; i++) {
       value_scale[head * wide + i] = largest[i] / 127 + none;
       inverse[i] = largest[i] > 0 ? 127 / largest[i] : 0;
     }
     std::memset(keys + head * key_bytes, 0, size_t(key_bytes));
-    std::memset(values + head * value_bytes, 0, size_t(value_bytes));
     for (int64_t n = 0; n < blocks * KEYS; n++) {
       const int64_t at = head * blocks * KEYS + n;
       key_scale[at] = 0;
       key_zero[at] = 0;
       if (n >= job.n) continue;
-      Line line(k + n * stride, job.d), other(v + n * stride, job.d);
+      Line line(made ? made_keys + n * job.d : key_tokens.at(n), job.d);
       for (int i = 0; i < job.d; i += W)
         store(line.x + i, load<vf>(line.x + i) - load<vf>(mean + i));
       const float most = line.largest(), up = most > 0 ? 127 / most : 0;
-      alignas(64) int32_t key_codes[MAX_HEAD + W], value_codes[MAX_HEAD + W];
-      for (int i = 0; i < job.d; i += W) {
-        store(key_codes + i, nearest(load<vf>(line.x + i) * up));
-        store(value_codes + i, nearest(load<vf>(other.x + i) * load<vf>(inverse + i)));
+      alignas(64) int8_t codes[(MAX_HEAD + 15) / 16 * 16];
+      vi sums = vi{};
+      for (int i = 0; i < job.d; i += 16) {
+        vi part[16 / W];
+        for (int j = 0; j < 16 / W; j++) part[j] = nearest(load<vf>(line.x + i + j * W) * up);
+        store_bytes(codes + i, part);
+        for (int j = 0; j < 16; j += W) sums += (part[j / W] << 24) >> 24;  // of NaN, any
       }
       int8_t* key = keys + head * key_bytes + n / KEYS * d4 * KEYS * 4 + n % KEYS * 4;
-      int8_t* value = values + head * value_bytes + n / 4 * wide * 4 + n % 4;
+      for (int64_t i = 0; i < d4; i++) std::memcpy(key + i * KEYS * 4, codes + 4 * i, 4);
       int32_t sum = 0;
-      for (int i = 0; i < job.d; i++) {
-        const int8_t code = int8_t(key_codes[i]);  // of NaN, any
-        key[i / 4 * KEYS * 4 + i % 4] = code;
-        sum += code;
-        value[i * 4] = int8_t(value_codes[i]);
-      }
-      value[job.d * 4] = 1;
+      for (int j = 0; j < W; j++) sum += sums[j];
       key_scale[at] = most / 127;
       key_zero[at] = (SHIFT - QUERY_ZERO) * sum;
+    }
+    for (int64_t n = 0; n < blocks * KEYS; n += 4) {
+      int8_t* value = values + head * value_bytes + n * wide;
+      vi four[MAX_HEAD / W] = {};
+      for (int64_t i = 0; i < 4 && n + i < job.n; i++) {
+        const Line line(value_tokens.at(n + i), job.d);
+        for (int64_t j = 0; j < wide; j += W)
+          four[j / W] |= (nearest(load<vf>(line.x + j) * load<vf>(inverse + j)) & 255) << (8 * i);
+      }
+      std::memcpy(value, four, size_t(wide * 4));
     }
   };
   parallel(threads, size_t(heads), pack);
 
-  constexpr int64_t ROWS = 64;
+  constexpr int64_t ROWS = TOGETHER * ATTENTION_ROWS;
   const int64_t parts = (job.m + ROWS - 1) / ROWS;
   auto rows = [&](size_t task) {
     const int64_t head = int64_t(task) / parts, part = int64_t(task) % parts;
     const Head packed{keys + head * key_bytes, values + head * value_bytes,
                       key_scale + head * blocks * KEYS, key_zero + head * blocks * KEYS,
                       value_scale + head * wide};
-    const int64_t end = std::min(job.m, (part + 1) * ROWS);
-    for (int64_t m = part * ROWS; m < end; m += ATTENTION_ROWS)
-      Attend<MAX_HEAD / W + 1>::call(int(wide / W), job, head / job.heads, int(head % job.heads), m,
-                                 packed);
+    Attend<MAX_HEAD / W>::call(int(wide / W), job, head / job.heads,
+                                         int(head % job.heads), part * ROWS, packed);
   };
   parallel(threads, size_t(heads * parts), rows);
 }

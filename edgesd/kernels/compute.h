@@ -72,6 +72,16 @@ struct Attention {
   int64_t batch, m, n;
   int heads, d;
   float scale;
+  // What becomes of queries and keys first, each null where nothing does: root mean square
+  // normalization of each head (arXiv 1910.07467), then rotation of pairs by the token's angles
+  // (arXiv 2104.09864).
+  const float *q_norm = nullptr, *k_norm = nullptr;  // [d]
+  float epsilon = 0;
+  const float *cos = nullptr, *sin = nullptr;  // [m, d / 2], of m = n tokens
+  // The first of the m = n tokens come from tensors and are normalized by weights of their own.
+  int64_t first = 0;
+  const float *first_q = nullptr, *first_k = nullptr, *first_v = nullptr;  // [batch, first, heads * d]
+  const float *first_q_norm = nullptr, *first_k_norm = nullptr;
 };
 
 // The functions of one instruction set. weight_max: the largest code that weights may have. They

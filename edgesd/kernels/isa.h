@@ -12,7 +12,7 @@ constexpr int W = 16, MR = 8, NR = 2, ATTENTION_ROWS = 4;
 #elif defined(__AVXVNNI__)
 #include <immintrin.h>
 #define EDGESD_ISA avx_vnni
-constexpr int W = 8, MR = 6, NR = 2, ATTENTION_ROWS = 2;
+constexpr int W = 8, MR = 6, NR = 2, ATTENTION_ROWS = 3;
 #elif defined(__AVX2__)
 #include <immintrin.h>
 #define EDGESD_ISA avx2
@@ -20,7 +20,7 @@ constexpr int W = 8, MR = 6, NR = 2, ATTENTION_ROWS = 2;
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 #define EDGESD_ISA neon_dotprod
-constexpr int W = 4, MR = 6, NR = 4, ATTENTION_ROWS = 2;
+constexpr int W = 4, MR = 6, NR = 4, ATTENTION_ROWS = 4;
 #else
 #error "compile with AVX-512 VNNI, AVX-VNNI, AVX2, or NEON with the dot product"
 #endif
@@ -103,6 +103,53 @@ static inline vf from_halves(const uint16_t* from) {
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
   return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+#endif
+}
+
+// Sixteen integers, of which the low bytes are stored.
+static inline void store_bytes(void* to, const vi* from) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)from[0]));
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_set1_epi32(255);
+  const __m256i words = _mm256_packus_epi32(_mm256_and_si256((__m256i)from[0], low),
+                                            _mm256_and_si256((__m256i)from[1], low));
+  const __m256i bytes = _mm256_packus_epi16(words, words);  // of each half, four of each vector
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0);
+  _mm_storeu_si128(static_cast<__m128i*>(to),
+                   _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(bytes, order)));
+#else
+  const auto words = [from](int i) {
+    return vcombine_s16(vmovn_s32((int32x4_t)from[i]), vmovn_s32((int32x4_t)from[i + 1]));
+  };
+  vst1q_s8(static_cast<int8_t*>(to), vcombine_s8(vmovn_s16(words(0)), vmovn_s16(words(2))));
+#endif
+}
+
+// Each of half as many numbers twice, and lanes with their neighbours.
+#if defined(__AVX512F__)
+typedef float vh __attribute__((vector_size(32)));
+static inline vf twice(vh x) {
+  return __builtin_shufflevector(x, x, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+}
+static inline vf swapped(vf x) { return (vf)_mm512_permute_ps((__m512)x, 0xb1); }
+#elif defined(__AVX2__)
+typedef float vh __attribute__((vector_size(16)));
+static inline vf twice(vh x) { return __builtin_shufflevector(x, x, 0, 0, 1, 1, 2, 2, 3, 3); }
+static inline vf swapped(vf x) { return (vf)_mm256_permute_ps((__m256)x, 0xb1); }
+#else
+typedef float vh __attribute__((vector_size(8)));
+static inline vf twice(vh x) { return __builtin_shufflevector(x, x, 0, 0, 1, 1); }
+static inline vf swapped(vf x) { return (vf)vrev64q_f32((float32x4_t)x); }
+#endif
+
+static inline float lanes_sum(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sum = x[0];
+  for (int i = 1; i < W; i++) sum += x[i];
+  return sum;
 #endif
 }
 

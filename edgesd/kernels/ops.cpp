@@ -108,6 +108,13 @@ class Kernel {
     found(api_->call<Status*>(ATTRIBUTE_INT, info_, name, &value), name);
     return within(name, value, least, most);
   }
+  // fallback: where there is none, as in graphs of before it was thought of.
+  int64_t integer(const char* name, int64_t least, int64_t most, int64_t fallback) const {
+    return there(name) ? integer(name, least, most) : fallback;
+  }
+  float real(const char* name, float fallback) const {
+    return there(name) ? real(name) : fallback;
+  }
   float real(const char* name) const {
     float value = 0;
     found(api_->call<Status*>(ATTRIBUTE_FLOAT, info_, name, &value), name);
@@ -126,6 +133,15 @@ class Kernel {
   }
 
  private:
+  // One of another type is there, too: reading it as what it should be says so.
+  bool there(const char* name) const {
+    float value = 0;
+    Status* status = api_->call<Status*>(ATTRIBUTE_FLOAT, info_, name, &value);
+    if (!status) return true;
+    const std::string text = api_->call<const char*>(ERROR_MESSAGE, const_cast<const Status*>(status));
+    api_->call<void>(RELEASE_STATUS, status);
+    return text.find("No attribute with name") == std::string::npos;
+  }
   void found(Status* status, const char* name) const {
     if (!status) return;
     const std::string text = api_->call<const char*>(ERROR_MESSAGE, const_cast<const Status*>(status));
@@ -413,6 +429,7 @@ struct QuantLinear {
   static constexpr const char* NAME = "QuantLinear";
   static constexpr size_t INPUTS = 8, REQUIRED_INPUTS = 3;
   static constexpr int FIRST_TYPE = FLOAT;
+  static constexpr bool HAS_WEIGHT = true;
   const Compute* compute;
   WeightFormat weight;
   bool gated;
@@ -458,6 +475,7 @@ struct QuantConv {
   static constexpr const char* NAME = "QuantConv";
   static constexpr size_t INPUTS = 9, REQUIRED_INPUTS = 3;
   static constexpr int FIRST_TYPE = FLOAT;
+  static constexpr bool HAS_WEIGHT = true;
   const Compute* compute;
   WeightFormat weight;
   Shape kernel_shape, strides, pads;
@@ -527,19 +545,24 @@ struct QuantConv {
   }
 };
 
-// QuantAttention(q [B, M, heads * d], k [B, N, heads * d], v the same) -> [B, M, heads * d].
+// QuantAttention(q [B, M, heads * d], k [B, N, heads * d], v the same, q_norm [d]?, k_norm [d]?,
+// cos [S, d / 2]?, sin?, first_q [B, F, heads * d]?, first_k?, first_v?, first_q_norm?,
+// first_k_norm?) -> [B, S, heads * d], S = F + M. With cos or first_q there are as many keys.
 struct QuantAttention {
   static constexpr const char* NAME = "QuantAttention";
-  static constexpr size_t INPUTS = 3, REQUIRED_INPUTS = 3;
+  static constexpr size_t INPUTS = 12, REQUIRED_INPUTS = 3;
   static constexpr int FIRST_TYPE = FLOAT;
+  static constexpr bool HAS_WEIGHT = false;
   const Compute* compute;
   int64_t heads;
-  float scale;
+  float scale, epsilon;
   QuantAttention(const Compute* compute, const Kernel& kernel)
       : compute(compute),
         heads(kernel.integer("num_heads", 1, MAX_DIMENSION)),
-        scale(kernel.real("scale")) {
+        scale(kernel.real("scale")),
+        epsilon(kernel.real("epsilon", 0)) {
     if (scale <= 0) throw Failure("scale isn't above 0");
+    if (epsilon < 0) throw Failure("epsilon is negative");
   }
   void operator()(Run& run) const {
     const Shape q = run.shape(0), k = run.shape(1), v = run.shape(2);
@@ -549,9 +572,43 @@ struct QuantAttention {
     if (q[2] < 1 || q[2] % heads || q[2] / heads > MAX_HEAD)
       throw Failure(std::to_string(q[2]) + " values aren't " + std::to_string(heads) +
                     " heads of at most " + std::to_string(MAX_HEAD));
-    Attention job{run.data(0), run.data(1), run.data(2), run.output(q), q[0], q[1], k[1],
-                  int(heads), int(q[2] / heads), scale};
-    if (q[0] > 0 && q[1] > 0) compute->attention(job, run.threads());
+    const int64_t d = q[2] / heads;
+    Attention job{run.data(0), run.data(1), run.data(2), nullptr, q[0], q[1], k[1],
+                  int(heads), int(d), scale};
+    job.epsilon = epsilon;
+    job.q_norm = run.floats(3, "q_norm", d);
+    job.k_norm = run.floats(4, "k_norm", d);
+    job.first_q_norm = run.floats(10, "first_q_norm", d);
+    job.first_k_norm = run.floats(11, "first_k_norm", d);
+    if (run.has(7) != run.has(8) || run.has(7) != run.has(9))
+      throw Failure("of first_q, first_k and first_v not all are there");
+    if (run.has(7)) {
+      Shape first = run.shape(7);
+      job.first = first.size() == 3 ? first[1] : -1;
+      if (first.size() == 3) first[1] = q[1];
+      if (first != q || k != q || run.shape(8) != run.shape(7) || run.shape(9) != run.shape(7))
+        throw Failure("first_q, first_k and first_v are " + text_of(run.shape(7)) + ", " +
+                      text_of(run.shape(8)) + " and " + text_of(run.shape(9)) +
+                      ", not as q, k and v but their tokens, which are as many in each");
+      job.first_q = run.data(7);
+      job.first_k = run.data(8);
+      job.first_v = run.data(9);
+      job.m = job.n = q[1] + job.first;
+    }
+    if (run.has(5) != run.has(6)) throw Failure("of cos and sin only one is there");
+    if (run.has(5)) {
+      if (job.m != job.n || d % 2) throw Failure("rotated, with other keys, or an odd width");
+      const Shape table{job.m, d / 2};
+      if (run.shape(5) != table || run.shape(6) != table)
+        throw Failure("cos and sin are " + text_of(run.shape(5)) + " and " + text_of(run.shape(6)) +
+                      ", not " + text_of(table));
+      job.cos = run.data(5);
+      job.sin = run.data(6);
+    }
+    const Shape shape{q[0], job.m, q[2]};
+    count_of(shape);
+    job.y = run.output(shape);
+    if (job.batch > 0 && job.m > 0) compute->attention(job, run.threads());
   }
 };
 
@@ -562,6 +619,7 @@ struct Widen {
   static constexpr const char* NAME = "Widen";
   static constexpr size_t INPUTS = 2, REQUIRED_INPUTS = 2;
   static constexpr int FIRST_TYPE = FLOAT16;
+  static constexpr bool HAS_WEIGHT = false;
   const Compute* compute;
   int64_t values;
   WeightPager pager;
@@ -621,7 +679,7 @@ const Operator& operator_of() {
     // Codes come as int8, int4 or packed bytes, steps as fp16: attributes say what they are.
     out.input_type = [](const Operator*, size_t index) -> int {
       if (index == 0) return Op::FIRST_TYPE;
-      return Op::INPUTS > 3 && (index == 1 || index == 3) ? ANY : FLOAT;
+      return Op::HAS_WEIGHT && (index == 1 || index == 3) ? ANY : FLOAT;
     };
     out.output_count = [](const Operator*) -> size_t { return 1; };
     out.output_type = [](const Operator*, size_t) -> int { return FLOAT; };

@@ -11,13 +11,14 @@
 Weights lie in the file as QuantizedOrt writes them, so that both graphs of a component share one
 file. What follows a layer (bias, residual, the offset of a timestep, GEGLU, ReLU) becomes
 part of it: it is added while the output is still in the registers. What comes before a convolution
-(group normalization, SiLU, upsampling) is computed while the input is rounded to 8 bits.
+(group normalization, SiLU, upsampling) is computed while the input is rounded to 8 bits, and so is
+what comes before attention (normalization of heads, rotation, the joining of two tensors' tokens).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -302,10 +303,15 @@ class AttentionIn8Bits(Pass):
             width = query.shape[-1] if query is not None and query.shape is not None else None
             if not isinstance(width, int) or not attention_taken(width // heads, causal, biased):
                 continue
+            inputs, epsilon = _unprepared(node, heads, width)
             made = ir.node(
                 ATTENTION,
-                node.inputs[:3],
-                {"num_heads": heads, "scale": node.attributes["scale"].as_float()},
+                inputs,
+                {
+                    "num_heads": heads,
+                    "scale": node.attributes["scale"].as_float(),
+                    "epsilon": epsilon,
+                },
                 domain=DOMAIN,
                 name=node.name or "",
             )
@@ -313,3 +319,121 @@ class AttentionIn8Bits(Pass):
             replace_node(model.graph, node, [made], made.outputs[0])
             changed = True
         return changed
+
+
+class _Tokens(NamedTuple):
+    """Queries, keys or values of some tokens, before each head is normalized by `weight`."""
+
+    value: ir.Value | None
+    weight: ir.Value | None = None
+    epsilon: float = 0.0
+
+
+_NONE = _Tokens(None)
+
+
+def _unprepared(attention: ir.Node, heads: int, width: int) -> tuple[list[ir.Value | None], float]:
+    """The inputs of the kernel, and its epsilon: of an attention whose queries and keys are
+    normalized head by head and then rotated, and whose tokens may come from two tensors each, what
+    they are before that; of any other what it has."""
+    plain = list(attention.inputs[:3])
+    turns = [_rotation(plain[0], heads, width), _rotation(plain[1], heads, width)]
+    if turns[0].tables != turns[1].tables:
+        return plain, 0.0
+    parts = [_joined(value) for value in (turns[0].value, turns[1].value, plain[2])]
+    if any([_shape(v) for v in each] != [_shape(v) for v in parts[0]] for each in parts):
+        return plain, 0.0  # tokens that attend to others
+    q, k = ([_normed(value, heads, width) for value in each] for each in parts[:2])
+    v = [_Tokens(value) for value in parts[2]]
+    epsilons = {each.epsilon for each in (*q, *k) if each.weight is not None}
+    if len(epsilons) > 1:
+        return plain, 0.0
+    tables = turns[0].tables or (None, None)
+    first = (q[0], k[0], v[0]) if len(q) > 1 else (_NONE,) * 3
+    inputs = [q[-1].value, k[-1].value, v[-1].value, q[-1].weight, k[-1].weight, *tables]
+    inputs += [*(each.value for each in first), first[0].weight, first[1].weight]
+    while inputs[-1] is None:
+        inputs.pop()
+    return inputs, epsilons.pop() if epsilons else 0.0
+
+
+class _Rotation(NamedTuple):
+    """A value before its pairs are rotated, and by which cosines and sines; none if they aren't."""
+
+    value: ir.Value | None
+    tables: tuple[ir.Value, ir.Value] | None = None
+
+
+def _rotation(value: ir.Value | None, heads: int, width: int) -> _Rotation:
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "RotaryEmbedding" or len(node.inputs) != 4:
+        return _Rotation(value)
+    x, positions, cos, sin = node.inputs
+    if x is None or positions is None or cos is None or sin is None:
+        return _Rotation(value)
+    start, pairs = ir.convenience.get_const_tensor(positions), width // heads // 2
+    whole = (
+        _attribute(node, "interleaved") == 1
+        and _attribute(node, "rotary_embedding_dim") in (0, 2 * pairs)
+        and _attribute(node, "num_heads") in (0, heads)
+        and x.shape is not None
+        and len(x.shape) == 3
+        and all(t.shape is not None and t.shape[-1] == pairs for t in (cos, sin))
+        and start is not None
+        and start.size == 1
+        and not start.numpy().any()
+    )
+    return _Rotation(x, (cos, sin)) if whole else _Rotation(value)
+
+
+def _joined(value: ir.Value | None) -> list[ir.Value | None]:
+    """The two values [B, tokens, W] that one is made of; itself where it isn't."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Concat" or len(node.inputs) != 2:
+        return [value]
+    ranks = [v is not None and v.shape is not None and len(v.shape) for v in node.inputs]
+    along_tokens = ranks == [3, 3] and _attribute(node, "axis") in (1, -2)
+    return list(node.inputs) if along_tokens else [value]
+
+
+def _normed(value: ir.Value | None, heads: int, width: int) -> _Tokens:
+    """What a value [B, tokens, W] is before each head is normalized."""
+    flat = value.producer() if value is not None else None
+    norm = _read(flat, "Reshape")
+    heads_of = _read(norm, "SimplifiedLayerNormalization")
+    x = heads_of.inputs[0] if heads_of is not None else None
+    if norm is None or heads_of is None or heads_of.op_type != "Reshape" or x is None:
+        return _Tokens(value)
+    weight, split = norm.inputs[1], heads_of.outputs[0].shape
+    d = width // heads
+    whole = (
+        split is not None
+        and list(split[2:]) == [heads, d]
+        and x.shape is not None
+        and len(x.shape) == 3
+        and x.shape[-1] == width
+        and _attribute(norm, "axis", -1) in (-1, 3)
+        and weight is not None
+        and weight.shape is not None
+        and list(weight.shape) == [d]
+    )
+    if not whole:
+        return _Tokens(value)
+    epsilon = norm.attributes.get("epsilon")
+    return _Tokens(x, weight, 1e-5 if epsilon is None else epsilon.as_float())
+
+
+def _shape(value: ir.Value | None) -> list[int | ir.SymbolicDim] | None:
+    return None if value is None or value.shape is None else list(value.shape)
+
+
+def _read(node: ir.Node | None, op_type: str) -> ir.Node | None:
+    """What makes the first input of a node of this type; None for others."""
+    if node is None or node.op_type != op_type or node.inputs[0] is None:
+        return None
+    return node.inputs[0].producer()
+
+
+def _attribute(node: ir.Node, name: str, default: int = 0) -> int:
+    found = node.attributes.get(name)
+    return default if found is None else found.as_int()
