@@ -88,6 +88,32 @@ def clip(tokenizer: Any, projection: int | None = None, **more: Any) -> Any:
     return transformers.CLIPTextModelWithProjection(config)
 
 
+def t5_tokenizer(length: int = 512) -> Any:
+    """A T5 tokenizer (unigram) of characters and a few words."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    pieces += [(chr(code), -8.0) for code in range(33, 127)]
+    pieces += [(f"\u2581{word}", -4.0) for word in WORDS.split()]
+    made: Any = transformers.T5TokenizerFast
+    return made(vocab=pieces, extra_ids=0, model_max_length=length)
+
+
+def t5(tokenizer: Any, width: int = 2 * WIDTH) -> Any:
+    """T5's encoder of version 1.1, with a gated activation, of two layers."""
+    return transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=len(tokenizer),
+            d_model=width,
+            d_ff=2 * width,
+            d_kv=8,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            relative_attention_num_buckets=8,
+            relative_attention_max_distance=20,
+        )
+    )
+
+
 def vae(**more: Any) -> Any:
     """An AutoencoderKL of one halving."""
     return diffusers.AutoencoderKL(
@@ -128,6 +154,24 @@ def sdxl_unet(ids: int = 6, context: int = 2 * WIDTH, **more: Any) -> Any:
         "projection_class_embeddings_input_dim": 8 * ids + PROJECTION,
     }
     return unet(context, **(settings | more))
+
+
+def flux_transformer(**more: Any) -> Any:
+    """Two double and two single blocks, for latents of four channels."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 2 * WIDTH,
+        "pooled_projection_dim": WIDTH,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    made: Any = diffusers.FluxTransformer2DModel(**(settings | more))
+    with torch.no_grad():  # else a prompt changes images by less than one of 255 levels
+        made.context_embedder.weight.mul_(8)
+    return made
 
 
 def _sd(scheduler: Any, cls: Any = None, pad: str = "<|endoftext|>", **unet_: Any) -> Any:
@@ -171,6 +215,26 @@ def _sdxl(
         scheduler=scheduler,
         add_watermarker=False,
         force_zeros_for_empty_prompt=force_zeros,
+    )
+
+
+def _flux(distilled: bool, cls: Any = None, **transformer: Any) -> Any:
+    """distilled: with guidance, as dev is; schnell isn't."""
+    one, two = clip_tokenizer(), t5_tokenizer()
+    dynamic = {"use_dynamic_shifting": True, "shift": 3.0} if distilled else {"shift": 1.0}
+    return (cls or diffusers.FluxPipeline)(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**dynamic),
+        vae=vae(
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=clip(one),
+        text_encoder_2=t5(two),
+        tokenizer=one,
+        tokenizer_2=two,
+        transformer=flux_transformer(guidance_embeds=distilled, **transformer),
     )
 
 
@@ -254,6 +318,8 @@ PIPELINES: Mapping[str, Callable[[], Any]] = {
     "sdxl-refiner": _refiner,
     "sd-inpaint": lambda: _inpainting(_pndm()),
     "sdxl-inpaint": lambda: _xl_inpainting(_euler()),
+    "flux-schnell": lambda: _flux(False),
+    "flux-dev": lambda: _flux(True),
 }
 """Name -> what makes diffusers' pipeline."""
 
@@ -351,7 +417,13 @@ def on_torch(
         parity, path = Parity(0.0, 0.0, 1e-4), f"{name}/model.onnx"
         engines[name] = Engine(name, path, "onnxruntime", "fp32", parity, footprint=footprint)
     for name, tokenizer in spec.wiring.tokenizers.items():
-        write_tokenizer(source.folder(name), folder / name, tokenizer.max_tokens, source.embeddings)
+        write_tokenizer(
+            source.folder(name),
+            folder / name,
+            tokenizer.max_tokens,
+            source.embeddings,
+            source.class_of(name),
+        )
     manifest = BundleManifest(
         schema_version=SCHEMA_VERSION,
         name=source.name,

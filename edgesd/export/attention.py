@@ -1,19 +1,24 @@
-"""Attention as one operator, so that no tokens x tokens matrix is written out.
+"""Attention as one operator, so that no tokens x tokens matrix is written out; likewise what
+transformers compute around it: RMS norms and rotary embeddings.
 
 The op `edgesd::multi_head_attention` computes in torch with scaled_dot_product_attention; the
 exporter translates it to `com.microsoft::MultiHeadAttention` (ONNX Runtime's contrib operators).
 With lowering "sdpa" the same modules call scaled_dot_product_attention, which exports as
-standard operators.
+standard operators. `edgesd::rms_norm` becomes `SimplifiedLayerNormalization`, and `edgesd::rotary`
+`com.microsoft::RotaryEmbedding`, which passes/standard_norms.py writes out for other compilers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import onnx
 import onnxscript
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_flux import FluxAttention
+from onnxscript import opset20
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import NewGELUActivation
@@ -55,6 +60,91 @@ def _(
     bias: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+
+
+@torch.library.custom_op("edgesd::rms_norm", mutates_args=())
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """hidden / sqrt(mean(hidden^2) + eps) * weight over the last axis (Zhang and Sennrich 2019,
+    arXiv 1910.07467, eq. 4): hidden [..., D], weight [D] -> [..., D]."""
+    return F.rms_norm(hidden, (hidden.shape[-1],), weight, eps)
+
+
+@rms_norm.register_fake
+def _(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+@torch.library.custom_op("edgesd::rotary", mutates_args=())
+def rotary(hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates neighbouring pairs of each head's values (Su et al. 2021, arXiv 2104.09864, eq. 34).
+
+    hidden [batch, n, heads * d]; cos, sin [n, d / 2] -> [batch, n, heads * d].
+    """
+    even, odd = hidden.reshape(*hidden.shape[:2], -1, cos.shape[-1], 2).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(2)
+
+
+@rotary.register_fake
+def _(hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+class RmsNorm(nn.RMSNorm):
+    """torch's, as one operator: a norm becomes one by its class, so that its weight stays where
+    it is (mapped.py)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> the same shape."""
+        found: Tensor = rms_norm(x, self.weight, self.eps)
+        return found
+
+
+class JointProcessor:
+    """Computes what diffusers' FluxAttnProcessor does: attention of image and text tokens together,
+    the text's first, or of tokens that are joined already."""
+
+    def __init__(self, lowering: Lowering) -> None:
+        self.attend = _ATTEND[lowering]
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """hidden_states [batch, n, C] and encoder_hidden_states [batch, m, C] -> both;
+        image_rotary_emb: cos and sin [m + n, d / 2] (see `rotary`)."""
+        if attention_mask is not None or image_rotary_emb is None:
+            raise InputError("joint attention takes rotary embeddings, and no mask")
+        query, key, value = _heads(attn, hidden_states, "to_{}", "norm_{}")
+        if encoder_hidden_states is not None:
+            text = _heads(attn, encoder_hidden_states, "add_{}_proj", "norm_added_{}")
+            pairs = zip(text, (query, key, value), strict=True)
+            query, key, value = (torch.cat(pair, 1) for pair in pairs)
+        query, key = (rotary(each, *image_rotary_emb) for each in (query, key))
+        out: Tensor = self.attend(query, key, value, attn.heads, attn.head_dim**-0.5, False)
+        if encoder_hidden_states is None:
+            return out
+        tokens = encoder_hidden_states.shape[1]
+        image: Tensor = attn.to_out[1](attn.to_out[0](out[:, tokens:]))
+        return image, attn.to_add_out(out[:, :tokens])
+
+
+def _heads(
+    attn: FluxAttention, hidden: Tensor, project: str, norm: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value [batch, n, heads * d] of hidden [batch, n, C], both first ones normed
+    head by head. project, norm: names of the parts that make q, k and v."""
+    query, key = (
+        getattr(attn, norm.format(each))(
+            getattr(attn, project.format(each))(hidden).unflatten(-1, (attn.heads, -1))
+        ).flatten(2)
+        for each in "qk"
+    )
+    return query, key, getattr(attn, project.format("v"))(hidden)
 
 
 class Processor:
@@ -161,6 +251,11 @@ def replace_attention(module: nn.Module, lowering: Lowering) -> int:
                     raise InputError(f"{name}: attention with {part} isn't supported")
             set_processor: Any = child.set_processor
             set_processor(Processor(lowering))
+        elif isinstance(child, FluxAttention):
+            child.set_processor(JointProcessor(lowering))
+            for part in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+                if (norm := getattr(child, part, None)) is not None:
+                    norm.__class__ = RmsNorm
         elif isinstance(child, CLIPAttention):
             parent, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(parent), attribute, CausalAttention(child, lowering))
@@ -178,8 +273,12 @@ def replace_attention(module: nn.Module, lowering: Lowering) -> int:
 
 
 def translation_table() -> dict[Any, Any]:
-    """How torch.onnx.export writes the op: its `custom_translation_table`."""
-    return {torch.ops.edgesd.multi_head_attention.default: _to_onnx}
+    """How torch.onnx.export writes the ops: its `custom_translation_table`."""
+    return {
+        torch.ops.edgesd.multi_head_attention.default: _to_onnx,
+        torch.ops.edgesd.rms_norm.default: _rms_norm_to_onnx,
+        torch.ops.edgesd.rotary.default: _rotary_to_onnx,
+    }
 
 
 def _attend(
@@ -204,37 +303,67 @@ def _attend(
 _ATTEND: dict[Lowering, Any] = {"ort-mha": multi_head_attention, "sdpa": _attend}
 
 
-def _mha_op() -> onnxscript.values.Op:
-    """The parts of the contrib operator that are used here; onnx has no schema for it."""
+_INT, _FLOAT = onnx.defs.OpSchema.AttrType.INT, onnx.defs.OpSchema.AttrType.FLOAT
+
+
+def _contrib_op(
+    name: str, inputs: Mapping[str, str], attributes: Mapping[str, Any], domain: str, version: int
+) -> onnxscript.values.Op:
+    """The parts of a contrib operator of ONNX Runtime that are used here; onnx has no schema for
+    it. inputs: name -> type, T of floating point or I of int64; ? where it may be left out."""
     schema = onnx.defs.OpSchema
-    kinds = schema.AttrType
     optional = schema.FormalParameterOption.Optional
     return onnxscript.values.Op(
-        onnxscript.values.Opset("com.microsoft", 1),
-        "MultiHeadAttention",
+        onnxscript.values.Opset(domain, version),
+        name,
         schema(
-            "MultiHeadAttention",
-            "com.microsoft",
-            1,
+            name,
+            domain,
+            version,
             inputs=[
-                *(schema.FormalParameter(name, "T") for name in ("query", "key", "value")),
-                *(
-                    schema.FormalParameter(name, "T", param_option=optional)
-                    for name in ("bias", "key_padding_mask", "attention_bias")
-                ),
+                schema.FormalParameter(
+                    each, kind.rstrip("?"), **({"param_option": optional} if "?" in kind else {})
+                )
+                for each, kind in inputs.items()
             ],
             outputs=[schema.FormalParameter("output", "T")],
-            type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
-            attributes=[
-                schema.Attribute("num_heads", kinds.INT),
-                schema.Attribute("scale", kinds.FLOAT),
-                schema.Attribute("unidirectional", kinds.INT),
+            type_constraints=[
+                ("T", ["tensor(float)", "tensor(float16)"], ""),
+                ("I", ["tensor(int64)"], ""),
             ],
+            attributes=[schema.Attribute(each, kind) for each, kind in attributes.items()],
         ),
     )
 
 
-_MHA = _mha_op()
+_MHA = _contrib_op(
+    "MultiHeadAttention",
+    {
+        "query": "T",
+        "key": "T",
+        "value": "T",
+        "bias": "T?",
+        "key_padding_mask": "T?",
+        "attention_bias": "T?",
+    },
+    {"num_heads": _INT, "scale": _FLOAT, "unidirectional": _INT},
+    "com.microsoft",
+    1,
+)
+_ROTARY = _contrib_op(
+    "RotaryEmbedding",
+    {"input": "T", "position_ids": "I", "cos_cache": "T", "sin_cache": "T"},
+    {"interleaved": _INT},
+    "com.microsoft",
+    1,
+)
+_RMS_NORM = _contrib_op(
+    "SimplifiedLayerNormalization",
+    {"X": "T", "Scale": "T"},
+    {"axis": _INT, "epsilon": _FLOAT},
+    "",
+    1,
+)
 
 
 def _to_onnx(
@@ -248,3 +377,12 @@ def _to_onnx(
 ) -> Any:
     more = () if bias is None else (None, None, bias)
     return _MHA(query, key, value, *more, num_heads=heads, scale=scale, unidirectional=int(causal))
+
+
+def _rms_norm_to_onnx(hidden: Any, weight: Any, eps: float) -> Any:
+    return _RMS_NORM(hidden, weight, axis=-1, epsilon=eps)
+
+
+def _rotary_to_onnx(hidden: Any, cos: Any, sin: Any) -> Any:
+    first = opset20.Constant(value_ints=[0])
+    return _ROTARY(hidden, first, cos, sin, interleaved=1)

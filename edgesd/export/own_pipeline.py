@@ -137,7 +137,9 @@ def _comparable(spec: PipelineSpec, scheduler: Any) -> PipelineSpec:
         wanted,
         found,
     )
-    own = SchedulerSpec(name_from_class(found), scheduler_config(scheduler))
+    own = SchedulerSpec(
+        name_from_class(found), scheduler_config(scheduler), spec.scheduler.even_sigmas
+    )
     return msgspec.structs.replace(spec, scheduler=own)
 
 
@@ -361,24 +363,24 @@ def _few(values: list[float]) -> str:
 
 def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, asked: Request, fed: _Fed) -> None:
     wiring = spec.wiring
-    sample, timestep = (wiring.denoiser.input_of(fill) for fill in ("sample", "timestep"))
+    names = {one.fill: one.name for one in wiring.denoiser.inputs}
+    sample, timestep = names["sample"], names["timestep"]
     inputs = [one for one in wiring.denoiser.inputs if one.fill != "side"]  # zeros
 
-    def predict(first: torch.Tensor, second: Any, **others: Any) -> tuple[torch.Tensor]:
-        tensors = dict(_tensors(others))
+    def predict(*places: Any, **others: Any) -> tuple[torch.Tensor]:
+        back: Callable[[torch.Tensor], torch.Tensor] = _same
+        if own.fed is not None:
+            tensors, back = own.fed(others)
+        else:
+            first, second = places
+            tensors = {
+                sample: first, timestep: torch.as_tensor(second), **dict(_tensors(others))
+            }  # fmt: skip
         for name in sorted(tensors.keys() - {one.name for one in inputs}):
             raise ParityError(f"{wiring.denoiser.component}: diffusers feeds it {name}, too")
-        given = {
-            one.name: first
-            if one == sample
-            else torch.as_tensor(second)
-            if one == timestep
-            else tensors[one.name]
-            for one in inputs
-        }
-        values = {name: tensor.numpy() for name, tensor in given.items()}
+        values = {one.name: tensors[one.name].numpy() for one in inputs}
         made = _predict(wiring, values, fed, spec.latent.channels)
-        return (torch.from_numpy(made),)
+        return (back(torch.from_numpy(made)),)
 
     def decode(latents: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
         fed.decoded.append(latents.numpy())
@@ -416,8 +418,13 @@ def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, asked: Request, fed: 
         guidance_scale=spec.guidance_scale if guidance is None else guidance,
         generator=torch.Generator("cpu").manual_seed(asked.seed),
         output_type="pt",
+        **own.options,
         **more,
     )
+
+
+def _same(made: torch.Tensor) -> torch.Tensor:
+    return made
 
 
 def _begun(spec: PipelineSpec, request: CompleteRequest) -> Float:

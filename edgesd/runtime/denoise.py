@@ -248,6 +248,8 @@ def _network(
             return stacked([joined(half, one.parts) for half in halves], one.parts[0])
         if one.fill in SIZE_FILLS:
             return np.concatenate([half[one.fill] for half in halves])
+        if one.fill == "guidance":
+            return np.full(batch * len(halves), guidance_scale, np.float32)
         if one.fill == "guidance_embedding":
             width = next(int(t.shape[1]) for t in runner.spec.inputs if t.name == one.name)
             embedding = guidance_scale_embedding(guidance_scale, width)

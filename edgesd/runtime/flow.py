@@ -49,7 +49,8 @@ class Flow:
     """The stages of a pipeline. groups: in the order in which they run; the stages of one group are
     loaded together, and may be released before the next group is loaded.
 
-    distilled: guidance is an input of the denoiser, and no negative prompt is needed.
+    distilled: guidance is an input of the denoiser, or there is none, and no negative prompt is
+    needed.
     """
 
     groups: tuple[tuple[Stage, ...], ...]
@@ -124,7 +125,7 @@ def flow_of(pipeline: PipelineSpec) -> Flow:
             (*(Stage(name, "side", "step") for name in sides["each_step"]), denoiser),
             (Stage(wiring.decoder.component, "decoder", "image"),),
         ),
-        distilled=wiring.denoiser.input_of("guidance_embedding") is not None,
+        distilled=not wiring.cfg or wiring.denoiser.input_of("guidance_embedding") is not None,
     )
 
 

@@ -242,6 +242,7 @@ def _filled(pipeline: PipelineSpec, spec: SideSpec | DenoiserSpec) -> _Tensors:
     fixed = {
         "sample": _Like(4, {1: channels + sum(widths[fill] for fill in concat)}),
         "timestep": _Like(1),
+        "guidance": _Like(1),
         "guidance_embedding": _Like(2, known={1: _GUIDANCE_WIDTHS}),
         **{fill: _Like(2, {1: count}) for fill, count in SIZE_FILLS.items()},
         "control": _Like(4, {1: _COLOURS}),

@@ -475,16 +475,17 @@ def scheduler_of(spec: PipelineSpec, request: CompleteRequest) -> Scheduler:
     config, sigmas = spec.scheduler.config, request.sigmas
     if isinstance(sigmas, str):
         config, sigmas = with_options(config, spread_options(request.scheduler, sigmas)), None
-    unit = spec.latent.scale_factor
-    latents = (request.height // unit) * (request.width // unit)
+    unit = spec.latent.scale_factor * spec.latent.patch
+    tokens = (request.height // unit) * (request.width // unit)
     try:
         scheduler = create_scheduler(request.scheduler, config, request.eta)
         scheduler.set_timesteps(
             request.num_inference_steps,
-            image_seq_len=latents,
+            image_seq_len=tokens,
             timesteps=request.timesteps,
             sigmas=sigmas,
             strength=_narrowed(spec, request, scheduler),
+            even_sigmas=spec.scheduler.even_sigmas,
         )
     except (ArithmeticError, ValueError, IndexError) as exc:
         raise InputError(

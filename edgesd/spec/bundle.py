@@ -28,7 +28,7 @@ from edgesd.spec.pipeline import ComponentSpec, PipelineSpec
 from edgesd.spec.quality import Quality
 from edgesd.spec.scheme import Precision
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 """Version of `bundle.json`. A reader refuses a newer one; it is raised on any change of meaning.
 
 2: `recipe` and `quality`, both optional; a file of version 1 is read as one without them. 3: the
@@ -39,7 +39,8 @@ of engines and of a decoder's head and tail. 8: the pipeline's `wiring`, in the 
 of `max_tokens`. 9: inputs filled with ids of the image's sizes. 10: the wiring's `encoder` and
 `strengths`, tasks that begin with an image; inputs filled with sums of what sides give, and sizes
 such as height/2; the sides that a bundle was built with; the
-`middle` and `margins` of an encoder's parts.
+`middle` and `margins` of an encoder's parts. 11: inputs filled with the guidance scale, the
+wiring's `cfg`, a tokenizer's `chunked`, the latents' `patch`, a schedule's `even_sigmas`.
 """
 
 

@@ -75,10 +75,15 @@ def is_size(dim: Dim) -> bool:
 
 
 class SchedulerSpec(Spec, frozen=True):
-    """A noise schedule: our name for the sampler, and diffusers' scheduler_config.json."""
+    """A noise schedule: our name for the sampler, and diffusers' scheduler_config.json.
+
+    even_sigmas: n steps have the sigmas 1 to 1/n, evenly spaced, before they are shifted, as
+    diffusers' FluxPipeline has them; for samplers that take a list of sigmas.
+    """
 
     name: Word
     config: dict[str, Any]
+    even_sigmas: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no scheduler's configuration holds: when decoded, as an invalid value."""
@@ -111,7 +116,8 @@ class LatentSpec(Spec, frozen=True):
     far off, in latent pixels, a latent still changes a pixel; None where every one changes all.
     levels: channels of a full autoencoder's decoder, coarsest level first; None for others, and in
     bundles of a schema before 6. encoder_halo: how far off, in latents, a pixel still changes a
-    latent; None where every one changes all.
+    latent; None where every one changes all. patch: sides, in latents, of what is one token to the
+    denoiser.
     """
 
     channels: Annotated[int, Meta(ge=1, le=1024)]
@@ -128,6 +134,7 @@ class LatentSpec(Spec, frozen=True):
     mean: _PerChannel | None = None
     std: _PerChannel | None = None
     encoder_halo: Annotated[int, Meta(ge=0, le=4096)] | None = None
+    patch: Annotated[int, Meta(ge=1, le=64)] = 1
 
     def __post_init__(self) -> None:
         """Refuse statistics that aren't one number for each channel, as invalid values."""
@@ -179,19 +186,20 @@ def check_multiple(what: str, value: int, step: int, built_step: int | None = No
 
 
 Fill = Literal[
-    "sample", "timestep", "joined", "guidance_embedding", "size_ids", "aesthetic_ids", "mask",
-    "masked", "control", "side",
+    "sample", "timestep", "joined", "guidance", "guidance_embedding", "size_ids", "aesthetic_ids",
+    "mask", "masked", "control", "side",
 ]  # fmt: skip
 """How an input is filled at each step.
 
 sample: the latents, scaled as the scheduler wants them [batch, C, h, w], followed by `concat` in
 the denoiser. timestep: [1]. joined: outputs of text encoders, joined on their last axis.
-guidance_embedding: of the guidance scale [batch, D], for models distilled with it. size_ids: what
-the model is told of the image's sizes [batch, 6], height before width and top before left: original
-size, crop, target size. aesthetic_ids: original size, crop, aesthetic score [batch, 5]. mask,
-masked: what the task gives of each image: where to paint [batch, 1, h, w], latents of the
-rest [batch, C, h, w]. control: the image that a side component is shown [batch, 3, H, W]. side: the
-sum of outputs of side components, each times its scale; zeros where none of them runs.
+guidance: the guidance scale [batch], and guidance_embedding: an embedding of it [batch, D], for
+models distilled with it. size_ids: what the model is told of the image's sizes [batch, 6], height
+before width and top before left: original size, crop, target size. aesthetic_ids: original size,
+crop, aesthetic score [batch, 5]. mask, masked: what the task gives of each image: where to paint
+[batch, 1, h, w], latents of the rest [batch, C, h, w]. control: the image that a side component is
+shown [batch, 3, H, W]. side: the sum of outputs of side components, each times its scale; zeros
+where none of them runs.
 """
 
 SIZE_FILLS: Mapping[Fill, int] = {"size_ids": 6, "aesthetic_ids": 5}
@@ -311,6 +319,8 @@ class Wiring(Spec, frozen=True):
     what the pipeline can be asked for. zero_negative: without a negative prompt, zeros stand for
     its encoding, instead of that of "". encoder: of images; None where no task begins with one.
     strengths: of each of these tasks, the part of the steps that is taken where nobody says it.
+    cfg: whether the guidance scale asks for classifier-free guidance, which runs the denoiser with
+    the negative prompt, too; that of other models is an input, or they have none.
     """
 
     texts: Annotated[tuple[TextSpec, ...], Meta(min_length=1, max_length=8)]
@@ -322,6 +332,7 @@ class Wiring(Spec, frozen=True):
     zero_negative: bool = False
     encoder: EncoderSpec | None = None
     strengths: dict[Task, _Strength] = msgspec.field(default_factory=dict)
+    cfg: bool = True
 
     @property
     def autoencoder(self) -> tuple[str, ...]:

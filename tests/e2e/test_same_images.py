@@ -42,6 +42,9 @@ SIZES = ((32, 32), (40, 24))
 """Width and height."""
 
 OBLONG = SIZES[1]
+LENGTH = "max_sequence_length"
+"""Argument of diffusers' FluxPipeline: tokens that T5 gets."""
+
 FROM_PROMPTS = [
     name for name in PIPELINES if name not in ("sdxl-refiner", "sd-inpaint", "sdxl-inpaint")
 ]
@@ -70,7 +73,10 @@ class Model(NamedTuple):
         asked: further arguments of diffusers' call, and of the requests."""
         width, height = size
         prompts, seeds = PROMPTS[:count], SEEDS[:count]
-        options = {"guidance_scale": self.export.pipeline.guidance_scale, **(theirs or {})}
+        spec = self.export.pipeline
+        options = {"guidance_scale": spec.guidance_scale, **(theirs or {})}
+        if spec.family == "flux":
+            options.setdefault(LENGTH, spec.wiring.tokenizers["tokenizer_2"].max_tokens)
         negative = options.pop("negative_prompt", None)
         if negative is not None:
             options["negative_prompt"] = [negative] * count

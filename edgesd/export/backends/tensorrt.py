@@ -26,6 +26,7 @@ from edgesd.export.passes.half_compute import HalfCompute
 from edgesd.export.passes.lowering import Timesteps
 from edgesd.export.passes.quantized_qdq import QuantizedQdq
 from edgesd.export.passes.standard_attention import StandardAttention
+from edgesd.export.passes.standard_norms import StandardNorms
 from edgesd.export.quantize.layers import QuantizedLayer
 from edgesd.files import private_folder
 from edgesd.runtime.backends.tensorrt import BACKEND
@@ -64,6 +65,7 @@ class TensorRtLowering(Lowering):
     }
 
     def lower(self, model: ir.Model, precision: Precision, timestep: str | None) -> None:
+        StandardNorms()(model)
         StandardAttention()(model)
         if precision in _HALVES:
             exact = () if timestep is None else (timestep,)

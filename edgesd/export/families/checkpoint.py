@@ -109,7 +109,8 @@ class Checkpoint(Protocol):
 
     def hints(self) -> dict[str, Any]:
         """Defaults that the model asks for: num_inference_steps, guidance_scale, variant (a kind
-        of families/variants.py), clip_skip and max_tokens (spec.build.BuildOptions)."""
+        of families/variants.py), clip_skip and max_tokens (spec.build.BuildOptions), height and
+        width in pixels."""
 
     def sha256(self) -> str:
         """Hash over the names and contents of all files that the pipeline is made from."""

@@ -16,6 +16,7 @@ from edgesd.export.families import AUTOENCODER, Component, ExportSpec, OwnPipeli
 from edgesd.export.families.checkpoint import DIFFUSERS_STEM, Checkpoint
 from edgesd.export.families.variants import SCHEDULER_CONFIG, Defaults, defaults_of
 from edgesd.export.quiet import quiet
+from edgesd.runtime.requests import Completion, Request
 from edgesd.runtime.schedulers import create_scheduler
 from edgesd.spec.pipeline import (
     IMAGE_TASKS,
@@ -119,6 +120,8 @@ def sampling(
     """What a model is sampled with by default. class_name: of diffusers' own pipeline. scheduler:
     the sampler that is asked for, None for the model's. unet: its config, as the file has it.
     Raises InputError for a scheduler, or an option of it, that isn't supported."""
+    if {"height", "width"} & source.hints().keys():
+        raise InputError(f"{source.name}: its UNet says its size: leave it out of edgesd.json")
     with quiet():  # libraries log while they are imported
         from edgesd.export.families.parts.diffusers_pipeline import call_default
 
@@ -192,27 +195,23 @@ def finished(
     shape: ShapeSpec,
     wiring: Wiring,
     own: Callable[[], OwnPipeline],
+    even_sigmas: bool = False,
 ) -> ExportSpec:
-    """The spec of a model. scheduler: diffusers', with all its options. Raises InputError where it
-    gives no schedule."""
+    """The spec of a model. scheduler: diffusers', with all its options. even_sigmas: see
+    SchedulerSpec. Raises InputError where it gives no schedule."""
     from edgesd.export.families.parts.diffusers_pipeline import scheduler_config
 
-    config, sampler, steps = scheduler_config(scheduler), defaults.sampler, defaults.steps
-    create_scheduler(sampler, config).set_timesteps(steps)  # refuses here what the board would
-    return ExportSpec(
-        PipelineSpec(
-            family=family,
-            source=source.public_name,
-            source_sha256=source.sha256(),
-            components={c.name: c.spec for c in components},
-            scheduler=SchedulerSpec(sampler, config),
-            latent=latent,
-            shape=shape,
-            num_inference_steps=steps,
-            guidance_scale=defaults.guidance,
-            wiring=wiring,
-        ),
-        components,
-        own,
-        defaults.assumed,
+    pipeline = PipelineSpec(
+        family=family,
+        source=source.public_name,
+        source_sha256=source.sha256(),
+        components={c.name: c.spec for c in components},
+        scheduler=SchedulerSpec(defaults.sampler, scheduler_config(scheduler), even_sigmas),
+        latent=latent,
+        shape=shape,
+        num_inference_steps=defaults.steps,
+        guidance_scale=defaults.guidance,
+        wiring=wiring,
     )
+    Completion(pipeline).complete(Request("", 0))  # refuses here what the board would
+    return ExportSpec(pipeline, components, own, defaults.assumed)

@@ -2,7 +2,7 @@
 
 What goes in and out stays fp32, with a Cast at the boundary: a device's loop is the same for all
 precisions. What is computed from the timestep alone stays in fp32, too, until it is a sine and a
-cosine: 999 * frequency has no digits left in 16 bits.
+cosine: 999 * frequency has no digits left in 16 bits. The same holds for a guidance scale.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _FP32_INPUTS = {("Resize", 2)}
 class HalfCompute(Pass):
     """Every fp32 value of the graph becomes fp16, but for inputs, outputs and the timestep's phase.
 
-    exact: names of the inputs (the timestep) whose values keep fp32 up to the first Sin or Cos.
-    dtype: BFLOAT16 instead, which holds whatever fp32 does, with fewer digits. ONNX allows Conv and
-    InstanceNormalization in bf16 from opset 22 on; TensorRT takes them in older ones. Raises
-    EdgesdError for a weight beyond 65504, which fp16 can't hold, and for a graph that casts by
-    itself.
+    exact: names of the inputs (the timestep) whose values keep fp32 up to the first Sin or Cos, as
+    those of inputs of one number a row do: timesteps and guidance. dtype: BFLOAT16 instead, which
+    holds whatever fp32 does, with fewer digits. ONNX allows Conv and InstanceNormalization in bf16
+    from opset 22 on; TensorRT takes them in older ones. Raises EdgesdError for a weight beyond
+    65504, which fp16 can't hold, and for a graph that casts by itself.
     """
 
     def __init__(
@@ -90,8 +90,9 @@ class HalfCompute(Pass):
                 raise EdgesdError(f"{value.name} is {self._word}: expected fp32 at the boundary")
 
     def _phase(self, graph: ir.Graph) -> dict[ir.Node, None]:
-        """The nodes from an exact input to the first sine or cosine, these included, in order."""
-        reached = {value for value in graph.inputs if value.name in self.exact}
+        """The nodes from a timestep to the first sine or cosine, these included, in order."""
+        exact = (value for value in graph.inputs if value.name in self.exact or _is_row(value))
+        reached = {*exact}
         found: dict[ir.Node, None] = {}
         for node in graph:
             if any(value in reached for value in node.inputs if value is not None):
@@ -145,3 +146,8 @@ class HalfCompute(Pass):
         out.name, out.shape, out.type = name, value.shape, ir.TensorType(ir.DataType.FLOAT)
         graph.append(cast)
         graph.outputs[index] = out
+
+
+def _is_row(value: ir.Value) -> bool:
+    floats = value.dtype == ir.DataType.FLOAT
+    return floats and value.shape is not None and len(value.shape) == 1

@@ -18,7 +18,7 @@ from edgesd.export.source.pointers import check_no_pointer
 from edgesd.export.source.tensor_file import TensorFile
 from edgesd.files import expanded, sha256_file
 from edgesd.runtime.images import read_prompts
-from edgesd.spec.base import is_file_name
+from edgesd.spec.base import MAX_PIXELS, is_file_name
 from edgesd.spec.build import VARIANTS, Variant
 from edgesd.spec.bundle import Licence
 from edgesd.textfiles import read_json
@@ -51,7 +51,10 @@ _HINT_TYPES: dict[str, tuple[type, ...]] = {
     "clip_skip": (int,),
     "max_tokens": (int,),
     "variant": (str,),
+    "height": (int,),
+    "width": (int,),
 }
+_SIZE = ("height", "width")
 
 
 @dataclass(frozen=True)
@@ -245,13 +248,15 @@ class ModelSource:
 
     def hints(self) -> dict[str, Any]:
         """Defaults that the model asks for in edgesd.json: num_inference_steps, guidance_scale,
-        variant, clip_skip, max_tokens. Those of a LoRA come before the model's. What the user says
-        holds, and steps and guidance of another variant than that don't.
+        variant, clip_skip, max_tokens, and height and width in pixels. Those of a LoRA come before
+        the model's. What the user says holds, and steps and guidance of another variant than that
+        don't.
 
         Raises InputError for another field, or a value that makes no sense.
         """
         own = self._own_hints()
         said = {"clip_skip": self.clip_skip, "max_tokens": self.max_tokens}
+        said |= dict.fromkeys(_SIZE)
         said = {name: own.get(name) if value is None else value for name, value in said.items()}
         found = self._lora_hints() or own
         if self.variant not in (None, found.get("variant")):
@@ -422,9 +427,10 @@ def check_hints(
             continue
         number = value if type(value) in kinds else math.nan
         least = 1 if kinds == (int,) else 0
-        if not least <= number <= 1000:
+        most = MAX_PIXELS if name in _SIZE else 1000
+        if not least <= number <= most:
             raise InputError(
-                f"{where}: {name} must be a number from {least} to 1000, not {value!r:.60}"
+                f"{where}: {name} must be a number from {least} to {most}, not {value!r:.60}"
             )
     return found
 

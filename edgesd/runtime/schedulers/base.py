@@ -44,6 +44,7 @@ class Asked:
     timesteps: tuple[int, ...] | None = None
     sigmas: tuple[float, ...] | None = None
     strength: float = 1.0
+    even_sigmas: bool = False
 
 
 class Scheduler(ABC):
@@ -87,13 +88,15 @@ class Scheduler(ABC):
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
         strength: float = 1.0,
+        even_sigmas: bool = False,
     ) -> None:
         """Lay out the timesteps and forget everything about earlier steps.
 
         image_seq_len: number of latent patches of the image; only a flow-matching schedule
         with dynamic shifting reads it. timesteps, sigmas: descending, where a model was distilled
         for those; num_inference_steps isn't read then. strength: of a sampler that `narrows`, how
-        much of the schedule the steps lie within, above 0 to 1. `self.timesteps` can be longer than
+        much of the schedule the steps lie within, above 0 to 1. even_sigmas: see SchedulerSpec;
+        only a flow-matching schedule reads it. `self.timesteps` can be longer than
         `num_inference_steps`. Raises UsageError for a number of steps, or a list, that this
         schedule can't make or take.
         """
@@ -111,6 +114,7 @@ class Scheduler(ABC):
             None if timesteps is None else tuple(timesteps),
             None if sigmas is None else tuple(sigmas),
             strength,
+            even_sigmas,
         )
         self.strength = strength
         self.num_inference_steps = self._lay_out(asked)

@@ -93,14 +93,17 @@ class FlowEuler(Scheduler):
         """At most num_train_timesteps steps.
 
         With use_dynamic_shifting the shift is that of image_seq_len; without, it is ignored. sigmas
-        [n]: before shifting, where a pipeline has its own (Flux: linspace(1, 1 / n, n)). Raises
-        UsageError when image_seq_len is missing or sigmas doesn't have n values inside (0, 1].
+        [n]: before shifting, where a pipeline has its own; with even_sigmas they are 1 to 1 / n,
+        evenly spaced, as diffusers' FluxPipeline has them. Raises UsageError when image_seq_len is
+        missing or sigmas doesn't have n values inside (0, 1].
         """
         c = self.config
         n = asked.steps if asked.sigmas is None else len(asked.sigmas)
         schedule.check_steps(n, c.num_train_timesteps)
         spread: F32 | F64
-        if asked.sigmas is None:
+        if asked.sigmas is None and asked.even_sigmas:
+            spread = np.linspace(1.0, 1 / n, n).astype(np.float32)
+        elif asked.sigmas is None:
             top, bottom = (sigma * c.num_train_timesteps for sigma in self._range)
             spread = np.linspace(top, bottom, n) / c.num_train_timesteps
         elif not all(0 < sigma <= 1 for sigma in asked.sigmas):

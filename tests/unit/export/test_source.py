@@ -162,7 +162,7 @@ def test_broken_index(model: Path, content: str) -> None:
         ("StableDiffusion3ControlNetPipeline", r"is a pipeline with a ControlNet.*yet"),
         ("ORTStableDiffusionPipeline", r"ONNX Runtime.*give its folder, with a model\.onnx"),
         ("OVStableDiffusionPipeline", r"OpenVINO.*give the diffusers folder"),
-        ("SomethingElsePipeline", r"SomethingElsePipeline.*takes LatentConsistencyModelPipeline"),
+        ("SomethingElsePipeline", r"SomethingElsePipeline.*takes FluxPipeline, LatentConsistency"),
     ],
 )
 def test_advice_on_a_pipeline_fits_its_class(model: Path, name: object, advice: str) -> None:
@@ -257,8 +257,8 @@ def test_a_pickle_with_more_than_tensors_is_told_as_one(model: Path) -> None:
 
 
 def test_another_family_names_those_supported(model: Path) -> None:
-    edit(model / "model_index.json", _class_name="FluxPipeline")
-    with pytest.raises(InputError, match=r"FluxPipeline.*StableDiffusionPipeline"):
+    edit(model / "model_index.json", _class_name="FluxKontextPipeline")
+    with pytest.raises(InputError, match=r"FluxKontextPipeline.*StableDiffusionPipeline"):
         resolve_source(model)
 
 

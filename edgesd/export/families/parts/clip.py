@@ -2,12 +2,12 @@
 
 Graph: input_ids int64 [batch, tokens] -> encoder_hidden_states [batch, tokens, C], the last hidden
 state after the final norm, or an earlier one, as it is (and text_embeds [batch, P], the projected
-state of the end of the text).
+state of the end of the text); or text_embeds [batch, C] alone, that state as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +60,70 @@ class ProjectedTextEncoder(nn.Module):
         super().__init__()
         self.net = net
         self.place = -1 - behind
-        self.eos = None if net.config.eos_token_id == _OLD_EOS else net.config.eos_token_id
+        self.eos = _eos_of(net)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         out = self.net(input_ids=input_ids, output_hidden_states=True)
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        end = input_ids.amax(1, keepdim=True) if self.eos is None else self.eos
-        first = torch.where(input_ids == end, places, len(places)).amin(1, keepdim=True)
-        states = out.last_hidden_state
-        state = torch.where((places == first)[..., None], states, 0.0).sum(1)
+        state = _at_end(input_ids, out.last_hidden_state, self.eos)
         return out.hidden_states[self.place], self.net.text_projection(state)
+
+
+class PooledTextEncoder(nn.Module):
+    """input_ids [batch, tokens] -> the state of the end of the text [batch, C], after the final
+    norm. The end is where ProjectedTextEncoder has it."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net = net
+        self.eos = _eos_of(net)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return _at_end(input_ids, self.net(input_ids=input_ids).last_hidden_state, self.eos)
+
+
+def _eos_of(net: Any) -> int | None:
+    """The token that ends a text; None: that of the highest id."""
+    found: int = net.config.eos_token_id
+    return None if found == _OLD_EOS else found
+
+
+def _at_end(input_ids: Tensor, states: Tensor, eos: int | None) -> Tensor:
+    """The state [batch, C] of the end of the text among those of all tokens [batch, tokens, C]."""
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    end = input_ids.amax(1, keepdim=True) if eos is None else eos
+    first = torch.where(input_ids == end, places, len(places)).amin(1, keepdim=True)
+    return torch.where((places == first)[..., None], states, 0.0).sum(1)
+
+
+def pooled_text_encoder(
+    source: Checkpoint, name: str, config: Mapping[str, Any], tokens: int, shape: ShapeSpec
+) -> Component:
+    """The component `name`, in a folder of that name, which gives the state of the end of the text
+    alone. config: transformers' of the encoder."""
+
+    def load(weights: bool = True) -> nn.Module:
+        net = load_network(source, name, transformers.CLIPTextModel, weights)
+        return PooledTextEncoder(net)
+
+    pooled = float_tensor(POOLED, dims(shape, 1)[0], config["hidden_size"])
+    return _component(name, config, tokens, shape, (pooled,), load)
+
+
+def _component(
+    name: str,
+    config: Mapping[str, Any],
+    tokens: int,
+    shape: ShapeSpec,
+    outputs: tuple[TensorSpec, ...],
+    load: Callable[..., nn.Module],
+) -> Component:
+    ids = TensorSpec("input_ids", "int64", (dims(shape, 1)[0], tokens))
+    return Component(
+        ComponentSpec(name, (ids,), outputs),
+        load,
+        sizes=({"batch": 1}, {"batch": 2}) if shape.dynamic else ({}, {}),
+        examples={"input_ids": token_ids(config["vocab_size"], _end_of_text(config))},
+    )
 
 
 def text_encoder(
@@ -105,12 +159,7 @@ def text_encoder(
     outputs = [float_tensor(HIDDEN, batch, tokens, config["hidden_size"])]
     if pooled:
         outputs.append(float_tensor(POOLED, batch, config["projection_dim"]))
-    return Component(
-        ComponentSpec(name, (TensorSpec("input_ids", "int64", (batch, tokens)),), tuple(outputs)),
-        load,
-        sizes=({"batch": 1}, {"batch": 2}) if shape.dynamic else ({}, {}),
-        examples={"input_ids": token_ids(config["vocab_size"], _end_of_text(config))},
-    )
+    return _component(name, config, tokens, shape, tuple(outputs), load)
 
 
 def _end_of_text(config: Mapping[str, Any]) -> int:

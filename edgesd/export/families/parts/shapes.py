@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgesd.export.families import Example, Sizes
+from edgesd.errors import UsageError
+from edgesd.export.families import MAX_BATCH, Example, Sizes
 from edgesd.spec.base import Dim
-from edgesd.spec.pipeline import LatentSpec, ShapeSpec, TensorSpec
+from edgesd.spec.pipeline import LatentSpec, ShapeSpec, TensorSpec, check_multiple
 
 CHECKED_PIXELS = 512
 """A network that computes the same at one size and at another does so at a larger one."""
@@ -71,6 +72,17 @@ def sizes(shape: ShapeSpec, unit: int) -> tuple[Sizes, ...]:
         {"batch": 1, "height": height // unit, "width": width // unit},
         {"batch": 2, "height": rows // unit, "width": (rows + step) // unit},
     )
+
+
+def fixed_shape(size: tuple[int, int], batch: int, unit: int, multiple_of: int) -> ShapeSpec:
+    """Of static graphs. size: (width, height), multiples of `unit`. multiple_of: of the spec.
+    Raises UsageError."""
+    width, height = size
+    for what, value in (("height", height), ("width", width)):
+        check_multiple(what, value, unit)
+    if not 1 <= batch <= MAX_BATCH:
+        raise UsageError(f"batch {batch} is out of range: expected 1 to {MAX_BATCH}")
+    return ShapeSpec(height, width, batch, False, multiple_of)
 
 
 def checked_size(shape: ShapeSpec) -> tuple[int, int]:

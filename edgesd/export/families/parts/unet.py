@@ -15,12 +15,13 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgesd.errors import InputError, UsageError
+from edgesd.errors import InputError
 from edgesd.export.families import MAX_BATCH, Component, Sizes
 from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.export.families.parts.shapes import (
     checked_size,
     dims,
+    fixed_shape,
     float_tensor,
     sizes,
     token_dim,
@@ -28,7 +29,7 @@ from edgesd.export.families.parts.shapes import (
     with_tokens,
 )
 from edgesd.export.families.parts.weights import load_network
-from edgesd.spec.pipeline import ComponentSpec, LatentSpec, ShapeSpec, check_multiple
+from edgesd.spec.pipeline import ComponentSpec, LatentSpec, ShapeSpec
 
 _TIMESTEPS, _PIXELS = (1, 1000), (0, 1025)
 TEXT_EMBEDS, TIME_IDS = "text_embeds", "time_ids"
@@ -174,13 +175,8 @@ def shape_spec(
         height, width = (side * scale_factor for side in sides)
         even = height % step == 0 and width % step == 0
         return ShapeSpec(height, width, MAX_BATCH, True, step if even else scale_factor)
-    width, height = size
-    for what, value in (("height", height), ("width", width)):
-        check_multiple(what, value, scale_factor)
-    if not 1 <= batch <= MAX_BATCH:
-        raise UsageError(f"batch {batch} is out of range: expected 1 to {MAX_BATCH}")
-    even = height % step == 0 and width % step == 0
-    return ShapeSpec(height, width, batch, False, step if even else scale_factor)
+    even = all(side % step == 0 for side in size)
+    return fixed_shape(size, batch, scale_factor, step if even else scale_factor)
 
 
 def _odd_sizes(shape: ShapeSpec, unit: int, multiple: int) -> tuple[Sizes, ...]:

@@ -162,16 +162,18 @@ def latent_spec(
     channels: int,
     scale_factor: int,
     per_channel: bool = False,
+    shifted: bool = False,
+    patch: int = 1,
 ) -> LatentSpec:
     """What the denoiser works on. config: diffusers' of the autoencoder. channels: of the denoiser.
     per_channel: whether the pipeline reads latents_mean and latents_std, as those of Stable
-    Diffusion XL do; both those and others leave an autoencoder's shift_factor alone. Raises
-    InputError.
+    Diffusion XL do. shifted: whether it reads shift_factor, as FLUX's do. patch: see LatentSpec.
+    Raises InputError.
     """
     if config["latent_channels"] != channels:
         raise InputError(
-            f"{source.name}: the VAE has {config['latent_channels']} latent channels and the UNet "
-            f"{channels}: do both belong to one model?"
+            f"{source.name}: the VAE has {config['latent_channels']} latent channels and the "
+            f"denoiser {channels}: do both belong to one model?"
         )
     for side in ("in_channels", "out_channels"):
         if config[side] != COLOURS:
@@ -196,7 +198,19 @@ def latent_spec(
         levels=None if tiny else tuple(reversed(config["block_out_channels"])),
         mean=mean,
         std=std,
+        shift_factor=_shift(source, config) if shifted else 0.0,
+        patch=patch,
     )
+
+
+def _shift(source: Checkpoint, config: Mapping[str, Any]) -> float:
+    shift = config["shift_factor"]
+    if shift is None or not math.isfinite(shift):
+        raise InputError(
+            f"{source.folder(AUTOENCODER)}/config.json: shift_factor is {shift}: expected a number "
+            "that is added to latents, such as 0.1159"
+        )
+    return float(shift)
 
 
 def _channel_statistics(

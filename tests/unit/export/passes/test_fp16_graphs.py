@@ -157,7 +157,10 @@ def test_bf16_holds_what_fp16_does_not_and_runs_in_fp32_on_cpus() -> None:
 
 def test_without_a_sine_the_timestep_is_like_other_inputs() -> None:
     model = small_unet(normal(64, 32))
-    HalfCompute(exact=())(model)
+    for node in model.graph:
+        if node.op_type in ("Sin", "Cos"):
+            node.op_type = "Tanh"
+    HalfCompute()(model)
     types = {value.name: value.dtype for node in model.graph for value in node.outputs}
     assert types["phase"] == ir.DataType.FLOAT16
 

@@ -1,0 +1,307 @@
+"""FLUX.1 schnell and dev (Black Forest Labs 2024), and models of the same build.
+
+CLIP's text encoder, of which the embedding of the whole text is read, T5's, and a transformer for
+flow matching over 2x2 patches of latents (Esser et al. 2024, arXiv 2403.03206, describe its like).
+Their graphs: parts/clip.py, parts/t5.py, parts/flux_transformer.py, parts/vae.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from edgesd.errors import InputError, ParityError, UsageError
+from edgesd.export.families import (
+    AUTOENCODER,
+    TOKENIZER_OF,
+    Component,
+    ExportSpec,
+    Family,
+    OwnPipeline,
+)
+from edgesd.export.families.checkpoint import DIFFUSERS_STEM, TRANSFORMERS_STEM, Checkpoint
+from edgesd.export.families.latent_diffusion import (
+    CLASSES,
+    DECODER,
+    TOKENIZERS,
+    check_classes,
+    finished,
+    with_sampler,
+)
+from edgesd.export.families.variants import SCHEDULER_CONFIG, Defaults
+from edgesd.export.quiet import quiet
+from edgesd.runtime.schedulers import create_scheduler, name_from_class, sampler_class
+from edgesd.spec.pipeline import (
+    DecoderSpec,
+    DenoiserSpec,
+    ImageTask,
+    InputSpec,
+    Part,
+    TextSpec,
+    TokenizerRef,
+    Wiring,
+)
+
+if TYPE_CHECKING:
+    from types import SimpleNamespace
+
+    from torch import Tensor
+
+_CLIP, _T5 = TOKENIZER_OF
+_TRANSFORMER = "transformer"
+_CLASSES = {
+    _CLIP: ("transformers", ("CLIPTextModel",)),
+    _T5: ("transformers", ("T5EncoderModel",)),
+    TOKENIZER_OF[_CLIP]: TOKENIZERS,
+    TOKENIZER_OF[_T5]: ("transformers", ("T5Tokenizer", "T5TokenizerFast")),
+    _TRANSFORMER: ("diffusers", ("FluxTransformer2DModel",)),
+    AUTOENCODER: CLASSES[AUTOENCODER],
+}
+_PIPELINE = "FluxPipeline"
+_EVEN = "use_flow_sigmas"
+"""Of a scheduler that lays out sigmas itself."""
+_SIZE = ("width", "height")
+"""In edgesd.json: nothing in a transformer's config says a size."""
+_STEPS_OF_SCHNELL, _NO_GUIDANCE = 4, 0.0
+_MAX_TOKENS = {True: 512, False: 256}
+"""Of T5, by whether the model was distilled with guidance, as dev was."""
+
+
+def export_spec(
+    source: Checkpoint,
+    size: tuple[int, int] | None = None,
+    scheduler: str | None = None,
+    batch: int = 1,
+    chunks: int = 1,
+    tasks: Sequence[ImageTask] = (),
+) -> ExportSpec:
+    """Read the configs of a FLUX.1 pipeline, as diffusers' own pipeline has them. See
+    sd.export_spec for arguments and errors; T5 reads prompts as one chunk."""
+    check_classes(source, _CLASSES)
+    if chunks != 1:
+        raise UsageError(
+            f"{source.name}: T5 reads a prompt as one chunk: leave --prompt-chunks out"
+        )
+    if source.embeddings:
+        raise InputError(f"{source.name}: textual inversions of FLUX aren't supported")
+    if source.sides:
+        raise InputError(f"{source.name}: ControlNets and adapters of FLUX aren't supported")
+    if tasks:
+        raise UsageError(f"{source.name}: FLUX is built for prompts alone: leave --task out")
+    given = source.config(f"{_TRANSFORMER}/config.json")
+    defaults = _defaults(source, scheduler, bool(given.get("guidance_embeds")))
+    with quiet():  # libraries log while they are imported
+        from edgesd.export.families.parts import clip, flux_transformer, t5, vae
+
+    own = _diffusers_pipeline(source, defaults)
+    clip_config, t5_config = (getattr(own, name).config.to_dict() for name in TOKENIZER_OF)
+    config = own.transformer.config
+    _check_transformer(source.name, config, clip_config, t5_config)
+    tokens = clip.token_count(source.folder(TOKENIZER_OF[_CLIP]), own.tokenizer, clip_config)
+    most = _MAX_TOKENS[bool(config.guidance_embeds)]
+    longest = t5.token_count(source, TOKENIZER_OF[_T5], own.tokenizer_2, t5_config, most)
+    channels = own.transformer.out_channels // flux_transformer.PATCH**2
+    latent = vae.latent_spec(
+        source,
+        own.vae.config,
+        channels,
+        own.vae_scale_factor,
+        shifted=True,
+        patch=flux_transformer.PATCH,
+    )
+    side = own.default_sample_size * latent.scale_factor
+    width, height = (int(source.hints().get(name, side)) for name in _SIZE)
+    shape = flux_transformer.shape_spec(
+        size, batch, (width, height), latent.scale_factor * latent.patch
+    )
+    components = (
+        clip.pooled_text_encoder(source, _CLIP, clip_config, tokens, shape),
+        t5.text_encoder(source, _T5, t5_config, longest, shape),
+        flux_transformer.flux_transformer(source, _TRANSFORMER, config, longest, shape, latent),
+        vae.vae_decoder(source, DECODER, latent, shape, bool(own.vae.config.get("force_upcast"))),
+    )
+    return finished(
+        FAMILY.name, source, defaults, own.scheduler, components, latent, shape,
+        _wiring(components, tokens, longest),
+        lambda: _own_pipeline(source, defaults, longest),
+        even_sigmas=not own.scheduler.config.get(_EVEN),
+    )  # fmt: skip
+
+
+FAMILY = Family(
+    name="flux",
+    class_names=(_PIPELINE,),
+    weights={
+        _CLIP: TRANSFORMERS_STEM,
+        _T5: TRANSFORMERS_STEM,
+        _TRANSFORMER: DIFFUSERS_STEM,
+        AUTOENCODER: DIFFUSERS_STEM,
+    },
+    configs=("scheduler", *TOKENIZER_OF.values()),
+    export_spec=export_spec,
+)
+
+
+def _defaults(source: Checkpoint, scheduler: str | None, guided: bool) -> Defaults:
+    """What a model is sampled with. guided: whether it was distilled with guidance: dev was, and
+    schnell was distilled to few steps. Raises InputError for a scheduler, or an option of it, that
+    isn't supported, UsageError for a kind of model that FLUX has none of."""
+    with quiet():
+        from edgesd.export.families.parts.diffusers_pipeline import call_default
+
+    hints = source.hints()
+    if "variant" in hints:
+        raise UsageError(
+            f"{source.name}: FLUX has no variants, as its transformer says what it was distilled "
+            "to: leave --variant out"
+        )
+    steps, guidance = _STEPS_OF_SCHNELL, _NO_GUIDANCE
+    if guided:
+        with quiet():  # diffusers imports a pipeline when it is asked for
+            steps = int(call_default(_PIPELINE, "num_inference_steps"))
+            guidance = call_default(_PIPELINE, "guidance_scale")
+    defaults = Defaults(
+        scheduler or name_from_class(source.class_of("scheduler")),
+        {},
+        int(hints.get("num_inference_steps", steps)),
+        float(hints.get("guidance_scale", guidance)),
+    )
+    create_scheduler(defaults.sampler, source.config(SCHEDULER_CONFIG))
+    return defaults
+
+
+def _check_transformer(
+    name: str, config: Mapping[str, Any], clip: Mapping[str, Any], t5: Mapping[str, Any]
+) -> None:
+    """Raise InputError unless the transformer takes what it is given, and gives latents."""
+    for what, takes, makes in (
+        ("T5", "joint_attention_dim", t5["d_model"]),
+        ("CLIP", "pooled_projection_dim", clip["hidden_size"]),
+    ):
+        if config[takes] != makes:
+            raise InputError(
+                f"{name}: the transformer expects embeddings of {what} of width {config[takes]}, "
+                f"and {what} makes {makes}: do both belong to one model?"
+            )
+    takes, makes = config["in_channels"], config["out_channels"] or config["in_channels"]
+    if takes != makes or takes % 4 or config["patch_size"] != 1:
+        raise InputError(
+            f"{name}: its transformer takes {takes} channels and returns {makes}, in patches of "
+            f"{config['patch_size']}: models for inpainting and for control images aren't supported"
+        )
+    axes = config["axes_dims_rope"]
+    if len(axes) != 3 or sum(axes) != config["attention_head_dim"] or any(n % 2 for n in axes):
+        raise InputError(
+            f"{name}: axes_dims_rope of the transformer is {list(axes)}: expected three even "
+            f"numbers that add up to its attention_head_dim, {config['attention_head_dim']}"
+        )
+
+
+def _wiring(components: Sequence[Component], tokens: int, longest: int) -> Wiring:
+    """How the components are joined. tokens, longest: of CLIP's tokenizer, and of T5's."""
+    from edgesd.export.families.parts import clip, flux_transformer, t5
+
+    inputs = [
+        InputSpec("sample", "sample"),
+        InputSpec("timestep", "timestep"),
+        InputSpec("encoder_hidden_states", "joined", (Part(_T5, t5.HIDDEN),)),
+        InputSpec(flux_transformer.POOLED, "joined", (Part(_CLIP, clip.POOLED),)),
+    ]
+    denoiser = next(one.spec for one in components if one.name == _TRANSFORMER)
+    if denoiser.input(flux_transformer.GUIDANCE) is not None:
+        inputs.append(InputSpec(flux_transformer.GUIDANCE, "guidance"))
+    counts = {_CLIP: tokens, _T5: longest}
+    return Wiring(
+        texts=tuple(TextSpec(name, folder, "input_ids") for name, folder in TOKENIZER_OF.items()),
+        tokenizers={
+            folder: TokenizerRef(counts[name], chunked=False)
+            for name, folder in TOKENIZER_OF.items()
+        },
+        denoiser=DenoiserSpec(_TRANSFORMER, tuple(inputs), "noise_pred"),
+        decoder=DecoderSpec(DECODER, "latents", "image"),
+        zero_negative=True,
+        cfg=False,
+    )
+
+
+def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
+    """diffusers' own pipeline of a model, as its constructor leaves the configs."""
+    with quiet():
+        import diffusers
+        import transformers
+
+        from edgesd.export.families.parts import clip, t5
+        from edgesd.export.families.parts.diffusers_pipeline import diffusers_pipeline
+
+    folders = {name: source.folder(name) for name in TOKENIZER_OF.values()}
+    return diffusers_pipeline(
+        source,
+        _PIPELINE,
+        {
+            _CLIP: transformers.CLIPTextModel,
+            _T5: transformers.T5EncoderModel,
+            _TRANSFORMER: diffusers.FluxTransformer2DModel,
+            AUTOENCODER: getattr(diffusers, source.class_of(AUTOENCODER)),
+        },
+        {
+            TOKENIZER_OF[_CLIP]: lambda: clip.load_tokenizer(folders[TOKENIZER_OF[_CLIP]]),
+            TOKENIZER_OF[_T5]: lambda: t5.load_tokenizer(folders[TOKENIZER_OF[_T5]]),
+        },
+        sampler_class(defaults.sampler),
+        defaults.options,
+        image_encoder=None,
+        feature_extractor=None,
+    )
+
+
+def _own_pipeline(source: Checkpoint, defaults: Defaults, longest: int) -> OwnPipeline:
+    """The same with the sampler's scheduler."""
+    pipeline = with_sampler(_diffusers_pipeline(source, defaults), defaults.sampler)
+    return OwnPipeline(
+        pipeline,
+        encoders={name: getattr(pipeline, name) for name in TOKENIZER_OF},
+        tokenizers={name: getattr(pipeline, name) for name in TOKENIZER_OF.values()},
+        denoiser=pipeline.transformer,
+        autoencoder=pipeline.vae,
+        encode=lambda prompt: pipeline.encode_prompt(
+            prompt, device="cpu", max_sequence_length=longest
+        ),
+        encoded=_encoded,
+        has_size=not source.hints().keys() & {*_SIZE},
+        of_task=_no_task,
+        options={"max_sequence_length": longest},
+        fed=_fed,
+    )
+
+
+def _no_task(task: ImageTask) -> Any:
+    raise UsageError(f"FLUX has no task {task}")
+
+
+def _encoded(component: str, outputs: Sequence[Tensor]) -> SimpleNamespace | tuple[Tensor, ...]:
+    """The pipeline reads the embedding of CLIP, and the first output of T5."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(pooler_output=outputs[0]) if component == _CLIP else tuple(outputs)
+
+
+def _fed(
+    given: Mapping[str, Any],
+) -> tuple[Mapping[str, Tensor], Callable[[Tensor], Tensor]]:
+    """What diffusers' pipeline gives its transformer, as ours takes it, and how its output is given
+    back. Raises ParityError where tokens aren't where ours has them."""
+    import torch
+
+    from edgesd.export.families.parts.flux_transformer import packed, unpacked
+
+    ids = given["img_ids"]
+    height, width = (int(side) + 1 for side in ids[-1, 1:])
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    grid = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)
+    if not torch.equal(ids, grid.to(ids.dtype)) or bool(given["txt_ids"].any()):
+        raise ParityError(f"{_TRANSFORMER}: diffusers places tokens where the graph doesn't")
+    names = ("encoder_hidden_states", "pooled_projections", "guidance")
+    inputs = {name: given[name] for name in names if given[name] is not None}
+    inputs["sample"] = unpacked(given["hidden_states"], height, width)
+    inputs["timestep"] = given["timestep"][:1] * 1000
+    return inputs, packed

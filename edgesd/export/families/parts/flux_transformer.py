@@ -1,0 +1,194 @@
+"""diffusers' FluxTransformer2DModel.
+
+Graph, with h and w in latents: sample [batch, C, h, w], timestep [1], encoder_hidden_states
+[batch, tokens, D], pooled_projections [batch, P] (guidance [batch] where it was distilled with
+guidance) -> noise_pred [batch, C, h, w].
+
+Latents are cut into tokens, and put together again, within the graph: that is a permutation.
+Rotary tables are constants, of which the rows and columns of an image are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import msgspec
+import torch
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from torch import Tensor, nn
+
+from edgesd.export.attention import replace_attention
+from edgesd.export.families import MAX_BATCH, Component
+from edgesd.export.families.checkpoint import Checkpoint
+from edgesd.export.families.parts.shapes import (
+    dims,
+    fixed_shape,
+    float_tensor,
+    sizes,
+    uniform,
+)
+from edgesd.export.families.parts.weights import load_network
+from edgesd.spec.base import MAX_PIXELS
+from edgesd.spec.pipeline import ComponentSpec, LatentSpec, ShapeSpec
+
+PATCH = 2
+"""Sides, in latents, of what is one token."""
+
+POOLED, GUIDANCE = "pooled_projections", "guidance"
+_TIMESTEPS, _GUIDANCE = (0.0, 1000.0), (1.0, 10.0)
+_THOUSAND = 1000.0
+"""What the network multiplies times and guidance with, of which the former come multiplied."""
+
+
+class FluxTransformer(nn.Module):
+    """sample [batch, C, h, w], timestep [1] of 0 to 1000, states [batch, tokens, D], pooled
+    [batch, P] -> noise_pred like sample, of as many channels as the network makes. guidance
+    [batch]: the scale, for models distilled with it.
+
+    positions: rows and columns of tokens of the largest image. device: of the rotary tables.
+    """
+
+    rows_cos: Tensor
+    rows_sin: Tensor
+    columns_cos: Tensor
+    columns_sin: Tensor
+
+    def __init__(self, net: Any, positions: int, device: str = "cpu") -> None:
+        super().__init__()
+        self.net = net
+        replace_attention(net, "sdpa")
+        first, rows, columns = net.pos_embed.axes_dim
+        self.first = first // 2
+        for name, width in (("rows", rows), ("columns", columns)):
+            cos, sin = _tables(positions, width, net.pos_embed.theta, device)
+            self.register_buffer(f"{name}_cos", cos, persistent=False)
+            self.register_buffer(f"{name}_sin", sin, persistent=False)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        net = self.net
+        embed = net.time_text_embed
+        if guidance is None:
+            temb = embed(timestep, pooled_projections)
+        else:
+            temb = embed(timestep, guidance * _THOUSAND, pooled_projections)
+        height, width = sample.shape[2] // PATCH, sample.shape[3] // PATCH
+        tokens = encoder_hidden_states.shape[1]
+        rotations = self._rotations(height, width, tokens)
+        image = net.x_embedder(packed(sample))
+        text = net.context_embedder(encoder_hidden_states)
+        for block in net.transformer_blocks:
+            text, image = block(image, text, temb, rotations)
+        joint = torch.cat([text, image], 1)
+        for block in net.single_transformer_blocks:
+            joint = _single(block, joint, temb, rotations)
+        out = net.proj_out(net.norm_out(joint[:, tokens:], temb))
+        return unpacked(out, height, width)
+
+    def _rotations(self, height: int, width: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [tokens + height * width, d / 2]: of the text, which isn't rotated, then of
+        the image row by row, rotated by row and column."""
+        found = []
+        for rows, columns, still in (
+            (self.rows_cos, self.columns_cos, 1.0),
+            (self.rows_sin, self.columns_sin, 0.0),
+        ):
+            count = self.first + rows.shape[1] + columns.shape[1]
+            parts = [
+                rows.new_full((1, 1, self.first), still).expand(height, width, -1),
+                rows[:height, None].expand(-1, width, -1),
+                columns[None, :width].expand(height, -1, -1),
+            ]
+            text = rows.new_full((tokens, count), still)
+            found.append(torch.cat([text, torch.cat(parts, 2).flatten(0, 1)]))
+        return found[0], found[1]
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Latents [batch, C, h, w] -> tokens [batch, h / 2 * w / 2, 4 C], as diffusers'
+    FluxPipeline._pack_latents."""
+    batch, channels, height, width = latents.shape
+    blocks = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Tokens [batch, height * width, 4 C] -> latents [batch, C, 2 height, 2 width]."""
+    blocks = tokens.reshape(len(tokens), height, width, -1, PATCH, PATCH)
+    return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def _tables(positions: int, width: int, theta: float, device: str) -> tuple[Tensor, Tensor]:
+    """cos and sin [positions, width / 2] of the angles of an axis, computed in float64."""
+    places = torch.arange(positions, device=device)
+    angles = get_1d_rotary_pos_embed(
+        width, places, theta, use_real=True, freqs_dtype=torch.float64
+    )  # each value twice
+    cos, sin = (table[:, ::2].contiguous() for table in angles)
+    return cos, sin
+
+
+def _single(block: Any, joint: Tensor, temb: Tensor, rotations: tuple[Tensor, Tensor]) -> Tensor:
+    """diffusers' FluxSingleTransformerBlock on text and image [batch, n, D] that stay joined."""
+    normed, gate = block.norm(joint, emb=temb)
+    attended = block.attn(normed, image_rotary_emb=rotations)
+    wide = block.act_mlp(block.proj_mlp(normed))
+    out: Tensor = joint + gate[:, None] * block.proj_out(torch.cat([attended, wide], 2))
+    return out
+
+
+def flux_transformer(
+    source: Checkpoint,
+    name: str,
+    config: Mapping[str, Any],
+    tokens: int,
+    shape: ShapeSpec,
+    latent: LatentSpec,
+) -> Component:
+    """The component `name`, in a folder of that name. config: diffusers' of the network. tokens: of
+    the text's embeddings."""
+    positions = MAX_PIXELS // (latent.scale_factor * PATCH)
+
+    def load(weights: bool = True) -> nn.Module:
+        net = load_network(source, name, diffusers.FluxTransformer2DModel, weights)
+        return FluxTransformer(net, positions, "cpu" if weights else "meta")
+
+    batch, height, width = dims(shape, latent.scale_factor)
+    if not shape.dynamic:
+        batch = shape.batch
+    inputs = [
+        float_tensor("sample", batch, config["in_channels"] // PATCH**2, height, width),
+        float_tensor("timestep", 1),
+        float_tensor("encoder_hidden_states", batch, tokens, config["joint_attention_dim"]),
+        float_tensor(POOLED, batch, config["pooled_projection_dim"]),
+    ]
+    if config["guidance_embeds"]:
+        inputs.append(float_tensor(GUIDANCE, batch))
+    noise_pred = float_tensor("noise_pred", batch, latent.channels, height, width)
+    return Component(
+        ComponentSpec(name, tuple(inputs), (noise_pred,)),
+        load,
+        sizes=sizes(shape, latent.scale_factor),
+        multiples={"height": PATCH, "width": PATCH},
+        examples={"timestep": uniform(*_TIMESTEPS), GUIDANCE: uniform(*_GUIDANCE)},
+    )
+
+
+def shape_spec(
+    size: tuple[int, int] | None, batch: int, default: tuple[int, int], step: int
+) -> ShapeSpec:
+    """Sizes that diffusers generates: multiples of `step`.
+
+    size: (width, height) of static graphs. default: of others. Raises UsageError.
+    """
+    if size is not None:
+        return fixed_shape(size, batch, step, step)
+    return msgspec.structs.replace(fixed_shape(default, MAX_BATCH, step, step), dynamic=True)

@@ -1,0 +1,104 @@
+"""Writes RMS norms and rotary embeddings out in standard operators, for compilers that have no
+others (export/attention.py makes the operators)."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from edgesd.errors import EdgesdError
+from edgesd.export.passes import Pass
+from edgesd.export.passes.lowering import replace_node, shared_constant
+from edgesd.export.passes.values import dtype_of, input_of, shape_of
+from edgesd.runtime.arrays import Array
+
+_NORM = ("", "SimplifiedLayerNormalization")
+_ROTARY = ("com.microsoft", "RotaryEmbedding")
+
+
+class StandardNorms(Pass):
+    """Every SimplifiedLayerNormalization over the last axis becomes x / sqrt(mean(x^2) + epsilon)
+    times its weight; every RotaryEmbedding a sum of products of its input's pairs."""
+
+    def requires(self, model: ir.Model) -> None:
+        """Norms are over the last axis, and rotations of neighbouring pairs from the first
+        position on, by tables of a known width."""
+        for node in _found(model, _NORM):
+            if node.attributes["axis"].as_int() != -1:
+                raise EdgesdError(f"{node.name} isn't over the last axis")
+        for node in _found(model, _ROTARY):
+            first = ir.convenience.get_const_tensor(input_of(node, 1))
+            if first is None or first.numpy().any() or not node.attributes["interleaved"].as_int():
+                raise EdgesdError(f"{node.name} doesn't rotate pairs from the first position on")
+            if not isinstance(shape_of(input_of(node, 2))[-1], int):
+                raise EdgesdError(f"{node.name}: the width of its tables isn't known")
+
+    def call(self, model: ir.Model) -> bool:
+        found = [*_found(model, _NORM), *_found(model, _ROTARY)]
+        for number, node in enumerate(found):
+            _Writer(model, node, f"standard{number}").replace()
+        return bool(found)
+
+    def ensures(self, model: ir.Model) -> None:
+        """None of them is left."""
+        for node in (*_found(model, _NORM), *_found(model, _ROTARY)):
+            raise EdgesdError(f"{node.name} is still a {node.op_type}: not standard")
+
+
+def _found(model: ir.Model, operator: tuple[str, str]) -> list[ir.Node]:
+    return [node for node in model.graph if (node.domain, node.op_type) == operator]
+
+
+class _Writer:
+    def __init__(self, model: ir.Model, node: ir.Node, prefix: str) -> None:
+        self.model, self.node, self.prefix = model, node, prefix
+        self.nodes: list[ir.Node] = []
+        self.dtype = dtype_of(input_of(node, 0)).numpy()
+
+    def replace(self) -> None:
+        out = self._norm() if self.node.op_type == _NORM[1] else self._rotated()
+        replace_node(self.model.graph, self.node, self.nodes, out)
+
+    def _norm(self) -> ir.Value:
+        hidden, weight = (input_of(self.node, index) for index in range(2))
+        epsilon = np.array(self.node.attributes["epsilon"].as_float(), self.dtype)
+        last = self._const("axes:last", np.array([-1], np.int64))
+        mean = self._op("ReduceMean", [self._op("Mul", [hidden, hidden]), last], keepdims=1)
+        added = self._op("Add", [mean, self._const(f"epsilon:{epsilon}:{self.dtype}", epsilon)])
+        normed = self._op("Div", [hidden, self._op("Sqrt", [added])])
+        return self._op("Mul", [normed, weight])
+
+    def _rotated(self) -> ir.Value:
+        """[batch, n, heads * d], of pairs x, y: x cos - y sin, y cos + x sin."""
+        hidden, cos, sin = (input_of(self.node, index) for index in (0, 2, 3))
+        half = shape_of(cos)[-1]
+        assert isinstance(half, int)  # see `requires`
+        pairs = self._reshaped(hidden, (0, 0, -1, half, 2))
+        last = self._const("axes:last", np.array([-1], np.int64))
+        x, y = (
+            self._op(
+                "Gather", [pairs, self._const(f"place:{at}", np.array([at], np.int64))], axis=4
+            )
+            for at in (0, 1)
+        )
+        cos, sin = (
+            self._op("Unsqueeze", [self._reshaped(t, (-1, 1, half)), last]) for t in (cos, sin)
+        )
+        even = self._op("Sub", [self._op("Mul", [x, cos]), self._op("Mul", [y, sin])])
+        odd = self._op("Add", [self._op("Mul", [y, cos]), self._op("Mul", [x, sin])])
+        joined = self._op("Concat", [even, odd], axis=-1)
+        return self._reshaped(joined, (0, 0, -1))
+
+    def _reshaped(self, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+        name = "shape:" + "x".join(map(str, shape))
+        return self._op("Reshape", [value, self._const(name, np.array(shape, np.int64))])
+
+    def _const(self, name: str, array: Array) -> ir.Value:
+        return shared_constant(self.model, name, array)
+
+    def _op(self, op: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
+        node = ir.node(op, inputs, attributes, num_outputs=1)  # type: ignore[arg-type]
+        node.name = f"{self.node.name}/{op}{len(self.nodes)}"
+        node.outputs[0].name = f"{self.prefix}.{len(self.nodes)}"
+        self.nodes.append(node)
+        return node.outputs[0]
