@@ -63,6 +63,9 @@ CLASSES: Mapping[tuple[str, Task], tuple[Any, Any]] = {
         diffusers.StableDiffusionXLInpaintPipeline,
         diffusers.StableDiffusionXLControlNetInpaintPipeline,
     ),
+    ("flux", "text"): (diffusers.FluxPipeline, None),
+    ("flux", "image"): (diffusers.FluxImg2ImgPipeline, None),
+    ("flux", "inpaint"): (diffusers.FluxInpaintPipeline, None),
 }
 """diffusers' pipelines without and with a ControlNet."""
 
@@ -117,7 +120,9 @@ class Both:
         if self.distilled and sampler == "lcm":
             cls = _DISTILLED.get(task, cls)
         config = self.theirs.config
-        options: dict[str, Any] = {"requires_safety_checker": False}
+        options: dict[str, Any] = {}
+        if family == "sd":
+            options["requires_safety_checker"] = False
         if family == "sdxl":
             forced = config.force_zeros_for_empty_prompt
             options = {"force_zeros_for_empty_prompt": forced, "add_watermarker": False}
@@ -162,6 +167,9 @@ class Both:
         if self.controlnet is not None:
             given["image" if task == "text" else "control_image"] = [HINT.decoded()] * count
             given["controlnet_conditioning_scale"] = SCALE
+        if (spec := self.ours.spec).family == "flux":
+            longest = spec.wiring.tokenizers["tokenizer_2"].max_tokens
+            return given | sides | {"max_sequence_length": longest}
         return given if set(given) == {"image"} else given | sides
 
     def requests(

@@ -312,7 +312,6 @@ def _contrib_op(
     """The parts of a contrib operator of ONNX Runtime that are used here; onnx has no schema for
     it. inputs: name -> type, T of floating point or I of int64; ? where it may be left out."""
     schema = onnx.defs.OpSchema
-    optional = schema.FormalParameterOption.Optional
     return onnxscript.values.Op(
         onnxscript.values.Opset(domain, version),
         name,
@@ -320,12 +319,7 @@ def _contrib_op(
             name,
             domain,
             version,
-            inputs=[
-                schema.FormalParameter(
-                    each, kind.rstrip("?"), **({"param_option": optional} if "?" in kind else {})
-                )
-                for each, kind in inputs.items()
-            ],
+            inputs=[_parameter(each, kind) for each, kind in inputs.items()],
             outputs=[schema.FormalParameter("output", "T")],
             type_constraints=[
                 ("T", ["tensor(float)", "tensor(float16)"], ""),
@@ -334,6 +328,14 @@ def _contrib_op(
             attributes=[schema.Attribute(each, kind) for each, kind in attributes.items()],
         ),
     )
+
+
+def _parameter(name: str, kind: str) -> Any:
+    schema = onnx.defs.OpSchema
+    if not kind.endswith("?"):
+        return schema.FormalParameter(name, kind)
+    optional = schema.FormalParameterOption.Optional
+    return schema.FormalParameter(name, kind[:-1], param_option=optional)
 
 
 _MHA = _contrib_op(

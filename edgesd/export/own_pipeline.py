@@ -409,7 +409,9 @@ def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, asked: Request, fed: 
         own.autoencoder.encode = partial(_encode_theirs, spec)
         more = {"image": asked.image}
         if asked.mask is not None:
-            more |= {"mask_image": asked.mask, "height": complete.height, "width": complete.width}
+            more["mask_image"] = asked.mask
+        if asked.mask is not None or own.takes_size:
+            more |= {"height": complete.height, "width": complete.width}
         if asked.strength is not None:
             more["strength"] = asked.strength
     pipeline(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from edgesd.errors import UsageError
 from edgesd.runtime.schedulers import Scheduler
+from edgesd.runtime.schedulers.flow_euler import FlowEuler
 from edgesd.runtime.schedulers.schedule import steps_within
 from edgesd.spec.pipeline import PipelineSpec
 
@@ -52,14 +53,17 @@ def first_of_refiner(spec: PipelineSpec, scheduler: Scheduler, at: float) -> int
 def first_of_picture(scheduler: Scheduler, strength: float) -> int:
     """The index of the timestep that denoising begins with where a picture is given. strength: the
     share of the steps that is taken, above 0 to 1; the first, where the sampler's steps were all
-    placed within it.
+    placed within it. A step that lies partly within it is left out, but taken in flow matching.
 
     Raises UsageError where that is less than one.
     """
     if scheduler.strength < 1:
         return 0
     steps = scheduler.num_inference_steps
-    first = (steps - steps_within(steps, strength)) * scheduler.order
+    skipped = steps - steps_within(steps, strength)
+    if scheduler.process == FlowEuler.process:  # diffusers rounds here, and there the steps taken
+        skipped = int(steps - steps * strength)
+    first = skipped * scheduler.order
     if first >= len(scheduler.timesteps):
         raise UsageError(
             f"strength {strength:g} leaves no step: scheduler {scheduler.name} has "

@@ -63,7 +63,8 @@ def slow(*names: str) -> list[Any]:
 @pytest.mark.parametrize(
     "name",
     [
-        *("sd", "sdxl"),
+        *("sd", "sdxl", "flux-dev"),
+        *slow("flux-schnell"),
         *slow("sd2-v", "sd-turbo", "lcm", "sdxl-turbo", "sdxl-refiner", "sdxl-encoded-negative"),
         *slow("sdxl-lcm", "sdxl-lcm-lora", "sdxl-pruned"),
     ],

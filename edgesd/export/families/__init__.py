@@ -75,7 +75,8 @@ class OwnPipeline:
     encoders: by the component's name. tokenizers: by the folder's name. encode: hands a prompt to
     the pipeline's encoders. encoded: what the pipeline takes from an encoder, by its component's
     name and outputs, in the order of its spec. has_size: whether it knows a default size by itself.
-    of_task: the pipeline of the same networks that begins with an image. options: of its call.
+    of_task: the pipeline of the same networks that begins with an image, and takes_size: whether it
+    makes that of a size that is given. options: of its call.
     fed: makes of what the pipeline gives its denoiser the inputs of that component, and how its
     output is given back; None where they have the same names and shapes.
     """
@@ -89,6 +90,7 @@ class OwnPipeline:
     encoded: Callable[[str, Sequence[Tensor]], object]
     has_size: bool
     of_task: Callable[[ImageTask], Any]
+    takes_size: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     fed: (
         Callable[[Mapping[str, Any]], tuple[Mapping[str, Tensor], Callable[[Tensor], Tensor]]]

@@ -23,9 +23,12 @@ from edgesd.export.families.checkpoint import DIFFUSERS_STEM, TRANSFORMERS_STEM,
 from edgesd.export.families.latent_diffusion import (
     CLASSES,
     DECODER,
+    ENCODER,
     TOKENIZERS,
     check_classes,
     finished,
+    for_images,
+    tasks_of,
     with_sampler,
 )
 from edgesd.export.families.variants import SCHEDULER_CONFIG, Defaults
@@ -58,6 +61,10 @@ _CLASSES = {
     AUTOENCODER: CLASSES[AUTOENCODER],
 }
 _PIPELINE = "FluxPipeline"
+_FROM_IMAGES: Mapping[ImageTask, str] = {
+    "image": "FluxImg2ImgPipeline",
+    "inpaint": "FluxInpaintPipeline",
+}
 _EVEN = "use_flow_sigmas"
 """Of a scheduler that lays out sigmas itself."""
 _SIZE = ("width", "height")
@@ -86,8 +93,6 @@ def export_spec(
         raise InputError(f"{source.name}: textual inversions of FLUX aren't supported")
     if source.sides:
         raise InputError(f"{source.name}: ControlNets and adapters of FLUX aren't supported")
-    if tasks:
-        raise UsageError(f"{source.name}: FLUX is built for prompts alone: leave --task out")
     given = source.config(f"{_TRANSFORMER}/config.json")
     defaults = _defaults(source, scheduler, bool(given.get("guidance_embeds")))
     with quiet():  # libraries log while they are imported
@@ -114,15 +119,18 @@ def export_spec(
     shape = flux_transformer.shape_spec(
         size, batch, (width, height), latent.scale_factor * latent.patch
     )
+    can, upcast = tasks_of(source.name, (), tasks), bool(own.vae.config.get("force_upcast"))
     components = (
         clip.pooled_text_encoder(source, _CLIP, clip_config, tokens, shape),
         t5.text_encoder(source, _T5, t5_config, longest, shape),
         flux_transformer.flux_transformer(source, _TRANSFORMER, config, longest, shape, latent),
-        vae.vae_decoder(source, DECODER, latent, shape, bool(own.vae.config.get("force_upcast"))),
+        vae.vae_decoder(source, DECODER, latent, shape, upcast),
+        *vae.encoder_for(can, source, ENCODER, latent, shape, upcast),
     )
+    wiring = _wiring(components, tokens, longest)
     return finished(
         FAMILY.name, source, defaults, own.scheduler, components, latent, shape,
-        _wiring(components, tokens, longest),
+        for_images(wiring, components, (), can, _FROM_IMAGES),
         lambda: _own_pipeline(source, defaults, longest),
         even_sigmas=not own.scheduler.config.get(_EVEN),
     )  # fmt: skip
@@ -130,7 +138,7 @@ def export_spec(
 
 FAMILY = Family(
     name="flux",
-    class_names=(_PIPELINE,),
+    class_names=(_PIPELINE, *_FROM_IMAGES.values()),
     weights={
         _CLIP: TRANSFORMERS_STEM,
         _T5: TRANSFORMERS_STEM,
@@ -256,6 +264,8 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
 
 def _own_pipeline(source: Checkpoint, defaults: Defaults, longest: int) -> OwnPipeline:
     """The same with the sampler's scheduler."""
+    from edgesd.export.families.parts.diffusers_pipeline import with_networks_of
+
     pipeline = with_sampler(_diffusers_pipeline(source, defaults), defaults.sampler)
     return OwnPipeline(
         pipeline,
@@ -268,14 +278,11 @@ def _own_pipeline(source: Checkpoint, defaults: Defaults, longest: int) -> OwnPi
         ),
         encoded=_encoded,
         has_size=not source.hints().keys() & {*_SIZE},
-        of_task=_no_task,
+        of_task=lambda task: with_networks_of(pipeline, _FROM_IMAGES[task]),
+        takes_size=True,
         options={"max_sequence_length": longest},
         fed=_fed,
     )
-
-
-def _no_task(task: ImageTask) -> Any:
-    raise UsageError(f"FLUX has no task {task}")
 
 
 def _encoded(component: str, outputs: Sequence[Tensor]) -> SimpleNamespace | tuple[Tensor, ...]:
