@@ -16,7 +16,7 @@ from edgesd.export.backends.base import Lowering
 from edgesd.export.cost.arena import arena_bytes
 from edgesd.export.cost.costs import memory, part_bytes
 from edgesd.export.cost.cpu_lowering import NO_SLOTS, Slots, lower_workload
-from edgesd.export.cost.workload import Workload, split_workload, trace
+from edgesd.export.cost.workload import Workload, split_joined, split_workload, trace
 from edgesd.export.families import ExportSpec
 from edgesd.export.families.parts.shapes import TOKENS
 from edgesd.export.passes.lora_slots import has_slot, takes_loras
@@ -74,6 +74,7 @@ class ComponentForm:
     def lowered(self, workload: Workload, tiled: bool = False) -> Workload:
         """A workload as the graph runs it. tiled: of an autoencoder's part that is run in tiles."""
         own = self.own_kernels
+        workload = split_joined(workload) if self.schemes else workload
         attention = own and self.attention
         return lower_workload(workload, self.schemes, own, attention, tiled, slots=self.slots)
 
@@ -324,12 +325,11 @@ def schemes_of(
     if manifest.recipe is None:
         return {}
     written = {la.name: la.scheme for la in manifest.recipe.layers if la.component == component}
-    # Of a layer that was split, the first part (passes/split_concat.py).
-    written = {layer.name: written.get(f"{layer.name}.0", "fp16") for layer in layers} | written
+    found = {la: written.get(la.name) or written.get(la.module) for la in layers}
     return {
-        layer: None if written[layer.name] == "fp16" else parse_scheme(written[layer.name])
-        for layer in layers
-        if layer.name in written
+        layer: None if name == "fp16" else parse_scheme(name)
+        for layer, name in found.items()
+        if name is not None
     }
 
 
@@ -362,7 +362,8 @@ def footprinted(
     engines = dict(manifest.engines)
     for stage in networks.flow.stages:
         engine = engines[stage.component]
-        schemes = schemes_of(manifest, stage.component, networks.trace_own(stage).layers)
+        workload = split_joined(networks.trace_own(stage))
+        schemes = schemes_of(manifest, stage.component, workload.layers)
         on_disk = manifest.files[f"{stage.component}/weights.bin"].bytes
         lowering = get_lowering(engine.backend)
         for own, field in ((False, "footprint"), (True, "kernels_footprint")):

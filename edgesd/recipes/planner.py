@@ -25,7 +25,7 @@ from edgesd.export.cost.costs import (
     file_bytes,
 )
 from edgesd.export.cost.times import multiplications, seconds
-from edgesd.export.cost.workload import Workload
+from edgesd.export.cost.workload import Workload, split_joined
 from edgesd.export.pipeline import export_spec, require_build_tools
 from edgesd.export.quantize.assign import planned
 from edgesd.export.quantize.methods import get_method
@@ -416,7 +416,8 @@ class _Planner:
         """A component's graph as it would be built."""
         workload = networks.trace_own(stage)
         quantized = precision not in FLOATING
-        schemes = planned(workload.layers, parse_scheme(precision)) if quantized else {}
+        layers = split_joined(workload).layers
+        schemes = planned(layers, parse_scheme(precision)) if quantized else {}
         smoothed = get_method(self.request.method).smooths
         fp32 = networks.in_fp32(stage.component, precision)
         halved = precision in _HALVES and not (fp32 and self.lowering.fp16_arithmetic)

@@ -125,7 +125,7 @@ class OrtOps:
 
     def has_slot(self, op: Operation) -> bool:
         """Whether a LoRA is added to an operation's output."""
-        return op.layer is not None and op.layer.name in self.slots.layers
+        return op.layer is not None and op.layer.module in self.slots.layers
 
     def fill_slot(self, op: Operation) -> None:
         """Two products of the layer's input, and a sum."""
@@ -240,12 +240,12 @@ class EdgesdOps(OrtOps):
         if op.kind == "conv" and self.has_slot(op):  # its product is added before anything else
             return op
         # A convolution's low-rank branch comes in where another branch's values would.
-        taken = {"residual"} if op.kind == "conv" and self._branch_rank(op) else set()
+        taken = {"residual"} if op.kind == "conv" and self._branch_rank(op) else set(op.fused)
         fusions = [f for f in self.fusions if f.side == "epilogue" and op.kind in f.layers]
         if op.biased:
             if not any(f.name == "bias" for f in fusions):
                 return op
-            op = replace(op, fused=("bias",))
+            op = replace(op, fused=(*op.fused, "bias"))
         found = True
         while found:
             found = False

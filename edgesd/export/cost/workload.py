@@ -20,7 +20,7 @@ from edgesd.errors import EdgesdError
 from edgesd.export.attention import replace_attention
 from edgesd.export.families import Component, Sizes
 from edgesd.export.families.parts.inlets import on_meta
-from edgesd.export.quantize.layers import MIN_WEIGHTS, Layer
+from edgesd.export.quantize.layers import MIN_WEIGHTS, Layer, ends_of
 from edgesd.text import first_sentence
 
 _ALIASES = frozenset(
@@ -59,7 +59,7 @@ class Operation:
     computes it, where that is decided (cpu_lowering.py). biased: a linear has a bias, which is an
     operation of its own in a graph; scores of attention have one. fused: names of the fusions
     (passes/fusions.py) that became part of a layer. spare: bytes that it allocates besides while it
-    runs.
+    runs. widths: of a concat along the last axis, what each value has of it.
     """
 
     kind: str
@@ -75,6 +75,7 @@ class Operation:
     biased: bool = False
     fused: tuple[str, ...] = ()
     spare: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,43 @@ def split_workload(workload: Workload) -> tuple[Workload, ...]:
     )
 
 
+def split_joined(workload: Workload) -> Workload:
+    """The same with a linear of values side by side as a linear for each of them, which adds up
+    what those before it made, as passes/split_concat.py does for quantized graphs."""
+    joined = {value: op for op in workload.operations if op.widths for value in op.writes}
+    sizes, made = list(workload.sizes), list[Operation]()
+    for op in workload.operations:
+        before = joined.get(op.reads[0]) if op.kind == "linear" else None
+        if before is None or op.layer is None:
+            made.append(op)
+            continue
+        start, total = 0, tuple[int, ...]()
+        for index, (value, width) in enumerate(zip(before.reads, before.widths, strict=True)):
+            last = index + 1 == len(before.widths)
+            layer = replace(
+                op.layer,
+                name=f"{op.layer.name}.{index}",
+                shape=(op.layer.rows, width),
+                part=(start, start + width),
+            )
+            if not last:
+                sizes.append(sizes[op.writes[0]])
+            part = replace(
+                op,
+                reads=(value, *total),
+                writes=op.writes if last else (len(sizes) - 1,),
+                layer=layer,
+                macs=op.macs * width // op.layer.columns,
+                biased=op.biased and last,
+                fused=("residual",) if total else (),
+            )
+            made.append(part)
+            start, total = start + width, part.writes
+    read = {value for op in made for value in op.reads} | set(workload.outputs)
+    kept = tuple(op for op in made if not op.widths or read & set(op.writes))
+    return replace(workload, operations=kept, sizes=tuple(sizes))
+
+
 def trace(component: Component, sizes: Sizes) -> Workload:
     """What `component` does at `sizes` (a value for each symbolic dimension of its inputs).
 
@@ -168,11 +206,12 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if wanted & set(op.writes):
                 wanted |= set(op.reads)
                 kept.append(op)
+        values = tuple(self._values[id(t)] for t in inputs)
         return Workload(
             self._component,
-            tuple(reversed(kept)),
+            _with_ends(tuple(reversed(kept)), values, results),
             tuple(self._sizes),
-            tuple(self._values[id(t)] for t in inputs),
+            values,
             results,
             self._count,
         )
@@ -214,6 +253,8 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             op = replace(self._linear(op, args[-2], args[-1]), biased=name == "addmm")
         elif name == "upsample_nearest2d" and args[2:] != (2.0, 2.0):
             op = replace(op, kind="resize_to_size")
+        elif name == "cat" and args[1:] in ((-1,), (made[0].ndim - 1,)):
+            op = replace(op, widths=tuple(tensor.shape[-1] for tensor in tensors))
         elif name == "multi_head_attention":
             op = _attention(op, args)
         elif name == "embedding":
@@ -262,6 +303,24 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._parameters[id(out)] = self._parameters[id(source)]
         elif id(source) in self._values:
             self._values[id(out)] = self._values[id(source)]
+
+
+def _with_ends(
+    operations: Sequence[Operation], inputs: Iterable[int], outputs: Iterable[int]
+) -> tuple[Operation, ...]:
+    """The same operations, whose layers say whether they are an end: see Layer."""
+    layers = dict.fromkeys(op.layer for op in operations if op.layer is not None)
+    large = [layer for layer in layers if layer.rows * layer.columns >= MIN_WEIGHTS]
+    names = {layer.name for layer in large}
+    steps = [
+        (op.reads, op.writes, op.layer.name if op.layer and op.layer.name in names else "")
+        for op in operations
+    ]
+    found = ends_of(steps, inputs, outputs, large)
+    return tuple(
+        replace(op, layer=replace(op.layer, end=True)) if op.layer in found else op
+        for op in operations
+    )
 
 
 def _by_one(name: str, args: tuple[Any, ...]) -> bool:
