@@ -77,12 +77,23 @@ def linear(
     bias: bool = True,
     residual: bool = False,
     rank: int | None = None,
+    gelu: int = 0,
+    gates: int = 0,
 ) -> Graph:
-    """A QuantLinear of x [*rows, k]. rank: of a LoRA's factors, if there are any."""
+    """A QuantLinear of x [*rows, k]. rank: of a LoRA's factors, if there are any. gates: images
+    that have one, if any does."""
     outputs = n // 2 if gated else n
     return Graph(
         "QuantLinear",
-        {"bits": bits, "group": group, "layout": layout, "N": n, "K": k, "gated": gated},
+        {
+            "bits": bits,
+            "group": group,
+            "layout": layout,
+            "N": n,
+            "K": k,
+            "gated": gated,
+            "gelu": gelu,
+        },
         (
             Tensor(FLOAT, (*rows, k), constant=False),
             *weight(n, k, bits, group, layout),
@@ -90,6 +101,7 @@ def linear(
             Tensor(FLOAT, (*rows, outputs), constant=False) if residual else None,
             None if rank is None else Tensor(FLOAT, (*rows, rank), constant=False),
             None if rank is None else Tensor(FLOAT, (rank, n), constant=False),
+            Tensor(FLOAT, (gates, 1, outputs), constant=False) if gates else None,
         ),
     )
 
@@ -214,10 +226,13 @@ def random_graph(rng: np.random.Generator, isa: str) -> Graph:
     if op == "linear":
         layout = int(bits == 4 and maybe())
         gated = int(rng.random() < 0.3)
+        rows = tuple(below(20) for _ in range(below(4)))
         return linear(
             n=below(100) * (1 + gated),
             k=below(200),
-            rows=tuple(below(20) for _ in range(below(4))),
+            rows=rows,
+            gelu=int(maybe()),
+            gates=rows[0] if rows and maybe() else below(2, 0),
             bits=bits,
             group=int(rng.choice([16, 32, 48, 64, 128])) if layout else below(80),
             layout=layout,
@@ -546,6 +561,10 @@ CASES: dict[str, tuple[Graph, str]] = {
         put(linear(64, 64, residual=True), 5, Tensor(FLOAT, (1, 64), constant=False)),
         "residual is [1, 64], not [4, 64] as y",
     ),
+    "gates and gelu": (linear(8, 8, rows=(2, 3), gelu=1, gates=2), "ran"),
+    "one gate of two images": (linear(8, 8, rows=(2, 3), gates=1), "ran"),
+    "three gates of two images": (linear(8, 8, rows=(2, 3), gates=3), "gate is [3, 1, 8], not of"),
+    "a gate of no images": (linear(8, 8, rows=(0, 3), gates=2), "gate is [2, 1, 8], not of 0"),
     "factors of which one is missing": (
         put(linear(64, 64, rank=4), 7, None),
         "of low and up only one is there",

@@ -121,15 +121,16 @@ Made make(int bits, int layout, int64_t n, int64_t k, int group) {
 }
 
 void check_linear(const Compute& compute, int bits, int layout, int64_t m, int64_t n, int64_t k,
-                  int group, bool gated, int64_t rank = 0) {
+                  int group, bool gated, int64_t rank = 0, bool gelu = false, int64_t gates = 0) {
   const Made made = make(bits, layout, n, k, group);
   const auto x = normal(size_t(m * k), 0.3f), bias = normal(size_t(n));
   const int64_t outputs = gated ? n / 2 : n;
   const auto residual = normal(size_t(m * outputs));
   std::vector<float> y(size_t(m * outputs));
   const auto low = normal(size_t(m * rank)), up = normal(size_t(rank * n), 0.3f);
+  const auto gate = normal(size_t(gates * n), 1);
   compute.linear({x.data(), made.weight, bias.data(), residual.data(), y.data(), m, gated,
-                  low.data(), up.data(), rank}, two);
+                  low.data(), up.data(), rank, gelu, gates ? gate.data() : nullptr, gates}, two);
   std::vector<double> wanted(y.size());
   for (int64_t row = 0; row < m; row++) {
     auto sum = [&](int64_t i) {
@@ -144,6 +145,11 @@ void check_linear(const Compute& compute, int bits, int layout, int64_t m, int64
         const double gate = sum(i + outputs);
         value *= gate * 0.5 * std::erfc(-gate / std::sqrt(2));
       }
+      if (gelu) {
+        const double u = std::sqrt(2 / M_PI) * (value + 0.044715 * value * value * value);
+        value *= 0.5 * (1 + std::tanh(u));
+      }
+      if (gates) value *= gate[row / (m / gates) * n + i];
       wanted[row * outputs + i] = value + residual[row * outputs + i];
     }
   }
@@ -362,6 +368,8 @@ int main() {
   check_linear(compute, 4, Weight::BLOCKS_OF_N, 13, 70, 100, 64, false, 16);
   check_linear(compute, 4, Weight::BLOCKS_OF_N, 20, 64, 128, 16, true);
   check_linear(compute, 4, Weight::BLOCKS_OF_N, 3, 40, 31, 256, false, 1);
+  check_linear(compute, 4, Weight::BLOCKS_OF_N, 12, 70, 64, 64, false, 0, true);
+  check_linear(compute, 4, Weight::BLOCKS_OF_N, 12, 70, 64, 64, false, 3, false, 2);
   check_attention(compute, 70, 100, 3, 40);
   check_attention(compute, 5, 64, 2, 80);
   check_attention(compute, 9, 77, 1, 160);

@@ -58,5 +58,6 @@ def fused_in(graph: ir.Graph, branches: bool = False) -> Fused:
             and given >= set(fusion.inputs)
             and all(node.attributes[k].as_int() == v for k, v in fusion.attributes.items())
             and not (fusion.name == "residual" and branches and node.op_type == CONV)
+            and not (fusion.name == "residual" and "gate" in given)
         }
     return found

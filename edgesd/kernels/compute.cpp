@@ -329,6 +329,13 @@ inline vf gelu(vf x) {
   return 0.5f * x * (1.0f + erf);
 }
 
+// The same by the hyperbolic tangent (arXiv 1606.08415, section 2): x sigmoid(2 u).
+inline vf gelu_by_tanh(vf x) {
+  const vf u = x * (0.79788456f + 0.035677408f * x * x);
+  const vf fading = exp2_below<1>(minimum(u, -u) * 2.88539008f);
+  return x * (u < 0.0f ? fading : vf_set(1)) / (1.0f + fading);
+}
+
 int64_t panels_of(int64_t n) { return (n + P - 1) / P; }
 
 // Parts that rows are cut into, so that every thread gets panels, at little laying out in vain.
@@ -434,6 +441,12 @@ void linear(const Linear& job, Threads threads) {
         if (job.gated)
           for (int n = 0; n < P; n += W)
             store(from + n, load<vf>(from + n) * gelu(load<vf>(found[1] + i * P + n)));
+        if (job.gelu)
+          for (int n = 0; n < P; n += W) store(from + n, gelu_by_tanh(load<vf>(from + n)));
+        if (job.gate) {
+          const float* factor = job.gate + (m + i) / (job.m / job.gates) * outputs + first;
+          for (int n = 0; n < count; n++) from[n] *= factor[n];
+        }
         if (job.residual) {
           const float* add = job.residual + (m + i) * outputs + first;
           for (int n = 0; n < count; n++) y[n] = from[n] + add[n];

@@ -37,6 +37,9 @@ struct Linear {
   const float* low = nullptr;  // [m, rank]: low times up is added to the product, before it is gated
   const float* up = nullptr;   // [rank, n]
   int64_t rank = 0;
+  bool gelu = false;  // of the product, as the hyperbolic tangent approximates it
+  const float* gate = nullptr;  // [gates, n]: factors of what a residual is added to
+  int64_t gates = 1;            // equal parts of the rows that have one each
 };
 
 struct Conv {

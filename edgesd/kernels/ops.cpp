@@ -423,21 +423,22 @@ void check_bits(const Compute* compute, const WeightFormat& weight) {
     throw Failure(std::string("8-bit weights aren't exact with ") + compute->name);
 }
 
-// QuantLinear(x [..., K], codes, scale, steps?, bias?, residual?, low [..., R]?, up [R, N]?) ->
-// [..., N], or [..., N / 2] if gated. R is 0 or more.
+// QuantLinear(x [..., K], codes, scale, steps?, bias?, residual?, low [..., R]?, up [R, N]?,
+// gate [B, 1, N]?) -> [..., N], or [..., N / 2] if gated. R is 0 or more; B is 1 or x's batch.
 struct QuantLinear {
   static constexpr const char* NAME = "QuantLinear";
-  static constexpr size_t INPUTS = 8, REQUIRED_INPUTS = 3;
+  static constexpr size_t INPUTS = 9, REQUIRED_INPUTS = 3;
   static constexpr int FIRST_TYPE = FLOAT;
   static constexpr bool HAS_WEIGHT = true;
   const Compute* compute;
   WeightFormat weight;
-  bool gated;
+  bool gated, gelu;
   WeightPager pager;
   QuantLinear(const Compute* compute, const Kernel& kernel)
       : compute(compute),
         weight(kernel),
         gated(kernel.integer("gated", 0, 1) != 0),
+        gelu(kernel.integer("gelu", 0, 1, 0) != 0),
         pager(weight.bytes(), weight.step_bytes()) {
     check_bits(compute, weight);
     if (gated && weight.n % 2) throw Failure("gated, with an odd N");
@@ -461,6 +462,12 @@ struct QuantLinear {
     shape.back() = gated ? weight.n / 2 : weight.n;
     const int64_t outputs = count_of(shape);
     job.residual = run.residual(5, shape);
+    job.gelu = gelu;
+    if (run.has(8)) {
+      const bool one = shape.size() < 2 || count_of(run.shape(8)) == shape.back();
+      job.gates = one ? 1 : shape[0];
+      job.gate = run.floats(8, "gate", job.gates * shape.back());
+    }
     job.y = run.output(shape);
     if (outputs == 0) return;
     pager.before(job.weight.codes, job.weight.steps);

@@ -327,14 +327,15 @@ class EdgesdOps(OrtOps):
 
     def _adds(self, fusion: Fusion, op: Operation, others: Sequence[int]) -> bool:
         """Whether what a fusion adds to a layer's output is as large as it must be."""
-        if fusion.operand is None:
-            return not others
-        if len(others) != 1 or op.layer is None:
+        if len(others) != len(fusion.operands) or op.layer is None:
             return False
-        size, whole = self.sizes[others[0]], self.sizes[op.writes[0]]
-        if fusion.operand == "output":
-            return size == whole
-        return size < whole and size % (4 * op.layer.rows) == 0
+        whole, rows = self.sizes[op.writes[0]], 4 * op.layer.rows
+        return all(
+            size == whole if operand == "output" else size < whole and size % rows == 0
+            for operand, size in zip(
+                fusion.operands, (self.sizes[other] for other in others), strict=True
+            )
+        )
 
     def _read_once(self, value: int) -> bool:
         return len(self.readers.get(value, ())) == 1 and value not in self.source.outputs

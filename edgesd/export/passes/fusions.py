@@ -20,8 +20,8 @@ MAX_K = 1 << 16
 
 Kind = Literal["linear", "conv"]
 Operand = Literal["constant", "image", "output"]
-"""What a sum adds to a layer's output: a constant [N], a value for each image and channel
-[B, N, 1, 1], or as many values as the output has."""
+"""What meets a layer's output: a constant [N], a value for each image and channel [B, N, 1, 1]
+([B, 1, N] of a linear), or as many values as the output has."""
 
 Pattern = Callable[..., Any]
 """Operators of a graph in the pattern language of onnxscript.rewriter: f(op, x, ...) -> the last
@@ -38,11 +38,12 @@ class Fusion:
     name: also of the fused input, where it is a sum. side: an epilogue reads the layer's output x;
     a prologue makes the layer's input of x. layers: kinds of layer whose kernel can. exported: the
     operators as a graph has them. traced: kinds of operations of a Workload, in the order of the
-    data; none where tracing has them within the layer (its bias). operand: what a sum adds; None
-    for others. inputs: of the kernel's operator, taken from the pattern's parameters of these
-    names. attributes: what the operator gets; read: adds those that the match says, None where it
-    doesn't fit after all. joined: of inputs that may be there already, the axis along which both
-    become one. excludes: what can't be fused besides. last: nothing that follows is.
+    data; none where tracing has them within the layer (its bias). operands: what sums and gates
+    take besides, in the order of `inputs` and of the data. inputs: of the kernel's operator, taken
+    from the pattern's parameters of these names. attributes: what the operator gets; read: adds
+    those that the match says, None where it doesn't fit after all. joined: of inputs that may be
+    there already, the axis along which both become one. excludes: what can't be fused besides.
+    last: nothing that follows is.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Fusion:
     layers: tuple[Kind, ...]
     exported: Pattern
     traced: tuple[str, ...]
-    operand: Operand | None = None
+    operands: tuple[Operand, ...] = ()
     inputs: tuple[str, ...] = ()
     attributes: Mapping[str, int] = field(default_factory=dict)
     read: Callable[[Bindings], Mapping[str, int | float] | None] = lambda _: {}
@@ -77,6 +78,16 @@ def _residual(op: Any, x: Any, residual: Any) -> Any:
 def _offset(op: Any, x: Any, offset: Any) -> Any:
     """The timestep's, of each channel."""
     return op.Add(x, offset)
+
+
+def _gelu(op: Any, x: Any) -> Any:
+    """gelu(x)."""
+    return op.Gelu(x, _outputs=["gelu"])
+
+
+def _gate(op: Any, x: Any, gate: Any, residual: Any) -> Any:
+    """Another branch's values, and this one's times the timestep's of each channel."""
+    return op.Add(op.Mul(x, gate), residual)
 
 
 def _geglu(op: Any, x: Any) -> Any:
@@ -121,8 +132,13 @@ def _of_a_slot(found: Bindings) -> Mapping[str, int | float] | None:
     return {} if found["up"].is_graph_input() else None
 
 
+def _tanh_gelu(found: Bindings) -> Mapping[str, int | float] | None:
+    """Whether a GELU is the approximation by the hyperbolic tangent."""
+    return None if _exact_gelu(found) is not None else {}
+
+
 def _exact_gelu(found: Bindings) -> Mapping[str, int | float] | None:
-    """Whether a GELU is the exact one: kernels don't compute its approximation."""
+    """Whether a GELU is the exact one: of GEGLU kernels don't compute the approximation."""
     approximate = found["gelu"].producer().attributes.get("approximate")
     return {} if approximate is None or approximate.as_string() == "none" else None
 
@@ -144,10 +160,31 @@ def groups_of(found: Bindings) -> Mapping[str, int | float] | None:
 
 FUSIONS = (
     # From the layer's output on.
-    Fusion("bias", "epilogue", ("linear",), _bias, (), "constant", ("bias",)),
-    Fusion("offset", "epilogue", ("conv",), _offset, ("add",), "image", ("offset",)),
+    Fusion("bias", "epilogue", ("linear",), _bias, (), ("constant",), ("bias",)),
+    Fusion("offset", "epilogue", ("conv",), _offset, ("add",), ("image",), ("offset",)),
     Fusion(
-        "residual", "epilogue", ("conv", "linear"), _residual, ("add",), "output", ("residual",)
+        "residual", "epilogue", ("conv", "linear"), _residual, ("add",), ("output",), ("residual",)
+    ),
+    Fusion(
+        "gate",
+        "epilogue",
+        ("linear",),
+        _gate,
+        ("mul", "add"),
+        ("image", "output"),
+        ("gate", "residual"),
+        last=True,
+    ),
+    Fusion(
+        "gelu",
+        "epilogue",
+        ("linear",),
+        _gelu,
+        ("gelu_tanh",),
+        attributes={"gelu": 1},
+        read=_tanh_gelu,
+        excludes=("residual",),
+        last=True,
     ),
     Fusion(
         "geglu",

@@ -9,10 +9,11 @@
 | anything else                          | what QuantizedOrt makes of it                       |
 
 Weights lie in the file as QuantizedOrt writes them, so that both graphs of a component share one
-file. What follows a layer (bias, residual, the offset of a timestep, GEGLU, ReLU) becomes
-part of it: it is added while the output is still in the registers. What comes before a convolution
-(group normalization, SiLU, upsampling) is computed while the input is rounded to 8 bits, and so is
-what comes before attention (normalization of heads, rotation, the joining of two tensors' tokens).
+file. What follows a layer (bias, residual, offset or gate of a timestep, GELU, GEGLU, ReLU) becomes
+part of it: it is computed while the output is still in the registers. What comes before a
+convolution (group normalization, SiLU, upsampling) is computed while the input is rounded to 8
+bits, and so is what comes before attention (normalization of heads, rotation, the joining of two
+tensors' tokens).
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgesd.export.passes import Pass
-from edgesd.export.passes.fusions import FUSIONS, LORA, Fusion, Kind, attention_taken, kernel_takes
+from edgesd.export.passes.fusions import (
+    FUSIONS,
+    LORA,
+    Fusion,
+    Kind,
+    Operand,
+    attention_taken,
+    kernel_takes,
+)
 from edgesd.export.passes.lowering import LayerLowering, Timesteps, replace_node, score_bias
 from edgesd.export.passes.matching import Match, Matcher
 from edgesd.export.passes.quantized_ort import OrtLowering, QuantizedOrt
@@ -37,7 +46,7 @@ DOMAIN = "edgesd"
 LINEAR, CONV, ATTENTION, WIDEN = "QuantLinear", "QuantConv", "QuantAttention", "Widen"
 
 INPUTS = {
-    LINEAR: ("x", "codes", "scale", "steps", "bias", "residual", "low", "up"),
+    LINEAR: ("x", "codes", "scale", "steps", "bias", "residual", "low", "up", "gate"),
     CONV: ("x", "codes", "scale", "steps", "bias", "residual", "offset", "gamma", "beta"),
 }
 """Names of the operators' inputs, in order."""
@@ -108,7 +117,7 @@ class _Kernel(OrtLowering):
             "K": layer.columns,
         }
         if layer.kind == "linear":
-            return self.op(LINEAR, inputs, DOMAIN, gated=0, **attributes)
+            return self.op(LINEAR, inputs, DOMAIN, gated=0, gelu=0, **attributes)
         return self.op(
             CONV,
             inputs,
@@ -248,21 +257,23 @@ def _with_inputs(
 
 def _adds(fusion: Fusion, node: ir.Node, match: Match) -> bool:
     """Whether what a fusion adds to a layer's output has the shape that it must have."""
-    if fusion.operand is None:
-        return True
-    other, n = match.values[fusion.inputs[0]], node.attributes["N"].as_int()
+    operands = zip(fusion.inputs, fusion.operands, strict=False)
+    return all(_fits(node, match.values[name], operand) for name, operand in operands)
+
+
+def _fits(node: ir.Node, other: ir.Value, operand: Operand) -> bool:
+    n, conv = node.attributes["N"].as_int(), node.op_type == CONV
     if other.shape is None:
         return False
-    dims, rank = list(other.shape), 4 if node.op_type == CONV else 3
-    if fusion.operand == "constant":
+    dims, rank = list(other.shape), 4 if conv else 3
+    if operand == "constant":
         return other.is_initializer() and dims == [n]
-    if fusion.operand == "image":
-        return len(dims) == rank and dims[1:] == [n, 1, 1]
-    channels = 1 if node.op_type == CONV else -1
+    if operand == "image":
+        return len(dims) == rank and dims[1:] == ([n, 1, 1] if conv else [1, n])
     return (
         len(dims) == rank
         and not other.is_initializer()
-        and dims[channels] == n
+        and dims[1 if conv else -1] == n
         and node.outputs[0].shape is not None
         and all(dim != 1 for dim in dims[1:])
     )

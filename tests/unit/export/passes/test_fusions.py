@@ -55,6 +55,8 @@ class Network(nn.Module):
         for name in ("bias", "bare", "rows"):
             setattr(self, name, nn.Linear(WIDE, WIDE, bias=name != "bare"))
         self.geglu = nn.Linear(WIDE, 2 * WIDE)
+        for name in ("gelu", "gate", "exact", "gate_of_rows"):
+            setattr(self, name, nn.Linear(WIDE, WIDE, bias=False))
         self.tanh = nn.Linear(WIDE, 2 * WIDE)
         norms = ("group_norm", "all_before", "backwards", "normed_twice")
         self.norms = nn.ModuleDict({name: nn.GroupNorm(4, WIDE) for name in norms})
@@ -86,6 +88,10 @@ class Network(nn.Module):
             self.rows(rows) + rows + rows,
             left * nn.functional.gelu(right),
             coarse * nn.functional.gelu(other, approximate="tanh"),
+            nn.functional.gelu(self.gelu(rows), approximate="tanh"),
+            nn.functional.gelu(self.exact(rows)),
+            rows + time[:, None] * self.gate(rows),
+            rows + rows * self.gate_of_rows(rows),
         )
 
 
@@ -99,6 +105,8 @@ EXPECTED: dict[str, set[str]] = {
     "read_twice": set(),
     "bare": {"residual"},
     "rows": {"bias", "residual"},  # one sum of two
+    "exact": set(),
+    "gate_of_rows": set(),  # a factor of each value isn't the timestep's
     "tanh": {"bias"},  # an approximation isn't what the kernel computes
 }
 
