@@ -16,6 +16,8 @@ transformers = pytest.importorskip("transformers")
 import onnxruntime  # noqa: E402
 
 from edgesd.errors import InputError  # noqa: E402
+from edgesd.export.backends import tensorrt  # noqa: E402
+from edgesd.export.backends.onnxruntime import LOWERING  # noqa: E402
 from edgesd.export.cost.workload import trace  # noqa: E402
 from edgesd.export.families import Component, Family  # noqa: E402
 from edgesd.export.families.checkpoint import TRANSFORMERS_STEM  # noqa: E402
@@ -23,14 +25,24 @@ from edgesd.export.families.parts import t5  # noqa: E402
 from edgesd.export.mapped import state_of  # noqa: E402
 from edgesd.export.passes.own_kernels import AttentionIn8Bits  # noqa: E402
 from edgesd.export.passes.standard_attention import StandardAttention  # noqa: E402
-from edgesd.export.quantize.layers import find_layers  # noqa: E402
+from edgesd.export.quantize.assign import planned  # noqa: E402
+from edgesd.export.quantize.layers import (  # noqa: E402
+    QuantizedLayer,
+    find_layers,
+    matrix_of,
+)
+from edgesd.export.quantize.methods import get_method  # noqa: E402
+from edgesd.export.quantize.quantize import quantize_layer  # noqa: E402
 from edgesd.export.quiet import quiet  # noqa: E402
 from edgesd.export.source.folder import ModelSource  # noqa: E402
 from edgesd.export.to_onnx import graph_from_module  # noqa: E402
 from edgesd.export.tokenizer import write_tokenizer  # noqa: E402
 from edgesd.runtime.arrays import Array  # noqa: E402
+from edgesd.runtime.backends.onnxruntime import session_options  # noqa: E402
 from edgesd.runtime.tokenizer import PromptTokenizer  # noqa: E402
 from edgesd.spec.pipeline import ShapeSpec  # noqa: E402
+from edgesd.spec.scheme import parse_scheme  # noqa: E402
+from tests.unit.export.passes.test_quantized_ort import record  # noqa: E402
 from tests.unit.runtime.test_t5_tokenizer import pieces  # noqa: E402
 
 ENCODER, TOKENIZER, TOKENS = "text_encoder_2", "tokenizer_2", 24
@@ -92,11 +104,11 @@ def model_of(graph: bytes) -> ir.Model:
     return ir.from_proto(onnx.load_from_string(graph))
 
 
-def run(model: ir.Model, ids: Array) -> Array:
+def run(model: ir.Model, ids: Array, library: Path | None = None) -> Array:
     content = ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"input_ids": ids})
-    return np.asarray(found)
+    session = onnxruntime.InferenceSession(content, session_options(1, library))
+    found: Array = session.run(None, {"input_ids": ids})[0]
+    return found
 
 
 def reference(source: ModelSource, ids: Array) -> Array:
@@ -163,6 +175,59 @@ def test_biases_of_many_tokens_are_no_weights(source: ModelSource) -> None:
     assert find_layers("t5", model, least=1)[0].kind == "embedding"
     assert {la.kind for la in find_layers("t5", model, least=1)[1:]} == {"linear"}
     np.testing.assert_allclose(run(model, ids), reference(source, ids), atol=1e-5)
+
+
+def quantized(model: ir.Model, scheme: str, static: bool = False) -> dict[str, QuantizedLayer]:
+    """Layers of the graph, by their nodes, calibrated on one prompt."""
+    nodes = {node.name: node for node in model.graph}
+    layers = find_layers("t5", model)
+    fed = {la: nodes[la.node].inputs[0] for la in layers if la.kind == "linear"}
+    seen = ir.from_proto(ir.to_proto(model))
+    values = {out.name: out for node in seen.graph for out in node.outputs}
+    names = sorted({value.name for value in fed.values() if value is not None})
+    seen.graph.outputs.extend(values[name] for name in names)
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(seen).SerializeToString(), session_options(1)
+    )
+    recorded = session.run(names, {"input_ids": ids_of(PROMPTS[1:2])})
+    inputs = dict(zip(names, recorded, strict=True))
+    schemes, method = planned(layers, parse_scheme(scheme)), get_method("rtn", static)
+    found = {}
+    for layer in layers:
+        value, chosen = fed.get(layer), schemes[layer]
+        assert chosen is not None
+        stats = None if value is None else record(layer, [inputs[value.name]])
+        weight = matrix_of(nodes[layer.node], layer)
+        found[layer.node] = quantize_layer(layer, weight, stats, chosen, method)
+    return found
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("scheme", "error"), [("w8a8", 0.05), ("w4a8-g32", 0.35)])
+def test_quantized(
+    source: ModelSource, graph: bytes, own_kernels: Path | None, scheme: str, error: float
+) -> None:
+    ids, model = ids_of(PROMPTS[1:2]), model_of(graph)
+    layers = quantized(model, scheme)
+    kinds = Counter(layer.layer.kind for layer in layers.values())
+    assert kinds == {"embedding": 1, "linear": 14}
+    wanted = reference(source, ids)
+
+    def error_of(found: Array) -> float:
+        return float(np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2)))
+
+    LOWERING.lower_quantized(model, layers, (), None)
+    assert "Gelu" in (node.op_type for node in model.graph)
+    assert 1e-4 < error_of(run(model, ids)) < error
+    if own_kernels is not None:
+        model = model_of(graph)
+        assert LOWERING.lower_to_kernels(model, layers, (), None)
+        count = Counter(node.op_type for node in model.graph)
+        assert (count["QuantLinear"], count["MultiHeadAttention"], count["MatMul"]) == (14, 2, 0)
+        assert 1e-4 < error_of(run(model, ids, own_kernels)) < error
+    model = model_of(graph)
+    tensorrt.LOWERING.lower_quantized(model, quantized(model, scheme, True), (), None)
+    assert not any(node.domain for node in model.graph)
 
 
 def test_a_position_counts(source: ModelSource, graph: bytes) -> None:

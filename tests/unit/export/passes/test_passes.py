@@ -12,6 +12,7 @@ ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("torch")
 
 import onnx  # noqa: E402
+import onnxruntime  # noqa: E402
 
 from edgesd.errors import EdgesdError, ParityError  # noqa: E402
 from edgesd.export.external_data import write_model  # noqa: E402
@@ -102,6 +103,31 @@ def test_fp16_weights(weight: Array, tmp_path: Path) -> None:
     wanted = x @ weight.astype(np.float16).astype(np.float32) + np.arange(32)
     np.testing.assert_allclose(run(tmp_path, x), wanted, rtol=1e-5)
     assert not Fp16Weights()(model)
+
+
+def test_rows_of_a_table_are_read_in_fp16(weight: Array) -> None:
+    proto = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (int64[n] x, int64[m] z) => (float[n, 32] y, float[64, m] across, float[n, 32] twice) {
+            y = Gather(w, x)
+            across = Gather <axis: int = 1> (w, z)
+            twice = Add(y, y)
+        }""")
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    model = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(proto))
+    assert Fp16Weights()(model)
+    casts = {node.name: node.inputs[0] for node in model.graph if node.op_type == "Cast"}
+    assert [value.dtype for value in casts.values() if value] == [ir.DataType.FLOAT16] * 2
+    assert [value.name for value in casts.values() if value and value.is_initializer()] == ["w"]
+    content = ir.serde.serialize_model(model)
+    onnx.checker.check_model(content, full_check=True)
+    session = onnxruntime.InferenceSession(content.SerializeToString())
+    rows = np.array([5, 0, 5])
+    y, across, twice = session.run(None, {"x": rows, "z": rows})
+    half = weight.astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(y, half[rows])
+    np.testing.assert_array_equal(across, half[:, rows])
+    np.testing.assert_array_equal(twice, 2 * half[rows])
 
 
 def test_fp16_takes_the_weights_it_is_told_to(weight: Array) -> None:
