@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import NewGELUActivation
 from transformers.models.clip.modeling_clip import CLIPAttention
-from transformers.models.t5.modeling_t5 import T5Attention
+from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
 from edgesd.errors import InputError
 
@@ -97,6 +97,15 @@ class RmsNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> the same shape."""
         found: Tensor = rms_norm(x, self.weight, self.eps)
+        return found
+
+
+class T5RmsNorm(T5LayerNorm):
+    """The same of transformers' T5."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., D] -> the same shape."""
+        found: Tensor = rms_norm(hidden_states, self.weight, self.variance_epsilon)
         return found
 
 
@@ -239,7 +248,7 @@ class RelativeAttention(nn.Module):
 
 def replace_attention(module: nn.Module, lowering: Lowering) -> int:
     """Replace every attention inside `module`, in place; returns how many there are. transformers'
-    GELU of eight operators becomes torch's.
+    GELU of eight operators becomes torch's, and RMS norms one operator.
 
     Raises InputError for a kind of attention that this can't express.
     """
@@ -262,6 +271,9 @@ def replace_attention(module: nn.Module, lowering: Lowering) -> int:
         elif isinstance(child, T5Attention):
             parent, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(parent), attribute, RelativeAttention(child, lowering))
+        elif isinstance(child, T5LayerNorm):
+            child.__class__ = T5RmsNorm
+            continue
         elif isinstance(child, NewGELUActivation):
             parent, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(parent), attribute, nn.GELU(approximate="tanh"))

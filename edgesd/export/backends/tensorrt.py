@@ -22,11 +22,13 @@ from edgesd.engines.tensorrt import (
 from edgesd.errors import ResourceError
 from edgesd.export.backends.base import Lowering
 from edgesd.export.backends.tensorrt_lint import check_graph
+from edgesd.export.passes.fp32_region import Fp32Region
 from edgesd.export.passes.half_compute import HalfCompute
 from edgesd.export.passes.lowering import Timesteps
 from edgesd.export.passes.quantized_qdq import QuantizedQdq
 from edgesd.export.passes.standard_attention import StandardAttention
-from edgesd.export.passes.standard_norms import StandardNorms
+from edgesd.export.passes.standard_norms import StandardNorms, StandardRotary
+from edgesd.export.passes.wide_sums import values_of, wide_sums
 from edgesd.export.quantize.layers import QuantizedLayer
 from edgesd.files import private_folder
 from edgesd.runtime.backends.tensorrt import BACKEND
@@ -65,11 +67,25 @@ class TensorRtLowering(Lowering):
     }
 
     def lower(self, model: ir.Model, precision: Precision, timestep: str | None) -> None:
-        StandardNorms()(model)
+        self._lower(model, precision, timestep, {})
+
+    def _lower(
+        self,
+        model: ir.Model,
+        precision: Precision,
+        timestep: str | None,
+        layers: Mapping[str, QuantizedLayer],
+    ) -> None:
+        StandardRotary()(model)
         StandardAttention()(model)
+        sums = wide_sums(model) if precision == "fp16" else {}
         if precision in _HALVES:
             exact = () if timestep is None else (timestep,)
             HalfCompute(exact, _HALVES[precision])(model)
+        if layers:
+            QuantizedQdq(layers)(model)
+        Fp32Region(values_of(sums))(model)
+        StandardNorms()(model)
 
     def lower_quantized(
         self,
@@ -79,8 +95,7 @@ class TensorRtLowering(Lowering):
         timesteps: Timesteps | None,
     ) -> None:
         """See Lowering. All that isn't quantized is in fp16, and ranges are of all timesteps."""
-        self.lower(model, "fp16", timesteps.input if timesteps else None)
-        QuantizedQdq(layers)(model)
+        self._lower(model, "fp16", timesteps.input if timesteps else None, layers)
 
     def files(self, engines: Mapping[str, Engine]) -> dict[str, bytes]:
         """See Lowering. A shell script, for the bundle's folder, that builds all plans."""

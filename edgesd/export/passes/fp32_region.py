@@ -9,7 +9,7 @@ import onnx_ir as ir
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
 from edgesd.export.passes.lowering import replace_node
-from edgesd.export.passes.values import array_of
+from edgesd.export.passes.values import tensor_of
 
 FP16, FP32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
@@ -93,7 +93,13 @@ class Fp32Region(Pass):
         self, graph: ir.Graph, value: ir.Value, users: Iterable[tuple[ir.Node, int]]
     ) -> None:
         name = f"{value.name}/fp32"
-        tensor = ir.tensor(array_of(value).astype("float32"), name=name)
+        half = tensor_of(value)
+
+        def widened() -> ir.TensorProtocol:
+            return ir.tensor(half.numpy().astype("float32"), name=name)
+
+        shape = ir.Shape(half.shape.numpy())
+        tensor = ir.LazyTensor(widened, dtype=FP32, shape=shape, name=name)
         exact = ir.Value(name=name, shape=value.shape, type=ir.TensorType(FP32), const_value=tensor)
         graph.initializers.add(exact)
         for user, at in users:

@@ -12,20 +12,40 @@ from edgesd.export.passes.lowering import replace_node, shared_constant
 from edgesd.export.passes.values import dtype_of, input_of, shape_of
 from edgesd.runtime.arrays import Array
 
-_NORM = ("", "SimplifiedLayerNormalization")
+NORM = ("", "SimplifiedLayerNormalization")
 _ROTARY = ("com.microsoft", "RotaryEmbedding")
 
 
 class StandardNorms(Pass):
     """Every SimplifiedLayerNormalization over the last axis becomes x / sqrt(mean(x^2) + epsilon)
-    times its weight; every RotaryEmbedding a sum of products of its input's pairs."""
+    times its weight. Where x has 16 bits, all but the last product is in fp32: a square of 256
+    exceeds fp16."""
 
     def requires(self, model: ir.Model) -> None:
-        """Norms are over the last axis, and rotations of neighbouring pairs from the first
-        position on, by tables of a known width."""
-        for node in _found(model, _NORM):
+        """They are over the last axis."""
+        for node in _found(model, NORM):
             if node.attributes["axis"].as_int() != -1:
                 raise EdgesdError(f"{node.name} isn't over the last axis")
+
+    def call(self, model: ir.Model) -> bool:
+        found = _found(model, NORM)
+        for number, node in enumerate(found):
+            writer = _Writer(model, node, f"norm{number}")
+            writer.replace(writer.norm())
+        return bool(found)
+
+    def ensures(self, model: ir.Model) -> None:
+        """None of them is left."""
+        for node in _found(model, NORM):
+            raise EdgesdError(f"{node.name} is still a {node.op_type}: not standard")
+
+
+class StandardRotary(Pass):
+    """Every RotaryEmbedding becomes a sum of products of its input's pairs."""
+
+    def requires(self, model: ir.Model) -> None:
+        """They rotate neighbouring pairs from the first position on, by tables of a known
+        width."""
         for node in _found(model, _ROTARY):
             first = ir.convenience.get_const_tensor(input_of(node, 1))
             if first is None or first.numpy().any() or not node.attributes["interleaved"].as_int():
@@ -34,14 +54,15 @@ class StandardNorms(Pass):
                 raise EdgesdError(f"{node.name}: the width of its tables isn't known")
 
     def call(self, model: ir.Model) -> bool:
-        found = [*_found(model, _NORM), *_found(model, _ROTARY)]
+        found = _found(model, _ROTARY)
         for number, node in enumerate(found):
-            _Writer(model, node, f"standard{number}").replace()
+            writer = _Writer(model, node, f"rotary{number}")
+            writer.replace(writer.rotated())
         return bool(found)
 
     def ensures(self, model: ir.Model) -> None:
         """None of them is left."""
-        for node in (*_found(model, _NORM), *_found(model, _ROTARY)):
+        for node in _found(model, _ROTARY):
             raise EdgesdError(f"{node.name} is still a {node.op_type}: not standard")
 
 
@@ -53,22 +74,27 @@ class _Writer:
     def __init__(self, model: ir.Model, node: ir.Node, prefix: str) -> None:
         self.model, self.node, self.prefix = model, node, prefix
         self.nodes: list[ir.Node] = []
-        self.dtype = dtype_of(input_of(node, 0)).numpy()
 
-    def replace(self) -> None:
-        out = self._norm() if self.node.op_type == _NORM[1] else self._rotated()
+    def replace(self, out: ir.Value) -> None:
+        """Put what was written in the place of the node, whose output is `out`."""
         replace_node(self.model.graph, self.node, self.nodes, out)
 
-    def _norm(self) -> ir.Value:
+    def norm(self) -> ir.Value:
+        """The node's output, where it is a norm."""
         hidden, weight = (input_of(self.node, index) for index in range(2))
-        epsilon = np.array(self.node.attributes["epsilon"].as_float(), self.dtype)
+        dtype, exact = dtype_of(hidden), ir.DataType.FLOAT
+        if dtype != exact:
+            hidden = self._op("Cast", [hidden], to=exact)
+        epsilon = np.array(self.node.attributes["epsilon"].as_float(), np.float32)
         last = self._const("axes:last", np.array([-1], np.int64))
         mean = self._op("ReduceMean", [self._op("Mul", [hidden, hidden]), last], keepdims=1)
-        added = self._op("Add", [mean, self._const(f"epsilon:{epsilon}:{self.dtype}", epsilon)])
+        added = self._op("Add", [mean, self._const(f"epsilon:{epsilon}", epsilon)])
         normed = self._op("Div", [hidden, self._op("Sqrt", [added])])
+        if dtype != exact:
+            normed = self._op("Cast", [normed], to=dtype)
         return self._op("Mul", [normed, weight])
 
-    def _rotated(self) -> ir.Value:
+    def rotated(self) -> ir.Value:
         """[batch, n, heads * d], of pairs x, y: x cos - y sin, y cos + x sin."""
         hidden, cos, sin = (input_of(self.node, index) for index in (0, 2, 3))
         half = shape_of(cos)[-1]

@@ -14,6 +14,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 import onnxruntime  # noqa: E402
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from edgesd.errors import InputError  # noqa: E402
 from edgesd.export.backends import tensorrt  # noqa: E402
@@ -23,8 +25,10 @@ from edgesd.export.families import Component, Family  # noqa: E402
 from edgesd.export.families.checkpoint import TRANSFORMERS_STEM  # noqa: E402
 from edgesd.export.families.parts import t5  # noqa: E402
 from edgesd.export.mapped import state_of  # noqa: E402
+from edgesd.export.passes.half_compute import HalfCompute  # noqa: E402
 from edgesd.export.passes.own_kernels import AttentionIn8Bits  # noqa: E402
 from edgesd.export.passes.standard_attention import StandardAttention  # noqa: E402
+from edgesd.export.passes.standard_norms import StandardNorms  # noqa: E402
 from edgesd.export.quantize.assign import planned  # noqa: E402
 from edgesd.export.quantize.layers import (  # noqa: E402
     QuantizedLayer,
@@ -148,6 +152,7 @@ def test_nothing_is_left_to_compute_the_buckets_with(graph: bytes) -> None:
     model = model_of(graph)
     count = Counter(node.op_type for node in model.graph)
     assert count["MultiHeadAttention"] == count["Gelu"] == 2
+    assert count["SimplifiedLayerNormalization"] == 5
     assert not count.keys() & {"Log", "Where", "Range", "Less", "Abs", "Cast", "Tanh", "Softmax"}
     assert [value.shape for value in model.graph.inputs] == [ir.Shape(["batch", TOKENS])]
 
@@ -157,6 +162,7 @@ def test_the_bias_is_part_of_attention_in_standard_operators(
 ) -> None:
     model, ids = model_of(graph), ids_of(PROMPTS)
     assert StandardAttention()(model)
+    assert StandardNorms()(model)
     assert not any(node.domain for node in model.graph)
     np.testing.assert_allclose(run(model, ids), reference(source, ids), atol=1e-5)
 
@@ -228,6 +234,52 @@ def test_quantized(
     model = model_of(graph)
     tensorrt.LOWERING.lower_quantized(model, quantized(model, scheme, True), (), None)
     assert not any(node.domain for node in model.graph)
+
+
+def evaluate(model: ir.Model, ids: Array) -> Array:
+    """The output, each value computed in its own type, as a GPU does."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        return ReferenceEvaluator(ir.to_proto(model)).run(None, {"input_ids": ids})[0]
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    """T5 as it is at its true size: sums of layers beyond fp16, which only the last norm reads."""
+    root = tmp_path_factory.mktemp("loud")
+    source = write_model(root, torch.float32)
+    state = load_file(root / ENCODER / "model.safetensors")
+    for name in state:
+        if name.endswith("wo.weight"):
+            state[name] *= 2e4
+    save_file(state, root / ENCODER / "model.safetensors", {"format": "pt"})
+    return source
+
+
+def test_sums_beyond_fp16_stay_in_fp32(loud: ModelSource) -> None:
+    exported, ids = export(loud), ids_of(PROMPTS[1:2])
+    graph, wanted = ir.to_proto(exported).SerializeToString(), reference(loud, ids)
+
+    def error_of(model: ir.Model) -> float:
+        return float(np.sqrt(np.mean((evaluate(model, ids) - wanted) ** 2) / np.mean(wanted**2)))
+
+    naive = model_of(graph)
+    for rewrite in (StandardNorms(), StandardAttention(), HalfCompute()):
+        rewrite(naive)
+    narrow = model_of(graph)
+    for rewrite in (StandardAttention(), HalfCompute(), StandardNorms()):
+        rewrite(narrow)
+    assert not error_of(naive) < 0.5 and not error_of(narrow) < 0.5
+    model = model_of(graph)
+    tensorrt.LOWERING.lower(model, "fp16", None)
+    assert error_of(model) < 0.01
+    kinds = {node.name: node.outputs[0].dtype for node in model.graph if node.op_type == "MatMul"}
+    wide = {name for name, dtype in kinds.items() if dtype == ir.DataType.FLOAT}
+    assert {name.split(".")[-1] for name in wide if name} == {"wo/MatMul"} and len(wide) == 2
+    for scheme in ("w8a8", "w4a16-g32"):
+        model = model_of(graph)
+        layers = quantized(model, scheme, static=True)
+        tensorrt.LOWERING.lower_quantized(model, layers, (), None)
+        assert error_of(model) < 0.45, scheme
 
 
 def test_a_position_counts(source: ModelSource, graph: bytes) -> None:
