@@ -27,6 +27,11 @@ of 4 bits. Its others are fp32 and int8."""
 EDGESD_FORMS = (EDGESD_INT8, EDGESD_INT4)
 
 
+BEFORE_ATTENTION = ("rotary", "concat", "rms_norm")
+"""What edgesd's kernel of attention computes of its queries and keys, from their end back
+(AttentionIn8Bits of passes/own_kernels.py)."""
+
+
 class Slots(NamedTuple):
     """Layers whose outputs a LoRA is added to (passes/lora_slots.py), by name, and its rank."""
 
@@ -198,6 +203,10 @@ class EdgesdOps(OrtOps):
         for fuse in (self._fuse_epilogue, self._fuse_prologue):
             for op in layers:
                 self.layers[id(op)] = fuse(self.layers[id(op)])
+        for op in workload.operations:
+            if op.kind == "attention" and self._form(op):
+                reads = (v for read in op.reads for v in self._unprepared(read, BEFORE_ATTENTION))
+                self.layers[id(op)] = replace(op, reads=tuple(dict.fromkeys(reads)))
 
     def lower(self, op: Operation) -> None:
         if id(op) in self.inside:
@@ -283,6 +292,16 @@ class EdgesdOps(OrtOps):
                     op, reads=(*before.reads, *op.reads[1:]), fused=(*op.fused, fusion.name)
                 )
         return op
+
+    def _unprepared(self, value: int, kinds: Sequence[str]) -> tuple[int, ...]:
+        """What operations of these kinds, the last one first, make a value of, where nothing else
+        reads what they make."""
+        before = self.writer.get(value)
+        if before is None or before.kind not in kinds or not self._read_once(value):
+            return (value,)
+        self.inside.add(id(before))
+        others = kinds[kinds.index(before.kind) + 1 :]
+        return tuple(v for read in before.reads for v in self._unprepared(read, others))
 
     def _with_branch(self, op: Operation, low_bytes: int) -> Operation:
         """A layer that reads down x, of `low_bytes`; a convolution's kernel up (down x)."""

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from edgesd.export.cost.cpu_lowering import lower_workload  # noqa: E402
-from edgesd.export.cost.workload import Workload, trace  # noqa: E402
+from edgesd.export.cost.workload import Operation, Workload, trace  # noqa: E402
 from edgesd.export.families import Component  # noqa: E402
 from edgesd.export.passes.fusions import FUSIONS, LORA, Fusion  # noqa: E402
 from edgesd.export.passes.own_kernels import INPUTS, OwnKernels  # noqa: E402
@@ -216,3 +216,32 @@ def test_the_operators_have_what_the_table_names() -> None:
                 assert re.search(rf'run\.(floats\({place}, "{given}"|{given}\({place}),', body)
             for attribute in fusion.attributes:
                 assert f'kernel.integer("{attribute}"' in body
+
+
+def joint_attention(read: bool) -> Workload:
+    """Two tensors' queries and keys (0 to 3), normalized, joined and rotated (by 6, 7); values (4,
+    5) joined. read: the joined queries are read by somebody else, too."""
+    operations = [
+        *(Operation("rms_norm", (value,), (10 + value,)) for value in range(4)),
+        *(Operation("concat", (a, a + 1), (20 + a,)) for a in (10, 12)),
+        Operation("concat", (4, 5), (34,)),
+        *(Operation("rotary", (value, 6, 7), (10 + value,)) for value in (30, 32)),
+        Operation("attention", (40, 42, 34), (50,), heads=(1, 2, 16, 16, 8)),
+    ]
+    outputs = (50, 30) if read else (50,)
+    return Workload("transformer", tuple(operations), (1024,) * 51, tuple(range(8)), outputs, 0)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("read", [True, False])
+def test_what_comes_before_attention_becomes_part_of_it(read: bool, attention: bool) -> None:
+    workload = joint_attention(read)
+    found = lower_workload(workload, {}, True, attention).operations
+    if not attention:
+        assert [op.kind for op in found] == [op.kind for op in workload.operations]
+    elif read:
+        assert [op.kind for op in found] == ["rms_norm"] * 2 + ["concat", "attention"]
+        assert set(found[-1].reads) == {30, 2, 3, 4, 5, 6, 7}
+    else:
+        (op,) = found
+        assert set(op.reads) == set(range(8))
