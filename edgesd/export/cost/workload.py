@@ -126,13 +126,13 @@ def split_workload(workload: Workload) -> tuple[Workload, ...]:
 
 
 def split_joined(workload: Workload) -> Workload:
-    """The same with a linear of values side by side as a linear for each of them, which adds up
+    """The same with a linear of tokens of joined values as a linear for each of them, which adds up
     what those before it made, as passes/split_concat.py does for quantized graphs."""
     joined = {value: op for op in workload.operations if op.widths for value in op.writes}
     sizes, made = list(workload.sizes), list[Operation]()
     for op in workload.operations:
         before = joined.get(op.reads[0]) if op.kind == "linear" else None
-        if before is None or op.layer is None:
+        if before is None or op.layer is None or op.layer.one_row:
             made.append(op)
             continue
         start, total = 0, tuple[int, ...]()
