@@ -46,8 +46,9 @@ _SPOT = 8
 
 
 class Row(NamedTuple):
-    """One plan. graph_mb, plan_mb: on disk, 10^6 bytes. peak_mb: of the process that built it;
-    import_mb: of the same with TensorRT loaded and nothing read."""
+    """One plan. graph_mb, plan_mb: on disk, 10^6 bytes. gpu_mb, run_mb: memory of a GPU that its
+    weights, and its activations, will take, as TensorRT says. peak_mb: of the process that built
+    it; import_mb: of the same with TensorRT loaded and nothing read."""
 
     what: str
     precision: str
@@ -55,6 +56,8 @@ class Row(NamedTuple):
     graph_mb: float
     plan_mb: float
     bytes_per_weight: float
+    gpu_mb: float
+    run_mb: float
     seconds: float
     peak_mb: float
     import_mb: float
@@ -69,6 +72,8 @@ def row(what: str, precision: str, weights: int, graph_bytes: int, report: PlanR
         graph_mb=graph_bytes / 1e6,
         plan_mb=report.plan_bytes / 1e6,
         bytes_per_weight=report.plan_bytes / weights,
+        gpu_mb=(report.weight_bytes or 0) / 1e6,
+        run_mb=(report.activation_bytes or 0) / 1e6,
         seconds=report.seconds,
         peak_mb=report.peak_bytes / 1e6,
         import_mb=report.import_bytes / 1e6,

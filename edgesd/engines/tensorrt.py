@@ -48,7 +48,9 @@ class BuildSpec(Spec, frozen=True):
 
 class PlanReport(Spec, frozen=True):
     """The report of a build. seconds: of the build alone. peak_bytes: resident memory of its
-    process at most. import_bytes: of the same before the graph was read. warnings: TensorRT's."""
+    process at most. import_bytes: of the same before the graph was read. warnings: TensorRT's.
+    weight_bytes, activation_bytes: GPU memory that the plan will take, as TensorRT says; None where
+    it doesn't."""
 
     environment: Environment
     plan_bytes: int
@@ -56,6 +58,8 @@ class PlanReport(Spec, frozen=True):
     peak_bytes: int
     import_bytes: int
     warnings: tuple[str, ...]
+    weight_bytes: int | None = None
+    activation_bytes: int | None = None
 
 
 def plan_path(component: str) -> str:

@@ -26,6 +26,8 @@ from edgesd.spec.bundle import Environment
 
 _EVERY_SECONDS = 0.5
 _MEMORY = re.compile(r"out ?of ?memory|bad_alloc|OutOfMemory|cudaErrorMemoryAllocation", re.I)
+_TOTAL = re.compile(r"Total (Weights|Activation) Memory: ([0-9]{1,18}) bytes")
+"""A line of TensorRT's log; the Python API tells it of a loaded engine only, on its GPU."""
 _MOST = 20
 
 
@@ -98,6 +100,8 @@ def build(graph: Path, weights: Path, spec: BuildSpec, plan: Path, lines: Binary
         peak_bytes=peak_bytes(),
         import_bytes=imported,
         warnings=tuple(dict.fromkeys(log.warnings))[:_MOST],
+        weight_bytes=log.memory.get("Weights"),
+        activation_bytes=log.memory.get("Activation"),
     )
 
 
@@ -139,6 +143,7 @@ def _logger(trt: Any) -> Any:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
             self.warnings: list[str] = []
+            self.memory: dict[str, int] = {}
 
         def log(self, severity: Any, message: str) -> None:
             words = " ".join(message.split())
@@ -146,6 +151,8 @@ def _logger(trt: Any) -> Any:
                 self.errors.append(words)
             elif severity == trt.ILogger.Severity.WARNING:
                 self.warnings.append(words)
+            elif found := _TOTAL.fullmatch(words):
+                self.memory[found[1]] = int(found[2])
 
     return Log()
 

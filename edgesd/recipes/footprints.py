@@ -33,7 +33,7 @@ from edgesd.runtime.tiles import (
 )
 from edgesd.spec.bundle import BundleManifest, Engine, Footprint, split_of
 from edgesd.spec.pipeline import Wiring
-from edgesd.spec.scheme import Precision, number_format, parse_scheme
+from edgesd.spec.scheme import Precision, parse_scheme
 
 Shape = tuple[int, int, int]
 """Height, width and batch of a component's input; height and width in latents."""
@@ -201,21 +201,20 @@ class Networks:
         """The footprint of a component's graph. at: shapes that matter; () for all that a bundle
         may be run at."""
         shapes = sorted(set(at) or self._shapes(stage))
-        on_gpu = form.lowering.weight_bytes
+        parameters = self.trace_own(stage).parameters
+        on_gpu = form.lowering.gpu_bytes(parameters, form.schemes, form.fp32)
         runs: dict[int, tuple[int, int]] = {}
         for shape in shapes:
             workload = form.lowered(self.trace(stage, shape))
             takes = memory([workload], form.schemes, form.on_disk)
             touched = takes.activations, takes.workspace
-            if on_gpu:
-                touched = arena_bytes([workload]) // (1 if form.fp32 else 2), 0
+            if on_gpu is not None:
+                touched = arena_bytes([workload]) // (1 if form.fp32 else 2), on_gpu[1]
             height, width, batch = shape
             units = 1 if stage.per == "prompt" else height * width * batch
             runs[units] = max(runs.get(units, (0, 0)), touched)
-        if on_gpu:
-            plain = form.fp32 and not form.schemes
-            each = on_gpu["fp32" if plain else number_format(form.precision)]
-            weights = int(each * workload.parameters) + form.factors
+        if on_gpu is not None:
+            weights = on_gpu[0] + form.factors
             return Footprint(weights, 0, weights, 0, 0, _sorted(runs))
         tiled = stage.role in ("encoder", "decoder") and any(max(shape) > TILE for shape in shapes)
         return Footprint(

@@ -167,6 +167,16 @@ def test_what_doesnt_fit_says_what_would() -> None:
     assert tiny.mode is None and "no precision or size" in tiny.advice[0]
 
 
+def test_a_gpu_holds_four_bits_as_four() -> None:
+    held = []
+    for precision in ("fp32", "fp16", "w8a16", "w4a16-g64"):
+        plan = estimate_build(DEMO, "jetson-orin", PlanRequest(precision))
+        held.append(plan.memory["fast"])
+    # 4.3 million weights, of which 1.7 million are linears'; activations are in fp32 at first.
+    assert held == sorted(held, reverse=True)
+    assert held[1] - held[2] > 3_000_000 and held[2] - held[3] > 500_000
+
+
 def test_a_gpu_has_no_stream_and_no_time() -> None:
     plan = estimate_build(DEMO, "jetson-orin", PlanRequest("fp16"))
     assert plan.backend == "tensorrt" and set(plan.memory) == {"fast", "balanced"}

@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from edgesd.export.passes.fusions import FUSIONS, Fusion
 from edgesd.export.passes.lowering import Timesteps
-from edgesd.export.quantize.layers import QuantizedLayer
+from edgesd.export.quantize.assign import LayerScheme
+from edgesd.export.quantize.layers import Layer, QuantizedLayer
 from edgesd.spec.bundle import Engine
 from edgesd.spec.scheme import Precision
 from edgesd.spec.target import Target
@@ -25,9 +26,8 @@ class Lowering(ABC):
     what isn't quantized is computed in fp16 (unless the bundle is fp32), so that values which
     overflow must be kept in fp32. splits_autoencoder: parts of a full autoencoder have graphs
     of their own. own_kernels: there are graphs for edgesd's own kernels, too. pools_attention:
-    attention of quantized graphs may be pooled. weight_bytes: number format -> bytes of a
-    weight in a GPU's memory; None where ONNX Runtime's allocator is what counts.
-    checks_engines: `check_engine` looks at each graph of a finished bundle.
+    attention of quantized graphs may be pooled. checks_engines: `check_engine` looks at each graph
+    of a finished bundle.
     """
 
     name: ClassVar[str]
@@ -37,7 +37,6 @@ class Lowering(ABC):
     splits_autoencoder: ClassVar[bool] = False
     own_kernels: ClassVar[bool] = False
     pools_attention: ClassVar[bool] = False
-    weight_bytes: ClassVar[Mapping[str, float] | None] = None
     checks_engines: ClassVar[bool] = False
 
     @abstractmethod
@@ -73,6 +72,17 @@ class Lowering(ABC):
         """The same for edgesd's own kernels (attention, fusions: see OwnKernels); False where none
         of them has anything to do, as where `own_kernels` is False."""
         return False
+
+    def gpu_bytes(
+        self, parameters: int, schemes: Mapping[Layer, LayerScheme], fp32: bool
+    ) -> tuple[int, int] | None:
+        """Bytes that a component's weights take in a GPU's memory, and those that its kernels take
+        whatever the size of what they compute; None where ONNX Runtime's allocator is what counts.
+
+        parameters: of all of the component. schemes: of its quantized layers. fp32: whether the
+        rest is in fp32, and not in 16 bits.
+        """
+        return None
 
     def files(self, engines: Mapping[str, Engine]) -> dict[str, bytes]:
         """Further files of a bundle of these engines: name -> content."""

@@ -8,7 +8,6 @@ import logging
 import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import ClassVar
 
 import msgspec
 import onnx_ir as ir
@@ -25,11 +24,12 @@ from edgesd.export.backends.tensorrt_lint import check_graph
 from edgesd.export.passes.fp32_region import Fp32Region
 from edgesd.export.passes.half_compute import HalfCompute
 from edgesd.export.passes.lowering import Timesteps
-from edgesd.export.passes.quantized_qdq import QuantizedQdq
+from edgesd.export.passes.quantized_qdq import QuantizedQdq, stored_bytes
 from edgesd.export.passes.standard_attention import StandardAttention
 from edgesd.export.passes.standard_norms import StandardNorms, StandardRotary
 from edgesd.export.passes.wide_sums import values_of, wide_sums
-from edgesd.export.quantize.layers import QuantizedLayer
+from edgesd.export.quantize.assign import LayerScheme
+from edgesd.export.quantize.layers import Layer, QuantizedLayer
 from edgesd.files import private_folder
 from edgesd.runtime.backends.tensorrt import BACKEND
 from edgesd.spec.bundle import Engine
@@ -42,6 +42,13 @@ SCRIPT = "trtexec.sh"
 CHECK_SM = {"sm_87": "sm_86", "sm_110": "sm_120"}
 """A board's GPU -> the nearest one that TensorRT-RTX builds for: of one generation."""
 CHECK_MODULE = "tensorrt_rtx"
+
+_KERNEL_BYTES = 20_000_000
+"""Of compiled kernels, beside the weights of a network: 11 to 20 MB were measured."""
+
+_SCRATCH_BYTES, _AT_ONCE = 8_500_000, 8
+"""Of a matrix product, and products of low-rank branches that run at once: plans of TensorRT-RTX
+take 8.3 MB more than activations, and up to 70 MB with branches."""
 
 _HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _LINTED = "passed edgesd's lint"
@@ -59,12 +66,6 @@ class TensorRtLowering(Lowering):
     static_ranges = True
     fp16_arithmetic = True
     checks_engines = True
-    # Codes of 16-bit activations may become fp16 in a plan.
-    weight_bytes: ClassVar[Mapping[str, float] | None] = {
-        "fp32": 4.0,
-        **dict.fromkeys(("fp16", "bf16", "w8a16", "w4a16"), 2.0),
-        **dict.fromkeys(("w8a8", "w4a8"), 1.1),
-    }
 
     def lower(self, model: ir.Model, precision: Precision, timestep: str | None) -> None:
         self._lower(model, precision, timestep, {})
@@ -96,6 +97,17 @@ class TensorRtLowering(Lowering):
     ) -> None:
         """See Lowering. All that isn't quantized is in fp16, and ranges are of all timesteps."""
         self._lower(model, "fp16", timesteps.input if timesteps else None, layers)
+
+    def gpu_bytes(
+        self, parameters: int, schemes: Mapping[Layer, LayerScheme], fp32: bool
+    ) -> tuple[int, int] | None:
+        """See Lowering. As plans hold weights: what is quantized stays so (docs/tensorrt.md)."""
+        quantized = {layer: scheme for layer, scheme in schemes.items() if scheme is not None}
+        rest = parameters - sum(layer.rows * layer.columns for layer in quantized)
+        codes = sum(stored_bytes(layer, scheme) for layer, scheme in quantized.items())
+        branches = any(scheme.rank for scheme in quantized.values())
+        scratch = _SCRATCH_BYTES * (_AT_ONCE if branches else 1)
+        return codes + (4 if fp32 else 2) * rest + _KERNEL_BYTES, scratch
 
     def files(self, engines: Mapping[str, Engine]) -> dict[str, bytes]:
         """See Lowering. A shell script, for the bundle's folder, that builds all plans."""

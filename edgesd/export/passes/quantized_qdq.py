@@ -38,8 +38,9 @@ from edgesd.export.passes.lowering import (
     shared_constant,
 )
 from edgesd.export.passes.values import input_of, tensor_of
-from edgesd.export.quantize.layers import QuantizedLayer, weight_of
+from edgesd.export.quantize.layers import Layer, QuantizedLayer, weight_of
 from edgesd.runtime.arrays import Array
+from edgesd.spec.scheme import Scheme
 
 OPSET_INT4 = 21
 """The oldest in which DequantizeLinear takes int4 and blocks."""
@@ -108,14 +109,29 @@ def _check_inputs(name: str, quantized: QuantizedLayer) -> None:
         raise EdgesdError(f"{name} is an embedding with a branch: expected one without")
 
 
-def _int4(quantized: QuantizedLayer) -> bool:
+def stored_bytes(layer: Layer, scheme: Scheme) -> int:
+    """Bytes of a layer's codes, scales and branch in its graph, arithmetic in 16 bits."""
+    codes = layer.rows * layer.columns + 2 * layer.rows
+    if _int4(layer, scheme):
+        block = _block(scheme.group)
+        count = -(-layer.columns // block)
+        codes = layer.rows * count * block // 2 + 2 * layer.rows * count
+    rank = 0 if layer.kind == "embedding" else min(scheme.rank, layer.rows, layer.columns)
+    return codes + 2 * rank * (layer.rows + layer.columns)
+
+
+def _int4(layer: Layer, scheme: Scheme) -> bool:
     """Whether the weight stays in 4 bits."""
-    four = quantized.scheme.weight_bits == 4 and quantized.layer.kind == "linear"
-    return four and quantized.layer.rows % 2 == 0
+    return scheme.weight_bits == 4 and layer.kind == "linear" and layer.rows % 2 == 0
+
+
+def _block(group: int) -> int:
+    """Columns that share a scale of 4-bit codes."""
+    return min(group, MAX_BLOCK)
 
 
 def _any_int4(layers: Mapping[str, QuantizedLayer]) -> bool:
-    return any(_int4(quantized) for quantized in layers.values())
+    return any(_int4(quantized.layer, quantized.scheme) for quantized in layers.values())
 
 
 class _Lowering(LayerLowering):
@@ -145,9 +161,9 @@ class _Lowering(LayerLowering):
 
     def _quantized(self, x: ir.Value) -> ir.Value:
         """What the product takes: x, of whole blocks for int4, rounded to 8 bits if static."""
-        if _int4(self.q):
+        if _int4(self.q.layer, self.q.scheme):
             columns = self.q.layer.columns
-            return self._padded(x, -columns % self._block())
+            return self._padded(x, -columns % _block(self.q.group))
         if self.q.activations.mode != "static":
             return x
         assert self.q.activations.symmetric_scale is not None
@@ -171,7 +187,7 @@ class _Lowering(LayerLowering):
 
     def _weight(self) -> ir.Value:
         """The dequantized weight in the node's layout."""
-        if _int4(self.q):
+        if _int4(self.q.layer, self.q.scheme):
             return self._blocks()
         codes, scale = self._int8()
         layer = self.q.layer
@@ -202,12 +218,9 @@ class _Lowering(LayerLowering):
         ratio = np.round(residual / scale.astype(np.float32)[:, None])
         return np.clip(ratio, -127, 127).astype(np.int8), scale
 
-    def _block(self) -> int:
-        return min(self.q.group, MAX_BLOCK)
-
     def _blocks(self) -> ir.Value:
         """int4 codes [K', N] and scales [K' / block, N], or both transposed; K' is K padded."""
-        block, columns = self._block(), self.q.layer.columns
+        block, columns = _block(self.q.group), self.q.layer.columns
         count = -(-columns // block)
         turned = self._transposed()
 

@@ -15,9 +15,10 @@ pytest.importorskip("torch")
 
 import onnx  # noqa: E402
 
+from edgesd.engines.tensorrt import BuildSpec, build_plan  # noqa: E402
 from edgesd.errors import EdgesdError  # noqa: E402
 from edgesd.export.external_data import write_model  # noqa: E402
-from edgesd.export.passes.quantized_qdq import QuantizedQdq  # noqa: E402
+from edgesd.export.passes.quantized_qdq import QuantizedQdq, stored_bytes  # noqa: E402
 from edgesd.export.quantize.layers import (  # noqa: E402
     Activations,
     QuantizedLayer,
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.integration
 
 Array = npt.NDArray[Any]
 
+INT4 = onnx.TensorProto.INT4
 NODE = "block/layer/op"
 N, C = 48, 80  # 80 isn't a multiple of 64
 STEP = np.float32(0.03)
@@ -280,6 +282,32 @@ def test_tensorrt_rtx_builds_it(name: str, scheme: str, tmp_path: Path) -> None:
     config.num_compute_capabilities = 1
     config.set_compute_capability(trt.ComputeCapability.SM86, 0)
     assert builder.build_serialized_network(network, config) is not None
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16-lr8", *SCHEMES[2:], "w4a16-g64-lr8"])
+@pytest.mark.parametrize("name", list(GRAPHS))
+def test_stored_bytes_are_those_of_its_graph(name: str, scheme: str, tmp_path: Path) -> None:
+    q = description(name, parse_scheme(scheme))
+    proto = lowered(name, q, tmp_path, "float16")
+    parts = ("codes", ":scale", "down", "up")
+    held = sum(
+        len(onnx.numpy_helper.to_array(t).tobytes()) // (2 if t.data_type == INT4 else 1)
+        for t in proto.graph.initializer
+        if t.name.endswith(parts)
+    )
+    assert stored_bytes(q.layer, q.scheme) == held
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a16-g64-lr8"])
+def test_a_plan_holds_codes_as_they_are(scheme: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    q = description("matmul", parse_scheme(scheme))
+    lowered("matmul", q, tmp_path, "float16")
+    spec = BuildSpec("layer", "tensorrt_rtx", "sm_86")
+    report = build_plan(tmp_path / "model.onnx", spec, tmp_path / "x.plan")
+    assert report.weight_bytes is not None and report.activation_bytes is not None
+    # Each tensor begins at a multiple of 256 bytes, or of 512.
+    assert 0 <= report.weight_bytes - stored_bytes(q.layer, q.scheme) < 4 * 512
 
 
 def replace_rank(scheme: str, rank: int) -> Scheme:
