@@ -129,6 +129,15 @@ def faults() -> dict[str, ModelProto]:
         "attention of opset 23": graph(
             [_op("Attention", "x", "x", "x", q_num_heads=2, kv_num_heads=2)], {}, tokens, opset=23
         ),
+        "RMS norm of ONNX Runtime": graph(
+            [_op("SimplifiedLayerNormalization", "x", "w", axis=-1)], {"w": half[0]}, tokens
+        ),
+        "rotary embedding of opset 23": graph(
+            [_op("RotaryEmbedding", "x", "c", "s", num_heads=2)],
+            {"c": np.ones((1, 4, _N // 4), np.float16), "s": np.ones((1, 4, _N // 4), np.float16)},
+            tokens,
+            opset=23,
+        ),
         "any number of rows, no profile": graph(
             [_op("MatMul", "x", "w")], {"w": half}, (_HALF, ["rows", _N])
         ),

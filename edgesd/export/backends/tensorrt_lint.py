@@ -7,6 +7,7 @@ words for the same graphs), or one that NVIDIA documents for a version that can'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ _FLOATS = {
     ir.DataType.BFLOAT16,
     ir.DataType.DOUBLE,
 }
+_OPSET = 21
+"""The newest whose operators TensorRT 10.3 takes (passes/quantized_qdq.py)."""
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 _SAME_TYPES = ("Add", "Sub", "Mul", "Div", "MatMul", "Gemm", "Conv", "Concat", "Pow", "Where")
 _INTEGER_OPS = (
@@ -113,6 +116,27 @@ def _attention(view: _Graph, node: ir.Node) -> Iterator[str]:
             "Attention is of opset 23, which TensorRT 10.3 doesn't parse and TensorRT-RTX 1.7 "
             "crashes on: write it out as MatMul, Softmax, MatMul"
         )
+
+
+def _newer(view: _Graph, node: ir.Node) -> Iterator[str]:
+    """Operators that TensorRT 10.3 doesn't parse, and TensorRT-RTX 1.7 does: norms and rotary
+    embeddings, as ONNX Runtime and opset 23 have them."""
+    if node.domain not in ("", "ai.onnx") or node.op_type == "Attention":
+        return
+    since = _first_opsets().get(node.op_type)
+    if since is None or since > _OPSET:
+        what = "isn't an operator of ONNX" if since is None else f"is of opset {since}"
+        yield f"{node.op_type} {what}, which TensorRT 10.3 doesn't parse: write it out"
+
+
+@cache
+def _first_opsets() -> dict[str, int]:
+    """Operator of ONNX -> the opset that it came with."""
+    found: dict[str, int] = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        if schema.domain == "":
+            found[schema.name] = min(schema.since_version, found.get(schema.name, 1 << 30))
+    return found
 
 
 def _integer(view: _Graph, node: ir.Node) -> Iterator[str]:
@@ -207,6 +231,7 @@ def _finite(view: _Graph, node: ir.Node) -> Iterator[str]:
 RULES: dict[str, Rule] = {
     "standard": _standard,
     "attention": _attention,
+    "newer": _newer,
     "integer": _integer,
     "codes": _codes,
     "zero-point": _zero_point,

@@ -36,6 +36,8 @@ EXPECTED = {
     "ranges at run time": {"integer", "codes", "zero-point"},
     "fused attention": {"standard"},
     "attention of opset 23": {"attention"},
+    "RMS norm of ONNX Runtime": {"newer"},
+    "rotary embedding of opset 23": {"newer"},
     "any number of rows, no profile": {"shapes"},
     "NaN among the weights": {"finite"},
 }
