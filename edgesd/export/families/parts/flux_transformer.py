@@ -122,7 +122,7 @@ def packed(latents: Tensor) -> Tensor:
 
 def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     """Tokens [batch, height * width, 4 C] -> latents [batch, C, 2 height, 2 width]."""
-    blocks = tokens.reshape(len(tokens), height, width, -1, PATCH, PATCH)
+    blocks = tokens.reshape(tokens.shape[0], height, width, -1, PATCH, PATCH)
     return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
