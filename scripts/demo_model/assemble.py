@@ -21,6 +21,7 @@ import torch
 from diffusers import (
     AutoencoderTiny,
     DiffusionPipeline,
+    FluxPipeline,
     LatentConsistencyModelPipeline,
     SchedulerMixin,
     StableDiffusionInpaintPipeline,
@@ -32,9 +33,19 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, T5Tokenizer
 
-from . import model, train_control, train_inpaint, train_lcm, train_lcm_lora, train_lora, train_xl
+from . import (
+    flux,
+    model,
+    train_control,
+    train_flux,
+    train_inpaint,
+    train_lcm,
+    train_lcm_lora,
+    train_lora,
+    train_xl,
+)
 from . import xl as xl_parts
 from .train_unet import Denoiser
 from .training import Net
@@ -89,6 +100,20 @@ def assemble_inpaint(work: Path, start: Path) -> StableDiffusionInpaintPipeline:
     unet = train_inpaint.widened(UNet2DConditionModel.from_pretrained(start / "unet"))
     unet = trained(unet, work / "inpaint.pt")
     return StableDiffusionInpaintPipeline(**parts_with(unet, model.scheduler(), start))
+
+
+def assemble_flux(work: Path, start: Path, stage: str) -> FluxPipeline:
+    """The pipeline of ``flux-STAGE.pt``."""
+    tokenizer = T5Tokenizer.from_pretrained(work / train_flux.TOKENIZER)
+    net = flux.Denoiser(flux.text_encoder(len(tokenizer)), flux.transformer(stage == "dev"))
+    net = trained(net, work / f"flux-{stage}.pt")
+    return flux.assemble(
+        CLIPTokenizer.from_pretrained(start / "tokenizer"),
+        CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32),
+        tokenizer,
+        net,
+        AutoencoderTiny.from_pretrained(start / "vae"),
+    )
 
 
 def parts_with(
@@ -201,6 +226,10 @@ FORMS: dict[str, Callable[[Path, Path, Path], None]] = {
     "xl": lambda work, start, out: save(assemble_xl(work, start), start, out),
     "lcm": lambda work, start, out: save(assemble_lcm(work, start), start, out),
     "inpaint": lambda work, start, out: save(assemble_inpaint(work, start), start, out),
+    "flux-dev": lambda work, start, out: save(assemble_flux(work, start, "dev"), start, out),
+    "flux-schnell": lambda work, start, out: save(
+        assemble_flux(work, start, "schnell"), start, out
+    ),
     "control": save_control,
     "duotone": save_duotone,
     "line-art": save_line_art,

@@ -181,6 +181,8 @@ def _load_in_fp32(config_path: Path) -> None:
 
 def _write_classic_files(tokenizer: Path) -> None:
     fast = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    if fast["model"]["type"] != "BPE":  # T5's classic file is sentencepiece's own
+        return
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in fast["model"]["merges"]]
     vocabulary = json.dumps(fast["model"]["vocab"], ensure_ascii=False)
     (tokenizer / "vocab.json").write_text(vocabulary, encoding="utf-8")

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from .flux import TOKENS
 from .train_lcm import scheduler
 
 BATCH = 8
@@ -47,7 +48,11 @@ def settings_of(folder: Path, steps: int | None, guidance: float | None) -> dict
     """Arguments of a pipeline's call: those given, and the folder's own in place of None."""
     own = json.loads((folder / "edgesd.json").read_text(encoding="utf-8"))
     given = {"num_inference_steps": steps, "guidance_scale": guidance}
-    return {name: own[name] if value is None else value for name, value in given.items()}
+    settings = {name: own[name] if value is None else value for name, value in given.items()}
+    if (folder / "transformer").is_dir():
+        # FluxPipeline draws 1024x1024 and reads 512 tokens unless it is told.
+        settings |= {"height": own["height"], "width": own["width"], "max_sequence_length": TOKENS}
+    return settings
 
 
 def draw(

@@ -251,3 +251,12 @@ def test_settings_are_the_models_own_unless_given(tmp_path: Path) -> None:
     (tmp_path / "edgesd.json").write_text(json.dumps(own))
     assert settings_of(tmp_path, None, None) == own
     assert settings_of(tmp_path, 8, None) == {"num_inference_steps": 8, "guidance_scale": 3.0}
+
+
+def test_flux_is_told_the_size_and_the_tokens_it_was_trained_with(tmp_path: Path) -> None:
+    own = {"num_inference_steps": 4, "guidance_scale": 0.0, "height": 128, "width": 128}
+    (tmp_path / "edgesd.json").write_text(json.dumps(own))
+    (tmp_path / "transformer").mkdir()
+    told = own | {"max_sequence_length": 24}
+    assert settings_of(tmp_path, None, None) == told
+    assert settings_of(tmp_path, None, 3.5) == told | {"guidance_scale": 3.5}
