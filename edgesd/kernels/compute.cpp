@@ -296,7 +296,30 @@ void product(const uint8_t* const* left, int64_t taps, int64_t width, const int8
     const uint8_t* row[MR];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) row[m] = left[m];
-    for (int64_t k = 0; k < width; k += 4, panel += 4 * P) {
+    int64_t k = 0;
+#ifdef EDGESD_LANES
+    for (; k + 16 <= width; k += 16) {
+      int8x16_t a[MR];
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; m++) a[m] = vld1q_s8(reinterpret_cast<const int8_t*>(row[m] + k));
+      const auto step = [&](auto lane) {
+        asm volatile("" : "+r"(panel));  // or GCC loads all at once, and spills
+#pragma GCC unroll 8
+        for (int n = 0; n < NR; n++) {
+          const vi right = load<vi>(panel + n * W * 4);
+#pragma GCC unroll 16
+          for (int m = 0; m < MR; m++)
+            sum[m][n] = dot4_lane<decltype(lane)::value>(sum[m][n], a[m], right);
+        }
+        panel += 4 * P;
+      };
+      step(std::integral_constant<int, 0>());
+      step(std::integral_constant<int, 1>());
+      step(std::integral_constant<int, 2>());
+      step(std::integral_constant<int, 3>());
+    }
+#endif
+    for (; k < width; k += 4, panel += 4 * P) {
       vi right[NR];
 #pragma GCC unroll 8
       for (int n = 0; n < NR; n++) right[n] = load<vi>(panel + n * W * 4);
@@ -753,7 +776,31 @@ template <int R, int C>
 inline __attribute__((always_inline)) void add_product(vi (&sum)[R][C], const uint8_t* left,
                                                        int64_t stride, int64_t steps,
                                                        const int8_t* right, int64_t wide) {
-  for (int64_t k = 0; k < steps; k++, right += wide) {
+  int64_t k = 0;
+#ifdef EDGESD_LANES
+  for (; k + 4 <= steps; k += 4) {
+    int8x16_t a[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+      a[r] = vld1q_s8(reinterpret_cast<const int8_t*>(left + r * stride + 4 * k));
+    const auto step = [&](auto lane) {
+      asm volatile("" : "+r"(right));
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) {
+        const vi column = load<vi>(right + c * W * 4);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+          sum[r][c] = dot4_lane<decltype(lane)::value>(sum[r][c], a[r], column);
+      }
+      right += wide;
+    };
+    step(std::integral_constant<int, 0>());
+    step(std::integral_constant<int, 1>());
+    step(std::integral_constant<int, 2>());
+    step(std::integral_constant<int, 3>());
+  }
+#endif
+  for (; k < steps; k++, right += wide) {
     vi column[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; c++) column[c] = load<vi>(right + c * W * 4);

@@ -73,6 +73,15 @@ static inline vi dot4(vi sum, vi left, vi right) {
 #endif
 }
 
+// Sixteen left bytes, four by four, of which dot4 takes one four.
+#if defined(__ARM_FEATURE_DOTPROD)
+#define EDGESD_LANES
+template <int LANE>
+static inline vi dot4_lane(vi sum, int8x16_t left, vi right) {
+  return (vi)vdotq_laneq_s32((int32x4_t)sum, (int8x16_t)right, left, LANE);
+}
+#endif
+
 // Nearest integers, halves to even.
 static inline vi nearest(vf x) {
 #if defined(__AVX512F__)
