@@ -143,7 +143,7 @@ def main() -> None:
             str(pipeline),
             options,
             bundle,
-            LocalFolders(given.folder / "work", controlnets=controlnets),
+            LocalFolders(given.folder / "work", keep_work=True, controlnets=controlnets),
             Lines(sampler.begin),
             lambda warning: print(f"warning: {warning}", flush=True),
         )

@@ -147,7 +147,8 @@ _FOLDERS = (
     click.option(
         "--work",
         type=OutputPath(file_okay=False),
-        help="Folder for intermediate results, from which an interrupted build goes on. "
+        help="Folder for intermediate results, from which an interrupted build goes on; they stay "
+        "there, while those of more than 10 GB are removed from the default one in the end. "
         "[default: EDGESD_CACHE, or ~/.cache/edgesd]",
     ),
     lpips_option,
@@ -184,7 +185,7 @@ def _given(**values: Any) -> Given:
 def _folders(**values: Any) -> LocalFolders:
     from edgesd.recipes import LocalFolders
 
-    return LocalFolders(**_present(values))
+    return LocalFolders(**_present(values), keep_work=values["work"] is not None)
 
 
 def _present(values: dict[str, Any]) -> dict[str, Any]:

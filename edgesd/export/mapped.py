@@ -6,6 +6,7 @@ layer, whatever its own size; the pages of the files are the system's to keep or
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 _HELD = "_edgesd_held"
 """Attribute of a module whose parameters are mapped: its `_Held`."""
+
+_LARGE = 1 << 20
+"""Values of a weight from which on memory for it is kept."""
+
+_memory = threading.local()
 
 Edit = Callable[[Tensor], Tensor]
 """A weight in fp32 -> a new tensor, in fp32 and of the same shape, which takes its place."""
@@ -143,10 +149,24 @@ class _Held:
 
     def _bring(self, module: nn.Module, inputs: object) -> None:
         for name, value in self.values.items():
-            module._parameters[name] = nn.Parameter(value.float(), requires_grad=False)
+            if type(module) is nn.Linear and isinstance(value, Tensor) and value.numel() > _LARGE:
+                full = _scratch(value)
+            else:
+                full = value.float()
+            module._parameters[name] = nn.Parameter(full, requires_grad=False)
 
     def _take_away(self, module: nn.Module, inputs: object, outputs: object) -> None:
         module._parameters.update(self._stand_ins)
+
+
+def _scratch(value: Tensor) -> Tensor:
+    """A large weight in fp32, in memory that the thread's next one takes over: new memory costs ten
+    times what the conversion does. A linear runs alone, and hands its weight to nobody."""
+    kept: Tensor | None = getattr(_memory, "kept", None)
+    if kept is None or kept.numel() < value.numel():
+        with torch.inference_mode(False):  # one made within can't be written to outside
+            _memory.kept = kept = torch.empty(value.numel())
+    return kept[: value.numel()].view(value.shape).copy_(value)
 
 
 def _stand_in(value: Tensor) -> nn.Parameter:

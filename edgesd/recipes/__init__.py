@@ -20,6 +20,7 @@ from edgesd.errors import BundleError, EdgesdError, UsageError
 from edgesd.files import atomic_dir, check_new, check_writable, named_path, private_folder
 from edgesd.progress import SILENT, Progress
 from edgesd.recipes.demo import demo_judge, demo_model, demo_target
+from edgesd.recipes.disk import check_disk, gigabytes, remove_large, work_bytes
 from edgesd.recipes.job import Job
 from edgesd.recipes.like import Like
 from edgesd.recipes.notes import AllInFp32, KeptInFp32, Note, PlansPending
@@ -136,12 +137,14 @@ def build(
     notes: list[Note] = []
     unfinished: EdgesdError | None = None
     attention = False
+    kept: tuple[Path, ...] = ()
     with private_folder(out) if one_file else atomic_dir(out) as root:
         writer = BundleWriter(root, identity, record)
         if job.options.quantized:
             reference = _reference(job, identity)
             quantized = QuantizedBuild(job, reference, writer)
             notes += quantized.run()
+            kept = quantized.kept
             attention = quantized.attention
         else:
             precision, lowering = job.options.precision, job.lowering
@@ -172,6 +175,11 @@ def build(
         progress.line("bundle: write")
         if one_file:
             pack_bundle(open_bundle(root), out)
+    if kept and not job.folders.keep_work and (freed := remove_large(kept)):
+        progress.line(
+            f"disk: removed {gigabytes(freed)} that the build kept in {job.folders.work}; --work "
+            "FOLDER keeps it for other builds of this model"
+        )
     bundle = open_bundle(out)
     has_plans = all(engine.plan for engine in bundle.manifest.engines.values())
     if get_backend(job.lowering.name).needs_plans and not has_plans:
@@ -191,7 +199,7 @@ def _prepare(
     """Check everything that can be refused before long work."""
     from edgesd.export.backends import get_lowering
     from edgesd.export.pipeline import export_spec
-    from edgesd.export.quantize.methods import check_method
+    from edgesd.export.quantize.methods import check_method, get_method
     from edgesd.recipes.estimate import PlanRequest, check_estimate
     from edgesd.recipes.planner import check_prompter, estimate_source
     from edgesd.recipes.sources import open_model
@@ -261,7 +269,13 @@ def _prepare(
         progress.line(export.assumed)
     if lowering.fixed_shapes and export.pipeline.shape.dynamic:
         export = export_spec(source, *fixed_shape(export.pipeline), chunks, tasks)
-    check_writable(out, expected.bundle_bytes)
+    # One file is packed of a folder beside it.
+    bundle_bytes = expected.bundle_bytes * (2 if out.suffix == SUFFIX else 1)
+    kept = 0
+    if options.quantized:
+        counts = {name: source.parameters(name) for name in source.networks}
+        kept = work_bytes(expected.bundle_bytes, counts, get_method(quantization.method).correlates)
+    check_disk(out, folders.work, bundle_bytes, kept, progress)
     return Job(source, export, target, lowering, options, folders, progress)
 
 

@@ -23,14 +23,16 @@ def cache_folder() -> Path:
 class LocalFolders:
     """Folders of this machine that a build uses; its bundle doesn't name them.
 
-    work: for intermediate results. lpips: with the weights of LPIPS; None for what stands in for
-    it. prompter: an exported prompter that is included in the bundle. embeddings: files of textual
-    inversions, as FILE or FILE:TOKEN. loras: files of LoRAs, as FILE or FILE:SCALE. controlnets,
-    adapters: their folders or hub ids, which may end in :NAME. config: a diffusers folder with the
-    configs and tokenizers of a model that is a single file.
+    work: for intermediate results. keep_work: they stay there, however large. lpips: with the
+    weights of LPIPS; None for what stands in for it. prompter: an exported prompter that is
+    included in the bundle. embeddings: files of textual inversions, as FILE or FILE:TOKEN. loras:
+    files of LoRAs, as FILE or FILE:SCALE. controlnets, adapters: their folders or hub ids, which
+    may end in :NAME. config: a diffusers folder with the configs and tokenizers of a model that is
+    a single file.
     """
 
     work: Path = field(default_factory=cache_folder)
+    keep_work: bool = False
     lpips: Path | None = None
     prompter: Path | None = None
     embeddings: tuple[str, ...] = ()

@@ -105,6 +105,11 @@ class QuantizedBuild:
             job.options.lora_slots,
         )
 
+    @property
+    def kept(self) -> tuple[Path, ...]:
+        """Folders of what was made on the way."""
+        return self.store.calibration.folder, self.store.folder
+
     def run(self) -> list[Note]:
         """Fill `root`; notes for the user. Raises QualityError, naming the worst layers,
         when the floor can't be held, and UsageError when the budgets can't."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 
 from edgesd.errors import EdgesdError  # noqa: E402
+from edgesd.export import mapped  # noqa: E402
 from edgesd.export.families import Component  # noqa: E402
 from edgesd.export.mapped import hold_mapped, release, state_of  # noqa: E402
 from edgesd.export.parity import example_inputs  # noqa: E402
@@ -83,6 +85,35 @@ def test_computes_as_the_same_network_in_fp32(toy: Toy) -> None:
     assert on_meta(toy)
     assert torch.equal(toy(x), wide(x))
     assert on_meta(toy)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_large_linears_compute_in_the_same_memory(
+    inference: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "_LARGE", 100)
+    monkeypatch.setattr(mapped, "_memory", threading.local())
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 40), nn.Linear(40, 4))
+    net = net.bfloat16().requires_grad_(False)
+    plain = copy.deepcopy(net).float()
+    hold_mapped(net)
+    x = torch.randn(3, 20)
+    seen: list[int] = []
+    for layer in net:
+        layer.register_forward_hook(
+            lambda module, *_: (
+                seen.append(module.weight.data_ptr()) if isinstance(module, nn.Linear) else None
+            ),
+            prepend=True,
+        )
+    for _ in range(2):
+        with torch.inference_mode(inference):
+            found = net(x)
+        assert torch.equal(found, plain(x))
+    with torch.inference_mode(not inference):
+        assert torch.equal(net(x), plain(x))
+    assert seen[1] == seen[2] == seen[3] and mapped._memory.kept.numel() == 1200
 
 
 def test_weights_leave_a_layer_that_fails(toy: Toy) -> None:

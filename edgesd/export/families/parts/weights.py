@@ -42,13 +42,21 @@ def load_network(source: Checkpoint, component: str, cls: Any, weights: bool = T
     net = net.eval().requires_grad_(False)
     add_vectors(net, source, component)
     for name, tensor in net.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not _is_finite(tensor):
             where = source.folder(component) if state is None else source.name
             raise InputError(f"{where}: {name} holds NaN or infinite weights: download it again")
     hold_mapped(net)
     source.check_network(component, net)
     edit_mapped(net, lora_edits(source, component, net))
     return net
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite: by the extremes, which need no memory, and of which NaN
+    is one."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
 def _from_folder(source: Checkpoint, component: str, cls: Any) -> Any:
