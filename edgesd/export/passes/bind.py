@@ -31,7 +31,8 @@ class BoundTensor(ir.LazyTensor):
 
         def read() -> ir.TensorProtocol:
             array = tensor.float().numpy()
-            return ir.tensor(np.ascontiguousarray(array.T if transposed else array))
+            # A view: who quantizes wants it as it was, and turning it takes longer than reading.
+            return ir.tensor(array.T if transposed else array)
 
         super().__init__(read, ir.DataType.FLOAT, ir.Shape(shape), name=source)
 

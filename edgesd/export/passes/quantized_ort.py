@@ -33,7 +33,7 @@ from edgesd.export.passes.lowering import (
     shared_constant,
 )
 from edgesd.export.passes.values import array_of, input_of
-from edgesd.export.quantize.layers import Activations, Codes, QuantizedLayer, pack_int4
+from edgesd.export.quantize.layers import Activations, Codes, PackedCodes, QuantizedLayer, pack_int4
 from edgesd.runtime.arrays import Array
 
 OPSET = 21
@@ -259,8 +259,12 @@ class OrtLowering(LayerLowering):
 
         def packed() -> Array:
             # The kernel takes codes from 0 to 15: the sign bit turned over.
-            codes = np.pad(self.q.codes, ((0, 0), (0, count * group - columns)))
-            unsigned: Array = pack_int4(codes) ^ np.uint8(0x88)
+            if isinstance(self.q.stored, PackedCodes) and columns == count * group:
+                signed = self.q.stored.packed
+            else:
+                codes = np.pad(self.q.codes, ((0, 0), (0, count * group - columns)))
+                signed = pack_int4(codes)
+            unsigned: Array = signed ^ np.uint8(0x88)
             return unsigned.reshape(rows, count, -1)
 
         codes = self.codes("codes", (rows, count, group // 2), ir.DataType.UINT8, packed)

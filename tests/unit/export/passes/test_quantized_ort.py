@@ -27,7 +27,9 @@ from edgesd.export.quantize.layers import (  # noqa: E402
     Layer,
     QuantizedLayer,
     find_layers,
+    load_layer,
     matrix_of,
+    save_layer,
     spread,
 )
 from edgesd.export.quantize.methods import get_method  # noqa: E402
@@ -464,6 +466,18 @@ def test_four_bits_are_four_bits_on_disk(kind: str, scheme: str, tmp_path: Path)
     reloaded = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), session_options(1))
     x = example(shape, 5)
     np.testing.assert_array_equal(run(reloaded, x), run(session(out), x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g16", "w4a16-g64"])
+def test_a_layer_from_disk_gives_the_same_graph(kind: str, scheme: str, tmp_path: Path) -> None:
+    shape = KINDS[kind]
+    proto = graph(shape)
+    q = quantize(shape, proto, scheme, False, 1)
+    save_layer(q, tmp_path / "layer.safetensors")
+    kept = load_layer(tmp_path / "layer.safetensors")
+    made, again = (lowered(proto, {f"mid.block/{shape.op}": each}) for each in (q, kept))
+    assert made.SerializeToString() == again.SerializeToString()
 
 
 @pytest.mark.parametrize("kind", KINDS)
