@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import onnxruntime  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from edgesd.errors import InputError  # noqa: E402
+from edgesd.errors import InputError, UsageError  # noqa: E402
 from edgesd.export.backends import tensorrt  # noqa: E402
 from edgesd.export.backends.onnxruntime import LOWERING  # noqa: E402
 from edgesd.export.cost.workload import trace  # noqa: E402
@@ -29,6 +30,7 @@ from edgesd.export.passes.half_compute import HalfCompute  # noqa: E402
 from edgesd.export.passes.own_kernels import AttentionIn8Bits  # noqa: E402
 from edgesd.export.passes.standard_attention import StandardAttention  # noqa: E402
 from edgesd.export.passes.standard_norms import StandardNorms  # noqa: E402
+from edgesd.export.pipeline import export_spec  # noqa: E402
 from edgesd.export.quantize.assign import planned  # noqa: E402
 from edgesd.export.quantize.layers import (  # noqa: E402
     QuantizedLayer,
@@ -38,6 +40,7 @@ from edgesd.export.quantize.layers import (  # noqa: E402
 from edgesd.export.quantize.methods import get_method  # noqa: E402
 from edgesd.export.quantize.quantize import quantize_layer  # noqa: E402
 from edgesd.export.quiet import quiet  # noqa: E402
+from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.export.source.folder import ModelSource  # noqa: E402
 from edgesd.export.to_onnx import graph_from_module  # noqa: E402
 from edgesd.export.tokenizer import write_tokenizer  # noqa: E402
@@ -46,6 +49,9 @@ from edgesd.runtime.backends.onnxruntime import session_options  # noqa: E402
 from edgesd.runtime.tokenizer import PromptTokenizer  # noqa: E402
 from edgesd.spec.pipeline import ShapeSpec  # noqa: E402
 from edgesd.spec.scheme import parse_scheme  # noqa: E402
+from tests.models import EMOJI  # noqa: E402
+from tests.support import assert_refused, run_cli  # noqa: E402
+from tests.tiny_pipelines import write_tiny  # noqa: E402
 from tests.unit.export.passes.test_quantized_ort import record  # noqa: E402
 from tests.unit.runtime.test_t5_tokenizer import pieces  # noqa: E402
 
@@ -318,8 +324,6 @@ def test_a_tokenizer_without_its_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_number_of_tokens(source: ModelSource, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     tokenizer = t5.load_tokenizer(source.folder(TOKENIZER))
     found = source.config(f"{ENCODER}/config.json")
 
@@ -340,3 +344,25 @@ def test_the_number_of_tokens(source: ModelSource, tmp_path: Path) -> None:
     found["vocab_size"] = 9
     with pytest.raises(InputError, match="embeddings for 9 only"):
         count(source)
+
+
+@pytest.mark.integration
+def test_a_bundle_has_as_many_tokens_as_are_asked_for(tmp_path: Path) -> None:
+    source = resolve_source(write_tiny("flux-schnell", tmp_path / "model"))
+    hashes = set()
+    for asked, wanted in ((None, 256), (128, 128)):
+        given = replace(source, max_tokens=asked)
+        export = export_spec(given)
+        ref = export.pipeline.wiring.tokenizers[TOKENIZER]
+        assert (ref.max_tokens, ref.chunked) == (wanted, False)
+        encoder = export.pipeline.components[ENCODER]
+        assert [each.shape[1] for each in (*encoder.inputs, *encoder.outputs)] == [wanted] * 2
+        hashes.add(given.sha256())
+    assert len(hashes) == 2
+
+
+def test_models_without_t5_refuse_a_number_of_tokens() -> None:
+    with pytest.raises(UsageError, match=r"^--max-tokens is for .* has none: leave it out$"):
+        export_spec(replace(resolve_source(EMOJI), max_tokens=128))
+    found = run_cli("plan", str(EMOJI), "--target", "x86-64-cpu", "--max-tokens", "128")
+    assert_refused(found, "--max-tokens is for")
