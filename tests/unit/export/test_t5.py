@@ -16,7 +16,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 import onnxruntime  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
 
 from edgesd.errors import InputError, UsageError  # noqa: E402
 from edgesd.export.backends import tensorrt  # noqa: E402
@@ -55,13 +54,15 @@ from tests.tiny_pipelines import write_tiny  # noqa: E402
 from tests.unit.export.passes.test_quantized_ort import record  # noqa: E402
 from tests.unit.runtime.test_t5_tokenizer import pieces  # noqa: E402
 
-ENCODER, TOKENIZER, TOKENS = "text_encoder_2", "tokenizer_2", 24
+ENCODER, TOKENIZER, TOKENS = "text_encoder_2", "tokenizer_2", 128
+LOUD = 2e4
+"""What the weights that make T5's sums large are multiplied with."""
 FAMILY: Any = Family("t5", (), {ENCODER: TRANSFORMERS_STEM}, (TOKENIZER,), lambda *_: None)
 SHAPE = ShapeSpec(64, 64, 4, dynamic=True, multiple_of=16)
 
 
 def config(**more: Any) -> Any:
-    """Far distances share a bucket from 12 tokens on, so that 24 tokens have all kinds."""
+    """Far distances share a bucket from 12 tokens on."""
     return transformers.T5Config(
         vocab_size=len(pieces()) + 9,
         d_model=32,
@@ -87,9 +88,9 @@ def write_model(root: Path, dtype: Any, **more: Any) -> ModelSource:
     return ModelSource("tiny", root, index, FAMILY)
 
 
-def component(source: ModelSource, tokens: int = TOKENS) -> Component:
+def component(source: ModelSource) -> Component:
     found = source.config(f"{ENCODER}/config.json")
-    return t5.text_encoder(source, ENCODER, found, tokens, SHAPE)
+    return t5.text_encoder(source, ENCODER, found, TOKENS, SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +99,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return write_model(tmp_path_factory.mktemp("t5"), torch.float16)
 
 
-def export(source: ModelSource, tokens: int = TOKENS) -> ir.Model:
-    part = component(source, tokens)
+def export(source: ModelSource) -> ir.Model:
+    part = component(source)
     return graph_from_module(part.load(), part, "ort-mha")
 
 
@@ -121,37 +122,39 @@ def run(model: ir.Model, ids: Array, library: Path | None = None) -> Array:
     return found
 
 
-def reference(source: ModelSource, ids: Array) -> Array:
+def reference(source: ModelSource, ids: Array, loud: bool = False) -> Array:
     """transformers' own, in fp32, without a mask, as diffusers' FluxPipeline runs it."""
     net = transformers.T5EncoderModel.from_pretrained(source.folder(ENCODER), dtype=torch.float32)
     with torch.no_grad():
+        for name, weight in net.named_parameters():
+            if loud and name.endswith("wo.weight"):
+                weight *= LOUD
         found = net.eval()(torch.from_numpy(ids), output_hidden_states=False)[0]
     return np.asarray(found)
 
 
-def ids_of(prompts: list[str], tokens: int = TOKENS) -> Array:
+def ids_of(prompts: list[str]) -> Array:
     tokenizer = transformers.T5TokenizerFast(vocab=pieces(), extra_ids=0)
     found: Array = tokenizer(
-        prompts, padding="max_length", max_length=tokens, truncation=True, return_tensors="np"
+        prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="np"
     ).input_ids
     return found
 
 
-PROMPTS = ["", "a red apple", "x " * 40]
+PROMPTS = ["", "a red apple", "x " * 140]
 
 
 def test_the_graph_computes_what_transformers_does(source: ModelSource, graph: bytes) -> None:
     ids = ids_of(PROMPTS)
     wanted = reference(source, ids)
     assert np.abs(wanted).max() > 0.5
-    np.testing.assert_allclose(run(model_of(graph), ids), wanted, atol=1e-5)
+    np.testing.assert_allclose(run(model_of(graph), ids), wanted, atol=3e-5)
 
 
-@pytest.mark.parametrize("kind", ["relu", "gated-silu"])
-def test_other_activations_do_too(tmp_path: Path, kind: str) -> None:
-    source = write_model(tmp_path, torch.float32, feed_forward_proj=kind)
+def test_the_first_t5_does_too(tmp_path: Path) -> None:
+    source = write_model(tmp_path, torch.float32, feed_forward_proj="relu")
     ids = ids_of(PROMPTS[1:2])
-    np.testing.assert_allclose(run(export(source), ids), reference(source, ids), atol=1e-5)
+    np.testing.assert_allclose(run(export(source), ids), reference(source, ids), atol=3e-5)
 
 
 def test_nothing_is_left_to_compute_the_buckets_with(graph: bytes) -> None:
@@ -170,7 +173,7 @@ def test_the_bias_is_part_of_attention_in_standard_operators(
     assert StandardAttention()(model)
     assert StandardNorms()(model)
     assert not any(node.domain for node in model.graph)
-    np.testing.assert_allclose(run(model, ids), reference(source, ids), atol=1e-5)
+    np.testing.assert_allclose(run(model, ids), reference(source, ids), atol=3e-5)
 
 
 def test_kernels_without_a_bias_leave_the_attention(source: ModelSource, graph: bytes) -> None:
@@ -179,14 +182,12 @@ def test_kernels_without_a_bias_leave_the_attention(source: ModelSource, graph: 
     assert [(op.kind, op.biased) for op in kinds] == [("attention", True)] * 2
 
 
-def test_biases_of_many_tokens_are_no_weights(source: ModelSource) -> None:
-    tokens = 128
-    model, ids = export(source, tokens), ids_of(["a red apple " * 30], tokens)
+def test_biases_are_no_weights(graph: bytes) -> None:
+    model = model_of(graph)
     (gather,) = (n for n in model.graph if n.op_type == "Gather" and n.attributes["axis"].value)
     assert gather.inputs[0] is not None and gather.inputs[0].shape == (4, 8)
-    assert find_layers("t5", model, least=1)[0].kind == "embedding"
-    assert {la.kind for la in find_layers("t5", model, least=1)[1:]} == {"linear"}
-    np.testing.assert_allclose(run(model, ids), reference(source, ids), atol=1e-5)
+    layers = find_layers("t5", model, least=1)
+    assert [la.kind for la in layers] == ["embedding"] + ["linear"] * 14
 
 
 def quantized(model: ir.Model, scheme: str, static: bool = False) -> dict[str, QuantizedLayer]:
@@ -248,22 +249,13 @@ def evaluate(model: ir.Model, ids: Array) -> Array:
         return ReferenceEvaluator(ir.to_proto(model)).run(None, {"input_ids": ids})[0]
 
 
-@pytest.fixture(scope="module")
-def loud(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
-    """T5 as it is at its true size: sums of layers beyond fp16, which only the last norm reads."""
-    root = tmp_path_factory.mktemp("loud")
-    source = write_model(root, torch.float32)
-    state = load_file(root / ENCODER / "model.safetensors")
-    for name in state:
-        if name.endswith("wo.weight"):
-            state[name] *= 2e4
-    save_file(state, root / ENCODER / "model.safetensors", {"format": "pt"})
-    return source
-
-
-def test_sums_beyond_fp16_stay_in_fp32(loud: ModelSource) -> None:
-    exported, ids = export(loud), ids_of(PROMPTS[1:2])
-    graph, wanted = ir.to_proto(exported).SerializeToString(), reference(loud, ids)
+def test_sums_beyond_fp16_stay_in_fp32(source: ModelSource, graph: bytes) -> None:
+    """As at the true size: only the norms bound what the layers add to."""
+    loud, ids = model_of(graph), ids_of(PROMPTS[1:2])
+    for name, value in loud.graph.initializers.items():
+        if "wo.weight" in name and value.const_value is not None:
+            value.const_value = ir.tensor(value.const_value.numpy() * np.float32(LOUD))
+    graph, wanted = ir.to_proto(loud).SerializeToString(), reference(source, ids, loud=True)
 
     def error_of(model: ir.Model) -> float:
         return float(np.sqrt(np.mean((evaluate(model, ids) - wanted) ** 2) / np.mean(wanted**2)))
@@ -291,10 +283,9 @@ def test_sums_beyond_fp16_stay_in_fp32(loud: ModelSource) -> None:
 def test_a_position_counts(source: ModelSource, graph: bytes) -> None:
     ids = ids_of(PROMPTS[1:2])
     model = model_of(graph)
-    (attention, *_) = (n for n in model.graph if n.op_type == "MultiHeadAttention")
-    bias = attention.inputs[5]
-    assert bias is not None and bias.const_value is not None
-    bias.const_value = ir.tensor(np.flip(bias.const_value.numpy(), -1))
+    (table,) = (v for name, v in model.graph.initializers.items() if name.endswith("biases"))
+    assert table.const_value is not None
+    table.const_value = ir.tensor(np.flip(table.const_value.numpy(), -1))
     assert np.abs(run(model, ids) - reference(source, ids)).max() > 1e-3
 
 
