@@ -39,9 +39,17 @@ from edgesd.runtime.conditioning import Conditioned, Encoded, with_size_ids
 from edgesd.runtime.controls import controls_of
 from edgesd.runtime.denoise import Step, denoise
 from edgesd.runtime.flow import Stage, flow_of
+from edgesd.runtime.modulation import modulated
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.pictures import Picture
-from edgesd.runtime.requests import Completion, Control, Request, painted_whole, scheduler_of
+from edgesd.runtime.requests import (
+    CompleteRequest,
+    Completion,
+    Control,
+    Request,
+    painted_whole,
+    scheduler_of,
+)
 from edgesd.runtime.tasks import text as text_to_image
 from edgesd.runtime.tasks.beginning import Beginning
 from edgesd.runtime.tokenizer import PromptTokenizer
@@ -451,6 +459,8 @@ class _Calibrating:
             match stage.role:
                 case "text":
                     encoded.update(self._encode(stage).items())
+                case "modulation":
+                    self._modulate(stage, encoded)
                 case "side" if stage.per == "image":
                     features |= self._adapt(stage)
                 case "side" | "denoiser":
@@ -471,6 +481,35 @@ class _Calibrating:
         labels = ["the empty prompt", *self._labels()]
         outputs = self._run_each(stage, [{text.input: row} for row in ids], labels)
         return self._by_part(stage, outputs)
+
+    def _modulate(self, stage: Stage, encoded: Encoded) -> None:
+        """Make what each prompt's denoiser is told of all timesteps."""
+        spec, settings = self.export.pipeline, self.settings
+
+        def run(
+            runner: TorchRunner, index: int, recorder: _StatsRecorder, earlier: _Made
+        ) -> list[Float]:
+            request = Completion(spec).complete(settings.request(index))
+            made = self._modulated(runner, request, self._conditioned(encoded, index))
+            return [made[:0, 0, 0, 0]]  # it is some megabytes a step, and made again in no time
+
+        self._record(stage, self._labels(), run)
+
+    def _modulated(
+        self, runner: TorchRunner, request: CompleteRequest, conditioned: Conditioned
+    ) -> Float:
+        """What the modulation makes for a request."""
+        spec = self.export.pipeline
+        steps, scale = scheduler_of(spec, request).timesteps, request.guidance_scale
+        return modulated(spec.wiring, runner, steps, conditioned, 1, scale)
+
+    def _conditioned(self, encoded: Encoded, index: int) -> Conditioned:
+        """What a calibration prompt's denoiser is conditioned on."""
+        positive = {part: rows[index + 1 : index + 2] for part, rows in encoded.items()}
+        if not flow_of(self.export.pipeline).guided(self.settings.guidance_scale):
+            return Conditioned(positive, None)
+        negative = {part: self._negative(rows[:1]) for part, rows in encoded.items()}
+        return Conditioned(positive, negative)
 
     def _adapt(self, stage: Stage) -> dict[Part, Float]:
         """Run a side once for each prompt that shows it a picture; its outputs [n, C, h, w]."""
@@ -506,7 +545,7 @@ class _Calibrating:
         denoiser, for a side those that show it a picture. The final latents [prompts, C, h, w].
         features: of sides that ran once, for each prompt that shows them one."""
         spec, settings = self.export.pipeline, self.settings
-        guided = flow_of(spec).guided(settings.guidance_scale)
+        flow = flow_of(spec)
         completion = Completion(spec)
         asked = [settings.request(index) for index in range(len(settings.prompts))]
         requests = [painted_whole(spec, request) for request in asked]
@@ -517,7 +556,6 @@ class _Calibrating:
         index_of = [timesteps.index(value) for value in every]
         with atomic_write(self.folder / "timesteps.npy") as file:
             np.save(file, np.array(timesteps, np.float32))
-        negative = {part: self._negative(rows[:1]) for part, rows in encoded.items()}
         grey = self._grey() if spec.wiring.denoiser.concat else None
 
         every_index = [*range(len(settings.prompts))]
@@ -531,7 +569,7 @@ class _Calibrating:
             if not others:
                 others.update(
                     (other.component, opened.enter_context(self._source_runner(other.component)))
-                    for other in flow_of(spec).loop
+                    for other in (*flow.loop, *([flow.modulation] if flow.modulation else []))
                     if other != stage
                 )
             request = completion.complete(requests[index])
@@ -548,7 +586,11 @@ class _Calibrating:
                 if step.index + 1 < step.count:
                     recorder.told(place * len(every) + step.index + 1)
 
-            positive = {part: rows[index + 1 : index + 2] for part, rows in encoded.items()}
+            conditioned, modulation = self._conditioned(encoded, index), None
+            if flow.modulation is not None:
+                modulation = self._modulated(
+                    others[flow.modulation.component], request, conditioned
+                )
             start = text_to_image.prepare(Beginning(spec, [request], scheduler, noise))
             if grey is not None:
                 start = replace(start, given=_inpainted(grey, [rows[0] for rows in earlier]))
@@ -557,11 +599,12 @@ class _Calibrating:
                 {**others, stage.component: runner},
                 scheduler,
                 start,
-                with_size_ids(Conditioned(positive, negative if guided else None), request, 1),
+                with_size_ids(conditioned, request, 1),
                 request.guidance_scale,
                 noise,
                 on_step=step_done,
                 controls=controls,
+                modulation=modulation,
             )
             return [latents[0]]
 

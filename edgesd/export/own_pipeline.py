@@ -33,6 +33,7 @@ from edgesd.runtime.backends.fake import FakeRunner
 from edgesd.runtime.conditioning import Prompts, with_size_ids
 from edgesd.runtime.denoise import denoise
 from edgesd.runtime.flow import flow_of
+from edgesd.runtime.modulation import modulated
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.refined import is_refiner
 from edgesd.runtime.requests import CompleteRequest, Completion, Request, scheduler_of
@@ -43,6 +44,7 @@ from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.pipeline import (
     IMAGE_TASKS,
     ComponentSpec,
+    InputSpec,
     LatentSpec,
     PipelineSpec,
     SchedulerSpec,
@@ -249,16 +251,42 @@ def _encoded(spec: ComponentSpec, ids: npt.NDArray[np.int64]) -> dict[str, Float
     return found
 
 
+def _told(wiring: Wiring) -> list[InputSpec]:
+    """What the denoiser is told, be it by a modulation. Sides give zeros."""
+    modulation = () if wiring.modulation is None else wiring.modulation.inputs
+    inputs = (*wiring.denoiser.inputs, *modulation)
+    return [one for one in inputs if one.fill not in ("side", "modulation")]
+
+
+def _joined_rows(given: Mapping[str, Array], width: int) -> Float:
+    """A stand-in for a modulation: its inputs side by side, and zeros [rows, width]."""
+    rows = [values.reshape(len(values), -1) for _, values in sorted(given.items())]
+    found: Float = np.concatenate(rows, axis=1, dtype=np.float32)
+    return np.pad(found, ((0, 0), (0, width - found.shape[1])))
+
+
+def _split_rows(spec: ComponentSpec, rows: Float) -> dict[str, Float]:
+    """The inputs that `_joined_rows` made `rows` of."""
+    found, at = {}, 0
+    for tensor in sorted(spec.inputs, key=lambda tensor: tensor.name):
+        width = math.prod(n for n in tensor.shape[1:] if isinstance(n, int))
+        values = rows[:, at : at + width]
+        found[tensor.name] = values.reshape(len(rows), *tensor.shape[1:])
+        at += width
+    return found
+
+
 def _predict(wiring: Wiring, given: Mapping[str, Float], fed: _Fed, channels: int) -> Float:
     """A stand-in for the denoiser: notes its inputs, depends on all of them, and is of limited
     size. channels: of what it makes, latents."""
-    by_fill = {one.fill: given[one.name] for one in wiring.denoiser.inputs if one.fill != "side"}
+    inputs = _told(wiring)
+    by_fill = {one.fill: given[one.name] for one in inputs}
     sample = by_fill["sample"]
     fed.samples.append(sample.copy())
     fed.timesteps.append(float(by_fill["timestep"].reshape(-1)[0]))
     rows = np.zeros(len(sample), np.float32)
-    for one in wiring.denoiser.inputs:
-        if one.fill not in ("sample", "timestep", "side"):
+    for one in inputs:
+        if one.fill not in ("sample", "timestep"):
             value = given[one.name]
             fed.inputs.setdefault(one.name, value.copy())
             rows += np.tanh(value).mean(axis=tuple(range(1, value.ndim)), dtype=np.float64)
@@ -363,9 +391,9 @@ def _few(values: list[float]) -> str:
 
 def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, asked: Request, fed: _Fed) -> None:
     wiring = spec.wiring
-    names = {one.fill: one.name for one in wiring.denoiser.inputs}
+    inputs = _told(wiring)
+    names = {one.fill: one.name for one in inputs}
     sample, timestep = names["sample"], names["timestep"]
-    inputs = [one for one in wiring.denoiser.inputs if one.fill != "side"]  # zeros
 
     def predict(*places: Any, **others: Any) -> tuple[torch.Tensor]:
         back: Callable[[torch.Tensor], torch.Tensor] = _same
@@ -481,23 +509,38 @@ def _generate_ours(spec: PipelineSpec, tokenizers: Tokenizers, asked: Request, f
     )
     conditioned = with_size_ids(conditioned, request, 1)
     denoiser = spec.components[wiring.denoiser.component]
-    output = wiring.denoiser.output
+    output, own = wiring.denoiser.output, wiring.modulation
     scheduler, noise = scheduler_of(spec, request), BatchNoise([request.seed])
     begun = None if request.denoising_end is None else _begun(spec, request)
     begin = Beginning(spec, [request], scheduler, noise, begun, partial(_encode_ours, spec))
+    start = TASKS[request.task or wiring.tasks[0]].prepare(begin)
+    modulation = None
+    if own is not None:
+        made = spec.components[own.component]
+        width = int(made.outputs[0].shape[-1])
+        steps = scheduler.timesteps[start.first_step : start.last_step]
+        stand_in = FakeRunner(
+            any_batch(made), lambda given: {own.output: _joined_rows(given, width)}
+        )
+        with stand_in as runner:
+            modulation = modulated(wiring, runner, steps, conditioned, 1, request.guidance_scale)
+
+    def predict(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        given = dict(inputs)
+        if own is not None:
+            (name,) = (one.name for one in wiring.denoiser.inputs if one.fill == "modulation")
+            given |= _split_rows(spec.components[own.component], given.pop(name))
+        return {output: _predict(wiring, given, fed, latent.channels)}
+
     latents = denoise(
         wiring,
-        {
-            denoiser.name: FakeRunner(
-                any_batch(denoiser),
-                lambda inputs: {output: _predict(wiring, inputs, fed, latent.channels)},
-            )
-        },
+        {denoiser.name: FakeRunner(any_batch(denoiser), predict)},
         scheduler,
-        TASKS[request.task or wiring.tasks[0]].prepare(begin),
+        start,
         conditioned,
         request.guidance_scale,
         noise,
+        modulation=modulation,
     )
     fed.decoded.append(_descaled(latent, latents))
 

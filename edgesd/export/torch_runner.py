@@ -41,7 +41,7 @@ def any_batch(spec: ComponentSpec) -> ComponentSpec:
         shape = tensor.shape
         if len(shape) == 3:
             shape = "batch", "tokens", shape[2]
-        elif len(shape) > 1:
+        elif len(shape) > 1 or shape != (1,):
             shape = "batch", *shape[1:]
         inputs.append(msgspec.structs.replace(tensor, shape=shape))
     return msgspec.structs.replace(spec, inputs=tuple(inputs))

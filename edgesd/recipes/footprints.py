@@ -23,6 +23,7 @@ from edgesd.export.passes.lora_slots import has_slot, takes_loras
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 from edgesd.runtime.flow import Stage, flow_of
+from edgesd.runtime.modulation import ROWS
 from edgesd.runtime.tiles import (
     TILE,
     WINDOWS,
@@ -195,6 +196,8 @@ class Networks:
         batch."""
         shape = self.pipeline.shape
         height, width = self.latents(shape.width, shape.height)
+        if stage.role == "modulation":
+            return 1, 1, 1
         return height, width, shape.batch if stage.per == "step" and not shape.dynamic else 1
 
     def footprint(self, stage: Stage, form: ComponentForm, at: Iterable[Shape] = ()) -> Footprint:
@@ -281,6 +284,8 @@ class Networks:
         shape = self.pipeline.shape
         if not shape.dynamic or stage.per == "prompt":
             return [(height, width, batch)]
+        if stage.role == "modulation":
+            return [(1, 1, rows) for rows in (1, 4, ROWS)]
         step = max(1, shape.multiple_of // self.pipeline.latent.scale_factor)
         small = [max(step, n // 2 // step * step) for n in (height, width)]
         found = [(small[0], small[1], 1), *((n * height, n * width, 1) for n in (1, 2, 4))]

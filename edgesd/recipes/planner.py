@@ -57,6 +57,7 @@ from edgesd.runtime.footprint import (
 )
 from edgesd.runtime.kernels import computes, instruction_set_of
 from edgesd.runtime.memory import MemoryMode
+from edgesd.runtime.modulation import ROWS
 from edgesd.runtime.rates import Speed
 from edgesd.runtime.requests import CompleteRequest, scheduler_of
 from edgesd.runtime.tiles import WINDOWS
@@ -185,6 +186,10 @@ class _Plan:
             shapes = [networks.own_shape(stage)]
         elif stage.per == "step":
             shapes = [(height, width, self.generations[mode].batch)]
+        elif stage.role == "modulation":
+            rows = self.generations[mode].rows
+            each = min(rows, ROWS) if networks.pipeline.shape.dynamic else ROWS
+            shapes = [(1, 1, each)] * -(-rows // each)
         elif stage.component in self.tiled[mode] & costs.splits.keys():
             return self._in_parts(stage, form), costs.splits[stage.component][-1]
         elif stage.component in self.tiled[mode]:
@@ -208,7 +213,9 @@ class _Plan:
         workloads, footprint = self.workloads(stage, mode)
         streamed = mode == "stream" or stage.component in self.tiled[mode]
         each = {id(workload): seconds(workload, speed, streamed) for workload in workloads}
-        units = 1 if stage.per == "prompt" else self.size[0] * self.size[1]
+        units = self.size[0] * self.size[1]
+        if stage.per == "prompt" or stage.role == "modulation":
+            units = 1
         fresh = speed.seconds("fresh", "", (max(1, sum(computing(footprint, units))),))
         # A network's weights are larger than caches, which hold those of a single operation.
         reading = speed.seconds("read", "", (max(1, footprint.weights),))
@@ -220,7 +227,8 @@ class _Plan:
         form, modes = self.forms[stage.component], self.fitting.modes
         own = self.networks.trace_own(stage)
         graphs = NODE_FILE_BYTES * len(own.operations) * (2 if form.own_kernels else 1)
-        dynamic = self.networks.pipeline.shape.dynamic and stage.per != "prompt"
+        dynamic = self.networks.pipeline.shape.dynamic
+        dynamic = dynamic and stage.per != "prompt" and stage.role != "modulation"
         at_size = self.networks.trace(stage, (*self.size, 1)) if dynamic else own
         return ComponentCost(
             bytes=form.on_disk + graphs,
@@ -444,6 +452,8 @@ class _Planner:
             modes: tuple[GuidanceMode, ...] = ("sequential", "batched")
             batches = {stage.batch(batch.count, batch.guided, mode) for mode in modes}
             return [(height, width, n) for n in sorted(batches)]
+        if stage.role == "modulation":
+            return []  # as many rows as any
         found = [(height, width, 1)]
         halo = halo_of(spec, stage)
         if halo is not None:

@@ -88,6 +88,7 @@ def denoise(
     on_step: Callable[[Step], None] | None = None,
     guidance_rescale: float = 0.0,
     controls: Controls = NO_CONTROLS,
+    modulation: Float | None = None,
 ) -> Float:
     """Take `start` to an image's latents [B, C, h, w].
 
@@ -95,8 +96,9 @@ def denoise(
     joins; of the latter, those that `controls` has. scheduler: `set_timesteps` has been called.
     noise: draws for stochastic schedulers. Guidance, when `conditioned.negative` is given: both
     halves in one run of batch 2 B ("batched"), or one after the other ("sequential", less memory).
-    guidance_scale, guidance_rescale: see `_guided`. Raises InputError when the latents stop being
-    finite.
+    guidance_scale, guidance_rescale: see `_guided`. modulation [steps, halves, B, D]: what the
+    wiring's modulation made (`modulated`), for each step that is taken. Raises InputError when the
+    latents stop being finite.
     """
     latents, batch, channels = start.latents, len(start.latents), start.latents.shape[1]
     halves = [conditioned.positive]
@@ -116,11 +118,19 @@ def denoise(
     sides = _Sides(wiring, runners, runs, batch, given, guidance_scale, controls)
     spec = runners[denoiser.component].spec
     shapes = sum_shapes(wiring, spec, len(sample), *latents.shape[2:])
-    inputs = network.bind({"timestep": timestep.shape, "sample": sample.shape, **shapes})
+    told: dict[str, Array] = {"timestep": timestep}
+    rows: Array = np.zeros(0, np.float32)  # [steps, runs, rows, D]
+    if modulation is not None:
+        rows = modulation.reshape(len(modulation), len(runs), len(sample), -1)
+        told["modulation"] = rows[0, 0]
+    bound = {name: values.shape for name, values in told.items()}
+    inputs = network.bind({**bound, "sample": sample.shape, **shapes})
     sums = Sums(wiring, {name: inputs[name] for name in shapes})
 
     def predict(run: int) -> Array:
-        values: dict[str, Array] = {"timestep": timestep, "sample": sample[:, :channels]}
+        if modulation is not None:
+            told["modulation"] = rows[index, run]
+        values: dict[str, Array] = {**told, "sample": sample[:, :channels]}
         sums.clear()
         for one in controls.shown:
             if one.acts(index, len(scheduler.timesteps) - start.first_step, count):

@@ -35,7 +35,8 @@ class Batch:
     """Images that are generated at a time. height, width: in pixels. guided: with guidance, which
     doubles the denoiser's batch. previews: whether unfinished images are decoded. chunks: of
     tokens, that a prompt has. encodes: whether they begin with an image. sides: side components
-    that run. picture_bytes: while the user's pictures are read, and images are laid over them."""
+    that run. picture_bytes: while the user's pictures are read, and images are laid over them.
+    steps: of denoising; None for the pipeline's own."""
 
     height: int
     width: int
@@ -46,6 +47,7 @@ class Batch:
     encodes: bool = False
     sides: frozenset[str] = frozenset()
     picture_bytes: int = 0
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ class Fitting:
             batch.encodes,
             batch.sides,
             batch.picture_bytes,
+            (batch.steps or spec.num_inference_steps) * batch.count * (2 if batch.guided else 1),
         )
 
     @property

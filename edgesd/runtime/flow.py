@@ -15,7 +15,7 @@ GuidanceMode = Literal["batched", "sequential"]
 """Both halves of guidance in one run of twice the batch, or one after the other in less memory."""
 
 Per = Literal["prompt", "image", "step"]
-Role = Literal["text", "encoder", "side", "denoiser", "decoder"]
+Role = Literal["text", "encoder", "side", "modulation", "denoiser", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,12 @@ class Flow:
         return next(stage for stage in self.stages if stage.role == "decoder")
 
     @property
+    def modulation(self) -> Stage | None:
+        """The network that makes what the denoiser is told of the timestep, where it is one of its
+        own."""
+        return next((stage for stage in self.stages if stage.role == "modulation"), None)
+
+    @property
     def loop(self) -> tuple[Stage, ...]:
         """What runs at each step: the sides, then the denoiser."""
         return tuple(stage for stage in self.stages if stage.per == "step")
@@ -116,12 +122,14 @@ def flow_of(pipeline: PipelineSpec) -> Flow:
     wiring = pipeline.wiring
     sides = {when: [s.component for s in wiring.sides if s.when == when] for when in _WHEN}
     denoiser = Stage(wiring.denoiser.component, "denoiser", "step")
+    modulations = [wiring.modulation.component] if wiring.modulation else []
     encoders = [wiring.encoder.component] if wiring.encoder else []
     return Flow(
         groups=(
             *((Stage(text.component, "text", "prompt"),) for text in wiring.texts),
             *((Stage(name, "encoder", "image"),) for name in encoders),
             *((Stage(name, "side", "image"),) for name in sides["once"]),
+            *((Stage(name, "modulation", "image"),) for name in modulations),
             (*(Stage(name, "side", "step") for name in sides["each_step"]), denoiser),
             (Stage(wiring.decoder.component, "decoder", "image"),),
         ),

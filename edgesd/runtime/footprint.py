@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from edgesd.runtime.flow import Stage, flow_of
 from edgesd.runtime.memory import MemoryMode
+from edgesd.runtime.modulation import ROWS
 from edgesd.runtime.tiles import (
     DECODER_MARGINS,
     TILE,
@@ -54,7 +55,8 @@ class Generation:
     of a latent; count: images; batch: of the denoiser; text_values: of one prompt's embedding;
     previews: whether unfinished images are decoded, while the denoiser is loaded; chunks: of
     tokens, that a prompt has; encodes: whether images are encoded first; sides: side components
-    that run; picture_bytes: while pictures are read, and images are laid over them."""
+    that run; picture_bytes: while pictures are read, and images are laid over them; rows: that a
+    modulation makes."""
 
     height: int
     width: int
@@ -67,6 +69,7 @@ class Generation:
     encodes: bool = False
     sides: frozenset[str] = frozenset()
     picture_bytes: int = 0
+    rows: int = 1
 
     @property
     def image_bytes(self) -> int:
@@ -206,6 +209,14 @@ def text_values(pipeline: PipelineSpec) -> int:
     return sum(math.prod(n for n in shape if isinstance(n, int)) for shape in shapes)
 
 
+def modulation_bytes(pipeline: PipelineSpec) -> int:
+    """Of what a modulation makes for one step, of one half of guidance and one image."""
+    modulation = pipeline.wiring.modulation
+    made = modulation and pipeline.components[modulation.component].output(modulation.output)
+    width = made.shape[-1] if made else 0
+    return 4 * width if isinstance(width, int) else 0
+
+
 @dataclass(frozen=True)
 class Costs:
     """What the networks of a pipeline take. footprints: by component. splits: of the parts of an
@@ -237,6 +248,7 @@ class Costs:
             for group in self._groups(generation)
         ]
         base, reading = self.process + generation.kept_bytes, generation.picture_bytes
+        base += generation.rows * modulation_bytes(self.pipeline)
         return together(groups, base, mode, generation.previews, reading)
 
     def loaded(self, components: Iterable[str], streamed: bool) -> int:
@@ -313,9 +325,11 @@ def halo_of(pipeline: PipelineSpec, stage: Stage) -> int | None:
 
 
 def units_of(stage: Stage, generation: Generation) -> int:
-    """Units of one run of a stage, for `computing`; 1 for a prompt."""
+    """Units of one run of a stage, for `computing`; 1 for a prompt, rows of a modulation."""
     if stage.per == "prompt":
         return 1
+    if stage.role == "modulation":
+        return min(generation.rows, ROWS)
     batch = generation.batch if stage.per == "step" else 1
     return generation.height * generation.width * batch
 

@@ -22,7 +22,9 @@ from edgesd.spec.pipeline import (
     SIZE_FILLS,
     ComponentSpec,
     DenoiserSpec,
+    Fill,
     InputSpec,
+    ModulationSpec,
     Part,
     PipelineSpec,
     SideSpec,
@@ -39,6 +41,10 @@ _PER_TOKEN = 3
 _FEATURE_RANK = 4
 """Of what sides give: [batch, C, h, w]."""
 
+_MODULATED: tuple[Fill, ...] = ("timestep", "guidance", "joined")
+"""What a modulation can be filled with."""
+
+_Filled = SideSpec | DenoiserSpec | ModulationSpec
 _ANY_SIZE = range(1, 1 << 31)
 _GUIDANCE_WIDTHS = range(4, 1 << 16)
 """Of an embedding of the guidance scale: two frequencies at least."""
@@ -95,7 +101,7 @@ def check_networks(manifest: BundleManifest) -> None:
         raise BundleError(f"{problem}: build the bundle again")
     _check_precisions(manifest)
     wiring = pipeline.wiring
-    asked = {one.fill for spec in _in_loop(pipeline) for one in spec.inputs}
+    asked = {one.fill for spec in wiring.filled for one in spec.inputs}
     asked = (asked | {*wiring.denoiser.concat}) & GIVEN_BY_TASKS
     for task in wiring.tasks:
         if missing := sorted(asked - TASKS[task].gives):
@@ -105,12 +111,6 @@ def check_networks(manifest: BundleManifest) -> None:
             )
 
 
-def _in_loop(pipeline: PipelineSpec) -> tuple[SideSpec | DenoiserSpec, ...]:
-    """The components with filled inputs, in the order in which they run."""
-    wiring = pipeline.wiring
-    return *sorted(wiring.sides, key=lambda side: side.when != "once"), wiring.denoiser
-
-
 def _wiring_problems(pipeline: PipelineSpec) -> Iterator[str]:
     """Inputs whose source isn't available when they are filled."""
     wiring, components = pipeline.wiring, pipeline.components
@@ -118,7 +118,7 @@ def _wiring_problems(pipeline: PipelineSpec) -> Iterator[str]:
     sides = {side.component for side in wiring.sides}
     if len({side.name for side in wiring.sides}) != len(wiring.sides):
         yield "two components have one name for requests"
-    for spec in _in_loop(pipeline):
+    for spec in wiring.filled:
         side = isinstance(spec, SideSpec)
         once = isinstance(spec, SideSpec) and spec.when == "once"
         if side and sum(one.fill == "control" for one in spec.inputs) != 1:
@@ -129,7 +129,10 @@ def _wiring_problems(pipeline: PipelineSpec) -> Iterator[str]:
             where = f"{one.name} of {spec.component}"
             if once and one.fill != "control":
                 yield f"{where} is filled once, and {one.fill!r} isn't known then"
-            if one.fill == ("side" if side else "control"):
+            modulates = isinstance(spec, ModulationSpec)
+            if one.fill == ("side" if side else "control") or (
+                one.fill not in _MODULATED if modulates else one.fill == "modulation" and side
+            ):
                 yield f"{where} is filled with {one.fill!r}, which isn't for it"
             known = sides if one.fill == "side" else texts
             shapes = set()
@@ -141,9 +144,18 @@ def _wiring_problems(pipeline: PipelineSpec) -> Iterator[str]:
                     shapes.add(found.shape[:-1])
             if len(shapes) > 1 or () in shapes:
                 yield f"{where} is filled with tensors that can't be joined"
-    for fill in ("sample", "timestep"):
-        if sum(one.fill == fill for one in wiring.denoiser.inputs) != 1:
-            yield f"{wiring.denoiser.component} doesn't have exactly one input filled with {fill}"
+    split = wiring.modulation is not None
+    counts: list[tuple[_Filled, Fill, int]] = [
+        (wiring.denoiser, "sample", 1),
+        (wiring.denoiser, "timestep", int(not split)),
+        (wiring.denoiser, "modulation", int(split)),
+    ]
+    if wiring.modulation is not None:
+        counts.append((wiring.modulation, "timestep", 1))
+    for filled, fill, count in counts:
+        if sum(one.fill == fill for one in filled.inputs) != count:
+            number = "exactly one" if count else "no"
+            yield f"{filled.component} doesn't have {number} input filled with {fill}"
     if wiring.encoder is None and (tasks := sorted({*wiring.tasks} & {*IMAGE_TASKS})):
         yield f"nothing encodes the images that the task {tasks[0]!r} begins with"
     for task in IMAGE_TASKS:
@@ -170,6 +182,10 @@ def _network_problems(manifest: BundleManifest) -> Iterator[str]:
     for side in wiring.sides:
         spec = components[side.component]
         yield from _misfits(side.component, spec, _filled(pipeline, side), None)
+    if (modulation := wiring.modulation) is not None:
+        rows = {modulation.output: _Like(2, known={1: _ANY_SIZE})}
+        spec = components[modulation.component]
+        yield from _misfits(modulation.component, spec, _filled(pipeline, modulation), rows)
     denoiser, decoder = wiring.denoiser, wiring.decoder
     yield from _misfits(
         denoiser.component,
@@ -215,7 +231,7 @@ def _chunk_problems(pipeline: PipelineSpec) -> Iterator[str]:
     """Inputs for the embeddings of tokens that don't all take equally many chunks of a prompt."""
     counts = set()
     most = MOST_CHUNKS if chunked(pipeline.wiring) else 1
-    for spec in _in_loop(pipeline):
+    for spec in pipeline.wiring.filled:
         for one in spec.inputs:
             tensor = pipeline.components[spec.component].input(one.name)
             if one.fill != "joined" or tensor is None or len(tensor.shape) != _PER_TOKEN:
@@ -234,7 +250,7 @@ def _chunk_problems(pipeline: PipelineSpec) -> Iterator[str]:
         yield f"a prompt is given as {count} chunks, and {MOST_CHUNKS} are the most"
 
 
-def _filled(pipeline: PipelineSpec, spec: SideSpec | DenoiserSpec) -> _Tensors:
+def _filled(pipeline: PipelineSpec, spec: _Filled) -> _Tensors:
     """What the inputs of a component must be like to be filled as its wiring says."""
     channels = pipeline.latent.channels
     widths = {"mask": 1, "masked": channels}
@@ -247,6 +263,7 @@ def _filled(pipeline: PipelineSpec, spec: SideSpec | DenoiserSpec) -> _Tensors:
         **{fill: _Like(2, {1: count}) for fill, count in SIZE_FILLS.items()},
         "control": _Like(4, {1: _COLOURS}),
         **{fill: _Like(4, {1: width}) for fill, width in widths.items()},
+        "modulation": _modulated(pipeline),
     }
     return {
         one.name: _added(pipeline, spec, one)
@@ -258,7 +275,14 @@ def _filled(pipeline: PipelineSpec, spec: SideSpec | DenoiserSpec) -> _Tensors:
     }
 
 
-def _added(pipeline: PipelineSpec, spec: SideSpec | DenoiserSpec, one: InputSpec) -> _Like:
+def _modulated(pipeline: PipelineSpec) -> _Like:
+    """What the modulation makes."""
+    modulation = pipeline.wiring.modulation
+    made = modulation and pipeline.components[modulation.component].output(modulation.output)
+    return _Like(2, {1: made.shape[-1]} if made and made.shape else {})
+
+
+def _added(pipeline: PipelineSpec, spec: _Filled, one: InputSpec) -> _Like:
     """What an input must be like that outputs of sides are added up in: of as many channels, and of
     sizes that are known where none of them runs."""
     found = [pipeline.components[part.component].output(part.output) for part in one.parts]

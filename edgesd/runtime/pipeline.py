@@ -25,6 +25,7 @@ from edgesd.runtime.flow import GuidanceMode, flow_of, guidance_mode
 from edgesd.runtime.loaded import Loaded, OpenRunner, Timings
 from edgesd.runtime.lora import Used, filling
 from edgesd.runtime.memory import MemoryMode, peak_bytes
+from edgesd.runtime.modulation import modulated
 from edgesd.runtime.networks import check_networks
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.requests import (
@@ -216,12 +217,19 @@ class Pipeline(Closeable):
             self._loaded.release(self.flow.encoder.component)
         controls = with_features(wiring, controls, self._loaded.run, self._loaded.release)
         mode, guidance = self.guidance_mode(first, len(requests)), first.guidance_scale
+        modulation = None
+        if (stage := self.flow.modulation) is not None:
+            steps = scheduler.timesteps[start.first_step : start.last_step]
+            with self._loaded.running((stage.component,)) as runners:
+                runner = runners[stage.component]
+                modulation = modulated(wiring, runner, steps, conditioned, len(requests), guidance)
+            self._loaded.release(stage.component)
         idle = self.flow.sides - controls.components
         loop = tuple(stage.component for stage in self.flow.loop if stage.component not in idle)
         with self._loaded.running(loop) as runners:
             latents = denoise(
                 wiring, runners, scheduler, start, conditioned, guidance, noise, mode,
-                self._watch(on_step), first.guidance_rescale, controls,
+                self._watch(on_step), first.guidance_rescale, controls, modulation,
             )  # fmt: skip
         self._loaded.release(*loop)
         return latents
@@ -240,6 +248,7 @@ class Pipeline(Closeable):
             encodes=request.image is not None,
             sides=sides,
             picture_bytes=request.picture_bytes(count),
+            steps=request.num_inference_steps,
         )
 
     def _conditioned(self, requests: Sequence[CompleteRequest]) -> Conditioned:

@@ -40,7 +40,8 @@ of `max_tokens`. 9: inputs filled with ids of the image's sizes. 10: the wiring'
 `strengths`, tasks that begin with an image; inputs filled with sums of what sides give, and sizes
 such as height/2; the sides that a bundle was built with; the
 `middle` and `margins` of an encoder's parts. 11: inputs filled with the guidance scale, the
-wiring's `cfg`, a tokenizer's `chunked`, the latents' `patch`, a schedule's `even_sigmas`.
+wiring's `cfg` and `modulation`, a tokenizer's `chunked`, the latents' `patch`, a schedule's
+`even_sigmas`.
 """
 
 

@@ -187,7 +187,7 @@ def check_multiple(what: str, value: int, step: int, built_step: int | None = No
 
 Fill = Literal[
     "sample", "timestep", "joined", "guidance", "guidance_embedding", "size_ids", "aesthetic_ids",
-    "mask", "masked", "control", "side",
+    "mask", "masked", "control", "side", "modulation",
 ]  # fmt: skip
 """How an input is filled at each step.
 
@@ -199,7 +199,7 @@ before width and top before left: original size, crop, target size. aesthetic_id
 crop, aesthetic score [batch, 5]. mask, masked: what the task gives of each image: where to paint
 [batch, 1, h, w], latents of the rest [batch, C, h, w]. control: the image that a side component is
 shown [batch, 3, H, W]. side: the sum of outputs of side components, each times its scale; zeros
-where none of them runs.
+where none of them runs. modulation: what the wiring's modulation makes of the timestep [batch, D].
 """
 
 SIZE_FILLS: Mapping[Fill, int] = {"size_ids": 6, "aesthetic_ids": 5}
@@ -283,6 +283,16 @@ class DenoiserSpec(Spec, frozen=True):
         return next((one for one in self.inputs if one.fill == fill), None)
 
 
+class ModulationSpec(Spec, frozen=True):
+    """A component that makes, of the timestep and of what stays the same in all steps, what the
+    denoiser is told of them in each step. It runs before the first one. inputs: filled with
+    timestep, guidance or outputs of text encoders, each [rows, ...]. output: [rows, D]."""
+
+    component: Word
+    inputs: _Inputs
+    output: Label
+
+
 class DecoderSpec(Spec, frozen=True):
     """What makes an image [1, 3, H, W] in about -1 to 1 of latents [1, C, h, w]."""
 
@@ -320,7 +330,8 @@ class Wiring(Spec, frozen=True):
     its encoding, instead of that of "". encoder: of images; None where no task begins with one.
     strengths: of each of these tasks, the part of the steps that is taken where nobody says it.
     cfg: whether the guidance scale asks for classifier-free guidance, which runs the denoiser with
-    the negative prompt, too; that of other models is an input, or they have none.
+    the negative prompt, too; that of other models is an input, or they have none. modulation: what
+    fills an input of the denoiser; None where it takes the timestep itself.
     """
 
     texts: Annotated[tuple[TextSpec, ...], Meta(min_length=1, max_length=8)]
@@ -333,6 +344,7 @@ class Wiring(Spec, frozen=True):
     encoder: EncoderSpec | None = None
     strengths: dict[Task, _Strength] = msgspec.field(default_factory=dict)
     cfg: bool = True
+    modulation: ModulationSpec | None = None
 
     @property
     def autoencoder(self) -> tuple[str, ...]:
@@ -347,10 +359,16 @@ class Wiring(Spec, frozen=True):
             raise BundleError("nothing encodes images in this pipeline: build it with --task image")
         return self.encoder
 
+    @property
+    def filled(self) -> tuple[DenoiserSpec | SideSpec | ModulationSpec, ...]:
+        """The components with filled inputs, in the order in which they run."""
+        sides = sorted(self.sides, key=lambda side: side.when != "once")
+        modulation = () if self.modulation is None else (self.modulation,)
+        return *sides, *modulation, self.denoiser
+
     def input_of(self, component: str, fill: Fill) -> str | None:
         """Name of the input of a component that is filled so, or None."""
-        specs: tuple[DenoiserSpec | SideSpec, ...] = (self.denoiser, *self.sides)
-        inputs = (one for spec in specs if spec.component == component for one in spec.inputs)
+        inputs = (one for spec in self.filled if spec.component == component for one in spec.inputs)
         return next((one.name for one in inputs if one.fill == fill), None)
 
 

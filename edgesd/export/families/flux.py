@@ -39,6 +39,7 @@ from edgesd.spec.pipeline import (
     DenoiserSpec,
     ImageTask,
     InputSpec,
+    ModulationSpec,
     Part,
     TextSpec,
     TokenizerRef,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CLIP, _T5 = TOKENIZER_OF
-_TRANSFORMER = "transformer"
+_TRANSFORMER, _MODULATION = "transformer", "modulation"
 _CLASSES = {
     _CLIP: ("transformers", ("CLIPTextModel",)),
     _T5: ("transformers", ("T5EncoderModel",)),
@@ -123,6 +124,7 @@ def export_spec(
     components = (
         clip.pooled_text_encoder(source, _CLIP, clip_config, tokens, shape),
         t5.text_encoder(source, _T5, t5_config, longest, shape),
+        flux_transformer.flux_modulation(source, _MODULATION, _TRANSFORMER, config, shape),
         flux_transformer.flux_transformer(source, _TRANSFORMER, config, longest, shape, latent),
         vae.vae_decoder(source, DECODER, latent, shape, upcast),
         *vae.encoder_for(can, source, ENCODER, latent, shape, upcast),
@@ -209,15 +211,18 @@ def _wiring(components: Sequence[Component], tokens: int, longest: int) -> Wirin
     """How the components are joined. tokens, longest: of CLIP's tokenizer, and of T5's."""
     from edgesd.export.families.parts import clip, flux_transformer, t5
 
-    inputs = [
+    inputs = (
         InputSpec("sample", "sample"),
-        InputSpec("timestep", "timestep"),
         InputSpec("encoder_hidden_states", "joined", (Part(_T5, t5.HIDDEN),)),
+        InputSpec(flux_transformer.MODULATION, "modulation"),
+    )
+    told = [
+        InputSpec("timestep", "timestep"),
         InputSpec(flux_transformer.POOLED, "joined", (Part(_CLIP, clip.POOLED),)),
     ]
-    denoiser = next(one.spec for one in components if one.name == _TRANSFORMER)
-    if denoiser.input(flux_transformer.GUIDANCE) is not None:
-        inputs.append(InputSpec(flux_transformer.GUIDANCE, "guidance"))
+    spec = next(one.spec for one in components if one.name == _MODULATION)
+    if spec.input(flux_transformer.GUIDANCE) is not None:
+        told.append(InputSpec(flux_transformer.GUIDANCE, "guidance"))
     counts = {_CLIP: tokens, _T5: longest}
     return Wiring(
         texts=tuple(TextSpec(name, folder, "input_ids") for name, folder in TOKENIZER_OF.items()),
@@ -225,7 +230,8 @@ def _wiring(components: Sequence[Component], tokens: int, longest: int) -> Wirin
             folder: TokenizerRef(counts[name], chunked=False)
             for name, folder in TOKENIZER_OF.items()
         },
-        denoiser=DenoiserSpec(_TRANSFORMER, tuple(inputs), "noise_pred"),
+        denoiser=DenoiserSpec(_TRANSFORMER, inputs, "noise_pred"),
+        modulation=ModulationSpec(_MODULATION, tuple(told), flux_transformer.MODULATION),
         decoder=DecoderSpec(DECODER, "latents", "image"),
         zero_negative=True,
         cfg=False,

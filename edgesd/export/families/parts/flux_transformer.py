@@ -1,8 +1,12 @@
-"""diffusers' FluxTransformer2DModel.
+"""diffusers' FluxTransformer2DModel, in two graphs. With h and w in latents:
 
-Graph, with h and w in latents: sample [batch, C, h, w], timestep [1], encoder_hidden_states
-[batch, tokens, D], pooled_projections [batch, P] (guidance [batch] where it was distilled with
-guidance) -> noise_pred [batch, C, h, w].
+    modulation    timestep [batch], pooled_projections [batch, P] (guidance [batch] where it was
+                  distilled with guidance) -> modulation [batch, M]
+    transformer   sample [batch, C, h, w], encoder_hidden_states [batch, tokens, D], modulation
+                  [batch, M] -> noise_pred [batch, C, h, w]
+
+The first has 27 % of FLUX.1's weights, and sees neither latents nor what T5 made: it runs once, for
+all steps together, before the second is loaded.
 
 Latents are cut into tokens, and put together again, within the graph: that is a permutation.
 Rotary tables are constants, of which the rows and columns of an image are taken.
@@ -10,7 +14,8 @@ Rotary tables are constants, of which the rows and columns of an image are taken
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import diffusers
@@ -18,6 +23,7 @@ import msgspec
 import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor, nn
+from torch.nn import functional
 
 from edgesd.export.attention import replace_attention
 from edgesd.export.families import MAX_BATCH, Component
@@ -30,22 +36,23 @@ from edgesd.export.families.parts.shapes import (
     uniform,
 )
 from edgesd.export.families.parts.weights import load_network
-from edgesd.spec.base import MAX_PIXELS
+from edgesd.runtime.modulation import ROWS
+from edgesd.spec.base import MAX_PIXELS, Dim
 from edgesd.spec.pipeline import ComponentSpec, LatentSpec, ShapeSpec
 
 PATCH = 2
 """Sides, in latents, of what is one token."""
 
-POOLED, GUIDANCE = "pooled_projections", "guidance"
+POOLED, GUIDANCE, MODULATION = "pooled_projections", "guidance", "modulation"
+Rotations = tuple[Tensor, Tensor]
 _TIMESTEPS, _GUIDANCE = (0.0, 1000.0), (1.0, 10.0)
 _THOUSAND = 1000.0
 """What the network multiplies times and guidance with, of which the former come multiplied."""
 
 
 class FluxTransformer(nn.Module):
-    """sample [batch, C, h, w], timestep [1] of 0 to 1000, states [batch, tokens, D], pooled
-    [batch, P] -> noise_pred like sample, of as many channels as the network makes. guidance
-    [batch]: the scale, for models distilled with it.
+    """sample [batch, C, h, w], states [batch, tokens, D], modulation [batch, M] (FluxModulation) ->
+    noise_pred like sample, of as many channels as the network makes.
 
     positions: rows and columns of tokens of the largest image. device: of the rotary tables.
     """
@@ -59,6 +66,13 @@ class FluxTransformer(nn.Module):
         super().__init__()
         self.net = net
         replace_attention(net, "sdpa")
+        _drop(net, "time_text_embed")
+        _drop(net.norm_out, _LINEAR)
+        for block in net.transformer_blocks:
+            _drop(block.norm1, _LINEAR)
+            _drop(block.norm1_context, _LINEAR)
+        for block in net.single_transformer_blocks:
+            _drop(block.norm, _LINEAR)
         first, rows, columns = net.pos_embed.axes_dim
         self.first = first // 2
         for name, width in (("rows", rows), ("columns", columns)):
@@ -66,31 +80,21 @@ class FluxTransformer(nn.Module):
             self.register_buffer(f"{name}_cos", cos, persistent=False)
             self.register_buffer(f"{name}_sin", sin, persistent=False)
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        pooled_projections: Tensor,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, sample: Tensor, encoder_hidden_states: Tensor, modulation: Tensor) -> Tensor:
         net = self.net
-        embed = net.time_text_embed
-        if guidance is None:
-            temb = embed(timestep, pooled_projections)
-        else:
-            temb = embed(timestep, guidance * _THOUSAND, pooled_projections)
         height, width = sample.shape[2] // PATCH, sample.shape[3] // PATCH
         tokens = encoder_hidden_states.shape[1]
         rotations = self._rotations(height, width, tokens)
+        told = iter(modulation[:, None].chunk(modulation.shape[1] // net.inner_dim, -1))
         image = net.x_embedder(packed(sample))
         text = net.context_embedder(encoder_hidden_states)
         for block in net.transformer_blocks:
-            text, image = block(image, text, temb, rotations)
+            text, image = _double(block, text, image, told, rotations)
         joint = torch.cat([text, image], 1)
         for block in net.single_transformer_blocks:
-            joint = _single(block, joint, temb, rotations)
-        out = net.proj_out(net.norm_out(joint[:, tokens:], temb))
+            joint = _single(block, joint, told, rotations)
+        scale, shift = islice(told, 2)
+        out = net.proj_out(_moved(net.norm_out.norm(joint[:, tokens:]), shift, scale))
         return unpacked(out, height, width)
 
     def _rotations(self, height: int, width: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -136,13 +140,116 @@ def _tables(positions: int, width: int, theta: float, device: str) -> tuple[Tens
     return cos, sin
 
 
-def _single(block: Any, joint: Tensor, temb: Tensor, rotations: tuple[Tensor, Tensor]) -> Tensor:
+class FluxModulation(nn.Module):
+    """timestep [rows] of 0 to 1000, pooled [rows, P] -> what a FluxTransformer is told of them
+    [rows, D]: shifts, scales and gates of all its blocks. guidance [rows]: the scale, for models
+    distilled with it."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net = net
+        _drop(net, *_STREAMS, "proj_out")
+        for block in net.transformer_blocks:
+            _drop(block, "attn", "norm2", "ff", "norm2_context", "ff_context")
+        for block in net.single_transformer_blocks:
+            _drop(block, "proj_mlp", "attn", "proj_out")
+
+    def forward(
+        self, timestep: Tensor, pooled_projections: Tensor, guidance: Tensor | None = None
+    ) -> Tensor:
+        net = self.net
+        times = [timestep] if guidance is None else [timestep, guidance * _THOUSAND]
+        hidden = functional.silu(net.time_text_embed(*times, pooled_projections))
+        norms = [
+            *(
+                norm
+                for block in net.transformer_blocks
+                for norm in (block.norm1, block.norm1_context)
+            ),
+            *(block.norm for block in net.single_transformer_blocks),
+            net.norm_out,
+        ]
+        return torch.cat([norm.linear(hidden) for norm in norms], 1)
+
+
+_STREAMS = ("x_embedder", "context_embedder", "pos_embed")
+_LINEAR = "linear"
+"""Of norms, which makes their shifts, scales and gates."""
+
+
+def _drop(module: Any, *names: str) -> None:
+    """Leave out parts of a network that another component has."""
+    for name in names:
+        setattr(module, name, None)
+
+
+def _double(
+    block: Any, text: Tensor, image: Tensor, told: Iterator[Tensor], rotations: Rotations
+) -> tuple[Tensor, Tensor]:
+    """diffusers' FluxTransformerBlock, told shifts, scales and gates [batch, 1, D]."""
+    shift, scale, gate, *for_image = islice(told, 6)
+    text_shift, text_scale, text_gate, *for_text = islice(told, 6)
+    attended, text_attended = block.attn(
+        _moved(block.norm1.norm(image), shift, scale),
+        _moved(block.norm1_context.norm(text), text_shift, text_scale),
+        image_rotary_emb=rotations,
+    )
+    image = _fed_forward(block.norm2, block.ff, image + gate * attended, *for_image)
+    text = text + text_gate * text_attended
+    return _fed_forward(block.norm2_context, block.ff_context, text, *for_text), image
+
+
+def _fed_forward(
+    norm: Any, net: Any, hidden: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
+) -> Tensor:
+    out: Tensor = hidden + gate * net(_moved(norm(hidden), shift, scale))
+    return out
+
+
+def _single(block: Any, joint: Tensor, told: Iterator[Tensor], rotations: Rotations) -> Tensor:
     """diffusers' FluxSingleTransformerBlock on text and image [batch, n, D] that stay joined."""
-    normed, gate = block.norm(joint, emb=temb)
+    shift, scale, gate = islice(told, 3)
+    normed = _moved(block.norm.norm(joint), shift, scale)
     attended = block.attn(normed, image_rotary_emb=rotations)
     wide = block.act_mlp(block.proj_mlp(normed))
-    out: Tensor = joint + gate[:, None] * block.proj_out(torch.cat([attended, wide], 2))
+    out: Tensor = joint + gate * block.proj_out(torch.cat([attended, wide], 2))
     return out
+
+
+def _moved(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return normed * (1 + scale) + shift
+
+
+def modulation_width(config: Mapping[str, Any]) -> int:
+    """What a FluxModulation makes of a row. config: diffusers' of the network."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return int(width * (12 * config["num_layers"] + 3 * config["num_single_layers"] + 2))
+
+
+def flux_modulation(
+    source: Checkpoint, name: str, folder: str, config: Mapping[str, Any], shape: ShapeSpec
+) -> Component:
+    """The component `name`, of the network in `folder`. config: diffusers' of that."""
+
+    def load(weights: bool = True) -> nn.Module:
+        return FluxModulation(
+            load_network(source, folder, diffusers.FluxTransformer2DModel, weights)
+        )
+
+    rows: Dim = "batch" if shape.dynamic else ROWS
+    inputs = [
+        float_tensor("timestep", rows),
+        float_tensor(POOLED, rows, config["pooled_projection_dim"]),
+    ]
+    if config["guidance_embeds"]:
+        inputs.append(float_tensor(GUIDANCE, rows))
+    made = float_tensor(MODULATION, rows, modulation_width(config))
+    return Component(
+        ComponentSpec(name, tuple(inputs), (made,)),
+        load,
+        sizes=({"batch": 1}, {"batch": 3}) if shape.dynamic else ({}, {}),
+        examples={"timestep": uniform(*_TIMESTEPS), GUIDANCE: uniform(*_GUIDANCE)},
+    )
 
 
 def flux_transformer(
@@ -166,19 +273,15 @@ def flux_transformer(
         batch = shape.batch
     inputs = [
         float_tensor("sample", batch, config["in_channels"] // PATCH**2, height, width),
-        float_tensor("timestep", 1),
         float_tensor("encoder_hidden_states", batch, tokens, config["joint_attention_dim"]),
-        float_tensor(POOLED, batch, config["pooled_projection_dim"]),
+        float_tensor(MODULATION, batch, modulation_width(config)),
     ]
-    if config["guidance_embeds"]:
-        inputs.append(float_tensor(GUIDANCE, batch))
     noise_pred = float_tensor("noise_pred", batch, latent.channels, height, width)
     return Component(
         ComponentSpec(name, tuple(inputs), (noise_pred,)),
         load,
         sizes=sizes(shape, latent.scale_factor),
         multiples={"height": PATCH, "width": PATCH},
-        examples={"timestep": uniform(*_TIMESTEPS), GUIDANCE: uniform(*_GUIDANCE)},
     )
 
 
