@@ -184,7 +184,7 @@ def _quality(
         theirs = generate_cached(pipeline, requests, work / f"benchmark-{key}")
     with Pipeline(bundle) as pipeline:
         pairs = compare(requests, theirs, generate(pipeline, requests), perceptual)
-        return summarise(pairs, pipeline, requests[0], perceptual, None)
+        return summarise(pairs, pipeline, requests[0], perceptual)
 
 
 def _steps(ours: Bundle, theirs: Bundle, rounds: int = 7) -> tuple[list[float], list[float]]:

@@ -102,6 +102,19 @@ _QUANTIZATION = (
         "until it holds, or the build fails.",
     ),
     click.option(
+        "--max-lpips",
+        type=Finite(0, 100, min_open=True),
+        metavar="DISTANCE",
+        help="The same for LPIPS, e.g. 0.25: at most. Needs its weights (--lpips).",
+    ),
+    click.option(
+        "--max-feature-distance",
+        type=Finite(0, 100, min_open=True),
+        metavar="DISTANCE",
+        help="The same for features of a small network, which stand in for LPIPS; on a scale of "
+        "their own, 0 to 4.",
+    ),
+    click.option(
         "--max-size",
         type=Finite(0, 1, min_open=True),
         metavar="RATIO",
@@ -276,6 +289,8 @@ def build_command(
         _show(built)
         if differing is not None:
             say(_compared(differing, like))
+            if other is not None and (line := other.judged_otherwise(built.bundle.manifest)):
+                say(line)
     if built.unfinished is not None:
         raise type(built.unfinished)(
             f"{built.unfinished} ({built.path} is whole, without plans: edgesd finalize "
@@ -314,6 +329,8 @@ def _print_json(built: Built, differing: list[str] | None) -> None:
 
 
 def _show(built: Built) -> None:
+    from edgesd.evaluate.quality import gate_words
+
     manifest = built.bundle.manifest
     for name, engine in manifest.engines.items():
         say(
@@ -327,6 +344,8 @@ def _show(built: Built) -> None:
             f"PSNR {q.psnr_mean:.1f} dB (least {q.psnr_min:.1f}), SSIM {q.ssim_mean:.3f}, "
             f"{q.metric} {q.distance_mean:.4f}"
         )
+        for gate in q.judged_by:
+            say(f"judged by {gate_words(q, gate)}")
     if manifest.recipe and manifest.recipe.simulated:
         say("note: simulated: no engine computes in this format; the images are right")
     if built.note:

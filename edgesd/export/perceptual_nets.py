@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import http.client
 import math
+import re
 import socket
 import threading
 import urllib.request
@@ -21,14 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgesd.errors import InputError
+from edgesd.files import sha256_file
 
 Pixels = npt.NDArray[np.uint8]
-
-ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
-"""AlexNet as torchvision publishes it; the name carries the start of the file's SHA-256."""
-ALEXNET_URL = f"https://download.pytorch.org/models/{ALEXNET_FILE}"
-LINEAR_FILE = "alex.pth"
-"""The linear layers of LPIPS v0.1 for AlexNet."""
 
 _TIMEOUT_S = 3.0
 
@@ -76,51 +73,115 @@ class PerceptualNet(ABC):
         """RGB [1, 3, H, W] in 0 to 255 -> a map [1, C_k, H_k, W_k] per stage, and the last map."""
 
 
-class Lpips(PerceptualNet):
-    """LPIPS v0.1 with AlexNet (Zhang et al. 2018): five stages, each the output of a ReLU.
+@dataclass(frozen=True)
+class Backbone:
+    """A network for image classification whose feature maps LPIPS v0.1 compares.
 
-    Input scaling, taps and the linear layers are those of the authors' code. embedding: the last
-    stage, D = 256.
+    file: as torchvision publishes it; the name carries the start of the file's SHA-256. linear:
+    LPIPS' own file of linear layers for it. convs: of torchvision's `features`: index, input and
+    output channels, kernel, stride, padding. pool_before: indices in front of which there is a max
+    pooling, of `pool` pixels and stride 2. stages: indices whose ReLU is compared. sha256: of all
+    convolutions' weights and biases, sha256_linear: of the linear layers, each as float32, little
+    endian, in their order: any file of these weights has the same.
     """
 
-    minimum_side = 32  # the reference fails below 31
+    name: str
+    file: str
+    linear: str
+    convs: tuple[tuple[int, int, int, int, int, int], ...]
+    pool_before: tuple[int, ...]
+    pool: int
+    stages: tuple[int, ...]
+    sha256: str
+    sha256_linear: str
 
-    # index in torchvision's `features`, input and output channels, kernel, stride, padding
-    _CONVS = (
+
+ALEXNET = Backbone(
+    "AlexNet",
+    "alexnet-owt-7be5be79.pth",
+    "alex.pth",
+    (
         (0, 3, 64, 11, 4, 2),
         (3, 64, 192, 5, 1, 2),
         (6, 192, 384, 3, 1, 1),
         (8, 384, 256, 3, 1, 1),
         (10, 256, 256, 3, 1, 1),
-    )
-    _POOL_BEFORE = (3, 6)
+    ),
+    (3, 6),
+    3,
+    (0, 3, 6, 8, 10),
+    "2b566cc3a4d6f0a7343701af22f461f1ac3dcd03a3ac28cce10968a1d3c85fdc",
+    "718a8b40b0d22f96192d34ab93c0db5c7943558ff6c2407f44812dce2f29b5f4",
+)
+VGG16 = Backbone(
+    "VGG16",
+    "vgg16-397923af.pth",
+    "vgg.pth",
+    tuple(
+        (index, inputs, outputs, 3, 1, 1)
+        for index, inputs, outputs in (
+            *((0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128)),
+            *((10, 128, 256), (12, 256, 256), (14, 256, 256)),
+            *((17, 256, 512), (19, 512, 512), (21, 512, 512)),
+            *((24, 512, 512), (26, 512, 512), (28, 512, 512)),
+        )
+    ),
+    (5, 10, 17, 24),
+    2,
+    (2, 7, 14, 21, 28),
+    "40acdda7c6b05249f81637b2571671ce938507c5f986db17af374cf62a2f42a6",
+    "9153a2043dccf3b525d4f13db916e93ef040548ea923b6f2100de5ebac141a78",
+)
+BACKBONES = (ALEXNET, VGG16)
+"""The first is what LPIPS means where nothing else is said."""
+
+ALEXNET_URL = f"https://download.pytorch.org/models/{ALEXNET.file}"
+
+
+class Lpips(PerceptualNet):
+    """LPIPS v0.1 (Zhang et al. 2018): five stages, each the output of a ReLU.
+
+    Input scaling, stages and the linear layers are those of the authors' code. embedding: the last
+    stage, D = 256 for AlexNet, 512 for VGG16.
+    """
+
+    minimum_side = 32  # the reference fails below 31
+
     # of the image in -1 to 1, per channel
     _SHIFT = (-0.030, -0.088, -0.188)
     _SCALE = (0.458, 0.448, 0.450)
 
-    def __init__(self, alexnet: Path, linear: Path) -> None:
-        """Load the two files. Raises InputError where one is missing or isn't what it should be."""
-        backbone, layers = _State(alexnet), _State(linear)
-        self.channel_weights = []
+    def __init__(self, backbone: Backbone, weights: Path, linear: Path) -> None:
+        """Load the two files. Raises InputError where one is missing or isn't what it should be:
+        weights that aren't the published ones are another distance."""
+        self._backbone = backbone
+        state, layers = _State(weights), _State(linear)
         self._convs: list[tuple[Tensor, Tensor]] = []
-        for stage, (index, inputs, outputs, kernel, _, _) in enumerate(self._CONVS):
+        for index, inputs, outputs, kernel, _, _ in backbone.convs:
             name = f"features.{index}"
-            weight = backbone.take(f"{name}.weight", outputs, inputs, kernel, kernel)
-            self._convs.append((weight, backbone.take(f"{name}.bias", outputs)))
+            weight = state.take(f"{name}.weight", outputs, inputs, kernel, kernel)
+            self._convs.append((weight, state.take(f"{name}.bias", outputs)))
+        self.channel_weights = []
+        channels = {conv[0]: conv[2] for conv in backbone.convs}
+        for stage, index in enumerate(backbone.stages):
+            outputs = channels[index]
             mixed = layers.take(f"lin{stage}.model.1.weight", 1, outputs, 1, 1)
             self.channel_weights.append(mixed.reshape(outputs))
+        state.check(backbone.sha256, backbone.name)
+        layers.check(backbone.sha256_linear, f"LPIPS v0.1 for {backbone.name}")
 
     def _forward(self, sample: Tensor) -> tuple[list[Tensor], Tensor]:
         shift, scale = (torch.tensor(v).view(1, 3, 1, 1) for v in (self._SHIFT, self._SCALE))
         x = (sample / 127.5 - 1 - shift) / scale
         stages = []
         for (weight, bias), (index, _, _, _, stride, padding) in zip(
-            self._convs, self._CONVS, strict=True
+            self._convs, self._backbone.convs, strict=True
         ):
-            if index in self._POOL_BEFORE:
-                x = F.max_pool2d(x, kernel_size=3, stride=2)
+            if index in self._backbone.pool_before:
+                x = F.max_pool2d(x, kernel_size=self._backbone.pool, stride=2)
             x = F.relu(F.conv2d(x, weight, bias, stride=stride, padding=padding))
-            stages.append(x)
+            if index in self._backbone.stages:
+                stages.append(x)
         return stages, x
 
 
@@ -198,7 +259,7 @@ def hub_alexnet(*, offline: bool) -> Path | None:
 
     The fetch is tried once per process and given up after 3 s without an answer.
     """
-    path = Path(torch.hub.get_dir(), "checkpoints", ALEXNET_FILE)
+    path = Path(torch.hub.get_dir(), "checkpoints", ALEXNET.file)
     if path.parts[0].startswith("~"):  # there is no home folder for it
         return None
     if path.is_file() or (not offline and _fetch(path)):
@@ -215,7 +276,7 @@ def _fetch(path: Path) -> bool:
     socket.setdefaulttimeout(_TIMEOUT_S)  # torch.hub sets none, and a stalled line never ends
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sha256 = ALEXNET_FILE.removesuffix(".pth").rpartition("-")[2]
+        sha256 = ALEXNET.file.removesuffix(".pth").rpartition("-")[2]
         torch.hub.download_url_to_file(ALEXNET_URL, str(path), sha256, progress=False)
     except (OSError, http.client.HTTPException, RuntimeError):  # RuntimeError: another hash
         return False
@@ -259,6 +320,7 @@ class _State:
                 f"{path} holds a {type(state).__name__}: expected PyTorch weights by name"
             )
         self._tensors: dict[object, object] = state
+        self._hash = hashlib.sha256()
 
     def take(self, name: str, *shape: int) -> Tensor:
         """`name` in float32. Raises InputError unless it is there, of this shape and finite."""
@@ -272,7 +334,22 @@ class _State:
             )
         if not tensor.isfinite().all():
             raise InputError(f"{self._path}: {name} isn't finite: get the file again")
-        return tensor.detach().float()
+        values = tensor.detach().float()
+        self._hash.update(values.contiguous().numpy().astype("<f4", copy=False).data)
+        return values
+
+    def check(self, sha256: str, what: str) -> None:
+        """Raise InputError unless all that was taken has this hash, in the order of taking, or the
+        file has the hash that its name ends in, as torchvision's have: then it is `what`."""
+        if self._hash.hexdigest() == sha256:
+            return
+        named = re.fullmatch(r".*-([0-9a-f]{8})\.pth", self._path.name)
+        if named and sha256_file(self._path).startswith(named[1]):
+            return
+        raise InputError(
+            f"{self._path} holds other weights than the published ones of {what}: get the file "
+            "again"
+        )
 
 
 @dataclass(frozen=True)

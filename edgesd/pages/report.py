@@ -20,7 +20,18 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from edgesd.errors import BundleError, InputError
-from edgesd.evaluate.quality import decibels, rank, worst_first
+from edgesd.evaluate.perceptual import STAND_IN
+from edgesd.evaluate.quality import (
+    METRIC_NAMES,
+    decibels,
+    gate_words,
+    limit_words,
+    rank,
+    shown,
+    value_of,
+    worst_first,
+    worst_of,
+)
 from edgesd.files import atomic_write, check_writable
 from edgesd.pages.page import (
     Cell,
@@ -41,7 +52,7 @@ from edgesd.pages.page import (
 from edgesd.runtime.bundle import SUFFIX, Bundle
 from edgesd.spec.bundle import BundleManifest, LayerRecipe, QuantRecipe
 from edgesd.spec.pipeline import Task
-from edgesd.spec.quality import ImageQuality, Quality
+from edgesd.spec.quality import ImageQuality, Metric, Quality
 
 SIMULATED = (
     "simulated: no engine computes in this format; the images are right, speed and memory are not"
@@ -82,11 +93,13 @@ class Card(NamedTuple):
 
 
 class QualityPart(NamedTuple):
-    """The page's part on the bundle's images. amplification: of all difference maps."""
+    """The page's part on the bundle's images. worst: what they are ordered by. amplification: of
+    all difference maps."""
 
     about: tuple[Fact, ...]
     images: Table
     cards: tuple[Card, ...]
+    worst: str
     amplification: int
 
 
@@ -193,10 +206,13 @@ def _figures(bundle: Bundle) -> list[Figure]:
         figures.append(_against_fp32(recipe.layers))
     if quality:
         count = counted(len(quality.images), "image")
-        figures += [
-            Figure("PSNR, mean", f"{quality.psnr_mean:.1f} dB", count),
-            Figure("PSNR, worst", f"{quality.psnr_min:.1f} dB", _floor(quality)),
-        ]
+        figures.append(Figure("PSNR, mean", f"{quality.psnr_mean:.1f} dB", count))
+        for gate in quality.judged_by:
+            images, metric = quality.images, gate.metric
+            worst = shown(metric, worst_of(images, metric)) if images else "none"
+            figures.append(
+                Figure(f"{METRIC_NAMES[metric]}, worst", worst, limit_words(quality, gate))
+            )
     return figures
 
 
@@ -276,7 +292,8 @@ def _sizes(bundle: Bundle) -> Table:
 def _quality(bundle: Bundle, quality: Quality) -> QualityPart:
     decibels = f"mean {quality.psnr_mean:.2f} dB, worst {quality.psnr_min:.2f} dB"
     loop = f"{counted(quality.num_inference_steps, 'step')} of {quality.scheduler}"
-    ordered = [quality.images[index] for index in worst_first(quality.images)]
+    judge = quality.judged_by[0].metric
+    ordered = [quality.images[index] for index in worst_first(quality.images, judge)]
     kept = [image for image in ordered if image.source or image.ours]
     differences = [_difference(bundle, image) for image in kept]
     factor = _amplification(_difference_counts(differences))
@@ -290,13 +307,15 @@ def _quality(bundle: Bundle, quality: Quality) -> QualityPart:
             *_by_task(quality.images),
             ("SSIM", f"mean {quality.ssim_mean:.4f} (1 for equal images)"),
             (quality.metric, f"mean {quality.distance_mean:.4f} (0 for equal images)"),
-            ("Floor", _floor(quality)),
-            ("Worst prompt", _worst(quality.images)),
+            *_features(quality.images),
+            *_gates(quality),
+            ("Worst prompt", _worst(quality.images, judge)),
             ("Generated with", f"{loop}, guidance {quality.guidance_scale:g}"),
             ("Measured on", quality.measured_on),
         ),
-        images=_image_table(ordered, quality.metric),
+        images=_image_table(ordered, quality.metric, judge),
         cards=tuple(cards),
+        worst=METRIC_NAMES[judge],
         amplification=factor,
     )
 
@@ -323,14 +342,24 @@ def _by_task(images: Sequence[ImageQuality]) -> list[Fact]:
     return found
 
 
-def _image_table(images: Sequence[ImageQuality], metric: str) -> Table:
+def _features(images: Sequence[ImageQuality]) -> list[Fact]:
+    """The feature distance, where it was measured beside LPIPS."""
+    values = [image.features for image in images if image.features is not None]
+    if not values:
+        return []
+    return [(STAND_IN, f"mean {np.mean(values):.4f} (0 for equal images)")]
+
+
+def _image_table(images: Sequence[ImageQuality], metric: str, judge: Metric) -> Table:
+    beside = any(image.features is not None for image in images)
     columns = (
         Column("prompt", prose=True),
         Column("task"),
         Column("seed", numeric=True),
-        Column("PSNR, dB", numeric=True, sorted="ascending"),
+        Column("PSNR, dB", numeric=True, sorted="ascending" if judge == "psnr" else ""),
         Column("SSIM", numeric=True),
-        Column(metric, numeric=True),
+        Column(metric, numeric=True, sorted="" if judge == "psnr" else "descending"),
+        *([Column(STAND_IN, numeric=True)] if beside else []),
         Column("shown below"),
     )
     rows = [
@@ -341,6 +370,7 @@ def _image_table(images: Sequence[ImageQuality], metric: str) -> Table:
             Cell(_psnr(image), rank(image)),
             Cell(f"{image.ssim:.4f}", image.ssim),
             Cell(f"{image.distance:.4f}", image.distance),
+            *([_features_cell(image)] if beside else []),
             Cell("yes" if image.source or image.ours else "no"),
         ]
         for image in images
@@ -348,20 +378,28 @@ def _image_table(images: Sequence[ImageQuality], metric: str) -> Table:
     return Table("All images, worst first", columns, rows)
 
 
-def _floor(quality: Quality) -> str:
-    if quality.min_psnr is None:
-        return "no floor was asked for"
-    held = "held" if quality.psnr_min >= quality.min_psnr else "not held"
-    return f"at least {quality.min_psnr:g} dB was asked for: {held}"
+def _features_cell(image: ImageQuality) -> Cell:
+    if image.features is None:
+        return Cell("not measured")
+    return Cell(f"{image.features:.4f}", image.features)
 
 
-def _worst(images: Sequence[ImageQuality]) -> str:
+def _gates(quality: Quality) -> list[Fact]:
+    """What images were judged by: a line for each gate."""
+    return [
+        ("Judged by" if index == 0 else "And by", gate_words(quality, gate))
+        for index, gate in enumerate(quality.judged_by)
+    ]
+
+
+def _worst(images: Sequence[ImageQuality], judge: Metric) -> str:
     if not images:
         return "no image was compared"
-    worst = images[worst_first(images)[0]]
+    worst = images[worst_first(images, judge)[0]]
     if worst.psnr is None:
         return "none: all images are equal to the source's"
-    return f"{_prompt(worst)} (seed {worst.seed}, {_psnr(worst)} dB)"
+    figure = shown(judge, value_of(worst, judge)) if judge != "psnr" else f"{_psnr(worst)} dB"
+    return f"{_prompt(worst)} (seed {worst.seed}, {figure})"
 
 
 def _card(

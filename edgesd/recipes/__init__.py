@@ -197,10 +197,12 @@ def _prepare(
     warn: Callable[[str], object] | None,
 ) -> Job:
     """Check everything that can be refused before long work."""
+    from edgesd.evaluate.perceptual import STAND_IN
     from edgesd.export.backends import get_lowering
     from edgesd.export.pipeline import export_spec
     from edgesd.export.quantize.methods import check_method, get_method
     from edgesd.recipes.estimate import PlanRequest, check_estimate
+    from edgesd.recipes.gates import judging
     from edgesd.recipes.planner import check_prompter, estimate_source
     from edgesd.recipes.sources import open_model
 
@@ -276,7 +278,15 @@ def _prepare(
         counts = {name: source.parameters(name) for name in source.networks}
         kept = work_bytes(expected.bundle_bytes, counts, get_method(quantization.method).correlates)
     check_disk(out, folders.work, bundle_bytes, kept, progress)
-    return Job(source, export, target, lowering, options, folders, progress)
+    judged = None
+    if options.quantized and quantization.quality_prompts != ():
+        judged = judging(quantization, export.judged_by, folders.lpips)
+        if export.judged_by == "lpips" != judged.metric:
+            progress.line(
+                f"LPIPS judges a model of this family, and its weights aren't here: {STAND_IN} "
+                "does instead (--lpips FOLDER)"
+            )
+    return Job(source, export, target, lowering, options, folders, progress, judged)
 
 
 def _side_references(job: Job) -> tuple[SideReference, ...]:

@@ -10,6 +10,7 @@ from edgesd.runtime.rates import Rates
 from edgesd.spec.base import Spec
 from edgesd.spec.build import DEFAULT_METHOD, SideKind, Variant
 from edgesd.spec.pipeline import ImageTask
+from edgesd.spec.quality import Metric
 from edgesd.spec.scheme import Precision
 
 
@@ -33,6 +34,7 @@ class Estimate(Spec, frozen=True):
     takes least; mode: the fastest that fits, None for none. seconds: of an image by mode, without
     loading; None where the target was never profiled. rates: which machine they were measured
     on. advice: what would fit where this doesn't. assumed: what the model doesn't say of itself.
+    judged_by: the metric that judges a quantized bundle's images (`ExportSpec.judged_by`).
     lora_slots: memory and seconds are with LoRAs of this rank in all slots, which are `lora_bytes`
     of the memory.
     """
@@ -57,6 +59,7 @@ class Estimate(Spec, frozen=True):
     rates: str | None
     advice: tuple[str, ...] = ()
     assumed: str = ""
+    judged_by: Metric | None = None
     lora_slots: int | None = None
     lora_bytes: int = 0
 

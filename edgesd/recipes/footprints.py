@@ -123,7 +123,7 @@ class Networks:
     """
 
     def __init__(self, spec: ExportSpec) -> None:
-        self.pipeline, self.assumed = spec.pipeline, spec.assumed
+        self.pipeline, self.assumed, self.judged_by = spec.pipeline, spec.assumed, spec.judged_by
         self.flow = flow_of(spec.pipeline)
         self._components = {component.name: component for component in spec.components}
         self._traced: dict[tuple[str, Shape, int], Workload] = {}

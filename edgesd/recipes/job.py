@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from edgesd.export.backends.base import Lowering
     from edgesd.export.families import ExportSpec
     from edgesd.export.source import ModelSource
+    from edgesd.recipes.gates import Judging
 
 
 @dataclass(frozen=True)
 class Job:
     """What is built of what, for what. spec: what is exported of `source`. lowering: of the
-    backend. options: with the target's and the backend's name filled in."""
+    backend. options: with the target's and the backend's name filled in. judging: how images are
+    judged; None where none are generated."""
 
     source: ModelSource
     spec: ExportSpec
@@ -28,3 +30,4 @@ class Job:
     options: BuildOptions
     folders: LocalFolders
     progress: Progress = SILENT
+    judging: Judging | None = None

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgesd.errors import UsageError
+from edgesd.evaluate.perceptual import STAND_IN
+from edgesd.evaluate.quality import METRIC_NAMES
 from edgesd.runtime.bundle import open_bundle
 from edgesd.spec.build import DEMO, HUB, BuildRecord, ModelReference, SideKind
 from edgesd.spec.bundle import BundleManifest
+from edgesd.spec.quality import Metric, Quality
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,16 @@ class Like:
             )
         return lines
 
+    def judged_otherwise(self, ours: BundleManifest) -> str | None:
+        """A line where images were judged by other metrics than those of our bundle, so that
+        other graphs may have been accepted; None where they weren't."""
+        if ours.quality is None or self.manifest.quality is None:
+            return None
+        here, there = map(_judges, (ours.quality, self.manifest.quality))
+        if here == there:
+            return None
+        return f"images were judged by {here} here, and by {there} there: they may differ for that"
+
     def differing_files(self, ours: BundleManifest) -> list[str]:
         """Files of graphs and weights that only one of both bundles has, or with other bytes."""
         here, there = (
@@ -137,3 +150,14 @@ class Like:
             for manifest in (ours, self.manifest)
         )
         return sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+
+
+def _judges(quality: Quality) -> str:
+    """The metrics that images were judged by, with the networks of distances."""
+    beside = any(image.features is not None for image in quality.images)
+    names: dict[Metric, str] = {
+        "psnr": METRIC_NAMES["psnr"],
+        "lpips": quality.metric,
+        "features": STAND_IN if beside else quality.metric,
+    }
+    return " and ".join(names[gate.metric] for gate in quality.judged_by)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edgesd.evaluate.quality import METRIC_NAMES
 from edgesd.recipes import gates
-from edgesd.recipes.gates import WorstImages
+from edgesd.recipes.gates import OPTIONS, WorstImages
+from edgesd.spec.quality import Gate
 
 
 @dataclass(frozen=True)
@@ -43,26 +46,27 @@ class AllInFp32:
 
 @dataclass(frozen=True)
 class PoolingMeasured:
-    """Whether attention is pooled. before, after: figures without and with it."""
+    """Whether attention is pooled. before, after: figures without and with it, by the metric of
+    the first gate; all limits of `gates` had to hold."""
 
     accepted: bool
     before: WorstImages
     after: WorstImages
-    floor: float | None
+    gates: Sequence[Gate]
 
     @property
     def figures(self) -> str:
         """Both figures in words."""
         return (
-            f"the worst images have a mean PSNR of {self.after.mean:.1f} dB (least "
-            f"{self.after.least:.1f}) with it, {self.before.mean:.1f} ({self.before.least:.1f}) "
-            "without"
+            f"the worst images have a mean {METRIC_NAMES[self.after.metric]} of {self.after} with "
+            f"it, {self.before} without"
         )
 
     def __str__(self) -> str:
         if self.accepted:
             return f"attention is pooled: {self.figures}"
-        held = "" if self.floor is None else f", and --min-psnr {self.floor:g} must hold"
+        limits = [f"{OPTIONS[g.metric]} {g.limit:g}" for g in self.gates if g.limit is not None]
+        held = f", and {' and '.join(limits)} must hold" if limits else ""
         return (
             f"attention isn't pooled: {self.figures}; {gates.POOLING_LOSS:g} dB may be lost{held}"
         )

@@ -294,6 +294,7 @@ class _Planner:
             seconds=_together(costs) if speed else None,
             rates=request.rates.machine if request.rates else None,
             assumed=self.assumed,
+            judged_by=None if precision in FLOATING else networks.judged_by,
             lora_slots=request.lora_slots,
             lora_bytes=plan.lora_bytes,
         )

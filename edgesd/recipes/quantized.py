@@ -15,7 +15,6 @@ from pathlib import Path
 from edgesd.engines.kernels import ensure_library
 from edgesd.errors import ParityError, QualityError, UsageError
 from edgesd.evaluate import quality as quality_
-from edgesd.evaluate.perceptual import open_perceptual
 from edgesd.export.calibrate import CalibrationSettings, calibrate, calibration_key
 from edgesd.export.quantize.assign import planned
 from edgesd.export.quantize.layers import Layer
@@ -23,7 +22,8 @@ from edgesd.export.quantize.methods import get_method
 from edgesd.export.quantize.store import GraphForm, LayerStore, can_pool, find_nodes
 from edgesd.export.source_graphs import SourceGraphs
 from edgesd.files import atomic_write
-from edgesd.recipes import gates, prompts
+from edgesd.recipes import gates as gates_
+from edgesd.recipes import prompts
 from edgesd.recipes.comparison import (
     ENTRY_BYTES,
     KEPT_IMAGES,
@@ -32,6 +32,7 @@ from edgesd.recipes.comparison import (
     worst_places,
 )
 from edgesd.recipes.drawings import DRAWINGS, drawing, drawn_controls
+from edgesd.recipes.gates import Shortfall, WorstImages
 from edgesd.recipes.graph_files import GraphFiles
 from edgesd.recipes.job import Job
 from edgesd.recipes.notes import Note, PoolingFailed, PoolingMeasured
@@ -42,7 +43,7 @@ from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.flow import flow_of
 from edgesd.runtime.tokenizer import tokenizer_of
 from edgesd.spec.bundle import GraphSet, QuantRecipe
-from edgesd.spec.quality import Quality
+from edgesd.spec.quality import ImageQuality, Metric, Quality
 from edgesd.spec.scheme import parse_scheme
 
 _LARGE = 100_000_000
@@ -139,20 +140,22 @@ class QuantizedBuild:
         self, comparison: Comparison, bundle: Bundle, assignment: Assignment, form: GraphForm
     ) -> tuple[Assignment, Measured]:
         """Promote layers until the worst image is good enough."""
-        floor, probes = self.options.min_psnr, Probes()
+        gates, probes = comparison.judging.gates, Probes()
         for left in reversed(range(_ROUNDS)):
             measured = comparison.measure(bundle)
-            mean, least = measured.quality.psnr_mean, measured.quality.psnr_min
-            self.progress.line(f"quality: PSNR {mean:.1f} dB, least {least:.1f}")
-            if floor is None or gates.holds_floor(least, floor):
+            images = measured.quality.images
+            worst = ", ".join(_figures(images, gate.metric) for gate in gates)
+            self.progress.line(f"quality: of the worst images the mean {worst}")
+            missed = gates_.shortfall(gates, images)
+            if missed is None:
                 break
-            probes = probes or tuple(sorted(worst_places(measured)))
+            probes = probes or tuple(sorted(worst_places(measured, [missed.gate])))
             before = assignment
             if left:
                 budget = self._budget(before, form)
-                assignment = self.search.promote(before, least, floor, budget, probes)
+                assignment = self.search.promote(before, missed, budget, probes)
             if assignment.schemes == before.schemes:
-                raise QualityError(self._failure(measured.quality, floor, probes))
+                raise QualityError(self._failure(images, missed, probes))
             bundle = self._write(assignment, form)
         return assignment, measured
 
@@ -160,7 +163,7 @@ class QuantizedBuild:
         self, comparison: Comparison, assignment: Assignment, form: GraphForm, before: Measured
     ) -> tuple[GraphForm, Measured, Note]:
         """Pool the largest self-attention if images allow."""
-        floor, pooled = self.options.min_psnr, replace(form, pooled=True)
+        gates, pooled = comparison.judging.gates, replace(form, pooled=True)
         note: Note
         try:
             bundle = self._write(assignment, pooled)
@@ -168,8 +171,10 @@ class QuantizedBuild:
             note = PoolingFailed(str(exc))
         else:
             after = comparison.measure(bundle)
-            accepted = gates.accept_pooling(before.worst, after.worst, floor)
-            note = PoolingMeasured(accepted, before.worst, after.worst, floor)
+            pairs = before.quality.images, after.quality.images
+            accepted = gates_.accept_pooling(*pairs, gates)
+            plain, now = (WorstImages.of(images, comparison.judging.metric) for images in pairs)
+            note = PoolingMeasured(accepted, plain, now, gates)
             self.progress.line(f"pooled attention: {note.figures}")
             if accepted:
                 return pooled, after, note
@@ -181,11 +186,13 @@ class QuantizedBuild:
     ) -> GraphForm:
         """Keep the graphs for edgesd's own kernels if images allow; else without attention in 8
         bits, or else not at all."""
-        before, floor = measured.worst, self.options.min_psnr
+        gates, before = comparison.judging.gates, measured.quality.images
+        metric, places = comparison.judging.metric, worst_places(measured, gates)
         while any(graph.kernels for graph in self.files.graphs.values()):
-            after = comparison.by_kernels(open_bundle(self.root), worst_places(measured))
-            self.progress.line(f"kernels: PSNR {after.mean:.1f} dB, {before.mean:.1f} without")
-            if gates.accept_kernels(before, after, floor):
+            after = comparison.by_kernels(open_bundle(self.root), places)
+            found = _figures(after, metric)
+            self.progress.line(f"kernels: {found}; {WorstImages.of(before, metric)} without")
+            if gates_.accept_kernels(before, after, gates):
                 break
             form = replace(form, kernels=form.attention, attention=False)
             self._write(assignment, form)
@@ -263,14 +270,20 @@ class QuantizedBuild:
     def _first_probes(self) -> Probes:
         return () if self.comparison is None else self.comparison.probes
 
-    def _failure(self, measured: Quality, floor: float, probes: Probes) -> str:
+    def _failure(self, images: Sequence[ImageQuality], missed: Shortfall, probes: Probes) -> str:
         names = ", ".join(map(layer_name, self.search.most_sensitive(probes)))
-        worst = measured.images[quality_.worst_first(measured.images)[0]]
+        metric = missed.gate.metric
+        worst = images[quality_.worst_first(images, metric)[0]]
         return (
-            f"{self.scheme} reaches {measured.psnr_min:.1f} dB at worst ({worst.prompt!r}), not "
-            f"the {floor:g} of --min-psnr, with every layer promoted that helps; most sensitive: "
-            f"{names}. Ask for less, or choose a scheme of more bits"
+            f"{self.scheme} reaches {quality_.shown(metric, missed.worst)} at worst "
+            f"({worst.prompt!r}), not the {missed.limit:g} of {missed.option}, with every layer "
+            f"promoted that helps; most sensitive: {names}. Ask for less, or choose a scheme of "
+            "more bits"
         )
+
+
+def _figures(images: Sequence[ImageQuality], metric: Metric) -> str:
+    return f"{quality_.METRIC_NAMES[metric]} {WorstImages.of(images, metric)}"
 
 
 def _no_images(probes: Probes) -> Mapping[Layer, float]:
@@ -281,10 +294,10 @@ def _comparison(job: Job, reference: Bundle) -> Comparison | None:
     """What images are compared with; None if no images are wanted."""
     options, folders = job.options.quantization, job.folders
     quality_prompts = options.quality_prompts
+    if job.judging is None:
+        return None
     if quality_prompts is None:
         quality_prompts = job.source.prompts("quality") or prompts.QUALITY
-    if not quality_prompts:
-        return None
     steps = options.steps
     if options.quality_prompts is None and _weights(job) > _HUGE:
         quality_prompts = quality_prompts[:_HUGE_IMAGES]
@@ -295,15 +308,8 @@ def _comparison(job: Job, reference: Bundle) -> Comparison | None:
         guidance_scale=options.guidance,
         controls=drawn_controls(job.spec.pipeline),
     )
-    perceptual = open_perceptual(folders.lpips)
     return Comparison(
-        job.spec.components,
-        reference,
-        requests,
-        perceptual,
-        folders.work,
-        options.min_psnr,
-        job.progress,
+        job.spec.components, reference, requests, job.judging, folders.work, job.progress
     )
 
 

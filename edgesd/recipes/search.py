@@ -23,6 +23,7 @@ from edgesd.export.quantize.assign import (
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.quantize.store import Summary
 from edgesd.progress import SILENT, Progress
+from edgesd.recipes.gates import Shortfall
 from edgesd.spec.bundle import LayerRecipe
 from edgesd.spec.scheme import Scheme
 
@@ -127,32 +128,27 @@ class SchemeSearch:
         )
 
     def promote(
-        self, before: Assignment, least: float, floor: float, budget: Budget, probes: Probes
+        self, before: Assignment, missed: Shortfall, budget: Budget, probes: Probes
     ) -> Assignment:
         """Give layers better schemes until the error that is too much should be gone, the best gain
         for its cost first. The same schemes as `before` where the budget leaves nothing to promote.
 
-        least: PSNR in dB of the worst image now; floor: what is asked for. What counts is the error
-        in the images at `probes`. Where the budget leaves too little, layers that matter less to
-        them may pay.
+        missed: the limit that doesn't hold. What counts is the error in the images at `probes`.
+        Where the budget leaves too little, layers that matter less to them may pay.
         """
         options = self.options(probes)
         losses = {
             layer: next((o.loss for o in options[layer] if o.scheme == scheme), 0.0)
             for layer, scheme in before.schemes.items()
         }
-        missing = 10 ** ((floor - least) / 10) * MARGIN
-        target = sum(losses.values()) / missing
+        target = sum(losses.values()) / (missed.factor * MARGIN)
         chosen = assign(options, budget.bytes, budget.time, target, before.schemes)
         if total_loss(chosen) > target:
             afresh = assign(options, budget.bytes, budget.time, target)
             chosen = min(chosen, afresh, key=total_loss)
 
         def reason(layer: Layer) -> str:
-            return (
-                f"worst image at {least:.1f} dB where {floor:g} was asked for; "
-                f"alone, it makes a squared error of {losses[layer]:.2g}"
-            )
+            return f"{missed} was asked for; alone, it makes a squared error of {losses[layer]:.2g}"
 
         return self._changed(before, chosen, reason)
 

@@ -51,6 +51,10 @@ Prompts = Annotated[
 ]
 
 
+Distance = Annotated[float, Meta(gt=0, le=100)]
+"""A limit of a perceptual distance. LPIPS is mostly below 1, a feature distance at most 4."""
+
+
 class QuantOptions(Spec, frozen=True):
     """How to quantize, beyond the scheme's name.
 
@@ -58,9 +62,10 @@ class QuantOptions(Spec, frozen=True):
     instead of dynamic ones. calibration_prompts: None takes the model's own, or general ones;
     quality_prompts: the same, and () generates no images. steps, guidance: of the loop in
     calibration and comparison; None is the model's default. min_psnr: floor in dB for the worst
-    image. max_size: limit of the bundle's size relative to the fp32 one's; max_time: the same for
-    the estimated time of an image. pool_attention: fewer keys and values in the largest
-    self-attention, where images allow. measures: those that are taken; None is all of them.
+    image; max_lpips, max_feature_distance: limits of its distances. max_size: limit of the bundle's
+    size relative to the fp32 one's; max_time: the same for the estimated time of an image.
+    pool_attention: fewer keys and values in the largest self-attention, where images allow.
+    measures: those that are taken; None is all of them.
     """
 
     method: Word = DEFAULT_METHOD
@@ -70,6 +75,8 @@ class QuantOptions(Spec, frozen=True):
     steps: Annotated[int, Meta(ge=1, le=100_000)] | None = None
     guidance: Guidance | None = None
     min_psnr: Annotated[float, Meta(ge=0, le=100)] | None = None
+    max_lpips: Distance | None = None
+    max_feature_distance: Distance | None = None
     max_size: Annotated[float, Meta(gt=0, le=1)] | None = None
     max_time: Annotated[float, Meta(gt=0, le=1e15)] | None = None
     pool_attention: bool = False
@@ -78,7 +85,8 @@ class QuantOptions(Spec, frozen=True):
     @property
     def limited(self) -> bool:
         """Whether there is a limit that only images can hold."""
-        return any(one is not None for one in (self.min_psnr, self.max_size, self.max_time))
+        limits = (self.min_psnr, self.max_lpips, self.max_feature_distance)
+        return any(one is not None for one in (*limits, self.max_size, self.max_time))
 
 
 class BuildOptions(Spec, frozen=True):
@@ -122,8 +130,8 @@ class BuildOptions(Spec, frozen=True):
             raise UsageError("--batch is for static graphs: give --size, too")
         if self.quantization.limited and self.quantization.quality_prompts == ():
             raise UsageError(
-                "--min-psnr, --max-size and --max-time are checked on images: leave --no-quality "
-                "out"
+                "--min-psnr, --max-lpips, --max-feature-distance, --max-size and --max-time are "
+                "checked on images: leave --no-quality out"
             )
         for what in ("calibration", "quality"):
             prompts = getattr(self.quantization, f"{what}_prompts") or ()

@@ -41,7 +41,7 @@ of `max_tokens`. 9: inputs filled with ids of the image's sizes. 10: the wiring'
 such as height/2; the sides that a bundle was built with; the
 `middle` and `margins` of an encoder's parts. 11: inputs filled with the guidance scale, the
 wiring's `cfg` and `modulation`, a tokenizer's `chunked`, the latents' `patch`, a schedule's
-`even_sigmas`.
+`even_sigmas`; the gates that images were judged by; measures of few bits in what was built.
 """
 
 

@@ -54,6 +54,7 @@ def test_defaults_are_those_of_what_the_transformer_was_distilled_to(
         for m in (dev, schnell)
     ]
     assert found == [(28, 3.5), (4, 0.0)]
+    assert {m.export.judged_by for m in (dev, schnell)} == {"lpips"}
     lengths = [
         m.export.pipeline.wiring.tokenizers["tokenizer_2"].max_tokens for m in (dev, schnell)
     ]

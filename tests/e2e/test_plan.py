@@ -189,12 +189,15 @@ def test_the_command_tells_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert told.code == 0
     plan = msgspec.json.decode(told.out, type=Estimate)
     assert plan.target == "raspberry-pi-5" and plan.seconds is None
+    assert plan.judged_by == "psnr"
     shown = run_cli("plan", DEMO, "--target", "raspberry-pi-5", "--precision", "w8a8")
+    assert "the build judges its images by PSNR" in shown.out
     assert "edgesd profile" in shown.out and f"{plan.memory['stream'] / 1e6:.0f}" in shown.out
     path = tmp_path / "rates.json"
     path.write_bytes(msgspec.json.encode(board("neon_dotprod")))
     timed = run_cli("plan", DEMO, "--target", "raspberry-pi-5", "--rates", path, "--json")
     assert json.loads(timed.out)["rates"] == "a board"
+    assert json.loads(timed.out)["judged_by"] is None, "in fp32"
 
 
 @pytest.mark.parametrize(

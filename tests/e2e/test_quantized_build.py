@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,11 +19,16 @@ import onnx
 import pytest
 from PIL import Image
 
-from edgesd.errors import MissingDependencyError, QualityError, UsageError
+from edgesd.errors import InputError, MissingDependencyError, QualityError, UsageError
+from edgesd.export.families import ExportSpec
+from edgesd.export.pipeline import export_spec
+from edgesd.progress import Lines
 from edgesd.recipes import DEMO, BuildOptions, LocalFolders, QuantOptions, build
 from edgesd.recipes.sensitivity import Sensitivities
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.spec.bundle import FileEntry
+from edgesd.spec.quality import Gate
+from tests.marks import LPIPS_WEIGHTS, needs_lpips_weights
 from tests.support import assert_refused, run_cli
 from tests.tiny_pipelines import write_tiny
 
@@ -79,7 +86,7 @@ def test_the_bundle_says_how_it_was_quantized_and_how_good_it_is(
     assert all(0 <= layer.error < 0.2 for layer in recipe.layers)
     assert [image.prompt for image in measured.images] == list(PROMPTS)
     assert [image.seed for image in measured.images] == [0, 1, 2]
-    assert "not LPIPS" in measured.metric
+    assert "not LPIPS" in measured.metric and measured.gates == (Gate("psnr"),)
     assert measured.psnr_min <= measured.psnr_mean
     assert measured.psnr_min > 20  # two prompts calibrate little; machines differ by some dB
     source = open_bundle(next(work.glob("source-*")))
@@ -179,7 +186,7 @@ def test_what_comparing_lacks_is_said_before_calibration(
     def missing(folder: Path | None) -> None:
         raise MissingDependencyError("no weights to compare with")
 
-    monkeypatch.setattr("edgesd.recipes.quantized.open_perceptual", missing)
+    monkeypatch.setattr("edgesd.recipes.gates.find_lpips", missing)
     source = next(work.glob("source-*"))
     other = tmp_path / "work"
     shutil.copytree(source, other / source.name)
@@ -236,7 +243,7 @@ def test_attention_is_pooled_where_images_allow(
     )
     manifest = made.bundle.manifest
     assert manifest.recipe is not None and manifest.quality is not None and made.note is not None
-    found = re.search(r"mean PSNR of ([\d.]+) dB \(least .*\) with it, ([\d.]+) \(", made.note)
+    found = re.search(r"mean PSNR of ([\d.]+) dB \(worst .*\) with it, ([\d.]+) dB \(", made.note)
     assert found is not None
     pooled, plain = map(float, found.groups())
     assert 10 < pooled < plain
@@ -275,11 +282,78 @@ def test_a_floor_raises_layers(work: Path, tmp_path: Path, monkeypatch: pytest.M
     floor = plain.quality.psnr_min + 2
     raised = built(tmp_path / "raised", work, "w4a8-g64", min_psnr=floor).manifest
     assert raised.quality is not None and raised.recipe is not None
-    assert raised.quality.psnr_min >= floor == raised.quality.min_psnr
+    assert raised.quality.psnr_min >= floor
+    assert raised.quality.judged_by == (Gate("psnr", floor, "option"),)
     changed = [layer for layer in raised.recipe.layers if layer.planned_scheme]
     assert 0 < len(changed) < len(raised.recipe.layers)
     for layer in changed:
         assert layer.planned_scheme != layer.scheme and layer.reason and "dB" in layer.reason
+
+
+@pytest.mark.slow
+def test_a_limit_of_a_distance_raises_layers(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sensitivities, "measure", errors_as_sensitivities)
+    plain = built(tmp_path / "plain", work, "w4a8-g64").manifest
+    assert plain.quality is not None
+    limit = max(image.distance for image in plain.quality.images) / 2
+    raised = built(tmp_path / "raised", work, "w4a8-g64", max_feature_distance=limit).manifest
+    assert raised.quality is not None and raised.recipe is not None
+    assert all(image.distance <= limit for image in raised.quality.images)
+    assert raised.quality.gates == (Gate("psnr"), Gate("features", limit, "option"))
+    changed = [layer for layer in raised.recipe.layers if layer.planned_scheme]
+    assert 0 < len(changed) < len(raised.recipe.layers)
+    assert all("at feature distance" in str(layer.reason) for layer in changed)
+
+
+@pytest.mark.slow
+@needs_lpips_weights
+def test_lpips_judges_with_its_published_weights(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sensitivities, "measure", errors_as_sensitivities)
+    folders = LocalFolders(work, lpips=Path(LPIPS_WEIGHTS))
+    asked = options("w8a8", method="rtn", max_lpips=0.2, max_feature_distance=1.0)
+    made = build(DEMO, asked, tmp_path / "bundle", folders).bundle
+    quality = made.manifest.quality
+    assert quality is not None and quality.metric == "LPIPS (AlexNet, v0.1)"
+    assert quality.gates[1:] == (Gate("lpips", 0.2, "option"), Gate("features", 1.0, "option"))
+    for image in quality.images:
+        assert image.features is not None and image.features != image.distance
+        assert 0 < image.distance <= 0.2 and 0 < image.features <= 1
+    page = tmp_path / "page.html"
+    assert run_cli("report", made.path, "-o", page).code == 0
+    assert "at most 0.2 was asked for: held" in page.read_text()
+
+
+def test_a_feature_distance_judges_where_the_family_asks_for_lpips(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_lpips(*args: Any) -> ExportSpec:
+        return replace(export_spec(*args), judged_by="lpips")
+
+    monkeypatch.setattr("edgesd.export.pipeline.export_spec", of_lpips)
+    monkeypatch.setattr(Sensitivities, "measure", errors_as_sensitivities)
+    said: list[str] = []
+    work = LocalFolders(small.parent / "work")
+    asked = msgspec.structs.replace(options("w8a8", method="rtn"), size=(40, 24))
+    made = build(str(small), asked, tmp_path / "bundle", work, Lines(said.append)).bundle
+    quality = made.manifest.quality
+    assert quality is not None and "not LPIPS" in quality.metric
+    assert quality.gates == (Gate("features"),)
+    assert any("LPIPS judges a model of this family" in line for line in said)
+    assert any(line.startswith("quality: ") and "feature distance" in line for line in said)
+    out = tmp_path / "out"
+    lpips = options("w8a8", max_lpips=0.2)
+    with pytest.raises(InputError, match="LPIPS' weights aren't here"):
+        build(str(small), lpips, out, work)
+    monkeypatch.setattr("edgesd.recipes.quantized._ROUNDS", 1)
+    tight = options("w8a8", method="rtn", max_feature_distance=1e-9)
+    tight = msgspec.structs.replace(tight, size=(40, 24))
+    with pytest.raises(QualityError, match=r"reaches feature distance .* --max-feature-distance"):
+        build(str(small), tight, out, work)
+    assert not out.exists()
 
 
 def test_a_floor_out_of_reach_fails_and_names_layers(

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from edgesd.errors import InputError
 from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.spec.pipeline import ComponentSpec, ImageTask, PipelineSpec
+from edgesd.spec.quality import Metric
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -103,12 +104,16 @@ class ExportSpec:
     """How a checkpoint is exported: the pipeline as a whole, and its networks in export order. own:
     makes diffusers' own pipeline of it, with the same scheduler, which the pipeline is compared
     with (own_pipeline.py). assumed: a line on what the model doesn't say; empty where it says all.
+    judged_by: the metric by which changes of its graphs are judged, by images. PSNR suits models
+    whose images stay the same ones when weights are rounded; those of few steps, or whose images
+    lie at some 20 dB in 4 bits, are judged by LPIPS (or what stands in for it).
     """
 
     pipeline: PipelineSpec
     components: tuple[Component, ...]
     own: Callable[[], OwnPipeline]
     assumed: str = ""
+    judged_by: Metric = "psnr"
 
 
 @dataclass(frozen=True)

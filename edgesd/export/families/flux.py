@@ -8,6 +8,7 @@ Their graphs: parts/clip.py, parts/t5.py, parts/flux_transformer.py, parts/vae.p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import InputError, ParityError, UsageError
@@ -130,12 +131,13 @@ def export_spec(
         *vae.encoder_for(can, source, ENCODER, latent, shape, upcast),
     )
     wiring = _wiring(components, tokens, longest)
-    return finished(
+    found = finished(
         FAMILY.name, source, defaults, own.scheduler, components, latent, shape,
         for_images(wiring, components, (), can, _FROM_IMAGES),
         lambda: _own_pipeline(source, defaults, longest),
         even_sigmas=not own.scheduler.config.get(_EVEN),
     )  # fmt: skip
+    return replace(found, judged_by="lpips")
 
 
 FAMILY = Family(

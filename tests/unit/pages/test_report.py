@@ -14,10 +14,11 @@ from PIL import Image
 
 from edgesd.engines.bundle import pack_bundle, write_manifest
 from edgesd.errors import BundleError, InputError, UsageError
+from edgesd.evaluate.perceptual import STAND_IN
 from edgesd.pages.report import SIMULATED, report_html, write_report
 from edgesd.runtime.bundle import CHECKSUM, MANIFEST, Bundle, open_bundle
 from edgesd.spec.bundle import CalibrationSpec, FileEntry, LayerRecipe, QuantRecipe
-from edgesd.spec.quality import ImageQuality, Quality
+from edgesd.spec.quality import Gate, ImageQuality, Quality
 from tests.support import assert_refused, file_entries, run_cli
 from tests.unit.pages.outline import HOSTILE, Outline, assert_stands_alone
 
@@ -173,7 +174,39 @@ def test_a_floor_that_did_not_hold_is_said(folder: Path) -> None:
     bundle = reforge(folder, quality=msgspec.structs.replace(QUALITY, min_psnr=30.0))
     assert "at least 30 dB was asked for: not held" in Outline(report_html(bundle)).text
     bundle = reforge(folder, quality=msgspec.structs.replace(QUALITY, min_psnr=None))
-    assert "no floor was asked for" in Outline(report_html(bundle)).text
+    text = " ".join(Outline(report_html(bundle)).text.split())
+    assert "PSNR, as for all models of the family; no limit was asked for" in text
+
+
+def test_each_gate_is_said_and_the_first_orders_images(folder: Path) -> None:
+    first, second, equal = IMAGES
+    images = (
+        msgspec.structs.replace(first, distance=0.3, features=0.6),
+        msgspec.structs.replace(second, features=0.2),
+        msgspec.structs.replace(equal, features=0.0),
+    )
+    gates = (
+        Gate("lpips", 0.25, "option"),
+        Gate("psnr", 18.0, "option"),
+        Gate("features", 0.5, "option"),
+    )
+    quality = msgspec.structs.replace(
+        QUALITY, images=images, metric="LPIPS (AlexNet, v0.1)", min_psnr=None, gates=gates
+    )
+    bundle = reforge(folder, quality=quality)
+    page = report_html(bundle)
+    text = " ".join(Outline(page).text.split())
+    assert "Judged byLPIPS, as an option asks; at most 0.25 was asked for: not held" in text
+    assert "And byPSNR, as an option asks; at least 18 dB was asked for: held" in text
+    assert "And byfeature distance, as an option asks; at most 0.5 was asked for: not held" in text
+    assert "LPIPS, worst" in text and "LPIPS 0.3000" in text and "feature distance 0.6000" in text
+    assert f"{STAND_IN}mean 0.2667 (0 for equal images)" in text
+    assert "Worst LPIPS first." in text
+    assert "a good cat (seed 1, LPIPS 0.3000)" in text
+    table = page[page.index("All images") : page.index("Worst LPIPS first.")]
+    places = [table.index(word) for word in ("a good cat", "alert(", "an equal cat")]
+    assert places == sorted(places)
+    assert table.count("aria-sort") == 1 and 'aria-sort="descending">LPIPS (AlexNet' in table
 
 
 @pytest.mark.parametrize(

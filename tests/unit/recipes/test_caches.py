@@ -136,7 +136,7 @@ def test_images_of_a_source(tmp_path: Path) -> None:
     reference: Any = SimpleNamespace(manifest=manifest)
     requests = [CompleteRequest("a cat", 7, "", 20, 7.5, 64, 64, "ddim")]
     no: Any = None
-    comparison = Comparison([], reference, requests, no, tmp_path, None, SILENT)  # type: ignore[arg-type]
+    comparison = Comparison([], reference, requests, no, tmp_path, SILENT)  # type: ignore[arg-type]
     assert comparison.folder.name == "pictures-99ee47d30db085ff"
 
 
@@ -149,7 +149,7 @@ def test_images_of_other_defaults_are_others(tmp_path: Path) -> None:
     def folder(pipeline: PipelineSpec, *negative: str) -> str:
         reference: Any = SimpleNamespace(manifest=SimpleNamespace(tools={}, pipeline=pipeline))
         requests, no = [Request("a cat", 7, *negative)], None
-        made: Any = Comparison([], reference, requests, no, tmp_path, None, SILENT)  # type: ignore[arg-type]
+        made: Any = Comparison([], reference, requests, no, tmp_path, SILENT)  # type: ignore[arg-type]
         return str(made.folder.name)
 
     changed = {

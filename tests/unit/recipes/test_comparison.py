@@ -17,10 +17,11 @@ pytest.importorskip("torch")
 
 from edgesd.evaluate.quality import requests_for, task_of
 from edgesd.progress import SILENT
-from edgesd.recipes.comparison import Comparison
-from edgesd.recipes.gates import WORST
+from edgesd.recipes.comparison import Comparison, Measured, worst_places
+from edgesd.recipes.gates import WORST, Judging
 from edgesd.runtime.requests import Request
 from edgesd.spec.pipeline import DenoiserSpec, EncoderSpec, PipelineSpec, ShapeSpec, Task
+from edgesd.spec.quality import Gate, ImageQuality, Quality
 from tests.support import pipeline_spec
 
 PROMPTS = ("a cat", "a dog", "a tree", "a car")
@@ -56,7 +57,8 @@ def comparing(
 ) -> tuple[Comparison, Painting]:
     reference: Any = SimpleNamespace(manifest=SimpleNamespace(tools={}, pipeline=spec))
     no: Any = None
-    made = Comparison([], reference, requests_for(prompts, **settings), no, work, None, SILENT)
+    judging = Judging((Gate("psnr"),), no)
+    made = Comparison([], reference, requests_for(prompts, **settings), judging, work, SILENT)
     painting = Painting(spec)
 
     @contextmanager
@@ -132,3 +134,16 @@ def test_few_steps_leave_one_to_every_task(tmp_path: Path, steps: int, strength:
     made, _ = comparing(spec, tmp_path, num_inference_steps=steps)
     assert {each.strength for each in made.requests[4:]} == {strength}
     assert int(steps * strength) >= 1
+
+
+def test_the_worst_images_of_every_gate_are_looked_at() -> None:
+    images = tuple(
+        ImageQuality("", seed, 40.0 - seed, 0.9, 0.1 - 0.01 * seed) for seed in range(10)
+    )
+    quality = Quality(images, 4, 1.0, "euler", 35.0, 31.0, 0.9, 0.05, "LPIPS", "here")
+    measured = Measured((), quality)
+    assert worst_places(measured, [Gate("psnr")]) == (9, 8, 7, 6, 5, 4)
+    assert worst_places(measured, [Gate("lpips"), Gate("psnr", 30.0, "option")]) == (
+        *range(6),
+        *(9, 8, 7, 6),
+    )

@@ -10,12 +10,14 @@ import pytest
 
 from edgesd.engines.bundle import update_manifest
 from edgesd.errors import InputError, UsageError
+from edgesd.evaluate.perceptual import STAND_IN
 from edgesd.recipes.like import Like
 from edgesd.recipes.options import model_reference
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.spec.base import check_ranges, decode_json
 from edgesd.spec.build import BuildOptions, BuildRecord, ModelReference, QuantOptions
 from edgesd.spec.bundle import BundleManifest, PrompterSpec
+from edgesd.spec.quality import Gate, ImageQuality, Quality
 from tests.support import assert_refused, run_cli, write_bundle
 
 SHA = "0123456789abcdef" * 4
@@ -40,6 +42,8 @@ OPTIONS = BuildOptions(
         steps=4,
         guidance=1.5,
         min_psnr=30.5,
+        max_lpips=0.25,
+        max_feature_distance=0.75,
         max_size=0.21,
         max_time=0.9,
         pool_attention=True,
@@ -82,6 +86,11 @@ def test_every_option_of_a_record_differs_from_its_default() -> None:
         ({"precision": "int3"}, "unknown precision 'int3'"),
         ({"size": None}, "--batch is for static graphs"),
         ({"quantization": QuantOptions(quality_prompts=(), min_psnr=3.0)}, "leave --no-quality"),
+        ({"quantization": QuantOptions(quality_prompts=(), max_lpips=0.3)}, "leave --no-quality"),
+        (
+            {"quantization": QuantOptions(quality_prompts=(), max_feature_distance=0.3)},
+            "leave --no-quality",
+        ),
         ({"quantization": QuantOptions(calibration_prompts=("a",) * 10_001)}, "at most 10000"),
         ({"quantization": QuantOptions(quality_prompts=("a" * 60_000,) * 99)}, "at most 10000"),
     ],
@@ -108,6 +117,9 @@ HOSTILE = [
     ("quantization", {"steps": 0}),
     ("quantization", {"guidance": 1e300}),
     ("quantization", {"min_psnr": -1}),
+    ("quantization", {"max_lpips": 0}),
+    ("quantization", {"max_lpips": 1e300}),
+    ("quantization", {"max_feature_distance": -1}),
     ("quantization", {"max_size": 0}),
     ("quantization", {"max_size": 1.5}),
     ("quantization", {"max_time": 1e16}),
@@ -131,6 +143,35 @@ def test_a_bundle_keeps_no_path_of_the_machine_that_built_it(tmp_path: Path) -> 
     assert found == ModelReference("folder", "my-model", SHA)
     assert model_reference("demo", SHA) == ModelReference("demo", "demo", SHA)
     assert model_reference("owner/name", SHA) == ModelReference("hub", "owner/name", SHA)
+
+
+def test_another_judge_is_told(like: Rebuild) -> None:
+    image = ImageQuality("a cat", 1, 30.0, 0.9, 0.1, features=0.2)
+    lpips = Quality(
+        *((image,), 2, 3.0, "ddim", 30.0, 29.0, 0.9, 0.1, "LPIPS (AlexNet, v0.1)", "here"),
+        gates=(Gate("lpips"), Gate("features", 0.5, "option")),
+    )
+    replace = msgspec.structs.replace
+    stand_in = replace(
+        lpips,
+        images=(replace(image, features=None),),
+        metric="EfficientNet",
+        gates=(Gate("features"),),
+    )
+    other = like(ModelReference("demo", "demo", SHA))
+    there, none = (replace(other.manifest, quality=one) for one in (lpips, None))
+    one = Like(other.path, there, other.record)
+    assert one.judged_otherwise(there) is None and one.judged_otherwise(none) is None
+    here = replace(there, quality=stand_in)
+    assert one.judged_otherwise(here) == (
+        f"images were judged by EfficientNet here, and by LPIPS (AlexNet, v0.1) and {STAND_IN} "
+        "there: they may differ for that"
+    )
+    vgg = replace(there, quality=replace(lpips, metric="LPIPS (VGG16, v0.1)"))
+    assert one.judged_otherwise(vgg) is not None
+    # The metric only measures where all is judged by PSNR.
+    plain = [replace(there, quality=replace(q, gates=())) for q in (lpips, stand_in)]
+    assert Like(other.path, plain[0], other.record).judged_otherwise(plain[1]) is None
 
 
 def test_the_embedded_model_and_hub_ids_are_found_again(
@@ -225,6 +266,11 @@ def test_the_command_says_what_it_needs(miniature: Bundle, tmp_path: Path) -> No
         ({"scheduler": "unheard-of"}, "unheard-of"),
         ({"precision": "w9a9"}, "w9a9"),
         ({"quantization": QuantOptions(method="unheard-of")}, "unheard-of"),
+        ({"quantization": QuantOptions(quality_prompts=(), max_lpips=0.3)}, "leave --no-quality"),
+        (
+            {"quantization": QuantOptions(quality_prompts=(), max_feature_distance=0.3)},
+            "leave --no-quality",
+        ),
         ({"quantization": QuantOptions(calibration_prompts=("a\0b",))}, "NUL"),
         ({"quantization": QuantOptions(quality_prompts=("cat", "\0"))}, "NUL"),
     ],

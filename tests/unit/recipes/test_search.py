@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import log10
 
 import pytest
 
@@ -11,11 +12,17 @@ from edgesd.export.quantize.assign import LayerScheme, Option
 from edgesd.export.quantize.layers import Layer
 from edgesd.export.quantize.store import Summary
 from edgesd.progress import Progress
+from edgesd.recipes.gates import Shortfall
 from edgesd.recipes.search import Assignment, Budget, Probes, SchemeSearch
+from edgesd.spec.quality import Gate
 from edgesd.spec.scheme import Scheme, parse_scheme
 
 ROWS = 100
 PROBES = (0, 1)
+
+
+def missed(worst: float, floor: float) -> Shortfall:
+    return Shortfall(Gate("psnr", floor, "option"), floor, worst)
 
 
 def layer(name: str, component: str = "unet") -> Layer:
@@ -108,20 +115,30 @@ def test_two_budgets_that_only_together_are_too_much() -> None:
 
 def test_layers_that_do_most_are_promoted_first() -> None:
     ours = search("w8a8")
-    after = ours.promote(planned(ours), least=30.0, floor=31.0, budget=Budget(), probes=PROBES)
+    after = ours.promote(planned(ours), missed(30.0, 31.0), Budget(), PROBES)
     changed = [la for la in LAYERS if after.schemes[la] != ours.planned[la]]
     assert changed and changed == LAYERS[-len(changed) :] and len(changed) < len(LAYERS)
     assert all("30.0 dB where 31 was asked" in after.reasons[la] for la in changed)
-    again = ours.promote(after, least=30.9, floor=31.0, budget=Budget(), probes=PROBES)
+    again = ours.promote(after, missed(30.9, 31.0), Budget(), PROBES)
     same = [la for la in changed if again.schemes[la] == after.schemes[la]]
     assert same and all(again.reasons[la] == after.reasons[la] for la in same)
+
+
+def test_a_distance_asks_for_as_much_as_the_decibels_that_it_means() -> None:
+    ours, gate = search("w8a8"), Gate("lpips", 0.2, "option")
+    after = ours.promote(planned(ours), Shortfall(gate, 0.2, 0.4), Budget(), PROBES)
+    doubled = ours.promote(planned(ours), missed(30.0, 30.0 + 10 * log10(2)), Budget(), PROBES)
+    assert after.schemes == doubled.schemes != ours.planned
+    assert {*after.reasons} == {*doubled.reasons}
+    for reason in after.reasons.values():
+        assert reason.startswith("worst image at LPIPS 0.4000 where 0.2 was asked for; alone")
 
 
 def test_where_the_budget_leaves_nothing_nothing_changes() -> None:
     ours = search("w8a8")
     before = planned(ours)
     budget = Budget(bytes=ours.total_bytes(before), time=0.0)
-    after = ours.promote(before, least=30.0, floor=99.0, budget=budget, probes=PROBES)
+    after = ours.promote(before, missed(30.0, 99.0), budget, PROBES)
     assert after.schemes == before.schemes and not after.reasons
 
 
@@ -133,7 +150,7 @@ def test_a_layer_that_gets_its_planned_scheme_again_has_no_reason(
     options = {first: [Option(worse, 1, 1.0, 2.0), Option(plan[first], 2, 2.0, 0.0)]}
     before = Assignment({first: worse}, {first: "the best use of the budget"})
     monkeypatch.setattr(ours, "options", lambda probes: options)
-    after = ours.promote(before, least=30.0, floor=40.0, budget=Budget(), probes=PROBES)
+    after = ours.promote(before, missed(30.0, 40.0), Budget(), PROBES)
     assert after.schemes == {first: plan[first]} and not after.reasons
 
 

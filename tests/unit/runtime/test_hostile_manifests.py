@@ -33,7 +33,7 @@ from edgesd.spec.bundle import (
     QuantRecipe,
     SplitComponent,
 )
-from edgesd.spec.quality import ImageQuality, Quality
+from edgesd.spec.quality import Gate, ImageQuality, Quality
 from tests.support import assert_refused, run_cli
 from tests.unit.runtime import test_flow as fakes
 
@@ -73,7 +73,8 @@ def rich(bundle: Bundle, root: Path) -> Path:
     )
     layer = LayerRecipe("conv_in", "unet", "conv", (4, 4, 3, 3), "fp16", "fp16", 0, 9, 0.1)
     calibration = CalibrationSpec(2, "0" * 64, 2, 3.0, "ddim", 16, 16)
-    image = ImageQuality("a cat", 1, 30.0, 0.9, 0.1, "one.png", "one.png")
+    image = ImageQuality("a cat", 1, 30.0, 0.9, 0.1, "one.png", "one.png", features=0.2)
+    gates = (Gate("lpips", 0.2, "option"), Gate("psnr", 18.0, "option"))
     latent = msgspec.structs.replace(manifest.pipeline.latent, halo=9, levels=(8, 4))
     update_manifest(
         root,
@@ -83,7 +84,9 @@ def rich(bundle: Bundle, root: Path) -> Path:
             engines=manifest.engines
             | {"vae_decoder": msgspec.structs.replace(decoder, split=split, checked="by nobody")},
             recipe=QuantRecipe("w8a16", False, (layer,), calibration),
-            quality=Quality((image,), 2, 3.0, "ddim", 30.0, 29.0, 0.9, 0.1, "LPIPS", "here", 20.0),
+            quality=Quality(
+                *((image,), 2, 3.0, "ddim", 30.0, 29.0, 0.9, 0.1, "LPIPS", "here", 20.0, gates)
+            ),
             prompter=PrompterSpec(
                 "prompter/base.gguf", None, "cats", "{}", "MIT", "prompter/grammar.gbnf"
             ),
