@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn  # noqa: E402
 from edgesd.export.cost.cpu_lowering import lower_workload  # noqa: E402
 from edgesd.export.cost.workload import Operation, Workload, trace  # noqa: E402
 from edgesd.export.families import Component  # noqa: E402
+from edgesd.export.families.parts.flux_transformer import FluxTransformer  # noqa: E402
 from edgesd.export.passes.fusions import FUSIONS, LORA, Fusion  # noqa: E402
 from edgesd.export.passes.own_kernels import INPUTS, OwnKernels  # noqa: E402
 from edgesd.export.quantize.layers import find_layers, matrix_of  # noqa: E402
@@ -25,6 +27,7 @@ from edgesd.runtime import kernels  # noqa: E402
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec  # noqa: E402
 from edgesd.spec.scheme import parse_scheme  # noqa: E402
 from tests.quantizing import Fused, fused_in  # noqa: E402
+from tests.tiny_pipelines import WIDTH, flux_transformer  # noqa: E402
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
@@ -245,3 +248,46 @@ def test_what_comes_before_attention_becomes_part_of_it(read: bool, attention: b
     else:
         (op,) = found
         assert set(op.reads) == set(range(8))
+
+
+@pytest.fixture(scope="module")
+def flux() -> tuple[Any, Workload]:
+    """A FLUX transformer with two blocks of each kind, exported, and traced."""
+    torch.manual_seed(0)
+    net = flux_transformer().eval().requires_grad_(False)
+    image = ("batch", 4, "height", "width")
+    inputs = (
+        TensorSpec("sample", "float32", image),
+        TensorSpec("timestep", "float32", (1,)),
+        TensorSpec("encoder_hidden_states", "float32", ("batch", 6, 2 * WIDTH)),
+        TensorSpec("pooled_projections", "float32", ("batch", WIDTH)),
+    )
+    outputs = (TensorSpec("noise_pred", "float32", image),)
+
+    def load(weights: bool = True) -> nn.Module:
+        if weights:
+            return FluxTransformer(net, 16).eval()
+        with torch.device("meta"):
+            return FluxTransformer(flux_transformer().eval(), 16, "meta").eval()
+
+    sizes = {"batch": 2, "height": 8, "width": 12}
+    component = Component(ComponentSpec("transformer", inputs, outputs), load, (sizes,))
+    workload = trace(component, sizes)
+    return graph_from_module(load(), component, "ort-mha"), workload
+
+
+def test_blocks_of_flux_become_layers_and_attention(flux: tuple[Any, Workload]) -> None:
+    graph, workload = flux
+    own = lowered(graph, "w4a8-g16")
+    counts = Counter(node.op_type for node in own.graph)
+    assert counts["QuantAttention"] == 4
+    assert counts["RotaryEmbedding"] == counts["SimplifiedLayerNormalization"] == 0
+    assert counts["Gelu"] == 0
+    fused = fused_in(own.graph)
+    assert sum("gate" in names for names in fused.values()) == 2 * 4 + 2
+    assert sum("gelu" in names for names in fused.values()) == 2 * 2 + 2
+    schemes = {layer: parse_scheme("w4a8-g16") for layer in workload.layers}
+    found = lower_workload(workload, schemes, True, True).operations
+    assert not {op.kind for op in found} & {"rotary", "rms_norm", "gelu_tanh"}
+    told = {op.layer.name: set(op.fused) for op in found if op.layer is not None}
+    assert {name: names for name, names in told.items() if name in fused} == fused
