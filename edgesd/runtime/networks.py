@@ -154,8 +154,8 @@ def _wiring_problems(pipeline: PipelineSpec) -> Iterator[str]:
         counts.append((wiring.modulation, "timestep", 1))
     for filled, fill, count in counts:
         if sum(one.fill == fill for one in filled.inputs) != count:
-            number = "exactly one" if count else "no"
-            yield f"{filled.component} doesn't have {number} input filled with {fill}"
+            number = "doesn't have exactly one" if count else "has an"
+            yield f"{filled.component} {number} input filled with {fill}"
     if wiring.encoder is None and (tasks := sorted({*wiring.tasks} & {*IMAGE_TASKS})):
         yield f"nothing encodes the images that the task {tasks[0]!r} begins with"
     for task in IMAGE_TASKS:

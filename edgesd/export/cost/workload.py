@@ -233,6 +233,9 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 left, right, above, below = args[1]
                 self._pads[id(out)] = above, left, below, right
             return out
+        if name == "add" and self._adds_bias(tensors):
+            self._alias(out, tensors[0])
+            return out
         made = [t for t in (out if isinstance(out, list | tuple) else (out,)) if t is not None]
         if name.startswith("native_"):
             made = made[:1]  # mean and deviation are of no use here
@@ -240,6 +243,21 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name = "gelu_tanh"
         self._record(name, args, tensors, made)
         return out
+
+    def _adds_bias(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether a sum is the last linear with its bias, which torch adds by itself where the
+        input isn't contiguous. The linear is biased then."""
+        if not self._operations or len(tensors) != 2:
+            return False
+        last, (product, bias) = self._operations[-1], tensors
+        if last.layer is None or last.kind != "linear" or last.biased:
+            return False
+        if self._values.get(id(product)) != last.writes[0]:
+            return False
+        if self._parameters.get(id(bias)) != last.layer.module:
+            return False
+        self._operations[-1] = replace(last, biased=True)
+        return True
 
     def _record(
         self, name: str, args: tuple[Any, ...], tensors: list[Tensor], made: list[Tensor]

@@ -17,7 +17,10 @@ from torch import Tensor, nn  # noqa: E402
 from edgesd.export.cost.cpu_lowering import lower_workload  # noqa: E402
 from edgesd.export.cost.workload import Operation, Workload, trace  # noqa: E402
 from edgesd.export.families import Component  # noqa: E402
-from edgesd.export.families.parts.flux_transformer import FluxTransformer  # noqa: E402
+from edgesd.export.families.parts.flux_transformer import (  # noqa: E402
+    FluxTransformer,
+    modulation_width,
+)
 from edgesd.export.passes.fusions import FUSIONS, LORA, Fusion  # noqa: E402
 from edgesd.export.passes.own_kernels import INPUTS, OwnKernels  # noqa: E402
 from edgesd.export.quantize.layers import find_layers, matrix_of  # noqa: E402
@@ -258,9 +261,8 @@ def flux() -> tuple[Any, Workload]:
     image = ("batch", 4, "height", "width")
     inputs = (
         TensorSpec("sample", "float32", image),
-        TensorSpec("timestep", "float32", (1,)),
         TensorSpec("encoder_hidden_states", "float32", ("batch", 6, 2 * WIDTH)),
-        TensorSpec("pooled_projections", "float32", ("batch", WIDTH)),
+        TensorSpec("modulation", "float32", ("batch", modulation_width(net.config))),
     )
     outputs = (TensorSpec("noise_pred", "float32", image),)
 
