@@ -128,10 +128,11 @@ def graph(
     with quiet():
         net = network(double, single)
         positions, shape = side // 16, fixed_shape((side, side), 1, 16, 16)
+        unit = _LATENTS.scale_factor
         nowhere = cast(Checkpoint, None)  # nothing is loaded
         component = flux_transformer(nowhere, "transformer", net.config, tokens, shape, _LATENTS)
         hold_mapped(net)
-        model = graph_from_module(FluxTransformer(net, positions), component, "ort-mha")
+        model = graph_from_module(FluxTransformer(net, positions, unit), component, "ort-mha")
     timed = any(tensor.name == "timestep" for tensor in component.spec.inputs)
     if precision in FLOATING:
         LOWERING.lower(model, precision, "timestep" if timed else None)

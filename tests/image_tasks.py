@@ -64,10 +64,14 @@ CLASSES: Mapping[tuple[str, Task], tuple[Any, Any]] = {
         diffusers.StableDiffusionXLControlNetInpaintPipeline,
     ),
     ("flux", "text"): (diffusers.FluxPipeline, None),
+    ("flux", "control"): (diffusers.FluxControlPipeline, None),
     ("flux", "image"): (diffusers.FluxImg2ImgPipeline, None),
     ("flux", "inpaint"): (diffusers.FluxInpaintPipeline, None),
 }
 """diffusers' pipelines without and with a ControlNet."""
+
+MADE_FOR_ONE = (diffusers.FluxFillPipeline, diffusers.FluxControlPipeline)
+"""Pipelines of models that know one task."""
 
 _DISTILLED = {
     "text": diffusers.LatentConsistencyModelPipeline,
@@ -117,6 +121,8 @@ class Both:
         family, parts = self.ours.spec.family, dict(self.theirs.components)
         parts["scheduler"] = deepcopy(self.theirs.scheduler)  # some pipelines change its options
         cls = CLASSES[family, task][self.controlnet is not None]
+        if type(self.theirs) in MADE_FOR_ONE:
+            cls = type(self.theirs)
         if self.distilled and sampler == "lcm":
             cls = _DISTILLED.get(task, cls)
         config = self.theirs.config
@@ -141,6 +147,9 @@ class Both:
         given = self._given(task, count, size)
         if "strength" in asked:
             given["strength"] = asked["strength"]
+        if "true_cfg_scale" in asked:
+            given["true_cfg_scale"] = asked["true_cfg_scale"]
+            given["negative_prompt"] = [asked["negative_prompt"]] * count
         with pytest.MonkeyPatch.context() as patch:
             own = diffusers_sampler(sampler, patch)
             if not SCHEDULERS[sampler].exact:
@@ -160,7 +169,9 @@ class Both:
         """Pictures of diffusers' call, and the size where it doesn't follow from these."""
         sides = {"width": size[0], "height": size[1]}
         given: dict[str, Any] = {}
-        if task != "text":
+        if task == "control":
+            given["control_image"] = [HINT.decoded()] * count
+        elif task != "text":
             given["image"] = [picture(k, size) for k in range(count)]
         if task == "inpaint":
             given["mask_image"] = [mask(k, size) for k in range(count)]
@@ -176,13 +187,16 @@ class Both:
         self, task: Task, count: int, size: tuple[int, int], **asked: Any
     ) -> list[Request]:
         asked = {"num_inference_steps": STEPS, **asked}
-        if task == "text":
+        if task in ("text", "control"):
             asked |= {"width": size[0], "height": size[1]}
+        if task == "control":
+            asked["controls"] = (Control(HINT),)
         if self.controlnet is not None:
             asked["controls"] = (Control(HINT, scale=SCALE),)
         return [
             Request(
-                PROMPTS[k], SEEDS[k], image=None if task == "text" else picture(k, size),
+                PROMPTS[k], SEEDS[k],
+                image=None if task in ("text", "control") else picture(k, size),
                 mask=mask(k, size) if task == "inpaint" else None, **asked,
             )
             for k in range(count)

@@ -320,6 +320,11 @@ PIPELINES: Mapping[str, Callable[[], Any]] = {
     "sdxl-inpaint": lambda: _xl_inpainting(_euler()),
     "flux-schnell": lambda: _flux(False),
     "flux-dev": lambda: _flux(True),
+    # Beside latents: those of what a mask leaves, and the mask's pixels; those of a control image.
+    "flux-fill": lambda: _flux(True, diffusers.FluxFillPipeline, in_channels=48, out_channels=16),
+    "flux-control": lambda: _flux(
+        True, diffusers.FluxControlPipeline, in_channels=32, out_channels=16
+    ),
 }
 """Name -> what makes diffusers' pipeline."""
 

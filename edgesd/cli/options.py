@@ -230,6 +230,7 @@ class FineOptions:
     top."""
 
     guidance_rescale: float | None = None
+    true_cfg: float | None = None
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
@@ -246,6 +247,7 @@ class FineOptions:
         return replace(
             request,
             guidance_rescale=self.guidance_rescale,
+            true_cfg_scale=self.true_cfg,
             micro=Micro(self.original_size, self.crop, self.target_size, self.aesthetic_score),
             negative_micro=Micro(
                 self.negative_original_size,
@@ -286,11 +288,17 @@ def _fine_options() -> list[_Decorator]:
         help="Bring back the contrast that guidance adds, by this share; 0.7 suits models of zero "
         "terminal SNR. [default: 0]",
     )
-    return [rescale, *own, *negative]
+    true_cfg = click.option(
+        "--true-cfg",
+        type=Finite(1, MAX_GUIDANCE),
+        help="FLUX: classifier-free guidance scale, with --negative; every step takes twice as "
+        "long. [default: 1, none]",
+    )
+    return [rescale, true_cfg, *own, *negative]
 
 
 fine_options = OptionGroup("fine", FineOptions, _fine_options())
-"""--guidance-rescale and what SDXL is told of sizes, as `fine`."""
+"""--guidance-rescale, --true-cfg and what SDXL is told of sizes, as `fine`."""
 
 
 @dataclass(frozen=True)

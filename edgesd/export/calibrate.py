@@ -54,7 +54,7 @@ from edgesd.runtime.tasks import text as text_to_image
 from edgesd.runtime.tasks.beginning import Beginning
 from edgesd.runtime.tokenizer import PromptTokenizer
 from edgesd.spec.bundle import CalibrationSpec
-from edgesd.spec.pipeline import Fill, Part
+from edgesd.spec.pipeline import Fill, Part, PipelineSpec
 
 VERSION = 4
 """Part of the cache key: raised when the statistics change in meaning."""
@@ -593,7 +593,7 @@ class _Calibrating:
                 )
             start = text_to_image.prepare(Beginning(spec, [request], scheduler, noise))
             if grey is not None:
-                start = replace(start, given=_inpainted(grey, [rows[0] for rows in earlier]))
+                start = replace(start, given=_beside(spec, grey, [rows[0] for rows in earlier]))
             latents = denoise(
                 spec.wiring,
                 {**others, stage.component: runner},
@@ -722,15 +722,21 @@ class _Calibrating:
         return made
 
 
-def _inpainted(grey: Float, earlier: Sequence[Float]) -> dict[Fill, Float]:
+def _beside(spec: PipelineSpec, grey: Float, earlier: Sequence[Float]) -> dict[Fill, Float]:
     """What a denoiser for inpainting is given: the picture that was made before, without what a
-    mask covers; nothing of it for the first. grey: latents of mid grey; earlier: of pictures.
+    mask covers; nothing of it for the first; one that takes a control image, that picture. grey:
+    latents of mid grey; earlier: of pictures.
 
     The seam is that of latents, not of their pictures', which an encoder would blur.
     """
-    mask = example_mask(len(earlier), *grey.shape[2:])
+    mask, unit = example_mask(len(earlier), *grey.shape[2:]), spec.latent.scale_factor
     picture = earlier[-1][None] if earlier else grey
-    return {"mask": mask, "masked": np.where(mask < 0.5, picture, grey)}
+    return {
+        "mask": mask,
+        "masked": np.where(mask < 0.5, picture, grey),
+        "pixel_mask": mask.repeat(unit, 2).repeat(unit, 3),
+        "control_latents": picture,
+    }
 
 
 def _output(index: int) -> str:

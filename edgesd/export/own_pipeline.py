@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -36,7 +36,14 @@ from edgesd.runtime.flow import flow_of
 from edgesd.runtime.modulation import modulated
 from edgesd.runtime.noise import BatchNoise
 from edgesd.runtime.refined import is_refiner
-from edgesd.runtime.requests import CompleteRequest, Completion, Request, scheduler_of
+from edgesd.runtime.requests import (
+    CompleteRequest,
+    Completion,
+    Request,
+    painted_whole,
+    scheduler_of,
+    shown,
+)
 from edgesd.runtime.schedulers import SCHEDULERS, name_from_class, sampler_class
 from edgesd.runtime.tasks import TASKS
 from edgesd.runtime.tasks.beginning import Beginning
@@ -51,6 +58,9 @@ from edgesd.spec.pipeline import (
     Wiring,
 )
 from edgesd.text import first_sentence
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _log = logging.getLogger(__name__)
 
@@ -180,6 +190,8 @@ def _asked(spec: PipelineSpec) -> Iterator[Request]:
             yield replace(image, strength=_STRENGTH)
     if spec.wiring.tasks[0] in IMAGE_TASKS:
         return
+    # One is shown a grey picture, the other an uneven one.
+    own, other = painted_whole(spec, own), _controlled(spec, other)
     yield own
     shape = spec.shape
     if shape.dynamic:
@@ -188,20 +200,34 @@ def _asked(spec: PipelineSpec) -> Iterator[Request]:
     yield other
 
 
+def _controlled(spec: PipelineSpec, asked: Request) -> Request:
+    """The request with a control image, where the pipeline takes one."""
+    if spec.wiring.tasks[0] != "control":
+        return asked
+    return replace(asked, controls=(shown(_uneven(spec)),))
+
+
 def _with_image(spec: PipelineSpec, asked: Request, masked: bool) -> Request:
     """The request with an image of the pipeline's own size, half of which is painted."""
     from PIL import Image
 
-    shape, rng = spec.shape, np.random.default_rng(_SEED)
-    pixels = rng.integers(0, 256, (shape.height, shape.width, 3), np.uint8)
+    shape = spec.shape
     mask = np.zeros((shape.height, shape.width), np.uint8)
     mask[:, shape.width // 2 :] = 255
     return replace(
         asked,
-        image=Image.fromarray(pixels),
+        image=_uneven(spec),
         mask=Image.fromarray(mask) if masked else None,
         denoising_end=None,
     )
+
+
+def _uneven(spec: PipelineSpec) -> Image.Image:
+    """A picture of the pipeline's own size."""
+    from PIL import Image
+
+    shape, rng = spec.shape, np.random.default_rng(_SEED)
+    return Image.fromarray(rng.integers(0, 256, (shape.height, shape.width, 3), np.uint8))
 
 
 def _check_tokens(own: OwnPipeline, spec: PipelineSpec, tokenizers: Tokenizers) -> None:
@@ -428,13 +454,16 @@ def _generate_theirs(own: OwnPipeline, spec: PipelineSpec, asked: Request, fed: 
         latents = torch.from_numpy(_begun(spec, Completion(spec).complete(asked)))
         more = {"image": latents, "denoising_start": asked.denoising_end}
     guidance, pipeline = asked.guidance_scale, own.pipeline
+    if wiring.encoder is not None:
+        own.autoencoder.encode = partial(_encode_theirs, spec)
+    if asked.controls:
+        more["control_image"] = asked.controls[0].picture.decoded()
     if asked.image is not None:
         complete = Completion(spec).complete(asked)
         assert complete.task is not None
         pipeline = own.of_task(complete.task)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.__class__ = _on_cpu(type(pipeline))
-        own.autoencoder.encode = partial(_encode_theirs, spec)
         more = {"image": asked.image}
         if asked.mask is not None:
             more["mask_image"] = asked.mask
@@ -495,7 +524,7 @@ def _prepare_scheduler(scheduler: Any) -> None:
 def _generate_ours(spec: PipelineSpec, tokenizers: Tokenizers, asked: Request, fed: _Fed) -> None:
     wiring, latent = spec.wiring, spec.latent
     request = Completion(spec).complete(asked)
-    guided = flow_of(spec).guided(request.guidance_scale)
+    guided = flow_of(spec).guided(request.guidance_scale, request.true_cfg_scale)
 
     def encode(component: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         (ids,) = inputs.values()

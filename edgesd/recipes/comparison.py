@@ -27,6 +27,7 @@ from edgesd.runtime.pictures import Picture
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import CompleteRequest, Completion, Request, painted_whole
 from edgesd.runtime.settings import Settings
+from edgesd.spec.pipeline import ENCODING_TASKS
 from edgesd.spec.quality import Gate, ImageQuality, Quality
 
 if TYPE_CHECKING:
@@ -95,8 +96,10 @@ class Comparison:
         return (*range(min(first, count - len(others))), *others)
 
     def encodes(self, places: Iterable[int]) -> bool:
-        """Whether some of the requests at `places` begin with an image."""
-        first = len(self._from_prompts)
+        """Whether some of the requests at `places` begin with an image, or have one encoded."""
+        first, own = len(self._from_prompts), self.reference.manifest.pipeline.wiring.tasks[0]
+        if own in ENCODING_TASKS:
+            return True
         return any(place >= first or self._from_prompts[place].image for place in places)
 
     @cached_property

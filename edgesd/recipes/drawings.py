@@ -10,7 +10,7 @@ import io
 import numpy as np
 
 from edgesd.runtime.pictures import Picture, read_picture
-from edgesd.runtime.requests import Control
+from edgesd.runtime.requests import Control, control_names
 from edgesd.spec.pipeline import PipelineSpec
 
 DRAWINGS = 4
@@ -44,9 +44,9 @@ def drawing(pipeline: PipelineSpec, seed: int) -> Picture:
 
 
 def drawn_controls(pipeline: PipelineSpec) -> tuple[Control, ...]:
-    """A drawing shown to every ControlNet and adapter of a pipeline; nothing where it has none."""
-    sides = pipeline.wiring.sides
-    if not sides:
+    """A drawing shown to all that a pipeline can show one to; nothing where that is nothing."""
+    names = control_names(pipeline)
+    if not names:
         return ()
     picture = drawing(pipeline, 0)
-    return tuple(Control(picture, side.name) for side in sides)
+    return tuple(Control(picture, name) for name in names)

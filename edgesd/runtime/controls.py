@@ -69,6 +69,8 @@ def controls_of(wiring: Wiring, requests: Sequence[CompleteRequest]) -> Controls
     sides = {side.name: side for side in wiring.sides}
     shown = []
     for one in first.controls:
+        if one.name not in sides:
+            continue  # its latents are a part of the denoiser's sample
         side = sides[one.name]
         image = one.hint(first.width, first.height, painted)
         once = side.when == "once"

@@ -89,6 +89,7 @@ def denoise(
     guidance_rescale: float = 0.0,
     controls: Controls = NO_CONTROLS,
     modulation: Float | None = None,
+    true_cfg_scale: float = 1.0,
 ) -> Float:
     """Take `start` to an image's latents [B, C, h, w].
 
@@ -96,7 +97,8 @@ def denoise(
     joins; of the latter, those that `controls` has. scheduler: `set_timesteps` has been called.
     noise: draws for stochastic schedulers. Guidance, when `conditioned.negative` is given: both
     halves in one run of batch 2 B ("batched"), or one after the other ("sequential", less memory).
-    guidance_scale, guidance_rescale: see `_guided`. modulation [steps, halves, B, D]: what the
+    guidance_scale, guidance_rescale: see `_guided`; where `wiring` has guidance as an input,
+    true_cfg_scale is the scale there. modulation [steps, halves, B, D]: what the
     wiring's modulation made (`modulated`), for each step that is taken. Raises InputError when the
     latents stop being finite.
     """
@@ -104,7 +106,7 @@ def denoise(
     halves = [conditioned.positive]
     if conditioned.negative is not None:
         halves.insert(0, conditioned.negative)
-    guided = len(halves) == 2
+    guided, scale = len(halves) == 2, guidance_scale if wiring.cfg else true_cfg_scale
     runs = [halves] if mode == "batched" else [[half] for half in halves]
     given, denoiser = start.given, wiring.denoiser
     network = _network(
@@ -158,7 +160,7 @@ def denoise(
         if guided:
             low = negative if len(runs) == 2 else noise_pred[:batch]
             high = noise_pred[-batch:]
-            noise_pred = _guided(low, high, guidance_scale, guidance_rescale, prediction)
+            noise_pred = _guided(low, high, scale, guidance_rescale, prediction)
         latents = scheduler.step(noise_pred, at, latents, noise)
         if start.after_step:
             latents = start.after_step(at, latents)

@@ -49,8 +49,8 @@ class Flow:
     """The stages of a pipeline. groups: in the order in which they run; the stages of one group are
     loaded together, and may be released before the next group is loaded.
 
-    distilled: guidance is an input of the denoiser, or there is none, and no negative prompt is
-    needed.
+    distilled: guidance is an input of the denoiser, or there is none, and a negative prompt is
+    needed for true CFG alone.
     """
 
     groups: tuple[tuple[Stage, ...], ...]
@@ -111,9 +111,10 @@ class Flow:
         """The stage of a component; None where it takes no part in generation."""
         return next((stage for stage in self.stages if stage.component == component), None)
 
-    def guided(self, guidance_scale: float) -> bool:
-        """Whether the denoiser is run with the negative prompt, too (classifier-free guidance)."""
-        return guidance_scale > 1 and not self.distilled
+    def guided(self, guidance_scale: float, true_cfg_scale: float = 1.0) -> bool:
+        """Whether the denoiser is run with the negative prompt, too (classifier-free guidance).
+        true_cfg_scale: that of models for which the guidance scale doesn't say so."""
+        return (true_cfg_scale if self.distilled else guidance_scale) > 1
 
 
 def flow_of(pipeline: PipelineSpec) -> Flow:

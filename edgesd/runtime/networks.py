@@ -17,6 +17,7 @@ from edgesd.spec.base import Dim
 from edgesd.spec.build import MOST_CHUNKS
 from edgesd.spec.bundle import BundleManifest, SplitComponent
 from edgesd.spec.pipeline import (
+    ENCODING_TASKS,
     GIVEN_BY_TASKS,
     IMAGE_TASKS,
     SIZE_FILLS,
@@ -156,7 +157,7 @@ def _wiring_problems(pipeline: PipelineSpec) -> Iterator[str]:
         if sum(one.fill == fill for one in filled.inputs) != count:
             number = "doesn't have exactly one" if count else "has an"
             yield f"{filled.component} {number} input filled with {fill}"
-    if wiring.encoder is None and (tasks := sorted({*wiring.tasks} & {*IMAGE_TASKS})):
+    if wiring.encoder is None and (tasks := sorted({*wiring.tasks} & {*ENCODING_TASKS})):
         yield f"nothing encodes the images that the task {tasks[0]!r} begins with"
     for task in IMAGE_TASKS:
         if task in wiring.tasks and task not in wiring.strengths:
@@ -253,7 +254,7 @@ def _chunk_problems(pipeline: PipelineSpec) -> Iterator[str]:
 def _filled(pipeline: PipelineSpec, spec: _Filled) -> _Tensors:
     """What the inputs of a component must be like to be filled as its wiring says."""
     channels = pipeline.latent.channels
-    widths = {"mask": 1, "masked": channels}
+    widths = {"mask": 1, "masked": channels, "control_latents": channels}
     concat = spec.concat if isinstance(spec, DenoiserSpec) else ()
     fixed = {
         "sample": _Like(4, {1: channels + sum(widths[fill] for fill in concat)}),
@@ -262,6 +263,7 @@ def _filled(pipeline: PipelineSpec, spec: _Filled) -> _Tensors:
         "guidance_embedding": _Like(2, known={1: _GUIDANCE_WIDTHS}),
         **{fill: _Like(2, {1: count}) for fill, count in SIZE_FILLS.items()},
         "control": _Like(4, {1: _COLOURS}),
+        "pixel_mask": _Like(4, {1: 1}),
         **{fill: _Like(4, {1: width}) for fill, width in widths.items()},
         "modulation": _modulated(pipeline),
     }

@@ -39,9 +39,10 @@ from edgesd.runtime.settings import Settings
 from edgesd.runtime.signature import check_trusted
 from edgesd.runtime.tasks import TASKS
 from edgesd.runtime.tasks.beginning import Beginning
+from edgesd.runtime.tasks.control import NO_CONTROL
 from edgesd.runtime.tokenizer import tokenizer_of
 from edgesd.runtime.turns import Turns
-from edgesd.spec.pipeline import IMAGE_TASKS
+from edgesd.spec.pipeline import ENCODING_TASKS, IMAGE_TASKS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -109,26 +110,30 @@ class Pipeline(Closeable):
                 "this bundle is for inpainting: give --image and --mask, which is white where the "
                 "image is to be painted"
             )
+        if not found.controls and self.spec.wiring.tasks[0] == "control":
+            raise UsageError(NO_CONTROL)
         return found
 
     def guidance_mode(self, request: CompleteRequest, count: int) -> GuidanceMode:
         """How `count` images like `request` are generated in one batch, in the mode that was fitted
         last. Raises UsageError when the bundle's batch, or the mode asked for in the settings,
         doesn't allow that."""
-        guided, fast = self.flow.guided(request.guidance_scale), self.memory == "fast"
+        guided, fast = self._guided(request), self.memory == "fast"
         return guidance_mode(self.spec.shape, count, guided, fast, self.settings.guidance_mode)
 
     def images_per_run(self, request: Request | CompleteRequest) -> int:
         """Images like `request` that a bundle of a fixed batch generates at a time; 1 with
         others."""
-        guided = self.flow.guided(self.complete(request).guidance_scale)
-        return images_per_run(self.spec.shape, guided)
+        return images_per_run(self.spec.shape, self._guided(self.complete(request)))
 
     def chunks(self, request: CompleteRequest) -> int:
         """Chunks of tokens that the request's prompts are encoded in. Only images of equally many
         share a batch: an empty chunk behind a prompt changes its image."""
-        guided = self.flow.guided(request.guidance_scale)
-        return self._prompts.count((request.positive, request.negative if guided else None))
+        negative = request.negative if self._guided(request) else None
+        return self._prompts.count((request.positive, negative))
+
+    def _guided(self, request: CompleteRequest) -> bool:
+        return self.flow.guided(request.guidance_scale, request.true_cfg_scale)
 
     def generate(
         self,
@@ -230,12 +235,13 @@ class Pipeline(Closeable):
             latents = denoise(
                 wiring, runners, scheduler, start, conditioned, guidance, noise, mode,
                 self._watch(on_step), first.guidance_rescale, controls, modulation,
+                first.true_cfg_scale,
             )  # fmt: skip
         self._loaded.release(*loop)
         return latents
 
     def _batch(self, request: CompleteRequest, count: int, previews: bool) -> Batch:
-        guided, chunks = self.flow.guided(request.guidance_scale), self.chunks(request)
+        guided, chunks = self._guided(request), self.chunks(request)
         shown = {one.name for one in request.controls if one.scale != 0}
         sides = frozenset(side.component for side in self.spec.wiring.sides if side.name in shown)
         return Batch(
@@ -245,7 +251,7 @@ class Pipeline(Closeable):
             guided,
             previews,
             chunks,
-            encodes=request.image is not None,
+            encodes=(request.task or self.spec.wiring.tasks[0]) in ENCODING_TASKS,
             sides=sides,
             picture_bytes=request.picture_bytes(count),
             steps=request.num_inference_steps,
@@ -255,7 +261,7 @@ class Pipeline(Closeable):
         """What the requests are conditioned on."""
         positive = [request.positive for request in requests]
         negative = [request.negative for request in requests]
-        asked = negative if self.flow.guided(requests[0].guidance_scale) else None
+        asked = negative if self._guided(requests[0]) else None
         loaded = self._loaded
         found = self._prompts.conditioned(positive, asked, loaded.run, loaded.release)
         return with_size_ids(found, requests[0], len(requests))

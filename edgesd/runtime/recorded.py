@@ -150,6 +150,7 @@ _FIELDS = {
     "eta": _Field(("eta",), _real(0, 1), "0 to 1"),
     "size": _Field(("width", "height"), _pair(1, MAX_PIXELS), _PAIR),
     "guidance_rescale": _Field(("guidance_rescale",), _real(0, 1), "0 to 1"),
+    "true_cfg_scale": _Field(("true_cfg_scale",), _real(1, MAX_GUIDANCE), f"1 to {MAX_GUIDANCE}"),
     "guess_mode": _Field(("guess_mode",), _true, "True"),
     "denoising_end": _Field(("denoising_end",), _real(0, 1), "a number between 0 and 1"),
     "image": _Field(("image.sha256",), _sha256, "a SHA-256"),

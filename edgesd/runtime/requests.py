@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from edgesd.errors import InputError, UsageError, unknown_name
 from edgesd.runtime.arrays import Float
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 MOST_TOLD_PIXELS = 1 << 20
 """Sizes and crops that a model is told."""
+
+_CONTROL = "control"
+"""What requests call the control image of a model that takes one and no more."""
 
 _SCORE, _NEGATIVE_SCORE = 6.0, 2.5
 """Aesthetic scores that diffusers' pipelines tell a model."""
@@ -126,10 +129,12 @@ class Request:
     prompt_2, negative_prompt_2: what a pipeline's second tokenizer reads; None: the same as the
     first. syntax: of all prompts; None: plain.
     guidance_rescale: 0 (as None) to 1, how far the prediction under guidance is brought back to the
-    deviation it has without. controls: what ControlNets and adapters are shown; guess_mode: whether
-    ControlNets are asked without the negative prompt. negative_micro: where it differs from
-    `micro`, for the negative half of guidance. denoising_end: between 0 and 1, how far a base model
-    denoises before a refiner goes on; None where one model does all of it.
+    deviation it has without. true_cfg_scale: above 1 for classifier-free guidance by the negative
+    prompt in models that take guidance_scale as an input, or none. controls: what ControlNets and
+    adapters, or a denoiser made for it, are shown; guess_mode: whether ControlNets are asked
+    without the negative prompt. negative_micro: where it differs from `micro`, for the negative
+    half of guidance. denoising_end: between 0 and 1, how far a base model denoises before a refiner
+    goes on; None where one model does all of it.
     image: begin with this one; its own size, rounded down, is the default then, or of a larger one
     its shape with as many pixels as the bundle's own size. mask: what is white
     of it is painted anew, the rest stays. strength: above 0 to 1, the part of the steps that is
@@ -163,6 +168,7 @@ class Request:
     mask_padding: int | None = None
     controls: tuple[Control, ...] = ()
     guess_mode: bool = False
+    true_cfg_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,7 @@ class CompleteRequest:
     mask_padding: int | None = None
     controls: tuple[Control, ...] = ()
     guess_mode: bool = False
+    true_cfg_scale: float = 1.0
 
     @property
     def task(self) -> ImageTask | None:
@@ -310,12 +317,14 @@ class Completion:
             mask_padding=request.mask_padding,
             controls=self._controls(request),
             guess_mode=request.guess_mode,
+            true_cfg_scale=_first(request.true_cfg_scale, CompleteRequest.true_cfg_scale),
         )
         if not abs(found.guidance_scale) <= MAX_GUIDANCE:
             raise UsageError(
                 f"guidance must be a number of at most {MAX_GUIDANCE}, not "
                 f"{found.guidance_scale}: 1 is none, 7.5 is usual"
             )
+        self._check_true_cfg(found)
         self._check_prompts(found)
         if not 0 <= found.guidance_rescale <= 1:
             raise UsageError(
@@ -421,7 +430,7 @@ class Completion:
 
     def _controls(self, request: Request) -> tuple[Control, ...]:
         """The controls of a request, each with its name. Raises UsageError."""
-        sides = {side.name: side.when for side in self._spec.wiring.sides}
+        sides = control_names(self._spec)
         found: dict[str, Control] = {}
         for control in request.controls:
             name = control.name
@@ -442,10 +451,32 @@ class Completion:
             if name in found:
                 raise UsageError(f"{name} gets two control images: give it one")
             _check_control(name, control)
+            if sides[name] == "always" and (control.scale, control.start, control.end) != (1, 0, 1):
+                raise UsageError(
+                    "the control image of this model acts in all steps, as strongly as it was "
+                    "trained to: leave --control-scale, --control-start and --control-end out"
+                )
             found[name] = replace(control, name=name)
         if request.guess_mode and "each_step" not in {sides[name] for name in found}:
             raise UsageError("guess mode is for the control image of a ControlNet: leave it out")
         return tuple(found[name] for name in sides if name in found)
+
+    def _check_true_cfg(self, found: CompleteRequest) -> None:
+        """Raise UsageError for a scale that is out of range, or that nothing is done by."""
+        scale = found.true_cfg_scale
+        if not 1 <= scale <= MAX_GUIDANCE:
+            raise UsageError(
+                f"true_cfg_scale must be 1 to {MAX_GUIDANCE}, not {scale}: 1 is none, 4 is usual"
+            )
+        if scale == 1:
+            return
+        if self._spec.wiring.cfg:
+            raise UsageError(
+                "true CFG is for models that were distilled with guidance, as FLUX: this one's is "
+                "set by --guidance"
+            )
+        if found.negative_prompt is None:
+            raise UsageError("true CFG leads away from a negative prompt: give --negative, too")
 
     def _check_prompts(self, request: CompleteRequest) -> None:
         """Raise InputError for prompts that can't be encoded, UsageError for more than are read."""
@@ -528,16 +559,40 @@ def of_pictures(
 
 def painted_whole(spec: PipelineSpec, request: Request) -> Request:
     """`request` for a pipeline that can't do without an image, with a grey one of which all is
-    painted: where images are made to measure them, of prompts alone. Others stay as they are."""
-    if spec.wiring.tasks[0] not in IMAGE_TASKS or request.image is not None:
+    painted, or that controls it: where images are made to measure them, of prompts alone. Others
+    stay as they are."""
+    controlled = spec.wiring.tasks[0] == "control"
+    if not controlled and spec.wiring.tasks[0] not in IMAGE_TASKS:
+        return request
+    if request.image is not None or request.controls:
         return request
     from PIL import Image
 
     width, height = request.width or spec.shape.width, request.height or spec.shape.height
     grey, white = (Image.new("L", (width, height), value) for value in (127, 255))
+    if controlled:
+        return replace(request, controls=(shown(grey),))
     return replace(
         request, image=grey.convert("RGB"), mask=white, strength=1.0, width=width, height=height
     )
+
+
+def control_names(spec: PipelineSpec) -> dict[str, Literal["once", "each_step", "always"]]:
+    """What requests call the control images of a pipeline -> when what is shown one runs: its
+    sides, and a denoiser that is given the latents of one, which always acts."""
+    found: dict[str, Literal["once", "each_step", "always"]] = {
+        side.name: side.when for side in spec.wiring.sides
+    }
+    if "control_latents" in spec.wiring.denoiser.concat:
+        found[_CONTROL] = "always"
+    return found
+
+
+def shown(image: Image.Image) -> Control:
+    """An image as the control image of a model that takes one and no more."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return Control(read_picture(file.getvalue()), _CONTROL)
 
 
 def _check_control(name: str, control: Control) -> None:

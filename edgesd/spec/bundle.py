@@ -39,9 +39,10 @@ of engines and of a decoder's head and tail. 8: the pipeline's `wiring`, in the 
 of `max_tokens`. 9: inputs filled with ids of the image's sizes. 10: the wiring's `encoder` and
 `strengths`, tasks that begin with an image; inputs filled with sums of what sides give, and sizes
 such as height/2; the sides that a bundle was built with; the
-`middle` and `margins` of an encoder's parts. 11: inputs filled with the guidance scale, the
-wiring's `cfg` and `modulation`, a tokenizer's `chunked`, the latents' `patch`, a schedule's
-`even_sigmas`; the gates that images were judged by; measures of few bits in what was built.
+`middle` and `margins` of an encoder's parts. 11: inputs filled with the guidance scale, with
+masks in pixels and latents of control images, the wiring's `cfg` and `modulation`, a tokenizer's
+`chunked`, the latents' `patch`, a schedule's `even_sigmas`; the gates that images
+were judged by; measures of few bits in what was built.
 """
 
 

@@ -187,7 +187,7 @@ def check_multiple(what: str, value: int, step: int, built_step: int | None = No
 
 Fill = Literal[
     "sample", "timestep", "joined", "guidance", "guidance_embedding", "size_ids", "aesthetic_ids",
-    "mask", "masked", "control", "side", "modulation",
+    "mask", "masked", "pixel_mask", "control", "control_latents", "side", "modulation",
 ]  # fmt: skip
 """How an input is filled at each step.
 
@@ -197,16 +197,18 @@ guidance: the guidance scale [batch], and guidance_embedding: an embedding of it
 models distilled with it. size_ids: what the model is told of the image's sizes [batch, 6], height
 before width and top before left: original size, crop, target size. aesthetic_ids: original size,
 crop, aesthetic score [batch, 5]. mask, masked: what the task gives of each image: where to paint
-[batch, 1, h, w], latents of the rest [batch, C, h, w]. control: the image that a side component is
-shown [batch, 3, H, W]. side: the sum of outputs of side components, each times its scale; zeros
-where none of them runs. modulation: what the wiring's modulation makes of the timestep [batch, D].
+[batch, 1, h, w], latents of the rest [batch, C, h, w]; pixel_mask: where to paint, at the size of
+the image [batch, 1, H, W]; control_latents: latents of a control image [batch, C, h, w]. control:
+the image that a side component is shown [batch, 3, H, W]. side: the sum of outputs of side
+components, each times its scale; zeros where none of them runs. modulation: what the wiring's
+modulation makes of the timestep [batch, D].
 """
 
 SIZE_FILLS: Mapping[Fill, int] = {"size_ids": 6, "aesthetic_ids": 5}
 """Fills by what a request says of the image's sizes -> how many numbers that is; each half of
 guidance has its own."""
 
-GIVEN_BY_TASKS: frozenset[Fill] = frozenset(("mask", "masked"))
+GIVEN_BY_TASKS: frozenset[Fill] = frozenset(("mask", "masked", "pixel_mask", "control_latents"))
 
 
 class Part(Spec, frozen=True):
@@ -269,6 +271,10 @@ class SideSpec(Spec, frozen=True):
         return self.component.partition("-")[2] or self.component
 
 
+Concatenated = Literal["mask", "masked", "control_latents"]
+"""What may follow the latents in a denoiser's sample."""
+
+
 class DenoiserSpec(Spec, frozen=True):
     """The denoiser. output: what it predicts, of the latents' shape. concat: what follows the
     latents on the channel axis of its sample."""
@@ -276,7 +282,7 @@ class DenoiserSpec(Spec, frozen=True):
     component: Word
     inputs: _Inputs
     output: Label
-    concat: Annotated[tuple[Literal["mask", "masked"], ...], Meta(max_length=2)] = ()
+    concat: Annotated[tuple[Concatenated, ...], Meta(max_length=2)] = ()
 
     def input_of(self, fill: Fill) -> InputSpec | None:
         """The first input that is filled so, or None."""
@@ -310,14 +316,18 @@ class EncoderSpec(Spec, frozen=True):
     outputs: Annotated[tuple[Label, ...], Meta(min_length=1, max_length=2)]
 
 
-Task = Literal["text", "refine", "image", "inpaint"]
-"""What denoising starts from. text: noise. refine: what a base model began. image: an image with
-noise. inpaint: the same, where only what a mask covers is made anew."""
+Task = Literal["text", "refine", "control", "image", "inpaint"]
+"""What denoising starts from. text: noise. refine: what a base model began. control: noise, beside
+latents of a control image. image: an image with noise. inpaint: the same, where only what a mask
+covers is made anew."""
 
 ImageTask = Literal["image", "inpaint"]
 
 IMAGE_TASKS: tuple[ImageTask, ...] = get_args(ImageTask)
-"""Tasks that begin with an image, and need the encoder."""
+"""Tasks that begin with an image."""
+
+ENCODING_TASKS: tuple[Task, ...] = ("control", *IMAGE_TASKS)
+"""Tasks that need the encoder."""
 
 _Strength = Annotated[float, Meta(ge=0, le=1)]
 
@@ -327,11 +337,12 @@ class Wiring(Spec, frozen=True):
 
     tokenizers: by folder of the bundle, which holds tokenizer.json and tokenizer_spec.json. tasks:
     what the pipeline can be asked for. zero_negative: without a negative prompt, zeros stand for
-    its encoding, instead of that of "". encoder: of images; None where no task begins with one.
+    its encoding, instead of that of "". encoder: of images; None where no task needs it.
     strengths: of each of these tasks, the part of the steps that is taken where nobody says it.
     cfg: whether the guidance scale asks for classifier-free guidance, which runs the denoiser with
-    the negative prompt, too; that of other models is an input, or they have none. modulation: what
-    fills an input of the denoiser; None where it takes the timestep itself.
+    the negative prompt, too; that of other models is an input, or they have none, and a request's
+    true_cfg_scale asks for it. modulation: what fills an input of the denoiser; None where it takes
+    the timestep itself.
     """
 
     texts: Annotated[tuple[TextSpec, ...], Meta(min_length=1, max_length=8)]

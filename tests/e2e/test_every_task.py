@@ -32,7 +32,10 @@ pytestmark = [
 STEPS = 5
 STRENGTHS = (0.3, 0.8, 1.0)
 SAMPLERS = sorted(name for name, cls in SCHEDULERS.items() if cls.process == "diffusion")
-"""All but those of EDM and of flows, for which these models aren't made."""
+"""All but those of EDM, for which none of these models is made, and of flows."""
+
+FLOW_SAMPLERS = sorted(name for name, cls in SCHEDULERS.items() if cls.process == "flow")
+"""Those of FLUX."""
 
 INPAINTING = ("sd-inpaint", "sdxl-inpaint")
 MODELS = EMOJI.parent
@@ -41,7 +44,8 @@ WHOLE, OBLONG_WHOLE = (128, 128), (128, 96)
 """Sizes of the embedded models, width and height."""
 
 NAMES = (*PIPELINES, *STEERED)
-WHOLLY = ("sd", "sdxl", *INPAINTING, *STEERED)
+FLUX = tuple(name for name in PIPELINES if name.startswith("flux"))
+WHOLLY = ("sd", "sdxl", *INPAINTING, *STEERED, *FLUX)
 """Tried with all samplers, strengths and batches. The others differ from them in their networks and
 in what these are conditioned on, of which neither samplers nor strengths know: each is tried with
 all samplers, strengths and batches, but not with each combination of the three."""
@@ -102,7 +106,8 @@ def _tiny(name: str, folder: Path) -> Both:
     theirs = tiny(base)
     path = write_tiny(base, folder / "model")
     if name not in STEERED:
-        return both(resolve_source(path), theirs, folder / "bundle")
+        tasks = () if base == "flux-control" else ("inpaint",)
+        return both(resolve_source(path), theirs, folder / "bundle", tasks)
     net = controlnet(theirs.unet)
     net.save_pretrained(folder / "net")
     source = open_model(str(path), sides=[("controlnet", str(folder / "net"))])
@@ -119,8 +124,14 @@ def _embedded(name: str, folder: Path) -> Both:
     return both(source, theirs, folder / "bundle", controlnet=net)
 
 
+def samplers_of(name: str) -> list[str]:
+    return FLOW_SAMPLERS if name.startswith("flux") else SAMPLERS
+
+
 def tasks_of(name: str) -> tuple[Task, ...]:
-    if name.endswith("inpaint"):
+    if name == "flux-control":
+        return ("control",)
+    if name.endswith(("inpaint", "fill")):
         return ("inpaint",)
     if name == "sdxl-refiner":  # which finishes what a base model began: test_same_images.py
         return ("image", "inpaint")
@@ -148,17 +159,21 @@ def compared(pair: Both, task: Task, sampler: str, count: int, draws: Draws, **a
     return off
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(
-    ("name", "task"),
-    [(name, task) for name in NAMES for task in tasks_of(name)],
+    ("name", "task", "sampler"),
+    [
+        (name, task, sampler)
+        for name in NAMES
+        for task in tasks_of(name)
+        for sampler in samplers_of(name)
+    ],
 )
 def test_tiny_pipelines(
     name: str, task: Task, sampler: str, opened: Callable[[str], Both], draws: Draws
 ) -> None:
     """An oblong batch of two, and a square image alone."""
     pair, cases = opened(name), cases_of(name, sampler)
-    if task == "text":
+    if task in ("text", "control"):
         for count in sorted({count for _, count in cases}):
             assert compared(pair, task, sampler, count, draws) <= 1
         return

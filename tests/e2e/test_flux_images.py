@@ -22,10 +22,13 @@ from edgesd.export.families.parts import flux_transformer  # noqa: E402
 from edgesd.export.own_pipeline import check_own_pipeline  # noqa: E402
 from edgesd.export.pipeline import export_spec  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
+from edgesd.runtime.flow import GuidanceMode  # noqa: E402
+from edgesd.runtime.requests import Request  # noqa: E402
 from edgesd.runtime.schedulers.flow_euler import FlowEuler  # noqa: E402
+from edgesd.runtime.settings import Settings  # noqa: E402
 from edgesd.spec.pipeline import LatentSpec, SchedulerSpec  # noqa: E402
 from tests.e2e.test_same_images import LENGTH, SIZES, Model, opened, tokenizers  # noqa: E402
-from tests.tiny_pipelines import write_tiny  # noqa: E402
+from tests.tiny_pipelines import on_torch, write_tiny  # noqa: E402
 
 LATENTS = torch.arange(2 * 4 * 8 * 12, dtype=torch.float32).reshape(2, 4, 8, 12)
 
@@ -67,6 +70,22 @@ def test_guidance_is_an_input_and_runs_the_transformer_once(dev: Model, tmp_path
         assert not pipeline.flow.guided(7.0)
         assert dev.difference(pipeline, theirs={"guidance_scale": 7.0}, guidance_scale=7.0) <= 1
         assert dev.difference(pipeline, theirs={"guidance_scale": 7.0}) > 1
+
+
+@pytest.mark.parametrize("mode", ["batched", "sequential"])
+def test_true_cfg_leads_away_from_the_negative_prompt(
+    mode: GuidanceMode, dev: Model, tmp_path: Path
+) -> None:
+    theirs = {"negative_prompt": "a green house", "true_cfg_scale": 4.0}
+    settings = Settings(made_here=True, guidance_mode=mode)
+    with on_torch(dev.source, dev.export, tmp_path / "bundle", settings) as pipeline:
+        assert dev.difference(pipeline, 2, theirs=theirs, true_cfg_scale=4.0) <= 1
+        assert dev.difference(pipeline, 2, theirs=theirs) > 1
+        with pytest.raises(UsageError, match="give --negative, too"):
+            pipeline.complete(Request("a cat", 1, true_cfg_scale=4.0))
+        for scale in 0.5, float("nan"), 1e9:
+            with pytest.raises(UsageError, match="true_cfg_scale must be 1 to"):
+                pipeline.complete(Request("a cat", 1, "", true_cfg_scale=scale))
 
 
 def test_the_second_prompt_is_for_t5(dev: Model, tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ LENGTH = "max_sequence_length"
 """Argument of diffusers' FluxPipeline: tokens that T5 gets."""
 
 FROM_PROMPTS = [
-    name for name in PIPELINES if name not in ("sdxl-refiner", "sd-inpaint", "sdxl-inpaint")
+    name
+    for name in PIPELINES
+    if name not in ("sdxl-refiner", "sd-inpaint", "sdxl-inpaint", "flux-fill", "flux-control")
 ]
 
 

@@ -1,4 +1,4 @@
-"""FLUX.1 schnell and dev (Black Forest Labs 2024), and models of the same build.
+"""FLUX.1 schnell, dev, Fill and Control (Black Forest Labs 2024), and models of the same build.
 
 CLIP's text encoder, of which the embedding of the whole text is read, T5's, and a transformer for
 flow matching over 2x2 patches of latents (Esser et al. 2024, arXiv 2403.03206, describe its like).
@@ -8,7 +8,8 @@ Their graphs: parts/clip.py, parts/t5.py, parts/flux_transformer.py, parts/vae.p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import InputError, ParityError, UsageError
@@ -26,6 +27,7 @@ from edgesd.export.families.latent_diffusion import (
     DECODER,
     ENCODER,
     TOKENIZERS,
+    Concat,
     check_classes,
     finished,
     for_images,
@@ -42,6 +44,7 @@ from edgesd.spec.pipeline import (
     InputSpec,
     ModulationSpec,
     Part,
+    Task,
     TextSpec,
     TokenizerRef,
     Wiring,
@@ -67,6 +70,33 @@ _FROM_IMAGES: Mapping[ImageTask, str] = {
     "image": "FluxImg2ImgPipeline",
     "inpaint": "FluxInpaintPipeline",
 }
+_FILL, _CONTROL = "FluxFillPipeline", "FluxControlPipeline"
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a model was made for. pipeline: diffusers' own. beside: what follows the latents in the
+    transformer's sample. of_task: diffusers' pipelines that begin with an image. own: the task of
+    those that don't."""
+
+    pipeline: str
+    beside: Concat = ()
+    of_task: Mapping[ImageTask, str] = field(default_factory=dict)
+    own: Task = "text"
+
+    @property
+    def masked(self) -> bool:
+        """Whether the transformer takes a mask."""
+        return "masked" in self.beside
+
+
+_PLAIN = _Form(_PIPELINE, of_task=_FROM_IMAGES)
+_FORMS = {
+    _FILL: _Form(_FILL, ("masked",), {"inpaint": _FILL}),
+    _CONTROL: _Form(_CONTROL, ("control_latents",), own="control"),
+}
+"""By diffusers' pipeline, those that aren't plain."""
+
 _EVEN = "use_flow_sigmas"
 """Of a scheduler that lays out sigmas itself."""
 _SIZE = ("width", "height")
@@ -95,15 +125,16 @@ def export_spec(
         raise InputError(f"{source.name}: textual inversions of FLUX aren't supported")
     if source.sides:
         raise InputError(f"{source.name}: ControlNets and adapters of FLUX aren't supported")
+    form = _FORMS.get(str(source.index.get("_class_name")), _PLAIN)
     given = source.config(f"{_TRANSFORMER}/config.json")
-    defaults = _defaults(source, scheduler, bool(given.get("guidance_embeds")))
+    defaults = _defaults(source, form, scheduler, bool(given.get("guidance_embeds")))
     with quiet():  # libraries log while they are imported
         from edgesd.export.families.parts import clip, flux_transformer, t5, vae
 
-    own = _diffusers_pipeline(source, defaults)
+    own = _diffusers_pipeline(source, form, defaults)
     clip_config, t5_config = (getattr(own, name).config.to_dict() for name in TOKENIZER_OF)
     config = own.transformer.config
-    _check_transformer(source.name, config, clip_config, t5_config)
+    _check_transformer(source.name, form, config, own.vae_scale_factor, clip_config, t5_config)
     tokens = clip.token_count(source.folder(TOKENIZER_OF[_CLIP]), own.tokenizer, clip_config)
     most = _MAX_TOKENS[bool(config.guidance_embeds)]
     longest = t5.token_count(source, TOKENIZER_OF[_T5], own.tokenizer_2, t5_config, most)
@@ -121,20 +152,28 @@ def export_spec(
     shape = flux_transformer.shape_spec(
         size, batch, (width, height), latent.scale_factor * latent.patch
     )
-    can, upcast = tasks_of(source.name, (), tasks), bool(own.vae.config.get("force_upcast"))
+    if tasks and not form.of_task:
+        raise UsageError(f"{source.name} draws by a control image alone: leave --task out")
+    can, upcast = (
+        tasks_of(source.name, form.beside, tasks, form.own),
+        bool(own.vae.config.get("force_upcast")),
+    )
     components = (
         clip.pooled_text_encoder(source, _CLIP, clip_config, tokens, shape),
         t5.text_encoder(source, _T5, t5_config, longest, shape),
         flux_transformer.flux_modulation(source, _MODULATION, _TRANSFORMER, config, shape),
-        flux_transformer.flux_transformer(source, _TRANSFORMER, config, longest, shape, latent),
+        flux_transformer.flux_transformer(
+            source, _TRANSFORMER, config, longest, shape, latent,
+            channels * len(form.beside), form.masked,
+        ),
         vae.vae_decoder(source, DECODER, latent, shape, upcast),
         *vae.encoder_for(can, source, ENCODER, latent, shape, upcast),
-    )
+    )  # fmt: skip
     wiring = _wiring(components, tokens, longest)
     found = finished(
         FAMILY.name, source, defaults, own.scheduler, components, latent, shape,
-        for_images(wiring, components, (), can, _FROM_IMAGES),
-        lambda: _own_pipeline(source, defaults, longest),
+        for_images(wiring, components, form.beside, can, form.of_task),
+        lambda: _own_pipeline(source, form, defaults, longest),
         even_sigmas=not own.scheduler.config.get(_EVEN),
     )  # fmt: skip
     return replace(found, judged_by="lpips")
@@ -142,7 +181,7 @@ def export_spec(
 
 FAMILY = Family(
     name="flux",
-    class_names=(_PIPELINE, *_FROM_IMAGES.values()),
+    class_names=(_PIPELINE, *_FROM_IMAGES.values(), *_FORMS),
     weights={
         _CLIP: TRANSFORMERS_STEM,
         _T5: TRANSFORMERS_STEM,
@@ -154,7 +193,7 @@ FAMILY = Family(
 )
 
 
-def _defaults(source: Checkpoint, scheduler: str | None, guided: bool) -> Defaults:
+def _defaults(source: Checkpoint, form: _Form, scheduler: str | None, guided: bool) -> Defaults:
     """What a model is sampled with. guided: whether it was distilled with guidance: dev was, and
     schnell was distilled to few steps. Raises InputError for a scheduler, or an option of it, that
     isn't supported, UsageError for a kind of model that FLUX has none of."""
@@ -170,8 +209,8 @@ def _defaults(source: Checkpoint, scheduler: str | None, guided: bool) -> Defaul
     steps, guidance = _STEPS_OF_SCHNELL, _NO_GUIDANCE
     if guided:
         with quiet():  # diffusers imports a pipeline when it is asked for
-            steps = int(call_default(_PIPELINE, "num_inference_steps"))
-            guidance = call_default(_PIPELINE, "guidance_scale")
+            steps = int(call_default(form.pipeline, "num_inference_steps"))
+            guidance = call_default(form.pipeline, "guidance_scale")
     defaults = Defaults(
         scheduler or name_from_class(source.class_of("scheduler")),
         {},
@@ -183,9 +222,15 @@ def _defaults(source: Checkpoint, scheduler: str | None, guided: bool) -> Defaul
 
 
 def _check_transformer(
-    name: str, config: Mapping[str, Any], clip: Mapping[str, Any], t5: Mapping[str, Any]
+    name: str,
+    form: _Form,
+    config: Mapping[str, Any],
+    unit: int,
+    clip: Mapping[str, Any],
+    t5: Mapping[str, Any],
 ) -> None:
-    """Raise InputError unless the transformer takes what it is given, and gives latents."""
+    """Raise InputError unless the transformer takes what it is given, and gives latents. unit:
+    pixels of a latent."""
     for what, takes, makes in (
         ("T5", "joint_attention_dim", t5["d_model"]),
         ("CLIP", "pooled_projection_dim", clip["hidden_size"]),
@@ -196,10 +241,11 @@ def _check_transformer(
                 f"and {what} makes {makes}: do both belong to one model?"
             )
     takes, makes = config["in_channels"], config["out_channels"] or config["in_channels"]
-    if takes != makes or takes % 4 or config["patch_size"] != 1:
+    wanted = makes * (1 + len(form.beside)) + 4 * unit**2 * form.masked
+    if takes != wanted or makes % 4 or config["patch_size"] != 1:
         raise InputError(
             f"{name}: its transformer takes {takes} channels and returns {makes}, in patches of "
-            f"{config['patch_size']}: models for inpainting and for control images aren't supported"
+            f"{config['patch_size']}: that of a {form.pipeline} takes {wanted}, in patches of 1"
         )
     axes = config["axes_dims_rope"]
     if len(axes) != 3 or sum(axes) != config["attention_head_dim"] or any(n % 2 for n in axes):
@@ -213,11 +259,14 @@ def _wiring(components: Sequence[Component], tokens: int, longest: int) -> Wirin
     """How the components are joined. tokens, longest: of CLIP's tokenizer, and of T5's."""
     from edgesd.export.families.parts import clip, flux_transformer, t5
 
-    inputs = (
+    inputs = [
         InputSpec("sample", "sample"),
         InputSpec("encoder_hidden_states", "joined", (Part(_T5, t5.HIDDEN),)),
         InputSpec(flux_transformer.MODULATION, "modulation"),
-    )
+    ]
+    spec = next(one.spec for one in components if one.name == _TRANSFORMER)
+    if spec.input(flux_transformer.MASK) is not None:
+        inputs.append(InputSpec(flux_transformer.MASK, "pixel_mask"))
     told = [
         InputSpec("timestep", "timestep"),
         InputSpec(flux_transformer.POOLED, "joined", (Part(_CLIP, clip.POOLED),)),
@@ -232,7 +281,7 @@ def _wiring(components: Sequence[Component], tokens: int, longest: int) -> Wirin
             folder: TokenizerRef(counts[name], chunked=False)
             for name, folder in TOKENIZER_OF.items()
         },
-        denoiser=DenoiserSpec(_TRANSFORMER, inputs, "noise_pred"),
+        denoiser=DenoiserSpec(_TRANSFORMER, tuple(inputs), "noise_pred"),
         modulation=ModulationSpec(_MODULATION, tuple(told), flux_transformer.MODULATION),
         decoder=DecoderSpec(DECODER, "latents", "image"),
         zero_negative=True,
@@ -240,7 +289,7 @@ def _wiring(components: Sequence[Component], tokens: int, longest: int) -> Wirin
     )
 
 
-def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
+def _diffusers_pipeline(source: Checkpoint, form: _Form, defaults: Defaults) -> Any:
     """diffusers' own pipeline of a model, as its constructor leaves the configs."""
     with quiet():
         import diffusers
@@ -250,9 +299,10 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
         from edgesd.export.families.parts.diffusers_pipeline import diffusers_pipeline
 
     folders = {name: source.folder(name) for name in TOKENIZER_OF.values()}
+    unused = {} if form.beside else {"image_encoder": None, "feature_extractor": None}
     return diffusers_pipeline(
         source,
-        _PIPELINE,
+        form.pipeline,
         {
             _CLIP: transformers.CLIPTextModel,
             _T5: transformers.T5EncoderModel,
@@ -265,16 +315,15 @@ def _diffusers_pipeline(source: Checkpoint, defaults: Defaults) -> Any:
         },
         sampler_class(defaults.sampler),
         defaults.options,
-        image_encoder=None,
-        feature_extractor=None,
+        **unused,
     )
 
 
-def _own_pipeline(source: Checkpoint, defaults: Defaults, longest: int) -> OwnPipeline:
+def _own_pipeline(source: Checkpoint, form: _Form, defaults: Defaults, longest: int) -> OwnPipeline:
     """The same with the sampler's scheduler."""
     from edgesd.export.families.parts.diffusers_pipeline import with_networks_of
 
-    pipeline = with_sampler(_diffusers_pipeline(source, defaults), defaults.sampler)
+    pipeline = with_sampler(_diffusers_pipeline(source, form, defaults), defaults.sampler)
     return OwnPipeline(
         pipeline,
         encoders={name: getattr(pipeline, name) for name in TOKENIZER_OF},
@@ -286,10 +335,10 @@ def _own_pipeline(source: Checkpoint, defaults: Defaults, longest: int) -> OwnPi
         ),
         encoded=_encoded,
         has_size=not source.hints().keys() & {*_SIZE},
-        of_task=lambda task: with_networks_of(pipeline, _FROM_IMAGES[task]),
+        of_task=lambda task: with_networks_of(pipeline, form.of_task[task]),
         takes_size=True,
         options={"max_sequence_length": longest},
-        fed=_fed,
+        fed=partial(_fed, pipeline.vae.config.latent_channels * (1 + len(form.beside))),
     )
 
 
@@ -301,13 +350,15 @@ def _encoded(component: str, outputs: Sequence[Tensor]) -> SimpleNamespace | tup
 
 
 def _fed(
+    channels: int,
     given: Mapping[str, Any],
 ) -> tuple[Mapping[str, Tensor], Callable[[Tensor], Tensor]]:
     """What diffusers' pipeline gives its transformer, as ours takes it, and how its output is given
-    back. Raises ParityError where tokens aren't where ours has them."""
+    back. channels: of our sample, which a mask follows. Raises ParityError where tokens aren't
+    where ours has them."""
     import torch
 
-    from edgesd.export.families.parts.flux_transformer import packed, unpacked
+    from edgesd.export.families.parts.flux_transformer import MASK, mask_of, packed, unpacked
 
     ids = given["img_ids"]
     height, width = (int(side) + 1 for side in ids[-1, 1:])
@@ -317,6 +368,10 @@ def _fed(
         raise ParityError(f"{_TRANSFORMER}: diffusers places tokens where the graph doesn't")
     names = ("encoder_hidden_states", "pooled_projections", "guidance")
     inputs = {name: given[name] for name in names if given[name] is not None}
-    inputs["sample"] = unpacked(given["hidden_states"], height, width)
+    sample = unpacked(given["hidden_states"], height, width)
+    if sample.shape[1] > channels:
+        inputs[MASK] = mask_of(sample[:, channels:])
+        sample = sample[:, :channels]
+    inputs["sample"] = sample
     inputs["timestep"] = given["timestep"][:1] * 1000
     return inputs, packed

@@ -7,7 +7,7 @@ which parts/ describes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -20,6 +20,7 @@ from edgesd.runtime.requests import Completion, Request
 from edgesd.runtime.schedulers import create_scheduler
 from edgesd.spec.pipeline import (
     IMAGE_TASKS,
+    Concatenated,
     EncoderSpec,
     ImageTask,
     LatentSpec,
@@ -75,7 +76,7 @@ def unet_config(source: Checkpoint, addition: str | None = None) -> dict[str, An
     return given
 
 
-Concat = tuple[Literal["mask", "masked"], ...]
+Concat = tuple[Concatenated, ...]
 
 
 def concat(name: str, unet: Mapping[str, Any]) -> Concat:
@@ -152,10 +153,11 @@ def tasks_of(
 ) -> tuple[Task, ...]:
     """What a model's bundle can be asked for. beside: see `concat`. asked: tasks that it is built
     for. own: that of the model's own pipeline. Raises UsageError for what the model can't do."""
-    if beside:
+    if "masked" in beside:
         if asked and "inpaint" not in asked:
             raise UsageError(
-                f"{name} is for inpainting alone, as its UNet takes a mask: leave --task image out"
+                f"{name} is for inpainting alone, as its network takes a mask: leave --task image "
+                "out"
             )
         return ("inpaint",)
     return own, *(task for task in IMAGE_TASKS if task in asked or "inpaint" in asked)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from edgesd.runtime.denoise import Start
-from edgesd.runtime.tasks import image, inpaint, refine, text
+from edgesd.runtime.tasks import control, image, inpaint, refine, text
 from edgesd.runtime.tasks.beginning import Beginning
 from edgesd.spec.pipeline import Fill
 
@@ -26,6 +26,7 @@ class Task(NamedTuple):
 TASKS: dict[str, Task] = {
     "text": Task(text.prepare, frozenset()),
     "refine": Task(refine.prepare, frozenset()),
+    "control": Task(control.prepare, frozenset(("control_latents",))),
     "image": Task(image.prepare, frozenset()),
-    "inpaint": Task(inpaint.prepare, frozenset(("mask", "masked"))),
+    "inpaint": Task(inpaint.prepare, frozenset(("mask", "masked", "pixel_mask"))),
 }

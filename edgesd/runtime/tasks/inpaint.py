@@ -1,8 +1,8 @@
 """Inpainting: what a mask covers is made anew, as in diffusers' pipelines.
 
-A UNet that was made for it is given the mask and the rest of the image at each step (Rombach et al.
-2022, arXiv 2112.10752, sec. 4.5). With any other one, the rest is put back after each step, as
-noisy as the latents are then (Lugmayr et al. 2022, arXiv 2201.09865, without its resampling).
+A denoiser that was made for it is given the mask and the rest of the image at each step (Rombach
+et al. 2022, arXiv 2112.10752, sec. 4.5). With any other one, the rest is put back after each step,
+as noisy as the latents are then (Lugmayr et al. 2022, arXiv 2201.09865, without its resampling).
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from edgesd.runtime.tasks.beginning import Beginning
 def prepare(begin: Beginning) -> Start:
     """Noise, or with less than full strength the images' latents with noise.
 
-    Draws the images' latents, where the UNet wasn't made for inpainting or they are begun with;
-    noise; and the latents of what masks leave of the images, also where these aren't used.
+    Draws the images' latents, where the denoiser wasn't made for inpainting, takes the mask in
+    pixels (FLUX.1's), or they are begun with; noise; and the latents of what masks leave of the
+    images, also where these aren't used.
     """
     scheduler, strength = begin.scheduler, begin.strength
     first = first_of_picture(scheduler, strength)
-    made_for_it = bool(begin.spec.wiring.denoiser.concat)
+    denoiser = begin.spec.wiring.denoiser
+    made_for_it = bool(denoiser.concat)
+    always = denoiser.input_of("pixel_mask") is not None
     paintings = begin.paintings()
     images = [image for image, _ in paintings]
-    latents = None if made_for_it and strength == 1 else begin.encoded(images)
+    latents = None if made_for_it and strength == 1 and not always else begin.encoded(images)
     noise = begin.drawn()
     masked = begin.encoded([masked_image(image, mask) for image, mask in paintings])
     mask = np.concatenate([latent_mask(mask, *begin.size) for _, mask in paintings])
@@ -38,7 +41,8 @@ def prepare(begin: Beginning) -> Start:
     if latents is not None and strength < 1:
         start = scheduler.add_noise(latents, noise, first)
     if made_for_it or latents is None:
-        return Start(start, first, {"mask": mask, "masked": masked})
+        whole = np.concatenate([mask for _, mask in paintings])
+        return Start(start, first, {"mask": mask, "masked": masked, "pixel_mask": whole})
     return Start(start, first, after_step=_kept(scheduler, latents, noise, mask))
 
 

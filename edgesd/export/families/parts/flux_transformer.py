@@ -3,7 +3,7 @@
     modulation    timestep [batch], pooled_projections [batch, P] (guidance [batch] where it was
                   distilled with guidance) -> modulation [batch, M]
     transformer   sample [batch, C, h, w], encoder_hidden_states [batch, tokens, D], modulation
-                  [batch, M] -> noise_pred [batch, C, h, w]
+                  [batch, M] -> noise_pred [batch, C, h, w]; Fill's takes mask [batch, 1, H, W], too
 
 The first has 27 % of FLUX.1's weights, and sees neither latents nor what T5 made: it runs once, for
 all steps together, before the second is loaded.
@@ -14,6 +14,7 @@ Rotary tables are constants, of which the rows and columns of an image are taken
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -44,6 +45,7 @@ PATCH = 2
 """Sides, in latents, of what is one token."""
 
 POOLED, GUIDANCE, MODULATION = "pooled_projections", "guidance", "modulation"
+MASK = "mask"
 Rotations = tuple[Tensor, Tensor]
 _TIMESTEPS, _GUIDANCE = (0.0, 1000.0), (1.0, 10.0)
 _THOUSAND = 1000.0
@@ -52,9 +54,11 @@ _THOUSAND = 1000.0
 
 class FluxTransformer(nn.Module):
     """sample [batch, C, h, w], states [batch, tokens, D], modulation [batch, M] (FluxModulation) ->
-    noise_pred like sample, of as many channels as the network makes.
+    noise_pred like sample, of as many channels as the network makes. mask [batch, 1, H, W]: for
+    those that take one, of which the pixels of each latent become channels.
 
-    positions: rows and columns of tokens of the largest image. device: of the rotary tables.
+    positions: rows and columns of tokens of the largest image. unit: pixels of a latent. device: of
+    the rotary tables.
     """
 
     rows_cos: Tensor
@@ -62,9 +66,10 @@ class FluxTransformer(nn.Module):
     columns_cos: Tensor
     columns_sin: Tensor
 
-    def __init__(self, net: Any, positions: int, device: str = "cpu") -> None:
+    def __init__(self, net: Any, positions: int, unit: int, device: str = "cpu") -> None:
         super().__init__()
         self.net = net
+        self.unit = unit
         replace_attention(net, "sdpa")
         _drop(net, "time_text_embed")
         _drop(net.norm_out, _LINEAR)
@@ -80,8 +85,16 @@ class FluxTransformer(nn.Module):
             self.register_buffer(f"{name}_cos", cos, persistent=False)
             self.register_buffer(f"{name}_sin", sin, persistent=False)
 
-    def forward(self, sample: Tensor, encoder_hidden_states: Tensor, modulation: Tensor) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        encoder_hidden_states: Tensor,
+        modulation: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         net = self.net
+        if mask is not None:
+            sample = torch.cat([sample, blocks_of(mask, self.unit)], 1)
         height, width = sample.shape[2] // PATCH, sample.shape[3] // PATCH
         tokens = encoder_hidden_states.shape[1]
         rotations = self._rotations(height, width, tokens)
@@ -114,6 +127,22 @@ class FluxTransformer(nn.Module):
             text = rows.new_full((tokens, count), still)
             found.append(torch.cat([text, torch.cat(parts, 2).flatten(0, 1)]))
         return found[0], found[1]
+
+
+def blocks_of(mask: Tensor, unit: int) -> Tensor:
+    """A mask [batch, 1, H, W] -> [batch, unit * unit, h, w], its pixels under each latent row by
+    row, as diffusers' FluxFillPipeline.prepare_mask_latents."""
+    batch, _, height, width = mask.shape
+    blocks = mask.reshape(batch, height // unit, unit, width // unit, unit)
+    return blocks.permute(0, 2, 4, 1, 3).flatten(1, 2)
+
+
+def mask_of(blocks: Tensor) -> Tensor:
+    """The mask that `blocks_of` made these of."""
+    batch, pixels, height, width = blocks.shape
+    unit = math.isqrt(pixels)
+    rows = blocks.reshape(batch, unit, unit, height, width).permute(0, 3, 1, 4, 2)
+    return rows.reshape(batch, 1, height * unit, width * unit)
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -259,28 +288,36 @@ def flux_transformer(
     tokens: int,
     shape: ShapeSpec,
     latent: LatentSpec,
+    beside: int = 0,
+    masked: bool = False,
 ) -> Component:
     """The component `name`, in a folder of that name. config: diffusers' of the network. tokens: of
-    the text's embeddings."""
-    positions = MAX_PIXELS // (latent.scale_factor * PATCH)
+    the text's embeddings. beside: channels of its sample that follow the latents. masked: whether
+    it takes a mask."""
+    unit = latent.scale_factor
+    positions = MAX_PIXELS // (unit * PATCH)
 
     def load(weights: bool = True) -> nn.Module:
         net = load_network(source, name, diffusers.FluxTransformer2DModel, weights)
-        return FluxTransformer(net, positions, "cpu" if weights else "meta")
+        return FluxTransformer(net, positions, unit, "cpu" if weights else "meta")
 
     batch, height, width = dims(shape, latent.scale_factor)
     if not shape.dynamic:
         batch = shape.batch
     inputs = [
-        float_tensor("sample", batch, config["in_channels"] // PATCH**2, height, width),
+        float_tensor("sample", batch, latent.channels + beside, height, width),
         float_tensor("encoder_hidden_states", batch, tokens, config["joint_attention_dim"]),
         float_tensor(MODULATION, batch, modulation_width(config)),
     ]
+    if masked:
+        rows: Dim = f"height*{unit}" if shape.dynamic else shape.height
+        columns: Dim = f"width*{unit}" if shape.dynamic else shape.width
+        inputs.append(float_tensor(MASK, batch, 1, rows, columns))
     noise_pred = float_tensor("noise_pred", batch, latent.channels, height, width)
     return Component(
         ComponentSpec(name, tuple(inputs), (noise_pred,)),
         load,
-        sizes=sizes(shape, latent.scale_factor),
+        sizes=sizes(shape, unit),
         multiples={"height": PATCH, "width": PATCH},
     )
 

@@ -23,7 +23,7 @@ from edgesd.export.families import AUTOENCODER, Component
 from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.export.families.parts.shapes import COLOURS, dims, float_tensor, sizes, uniform
 from edgesd.export.families.parts.weights import load_network
-from edgesd.spec.pipeline import IMAGE_TASKS, ComponentSpec, LatentSpec, ShapeSpec, Task
+from edgesd.spec.pipeline import ENCODING_TASKS, ComponentSpec, LatentSpec, ShapeSpec, Task
 
 _TINY = "AutoencoderTiny"
 
@@ -122,8 +122,8 @@ def encoder_for(
     shape: ShapeSpec,
     fp32: bool = False,
 ) -> tuple[Component, ...]:
-    """See `vae_encoder`; none where no task begins with an image."""
-    if not {*tasks} & {*IMAGE_TASKS}:
+    """See `vae_encoder`; none where no task needs it."""
+    if not {*tasks} & {*ENCODING_TASKS}:
         return ()
     return (vae_encoder(source, name, latent, shape, fp32),)
 

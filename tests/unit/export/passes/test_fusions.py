@@ -268,9 +268,9 @@ def flux() -> tuple[Any, Workload]:
 
     def load(weights: bool = True) -> nn.Module:
         if weights:
-            return FluxTransformer(net, 16).eval()
+            return FluxTransformer(net, 16, 8).eval()
         with torch.device("meta"):
-            return FluxTransformer(flux_transformer().eval(), 16, "meta").eval()
+            return FluxTransformer(flux_transformer().eval(), 16, 8, "meta").eval()
 
     sizes = {"batch": 2, "height": 8, "width": 12}
     component = Component(ComponentSpec("transformer", inputs, outputs), load, (sizes,))

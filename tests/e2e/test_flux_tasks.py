@@ -1,0 +1,208 @@
+"""FLUX.1's models for inpainting and for control images make diffusers' images, from the same draws
+of noise, and mistakes in what they are given are noticed.
+
+As in test_same_images.py, networks are the torch modules that would be exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+
+from edgesd.errors import InputError, UsageError  # noqa: E402
+from edgesd.export.families.parts import flux_transformer  # noqa: E402
+from edgesd.export.pipeline import export_spec  # noqa: E402
+from edgesd.export.source import resolve_source  # noqa: E402
+from edgesd.recipes import BuildOptions, LocalFolders, QuantOptions, build  # noqa: E402
+from edgesd.runtime import tasks  # noqa: E402
+from edgesd.runtime.denoise import Start  # noqa: E402
+from edgesd.runtime.requests import Control, Request  # noqa: E402
+from edgesd.runtime.tasks import Task  # noqa: E402
+from edgesd.runtime.tasks.beginning import Beginning  # noqa: E402
+from edgesd.spec.pipeline import ImageTask  # noqa: E402
+from tests.image_tasks import HINT, OBLONG, PROMPTS, SQUARE, Both, both, mask, picture  # noqa: E402
+from tests.support import run_cli  # noqa: E402
+from tests.tiny_pipelines import tiny, write_tiny  # noqa: E402
+
+
+def opened(name: str, folder: Path, tasks: tuple[ImageTask, ...] = ()) -> Both:
+    source = resolve_source(write_tiny(name, folder / "model"))
+    return both(source, tiny(name), folder / "bundle", tasks)
+
+
+@pytest.fixture(scope="module")
+def fill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    found = opened("flux-fill", tmp_path_factory.mktemp("fill"))
+    yield found
+    found.ours.close()
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    found = opened("flux-control", tmp_path_factory.mktemp("control"))
+    yield found
+    found.ours.close()
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    found = opened("flux-dev", tmp_path_factory.mktemp("dev"), ("inpaint",))
+    yield found
+    found.ours.close()
+
+
+def test_builds_see_the_same_as_diffusers(fill: Both, steered: Both) -> None:
+    fill.check_own_pipeline()
+    steered.check_own_pipeline()
+
+
+def test_each_knows_one_task(fill: Both, steered: Both) -> None:
+    assert fill.ours.spec.wiring.tasks == ("inpaint",)
+    assert steered.ours.spec.wiring.tasks == ("control",)
+    specs = fill.ours.spec, steered.ours.spec
+    assert [(one.num_inference_steps, one.guidance_scale) for one in specs] == [(50, 30), (28, 3.5)]
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize(("count", "size"), [(1, SQUARE), (2, OBLONG)])
+def test_what_a_mask_covers_is_filled(
+    strength: float, count: int, size: tuple[int, int], fill: Both
+) -> None:
+    assert fill.difference("inpaint", count, size, strength=strength) <= 1
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, SQUARE), (2, OBLONG)])
+def test_a_control_image_steers(count: int, size: tuple[int, int], steered: Both) -> None:
+    assert steered.difference("control", count, size) <= 1
+
+
+@pytest.mark.parametrize("task", ["image", "inpaint"])
+def test_true_cfg_of_images(task: ImageTask, dev: Both) -> None:
+    asked = {"negative_prompt": "a green house", "true_cfg_scale": 4.0}
+    assert dev.difference(task, 2, strength=0.8, **asked) <= 1
+
+
+def test_the_pixels_of_a_mask_become_channels() -> None:
+    pixels = torch.arange(2 * 24 * 40, dtype=torch.float32).reshape(2, 1, 24, 40)
+    blocks = flux_transformer.blocks_of(pixels, 8)
+    assert torch.equal(blocks, torch.nn.functional.pixel_unshuffle(pixels, 8))
+    assert torch.equal(flux_transformer.mask_of(blocks), pixels)
+
+
+# Mutations.
+
+
+def noise_first(begin: Beginning) -> Start:
+    """The control image's latents are drawn last."""
+    noise = begin.drawn()
+    hint = begin.requests[0].controls[0].hint(*(begin.requests[0].width, begin.requests[0].height))
+    shown = begin.encoded([2 * hint - 1] * len(begin.requests))
+    return Start(noise, given={"control_latents": shown})
+
+
+def darker(begin: Beginning) -> Start:
+    """The control image from 0 to 1."""
+    first = begin.requests[0]
+    shown = begin.encoded([first.controls[0].hint(first.width, first.height)])
+    return Start(begin.drawn(), given={"control_latents": shown})
+
+
+@pytest.mark.parametrize("wrong", [noise_first, darker])
+def test_other_control_latents_are_noticed(
+    wrong: Callable[[Beginning], Start], steered: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gives = tasks.TASKS["control"].gives
+    monkeypatch.setitem(tasks.TASKS, "control", Task(wrong, gives))
+    assert steered.difference("control") > 1
+
+
+def by_column(pixels: Any, unit: int) -> Any:
+    """The pixels under a latent column by column."""
+    blocks = torch.nn.functional.pixel_unshuffle(pixels, unit)
+    return blocks.unflatten(1, (unit, unit)).transpose(1, 2).flatten(1, 2)
+
+
+def test_another_order_of_a_masks_pixels_is_noticed(
+    fill: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flux_transformer, "blocks_of", by_column)
+    assert fill.difference("inpaint") > 1
+
+
+# What is refused.
+
+
+def test_what_a_task_needs_must_be_given(fill: Both, steered: Both) -> None:
+    with pytest.raises(UsageError, match="for inpainting: give --image and --mask"):
+        fill.ours.complete(Request("a cat", 1))
+    with pytest.raises(UsageError, match="for inpainting alone: give --mask"):
+        fill.ours.complete(Request("a cat", 1, image=picture(0, SQUARE)))
+    with pytest.raises(UsageError, match=r"draws by a control image.*give --control"):
+        steered.ours.complete(Request("a cat", 1))
+    with pytest.raises(UsageError, match="no ControlNet and no adapter"):
+        fill.ours.complete(Request("a cat", 1, controls=(Control(HINT),)))
+    for wrong in Control(HINT, scale=0.5), Control(HINT, start=0.1), Control(HINT, end=0.9):
+        with pytest.raises(UsageError, match="acts in all steps"):
+            steered.ours.complete(Request("a cat", 1, controls=(wrong,)))
+    with pytest.raises(UsageError, match="unknown control"):
+        steered.ours.complete(Request("a cat", 1, controls=(Control(HINT, "sketch"),)))
+    shown = Request("a cat", 1, controls=(Control(HINT),))
+    with pytest.raises(UsageError, match="guess mode"):
+        steered.ours.complete(replace(shown, guess_mode=True))
+    with pytest.raises(UsageError, match="doesn't begin with an image"):
+        steered.ours.complete(replace(shown, image=picture(0, SQUARE)))
+    with pytest.raises(InputError, match="mask"):
+        fill.ours.complete(Request("a cat", 1, image=picture(0, SQUARE), mask=mask(0, (40, 24))))
+
+
+def test_other_tasks_and_channels_are_refused(tmp_path: Path) -> None:
+    source = resolve_source(write_tiny("flux-control", tmp_path / "model"))
+    with pytest.raises(UsageError, match="draws by a control image alone: leave --task out"):
+        export_spec(source, tasks=("image",))
+    index = tmp_path / "model" / "model_index.json"
+    text = index.read_text()
+    for name in "FluxPipeline", "FluxFillPipeline":
+        index.write_text(text.replace("FluxControlPipeline", name))
+        with pytest.raises(InputError, match=rf"takes 32 channels .* that of a {name} takes"):
+            export_spec(resolve_source(tmp_path / "model"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux-fill", "flux-control"])
+@pytest.mark.parametrize("precision", ["fp32", "w8a8"])
+def test_bundles_of_both(name: str, precision: str, tmp_path: Path) -> None:
+    """Built, checked and drawn with, whole and memory-saving."""
+    model = write_tiny(name, tmp_path / "model")
+    quantization = QuantOptions(calibration_prompts=PROMPTS, quality_prompts=PROMPTS, steps=2)
+    options = BuildOptions("x86-64-cpu", precision, quantization=quantization)
+    folders = LocalFolders(tmp_path / "work")
+    built = build(str(model), options, tmp_path / "bundle", folders).bundle
+    picture(0, OBLONG).save(tmp_path / "photo.png")
+    mask(0, OBLONG).save(tmp_path / "mask.png")
+    asked = ["--control", tmp_path / "photo.png", "--control-from", "photo"]
+    if name == "flux-fill":
+        asked = ["--image", tmp_path / "photo.png", "--mask", tmp_path / "mask.png"]
+    made = []
+    for memory in "fast", "stream":
+        out = tmp_path / f"{memory}.png"
+        outcome = run_cli(
+            "generate", built.path, "-p", PROMPTS[0], "--seed", 3, "--steps", 2,
+            "--size", "40x24", "--memory", memory, "-o", out, *asked,
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        made.append(np.int32(Image.open(out)))
+    off = np.abs(made[0] - made[1])
+    assert off.max() <= 1 if precision == "fp32" else off.mean() < 4
+    again = tmp_path / "again.png"
+    outcome = run_cli("generate", built.path, "--like", tmp_path / "fast.png", "-o", again, *asked)
+    assert outcome.code == 0, outcome.err
+    assert np.array_equal(np.int32(Image.open(again)), made[0])
+    assert run_cli("generate", built.path, "-p", "a cat", "-o", again).code == 2
