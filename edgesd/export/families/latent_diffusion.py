@@ -31,7 +31,8 @@ from edgesd.spec.pipeline import (
     Wiring,
 )
 
-UNET, DECODER, ENCODER = "unet", "vae_decoder", "vae_encoder"
+UNET, TRANSFORMER = "unet", "transformer"
+DECODER, ENCODER = "vae_decoder", "vae_encoder"
 
 CLASSES = {
     UNET: ("diffusers", ("UNet2DConditionModel",)),

@@ -40,8 +40,8 @@ _HINTS = ("num_inference_steps", "guidance_scale", "variant")
 
 _ADAPTER = r"(?:\.\w+)?"
 """peft's name of an adapter, in names of tensors in memory."""
-_LORA = r"[._]lora(?:_linear_layer)?"
-"""diffusers' word."""
+_LORA = r"(?:[._]lora(?:_linear_layer)?|(?<=_lora[12]))"
+"""diffusers' word. XLabs number theirs by what they see, which is a part of the layer's name."""
 _PARTS = {
     "down": rf"\.lora_A{_ADAPTER}\.weight|{_LORA}\.down\.weight|\.lora_down\.weight",
     "up": rf"\.lora_B{_ADAPTER}\.weight|{_LORA}\.up\.weight|\.lora_up\.weight",

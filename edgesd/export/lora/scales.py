@@ -19,6 +19,9 @@ _METADATA = "lora_adapter_metadata"
 _PEFT, _CONFIG = "base_model.model.", "adapter_config.json"
 """What peft's own names begin with, and the file beside them that has the rest."""
 
+_FAL = f"{_PEFT}double_blocks."
+"""What names of fal's LoRAs of FLUX begin with, which have no config, and an alpha of the rank."""
+
 _TYPES = ("LORA", "LOHA", "LOKR")
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 """Ways of peft to begin that take something out of the model's own weights."""
@@ -64,7 +67,7 @@ class Scales:
 def scales_of(file: TensorFile) -> Scales:
     """What a file, or the config beside it, says of scales. Raises InputError where peft's names
     have no config, and for a config that makes no sense."""
-    if file.below(_PEFT):
+    if file.below(_PEFT) and not file.below(_FAL):
         path = file.path.parent / _CONFIG
         if not path.is_file():
             raise InputError(

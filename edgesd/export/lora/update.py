@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -186,6 +186,30 @@ class Difference:
 
 
 @dataclass(frozen=True, eq=False)
+class Part:
+    """Rows of a change. take: what takes them from a tensor [out, ...]. count: how many."""
+
+    whole: Product
+    take: Callable[[Tensor], Tensor]
+    count: int
+
+    @property
+    def sound(self) -> bool:
+        return self.whole.sound
+
+    @property
+    def shape(self) -> Shape:
+        return (self.count, *self.whole.shape[1:])
+
+    @property
+    def rank(self) -> int | None:
+        return self.whole.rank
+
+    def computed(self) -> Tensor:
+        return self.take(self.whole.computed())
+
+
+@dataclass(frozen=True, eq=False)
 class Magnitude:
     """Norms that the rows of changed weights get, DoRA (Liu et al. 2024, arXiv 2402.09353).
 
@@ -233,6 +257,21 @@ class Update:
         """`bias` [out] with the change, in fp32."""
         assert self.bias is not None
         return bias.float() + self.bias_scale * scale * self.bias.float().reshape(bias.shape)
+
+    def part(self, take: Callable[[Tensor], Tensor]) -> Update:
+        """What is done to some of the layer's outputs: `take` takes their rows from a tensor
+        [out, ...]. Magnitudes must be of outputs."""
+        product, magnitude = self.product, self.magnitude
+        if isinstance(product, LowRank):
+            product = replace(product, up=take(product.up))
+        elif product is not None:
+            count = len(take(torch.empty(product.shape[0], device="meta")))
+            product = Part(product, take, count)
+        if magnitude is not None:
+            assert not magnitude.of_inputs
+            magnitude = Magnitude(take(magnitude.values.flatten()))
+        bias = None if self.bias is None else take(self.bias.flatten())
+        return replace(self, product=product, magnitude=magnitude, bias=bias)
 
     def fits(self, shape: Shape) -> bool:
         """Whether it can be added to weights of that shape, [out, in, *kernel] or any."""

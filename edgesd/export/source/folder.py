@@ -362,12 +362,14 @@ class ModelSource:
 
     def _files(self) -> list[tuple[str, Path]]:
         """What the pipeline is made from: names within the model, and where the files are."""
-        weights = [
-            self.root / component / name
-            for component in self._own_networks
+        return [*self._config_files(), *self._weight_files(self._own_networks)]
+
+    def _weight_files(self, components: Iterable[str]) -> list[tuple[str, Path]]:
+        return self._named(
+            self.folder(component) / name
+            for component in components
             for name in self.weights(component).files
-        ]
-        return [*self._config_files(), *self._named(weights)]
+        )
 
     @property
     def _own_networks(self) -> list[str]:

@@ -3,18 +3,22 @@
 The layout (Stable Diffusion 1.x, 2.x, XL, XL's refiner) is told by names of weights, and diffusers'
 own conversion maps them to its modules. Configs and tokenizers are those of the published models,
 which come with edgesd (layouts/), or those of a folder that the user names.
+
+A file of FLUX has the transformer, under its authors' names or diffusers', and all else is in the
+folder.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgesd.errors import InputError
 from edgesd.export.families import family_of
+from edgesd.export.families.parts.flux_names import diffusers_state
 from edgesd.export.families.variants import SCHEDULER_CONFIG
 from edgesd.export.quiet import quiet
 from edgesd.export.source.folder import INDEX, ModelSource, class_name_of, read_json_object
@@ -29,8 +33,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_DENOISER, _FLUX = "model.diffusion_model.", "FluxTransformer2DModel"
+
 _PREFIXES: Mapping[str, tuple[str, ...]] = {
-    "UNet2DConditionModel": ("model.diffusion_model.",),
+    "UNet2DConditionModel": (_DENOISER,),
+    _FLUX: (_DENOISER, ""),
     "AutoencoderKL": ("first_stage_model.", "vae."),
     "CLIPTextModel": (
         "cond_stage_model.transformer.",
@@ -43,6 +50,12 @@ _PREFIXES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Class of a network -> what the names of its weights begin with, of which a file has one."""
+
+_OF_FLUX = ("double_blocks.0.img_attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight")
+"""In a transformer of FLUX: the authors' name, and diffusers'."""
+
+_BESIDE_FLUX = ("vae.", "text_encoders.")
+"""What names of other networks begin with in files that have them, too."""
 
 _COUNTERS = ("position_ids",)
 """Ends of names of what older text encoders hold besides weights."""
@@ -90,16 +103,18 @@ class SingleFile(ModelSource):
     """A model whose weights are in one file; `root` has the configs, as of a diffusers folder.
 
     tensors: the header of the file. made: the folder `root`, where edgesd made it; None where it is
-    the user's own.
+    the user's own. alone: the one component that the file holds, the others being in `root`; None
+    where it holds all.
     """
 
     tensors: TensorFile
     made: ConfigFolder | None
+    alone: str | None = None
 
     def state(self, component: str, net: nn.Module) -> Mapping[str, Tensor] | None:
         """The weights of `net` by the names in its state dict, mapped from the file. Raises
         InputError where the file has others than its config asks for."""
-        if component in self.others:
+        if not self._holds(component):
             return super().state(component, net)
         prefix = self._prefix(component)
         names = [n for n in self.tensors.below(prefix) if not n.endswith(_COUNTERS)]
@@ -116,7 +131,7 @@ class SingleFile(ModelSource):
 
     def parameters(self, component: str) -> int:
         """Number of weights of a component."""
-        if component in self.others:
+        if not self._holds(component):
             return super().parameters(component)
         return self.tensors.parameters(self.tensors.below(self._prefix(component)))
 
@@ -131,7 +146,11 @@ class SingleFile(ModelSource):
         return self.tensors.licence or super().licence_name()
 
     def _files(self) -> list[tuple[str, Path]]:
-        return [*self._config_files(), ("weights.safetensors", self.tensors.path)]
+        beside = self._weight_files(c for c in self._own_networks if not self._holds(c))
+        return [*self._config_files(), *beside, ("weights.safetensors", self.tensors.path)]
+
+    def _holds(self, component: str) -> bool:
+        return component not in self.others and self.alone in (None, component)
 
     def _prefix(self, component: str) -> str:
         """What the names of a component's weights begin with. Raises InputError."""
@@ -142,9 +161,12 @@ class SingleFile(ModelSource):
                 f"{self._place}: its {component} would be a {class_name}: of single files edgesd "
                 f"reads {', '.join(_PREFIXES)}"
             )
-        for prefix in valid:
-            if self.tensors.below(prefix):
-                return prefix
+        if class_name == _FLUX:
+            found = _flux_prefix(self.tensors)
+        else:
+            found = next((prefix for prefix in valid if self.tensors.below(prefix)), None)
+        if found is not None:
+            return found
         raise InputError(
             f"{self._place} has no {component}: expected weights named {valid[0]}...; it isn't a "
             "whole pipeline"
@@ -188,9 +210,16 @@ def open_single_file(name: str, path: Path, configs: Path | None = None) -> Sing
     """Open a checkpoint. configs: a diffusers folder whose configs and tokenizers are taken; None
     for those of the published model that has this layout. Raises InputError."""
     tensors = TensorFile(path)
-    _check_whole(tensors)
+    flux = _flux_prefix(tensors) is not None
+    if not flux:
+        _check_whole(tensors)
     made = None
     if configs is None:
+        if flux:
+            raise InputError(
+                f"{path} holds a transformer of FLUX: give --config FOLDER, a diffusers folder of "
+                "that model (schnell, dev ...), which has its text encoders and autoencoder, too"
+            )
         layout = _layout_of(tensors)
         if layout == _VELOCITY and not tensors.metadata.get(_PREDICTION):
             _log.warning(
@@ -203,12 +232,29 @@ def open_single_file(name: str, path: Path, configs: Path | None = None) -> Sing
         configs = made.root
     index = read_json_object(configs / INDEX)
     family = family_of(class_name_of(configs / INDEX, index), name)
-    return SingleFile(name, configs, index, family, tensors=tensors, made=made)
+    opened = SingleFile(name, configs, index, family, tensors=tensors, made=made)
+    classes = {component: opened.class_of(component) for component in opened.networks}
+    alone = next((component for component in classes if classes[component] == _FLUX), None)
+    if flux and alone is None:
+        raise InputError(f"{path} holds a transformer of FLUX, and {configs} is no model of that")
+    if alone and (more := [n for n in tensors if n.startswith(_BESIDE_FLUX)]):
+        _log.warning(
+            "%s: its transformer alone is read: %s and %d more are those of %s",
+            path, more[0][:_LONGEST_NAME], len(more) - 1, configs,
+        )  # fmt: skip
+    return replace(opened, alone=alone)
+
+
+def _flux_prefix(tensors: TensorFile) -> str | None:
+    """What names of a transformer of FLUX begin with in a file; None where it has none."""
+    return next(
+        (p for p in _PREFIXES[_FLUX] if any(p + name in tensors for name in _OF_FLUX)), None
+    )
 
 
 def _check_whole(tensors: TensorFile) -> None:
     """Raise InputError for a file that holds no denoiser under the authors' names."""
-    if tensors.below(_PREFIXES["UNet2DConditionModel"][0]):
+    if tensors.below(_DENOISER):
         return
     what = "holds no weights" if not tensors else f"begins with {next(iter(tensors))[:80]}"
     if any("lora" in name.lower() for name in tensors):
@@ -218,7 +264,8 @@ def _check_whole(tensors: TensorFile) -> None:
         )
     raise InputError(
         f"{tensors.path} {what}: expected a whole checkpoint of Stable Diffusion 1.x, 2.x or XL, "
-        "with weights named model.diffusion_model...; for one network alone give its pipeline"
+        "with weights named model.diffusion_model..., or a transformer of FLUX; for "
+        "another network alone give its pipeline"
     )
 
 
@@ -262,7 +309,8 @@ def _note_training(folder: ConfigFolder, tensors: TensorFile) -> None:
 
 
 def _converted(found: Mapping[str, Tensor], prefix: str, net: nn.Module) -> dict[str, Tensor]:
-    """diffusers' conversion of the weights of one network. Raises what diffusers raises."""
+    """The weights of one network by diffusers' names, mostly by its own conversion: that of FLUX
+    knows one width, and copies. Raises what diffusers raises."""
     from diffusers.loaders import single_file_utils as utils
 
     class_name, config = type(net).__name__, net.config
@@ -272,6 +320,10 @@ def _converted(found: Mapping[str, Tensor], prefix: str, net: nn.Module) -> dict
         used = {id(tensor) for tensor in converted.values()}
         if unused := [name for name, tensor in found.items() if id(tensor) not in used]:
             raise InputError(f"diffusers' conversion doesn't know {unused[0][:_LONGEST_NAME]}")
+    elif class_name == _FLUX:
+        bare = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+        converted = diffusers_state(bare, shapes)
     elif class_name == "AutoencoderKL":
         converted = utils.convert_ldm_vae_checkpoint(found, config)
     elif prefix.endswith(".transformer."):

@@ -13,24 +13,29 @@ from torch import Tensor, nn
 from edgesd.errors import InputError
 from edgesd.export.families import TOKENIZER_OF
 from edgesd.export.families.checkpoint import Checkpoint
-from edgesd.export.families.latent_diffusion import UNET
+from edgesd.export.families.latent_diffusion import TRANSFORMER, UNET
+from edgesd.export.families.parts.flux_names import Rows, authors_layers
 from edgesd.export.lora.update import Lora, Shape, Update, brief, listed
 from edgesd.export.mapped import Edit
 
-TAKES_LORA = (UNET, *TOKENIZER_OF)
+_DENOISERS = (UNET, TRANSFORMER)
+TAKES_LORA = (*_DENOISERS, *TOKENIZER_OF)
 """Networks that a LoRA may change."""
 
 _FIRST, _SECOND = TOKENIZER_OF
 _PREFIXES: Mapping[str, tuple[str, ...]] = {
-    "lora_unet_": (UNET,),
+    "lora_unet_": _DENOISERS,
+    "lora_transformer_": (TRANSFORMER,),
     "lora_te_": (_FIRST,),
     "lora_te1_": (_FIRST,),
     "lora_te2_": (_SECOND,),
+    "lora_te3_": (_SECOND,),
     f"{UNET}.": (UNET,),
+    f"{TRANSFORMER}.": (TRANSFORMER,),
     f"{_FIRST}.": (_FIRST,),
     f"{_SECOND}.": (_SECOND,),
-    "diffusion_model.": (UNET,),
-    "model.diffusion_model.": (UNET,),
+    "diffusion_model.": _DENOISERS,
+    "model.diffusion_model.": _DENOISERS,
     "base_model.model.": TAKES_LORA,
     "lycoris_": TAKES_LORA,
     "": TAKES_LORA,
@@ -88,6 +93,41 @@ class Placed(NamedTuple):
     update: Update
 
 
+class _Candidate(NamedTuple):
+    """An update that may belong to a component by its name: there, it changes `rows`, which are one
+    layer or several."""
+
+    component: str
+    rows: tuple[Rows, ...]
+    update: Update
+
+    def shape(self, shapes: Shapes) -> Shape:
+        """Of the weights that it changes, taken together."""
+        inner = shapes[f"{self.rows[0].layer}.weight"][1:]
+        return (sum(one.size for one in self.rows), *inner)
+
+    def biases(self, shapes: Shapes) -> int | None:
+        """How many biases these layers have together; None where one has none."""
+        found = [shapes.get(f"{one.layer}.bias") for one in self.rows]
+        return None if None in found else sum(one[0] for one in found if one)
+
+    def fits(self, shapes: Shapes) -> bool:
+        """Whether the layers have the shape of what is changed."""
+        bias = self.update.bias
+        if bias is not None and bias.numel() != self.biases(shapes):
+            return False
+        return self.update.fits(self.shape(shapes))
+
+    def placed(self) -> list[Placed]:
+        """Each layer with what changes it."""
+        rows = self.rows
+        whole = len(rows) == 1 and not rows[0].swapped
+        return [
+            Placed(self.component, one.layer, self.update if whole else self.update.part(one.of))
+            for one in rows
+        ]
+
+
 def shapes_of(net: nn.Module) -> Shapes:
     """The shapes of a network's parameters, with values or without."""
     return {name: tuple(value.shape) for name, value in net.named_parameters()}
@@ -107,10 +147,15 @@ def place(lora: Lora, model: str, networks: Mapping[str, Shapes]) -> tuple[Place
         if not named:
             homeless.append(update.layer)
             continue
-        fitting = [one for one in named if _fits(one, networks[one.component])]
+        fitting = [one for one in named if one.fits(networks[one.component])]
         if len(fitting) != 1:
             raise InputError(_why_not(lora, model, named, fitting, networks))
-        placed += fitting
+        if len(fitting[0].rows) > 1 and update.magnitude and update.magnitude.of_inputs:
+            raise InputError(
+                f"{lora.name}: {brief(update.layer)} has magnitudes of inputs (DoRA) for "
+                f"{len(fitting[0].rows)} layers of {model} together, which isn't supported"
+            )
+        placed += fitting[0].placed()
     if homeless:
         raise InputError(
             f"{lora.name}: {model} has no {listed(homeless)} ({len(homeless)} of "
@@ -143,15 +188,14 @@ def lora_edits(source: Checkpoint, component: str, net: nn.Module) -> dict[str, 
     tables = {component: _layers(shapes)}
     for lora in source.loras:
         for update in lora.updates:
-            for one in _named(update, tables):
-                if not _fits(one, shapes):
-                    continue
-                if update.product is not None:
-                    edit = partial(update.weights, scale=lora.scale)
-                    edits.setdefault(f"{one.layer}.weight", []).append(edit)
-                if update.bias is not None:
-                    edit = partial(update.biases, scale=lora.scale)
-                    edits.setdefault(f"{one.layer}.bias", []).append(edit)
+            fitting = [one for one in _named(update, tables) if one.fits(shapes)]
+            for _, layer, change in (placed for one in fitting for placed in one.placed()):
+                if change.product is not None:
+                    edit = partial(change.weights, scale=lora.scale)
+                    edits.setdefault(f"{layer}.weight", []).append(edit)
+                if change.bias is not None:
+                    edit = partial(change.biases, scale=lora.scale)
+                    edits.setdefault(f"{layer}.bias", []).append(edit)
     names = ", ".join(lora.name for lora in source.loras)
     return {name: partial(_edited, each, f"{names}: {name}") for name, each in edits.items()}
 
@@ -166,10 +210,10 @@ def _edited(edits: Iterable[Edit], what: str, weight: Tensor) -> Tensor:
     return weight
 
 
-def _named(update: Update, tables: Mapping[str, Mapping[str, str]]) -> list[Placed]:
+def _named(update: Update, tables: Mapping[str, _Layers]) -> list[_Candidate]:
     """Where an update may belong by its name. tables: `_layers` of components."""
     return [
-        Placed(component, tables[component][name], update)
+        _Candidate(component, tables[component][name], update)
         for component, name in _readings(update.layer)
         if name in tables.get(component, {})
     ]
@@ -187,20 +231,25 @@ def _flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _layers(shapes: Shapes) -> dict[str, str]:
-    """Flat name of a layer, in all programs' ways -> its name in the network."""
+_Layers = Mapping[str, tuple[Rows, ...]]
+
+
+def _layers(shapes: Shapes) -> _Layers:
+    """Flat name of a layer, in all programs' ways -> what it is in the network: a layer, or rows
+    that are several."""
     layers = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
     authors = _authors_blocks(layers)
-    found: dict[str, str] = {}
+    found: dict[str, tuple[Rows, ...]] = {}
     for layer in layers:
+        rows = (Rows(layer, 0, shapes[f"{layer}.weight"][0]),)
         names = [layer, *_aliases(layer)]
         blocks = layer.split(".")
         for count in range(1, 6):
             block, rest = ".".join(blocks[:count]), ".".join(blocks[count:])
             if block in authors:
                 names.append(".".join(filter(None, (authors[block], _RESNET.get(rest, rest)))))
-        found |= {_flat(name): layer for name in names if _flat(name) not in found}
-    return found
+        found |= {_flat(name): rows for name in names if _flat(name) not in found}
+    return found | {_flat(name): rows for name, rows in authors_layers(shapes).items()}
 
 
 def _aliases(layer: str) -> list[str]:
@@ -244,18 +293,11 @@ def _authors_blocks(layers: Collection[str]) -> dict[str, str]:
     return found
 
 
-def _fits(one: Placed, shapes: Shapes) -> bool:
-    bias, update = shapes.get(f"{one.layer}.bias"), one.update
-    if update.bias is not None and (bias is None or update.bias.numel() != bias[0]):
-        return False
-    return update.fits(shapes[f"{one.layer}.weight"])
-
-
 def _why_not(
     lora: Lora,
     model: str,
-    named: Collection[Placed],
-    fitting: Collection[Placed],
+    named: Collection[_Candidate],
+    fitting: Collection[_Candidate],
     networks: Mapping[str, Shapes],
 ) -> str:
     """For an update that has a name in the model: none of its layers fits, or several do."""
@@ -266,12 +308,12 @@ def _why_not(
         return f"{what} could be of {places}: expected a file whose names tell which"
     shapes = networks[one.component]
     product, bias = one.update.product, one.update.bias
-    weight = shapes[f"{one.layer}.weight"]
+    weight, layers = one.shape(shapes), " and ".join(rows.layer for rows in one.rows)
     if product is None or one.update.fits(weight):
         assert bias is not None
         return (
-            f"{what} changes a bias of {bias.numel()} values, and {one.layer} of {model} has "
-            f"{shapes.get(f'{one.layer}.bias', ('none',))[0]}{_made_for(lora)}"
+            f"{what} changes a bias of {bias.numel()} values, and {layers} of {model} has "
+            f"{one.biases(shapes) or 'none'}{_made_for(lora)}"
         )
     return (
         f"{what} changes weights of shape {list(product.shape)}, and those of {model} have "
