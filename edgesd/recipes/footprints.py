@@ -19,7 +19,7 @@ from edgesd.export.cost.cpu_lowering import NO_SLOTS, Slots, lower_workload
 from edgesd.export.cost.workload import Workload, split_joined, split_workload, trace
 from edgesd.export.families import ExportSpec
 from edgesd.export.families.parts.shapes import TOKENS
-from edgesd.export.passes.lora_slots import has_slot, takes_loras
+from edgesd.export.passes.lora_slots import has_slot, modulates, takes_loras
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
 from edgesd.runtime.flow import Stage, flow_of
@@ -343,7 +343,8 @@ def planned_slots(workload: Workload, wiring: Wiring, rank: int | None) -> tuple
     if rank is None or not takes_loras(workload.component, wiring):
         return NO_SLOTS, 0
     found = (op.layer for op in workload.operations if op.layer is not None)
-    layers = [layer for layer in dict.fromkeys(found) if has_slot(layer)]
+    rows = modulates(workload.component, wiring)
+    layers = [layer for layer in dict.fromkeys(found) if has_slot(layer, rows)]
     values = rank * sum(layer.rows + layer.columns for layer in layers)
     return Slots(rank, frozenset(layer.name for layer in layers)), values
 

@@ -41,7 +41,7 @@ from tests.e2e.test_lora_images import (
 from tests.e2e.test_plan import board
 from tests.loras import Tensors, kohya_lora, peft_lora, save
 from tests.support import assert_refused, run_cli
-from tests.tiny_pipelines import tiny, write_tiny
+from tests.tiny_pipelines import diffusers_images, tiny, write_tiny
 
 pytestmark = [
     pytest.mark.integration,
@@ -241,3 +241,35 @@ def test_slots_of_quantized_bundles_are_as_good_as_merging(
         merged = drawn(pipeline)
     assert psnr(found, wanted) > psnr(merged, wanted) - 3
     assert psnr(found, wanted) > psnr(empty, wanted)
+
+
+@pytest.mark.slow
+def test_a_lora_of_flux_fills_slots_of_both_its_networks(tmp_path: Path) -> None:
+    """Names of the authors, fused layers and those of the modulation."""
+    bundle = built("flux-dev", tmp_path, "fp32", RANK)
+    width = tiny("flux-dev").transformer.inner_dim
+    shapes = {
+        "double_blocks_0_img_attn_qkv": (3 * width, width),
+        "double_blocks_1_txt_mod_lin": (6 * width, width),
+        "single_blocks_1_linear2": (width, 5 * width),
+        "single_blocks_0_modulation_lin": (3 * width, width),
+    }
+    generator = torch.Generator().manual_seed(7)
+    tensors: Tensors = {}
+    for name, (rows, columns) in shapes.items():
+        down, up = ((4, columns), (rows, 4))
+        tensors[f"lora_unet_{name}.lora_down.weight"] = 0.3 * torch.randn(down, generator=generator)
+        tensors[f"lora_unet_{name}.lora_up.weight"] = 0.3 * torch.randn(up, generator=generator)
+    file = save(tmp_path / "style.safetensors", tensors)
+    made = convert(str(file), bundle)
+    used = Used(read_lora(made.path))
+    assert made.layers == 3 + 3 and not made.unused
+    assert {component for component, _ in used.lora.factors} == {"transformer", "modulation"}
+    with Pipeline(bundle, Settings(memory="fast")) as pipeline:
+        plain, found = drawn(pipeline), drawn(pipeline, used)
+        assert difference(drawn(pipeline), plain) == 0
+    theirs = tiny("flux-dev")
+    theirs.load_lora_weights(dict(tensors))
+    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    (wanted,) = diffusers_images(theirs, [PROMPT], [SEED], width=WIDTH, height=HEIGHT, **options)
+    assert difference(found, wanted) <= 1 < difference(found, plain)

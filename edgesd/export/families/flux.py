@@ -34,6 +34,7 @@ from edgesd.export.families.latent_diffusion import (
     tasks_of,
     with_sampler,
 )
+from edgesd.export.families.parts.flux_names import MODULATION, TRANSFORMER
 from edgesd.export.families.variants import SCHEDULER_CONFIG, Defaults
 from edgesd.export.quiet import quiet
 from edgesd.runtime.schedulers import create_scheduler, name_from_class, sampler_class
@@ -56,13 +57,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CLIP, _T5 = TOKENIZER_OF
-_TRANSFORMER, _MODULATION = "transformer", "modulation"
 _CLASSES = {
     _CLIP: ("transformers", ("CLIPTextModel",)),
     _T5: ("transformers", ("T5EncoderModel",)),
     TOKENIZER_OF[_CLIP]: TOKENIZERS,
     TOKENIZER_OF[_T5]: ("transformers", ("T5Tokenizer", "T5TokenizerFast")),
-    _TRANSFORMER: ("diffusers", ("FluxTransformer2DModel",)),
+    TRANSFORMER: ("diffusers", ("FluxTransformer2DModel",)),
     AUTOENCODER: CLASSES[AUTOENCODER],
 }
 _PIPELINE = "FluxPipeline"
@@ -126,7 +126,7 @@ def export_spec(
     if source.sides:
         raise InputError(f"{source.name}: ControlNets and adapters of FLUX aren't supported")
     form = _FORMS.get(str(source.index.get("_class_name")), _PLAIN)
-    given = source.config(f"{_TRANSFORMER}/config.json")
+    given = source.config(f"{TRANSFORMER}/config.json")
     defaults = _defaults(source, form, scheduler, bool(given.get("guidance_embeds")))
     with quiet():  # libraries log while they are imported
         from edgesd.export.families.parts import clip, flux_transformer, t5, vae
@@ -161,9 +161,9 @@ def export_spec(
     components = (
         clip.pooled_text_encoder(source, _CLIP, clip_config, tokens, shape),
         t5.text_encoder(source, _T5, t5_config, longest, shape),
-        flux_transformer.flux_modulation(source, _MODULATION, _TRANSFORMER, config, shape),
+        flux_transformer.flux_modulation(source, MODULATION, TRANSFORMER, config, shape),
         flux_transformer.flux_transformer(
-            source, _TRANSFORMER, config, longest, shape, latent,
+            source, TRANSFORMER, config, longest, shape, latent,
             channels * len(form.beside), form.masked,
         ),
         vae.vae_decoder(source, DECODER, latent, shape, upcast),
@@ -185,7 +185,7 @@ FAMILY = Family(
     weights={
         _CLIP: TRANSFORMERS_STEM,
         _T5: TRANSFORMERS_STEM,
-        _TRANSFORMER: DIFFUSERS_STEM,
+        TRANSFORMER: DIFFUSERS_STEM,
         AUTOENCODER: DIFFUSERS_STEM,
     },
     configs=("scheduler", *TOKENIZER_OF.values()),
@@ -264,14 +264,14 @@ def _wiring(components: Sequence[Component], tokens: int, longest: int) -> Wirin
         InputSpec("encoder_hidden_states", "joined", (Part(_T5, t5.HIDDEN),)),
         InputSpec(flux_transformer.MODULATION, "modulation"),
     ]
-    spec = next(one.spec for one in components if one.name == _TRANSFORMER)
+    spec = next(one.spec for one in components if one.name == TRANSFORMER)
     if spec.input(flux_transformer.MASK) is not None:
         inputs.append(InputSpec(flux_transformer.MASK, "pixel_mask"))
     told = [
         InputSpec("timestep", "timestep"),
         InputSpec(flux_transformer.POOLED, "joined", (Part(_CLIP, clip.POOLED),)),
     ]
-    spec = next(one.spec for one in components if one.name == _MODULATION)
+    spec = next(one.spec for one in components if one.name == MODULATION)
     if spec.input(flux_transformer.GUIDANCE) is not None:
         told.append(InputSpec(flux_transformer.GUIDANCE, "guidance"))
     counts = {_CLIP: tokens, _T5: longest}
@@ -281,8 +281,8 @@ def _wiring(components: Sequence[Component], tokens: int, longest: int) -> Wirin
             folder: TokenizerRef(counts[name], chunked=False)
             for name, folder in TOKENIZER_OF.items()
         },
-        denoiser=DenoiserSpec(_TRANSFORMER, tuple(inputs), "noise_pred"),
-        modulation=ModulationSpec(_MODULATION, tuple(told), flux_transformer.MODULATION),
+        denoiser=DenoiserSpec(TRANSFORMER, tuple(inputs), "noise_pred"),
+        modulation=ModulationSpec(MODULATION, tuple(told), flux_transformer.MODULATION),
         decoder=DecoderSpec(DECODER, "latents", "image"),
         zero_negative=True,
         cfg=False,
@@ -306,7 +306,7 @@ def _diffusers_pipeline(source: Checkpoint, form: _Form, defaults: Defaults) -> 
         {
             _CLIP: transformers.CLIPTextModel,
             _T5: transformers.T5EncoderModel,
-            _TRANSFORMER: diffusers.FluxTransformer2DModel,
+            TRANSFORMER: diffusers.FluxTransformer2DModel,
             AUTOENCODER: getattr(diffusers, source.class_of(AUTOENCODER)),
         },
         {
@@ -365,7 +365,7 @@ def _fed(
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     grid = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)
     if not torch.equal(ids, grid.to(ids.dtype)) or bool(given["txt_ids"].any()):
-        raise ParityError(f"{_TRANSFORMER}: diffusers places tokens where the graph doesn't")
+        raise ParityError(f"{TRANSFORMER}: diffusers places tokens where the graph doesn't")
     names = ("encoder_hidden_states", "pooled_projections", "guidance")
     inputs = {name: given[name] for name in names if given[name] is not None}
     sample = unpacked(given["hidden_states"], height, width)

@@ -31,8 +31,7 @@ from edgesd.spec.pipeline import (
     Wiring,
 )
 
-UNET, TRANSFORMER = "unet", "transformer"
-DECODER, ENCODER = "vae_decoder", "vae_encoder"
+UNET, DECODER, ENCODER = "unet", "vae_decoder", "vae_encoder"
 
 CLASSES = {
     UNET: ("diffusers", ("UNet2DConditionModel",)),

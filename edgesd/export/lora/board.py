@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from edgesd.errors import InputError, UsageError
-from edgesd.export.families.parts.lora import Placed, place
+from edgesd.export.families.parts.lora import NETWORK_OF, Placed, place
 from edgesd.export.lora.read import read_lora
 from edgesd.export.lora.update import LowRank, Shape, Update, brief, listed
 from edgesd.files import atomic_write, check_new
@@ -51,7 +50,16 @@ def convert(given: str, bundle: Bundle, out: Path | None = None) -> Converted:
     lora = read_lora(given)
     out = lora.files[0].with_suffix(SUFFIX) if out is None else out
     check_new(out)
-    placed = place(lora, bundle.manifest.name, {c: _shapes(each) for c, each in slots.items()})
+    networks: dict[str, dict[str, Shape]] = {}
+    owners: dict[Place, str] = {}
+    for component, each in slots.items():
+        network, shapes = NETWORK_OF.get(component, component), _shapes(each)
+        networks[network] = networks.get(network, {}) | shapes
+        owners |= {(network, name.removesuffix(".weight")): component for name in shapes}
+    placed = [
+        one._replace(component=owners[one.component, one.layer])
+        for one in place(lora, bundle.manifest.name, networks)
+    ]
     known = {(c, slot.name) for c, each in slots.items() for slot in each.layers}
     elsewhere = {(c, other.name) for c, each in slots.items() for other in each.others}
     missing = [one.update.layer for one in placed if (one.component, one.layer) in elsewhere]
@@ -80,7 +88,7 @@ def convert(given: str, bundle: Bundle, out: Path | None = None) -> Converted:
     return Converted(out, rank, len(factors), tuple(unused))
 
 
-def _shapes(slots: LoraSlots) -> Mapping[str, Shape]:
+def _shapes(slots: LoraSlots) -> dict[str, Shape]:
     """The weights of a component by name, as far as LoRAs change them. Of a text encoder, also
     those of layers that it had behind its last."""
     found: dict[str, Shape] = {

@@ -6,7 +6,8 @@ where backends fuse the layer with it as in graphs without slots.
 
 Slots are in all linears that see tokens (attention, feed-forward, projections of transformers) and
 in convolutions of 1x1, which are the same for pixels: those that LoRAs of Stable Diffusion are of.
-Others of 3x3 would cost as much empty as filled, and the timestep's vector isn't worth a slot.
+Others of 3x3 would cost as much empty as filled, and the timestep's vector isn't worth a slot,
+unless a network of its own makes all of it, which runs once for an image.
 """
 
 from __future__ import annotations
@@ -26,21 +27,22 @@ from edgesd.spec.pipeline import Wiring
 
 class AddLoraSlots(Pass):
     """Gives a component's graph slots of up to `rank`, and the inputs for them. fixed: of exactly
-    that rank. `slots` says which, after the call; None where the graph has no layer for one."""
+    that rank. rows: also in linears of one vector per run. `slots` says which, after the call; None
+    where the graph has no layer for one."""
 
-    def __init__(self, component: str, rank: int, fixed: bool) -> None:
-        self.component, self.rank, self.fixed = component, rank, fixed
+    def __init__(self, component: str, rank: int, fixed: bool, rows: bool = False) -> None:
+        self.component, self.rank, self.fixed, self.rows = component, rank, fixed, rows
         self.slots: LoraSlots | None = None
 
     def call(self, model: ir.Model) -> bool:
         nodes = {node.name: node for node in model.graph}
         found = [la for la in find_layers(self.component, model, 1) if la.kind != "embedding"]
-        layers = [layer for layer in found if has_slot(layer)]
+        layers = [layer for layer in found if has_slot(layer, self.rows)]
         for index, layer in enumerate(layers):
             self._add(model, nodes[layer.node], layer, index)
         if layers:
             slots = tuple(LoraSlot(layer.name, layer.columns, layer.rows) for layer in layers)
-            others = tuple(OtherLayer(la.name, la.shape) for la in found if not has_slot(la))
+            others = tuple(OtherLayer(la.name, la.shape) for la in found if la not in layers)
             self.slots = LoraSlots(self.rank, self.fixed, slots, others)
         return bool(layers)
 
@@ -67,23 +69,29 @@ def add_slots(
     model: ir.Model, component: str, wiring: Wiring, rank: int | None, fixed: bool
 ) -> LoraSlots | None:
     """Give a component's graph slots of `rank`, if it has weights that LoRAs are of: those of text
-    encoders and the denoiser. None where it has none, or no rank is given."""
+    encoders, the denoiser and its modulation. None where it has none, or no rank is given."""
     if rank is None or not takes_loras(component, wiring):
         return None
-    adding = AddLoraSlots(component, rank, fixed)
+    adding = AddLoraSlots(component, rank, fixed, modulates(component, wiring))
     adding(model)
     return adding.slots
 
 
 def takes_loras(component: str, wiring: Wiring) -> bool:
-    """Whether a component gets slots: text encoders and the denoiser do."""
-    return component in (*(text.component for text in wiring.texts), wiring.denoiser.component)
+    """Whether a component gets slots: text encoders, the denoiser and its modulation do."""
+    texts = (text.component for text in wiring.texts)
+    return component in (*texts, wiring.denoiser.component) or modulates(component, wiring)
 
 
-def has_slot(layer: Layer) -> bool:
-    """Whether a layer gets a slot."""
+def modulates(component: str, wiring: Wiring) -> bool:
+    """Whether a component is what makes the denoiser's modulation."""
+    return wiring.modulation is not None and wiring.modulation.component == component
+
+
+def has_slot(layer: Layer, rows: bool = False) -> bool:
+    """Whether a layer gets a slot. rows: also where it sees one vector per run."""
     pointwise = layer.kind == "conv" and layer.kernel == (1, 1)
-    return (layer.kind == "linear" and not layer.one_row) or (
+    return (layer.kind == "linear" and (rows or not layer.one_row)) or (
         pointwise and layer.strides == (1, 1) and not any(layer.pads)
     )
 

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHT, BIAS = ".weight", ".bias"
+TRANSFORMER, MODULATION = "transformer", "modulation"
+"""Components that are one network in checkpoints, the former."""
+
+WEIGHT = ".weight"
 
 _OUTSIDE = {
     "x_embedder": "img_in",

@@ -13,14 +13,22 @@ from torch import Tensor, nn
 from edgesd.errors import InputError
 from edgesd.export.families import TOKENIZER_OF
 from edgesd.export.families.checkpoint import Checkpoint
-from edgesd.export.families.latent_diffusion import TRANSFORMER, UNET
-from edgesd.export.families.parts.flux_names import Rows, authors_layers
+from edgesd.export.families.latent_diffusion import UNET
+from edgesd.export.families.parts.flux_names import (
+    MODULATION,
+    TRANSFORMER,
+    Rows,
+    authors_layers,
+)
 from edgesd.export.lora.update import Lora, Shape, Update, brief, listed
 from edgesd.export.mapped import Edit
 
 _DENOISERS = (UNET, TRANSFORMER)
 TAKES_LORA = (*_DENOISERS, *TOKENIZER_OF)
 """Networks that a LoRA may change."""
+
+NETWORK_OF = {MODULATION: TRANSFORMER}
+"""Component of a bundle -> the network of a checkpoint that it is a part of, where it is one."""
 
 _FIRST, _SECOND = TOKENIZER_OF
 _PREFIXES: Mapping[str, tuple[str, ...]] = {
