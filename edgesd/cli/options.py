@@ -437,7 +437,8 @@ config_option = click.option(
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     metavar="FOLDER",
     help="Of a MODEL that is a single file: the diffusers folder whose configs and tokenizers it "
-    "has; its weights aren't needed. [default: those of the published model of its layout]",
+    "has; its weights aren't needed, except FLUX's beside the transformer. [default: those of the "
+    "published model of its layout; FLUX has none]",
 )
 
 

@@ -70,6 +70,7 @@ _OTHERS = (
     (r"on_input$", "(IA)3, which isn't supported"),
     (r"\.[ab][12]\.weight$", "GLoRA, which isn't supported"),
     (r"\.lora_embedding_[AB]|modules_to_save|base_layer", "a layer that was trained as a whole"),
+    (r"\.(query|key)_norm\.scale$", "norms of a Control-LoRA of FLUX, which isn't supported"),
     (r"^lora_controlnet$", "a Control-LoRA, which replaces a ControlNet"),
     (r"^(model\.)?diffusion_model\..*\.(weight|bias)$", "a whole model: give it as MODEL"),
 )

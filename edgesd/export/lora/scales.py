@@ -20,7 +20,7 @@ _PEFT, _CONFIG = "base_model.model.", "adapter_config.json"
 """What peft's own names begin with, and the file beside them that has the rest."""
 
 _FAL = f"{_PEFT}double_blocks."
-"""What names of fal's LoRAs of FLUX begin with, which have no config, and an alpha of the rank."""
+"""What names of fal's LoRAs of FLUX begin with, which come without a config: alpha is the rank."""
 
 _TYPES = ("LORA", "LOHA", "LOKR")
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
@@ -66,10 +66,12 @@ class Scales:
 
 def scales_of(file: TensorFile) -> Scales:
     """What a file, or the config beside it, says of scales. Raises InputError where peft's names
-    have no config, and for a config that makes no sense."""
-    if file.below(_PEFT) and not file.below(_FAL):
+    have no config, unless they are fal's, and for a config that makes no sense."""
+    if file.below(_PEFT):
         path = file.path.parent / _CONFIG
         if not path.is_file():
+            if file.below(_FAL):
+                return Scales({})
             raise InputError(
                 f"{file.path} has peft's names ({_PEFT}...), and no {_CONFIG} beside it, which "
                 "has its alpha: put that there, or save the LoRA with diffusers"

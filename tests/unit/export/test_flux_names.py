@@ -360,3 +360,57 @@ def test_loras_that_do_not_fit(
     with pytest.raises(InputError, match=message) as error:
         place(lora, "dev", {"transformer": shapes})
     assert "\n" not in str(error.value)
+
+
+def test_names_of_other_programs(folder: Path, tmp_path: Path) -> None:
+    """One layer of each network under all prefixes that it may have."""
+    pipeline = tiny("flux-dev")
+    networks = {
+        name: shapes_of(getattr(pipeline, name))
+        for name in ("transformer", "text_encoder", "text_encoder_2")
+    }
+    block = "single_transformer_blocks.0.attn.to_k"
+    fused = "single_blocks.0.linear1"
+    query = "encoder.block.1.layer.0.SelfAttention.q"
+    proj = "encoder.layers.1.self_attn.q_proj"
+    for prefix, layer, component, count in (
+        ("transformer.", block, "transformer", 1),
+        ("lora_transformer_", block.replace(".", "_"), "transformer", 1),
+        ("diffusion_model.", fused, "transformer", 4),
+        ("base_model.model.", fused, "transformer", 4),
+        ("", fused, "transformer", 4),
+        ("lora_te1_", f"text_model.{proj}".replace(".", "_"), "text_encoder", 1),
+        ("lora_te3_", query.replace(".", "_"), "text_encoder_2", 1),
+        ("text_encoder_2.", query, "text_encoder_2", 1),
+    ):
+        one = {"transformer": block, "text_encoder": proj, "text_encoder_2": query}[component]
+        columns = networks[component][f"{one}.weight"][1]
+        rows = columns * (7 if count > 1 else 1)
+        marked = {"base_model.model.double_blocks.0.img_mlp.0.diff_b": torch.ones(4 * columns)}
+        tensors = low_rank(
+            {prefix + layer: (rows, columns)}, (".lora_A.weight", ".lora_B.weight"), 2
+        )
+        more = marked if prefix == "base_model.model." else {}
+        lora = read_lora(str(save(tmp_path / "x.safetensors", tensors | more)))
+        found = [each for each in place(lora, "dev", networks) if each.update.product is not None]
+        assert {each.component for each in found} == {component} and len(found) == count, prefix
+        assert all(each.update.scale == 1 for each in found)
+
+
+def test_names_of_peft_have_its_config(tmp_path: Path) -> None:
+    """Also for a model of FLUX's authors; fal's files come without one."""
+    name = "base_model.model.double_blocks.0.img_mlp.0"
+    file = save(
+        tmp_path / "adapter_model.safetensors",
+        low_rank({name: (4, 8)}, (".lora_A.weight", ".lora_B.weight"), 2),
+    )
+    assert read_lora(str(file)).updates[0].scale == 1
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 6}')
+    assert read_lora(str(file)).updates[0].scale == 3
+
+
+def test_control_loras_are_refused(tmp_path: Path) -> None:
+    tensors = low_rank({"img_in": (32, 32)}, (".lora_A.weight", ".lora_B.weight"), 2)
+    tensors["double_blocks.0.img_attn.norm.query_norm.scale"] = torch.ones(16)
+    with pytest.raises(InputError, match="norms of a Control-LoRA of FLUX"):
+        read_lora(str(save(tmp_path / "x.safetensors", tensors)))

@@ -96,6 +96,17 @@ def with_slots(graph: Any, fixed: bool = False) -> tuple[Any, LoraSlots]:
     return model, adding.slots
 
 
+def test_linears_of_single_rows_have_slots_where_they_are_all_that_there_is(graph: Any) -> None:
+    """In what makes a denoiser's modulation."""
+    model, adding = graph.clone(), AddLoraSlots("unet", RANK, fixed=False, rows=True)
+    adding(model)
+    assert adding.slots is not None
+    _, others = with_slots(graph)
+    more = {s.name for s in adding.slots.layers} - {s.name for s in others.layers}
+    rows = {layer.name for layer in find_layers("unet", graph, 1) if layer.one_row}
+    assert rows and more == rows
+
+
 def quantized(model: Any, scheme: str) -> dict[str, Any]:
     nodes = {node.name: node for node in model.graph}
     parsed = parse_scheme(scheme)
