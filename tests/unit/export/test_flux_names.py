@@ -121,6 +121,19 @@ def test_images_of_a_single_file(folder: Path, authors: Tensors, tmp_path: Path)
     assert np.abs(np.int32(image) - np.int32(wanted)).max() <= 1
 
 
+def test_shards_in_16_bits_are_read_as_they_are(folder: Path, tmp_path: Path) -> None:
+    sharded = Path(shutil.copytree(folder, tmp_path / "sharded"))
+    next((sharded / "transformer").glob("*.safetensors")).unlink()
+    net = tiny("flux-dev").transformer.bfloat16()
+    net.save_pretrained(sharded / "transformer", max_shard_size="100KB")
+    assert len([*(sharded / "transformer").glob("*.safetensors")]) > 1
+    found = own_transformer(resolve_source(sharded))
+    wanted = net.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(value.dtype == torch.bfloat16 for value in found.values())
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
 def _without(name: str) -> Callable[[Tensors], Tensors]:
     return lambda state: {key: value for key, value in state.items() if key != name}
 
