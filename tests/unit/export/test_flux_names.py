@@ -356,7 +356,15 @@ def test_changes_of_fused_layers_are_cut(folder: Path, tmp_path: Path) -> None:
                 "double_blocks.0.img_attn.qkv.lora_up.weight": (96, 2),
                 "double_blocks.0.img_attn.qkv.dora_scale": (1, 32),
             },
-            "magnitudes of inputs .* for 3 layers of dev together",
+            r"magnitudes of inputs \(DoRA\), which can't be cut",
+        ),
+        (
+            {
+                "final_layer.adaLN_modulation.1.lora_down.weight": (2, 32),
+                "final_layer.adaLN_modulation.1.lora_up.weight": (64, 2),
+                "final_layer.adaLN_modulation.1.dora_scale": (1, 32),
+            },
+            r"magnitudes of inputs \(DoRA\), which can't be cut",
         ),
     ],
 )

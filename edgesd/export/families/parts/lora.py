@@ -109,6 +109,11 @@ class _Candidate(NamedTuple):
     rows: tuple[Rows, ...]
     update: Update
 
+    @property
+    def whole(self) -> bool:
+        """Whether the layer is changed as the update has it."""
+        return len(self.rows) == 1 and not self.rows[0].swapped
+
     def shape(self, shapes: Shapes) -> Shape:
         """Of the weights that it changes, taken together."""
         inner = shapes[f"{self.rows[0].layer}.weight"][1:]
@@ -128,12 +133,9 @@ class _Candidate(NamedTuple):
 
     def placed(self) -> list[Placed]:
         """Each layer with what changes it."""
-        rows = self.rows
-        whole = len(rows) == 1 and not rows[0].swapped
-        return [
-            Placed(self.component, one.layer, self.update if whole else self.update.part(one.of))
-            for one in rows
-        ]
+        if self.whole:
+            return [Placed(self.component, self.rows[0].layer, self.update)]
+        return [Placed(self.component, one.layer, self.update.part(one.of)) for one in self.rows]
 
 
 def shapes_of(net: nn.Module) -> Shapes:
@@ -158,10 +160,10 @@ def place(lora: Lora, model: str, networks: Mapping[str, Shapes]) -> tuple[Place
         fitting = [one for one in named if one.fits(networks[one.component])]
         if len(fitting) != 1:
             raise InputError(_why_not(lora, model, named, fitting, networks))
-        if len(fitting[0].rows) > 1 and update.magnitude and update.magnitude.of_inputs:
+        if not fitting[0].whole and update.magnitude and update.magnitude.of_inputs:
             raise InputError(
-                f"{lora.name}: {brief(update.layer)} has magnitudes of inputs (DoRA) for "
-                f"{len(fitting[0].rows)} layers of {model} together, which isn't supported"
+                f"{lora.name}: {brief(update.layer)} has magnitudes of inputs (DoRA), which "
+                f"can't be cut into those of layers of {model}"
             )
         placed += fitting[0].placed()
     if homeless:
