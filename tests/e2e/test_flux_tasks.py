@@ -177,7 +177,7 @@ def test_other_tasks_and_channels_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux-fill", "flux-control"])
-@pytest.mark.parametrize("precision", ["fp32", "w8a8"])
+@pytest.mark.parametrize("precision", ["fp32"])
 def test_bundles_of_both(name: str, precision: str, tmp_path: Path) -> None:
     """Built, checked and drawn with, whole and memory-saving."""
     model = write_tiny(name, tmp_path / "model")
