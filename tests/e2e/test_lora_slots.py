@@ -277,7 +277,3 @@ def test_a_lora_of_flux_fills_slots_of_both_its_networks(tmp_path: Path) -> None
     options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     (wanted,) = diffusers_images(theirs, [PROMPT], [SEED], width=WIDTH, height=HEIGHT, **options)
     assert difference(found, wanted) <= 1 < difference(found, plain)
-    # In codes of 4 and 8 bits, the same file moves images the same way.
-    with Pipeline(built("flux-dev", tmp_path, "w4a8-g32-lr4", RANK)) as pipeline:
-        found, empty = drawn(pipeline, used), drawn(pipeline)
-    assert psnr(found, wanted) > psnr(empty, wanted) + 3
