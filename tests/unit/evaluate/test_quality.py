@@ -22,7 +22,7 @@ class Counting(Pipeline):
     def __init__(self, rows: int | None, guided: bool) -> None:
         shape = ShapeSpec(64, 64, batch=rows or 63, dynamic=rows is None, multiple_of=8)
         self.spec: Any = SimpleNamespace(shape=shape, wiring=stable_diffusion())
-        self.flow: Any = type("Flow", (), {"guided": lambda self, scale: guided})()
+        self.flow: Any = type("Flow", (), {"guided": lambda self, scale, true_scale: guided})()
         self.groups = list[int]()
 
     def complete(self, request: Request) -> Request:
