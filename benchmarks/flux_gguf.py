@@ -16,46 +16,8 @@ from typing import Any
 import numpy as np
 
 from edgesd.errors import EdgesdError
+from edgesd.export.families.parts.flux_names import authors_layers, authors_norms
 from edgesd.files import atomic_path
-
-_BLOCKS = {
-    "norm1.linear": "img_mod.lin",
-    "norm1_context.linear": "txt_mod.lin",
-    "attn.to_out.0": "img_attn.proj",
-    "attn.to_add_out": "txt_attn.proj",
-    "attn.norm_q": "img_attn.norm.query_norm",
-    "attn.norm_k": "img_attn.norm.key_norm",
-    "attn.norm_added_q": "txt_attn.norm.query_norm",
-    "attn.norm_added_k": "txt_attn.norm.key_norm",
-    "ff.net.0.proj": "img_mlp.0",
-    "ff.net.2": "img_mlp.2",
-    "ff_context.net.0.proj": "txt_mlp.0",
-    "ff_context.net.2": "txt_mlp.2",
-}
-_SINGLE = {
-    "norm.linear": "modulation.lin",
-    "attn.norm_q": "norm.query_norm",
-    "attn.norm_k": "norm.key_norm",
-    "proj_out": "linear2",
-}
-_JOINED = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-}
-_JOINED_SINGLE = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}
-_OUTSIDE = {
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
-    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
-    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
-    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
-    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-    "proj_out": "final_layer.linear",
-}
-_LAST = "norm_out.linear", "final_layer.adaLN_modulation.1"
-"""diffusers has scale and shift the other way round."""
 
 _TRANSFORMER = re.compile(r"(double|single)_blocks\..*\.weight")
 _T5 = re.compile(r"encoder\.block\..*(SelfAttention\.[qkvo]|DenseReluDense\.w\w+)\.weight")
@@ -72,45 +34,27 @@ class _Made:
     halves: bool = False
 
 
-def author_names(names: Mapping[str, Any]) -> list[_Made]:
-    """What the author of FLUX.1 calls the tensors that diffusers calls `names`. Raises EdgesdError
-    for one that isn't FLUX.1's."""
-    made: dict[str, _Made] = {}
-    for name in names:
-        path, _, last = name.rpartition(".")
-        match = re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.+)", path)
-        if match:
-            single, number, inside = match.groups()
-            prefix = f"{'single' if single else 'double'}_blocks.{number}."
-            simple, joined = (_SINGLE, _JOINED_SINGLE) if single else (_BLOCKS, _JOINED)
-            here = path.removesuffix(inside)
-            parts = {part: (to, all_) for to, all_ in joined.items() for part in all_}
-            if inside in parts:
-                to, all_ = parts[inside]
-                new = f"{prefix}{to}.{last}"
-                made[new] = _Made(new, tuple(f"{here}{part}.{last}" for part in all_))
-                continue
-            if inside in simple:
-                scale = "norm.query" in simple[inside] or "norm.key" in simple[inside]
-                new = f"{prefix}{simple[inside]}.{'scale' if scale else last}"
-                made[new] = _Made(new, (name,))
-                continue
-        elif path in _OUTSIDE:
-            new = f"{_OUTSIDE[path]}.{last}"
-            made[new] = _Made(new, (name,))
-            continue
-        elif path == _LAST[0]:
-            new = f"{_LAST[1]}.{last}"
-            made[new] = _Made(new, (name,), halves=True)
-            continue
-        raise EdgesdError(f"FLUX.1's transformer has no {name}")
-    return list(made.values())
+def author_names(shapes: Mapping[str, tuple[int, ...]]) -> list[_Made]:
+    """What the author of FLUX.1 calls the tensors that diffusers calls by the names of `shapes`.
+    Raises EdgesdError for one that isn't FLUX.1's."""
+    named = [
+        _Made(f"{name}.{end}", tuple(f"{part.layer}.{end}" for part in rows), rows[0].swapped)
+        for name, rows in authors_layers(shapes).items()
+        for end in ("weight", "bias")
+    ]
+    named += [_Made(name, (ours,)) for name, ours in authors_norms(shapes).items()]
+    made = [one for one in named if shapes.keys() >= {*one.sources}]
+    known = {source for one in made for source in one.sources}
+    if unknown := [name for name in shapes if name not in known]:
+        raise EdgesdError(f"FLUX.1's transformer has no {unknown[0]}")
+    return made
 
 
 def convert_transformer(folder: Path, kind: str, path: Path) -> None:
     """Write the transformer in the diffusers folder `folder` as `path`. kind: a key of _KINDS."""
     with _Tensors(folder) as tensors:
-        _write(tensors, author_names(tensors.files), _TRANSFORMER, kind, path, "flux")
+        shapes = {name: tensors.shape(_Made(name, (name,))) for name in tensors.files}
+        _write(tensors, author_names(shapes), _TRANSFORMER, kind, path, "flux")
 
 
 def convert_t5(folder: Path, kind: str, path: Path) -> None:

@@ -86,9 +86,12 @@ class Rows(NamedTuple):
         return torch.cat(rows.chunk(2)[::-1]) if self.swapped else rows
 
 
-def authors_layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Rows, ...]]:
+def authors_layers(
+    shapes: Mapping[str, tuple[int, ...]], xlabs: bool = False
+) -> dict[str, tuple[Rows, ...]]:
     """The authors' layers, and what has each one's rows. shapes: of the weights of diffusers'
-    network, by their names; of those of another network, nothing comes back."""
+    network, by their names; of those of another network, nothing comes back. xlabs: these layers
+    by XLabs' names, too."""
     found: dict[str, tuple[Rows, ...]] = {}
 
     def add(name: str, layers: tuple[str, ...], swapped: bool = False) -> None:
@@ -105,8 +108,13 @@ def authors_layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Row
         block, plain = f"{theirs}.", _DOUBLE if double else _SINGLE
         fused = {**(_FUSED_DOUBLE if double else _FUSED_SINGLE)}
         fused |= {name: (layer,) for layer, name in plain.items()}
-        xlabs = {alias: fused[name] for alias, name in _XLABS_DOUBLE.items()} if double else {}
-        for name, layers in (fused | (xlabs if double else _XLABS_SINGLE)).items():
+        if xlabs:
+            fused |= (
+                {alias: fused[name] for alias, name in _XLABS_DOUBLE.items()}
+                if double
+                else _XLABS_SINGLE
+            )
+        for name, layers in fused.items():
             add(block + name, tuple(f"{single}.{layer}" for layer in layers))
     if any(name.startswith("single_blocks.") for name in found):
         for layer, name in _OUTSIDE.items():
@@ -120,7 +128,7 @@ def diffusers_state(
 ) -> dict[str, Tensor]:
     """Weights by the authors' names -> by diffusers', as views of the same. shapes: of the weights
     of diffusers' network. What has neither name stays as it is."""
-    layers, norms = authors_layers(shapes), _norms(shapes)
+    layers, norms = authors_layers(shapes), authors_norms(shapes)
     state: dict[str, Tensor] = {}
     for name, tensor in found.items():
         layer, dot, end = name.rpartition(".")
@@ -136,7 +144,7 @@ def diffusers_state(
     return state
 
 
-def _norms(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def authors_norms(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """The authors' names of weights of norms -> diffusers'."""
     return {
         f"{theirs}.{name}{_SCALE}": f"{ours}.{norm}{WEIGHT}"

@@ -259,7 +259,7 @@ def _layers(shapes: Shapes) -> _Layers:
             if block in authors:
                 names.append(".".join(filter(None, (authors[block], _RESNET.get(rest, rest)))))
         found |= {_flat(name): rows for name in names if _flat(name) not in found}
-    return found | {_flat(name): rows for name, rows in authors_layers(shapes).items()}
+    return found | {_flat(name): rows for name, rows in authors_layers(shapes, xlabs=True).items()}
 
 
 def _aliases(layer: str) -> list[str]:
