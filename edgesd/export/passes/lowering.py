@@ -1,6 +1,7 @@
-"""Shared code of the lowerings of quantized layers: finding and replacing nodes.
+"""Shared code of the lowerings: finding and replacing nodes.
 
-A lowering is a pass over the layers to be replaced, and a `LayerLowering` that writes one of them.
+Of quantized layers it is a pass over the layers to be replaced, and a `LayerLowering` that writes
+one of them; of operators that compilers don't have, a pass over them, and a `StandardWriter`.
 """
 
 from __future__ import annotations
@@ -184,6 +185,30 @@ class LayerLowering:
         shape = (len(matrix), *self.q.layer.kernel, self.q.layer.channels)
         kernel: Array = matrix.reshape(shape).transpose(0, 3, 1, 2)
         return kernel
+
+
+class StandardWriter:
+    """Writes standard operators in the place of a node. prefix: of the names of what they make."""
+
+    def __init__(self, model: ir.Model, node: ir.Node, prefix: str) -> None:
+        self.model, self.node, self.prefix = model, node, prefix
+        self.nodes: list[ir.Node] = []
+
+    def replace(self, out: ir.Value) -> None:
+        """Put what was written in the place of the node, whose output is `out`."""
+        replace_node(self.model.graph, self.node, self.nodes, out)
+
+    def op(self, op: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
+        """The output of a new node."""
+        node = ir.node(op, inputs, attributes, num_outputs=1)  # type: ignore[arg-type]
+        node.name = f"{self.node.name}/{op}{len(self.nodes)}"
+        node.outputs[0].name = f"{self.prefix}.{len(self.nodes)}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def const(self, name: str, array: Array) -> ir.Value:
+        """An initializer of the graph, which all writers share."""
+        return shared_constant(self.model, name, array)
 
 
 def replace_node(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node], out: ir.Value) -> None:

@@ -7,9 +7,8 @@ import onnx_ir as ir
 
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
-from edgesd.export.passes.lowering import replace_node, score_bias, shared_constant
+from edgesd.export.passes.lowering import StandardWriter, score_bias
 from edgesd.export.passes.values import dtype_of, input_of, shape_of
-from edgesd.runtime.arrays import Array
 
 MASKED = -1e4
 """Added to a masked score: exact in fp16, and its exponential is 0 in fp32."""
@@ -39,7 +38,8 @@ class StandardAttention(Pass):
     def call(self, model: ir.Model) -> bool:
         found = _attentions(model)
         for number, node in enumerate(found):
-            _Writer(model, node, f"attention{number}").replace()
+            writer = _Writer(model, node, f"attention{number}")
+            writer.replace(writer.mixed())
         if found:
             del model.graph.opset_imports[_DOMAIN]
         return bool(found)
@@ -59,46 +59,32 @@ def _causal(node: ir.Node) -> bool:
     return "unidirectional" in node.attributes and bool(node.attributes["unidirectional"].as_int())
 
 
-class _Writer:
-    def __init__(self, model: ir.Model, node: ir.Node, prefix: str) -> None:
-        self.model, self.node, self.prefix = model, node, prefix
-        self.nodes: list[ir.Node] = []
-
-    def replace(self) -> None:
+class _Writer(StandardWriter):
+    def mixed(self) -> ir.Value:
+        """The node's output."""
         query, key, value = (input_of(self.node, index) for index in range(3))
         dtype = dtype_of(query).numpy()
         heads = self.node.attributes["num_heads"].as_int()
         scale = np.array(self.node.attributes["scale"].as_float(), dtype)
-        query = self._op("Mul", [query, self._const(f"scale:{scale}:{dtype}", scale)])
-        scores = self._op(
+        query = self.op("Mul", [query, self.const(f"scale:{scale}:{dtype}", scale)])
+        scores = self.op(
             "MatMul",
             [self._heads(query, heads, (0, 2, 1, 3)), self._heads(key, heads, (0, 2, 3, 1))],
         )
         if _causal(self.node):
             tokens = shape_of(value).numpy()[1]
             mask = np.triu(np.full((tokens, tokens), MASKED, dtype), 1)
-            scores = self._op("Add", [scores, self._const(f"causal:{tokens}:{dtype}", mask)])
+            scores = self.op("Add", [scores, self.const(f"causal:{tokens}:{dtype}", mask)])
         bias = score_bias(self.node)
         if bias is not None:
-            scores = self._op("Add", [scores, bias])
-        weights = self._op("Softmax", [scores], axis=-1)
-        mixed = self._op("MatMul", [weights, self._heads(value, heads, (0, 2, 1, 3))])
-        rows = self._op("Transpose", [mixed], perm=(0, 2, 1, 3))
-        flat = self._const("shape:flat", np.array([0, 0, -1], np.int64))
-        out = self._op("Reshape", [rows, flat])
-        replace_node(self.model.graph, self.node, self.nodes, out)
+            scores = self.op("Add", [scores, bias])
+        weights = self.op("Softmax", [scores], axis=-1)
+        mixed = self.op("MatMul", [weights, self._heads(value, heads, (0, 2, 1, 3))])
+        rows = self.op("Transpose", [mixed], perm=(0, 2, 1, 3))
+        flat = self.const("shape:flat", np.array([0, 0, -1], np.int64))
+        return self.op("Reshape", [rows, flat])
 
     def _heads(self, value: ir.Value, heads: int, order: tuple[int, ...]) -> ir.Value:
         """[batch, n, heads * d] -> [batch, n, heads, d], its axes in another order."""
-        shape = self._const(f"shape:heads{heads}", np.array([0, 0, heads, -1], np.int64))
-        return self._op("Transpose", [self._op("Reshape", [value, shape])], perm=order)
-
-    def _const(self, name: str, array: Array) -> ir.Value:
-        return shared_constant(self.model, name, array)
-
-    def _op(self, op: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
-        node = ir.node(op, inputs, attributes, num_outputs=1)  # type: ignore[arg-type]
-        node.name = f"{self.node.name}/{op}{len(self.nodes)}"
-        node.outputs[0].name = f"{self.prefix}.{len(self.nodes)}"
-        self.nodes.append(node)
-        return node.outputs[0]
+        shape = self.const(f"shape:heads{heads}", np.array([0, 0, heads, -1], np.int64))
+        return self.op("Transpose", [self.op("Reshape", [value, shape])], perm=order)

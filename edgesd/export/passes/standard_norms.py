@@ -8,9 +8,8 @@ import onnx_ir as ir
 
 from edgesd.errors import EdgesdError
 from edgesd.export.passes import Pass
-from edgesd.export.passes.lowering import replace_node, shared_constant
+from edgesd.export.passes.lowering import StandardWriter
 from edgesd.export.passes.values import dtype_of, input_of, shape_of
-from edgesd.runtime.arrays import Array
 
 NORM = ("", "SimplifiedLayerNormalization")
 _ROTARY = ("com.microsoft", "RotaryEmbedding")
@@ -70,29 +69,21 @@ def _found(model: ir.Model, operator: tuple[str, str]) -> list[ir.Node]:
     return [node for node in model.graph if (node.domain, node.op_type) == operator]
 
 
-class _Writer:
-    def __init__(self, model: ir.Model, node: ir.Node, prefix: str) -> None:
-        self.model, self.node, self.prefix = model, node, prefix
-        self.nodes: list[ir.Node] = []
-
-    def replace(self, out: ir.Value) -> None:
-        """Put what was written in the place of the node, whose output is `out`."""
-        replace_node(self.model.graph, self.node, self.nodes, out)
-
+class _Writer(StandardWriter):
     def norm(self) -> ir.Value:
         """The node's output, where it is a norm."""
         hidden, weight = (input_of(self.node, index) for index in range(2))
         dtype, exact = dtype_of(hidden), ir.DataType.FLOAT
         if dtype != exact:
-            hidden = self._op("Cast", [hidden], to=exact)
+            hidden = self.op("Cast", [hidden], to=exact)
         epsilon = np.array(self.node.attributes["epsilon"].as_float(), np.float32)
-        last = self._const("axes:last", np.array([-1], np.int64))
-        mean = self._op("ReduceMean", [self._op("Mul", [hidden, hidden]), last], keepdims=1)
-        added = self._op("Add", [mean, self._const(f"epsilon:{epsilon}", epsilon)])
-        normed = self._op("Div", [hidden, self._op("Sqrt", [added])])
+        last = self.const("axes:last", np.array([-1], np.int64))
+        mean = self.op("ReduceMean", [self.op("Mul", [hidden, hidden]), last], keepdims=1)
+        added = self.op("Add", [mean, self.const(f"epsilon:{epsilon}", epsilon)])
+        normed = self.op("Div", [hidden, self.op("Sqrt", [added])])
         if dtype != exact:
-            normed = self._op("Cast", [normed], to=dtype)
-        return self._op("Mul", [normed, weight])
+            normed = self.op("Cast", [normed], to=dtype)
+        return self.op("Mul", [normed, weight])
 
     def rotated(self) -> ir.Value:
         """[batch, n, heads * d], of pairs x, y: x cos - y sin, y cos + x sin."""
@@ -100,31 +91,19 @@ class _Writer:
         half = shape_of(cos)[-1]
         assert isinstance(half, int)  # see `requires`
         pairs = self._reshaped(hidden, (0, 0, -1, half, 2))
-        last = self._const("axes:last", np.array([-1], np.int64))
+        last = self.const("axes:last", np.array([-1], np.int64))
         x, y = (
-            self._op(
-                "Gather", [pairs, self._const(f"place:{at}", np.array([at], np.int64))], axis=4
-            )
+            self.op("Gather", [pairs, self.const(f"place:{at}", np.array([at], np.int64))], axis=4)
             for at in (0, 1)
         )
         cos, sin = (
-            self._op("Unsqueeze", [self._reshaped(t, (-1, 1, half)), last]) for t in (cos, sin)
+            self.op("Unsqueeze", [self._reshaped(t, (-1, 1, half)), last]) for t in (cos, sin)
         )
-        even = self._op("Sub", [self._op("Mul", [x, cos]), self._op("Mul", [y, sin])])
-        odd = self._op("Add", [self._op("Mul", [y, cos]), self._op("Mul", [x, sin])])
-        joined = self._op("Concat", [even, odd], axis=-1)
+        even = self.op("Sub", [self.op("Mul", [x, cos]), self.op("Mul", [y, sin])])
+        odd = self.op("Add", [self.op("Mul", [y, cos]), self.op("Mul", [x, sin])])
+        joined = self.op("Concat", [even, odd], axis=-1)
         return self._reshaped(joined, (0, 0, -1))
 
     def _reshaped(self, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
         name = "shape:" + "x".join(map(str, shape))
-        return self._op("Reshape", [value, self._const(name, np.array(shape, np.int64))])
-
-    def _const(self, name: str, array: Array) -> ir.Value:
-        return shared_constant(self.model, name, array)
-
-    def _op(self, op: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
-        node = ir.node(op, inputs, attributes, num_outputs=1)  # type: ignore[arg-type]
-        node.name = f"{self.node.name}/{op}{len(self.nodes)}"
-        node.outputs[0].name = f"{self.prefix}.{len(self.nodes)}"
-        self.nodes.append(node)
-        return node.outputs[0]
+        return self.op("Reshape", [value, self.const(name, np.array(shape, np.int64))])
