@@ -266,17 +266,14 @@ def replace_attention(module: nn.Module, lowering: Lowering) -> int:
                 if (norm := getattr(child, part, None)) is not None:
                     norm.__class__ = RmsNorm
         elif isinstance(child, CLIPAttention):
-            parent, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(parent), attribute, CausalAttention(child, lowering))
+            module.set_submodule(name, CausalAttention(child, lowering))
         elif isinstance(child, T5Attention):
-            parent, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(parent), attribute, RelativeAttention(child, lowering))
+            module.set_submodule(name, RelativeAttention(child, lowering))
         elif isinstance(child, T5LayerNorm):
             child.__class__ = T5RmsNorm
             continue
         elif isinstance(child, NewGELUActivation):
-            parent, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(parent), attribute, nn.GELU(approximate="tanh"))
+            module.set_submodule(name, nn.GELU(approximate="tanh"))
             continue
         else:
             continue
