@@ -137,6 +137,19 @@ def test_what_flux_has_none_of_is_refused(schnell: Model) -> None:
         ("transformer", "out_channels", 12, "takes 16 channels and returns 12"),
         ("transformer", "patch_size", 2, "in patches of 2"),
         ("transformer", "axes_dims_rope", [4, 6, 8], r"axes_dims_rope .* \[4, 6, 8\]: expected"),
+        (
+            "transformer",
+            "axes_dims_rope",
+            [-2, 8, 10],
+            r"axes_dims_rope .* \[-2, 8, 10\]: expected",
+        ),
+        ("transformer", "axes_dims_rope", [4.0, 6, 6], r"axes_dims_rope .* \[4\.0, 6, 6\]: expec"),
+        (
+            "text_encoder_2",
+            "relative_attention_max_distance",
+            0,
+            "max_distance is 0: expected more",
+        ),
         ("vae", "shift_factor", None, "shift_factor is None: expected a number"),
     ],
 )

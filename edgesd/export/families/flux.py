@@ -154,10 +154,8 @@ def export_spec(
     )
     if tasks and not form.of_task:
         raise UsageError(f"{source.name} draws by a control image alone: leave --task out")
-    can, upcast = (
-        tasks_of(source.name, form.beside, tasks, form.own),
-        bool(own.vae.config.get("force_upcast")),
-    )
+    can = tasks_of(source.name, form.beside, tasks, form.own)
+    upcast = bool(own.vae.config.get("force_upcast"))
     components = (
         clip.pooled_text_encoder(source, _CLIP, clip_config, tokens, shape),
         t5.text_encoder(source, _T5, t5_config, longest, shape),
@@ -248,7 +246,8 @@ def _check_transformer(
             f"{config['patch_size']}: that of a {form.pipeline} takes {wanted}, in patches of 1"
         )
     axes = config["axes_dims_rope"]
-    if len(axes) != 3 or sum(axes) != config["attention_head_dim"] or any(n % 2 for n in axes):
+    even = all(type(n) is int and n >= 0 and n % 2 == 0 for n in axes)
+    if len(axes) != 3 or not even or sum(axes) != config["attention_head_dim"]:
         raise InputError(
             f"{name}: axes_dims_rope of the transformer is {list(axes)}: expected three even "
             f"numbers that add up to its attention_head_dim, {config['attention_head_dim']}"

@@ -297,6 +297,17 @@ def test_weights_stay_in_the_type_of_their_files(source: ModelSource) -> None:
     assert count == len(transformers.T5EncoderModel(config()).state_dict())
 
 
+@pytest.mark.parametrize(("pad", "end"), [(None, [2]), (-1, None), (10**6, 10**6)])
+def test_examples_are_tokens_whatever_the_config_says_of_their_ends(
+    source: ModelSource, pad: Any, end: Any
+) -> None:
+    found = source.config(f"{ENCODER}/config.json")
+    found |= {"pad_token_id": pad, "eos_token_id": end}
+    part = t5.text_encoder(source, ENCODER, found, TOKENS, SHAPE)
+    ids = part.examples["input_ids"](np.random.default_rng(0), (2, TOKENS))
+    assert ids.shape == (2, TOKENS) and 0 <= ids.min() <= ids.max() < found["vocab_size"]
+
+
 def test_the_tokenizer_becomes_one_that_boards_read(source: ModelSource, tmp_path: Path) -> None:
     folder = source.folder(TOKENIZER)
     files = write_tokenizer(folder, tmp_path / "made", TOKENS, (), "T5Tokenizer")

@@ -80,7 +80,14 @@ def text_encoder(
     source: Checkpoint, name: str, config: Mapping[str, Any], tokens: int, shape: ShapeSpec
 ) -> Component:
     """The component `name`, in a folder of that name. config: transformers' of the encoder.
-    tokens: of a prompt, with its padding."""
+    tokens: of a prompt, with its padding. Raises InputError for distances that fit no bucket."""
+    exact = config["relative_attention_num_buckets"] // 4  # to each side, a distance each
+    if not 0 < exact < config["relative_attention_max_distance"]:
+        raise InputError(
+            f"{source.folder(name)}/config.json: relative_attention_max_distance is "
+            f"{config['relative_attention_max_distance']}: expected more than a quarter of "
+            f"relative_attention_num_buckets, {config['relative_attention_num_buckets']}"
+        )
 
     def load(weights: bool = True) -> nn.Module:
         net = load_network(source, name, T5Encoder, weights)
@@ -100,12 +107,18 @@ def text_encoder(
 
 
 def _ids(config: Mapping[str, Any]) -> Example:
-    """Ids [batch, tokens] of a prompt that takes half of them, with its end and padding."""
+    """Ids [batch, tokens] of a prompt that takes half of them, with its end and padding, as far as
+    the config tells."""
+    last = config["vocab_size"] - 1
+    pad, end = (
+        found if isinstance(found := config[name], int) and 0 <= found <= last else last
+        for name in ("pad_token_id", "eos_token_id")
+    )
 
     def values(rng: np.random.Generator, shape: Sequence[int]) -> npt.NDArray[Any]:
         ids = rng.integers(0, config["vocab_size"], shape)
-        ids[:, shape[1] // 2 :] = config["pad_token_id"]
-        ids[:, shape[1] // 2] = config["eos_token_id"]
+        ids[:, shape[1] // 2 :] = pad
+        ids[:, shape[1] // 2] = end
         return ids.astype(np.int64)
 
     return values
