@@ -152,7 +152,7 @@ def _layer(shape: tuple[int, ...], precision: str) -> ir.Model:
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     model = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(proto))
     if precision in FLOATING:
-        LOWERING.lower(model, precision, None)
+        LOWERING.lower(model, precision)
         return model
     (layer,) = find_layers("unet", model)
     found = matrix_of(model.graph[0], layer)

@@ -33,7 +33,6 @@ from edgesd.export.families.checkpoint import Checkpoint
 from edgesd.export.families.parts.flux_transformer import FluxTransformer, flux_transformer
 from edgesd.export.families.parts.shapes import fixed_shape
 from edgesd.export.mapped import hold_mapped
-from edgesd.export.passes.lowering import Timesteps
 from edgesd.export.passes.split_concat import SplitConcat
 from edgesd.export.quantize.layers import (
     Activations,
@@ -133,9 +132,8 @@ def graph(
         component = flux_transformer(nowhere, "transformer", net.config, tokens, shape, _LATENTS)
         hold_mapped(net)
         model = graph_from_module(FluxTransformer(net, positions, unit), component, "ort-mha")
-    timed = any(tensor.name == "timestep" for tensor in component.spec.inputs)
     if precision in FLOATING:
-        LOWERING.lower(model, precision, "timestep" if timed else None)
+        LOWERING.lower(model, precision)
         return model, {}
     SplitConcat()(model)
     drawn, scheme = Drawn(), parse_scheme(precision)
@@ -144,8 +142,7 @@ def graph(
         for layer in find_layers("transformer", model)
         if "transformer_blocks." in layer.name
     }
-    steps = Timesteps("timestep", np.zeros(0, np.float32)) if timed else None
-    LOWERING.lower_quantized(model, layers, (), steps)
+    LOWERING.lower_quantized(model, layers, (), None)
     return model, layers
 
 

@@ -77,7 +77,7 @@ def make_graphs(half: str, folder: Path, precision: str, autoencoder: Path | Non
     graphs = dict(zip(("model.onnx", *files), (model, *parts), strict=True))
     if precision in ("fp32", "fp16"):
         for graph in graphs.values():
-            LOWERING.lower(graph, precision, None)
+            LOWERING.lower(graph, precision)
         names: Sequence[str] = ()
     else:
         scheme, nodes = parse_scheme(precision), {node.name: node for node in model.graph}

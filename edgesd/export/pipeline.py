@@ -248,7 +248,7 @@ def _write_graph(
     parts = split_component(model) if splits else ()
     slots = add_slots(model, component.name, wiring, lora_slots, lowering.fixed_shapes)
     for each in (model, *parts):
-        lowering.lower(each, precision, wiring.input_of(component.name, "timestep"))
+        lowering.lower(each, precision)
     files = split_files(len(parts))
     split = describe_split(component.name, parts, files) if parts else None
     others = dict(zip(files, parts, strict=True))

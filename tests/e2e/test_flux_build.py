@@ -49,7 +49,7 @@ def test_the_graphs_of_the_transformer(model: Path, tmp_path: Path) -> None:
         found[name] = [node.op_type for node in written.graph]
         for precision in ("fp32", "fp16"):
             standard = ir.load(graph)
-            get_lowering("tensorrt").lower(standard, precision, None)
+            get_lowering("tensorrt").lower(standard, precision)
             path = graph.with_name(f"{precision}.onnx")  # beside its weights
             ir.save(standard, path)
             onnx.checker.check_model(path, full_check=True)

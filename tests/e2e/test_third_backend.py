@@ -75,7 +75,7 @@ class ThirdLowering(Lowering):
     fixed_shapes = True
     checks_engines = True
 
-    def lower(self, model, precision, timestep):
+    def lower(self, model, precision):
         StandardAttention()(model)
 
     def lower_quantized(self, model, layers, fp16_weights, timesteps):

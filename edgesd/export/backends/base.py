@@ -40,12 +40,9 @@ class Lowering(ABC):
     checks_engines: ClassVar[bool] = False
 
     @abstractmethod
-    def lower(self, model: ir.Model, precision: Precision, timestep: str | None) -> None:
-        """Rewrite an exported graph in place as the backend takes it, in fp32 or fp16.
-
-        timestep: name of its input of timesteps, None where there is none.
-        Raises EdgesdError when the backend has no such graph.
-        """
+    def lower(self, model: ir.Model, precision: Precision) -> None:
+        """Rewrite an exported graph in place as the backend takes it, in fp32 or fp16. Raises
+        EdgesdError when the backend has no such graph."""
 
     @abstractmethod
     def lower_quantized(

@@ -29,7 +29,7 @@ class OnnxRuntimeLowering(Lowering):
     own_kernels = True
     pools_attention = True
 
-    def lower(self, model: ir.Model, precision: Precision, timestep: str | None) -> None:
+    def lower(self, model: ir.Model, precision: Precision) -> None:
         if precision != "fp16":
             return
         stored = Fp16Weights()

@@ -67,22 +67,20 @@ class TensorRtLowering(Lowering):
     fp16_arithmetic = True
     checks_engines = True
 
-    def lower(self, model: ir.Model, precision: Precision, timestep: str | None) -> None:
-        self._lower(model, precision, timestep, {})
+    def lower(self, model: ir.Model, precision: Precision) -> None:
+        self._lower(model, precision, {})
 
     def _lower(
         self,
         model: ir.Model,
         precision: Precision,
-        timestep: str | None,
         layers: Mapping[str, QuantizedLayer],
     ) -> None:
         StandardRotary()(model)
         StandardAttention()(model)
         sums = wide_sums(model) if precision == "fp16" else {}
         if precision in _HALVES:
-            exact = () if timestep is None else (timestep,)
-            HalfCompute(exact, _HALVES[precision])(model)
+            HalfCompute(_HALVES[precision])(model)
         if layers:
             QuantizedQdq(layers)(model)
         Fp32Region(values_of(sums))(model)
@@ -96,7 +94,7 @@ class TensorRtLowering(Lowering):
         timesteps: Timesteps | None,
     ) -> None:
         """See Lowering. All that isn't quantized is in fp16, and ranges are of all timesteps."""
-        self._lower(model, "fp16", timesteps.input if timesteps else None, layers)
+        self._lower(model, "fp16", layers)
 
     def gpu_bytes(
         self, parameters: int, schemes: Mapping[Layer, LayerScheme], fp32: bool

@@ -25,17 +25,15 @@ _FP32_INPUTS = {("Resize", 2)}
 class HalfCompute(Pass):
     """Every fp32 value of the graph becomes fp16, but for inputs, outputs and the timestep's phase.
 
-    exact: names of the inputs (the timestep) whose values keep fp32 up to the first Sin or Cos, as
-    those of inputs of one number a row do: timesteps and guidance. dtype: BFLOAT16 instead, which
-    holds whatever fp32 does, with fewer digits. ONNX allows Conv and InstanceNormalization in bf16
-    from opset 22 on; TensorRT takes them in older ones. Raises EdgesdError for a weight beyond
-    65504, which fp16 can't hold, and for a graph that casts by itself.
+    Values of inputs of one number a row, timesteps and guidance, keep fp32 up to the first Sin or
+    Cos. dtype: BFLOAT16 instead, which holds whatever fp32 does, with fewer digits. ONNX allows
+    Conv and InstanceNormalization in bf16 from opset 22 on; TensorRT takes them in older ones.
+    Raises EdgesdError for a weight beyond 65504, which fp16 can't hold, and for a graph that casts
+    by itself.
     """
 
-    def __init__(
-        self, exact: Collection[str] = (), dtype: ir.DataType = ir.DataType.FLOAT16
-    ) -> None:
-        self.exact, self.dtype = exact, dtype
+    def __init__(self, dtype: ir.DataType = ir.DataType.FLOAT16) -> None:
+        self.dtype = dtype
         self._word = "bf16" if dtype == ir.DataType.BFLOAT16 else "fp16"
 
     def requires(self, model: ir.Model) -> None:
@@ -91,8 +89,7 @@ class HalfCompute(Pass):
 
     def _phase(self, graph: ir.Graph) -> dict[ir.Node, None]:
         """The nodes from a timestep to the first sine or cosine, these included, in order."""
-        exact = (value for value in graph.inputs if value.name in self.exact or _is_row(value))
-        reached = {*exact}
+        reached = {value for value in graph.inputs if _is_row(value)}
         found: dict[ir.Node, None] = {}
         for node in graph:
             if any(value in reached for value in node.inputs if value is not None):

@@ -268,7 +268,7 @@ def test_sums_beyond_fp16_stay_in_fp32(source: ModelSource, graph: bytes) -> Non
         rewrite(narrow)
     assert not error_of(naive) < 0.5 and not error_of(narrow) < 0.5
     model = model_of(graph)
-    tensorrt.LOWERING.lower(model, "fp16", None)
+    tensorrt.LOWERING.lower(model, "fp16")
     assert error_of(model) < 0.01
     kinds = {node.name: node.outputs[0].dtype for node in model.graph if node.op_type == "MatMul"}
     wide = {name for name, dtype in kinds.items() if dtype == ir.DataType.FLOAT}

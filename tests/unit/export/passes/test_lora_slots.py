@@ -216,7 +216,7 @@ def test_tensorrt_takes_graphs_with_slots_of_one_rank(scheme: str, tmp_path: Pat
     if scheme.startswith("w"):
         lowering.lower_quantized(model, quantized(graph, scheme), (), None)
     else:
-        lowering.lower(model, scheme, None)
+        lowering.lower(model, scheme)
     given = factors(slots)
     found = run(model, tmp_path, fill_slots(slots, given))
     assert not lint(tmp_path / "model.onnx")
