@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,11 +70,11 @@ def quantize_layer(
     stats: LayerStats | None,
     scheme: Scheme,
     method: Method,
-    together: Sequence[Float] = (),
+    together: Iterable[Float] = (),
 ) -> QuantizedLayer:
     """Quantize weight [N, K]. stats: None for an embedding, and where nothing was recorded.
     together: weights of all layers that read this one's input, itself included, in an order that
-    is the same for each of them: they get one smoothing.
+    is the same for each of them: they get one smoothing. Not read where there is none to choose.
 
     Raises EdgesdError when the weight or the statistics hold NaN or infinite values.
     """
@@ -88,9 +88,9 @@ def quantize_layer(
         return _blind(layer, matrix, scheme, group)
     source, recorded = matrix, _inputs(layer, stats)
     mode = activation_mode(layer, scheme, method.static)
-    sharing = [torch.from_numpy(np.array(each, np.float32)) for each in together] or [matrix]
-    smooth, inputs, acts = _choose_smoothing(layer, sharing, recorded, scheme, mode, method)
-    del sharing
+    smooth, inputs, acts = _choose_smoothing(
+        layer, matrix, together, recorded, scheme, mode, method
+    )
     if smooth is not None:
         matrix = matrix * _per_column(smooth, layer.columns)
     rank = min(scheme.rank, *matrix.shape)
@@ -245,21 +245,24 @@ def _shift(layer: Layer, scheme: Scheme, smooth: Tensor | None) -> Float | None:
 
 def _choose_smoothing(
     layer: Layer,
-    matrices: Sequence[Tensor],
+    matrix: Tensor,
+    together: Iterable[Float],
     inputs: _Inputs,
     scheme: Scheme,
     mode: str,
     method: Method,
 ) -> tuple[Tensor | None, _Inputs, Activations]:
-    """The smoothing whose rounding to nearest loses least, none where it doesn't pay. matrices: of
-    all layers that share it."""
+    """The smoothing whose rounding to nearest loses least, none where it doesn't pay. together: see
+    quantize_layer."""
     acts = _activations(layer, inputs, scheme, mode, method, None)
     if mode == "none" or not method.smooths:
         return None, inputs, acts
+    matrices = [torch.from_numpy(np.array(each, np.float32)) for each in together] or [matrix]
+    peaks = torch.stack([each.abs().amax(0) for each in matrices])
     best = _trial(layer, matrices, None, inputs, inputs, acts, scheme) * _WORTHWHILE
     chosen: tuple[Tensor | None, _Inputs, Activations] = (None, inputs, acts)
     for alpha in _ALPHAS:
-        smooth = smoothing(inputs.channel_max, torch.cat(list(matrices)), alpha)
+        smooth = smoothing(inputs.channel_max, peaks, alpha)
         divided = inputs.divided(smooth)
         acts = _activations(layer, divided, scheme, mode, method, smooth)
         error = _trial(layer, matrices, smooth, inputs, divided, acts, scheme)

@@ -140,7 +140,7 @@ class LayerStore:
         stats = self.calibration.layer(layer)
         weight = matrix_of(self._nodes[layer], layer)
         others = self._reading.get((layer.component, layer.source), ())
-        together = [matrix_of(self._nodes[each], each) for each in others]
+        together = (matrix_of(self._nodes[each], each) for each in others)
         quantized = quantize_layer(layer, weight, stats, scheme, self.method, together)
         self.graphs.check()
         save_layer(quantized, path)

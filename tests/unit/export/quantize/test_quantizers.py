@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -655,6 +655,33 @@ def test_an_outlier_channel_of_the_input_is_smoothed_away() -> None:
     assert plain.smooth is None and smoothed.smooth is not None
     assert set(np.argsort(smoothed.smooth)[-2:]) == {3, 40}
     assert smoothed.error < 0.6 * plain.error
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "reads"),
+    [("svdquant", "w4a4-g32-lr8", 1), ("svdquant", "w4a16-g32-lr8", 0), ("rtn", "w4a4-g32", 0)],
+)
+def test_weights_of_other_layers_are_read_for_a_smoothing(
+    method: str, scheme: str, reads: int
+) -> None:
+    weight, x = normal(32, 64), normal(400, 64, seed=7)
+    x[:, [3, 40]] *= 60
+    layer, read = linear(weight), []
+
+    def together() -> Iterator[Array]:
+        read.append(layer)
+        yield from (weight, 8 * normal(16, 64, seed=9))
+
+    found = quantize_layer(
+        layer, weight, stats(x, layer), parse_scheme(scheme), get_method(method), together()
+    )
+    alone = quantize_layer(layer, weight, stats(x, layer), parse_scheme(scheme), get_method(method))
+    assert len(read) == reads
+    if reads:
+        assert found.smooth is not None and alone.smooth is not None
+        assert not np.array_equal(found.smooth, alone.smooth)
+    else:
+        assert found.smooth is None and np.array_equal(found.codes, alone.codes)
 
 
 def test_the_same_inputs_give_the_same_layer() -> None:
