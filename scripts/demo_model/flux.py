@@ -52,11 +52,7 @@ def tokenizer(emoji: Sequence[Emoji]) -> T5Tokenizer:
 
 def token_ids(tokenizer: T5Tokenizer, captions: list[str]) -> Tensor:
     """Token ids [B, 24]."""
-    encoded = tokenizer(
-        captions, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
-    )
-    ids: Tensor = encoded.input_ids
-    return ids
+    return model.token_ids(tokenizer, captions, TOKENS)
 
 
 def text_encoder(vocabulary: int) -> T5EncoderModel:

@@ -16,7 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Tokenizer
 
 LATENT_CHANNELS = 4
 LATENT_SIZE = 16
@@ -106,10 +106,12 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Token ids [B, 77]."""
+def token_ids(
+    tokenizer: CLIPTokenizer | T5Tokenizer, captions: list[str], length: int = TOKENS
+) -> Tensor:
+    """Token ids [B, length]."""
     encoded = tokenizer(
-        captions, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+        captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     )
     ids: Tensor = encoded.input_ids
     return ids

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import dataset, model
 from .dataset import Emoji
-from .training import AVERAGE_DECAY, Net, Options, fit, pick, weights_of
+from .training import AVERAGE_DECAY, FLAT, Net, Options, fit, pick, weights_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Stage:
         loss_of: Callable[[random.Random], Tensor],
         average_decay: float = AVERAGE_DECAY,
         warmup: int = 200,
+        flat: float = FLAT,
     ) -> None:
         """Train ``net`` as the options say; the checkpoint is ``work/NAME.pt``."""
         fit(
@@ -72,6 +73,7 @@ class Stage:
             lr=self.options.lr,
             average_decay=average_decay,
             warmup=warmup,
+            flat=flat,
         )
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -27,7 +27,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from . import flux, stage
 from .dataset import Emoji
-from .training import Options, averaged, fit, stage_parser
+from .training import Options, averaged, spread, stage_parser, stratified
 
 TOKENIZER = "tokenizer_2"
 EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance
@@ -52,16 +52,14 @@ def t5_tokenizer(work: Path, emoji: Sequence[Emoji]) -> T5Tokenizer:
     return tokenizer
 
 
-class Run(Protocol):
-    """Trains ``net``, ``average`` following it; others: networks that the loss runs, too."""
+class Lesson(NamedTuple):
+    """What a stage trains: ``net``, ``average`` following it. others: networks that the loss runs,
+    too."""
 
-    def __call__(
-        self,
-        net: nn.Module,
-        average: nn.Module,
-        loss_of: Callable[[random.Random], Tensor],
-        *others: nn.Module,
-    ) -> None: ...
+    net: nn.Module
+    average: nn.Module
+    loss_of: Callable[[random.Random], Tensor]
+    others: tuple[nn.Module, ...] = ()
 
 
 class Material:
@@ -87,13 +85,6 @@ class Material:
     def text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """T5's token ids [B, 24] and CLIP's pooled output [B, 128]."""
         return flux.token_ids(self.tokenizer, captions), self.pooled(captions)
-
-
-def spread(batch: int) -> Tensor:
-    """A number from 0 to 1 out of each of ``batch`` equal shares, in random order, [B]."""
-    places = (torch.arange(batch) + torch.rand(batch)) / batch
-    order = torch.randperm(batch)
-    return places[order]
 
 
 def some_sigmas(batch: int) -> Tensor:
@@ -185,7 +176,7 @@ def schnell_loss(
     batch = len(captions)
     text, empty = material.text(captions), material.text([""] * batch)
     scale = torch.full((batch,), GUIDANCE_SCALE)
-    places = (spread(batch) * STEPS).long()
+    places = stratified(batch, STEPS)
     sigmas = 1.0 - places / STEPS
     latents = material.latents[chosen]
     noise = torch.randn_like(latents)
@@ -238,69 +229,53 @@ def student_of(teacher: flux.Denoiser, guidance: bool) -> flux.Denoiser:
     return flux.Denoiser(teacher.text, transformer)
 
 
-def train_text(material: Material, run: Run) -> None:
-    """Train the T5 encoder."""
+def text_lesson(material: Material) -> Lesson:
+    """For the T5 encoder."""
     text = flux.text_encoder(len(material.tokenizer))
-    average = averaged(text)
-    run(text, average, lambda rng: text_loss(material, text, rng))
+    return Lesson(text, averaged(text), lambda rng: text_loss(material, text, rng))
 
 
-def train_base(material: Material, run: Run) -> None:
-    """Train the transformer on pictures."""
-    work = material.begun.options.work
-    text = text_of(material.tokenizer, work)
+def base_lesson(material: Material) -> Lesson:
+    """For the transformer, on pictures."""
+    text = text_of(material.tokenizer, material.begun.options.work)
     net = flux.Denoiser(text, flux.transformer(guidance=False))
     flux.begin(net.transformer)
-    run(net, averaged(net), lambda rng: base_loss(material, net, rng))
+    return Lesson(net, averaged(net), lambda rng: base_loss(material, net, rng))
 
 
-def train_dev(material: Material, run: Run) -> None:
-    """Distil the guidance."""
+def dev_lesson(material: Material) -> Lesson:
+    """To distil the guidance."""
     teacher = base_of(material.tokenizer, material.begun.options.work)
     net = student_of(teacher, guidance=True)
-    run(net, averaged(net), lambda rng: dev_loss(material, net, teacher, rng), teacher)
+    return Lesson(net, averaged(net), lambda rng: dev_loss(material, net, teacher, rng), (teacher,))
 
 
-def train_schnell(material: Material, run: Run) -> None:
-    """Distil guidance and steps."""
+def schnell_lesson(material: Material) -> Lesson:
+    """To distil guidance and steps."""
     teacher = base_of(material.tokenizer, material.begun.options.work)
     net = student_of(teacher, guidance=False)
     average = averaged(net)
-    run(net, average, lambda rng: schnell_loss(material, net, average, teacher, rng), teacher)
+    return Lesson(
+        net, average, lambda rng: schnell_loss(material, net, average, teacher, rng), (teacher,)
+    )
 
 
-STAGES: dict[str, Callable[[Material, Run], None]] = {
-    "text": train_text,
-    "base": train_base,
-    "dev": train_dev,
-    "schnell": train_schnell,
+STAGES: dict[str, Callable[[Material], Lesson]] = {
+    "text": text_lesson,
+    "base": base_lesson,
+    "dev": dev_lesson,
+    "schnell": schnell_lesson,
 }
 
 
 def train(options: Options, name: str, flat: float, compiled: bool) -> None:
     """Train a stage for the CPU time given. flat: share of it at the full learning rate."""
-
-    def run(
-        net: nn.Module,
-        average: nn.Module,
-        loss_of: Callable[[random.Random], Tensor],
-        *others: nn.Module,
-    ) -> None:
-        if compiled:
-            for each in (net, average, *others):
-                each.compile()
-        fit(
-            net,
-            average,
-            loss_of,
-            options.work / f"flux-{name}.pt",
-            cpu_minutes=options.cpu_minutes,
-            batch=options.batch,
-            lr=options.lr,
-            flat=flat,
-        )
-
-    STAGES[name](Material(options), run)
+    material = Material(options)
+    net, average, loss_of, others = STAGES[name](material)
+    if compiled:
+        for each in (net, average, *others):
+            each.compile()
+    material.begun.fit(f"flux-{name}", net, average, loss_of, flat=flat)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ WEIGHTS: dict[Kind, float] = {"shown": 2.0, "core": 1.5, "tint": 1.0, "rest": 0.
 SHOWN_TINT_FACTOR = 2.0
 TIMESTEPS = 1000
 AVERAGE_DECAY = 0.999
+FLAT = 0.4  # share of the time at the full learning rate
 SAVE_EVERY_S = 120.0
 PRINT_EVERY_STEPS = 100
 
@@ -151,10 +152,16 @@ def averaged(net: Net) -> Net:
     return copy.deepcopy(net).requires_grad_(False).eval()
 
 
+def spread(batch: int) -> Tensor:
+    """A number from 0 to 1 out of each of ``batch`` equal shares, in random order, [B]."""
+    places = (torch.arange(batch) + torch.rand(batch)) / batch
+    order = torch.randperm(batch)
+    return places[order]
+
+
 def stratified(batch: int, parts: int) -> Tensor:
     """A whole number below ``parts`` from each of ``batch`` equal shares, in random order, [B]."""
-    places = (torch.arange(batch) + torch.rand(batch)) / batch
-    return (places[torch.randperm(batch)] * parts).long()
+    return (spread(batch) * parts).long()
 
 
 def fit(
@@ -169,7 +176,7 @@ def fit(
     average_decay: float = AVERAGE_DECAY,
     weight_decay: float = 1e-3,
     warmup: int = 200,
-    flat: float = 0.4,
+    flat: float = FLAT,
     score_of: Callable[[Net], str] | None = None,
 ) -> Net:
     """Train ``net`` for ``cpu_minutes`` of CPU time, ``average`` following it; returns that.
