@@ -348,8 +348,11 @@ def generate(
 ) -> list[SavedImage]:
     """Make and write `requests`, showing each step, each file, and messages for the user."""
     from edgesd.runtime.images import make_images
+    from edgesd.runtime.requests import unused
 
-    for remark in (*_remarks(requests), *_picture_notes(pipeline, requests[0])):
+    spec, first = pipeline.bundle.manifest.pipeline, pipeline.complete(requests[0])
+    notes = *_picture_notes(pipeline, requests[0]), *unused(spec, first)
+    for remark in (*_remarks(requests), *notes):
         reporter.warn(remark)
     warned: set[str] = set()
 

@@ -265,8 +265,8 @@ class _Planner:
         """The estimate of one precision and size. Raises UsageError for what can't be generated."""
         request, spec = self.request, self.default
         width, height = size or (spec.shape.width, spec.shape.height)
-        check_multiple("width", width, spec.latent.scale_factor)
-        check_multiple("height", height, spec.latent.scale_factor)
+        check_multiple("width", width, spec.latent.unit)
+        check_multiple("height", height, spec.latent.unit)
         guidance = spec.guidance_scale if request.guidance is None else request.guidance
         fixed = (request.fixed and size is not None) or self.lowering.fixed_shapes
         networks = self._networks((width, height) if fixed else None)

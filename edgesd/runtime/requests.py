@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -12,6 +12,7 @@ from edgesd.errors import InputError, UsageError, unknown_name
 from edgesd.runtime.arrays import Float
 from edgesd.runtime.chunks import Prompt
 from edgesd.runtime.cut import first_of_picture
+from edgesd.runtime.flow import flow_of
 from edgesd.runtime.hints import USUAL, Hint, HintOptions, control_image, making_bytes
 from edgesd.runtime.pictures import (
     Painting,
@@ -344,7 +345,7 @@ class Completion:
                     f"this bundle was built for {shape.width}x{shape.height} pixels only, "
                     f"not {name} {size}: leave --size out, or build without --size"
                 )
-            check_multiple(name, size, shape.multiple_of, spec.latent.scale_factor)
+            check_multiple(name, size, shape.multiple_of, spec.latent.unit)
         self._check_image(found)
         steps = self._steps(found)
         if request.num_inference_steps not in (None, steps):
@@ -373,13 +374,19 @@ class Completion:
                 "a refiner goes on with whole images, not with what a mask covers: leave --refiner "
                 "or --mask out"
             )
+        given = {
+            "a mask": request.mask,
+            "strength": request.strength,
+            "mask_blur": request.mask_blur,
+            "mask_padding": request.mask_padding,
+        }
+        asked = request.image, *given.values()
+        if tasks[0] == "control" and any(value is not None for value in asked):
+            raise UsageError(
+                "this bundle doesn't begin with an image, its model draws by a control image "
+                "alone: give it by --control, and leave --image, --mask and --strength out"
+            )
         if task is None:
-            given = {
-                "a mask": request.mask,
-                "strength": request.strength,
-                "mask_blur": request.mask_blur,
-                "mask_padding": request.mask_padding,
-            }
             for name, value in given.items():
                 if value is not None:
                     raise UsageError(f"{name} goes with an image: give --image, too")
@@ -437,7 +444,8 @@ class Completion:
             if not sides:
                 raise UsageError(
                     "this bundle has no ControlNet and no adapter to show a control image to: "
-                    "build one with edgesd build MODEL --controlnet FOLDER"
+                    "build one with edgesd build MODEL --controlnet FOLDER, which models of Stable "
+                    "Diffusion take, or leave --control out"
                 )
             if not name and len(sides) == 1:
                 (name,) = sides
@@ -506,7 +514,7 @@ def scheduler_of(spec: PipelineSpec, request: CompleteRequest) -> Scheduler:
     config, sigmas = spec.scheduler.config, request.sigmas
     if isinstance(sigmas, str):
         config, sigmas = with_options(config, spread_options(request.scheduler, sigmas)), None
-    unit = spec.latent.scale_factor * spec.latent.patch
+    unit = spec.latent.unit
     tokens = (request.height // unit) * (request.width // unit)
     try:
         scheduler = create_scheduler(request.scheduler, config, request.eta)
@@ -575,6 +583,23 @@ def painted_whole(spec: PipelineSpec, request: Request) -> Request:
     return replace(
         request, image=grey.convert("RGB"), mask=white, strength=1.0, width=width, height=height
     )
+
+
+def unused(spec: PipelineSpec, request: CompleteRequest) -> Iterator[str]:
+    """What a request asks for that changes no image of this pipeline."""
+    wiring, flow = spec.wiring, flow_of(spec)
+    told = any(one.fill == "guidance" for each in wiring.filled for one in each.inputs)
+    if not wiring.cfg and not told and request.guidance_scale != spec.guidance_scale:
+        yield "this model takes no guidance scale: --guidance isn't used"
+    if flow.guided(request.guidance_scale, request.true_cfg_scale):
+        return
+    how = "it is with --guidance above 1"
+    if flow.distilled:
+        how = "the model takes none" if wiring.cfg else "it is with --true-cfg above 1"
+    if request.negative_prompt or request.negative_prompt_2:
+        yield f"the negative prompt isn't used: {how}"
+    if request.guidance_rescale:
+        yield f"--guidance-rescale isn't used: {how}"
 
 
 def control_names(spec: PipelineSpec) -> dict[str, Literal["once", "each_step", "always"]]:

@@ -148,6 +148,11 @@ class LatentSpec(Spec, frozen=True):
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"the std of a channel of latents is {min(self.std)}")
 
+    @property
+    def unit(self) -> int:
+        """Pixels that a side of any image is a multiple of: those of a token, or of a latent."""
+        return self.scale_factor * self.patch
+
     def halo_of(self, role: str) -> int | None:
         """The halo of the decoder or the encoder; None for all else."""
         return {"decoder": self.halo, "encoder": self.encoder_halo}.get(role)

@@ -21,7 +21,7 @@ from edgesd.export.source import resolve_source
 from edgesd.export.to_onnx import graph_from_module
 from edgesd.recipes import BuildOptions, LocalFolders, QuantOptions, build
 from edgesd.runtime.bundle import open_bundle
-from tests.support import run_cli
+from tests.support import assert_refused, run_cli
 from tests.tiny_pipelines import diffusers_images, tiny, write_tiny
 
 PROMPTS = ("a red apple", "the blue cat")
@@ -72,6 +72,8 @@ def test_the_plan_has_all_networks(model: Path) -> None:
     lines = [line.split()[0] for line in outcome.out.splitlines() if line]
     wanted = {"text_encoder", "text_encoder_2", "modulation", "transformer", "vae_decoder"}
     assert wanted <= {*lines}
+    wrong = run_cli("plan", model, "--target", "raspberry-pi-5", "--size", "62x64")
+    assert_refused(wrong, "width 62 isn't a multiple of 4")
 
 
 @pytest.mark.slow

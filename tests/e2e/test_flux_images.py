@@ -23,7 +23,7 @@ from edgesd.export.own_pipeline import check_own_pipeline  # noqa: E402
 from edgesd.export.pipeline import export_spec  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.runtime.flow import GuidanceMode  # noqa: E402
-from edgesd.runtime.requests import Request  # noqa: E402
+from edgesd.runtime.requests import Completion, Request, unused  # noqa: E402
 from edgesd.runtime.schedulers.flow_euler import FlowEuler  # noqa: E402
 from edgesd.runtime.settings import Settings  # noqa: E402
 from edgesd.spec.pipeline import LatentSpec, SchedulerSpec  # noqa: E402
@@ -86,6 +86,27 @@ def test_true_cfg_leads_away_from_the_negative_prompt(
         for scale in 0.5, float("nan"), 1e9:
             with pytest.raises(UsageError, match="true_cfg_scale must be 1 to"):
                 pipeline.complete(Request("a cat", 1, "", true_cfg_scale=scale))
+
+
+def test_what_changes_no_image_is_told(dev: Model, schnell: Model) -> None:
+    def told(model: Model, **asked: Any) -> list[str]:
+        spec = model.export.pipeline
+        return [*unused(spec, Completion(spec).complete(Request("a cat", 1, **asked)))]
+
+    without = "isn't used: it is with --true-cfg above 1"
+    asked = {"negative_prompt": "a dog", "guidance_rescale": 0.7}
+    assert told(dev, **asked) == [f"the negative prompt {without}", f"--guidance-rescale {without}"]
+    assert told(dev, **asked, true_cfg_scale=2.0) == []
+    assert told(dev, negative_prompt="", guidance_scale=7.0) == []
+    assert told(schnell, guidance_scale=3.5) == [
+        "this model takes no guidance scale: --guidance isn't used"
+    ]
+    assert told(schnell, guidance_scale=0.0) == []
+
+
+def test_sizes_that_no_bundle_has_are_refused(dev: Model) -> None:
+    with pytest.raises(UsageError, match=r"width 62 isn't a multiple of 4: the nearest is 64$"):
+        Completion(dev.export.pipeline).complete(Request("a cat", 1, width=62))
 
 
 def test_the_second_prompt_is_for_t5(dev: Model, tmp_path: Path) -> None:

@@ -157,8 +157,10 @@ def test_what_a_task_needs_must_be_given(fill: Both, steered: Both) -> None:
     shown = Request("a cat", 1, controls=(Control(HINT),))
     with pytest.raises(UsageError, match="guess mode"):
         steered.ours.complete(replace(shown, guess_mode=True))
-    with pytest.raises(UsageError, match="doesn't begin with an image"):
-        steered.ours.complete(replace(shown, image=picture(0, SQUARE)))
+    painted = {"image": picture(0, SQUARE), "mask": mask(0, SQUARE)}
+    for given in {"image": painted["image"]}, {"mask": painted["mask"]}, painted, {"strength": 0.5}:
+        with pytest.raises(UsageError, match=r"doesn't begin with an image.*leave --image, --mask"):
+            steered.ours.complete(replace(shown, **given))
     with pytest.raises(InputError, match="mask"):
         fill.ours.complete(Request("a cat", 1, image=picture(0, SQUARE), mask=mask(0, (40, 24))))
 

@@ -149,9 +149,7 @@ def export_spec(
     )
     side = own.default_sample_size * latent.scale_factor
     width, height = (int(source.hints().get(name, side)) for name in _SIZE)
-    shape = flux_transformer.shape_spec(
-        size, batch, (width, height), latent.scale_factor * latent.patch
-    )
+    shape = flux_transformer.shape_spec(size, batch, (width, height), latent.unit)
     if tasks and not form.of_task:
         raise UsageError(f"{source.name} draws by a control image alone: leave --task out")
     can = tasks_of(source.name, form.beside, tasks, form.own)

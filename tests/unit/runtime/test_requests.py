@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from edgesd.errors import UsageError
-from edgesd.runtime.requests import CompleteRequest, Completion, Request, scheduler_of
+from edgesd.runtime.requests import CompleteRequest, Completion, Request, scheduler_of, unused
 from edgesd.runtime.schedulers import DIFFUSERS_CLASSES, SCHEDULERS
 from edgesd.spec.pipeline import SchedulerSpec
 from tests.support import pipeline_spec
@@ -85,3 +85,10 @@ def test_the_page_on_samplers_lists_each_with_its_class() -> None:
     assert sorted(name for name, _ in rows) == sorted(SCHEDULERS)
     told = {name: cls for name, cls in rows if cls != "the"}
     assert told == {name: cls for cls, name in DIFFUSERS_CLASSES.items()}
+
+
+def test_a_negative_prompt_without_guidance_is_told() -> None:
+    told = [*unused(SPEC, completed(negative_prompt="fog", guidance_scale=1.0))]
+    assert told == ["the negative prompt isn't used: it is with --guidance above 1"]
+    assert [*unused(SPEC, completed(negative_prompt="fog", guidance_scale=2.0))] == []
+    assert [*unused(SPEC, completed(guidance_scale=1.0))] == []
