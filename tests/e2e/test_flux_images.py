@@ -127,7 +127,7 @@ def test_the_size_of_edgesd_json_is_the_default(tmp_path: Path) -> None:
     with model.ours(tmp_path / "bundle") as pipeline:
         check_own_pipeline(model.export, tokenizers(pipeline))
     hints.write_text(json.dumps({"width": 42}))
-    with pytest.raises(UsageError, match="width 42 isn't a multiple of 4"):
+    with pytest.raises(UsageError, match=r"edgesd\.json: width 42 isn't a multiple of 4"):
         opened_again(folder)
     hints.write_text(json.dumps({"width": 1 << 20}))
     with pytest.raises(InputError, match="width must be a number from 1 to 16384"):

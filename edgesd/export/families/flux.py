@@ -49,6 +49,7 @@ from edgesd.spec.pipeline import (
     TextSpec,
     TokenizerRef,
     Wiring,
+    check_multiple,
 )
 
 if TYPE_CHECKING:
@@ -148,7 +149,11 @@ def export_spec(
         patch=flux_transformer.PATCH,
     )
     side = own.default_sample_size * latent.scale_factor
-    width, height = (int(source.hints().get(name, side)) for name in _SIZE)
+    hints = source.hints()
+    width, height = (int(hints.get(name, side)) for name in _SIZE)
+    for name in _SIZE:
+        if size is None and name in hints:
+            check_multiple(f"{source.name}/edgesd.json: {name}", int(hints[name]), latent.unit)
     shape = flux_transformer.shape_spec(size, batch, (width, height), latent.unit)
     if tasks and not form.of_task:
         raise UsageError(f"{source.name} draws by a control image alone: leave --task out")

@@ -143,7 +143,8 @@ def token_count(
     if not LEAST_TOKENS <= tokens <= MOST_TOKENS:
         raise InputError(
             f"{source.name}: T5 takes {LEAST_TOKENS} to {MOST_TOKENS} tokens of a prompt, not "
-            f"{tokens}: give --max-tokens, or correct model_max_length of its tokenizer"
+            f"{tokens}: give --max-tokens, or correct max_tokens in edgesd.json, or "
+            "model_max_length of its tokenizer"
         )
     return tokens
 
