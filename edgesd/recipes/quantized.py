@@ -335,10 +335,10 @@ def _store(job: Job, reference: Bundle, graphs: SourceGraphs) -> LayerStore:
     tokenizers = {
         text.tokenizer: tokenizer_of(reference, text.tokenizer) for text in spec.wiring.texts
     }
-
-    whole = list(find_nodes(graphs, spec.components))
+    models = {name: graphs.load(name) for name in spec.components}
+    whole = list(find_nodes(models))
     calibration = calibrate(job.spec, whole, settings, tokenizers, folder, job.progress)
-    nodes = find_nodes(graphs, spec.components, split="split" in method.measures)
+    nodes = find_nodes(models, split="split" in method.measures)
     return LayerStore(graphs, nodes, calibration, method, work, job.lowering, spec.wiring)
 
 

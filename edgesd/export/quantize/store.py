@@ -266,14 +266,11 @@ class LayerStore:
         return None if name is None else Timesteps(name, self.calibration.timesteps())
 
 
-def find_nodes(
-    graphs: SourceGraphs, components: Iterable[str], split: bool = False
-) -> dict[Layer, ir.Node]:
-    """All layers that can be quantized in the fp32 graphs of `components`, with their nodes. split:
-    of what is split into parts, the parts (passes/split_concat.py)."""
+def find_nodes(models: Mapping[str, ir.Model], split: bool = False) -> dict[Layer, ir.Node]:
+    """All layers that can be quantized in fp32 graphs, by component, with their nodes. split: of
+    what is split into parts (passes/split_concat.py), the parts: the graphs are changed."""
     layers: dict[Layer, ir.Node] = {}
-    for component in components:
-        model = graphs.load(component)
+    for component, model in models.items():
         if split:
             SplitConcat()(model)
         nodes = {node.name: node for node in model.graph}

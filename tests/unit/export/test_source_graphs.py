@@ -59,7 +59,7 @@ def test_weights_that_stay_in_the_checkpoint_are_the_same(both: list[SourceGraph
     assert list(first) == list(second)
     for name in first:
         assert np.array_equal(array_of(first[name]), array_of(second[name])), name
-    layers = [find_nodes(graphs, [NAME]) for graphs in both]
+    layers = [find_nodes({NAME: model}) for model in models]
     assert list(layers[0]) == list(layers[1])
     for layer in layers[0]:
         weights = [matrix_of(nodes[layer], layer) for nodes in layers]

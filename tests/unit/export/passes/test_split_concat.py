@@ -212,7 +212,11 @@ def store(proto: onnx.ModelProto, folder: Path, measures: tuple[str, ...] | None
     ir.save(loaded(proto), folder / "source" / "transformer" / "model.onnx")
     graphs = SourceGraphs(folder / "source", [SimpleNamespace(name="transformer")])  # type: ignore[list-item]
     method = get_method("svdquant", measures=measures)
-    nodes = find_nodes(graphs, ["transformer"], split="split" in method.measures)
+    models = {"transformer": graphs.load("transformer")}
+    whole = list(find_nodes(models))
+    nodes = find_nodes(models, split="split" in method.measures)
+    # The graph that the layers to calibrate were found in is the one that is split.
+    assert (list(nodes) == whole) == (measures == ())
     wiring: Any = SimpleNamespace(autoencoder=(), input_of=lambda *_: None)
     calibration: Any = Recorded(proto, normal(1, 400, 16, seed=9))
     return LayerStore(graphs, nodes, calibration, method, folder, LOWERING, wiring)
