@@ -178,7 +178,8 @@ class CalibrationSettings:
     """What is to be recorded. Prompts are generated one at a time, seeds counting from
     `first_seed`. covariance: of layers' inputs, is wanted. sides: names of the pipeline's
     ControlNets and adapters, which every second prompt, from the first on, shows one of
-    `pictures`."""
+    `pictures`. A denoiser that takes control images is shown one by each prompt; one for inpainting
+    begins with the first."""
 
     prompts: tuple[str, ...]
     num_inference_steps: int
@@ -234,7 +235,7 @@ def calibration_key(settings: CalibrationSettings, source_sha256: str) -> str:
     pictures = [picture.sha256 for picture in said.pop("pictures")]
     if said.pop("covariance") is False:  # it was always there
         said["covariance"] = False
-    if sides := said.pop("sides"):
+    if (sides := said.pop("sides")) or pictures:
         said["sides"] = (sides, pictures)
     parts = (VERSION, source_sha256, *said.values(), BLOCKS, COVARIANCE_BYTES)
     # Sums depend on how work is shared among threads.
@@ -556,7 +557,7 @@ class _Calibrating:
         index_of = [timesteps.index(value) for value in every]
         with atomic_write(self.folder / "timesteps.npy") as file:
             np.save(file, np.array(timesteps, np.float32))
-        grey = self._grey() if spec.wiring.denoiser.concat else None
+        beside = self._latents_beside() if spec.wiring.denoiser.concat else None
 
         every_index = [*range(len(settings.prompts))]
         chosen = every_index if stage.role == "denoiser" else self._controlled
@@ -592,8 +593,9 @@ class _Calibrating:
                     others[flow.modulation.component], request, conditioned
                 )
             start = text_to_image.prepare(Beginning(spec, [request], scheduler, noise))
-            if grey is not None:
-                start = replace(start, given=_beside(spec, grey, [rows[0] for rows in earlier]))
+            if beside is not None:
+                given = _beside(spec, beside, [rows[0] for rows in earlier])
+                start = replace(start, given=given)
             latents = denoise(
                 spec.wiring,
                 {**others, stage.component: runner},
@@ -631,26 +633,44 @@ class _Calibrating:
         return images
 
     def _encode_images(self, stage: Stage, images: Float) -> None:
-        """Encode what was made, as no other images are there, and what masks leave of it."""
+        """Encode what was made, as no other images are there, and what is encoded beside it: the
+        pictures that were shown, or what masks leave of those made."""
         encoder = self.export.pipeline.wiring.image_encoder
         images, (height, width) = images.clip(-1, 1), images.shape[2:]
-        masks = [example_mask(index, height, width)[0] for index in range(len(images))]
-        rest = [image * (mask < 0.5) for image, mask in zip(images, masks, strict=True)]
+        if "control_latents" in self.export.pipeline.wiring.denoiser.concat:
+            shown = self._pictures()
+            rest = [shown[index % len(shown)][0] for index in range(len(images))]
+        else:
+            masks = [example_mask(index, height, width)[0] for index in range(len(images))]
+            rest = [image * (mask < 0.5) for image, mask in zip(images, masks, strict=True)]
         inputs = [{encoder.input: image[None]} for image in (*images, *rest)]
         self._run_each(stage, inputs, [*self._labels(), *self._labels()])
 
-    def _grey(self) -> Float:
-        """Latents [1, C, h, w] of mid grey, which is put in place of what is painted."""
-        path = self.folder / "grey.npy"
+    def _latents_beside(self) -> Float:
+        """Latents [1 + n, C, h, w] of mid grey, which is put in place of what is painted, and of
+        the n pictures."""
+        path = self.folder / "beside.npy"
         if not path.exists():
-            encoder, settings = self.export.pipeline.wiring.image_encoder, self.settings
-            image = np.zeros((1, 3, settings.height, settings.width), np.float32)
+            encoder = self.export.pipeline.wiring.image_encoder
             with self._source_runner(encoder.component) as runner:
-                made = run_once(runner, {encoder.input: image})
+                made = [
+                    np.array(run_once(runner, {encoder.input: image})[encoder.outputs[0]])
+                    for image in (self._grey(), *self._pictures())
+                ]
             with atomic_write(path) as file:
-                np.save(file, made[encoder.outputs[0]])
+                np.save(file, np.concatenate(made))
         values: Float = np.load(path)
         return values
+
+    def _pictures(self) -> list[Float]:
+        """The pictures that are shown, [1, 3, H, W] of -1 to 1 each; a grey one where there are
+        none."""
+        width, height = self.settings.width, self.settings.height
+        hints = [Control(picture).hint(width, height) for picture in self.settings.pictures]
+        return [np.float32(2) * hint - np.float32(1) for hint in hints] or [self._grey()]
+
+    def _grey(self) -> Float:
+        return np.zeros((1, 3, self.settings.height, self.settings.width), np.float32)
 
     def _labels(self) -> list[str]:
         return [f"calibration prompt {index + 1}" for index in range(len(self.settings.prompts))]
@@ -722,20 +742,21 @@ class _Calibrating:
         return made
 
 
-def _beside(spec: PipelineSpec, grey: Float, earlier: Sequence[Float]) -> dict[Fill, Float]:
+def _beside(spec: PipelineSpec, latents: Float, earlier: Sequence[Float]) -> dict[Fill, Float]:
     """What a denoiser for inpainting is given: the picture that was made before, without what a
-    mask covers; nothing of it for the first; one that takes a control image, that picture. grey:
-    latents of mid grey; earlier: of pictures.
+    mask covers; for the first, the one of `latents`. One that takes a control image: another of
+    these each time. latents: of mid grey, then of pictures; earlier: of what was made.
 
     The seam is that of latents, not of their pictures', which an encoder would blur.
     """
-    mask, unit = example_mask(len(earlier), *grey.shape[2:]), spec.latent.scale_factor
-    picture = earlier[-1][None] if earlier else grey
+    grey, shown, number = latents[:1], latents[1:], len(earlier)
+    mask, unit = example_mask(1 + number, *grey.shape[2:]), spec.latent.scale_factor
+    picture = earlier[-1][None] if earlier else shown[:1]
     return {
         "mask": mask,
         "masked": np.where(mask < 0.5, picture, grey),
         "pixel_mask": mask.repeat(unit, 2).repeat(unit, 3),
-        "control_latents": picture,
+        "control_latents": shown[number % len(shown)][None],
     }
 
 

@@ -41,8 +41,10 @@ from edgesd.recipes.sensitivity import Sensitivities, layer_name
 from edgesd.recipes.writer import BundleWriter
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.runtime.flow import flow_of
+from edgesd.runtime.requests import control_names
 from edgesd.runtime.tokenizer import tokenizer_of
 from edgesd.spec.bundle import GraphSet, QuantRecipe
+from edgesd.spec.pipeline import PipelineSpec
 from edgesd.spec.quality import ImageQuality, Metric, Quality
 from edgesd.spec.scheme import parse_scheme
 
@@ -366,7 +368,12 @@ def _calibration(job: Job, covariance: bool) -> CalibrationSettings:
         width=spec.shape.width,
         covariance=covariance,
         sides=tuple(side.name for side in spec.wiring.sides),
-        pictures=tuple(drawing(spec, seed) for seed in range(DRAWINGS))
-        if spec.wiring.sides
-        else (),
+        pictures=tuple(drawing(spec, seed) for seed in range(_drawings(spec))),
     )
+
+
+def _drawings(spec: PipelineSpec) -> int:
+    """How many a calibration shows."""
+    if control_names(spec):
+        return DRAWINGS
+    return int(bool(spec.wiring.denoiser.concat))  # of an image that is painted in, the first

@@ -18,6 +18,7 @@ pytest.importorskip("diffusers")
 
 from edgesd.errors import EdgesdError, InputError  # noqa: E402
 from edgesd.export import calibrate as calibrating  # noqa: E402
+from edgesd.export import examples  # noqa: E402
 from edgesd.export.calibrate import (  # noqa: E402
     Calibration,
     CalibrationSettings,
@@ -26,12 +27,15 @@ from edgesd.export.calibrate import (  # noqa: E402
     calibration_key,
 )
 from edgesd.export.families import Component, ExportSpec  # noqa: E402
+from edgesd.export.families.parts import flux_transformer  # noqa: E402
 from edgesd.export.mapped import state_of  # noqa: E402
 from edgesd.export.pipeline import export_spec  # noqa: E402
 from edgesd.export.quantize.layers import Layer  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.export.tokenizer import write_tokenizer  # noqa: E402
 from edgesd.export.torch_runner import TorchRunner  # noqa: E402
+from edgesd.recipes.drawings import drawing  # noqa: E402
+from edgesd.runtime.requests import Control  # noqa: E402
 from edgesd.runtime.tokenizer import PromptTokenizer  # noqa: E402
 from edgesd.spec.pipeline import (  # noqa: E402
     ComponentSpec,
@@ -294,7 +298,10 @@ def test_a_network_for_inpainting_sees_masks_and_what_they_leave(
     inpainting: tuple[ExportSpec, Tokenizers], tmp_path: Path
 ) -> None:
     export, tokenizers = inpainting
-    how = replace(HOW, prompts=("a", "b", "c"), height=32, width=48, scheduler="euler")
+    pictures = (drawing(export.pipeline, 0),)
+    how = replace(
+        HOW, prompts=("a", "b", "c"), height=32, width=48, scheduler="euler", pictures=pictures
+    )
     conv = Layer("unet", "conv_in", "", "conv", (16, 9, 3, 3), pads=(1, 1, 1, 1))
     first = Layer("vae_encoder", "encoder.conv_in", "", "conv", (16, 3, 3, 3), pads=(1, 1, 1, 1))
     seen: Seen = {}
@@ -302,24 +309,57 @@ def test_a_network_for_inpainting_sees_masks_and_what_they_leave(
     with calibrating.safe_open(tmp_path / "unet.safetensors", "numpy") as file:
         made = file.get_tensor("outputs")
     images = [x.numpy() for x in seen["vae_encoder", "encoder.conv_in"]]
-    assert len(images) == 7 and not images[0].any()
+    assert len(images) == 8 and not images[0].any()
+    shown = 2 * Control(pictures[0]).hint(48, 32) - 1
+    np.testing.assert_array_equal(images[1], shown)
+    beside = np.load(tmp_path / "beside.npy")
     runs = [x.numpy() for x in seen["unet", "conv_in"]]
     assert len(runs) == 6
-    grey = runs[0][:1, 5:]
+    grey, drawn = beside[:1], beside[1:]
     for index, (start, later) in enumerate(zip(runs[::2], runs[1::2], strict=True)):
         given = start[:1, 4:]
         for half in (*start, *later):  # of guidance, at each step
             assert np.array_equal(half[4:], given[0])
         mask = given[:, :1]
-        assert set(np.unique(mask)) <= {0.0, 1.0} and mask.mean() == (1, 1 / 2, 1 / 4)[index]
-        earlier = made[index - 1] if index else grey
+        assert set(np.unique(mask)) <= {0.0, 1.0} and mask.mean() == (1 / 2, 1 / 4, 1 / 2)[index]
+        earlier = made[index - 1] if index else drawn
         assert np.array_equal(given[:, 1:], np.where(mask, grey, earlier))
-        image, rest = images[1 + index], images[4 + index]
-        hidden = mask.repeat(2, axis=2).repeat(2, axis=3)
+        image, rest = images[2 + index], images[5 + index]
+        hidden = examples.example_mask(index, 32, 48)
         assert np.array_equal(rest, image * (1 - hidden)) and image.any()
     before = files_of(tmp_path)
     calibrate(export, [conv, first], how, tokenizers, tmp_path)
     assert files_of(tmp_path) == before
+
+
+def test_a_network_that_draws_by_a_picture_is_shown_another_each_time(tmp_path: Path) -> None:
+    tiny_pipelines.write_tiny("flux-control", tmp_path / "model")
+    export = export_spec(resolve_source(tmp_path / "model"))
+    tokenizers = {}
+    for folder, tokens in export.pipeline.wiring.tokenizers.items():
+        path = tmp_path / "model" / folder
+        cls = "CLIPTokenizer" if folder == "tokenizer" else "T5TokenizerFast"
+        (tmp_path / folder).mkdir()
+        files = write_tokenizer(path, tmp_path / folder, tokens.max_tokens, (), cls)
+        tokenizers[folder] = PromptTokenizer(*files.values())
+    pictures = drawing(export.pipeline, 0), drawing(export.pipeline, 1)
+    prompts = ("a", "b", "c")
+    how = CalibrationSettings(prompts, 2, 3.5, "flow-euler", 24, 40, pictures=pictures)
+    linear = Layer("transformer", "x_embedder", "", "linear", (32, 32))
+    first = Layer("vae_encoder", "encoder.conv_in", "", "conv", (8, 3, 3, 3), pads=(1, 1, 1, 1))
+    seen: Seen = {}
+    work = tmp_path / "work"
+    calibrate(watched(export, [linear, first], seen), [linear, first], how, tokenizers, work)
+    latents = np.load(work / "beside.npy")[1:]
+    runs = [x.numpy() for x in seen["transformer", "x_embedder"]]
+    assert len(latents) == 2 and len(runs) == 3 * 2
+    for index, run in enumerate(runs):
+        wanted = flux_transformer.packed(torch.from_numpy(latents[index // 2 % 2][None])).numpy()
+        assert np.array_equal(run[..., run.shape[2] // 2 :], wanted)
+    images = [x.numpy() for x in seen["vae_encoder", "encoder.conv_in"]]
+    shown = [2 * Control(picture).hint(40, 24) - 1 for picture in pictures]
+    for index in range(3):  # grey, the pictures, and those made are before these
+        assert np.array_equal(images[3 + 3 + index], shown[index % 2])
 
 
 # Interrupted, damaged, repeated.
