@@ -100,6 +100,10 @@ class Checkpoint(Protocol):
         InputError.
         """
 
+    def check_shapes(self, component: str, net: nn.Module) -> None:
+        """Raise InputError where `state` would for weights of other names, shapes and types, as far
+        as that is known without reading them. net: as there."""
+
     def check_network(self, component: str, net: nn.Module) -> None:
         """Hold a component's network, with its weights, to what the checkpoint has of it besides
         weights, such as graphs. Raises InputError where it computes something else."""

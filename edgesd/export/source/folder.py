@@ -148,6 +148,9 @@ class ModelSource:
         other = self.others.get(component)
         return None if other is None else other.state(component, net)
 
+    def check_shapes(self, component: str, net: nn.Module) -> None:
+        """Nothing: the libraries tell when they load."""
+
     def check_network(self, component: str, net: nn.Module) -> None:
         """Nothing: a diffusers folder has no more than configs and weights."""
         if other := self.others.get(component):

@@ -11,7 +11,7 @@ folder.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,9 +116,23 @@ class SingleFile(ModelSource):
         InputError where the file has others than its config asks for."""
         if not self._holds(component):
             return super().state(component, net)
+        return self._read(component, net, self.tensors.load)
+
+    def check_shapes(self, component: str, net: nn.Module) -> None:
+        """By the file's header, where edgesd's own conversion needs no more."""
+        if self.alone == component and self._holds(component):
+            self._read(component, net, self.tensors.shells)
+
+    def _read(
+        self,
+        component: str,
+        net: nn.Module,
+        load: Callable[[Collection[str]], Mapping[str, Tensor]],
+    ) -> Mapping[str, Tensor]:
+        """What `load` gives of a component, as `state`."""
         prefix = self._prefix(component)
         names = [n for n in self.tensors.below(prefix) if not n.endswith(_COUNTERS)]
-        found = self.tensors.load(names)
+        found = load(names)
         try:
             with quiet():
                 converted = _converted(found, prefix, net)

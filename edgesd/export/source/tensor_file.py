@@ -97,14 +97,24 @@ class TensorFile(Mapping[str, TensorInfo]):
         others, which hold no plain weights."""
         from safetensors import SafetensorError, safe_open
 
+        self._check_types(names, types)
+        try:
+            with safe_open(self.path, "pt") as file:
+                return {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as exc:
+            raise InputError(f"cannot read {self.path}: {first_sentence(exc)}") from exc
+
+    def shells(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The same without values, on torch's meta device. Raises InputError as `load`."""
+        import torch
+
+        self._check_types(names, _TYPES)
+        return {name: torch.empty(self[name].shape, device="meta") for name in names}
+
+    def _check_types(self, names: Collection[str], types: Collection[str]) -> None:
         for name in names:
             if (dtype := self[name].dtype) not in types:
                 raise InputError(
                     f"{self.path}: {name[:100]} is stored as {dtype}: edgesd reads weights in "
                     f"{', '.join(_TYPES)}; give the file that it was quantized from"
                 )
-        try:
-            with safe_open(self.path, "pt") as file:
-                return {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as exc:
-            raise InputError(f"cannot read {self.path}: {first_sentence(exc)}") from exc

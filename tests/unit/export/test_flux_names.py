@@ -167,10 +167,13 @@ def _without(name: str) -> Callable[[Tensors], Tensors]:
 def test_files_that_do_not_fit(
     change: Any, message: str, folder: Path, authors: Tensors, tmp_path: Path
 ) -> None:
-    file = save(tmp_path / "x.safetensors", change(dict(authors)))
+    source = resolve_source(save(tmp_path / "x.safetensors", change(dict(authors))), folder)
     with pytest.raises(InputError, match=message) as error:
-        own_transformer(resolve_source(file, folder))
+        own_transformer(source)
     assert "\n" not in str(error.value)
+    if "NaN" not in message:  # all else is in the file's header: it is told before other work
+        with pytest.raises(InputError, match=message):
+            export_spec(source)
 
 
 def test_a_single_file_needs_its_model(folder: Path, authors: Tensors, tmp_path: Path) -> None:
@@ -179,6 +182,9 @@ def test_a_single_file_needs_its_model(folder: Path, authors: Tensors, tmp_path:
         resolve_source(file)
     with pytest.raises(InputError, match="is no model of that"):
         resolve_source(file, write_tiny("sd", tmp_path / "sd"))
+    schnell = write_tiny("flux-schnell", tmp_path / "schnell")
+    with pytest.raises(InputError, match=r"has guidance_in.*schnell doesn't fit"):
+        export_spec(resolve_source(file, schnell))
     other = save(tmp_path / "y.safetensors", {f"{_DENOISER}out.0.bias": torch.ones(3)})
     with pytest.raises(InputError, match="has no transformer: expected weights named"):
         own_transformer(resolve_source(other, folder))
@@ -340,11 +346,18 @@ def test_changes_of_fused_layers_are_cut(folder: Path, tmp_path: Path) -> None:
     [
         (
             {"double_blocks.0.img_attn.qkv.lora_A.weight": (2, 32), "@lora_B": (95, 2)},
-            r"shape \[95, 32\], and those of dev have \[96, 32\]",
+            r"shape \[95, 32\], and those of dev have \[96, 32\].*for a FLUX of another size",
         ),
         (
             {"double_blocks.9.img_attn.qkv.lora_A.weight": (2, 32), "@lora_B": (96, 2)},
-            "dev has no double_blocks.9.img_attn.qkv .*for FLUX",
+            "dev has no double_blocks.9.img_attn.qkv .*for a FLUX of another size",
+        ),
+        (
+            {
+                "transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight": (2, 64),
+                "@lora_B": (64, 2),
+            },
+            r"shape \[64, 64\], and those of dev have \[32, 32\].*for a FLUX of another size",
         ),
         (
             {"double_blocks.0.img_attn.qkv.diff_b": (7,)},

@@ -85,6 +85,9 @@ _WIDTHS = {
 }
 """Width of the text embeddings that a UNet takes -> whose it is."""
 
+_OF_FLUX = ("double_blocks", "single_blocks", "single_transformer_blocks")
+"""In names of its layers, by its authors and by diffusers."""
+
 _SAYS_BASE = ("modelspec.architecture", "ss_base_model_version")
 """In a file's metadata."""
 
@@ -169,7 +172,8 @@ def place(lora: Lora, model: str, networks: Mapping[str, Shapes]) -> tuple[Place
     if homeless:
         raise InputError(
             f"{lora.name}: {model} has no {listed(homeless)} ({len(homeless)} of "
-            f"{len(lora.updates)} layers){_made_for(lora)}: give the model that it was made for"
+            f"{len(lora.updates)} layers){_made_for(lora, networks)}: give the model that it was "
+            "made for"
         )
     counts = Counter((one.component, one.layer) for one in placed)
     for one in placed:
@@ -323,19 +327,20 @@ def _why_not(
         assert bias is not None
         return (
             f"{what} changes a bias of {bias.numel()} values, and {layers} of {model} has "
-            f"{one.biases(shapes) or 'none'}{_made_for(lora)}"
+            f"{one.biases(shapes) or 'none'}{_made_for(lora, networks)}"
         )
     return (
         f"{what} changes weights of shape {list(product.shape)}, and those of {model} have "
-        f"{list(weight)}{_made_for(lora)}: give the model that it was made for"
+        f"{list(weight)}{_made_for(lora, networks)}: give the model that it was made for"
     )
 
 
-def _made_for(lora: Lora) -> str:
-    """Which model a LoRA looks to be made for, as a part of a sentence; "" where nothing tells."""
+def _made_for(lora: Lora, networks: Collection[str]) -> str:
+    """Which model a LoRA looks to be made for, as a part of a sentence; "" where nothing tells.
+    networks: of the model that it doesn't fit."""
     names = [update.layer for update in lora.updates]
-    if any(word in name for name in names for word in ("double_blocks", "single_blocks")):
-        base = "FLUX"
+    if any(word in name for name in names for word in _OF_FLUX):
+        base = "a FLUX of another size" if TRANSFORMER in networks else "FLUX"
     elif any(name.startswith(("transformer.", "lora_transformer_")) for name in names):
         base = "a model with a transformer in place of a UNet"
     else:
