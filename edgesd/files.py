@@ -22,6 +22,7 @@ import functools
 import hashlib
 import itertools
 import math
+import mmap
 import os
 import pwd
 import re
@@ -611,6 +612,16 @@ def fsync_tree(root: Path) -> None:
     for path in [*root.rglob("*"), root]:
         if path.is_dir():
             fsync_dir(path)
+
+
+def mapped(fd: int, offset: int, size: int) -> memoryview:
+    """`size` bytes of an open file from `offset` on, which are read when they are used, and which
+    the system may drop again. The descriptor may be closed."""
+    if not size:
+        return memoryview(b"")
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    pages = mmap.mmap(fd, offset - start + size, access=mmap.ACCESS_READ, offset=start)
+    return memoryview(pages)[offset - start :]
 
 
 def sha256_file(path: Path) -> str:

@@ -33,8 +33,8 @@ class Runtime:
     def __init__(self, logger: Logger) -> None:
         self.logger = logger
 
-    def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
-        return Engine(plan) if plan.startswith(b"\x08") else None  # a model's first field
+    def deserialize_cuda_engine(self, plan: bytes | memoryview) -> Engine | None:
+        return Engine(bytes(plan)) if plan[:1] == b"\x08" else None  # a model's first field
 
 
 _TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(float16)": np.float16}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import os
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from edgesd.errors import (
 from edgesd.files import (
     atomic_write,
     environment_folder,
+    mapped,
     private_folder,
     sha256_file,
     user_cache,
@@ -191,10 +193,12 @@ class Plans:
             raise self._prepared
         path = self._prepared[component]
         if path is not None:
-            return LoadedPlan(path.read_bytes(), read_plan(path).report.environment.module)
+            with path.open("rb") as file:
+                data = mapped(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            return LoadedPlan(data, read_plan(path).report.environment.module)
         engine = self._bundle.manifest.engines[component]
         assert engine.plan and engine.built_for
-        return LoadedPlan(self._bundle.read(engine.plan), engine.built_for.module)
+        return LoadedPlan(self._bundle.map(engine.plan), engine.built_for.module)
 
 
 def _plan(

@@ -25,6 +25,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from edgesd.errors import BundleError, InputError
+from edgesd.files import mapped
 from edgesd.runtime.onnx_wire import relocate_external_data
 from edgesd.spec.base import decode_json, is_relative_path
 from edgesd.spec.bundle import SCHEMA_VERSION, BundleManifest, ComponentPart, Engine
@@ -343,6 +344,13 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: the manifest lists no {name}; build the bundle again")
         return b"".join(self.verified_chunks(name))
+
+    def map(self, name: str) -> memoryview:
+        """The same, mapped: for files whose copy would take more memory than there may be."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: the manifest lists no {name}; build the bundle again")
+        where = self.verified_location(name)
+        return mapped(where.file.fileno(), where.offset, self.size(name))
 
     def total_bytes(self) -> int:
         """Bytes of all files that the manifest lists: what `verify` and `pack_bundle` count."""

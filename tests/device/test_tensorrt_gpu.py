@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgesd.engines.plans import Plans, plan_environment
+from edgesd.engines.plans import Plans, plan_environment, prepare_plans
 from edgesd.engines.tensorrt import BuildSpec, build_plan
 from edgesd.errors import EdgesdError
 from edgesd.runtime.backends import onnxruntime
@@ -64,8 +64,7 @@ def memory() -> Iterator[DeviceMemory]:
 
 
 def settings(folder: Path, bundle: Bundle) -> Settings:
-    plans = Plans(bundle, folder, lambda *step: None, COMPONENTS)
-    return Settings(plan_of=plans, fallback=False)
+    return Settings(plan_of=Plans(bundle, folder), fallback=False)
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -116,7 +115,8 @@ def test_a_image_is_that_of_the_cpu(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_plans_are_found_again(bundle: Bundle, tmp_path: Path) -> None:
-    first = Plans(bundle, tmp_path, lambda *step: None, COMPONENTS)("unet")
-    made = first.path.stat().st_mtime_ns
-    assert Plans(bundle, tmp_path, lambda *step: None, COMPONENTS)("unet") == first
-    assert first.path.stat().st_mtime_ns == made
+    first = prepare_plans(bundle, tmp_path)["unet"]
+    assert first is not None
+    made = first.stat().st_mtime_ns
+    assert prepare_plans(bundle, tmp_path)["unet"] == first
+    assert first.stat().st_mtime_ns == made

@@ -27,6 +27,7 @@ from edgesd.files import (
     check_writable,
     environment_folder,
     link_or_copy,
+    mapped,
     private_folder,
     save,
     user_cache,
@@ -373,3 +374,13 @@ def test_folders_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("EDGESD_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"EDGESD_HOME is .* which is no folder"):
         environment_folder("EDGESD_HOME")
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 9000), (1, 1), (4096, 10), (5000, 4000), (7, 0)])
+def test_a_part_of_a_file_is_mapped(offset: int, size: int, tmp_path: Path) -> None:
+    content = os.urandom(9000)
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        found = mapped(file.fileno(), offset, size)
+    assert found == content[offset : offset + size]

@@ -159,10 +159,10 @@ class BoundRunner(Closeable):
 
 
 class LoadedPlan(NamedTuple):
-    """The bytes of a compiled engine that fits this machine, and the Python package that runs
-    it."""
+    """A compiled engine that fits this machine, mapped from its file, and the Python package that
+    runs it."""
 
-    data: bytes
+    data: memoryview
     module: str
 
 

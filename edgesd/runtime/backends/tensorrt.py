@@ -42,7 +42,7 @@ class TensorRtRunner(BoundRunner):
     def __init__(
         self,
         spec: ComponentSpec,
-        plan: bytes,
+        plan: bytes | memoryview,
         memory: DeviceMemory,
         module: Any = "tensorrt",
         slots: LoraSlots | None = None,
@@ -61,7 +61,7 @@ class TensorRtRunner(BoundRunner):
             self.close()
             raise
 
-    def _load(self, plan: bytes, trt: Any) -> None:
+    def _load(self, plan: bytes | memoryview, trt: Any) -> None:
         spec = self.spec
         self._log = trt.Logger(trt.Logger.ERROR)
         runtime = trt.Runtime(self._log)

@@ -179,6 +179,28 @@ def test_one_file_weights_are_used_in_place(miniature: Bundle, miniature_file: P
     assert file.path == miniature_file and f"proc/self/fd/{file.fileno()}".encode() in graph.model
 
 
+@pytest.mark.parametrize("one_file", [False, True])
+def test_a_mapped_file_is_the_one_that_was_verified(
+    one_file: bool, folder: Path, miniature_file: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(miniature_file, tmp_path / "one")) if one_file else folder
+    bundle, name = open_bundle(path), "unet/model.onnx"
+    wanted = bundle.read(name)
+    with bundle.map(name) as found:
+        replaced = path if one_file else folder / name
+        replace_file(replaced, bytes(replaced.stat().st_size))
+        assert found == wanted and found.readonly
+    with pytest.raises(BundleError, match="lists no unet/none"):
+        bundle.map("unet/none")
+
+
+def test_an_altered_file_is_not_mapped(folder: Path) -> None:
+    bundle, path = open_bundle(folder), folder / "unet" / "model.onnx"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(BundleError, match=r"unet/model.onnx was altered"):
+        bundle.map("unet/model.onnx")
+
+
 def noise_pred(bundle: Bundle, graph: GraphFile) -> np.ndarray:
     """What the UNet makes of fixed inputs."""
     with OnnxRuntimeRunner(bundle.manifest.pipeline.components["unet"], graph) as unet:
