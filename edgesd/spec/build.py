@@ -128,11 +128,15 @@ class BuildOptions(Spec, frozen=True):
         number_format(self.precision)
         if self.batch > 1 and not self.size:
             raise UsageError("--batch is for static graphs: give --size, too")
-        if self.quantization.limited and self.quantization.quality_prompts == ():
-            raise UsageError(
-                "--min-psnr, --max-lpips, --max-feature-distance, --max-size and --max-time are "
-                "checked on images: leave --no-quality out"
-            )
+        if self.quantization.limited:
+            limits = "--min-psnr, --max-lpips, --max-feature-distance, --max-size and --max-time"
+            if not self.quantized:
+                raise UsageError(
+                    f"{limits} are for quantized bundles, and {self.precision} isn't one: choose "
+                    "w8a8 or another, or leave them out"
+                )
+            if self.quantization.quality_prompts == ():
+                raise UsageError(f"{limits} are checked on images: leave --no-quality out")
         for what in ("calibration", "quality"):
             prompts = getattr(self.quantization, f"{what}_prompts") or ()
             _check_prompts(what, prompts)

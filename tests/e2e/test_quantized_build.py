@@ -405,6 +405,8 @@ def test_a_size_spends_ranks_where_they_pay(
         (["--precision", "w8a8", "--method", "magic"], "svdquant"),
         (["--precision", "w8a8", "--min-psnr", "nan"], "isn't a finite number"),
         (["--precision", "w8a8", "--max-time", "inf"], "isn't a finite number"),
+        (["--max-lpips", "0.3"], "are for quantized bundles, and fp32 isn't one"),
+        (["--precision", "fp16", "--max-feature-distance", "0.3"], "and fp16 isn't one"),
         (["--pool-attention"], "--pool-attention is for quantized bundles, and fp32"),
         (["--pool-attention", "--precision", "fp16"], "and fp16 isn't one"),
         (["--pool-attention", "--precision", "w8a8", "--no-quality"], "leave --no-quality out"),

@@ -84,6 +84,7 @@ def test_every_option_of_a_record_differs_from_its_default() -> None:
     ("change", "words"),
     [
         ({"precision": "int3"}, "unknown precision 'int3'"),
+        ({"precision": "fp16"}, "--max-lpips, .* are for quantized bundles, and fp16 isn't one"),
         ({"size": None}, "--batch is for static graphs"),
         ({"quantization": QuantOptions(quality_prompts=(), min_psnr=3.0)}, "leave --no-quality"),
         ({"quantization": QuantOptions(quality_prompts=(), max_lpips=0.3)}, "leave --no-quality"),
