@@ -131,7 +131,7 @@ def build(
         _side_references(job),
         tuple(LoraReference(one.name, one.sha256, one.scale) for one in job.source.loras),
     )
-    identity = Identity(model_name(model), job.target, job.lowering.name)
+    identity = _identity(model, job)
     one_file = out.suffix == SUFFIX
     reference: Bundle | None = None
     notes: list[Note] = []
@@ -204,6 +204,7 @@ def _prepare(
     from edgesd.recipes.estimate import PlanRequest, check_estimate
     from edgesd.recipes.gates import judging
     from edgesd.recipes.planner import check_prompter, estimate_source
+    from edgesd.recipes.quantized import kept_folders
     from edgesd.recipes.sources import open_model
 
     target = get_target(options.target)
@@ -273,11 +274,6 @@ def _prepare(
         export = export_spec(source, *fixed_shape(export.pipeline), chunks, tasks)
     # One file is packed of a folder beside it.
     bundle_bytes = expected.bundle_bytes * (2 if out.suffix == SUFFIX else 1)
-    kept = 0
-    if options.quantized:
-        counts = {name: source.parameters(name) for name in source.networks}
-        kept = work_bytes(expected.bundle_bytes, counts, get_method(quantization.method).correlates)
-    check_disk(out, folders.work, bundle_bytes, kept, progress)
     judged = None
     if options.quantized and quantization.quality_prompts != ():
         judged = judging(quantization, export.judged_by, folders.lpips)
@@ -286,7 +282,15 @@ def _prepare(
                 f"LPIPS judges a model of this family, and its weights aren't here: {STAND_IN} "
                 "does instead (--lpips FOLDER)"
             )
-    return Job(source, export, target, lowering, options, folders, progress, judged)
+    job = Job(source, export, target, lowering, options, folders, progress, judged)
+    kept_bytes, kept = 0, tuple[Path, ...]()
+    if options.quantized:
+        counts = {name: source.parameters(name) for name in source.networks}
+        correlates = get_method(quantization.method).correlates
+        kept_bytes = work_bytes(expected.bundle_bytes, counts, correlates)
+        kept = (_source_folder(job, _identity(model, job)), *kept_folders(job))
+    check_disk(out, folders.work, bundle_bytes, kept_bytes, progress, kept)
+    return job
 
 
 def _side_references(job: Job) -> tuple[SideReference, ...]:
@@ -345,17 +349,28 @@ def _checked_engines(job: Job, writer: BundleWriter) -> dict[str, Engine]:
     return engines
 
 
+def _identity(model: str, job: Job) -> Identity:
+    return Identity(model_name(model), job.target, job.lowering.name)
+
+
+def _source_folder(job: Job, identity: Identity) -> Path:
+    """Where `_reference` keeps its bundle."""
+    from edgesd.export import source_graphs
+    from edgesd.export.backends import REFERENCE
+    from edgesd.export.pipeline import tool_versions
+
+    identity, tools = replace(identity, backend=REFERENCE), sorted(tool_versions().items())
+    parts = (source_graphs.VERSION, edgesd.__version__, tools, identity, job.spec.pipeline)
+    return job.folders.work / f"source-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
 def _reference(job: Job, identity: Identity) -> Bundle:
     """The fp32 graphs of the same export (see SourceGraphs) as a bundle, from the folder of what is
     kept if it is there."""
-    from edgesd.export import source_graphs
     from edgesd.export.backends import REFERENCE
-    from edgesd.export.pipeline import export_pipeline, tool_versions
+    from edgesd.export.pipeline import export_pipeline
 
-    identity = replace(identity, backend=REFERENCE)
-    tools = sorted(tool_versions().items())
-    parts = (source_graphs.VERSION, edgesd.__version__, tools, identity, job.spec.pipeline)
-    path = job.folders.work / f"source-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+    path, identity = _source_folder(job, identity), replace(identity, backend=REFERENCE)
     if path.exists():
         try:
             kept = open_bundle(path)

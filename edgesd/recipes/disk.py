@@ -18,9 +18,6 @@ LARGE_BYTES = 10_000_000_000
 _TOLD_BYTES = 1_000_000_000
 """A build that takes less says nothing of it."""
 
-_KEPT = ("source-*", "calibration-*", "layers-*")
-"""Folders of what quantized builds keep."""
-
 
 def work_bytes(bundle_bytes: int, parameters: Mapping[str, int], covariance: bool) -> int:
     """Bytes that a quantized build keeps beside its bundle, about: fp32 graphs of networks that
@@ -38,16 +35,20 @@ def work_bytes(bundle_bytes: int, parameters: Mapping[str, int], covariance: boo
 
 
 def check_disk(
-    out: Path, work: Path, bundle_bytes: int, kept_bytes: int, progress: Progress
+    out: Path,
+    work: Path,
+    bundle_bytes: int,
+    kept_bytes: int,
+    progress: Progress,
+    kept: Iterable[Path] = (),
 ) -> None:
-    """Tell what a build writes to `out`, and keeps in `work`, where it is much. What is kept there
-    already counts for it.
+    """Tell what a build writes to `out`, and keeps in `work`, where it is much. kept: the folders
+    of that: what one before it left in them counts for it.
 
     Raises ResourceError where that is more than is free, InputError where `out` can't be written.
     """
     check_writable(out, bundle_bytes)
-    found = sum(size_of(folder) for name in _KEPT for folder in work.glob(name))
-    kept_bytes = max(0, kept_bytes - found)
+    kept_bytes = max(0, kept_bytes - sum(map(size_of, kept)))
     if not kept_bytes:
         return
     check_writable(work / "work")

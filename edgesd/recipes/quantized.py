@@ -18,8 +18,15 @@ from edgesd.evaluate import quality as quality_
 from edgesd.export.calibrate import CalibrationSettings, calibrate, calibration_key
 from edgesd.export.quantize.assign import planned
 from edgesd.export.quantize.layers import Layer
+from edgesd.export.quantize.method import Method
 from edgesd.export.quantize.methods import get_method
-from edgesd.export.quantize.store import GraphForm, LayerStore, can_pool, find_nodes
+from edgesd.export.quantize.store import (
+    GraphForm,
+    LayerStore,
+    can_pool,
+    find_nodes,
+    layers_folder,
+)
 from edgesd.export.source_graphs import SourceGraphs
 from edgesd.files import atomic_write
 from edgesd.recipes import gates as gates_
@@ -329,11 +336,9 @@ def _copy_assets(reference: Bundle, root: Path) -> tuple[str, ...]:
 def _store(job: Job, reference: Bundle, graphs: SourceGraphs) -> LayerStore:
     """Calibrated layers of the source's graphs."""
     spec, work = job.spec.pipeline, job.folders.work
-    options = job.options.quantization
-    static = options.static or job.lowering.static_ranges
-    method = get_method(options.method, static, options.measures)
+    method = _method(job)
     settings = _calibration(job, method.correlates)
-    folder = work / f"calibration-{calibration_key(settings, spec.source_sha256)}"
+    folder = _calibration_folder(job, settings)
     tokenizers = {
         text.tokenizer: tokenizer_of(reference, text.tokenizer) for text in spec.wiring.texts
     }
@@ -342,6 +347,24 @@ def _store(job: Job, reference: Bundle, graphs: SourceGraphs) -> LayerStore:
     calibration = calibrate(job.spec, whole, settings, tokenizers, folder, job.progress)
     nodes = find_nodes(models, split="split" in method.measures)
     return LayerStore(graphs, nodes, calibration, method, work, job.lowering, spec.wiring)
+
+
+def kept_folders(job: Job) -> tuple[Path, Path]:
+    """Where a build keeps statistics, and quantized layers."""
+    method = _method(job)
+    calibration = _calibration_folder(job, _calibration(job, method.correlates))
+    return calibration, layers_folder(job.folders.work, calibration, method)
+
+
+def _method(job: Job) -> Method:
+    options = job.options.quantization
+    static = options.static or job.lowering.static_ranges
+    return get_method(options.method, static, options.measures)
+
+
+def _calibration_folder(job: Job, settings: CalibrationSettings) -> Path:
+    key = calibration_key(settings, job.spec.pipeline.source_sha256)
+    return job.folders.work / f"calibration-{key}"
 
 
 def _weights(job: Job) -> int:

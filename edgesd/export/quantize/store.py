@@ -75,6 +75,13 @@ class Summary:
     error: float
 
 
+def layers_folder(work: Path, calibration: Path, method: Method) -> Path:
+    """Where a LayerStore keeps layers in `work`. calibration: the folder of their statistics."""
+    parts = (quantize.VERSION, method, torch.__version__, torch.get_num_threads())
+    key = hashlib.sha256(repr((calibration.name, parts)).encode()).hexdigest()[:16]
+    return work / f"layers-{key}"
+
+
 class LayerStore:
     """Quantizes layers of the fp32 graphs `graphs`, each once; `folder` keeps them.
 
@@ -102,9 +109,7 @@ class LayerStore:
             if layer.source and method.smooths and "joint" in method.measures:
                 self._reading.setdefault((layer.component, layer.source), []).append(layer)
         self._summaries: dict[tuple[Layer, Scheme], Summary] = {}
-        parts = (quantize.VERSION, method, torch.__version__, torch.get_num_threads())
-        key = hashlib.sha256(repr((calibration.folder.name, parts)).encode()).hexdigest()[:16]
-        self.folder = folder / f"layers-{key}"
+        self.folder = layers_folder(folder, calibration.folder, method)
 
     def quantize(
         self, wanted: Iterable[tuple[Layer, LayerScheme]], progress: Progress, task: str

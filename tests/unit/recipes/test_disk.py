@@ -32,17 +32,18 @@ def test_what_is_kept_is_counted_beside_a_bundle_on_the_same_disk(
     assert not out.exists() and not work.exists()
 
 
-def test_what_an_interrupted_build_kept_counts(
+def test_what_an_interrupted_build_kept_counts_and_nothing_of_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _free(monkeypatch, 500)
     (tmp_path / "layers-1" / "unet").mkdir(parents=True)
     (tmp_path / "layers-1" / "unet" / "a").write_bytes(bytes(600))
-    (tmp_path / "others").mkdir()
-    (tmp_path / "others" / "b").write_bytes(bytes(9000))
-    disk.check_disk(tmp_path / "out", tmp_path, 0, 1000, SILENT)
+    (tmp_path / "layers-2").mkdir()
+    (tmp_path / "layers-2" / "b").write_bytes(bytes(9000))
+    kept = [tmp_path / "layers-1", tmp_path / "none"]
+    disk.check_disk(tmp_path / "out", tmp_path, 0, 1000, SILENT, kept)
     with pytest.raises(ResourceError):
-        disk.check_disk(tmp_path / "out", tmp_path, 0, 1200, SILENT)
+        disk.check_disk(tmp_path / "out", tmp_path, 0, 1200, SILENT, kept)
 
 
 def test_little_is_said_of_little(tmp_path: Path) -> None:
