@@ -33,7 +33,7 @@ def cell(estimate: Estimate) -> str:
 
 def rows(model: str, precisions: Sequence[str]) -> Iterator[tuple[Target, dict[str, str]]]:
     """Each board, and a cell for each precision that it takes; "-" where it takes none."""
-    source = open_model(model)
+    source = open_model(model, weights=False)
     for target in list_targets():
         backend = target.backends[0]
         found = {}

@@ -88,7 +88,8 @@ def plan_command(
     """Predict size, memory and time of a bundle of MODEL on a board, before it is built.
 
     Prints the size on disk, the peak memory of each network and each --memory mode, the memory of
-    the build and, if the board was profiled, the time of an image. MODEL as in `edgesd build`.
+    the build and, if the board was profiled, the time of an image. MODEL as in `edgesd build`; its
+    weights aren't read, needn't be there, and aren't downloaded.
     """
     from edgesd.export.pipeline import require_build_tools
 

@@ -7,7 +7,7 @@ workload costs. How footprints add up for an image is runtime/footprint.py's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgspec
 
@@ -150,10 +150,7 @@ class Networks:
             height, width, batch = shape
             sizes = {"batch": batch, "height": height, "width": width}
             sizes[TOKENS] = chunks * self._chunk_tokens
-            traced = trace(self._components[name], sizes)
-            if (shape, chunks) != (self._in_own_unit(stage, self.own_shape(stage)), 1):
-                traced = _with_layers_of(self.trace_own(stage), traced)
-            self._traced[key] = traced
+            self._traced[key] = trace(self._components[name], sizes)
         return self._traced[key]
 
     @property
@@ -197,7 +194,7 @@ class Networks:
         shape = self.pipeline.shape
         height, width = self.latents(shape.width, shape.height)
         if stage.role == "modulation":
-            return 1, 1, 1
+            return 1, 1, 1 if shape.dynamic else ROWS
         return height, width, shape.batch if stage.per == "step" and not shape.dynamic else 1
 
     def footprint(self, stage: Stage, form: ComponentForm, at: Iterable[Shape] = ()) -> Footprint:
@@ -307,19 +304,6 @@ class Networks:
 
 def _sorted(runs: Mapping[int, tuple[int, int]]) -> tuple[tuple[int, int, int], ...]:
     return tuple((units, *runs[units]) for units in sorted(runs))
-
-
-def _with_layers_of(one: Workload, other: Workload) -> Workload:
-    """`other` with the layers of the same network at another size: in a larger batch, a linear of
-    the timestep's vector looks like one of many rows."""
-    known = {op.layer.name: op.layer for op in one.operations if op.layer is not None}
-    return replace(
-        other,
-        operations=tuple(
-            op if op.layer is None else replace(op, layer=known[op.layer.name])
-            for op in other.operations
-        ),
-    )
 
 
 def schemes_of(

@@ -54,6 +54,7 @@ from edgesd.runtime.footprint import (
     halo_of,
     prompter_bytes,
     tile_sides,
+    units_of,
 )
 from edgesd.runtime.kernels import computes, instruction_set_of
 from edgesd.runtime.memory import MemoryMode
@@ -90,6 +91,7 @@ def estimate_build(
         config=request.config,
         loras=request.loras,
         sides=request.sides,
+        weights=False,
     )
     source = replace(source, max_tokens=request.max_tokens)
     return estimate_source(source, model, target, backend, request)
@@ -187,9 +189,9 @@ class _Plan:
         elif stage.per == "step":
             shapes = [(height, width, self.generations[mode].batch)]
         elif stage.role == "modulation":
-            rows = self.generations[mode].rows
-            each = min(rows, ROWS) if networks.pipeline.shape.dynamic else ROWS
-            shapes = [(1, 1, each)] * -(-rows // each)
+            rows = units_of(stage, self.generations[mode])
+            each = rows if networks.pipeline.shape.dynamic else ROWS
+            shapes = [(1, 1, each)] * -(-self.generations[mode].rows // each)
         elif stage.component in self.tiled[mode] & costs.splits.keys():
             return self._in_parts(stage, form), costs.splits[stage.component][-1]
         elif stage.component in self.tiled[mode]:
@@ -213,9 +215,7 @@ class _Plan:
         workloads, footprint = self.workloads(stage, mode)
         streamed = mode == "stream" or stage.component in self.tiled[mode]
         each = {id(workload): seconds(workload, speed, streamed) for workload in workloads}
-        units = self.size[0] * self.size[1]
-        if stage.per == "prompt" or stage.role == "modulation":
-            units = 1
+        units = units_of(stage, self.generations[mode])
         fresh = speed.seconds("fresh", "", (max(1, sum(computing(footprint, units))),))
         # A network's weights are larger than caches, which hold those of a single operation.
         reading = speed.seconds("read", "", (max(1, footprint.weights),))
@@ -290,7 +290,7 @@ class _Planner:
             usable_bytes=self.usable,
             needed_bytes=plan.fitting.least(plan.batch)[1],
             mode=None if fit is None else fit.memory,
-            build_bytes=self._build_bytes(width * height),
+            build_bytes=_build_bytes(networks, width * height),
             seconds=_together(costs) if speed else None,
             rates=request.rates.machine if request.rates else None,
             assumed=self.assumed,
@@ -467,9 +467,10 @@ class _Planner:
         process = rates.process_bytes if rates else PROCESS_BYTES
         return process + PROGRAM_BYTES + self.backend.process_bytes
 
-    def _build_bytes(self, pixels: int) -> int:
-        largest = max(self.source.parameters(name) for name in self.source.networks)
-        return build_bytes(largest, pixels)
+
+def _build_bytes(networks: Networks, pixels: int) -> int:
+    largest = max(networks.trace_own(stage).parameters for stage in networks.flow.stages)
+    return build_bytes(largest, pixels)
 
 
 def _larger(target: Target, usable: int) -> list[Target]:

@@ -23,6 +23,7 @@ def open_model(
     config: Path | None = None,
     loras: Collection[str] = (),
     sides: Collection[tuple[SideKind, str]] = (),
+    weights: bool = True,
 ) -> ModelSource:
     """What the user called `model`: "demo", or one of the forms of export/source.
 
@@ -30,11 +31,12 @@ def open_model(
     embeddings: textual inversions that are added, as FILE or FILE:TOKEN. config: a diffusers folder
     with the configs and tokenizers of a single file. loras: what is merged into its networks, as
     FILE or FILE:SCALE. sides: ControlNets and adapters that are added, by their kind, as FOLDER or
-    FOLDER:NAME. Raises what `resolve_source`, `read_embeddings`, `read_loras` and `read_sides`
-    raise, and InputError for an autoencoder of other latents.
+    FOLDER:NAME. weights: without them files are neither hashed nor need they hold weights, which is
+    enough for a plan. Raises what `resolve_source`, `read_embeddings`, `read_loras` and
+    `read_sides` raise, and InputError for an autoencoder of other latents.
     """
-    found = resolve_source(str(demo_model()) if model == DEMO else model, config)
-    source = replace(found, variant=variant)
+    found = resolve_source(str(demo_model()) if model == DEMO else model, config, weights)
+    source = replace(found, variant=variant, hashed=weights)
     if embeddings:
         from edgesd.export.source.embedding import read_embeddings
 

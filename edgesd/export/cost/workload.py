@@ -192,6 +192,7 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._count = sum(value.numel() for value in module.parameters())
         self._values: dict[int, int] = {}
         self._pads: dict[int, tuple[int, int, int, int]] = {}
+        self._tokens: set[int] = set()  # ids of matrices whose rows are tokens
         self._kept: list[Tensor] = []
         self._sizes: list[int] = []
         self._operations: list[Operation] = []
@@ -229,6 +230,8 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [a for a in taken if isinstance(a, Tensor)]
         if isinstance(out, Tensor) and (name in _ALIASES or _by_one(name, args)):
             self._alias(out, tensors[0])
+            if out.ndim == 2 and (tensors[0].ndim > 2 or id(tensors[0]) in self._tokens):
+                self._tokens.add(id(out))
             if name == "constant_pad_nd":
                 left, right, above, below = args[1]
                 self._pads[id(out)] = above, left, below, right
@@ -305,7 +308,8 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name is None:  # a product of two values
             return replace(op, kind="matmul", macs=macs, rows=rows)
         shape = (right.shape[1], columns)
-        layer = Layer(self._component, name, "", "linear", shape, one_row=rows == 1)
+        one_row = id(left) not in self._tokens  # as in a graph: its input has two dimensions
+        layer = Layer(self._component, name, "", "linear", shape, one_row=one_row)
         return replace(op, kind="linear", layer=layer, macs=macs, rows=rows)
 
     def _new(self, tensor: Tensor) -> int:

@@ -30,8 +30,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILE = re.compile(rf"({_HUB_ID.pattern})/((?:[\w-][\w.-]*/)*[\w-][\w.-]*\{SAFETENSORS})")
 
 
-def resolve_source(model: str | Path, configs: Path | None = None) -> ModelSource:
-    """Find a model of any of these forms; what the hub has is downloaded to its cache.
+def resolve_source(
+    model: str | Path, configs: Path | None = None, weights: bool = True
+) -> ModelSource:
+    """Find a model of any of these forms; what the hub has is downloaded to its cache, but, of a
+    pipeline, for its weights where these aren't wanted.
 
     configs: a diffusers folder whose configs and tokenizers a single file gets; None for those of
     the published model of its layout.
@@ -58,7 +61,7 @@ def resolve_source(model: str | Path, configs: Path | None = None) -> ModelSourc
             f"{name} doesn't exist: give a diffusers folder (with model_index.json), a folder of "
             "optimum's ONNX graphs, a .safetensors file, or a hub id such as owner/name"
         )
-    return open_folder(name, download(name))
+    return open_folder(name, download(name, weights=weights))
 
 
 def resolve_network(model: str, component: str) -> ModelSource:

@@ -43,6 +43,7 @@ HINTS = "edgesd.json"
 INDEX = "model_index.json"
 _LONGEST_CLASS = 200
 """Characters of a class's name."""
+_NOT_HASHED = "0" * 64
 _Stamp = tuple[Path, int, int, int]
 """A file, its inode, bytes, and when it was last written."""
 _HINT_TYPES: dict[str, tuple[type, ...]] = {
@@ -63,7 +64,8 @@ class ModelSource:
     variant: what kind of model the user says that it is. others: component -> the model whose
     network stands in for it, or is added. embeddings: textual inversions that are added to it.
     loras: what is merged into its networks. clip_skip, max_tokens: what the user says of its text
-    encoders (spec.build.BuildOptions). sides: ControlNets and adapters among `others`."""
+    encoders (spec.build.BuildOptions). sides: ControlNets and adapters among `others`. hashed:
+    whether its files are; a plan, which reads no weights, has no use for that."""
 
     name: str
     root: Path
@@ -76,6 +78,7 @@ class ModelSource:
     clip_skip: int | None = None
     max_tokens: int | None = None
     sides: tuple[str, ...] = ()
+    hashed: bool = True
 
     def folder(self, name: str) -> Path:
         """The folder of a component, a tokenizer or the scheduler; it may be missing."""
@@ -295,8 +298,8 @@ class ModelSource:
     def sha256(self) -> str:
         """Hash over the names and contents of all files that the pipeline is made from, as they
         were when it was first asked for, and over what is said of the model that its networks or
-        its schedule depend on."""
-        return self._hashed[0]
+        its schedule depend on; zeros for one that isn't `hashed`."""
+        return self._hashed[0] if self.hashed else _NOT_HASHED
 
     def check_unchanged(self) -> None:
         """Raise InputError unless all files are as they were when `sha256` was first asked for.

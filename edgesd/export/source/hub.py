@@ -30,10 +30,11 @@ from edgesd.files import user_home
 from edgesd.text import first_sentence
 
 
-def download(repo_id: str, component: str | None = None) -> Path:
+def download(repo_id: str, component: str | None = None, weights: bool = True) -> Path:
     """Fetch just the files that the family needs; from the cache when the hub can't be reached.
 
     component: fetch this network alone, of a pipeline or of a repository that holds no other.
+    weights: of a pipeline's networks; without, their configs alone are fetched.
     Raises InputError, and MissingDependencyError without huggingface_hub.
     """
 
@@ -46,7 +47,9 @@ def download(repo_id: str, component: str | None = None) -> Path:
             family = family_of(class_name_of(index_path, read_json_object(index_path)), repo_id)
         try:
             files = hub.list_repo_files(repo_id)
-            patterns = _wanted(files, family) if family else _network(files, str(component))
+            patterns = (
+                _wanted(files, family, weights) if family else _network(files, str(component))
+            )
         except hub.errors.HfHubHTTPError:
             raise  # the hub answered, and said no
         except Exception:  # noqa: BLE001  each hub version raises those of its own HTTP library
@@ -143,11 +146,12 @@ def reachable(url: str, seconds: float = 4.0) -> bool:
     return found.is_set()
 
 
-def _wanted(files: Collection[str], family: Family) -> list[str]:
+def _wanted(files: Collection[str], family: Family, weights: bool) -> list[str]:
     wanted = [INDEX, HINTS, *_papers(files)]
     wanted += [f"{folder}/*{suffix}" for folder in family.configs for suffix in TEXT_FILE]
     for component, stem in family.weights.items():
-        wanted += _of_network(files, f"{component}/", stem)
+        found = _of_network(files, f"{component}/", stem)
+        wanted += found if weights else found[:1]
     return wanted
 
 

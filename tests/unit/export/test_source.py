@@ -118,7 +118,7 @@ def test_a_typo_beside_a_folder_stays_local(
 
 
 def test_a_hub_id_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_module, "download", lambda repo_id: EMOJI)
+    monkeypatch.setattr(source_module, "download", lambda repo_id, weights: EMOJI)
     source = resolve_source("owner/name")
     assert source.name == "owner/name"
     assert source.family.export_spec(source, None).pipeline.source == "owner/name"
@@ -497,6 +497,10 @@ class TestDownload:
         assert "unet/diffusion_pytorch_model.safetensors" in asked
         assert "tokenizer/*.json" in asked and "NOTICE" in asked
         assert not set(extra) & set(asked)
+        whole = set(asked)
+        asked.clear()
+        resolve_source("some-owner/model", weights=False)
+        assert whole - set(asked) == {name for name in whole if name.endswith(".safetensors")}
 
     @pytest.mark.parametrize("prefix", ["", "vae/"])
     def test_of_a_network_only_its_own_files_are_fetched(

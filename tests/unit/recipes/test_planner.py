@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 pytest.importorskip("torch")
@@ -28,9 +29,11 @@ from edgesd.runtime.backends import get_backend
 from edgesd.runtime.fitting import Batch, Budget, Fitting
 from edgesd.runtime.footprint import PROCESS_BYTES, PROGRAM_BYTES, Costs
 from edgesd.runtime.memory import MEMORY_MODES, MemoryMode
+from edgesd.runtime.modulation import ROWS
 from edgesd.spec.build import BuildOptions
 from edgesd.spec.scheme import parse_scheme
 from tests.support import assert_refused, run_cli
+from tests.tiny_pipelines import write_tiny
 
 pytestmark = pytest.mark.integration
 
@@ -98,6 +101,11 @@ class Models(dict[str, str]):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    return resolve_source(write_tiny("flux-dev", tmp_path_factory.mktemp("flux") / "flux-dev"))
 
 
 @pytest.fixture(autouse=True)
@@ -376,6 +384,34 @@ def test_both_halves_of_guidance_take_the_same_weights(models: Models) -> None:
     )
     assert two.memory["fast"] - one.memory["fast"] < 40 * MB
     assert two.memory["balanced"] == one.memory["balanced"]
+
+
+def test_a_plan_needs_configs_alone(models: Models, tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    shutil.copytree(models["small"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    request = PlanRequest("w4a8-g64")
+    bare, whole = (
+        estimate_build(model, "raspberry-pi-5", request) for model in (str(folder), models["small"])
+    )
+    assert bare == msgspec.structs.replace(whole, model=str(folder))
+
+
+@pytest.mark.parametrize("size", [None, (64, 48)])
+def test_a_modulation_of_many_rows_is_one_of_single_rows(
+    flux: ModelSource, size: tuple[int, int] | None
+) -> None:
+    """Graphs of fixed shapes always run `ROWS`; what sees a vector for each keeps its inputs."""
+    networks = Networks(export_spec(flux, size))
+    stage = networks.flow.modulation
+    assert stage is not None
+    layers = networks.trace_own(stage).layers
+    assert layers and all(layer.one_row for layer in layers)
+    denoiser = networks.trace_own(networks.flow.denoiser).layers
+    assert denoiser and not any(layer.one_row for layer in denoiser)
+    schemes = planned(layers, parse_scheme("w4a8-g32"))
+    lowering = get_lowering("onnxruntime")
+    runs = networks.footprint(stage, ComponentForm("w4a8-g32", lowering, schemes, 10**6)).runs
+    assert [units for units, *_ in runs] == ([1, 4, ROWS] if size is None else [ROWS])
 
 
 def test_a_huge_size_is_planned_and_does_not_fit(models: Models) -> None:
