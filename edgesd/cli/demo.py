@@ -25,8 +25,8 @@ PROMPTS = (
 @click.option(
     "--model",
     type=click.Choice(EMBEDDED),
-    help="Which of them: Stable Diffusion's form, XL's, or a latent consistency model of four "
-    f"steps.  [default: {EMBEDDED[0]}]",
+    help="Which of them: Stable Diffusion's form, XL's, a latent consistency model of four steps, "
+    f"or FLUX.1's, schnell or dev.  [default: {EMBEDDED[0]}]",
 )
 @click.option(
     "--task",

@@ -32,7 +32,7 @@ LEAST_TOKENS, MOST_TOKENS = 2, 512
 DEMO, HUB, FOLDER = "demo", "hub", "folder"
 """Where a model was: in edgesd, on the hub, in a folder or a file of the machine that built."""
 
-EMBEDDED = ("emoji", "emoji-xl", "emoji-lcm")
+EMBEDDED = ("emoji", "emoji-xl", "emoji-lcm", "emoji-flux", "emoji-flux-dev")
 """Folders of the pipelines that a checkout of edgesd comes with; the first is `demo`."""
 
 Variant = Literal["base", "turbo", "lightning", "lcm"]
