@@ -190,6 +190,16 @@ def joint(
     )
 
 
+def few_rows(n: int, k: int, rows: tuple[int, ...] = (2,), group: int = 32) -> Graph:
+    """A QuantRows of x [*rows, k]."""
+    codes, _, scales = weight(n, k, 4, group, 1)
+    return Graph(
+        "QuantRows",
+        {"bits": 4, "group": group, "layout": 1, "N": n, "K": k},
+        (Tensor(FLOAT, (*rows, k), constant=False), codes, scales),
+    )
+
+
 def widen(shape: tuple[int, ...]) -> Graph:
     """A Widen of x."""
     return Graph(
@@ -219,9 +229,13 @@ def random_graph(rng: np.random.Generator, isa: str) -> Graph:
     def maybe() -> bool:
         return bool(rng.integers(2))
 
-    op = rng.choice(["linear", "conv", "attention", "widen"], p=[0.37, 0.43, 0.15, 0.05])
+    ops = ["linear", "conv", "attention", "widen", "rows"]
+    op = rng.choice(ops, p=[0.35, 0.4, 0.15, 0.05, 0.05])
     if op == "widen":
         return widen(tuple(below(60, 0) for _ in range(below(4))))
+    if op == "rows":
+        rows = tuple(below(10, 0) for _ in range(below(3, 0)))
+        return few_rows(below(100), below(300), rows, int(rng.choice([16, 48, 64, 256])))
     bits = 4 if isa in kernels.ONLY_4_BITS or maybe() else 8
     if op == "linear":
         layout = int(bits == 4 and maybe())
@@ -523,6 +537,20 @@ CASES: dict[str, tuple[Graph, str]] = {
     "widen less": (with_attributes(widen((3, 5)), values=14), "x is [3, 5], not of 14"),
     "widen fp32": (put(widen((3, 5)), 0, Tensor(FLOAT, (3, 5))), "tensor(float)"),
     "widen beyond all": (with_attributes(widen((3, 5)), values=2**41), "values is 2199023255552"),
+    "few rows": (few_rows(33, 70), "ran"),
+    "few rows none": (few_rows(33, 70, (0,)), "ran"),
+    "rows of 8 bits": (with_attributes(few_rows(33, 70), bits=8), "blocks of outputs are of 4"),
+    "rows of another layout": (
+        with_attributes(few_rows(33, 70), layout=0),
+        "are blocks of outputs",
+    ),
+    "rows of a large group": (few_rows(8, 8, group=2**16), "groups are too large"),
+    "rows of more outputs": (with_attributes(few_rows(33, 70), N=10**6), "codes is [33, 3, 16]"),
+    "rows of fewer scales": (
+        put(few_rows(33, 70), 2, Tensor(FLOAT16, (33, 2))),
+        "scales is [33, 2], not of 99",
+    ),
+    "rows of another K": (with_attributes(few_rows(33, 70), K=71), "x is [2, 70], not [..., K]"),
     "no rows": (linear(64, 64, rows=(0,)), "ran"),
     "no images": (conv(16, 16, batch=0), "ran"),
     "N of more codes": (

@@ -1050,6 +1050,61 @@ void attention(const Attention& job, Threads threads) {
   parallel(threads, size_t(heads * parts), rows);
 }
 
+constexpr int S = W < 8 ? W : 8;  // bytes of codes at a time: groups are of a multiple of 16
+typedef float vs __attribute__((vector_size(S * 4)));
+typedef int32_t is __attribute__((vector_size(S * 4)));
+typedef uint8_t bs __attribute__((vector_size(S)));
+
+// One output of R rows. x: of each row, of each group its even values, then its odd ones, as a byte of
+// codes has one of each.
+template <int R>
+void row_sums(const Rows& job, const float* x, int64_t stride, int64_t n, float* y) {
+  const int64_t groups = job.groups(), half = job.group / 2;
+  const uint8_t* codes = job.codes + n * groups * half;
+  vs total[R] = {};
+  for (int64_t g = 0; g < groups; g++, codes += half) {
+    vs sum[R] = {};
+    for (int64_t i = 0; i < half; i += S) {
+      const is both = __builtin_convertvector(load<bs>(codes + i), is);
+      const vs even = __builtin_convertvector((both & 15) - 8, vs);
+      const vs odd = __builtin_convertvector((both >> 4) - 8, vs);
+      for (int r = 0; r < R; r++) {
+        const float* row = x + r * stride + g * job.group + i;
+        sum[r] += even * load<vs>(row) + odd * load<vs>(row + half);
+      }
+    }
+    const float scale = from_half(job.scales[n * groups + g]);
+    for (int r = 0; r < R; r++) total[r] += sum[r] * scale;
+  }
+  for (int r = 0; r < R; r++) {
+    float sum = 0;
+    for (int i = 0; i < S; i++) sum += total[r][i];
+    y[r * job.n + n] = sum;
+  }
+}
+
+void rows(const Rows& job, Threads threads) {
+  constexpr int64_t PART = 32;
+  const int64_t group = job.group, half = group / 2, stride = job.groups() * group;
+  std::vector<float> halves(size_t(job.m * stride));  // zeros behind each row's end
+  for (int64_t r = 0; r < job.m; r++)
+    for (int64_t i = 0; i < job.k; i++) {
+      const int64_t in = i % group;
+      halves[size_t(r * stride + i - in + in / 2 + in % 2 * half)] = job.x[r * job.k + i];
+    }
+  auto part = [&](size_t task) {
+    const int64_t end = std::min(job.n, int64_t(task + 1) * PART);
+    for (int64_t n = int64_t(task) * PART; n < end; n++) {
+      int64_t r = 0;
+      for (; r + 4 <= job.m; r += 4)
+        row_sums<4>(job, halves.data() + r * stride, stride, n, job.y + r * job.n);
+      for (; r < job.m; r++)
+        row_sums<1>(job, halves.data() + r * stride, stride, n, job.y + r * job.n);
+    }
+  };
+  parallel(threads, size_t((job.n + PART - 1) / PART), part);
+}
+
 void widen(const Halves& job, Threads threads) {
   constexpr int64_t PART = 1 << 15;
   auto part = [&](size_t task) {
@@ -1070,7 +1125,7 @@ void widen(const Halves& job, Threads threads) {
 
 #define EDGESD_TEXT(name) #name
 #define EDGESD_NAME(name) EDGESD_TEXT(name)
-const Compute found{EDGESD_NAME(EDGESD_ISA), WEIGHT_MAX, linear, conv, attention, widen};
+const Compute found{EDGESD_NAME(EDGESD_ISA), WEIGHT_MAX, linear, rows, conv, attention, widen};
 
 }  // namespace EDGESD_ISA
 

@@ -42,6 +42,17 @@ struct Linear {
   int64_t gates = 1;            // equal parts of the rows that have one each
 };
 
+// A few rows, which aren't rounded, times a weight of 4 bits.
+struct Rows {
+  const float* x;          // [m, k]
+  const uint8_t* codes;    // [n, groups * group / 2], 8 more than int4
+  const uint16_t* scales;  // fp16 [n, groups]
+  float* y;                // [m, n]
+  int64_t m, n, k;
+  int group;
+  int64_t groups() const { return (k + group - 1) / group; }
+};
+
 struct Conv {
   const float* x;       // [batch, channels, height, width], of which the convolution sees, in turn:
   const float* gamma;   // [channels] or null: group normalization (arXiv 1803.08494), in `groups`
@@ -93,6 +104,7 @@ struct Compute {
   const char* name;
   int weight_max;
   void (*linear)(const Linear&, Threads);
+  void (*rows)(const Rows&, Threads);
   void (*conv)(const Conv&, Threads);
   void (*attention)(const Attention&, Threads);
   void (*widen)(const Halves&, Threads);

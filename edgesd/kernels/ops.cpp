@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <mutex>
 #include <new>
 #include <string>
@@ -76,7 +77,7 @@ void check(Status* status) {
 // No network is near these. Below them no product of sizes in compute.cpp is beyond 64 bits.
 constexpr int64_t MAX_DIMENSION = int64_t(1) << 20, MAX_ELEMENTS = int64_t(1) << 40;
 constexpr int64_t MAX_K = 1 << 16;  // products of 8 bits whose sum 32 bits hold
-constexpr int64_t MAX_UPSAMPLE = 16;
+constexpr int64_t MAX_UPSAMPLE = 16, MAX_GROUP = 256;
 
 using Shape = std::vector<int64_t>;
 
@@ -428,8 +429,7 @@ void check_bits(const Compute* compute, const WeightFormat& weight) {
 struct QuantLinear {
   static constexpr const char* NAME = "QuantLinear";
   static constexpr size_t INPUTS = 9, REQUIRED_INPUTS = 3;
-  static constexpr int FIRST_TYPE = FLOAT;
-  static constexpr bool HAS_WEIGHT = true;
+  static constexpr int TYPES[] = {FLOAT, ANY, FLOAT, ANY};
   const Compute* compute;
   WeightFormat weight;
   bool gated, gelu;
@@ -476,13 +476,46 @@ struct QuantLinear {
   }
 };
 
+// QuantRows(x [..., K], codes [N, K / group, group / 2], scales in fp16 [N, K / group]) -> [..., N]:
+// of 4 bits, 8 more than int4. For a few rows: x stays as it is.
+struct QuantRows {
+  static constexpr const char* NAME = "QuantRows";
+  static constexpr size_t INPUTS = 3, REQUIRED_INPUTS = 3;
+  static constexpr int TYPES[] = {FLOAT, UINT8, FLOAT16};
+  const Compute* compute;
+  WeightFormat weight;
+  WeightPager pager;
+  QuantRows(const Compute* compute, const Kernel& kernel)
+      : compute(compute), weight(kernel), pager(weight.bytes(), weight.step_bytes()) {
+    if (weight.bits != 4 || weight.layout != Weight::BLOCKS_OF_N)
+      throw Failure("weights are blocks of outputs, of 4 bits");
+    if (weight.group > MAX_GROUP) throw Failure("groups are too large");
+  }
+  void operator()(Run& run) const {
+    Shape shape = run.shape(0);
+    if (shape.empty() || shape.back() != weight.k)
+      throw Failure("x is " + text_of(shape) + ", not [..., K] of K = " + std::to_string(weight.k));
+    const void* codes = run.data(1, "codes", UINT8, weight.bytes());
+    const uint16_t* scales = run.halves(2, "scales", weight.n * weight.groups());
+    Rows job{run.data(0), static_cast<const uint8_t*>(codes), scales, nullptr,
+             count_of(shape, shape.size() - 1), weight.n, weight.k, weight.group};
+    if (!codes || !scales) throw Failure("a weight's codes or scales aren't there");
+    shape.back() = weight.n;
+    const int64_t outputs = count_of(shape);
+    job.y = run.output(shape);
+    if (outputs == 0) return;
+    pager.before(codes, scales);
+    compute->rows(job, run.threads());
+    pager.after();
+  }
+};
+
 // QuantConv(x [B, C, H, W], codes, scale, steps?, bias?, residual?, offset [B, N, 1, 1]?, gamma [C]?,
 // beta [C]?) -> [B, N, H', W'].
 struct QuantConv {
   static constexpr const char* NAME = "QuantConv";
   static constexpr size_t INPUTS = 9, REQUIRED_INPUTS = 3;
-  static constexpr int FIRST_TYPE = FLOAT;
-  static constexpr bool HAS_WEIGHT = true;
+  static constexpr int TYPES[] = {FLOAT, ANY, FLOAT, ANY};
   const Compute* compute;
   WeightFormat weight;
   Shape kernel_shape, strides, pads;
@@ -558,8 +591,7 @@ struct QuantConv {
 struct QuantAttention {
   static constexpr const char* NAME = "QuantAttention";
   static constexpr size_t INPUTS = 12, REQUIRED_INPUTS = 3;
-  static constexpr int FIRST_TYPE = FLOAT;
-  static constexpr bool HAS_WEIGHT = false;
+  static constexpr int TYPES[] = {FLOAT};
   const Compute* compute;
   int64_t heads;
   float scale, epsilon;
@@ -625,8 +657,7 @@ struct QuantAttention {
 struct Widen {
   static constexpr const char* NAME = "Widen";
   static constexpr size_t INPUTS = 2, REQUIRED_INPUTS = 2;
-  static constexpr int FIRST_TYPE = FLOAT16;
-  static constexpr bool HAS_WEIGHT = false;
+  static constexpr int TYPES[] = {FLOAT16};
   const Compute* compute;
   int64_t values;
   WeightPager pager;
@@ -683,10 +714,9 @@ const Operator& operator_of() {
     out.name = [](const Operator*) { return Op::NAME; };
     out.provider = [](const Operator*) -> const char* { return nullptr; };
     out.input_count = [](const Operator*) { return Op::INPUTS; };
-    // Codes come as int8, int4 or packed bytes, steps as fp16: attributes say what they are.
+    // ANY: codes of int8, int4 or packed bytes, and their steps in fp16, as attributes say.
     out.input_type = [](const Operator*, size_t index) -> int {
-      if (index == 0) return Op::FIRST_TYPE;
-      return Op::HAS_WEIGHT && (index == 1 || index == 3) ? ANY : FLOAT;
+      return index < std::size(Op::TYPES) ? Op::TYPES[index] : int(FLOAT);
     };
     out.output_count = [](const Operator*) -> size_t { return 1; };
     out.output_type = [](const Operator*, size_t) -> int { return FLOAT; };
@@ -743,6 +773,7 @@ __attribute__((visibility("default"))) edgesd::ort::Status* RegisterCustomOps(
   Domain* domain = nullptr;  // lives as long as the process
   Status* status = api->call<Status*>(CREATE_DOMAIN, "edgesd", &domain);
   for (const Operator* op : {&edgesd::operator_of<edgesd::QuantLinear>(),
+                             &edgesd::operator_of<edgesd::QuantRows>(),
                              &edgesd::operator_of<edgesd::QuantConv>(),
                              &edgesd::operator_of<edgesd::QuantAttention>(),
                              &edgesd::operator_of<edgesd::Widen>()})

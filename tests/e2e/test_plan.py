@@ -14,7 +14,14 @@ import pytest
 
 pytest.importorskip("torch")
 
-from edgesd.export.cost.cpu_lowering import EDGESD_FORMS, FUSED, lower_workload
+from edgesd.export.cost.cpu_lowering import (
+    EDGESD_FORMS,
+    EDGESD_INT4,
+    EDGESD_INT8,
+    EDGESD_ROWS,
+    FUSED,
+    lower_workload,
+)
 from edgesd.export.cost.workload import Workload, trace
 from edgesd.export.pipeline import export_spec
 from edgesd.export.quantize.assign import planned
@@ -73,14 +80,19 @@ def test_kernels_are_those_of_the_graphs(workloads: dict[str, Workload], bundle:
     kinds = {"conv": "QuantConv", "linear": "QuantLinear"}
     for name, workload in workloads.items():
         made = lower_workload(workload, planned(workload.layers, parse_scheme(SCHEME)), True, False)
-        counted = Counter(kinds[op.kind] for op in made.operations if op.form in EDGESD_FORMS)
+        counted = Counter(
+            "QuantRows" if op.form == EDGESD_ROWS else kinds[op.kind]
+            for op in made.operations
+            if op.form in EDGESD_FORMS
+        )
         graph = ir.load(bundle.path / name / "kernels.onnx").graph
         assert counted == Counter(node.op_type for node in graph if node.domain == "edgesd")
         # What became part of a layer isn't there any more.
         for kind, operator in {"group_norm": "InstanceNormalization", "gelu": "Gelu"}.items():
             left = sum(op.kind == kind and op.form != FUSED for op in made.operations)
             assert left == sum(node.op_type == operator for node in graph), (name, kind)
-        layers = [op for op in made.operations if op.layer is not None and op.form in EDGESD_FORMS]
+        inside = {EDGESD_INT8, EDGESD_INT4}
+        layers = [op for op in made.operations if op.layer is not None and op.form in inside]
         assert {op.layer.name: set(op.fused) for op in layers if op.layer} == fused_in(graph), name
 
 

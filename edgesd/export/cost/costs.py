@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgesd.export.cost.arena import arena_bytes
-from edgesd.export.cost.cpu_lowering import EDGESD_FORMS, FUSED, MATMUL_NBITS
+from edgesd.export.cost.cpu_lowering import EDGESD_FORMS, EDGESD_ROWS, FUSED, MATMUL_NBITS
 from edgesd.export.cost.workload import Operation, Workload
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer, layer_bytes
@@ -171,6 +171,8 @@ def _workspace(op: Operation) -> int:
         blocks = -(-keys // _BLOCK) * _BLOCK
         return batch * heads * blocks * (-(-width // 4) * 4 + -(-(width + 1) // 16) * 16 + 8)
     assert op.layer is not None
+    if op.form == EDGESD_ROWS:
+        return 4 * op.rows * op.layer.columns
     if op.kind == "linear":
         return op.rows * op.layer.columns
     # Each output pixel has a pixel of the input, but for strides, and padding at the edges.

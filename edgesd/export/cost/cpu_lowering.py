@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from edgesd.export.cost.workload import Operation, Workload
-from edgesd.export.passes.fusions import FUSIONS, Fusion, attention_taken, kernel_takes
+from edgesd.export.passes.fusions import FUSIONS, Fusion, attention_taken, kernel_takes, rows_taken
 from edgesd.export.quantize.activations import activation_mode
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
@@ -21,10 +21,11 @@ FUSED = "fused"
 """Form of what belongs to another operation: it writes memory, and its time is the other's."""
 
 EDGESD_INT8, EDGESD_INT4, MATMUL_NBITS = "edgesd_int8", "edgesd_int4", "matmul_nbits"
-"""Forms of layers in edgesd's own kernels, with weights of 8 and of 4 bits, and in ONNX Runtime's
-of 4 bits. Its others are fp32 and int8."""
+EDGESD_ROWS = "edgesd_rows"
+"""Forms of layers in edgesd's own kernels, with weights of 8 and of 4 bits, of a few rows that
+aren't rounded, and in ONNX Runtime's of 4 bits. Its others are fp32 and int8."""
 
-EDGESD_FORMS = (EDGESD_INT8, EDGESD_INT4)
+EDGESD_FORMS = (EDGESD_INT8, EDGESD_INT4, EDGESD_ROWS)
 
 
 BEFORE_ATTENTION = ("rotary", "concat", "rms_norm")
@@ -106,7 +107,7 @@ class OrtOps:
             self.made.append(self._plain(op))
         elif not self.eight_bits(op, choice):
             four = choice.weight_bits == 4 and op.kind == "linear"
-            self.made.append(replace(op, form=MATMUL_NBITS if four else "fp32"))
+            self.made.append(replace(op, form=self.four_bits(op) if four else "fp32"))
         elif op.kind == "linear":
             self.made.append(replace(op, form=MATMUL_NBITS if choice.weight_bits == 4 else "int8"))
         else:
@@ -127,6 +128,10 @@ class OrtOps:
             return False
         mode = activation_mode(op.layer, choice, False)
         return choice.activation_bits == 8 and mode != "none"
+
+    def four_bits(self, op: Operation) -> str:
+        """The form of a linear of 4 bits whose input stays as it is."""
+        return MATMUL_NBITS
 
     def has_slot(self, op: Operation) -> bool:
         """Whether a LoRA is added to an operation's output."""
@@ -221,6 +226,10 @@ class EdgesdOps(OrtOps):
         self.made.append(replace(layer, form=form))
         if op.biased and "bias" not in layer.fused:
             self.made.append(Operation("add", op.writes, op.writes, in_place=True))
+
+    def four_bits(self, op: Operation) -> str:
+        taken = op.layer is not None and rows_taken(op.layer, self.choices.get(op.layer))
+        return EDGESD_ROWS if taken else super().four_bits(op)
 
     def fill_slot(self, op: Operation) -> None:
         if op.layer is None or op.kind != "linear" or self._form(op) is None:

@@ -5,7 +5,7 @@ Both take a layer's time to be its multiplications times the time of one in the 
 
 from __future__ import annotations
 
-from edgesd.export.cost.cpu_lowering import EDGESD_FORMS, FUSED, MATMUL_NBITS
+from edgesd.export.cost.cpu_lowering import EDGESD_FORMS, EDGESD_ROWS, FUSED, MATMUL_NBITS
 from edgesd.export.cost.workload import Operation, Workload
 from edgesd.export.quantize.assign import LayerScheme
 from edgesd.export.quantize.layers import Layer
@@ -76,7 +76,8 @@ def _seconds(workload: Workload, op: Operation, speed: Speed) -> float:
         if op.layer is not None:
             columns, outputs = op.layer.columns, op.layer.rows
         kind = "conv" if op.kind == "conv" else "linear"
-        return speed.seconds(kind, op.form or "fp32", (op.rows, columns, outputs))
+        form = MATMUL_NBITS if op.form == EDGESD_ROWS else op.form or "fp32"  # reading is all
+        return speed.seconds(kind, form, (op.rows, columns, outputs))
     kind = _TIMED.get(op.kind, op.kind)
     elements = max(1, sum(workload.sizes[value] for value in op.writes) // 4)
     if not speed.knows(kind):

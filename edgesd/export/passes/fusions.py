@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edgesd.export.quantize.layers import Layer
+from edgesd.spec.scheme import Scheme
 
 MAX_HEAD = 160
 """Widest head that the kernel of attention takes."""
@@ -241,6 +242,13 @@ def kernel_takes(layer: Layer) -> bool:
         return False
     pads = zip(layer.pads, 2 * layer.kernel, strict=True) if layer.kind == "conv" else ()
     return layer.columns <= MAX_K and all(pad <= size for pad, size in pads)
+
+
+def rows_taken(layer: Layer, scheme: Scheme | None) -> bool:
+    """Whether edgesd's kernel of a few rows takes a layer, whose input stays as it is."""
+    if scheme is None or scheme.weight_bits != 4:
+        return False
+    return layer.kind == "linear" and layer.one_row and layer.columns <= MAX_K
 
 
 def attention_taken(width: int, causal: bool, biased: bool) -> bool:

@@ -3,6 +3,7 @@
 | layer                                  | becomes                                             |
 |----------------------------------------|-----------------------------------------------------|
 | linear with 8-bit inputs               | QuantLinear: each row of the input has a format     |
+| linear of one row, in 4 bits           | QuantRows: the input stays as it is                 |
 | convolution with 8-bit inputs          | QuantConv: each image of the input has a format     |
 | attention that isn't causal            | QuantAttention, in 8 bits                           |
 | factors of low-rank branches           | Widen: fp16 in their file, fp32 while they are read |
@@ -34,6 +35,7 @@ from edgesd.export.passes.fusions import (
     Operand,
     attention_taken,
     kernel_takes,
+    rows_taken,
 )
 from edgesd.export.passes.lowering import LayerLowering, Timesteps, replace_node, score_bias
 from edgesd.export.passes.matching import Match, Matcher
@@ -44,6 +46,7 @@ from edgesd.runtime.arrays import Array
 
 DOMAIN = "edgesd"
 LINEAR, CONV, ATTENTION, WIDEN = "QuantLinear", "QuantConv", "QuantAttention", "Widen"
+ROWS = "QuantRows"
 
 INPUTS = {
     LINEAR: ("x", "codes", "scale", "steps", "bias", "residual", "low", "up", "gate"),
@@ -91,12 +94,34 @@ class OwnKernels(QuantizedOrt):
     def lowering(
         self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
     ) -> LayerLowering:
-        if quantized.activations.bits != 8 or not kernel_takes(quantized.layer):
+        layer = quantized.layer
+        if rows_taken(layer, quantized.scheme) and quantized.activations.mode == "none":
+            return _Rows(model, node, quantized, prefix, self.made, None)
+        if quantized.activations.bits != 8 or not kernel_takes(layer):
             return super().lowering(model, node, quantized, prefix)
         return _Kernel(model, node, quantized, prefix, self.made, None)
 
 
-class _Kernel(OrtLowering):
+class _Widened(OrtLowering):
+    """A layer whose branch's factors are fp32 while they are read: Cast would be computed once, and
+    stay."""
+
+    def factor(self, name: str, array: Array, after: ir.Value) -> ir.Value:
+        value = self.const(name, array.astype(np.float16))
+        return self.op(WIDEN, [value, after], DOMAIN, values=array.size)
+
+
+class _Rows(_Widened):
+    """A layer that sees a few vectors: weights are read where they are mapped, as of the others."""
+
+    def nbits(self, x: ir.Value, level: int) -> ir.Value:
+        codes, scales = self.blocks()
+        rows, columns = self.q.stored.shape
+        attributes = {"bits": 4, "group": self.q.group, "layout": _BLOCKS_OF_N}
+        return self.op(ROWS, [x, codes, scales], DOMAIN, N=rows, K=columns, **attributes)
+
+
+class _Kernel(_Widened):
     """One layer. The kernel adds its branch: a linear's in the registers, a convolution's where
     another branch's values would come in."""
 
@@ -132,11 +157,6 @@ class _Kernel(OrtLowering):
             upsample=1,
             **attributes,
         )
-
-    def factor(self, name: str, array: Array, after: ir.Value) -> ir.Value:
-        """As fp32 while it is read: Cast would be computed once, and stay."""
-        value = self.const(name, array.astype(np.float16))
-        return self.op(WIDEN, [value, after], DOMAIN, values=array.size)
 
     def _weight(self) -> list[ir.Value | None]:
         """Codes, scale and steps, as QuantizedOrt has them."""
