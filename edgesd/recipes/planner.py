@@ -426,7 +426,8 @@ class _Planner:
         workload = networks.trace_own(stage)
         quantized = precision not in FLOATING
         layers = split_joined(workload).layers
-        schemes = planned(layers, parse_scheme(precision)) if quantized else {}
+        once = networks.flow.once
+        schemes = planned(layers, parse_scheme(precision), once=once) if quantized else {}
         smoothed = get_method(self.request.method).smooths
         fp32 = networks.in_fp32(stage.component, precision)
         halved = precision in _HALVES and not (fp32 and self.lowering.fp16_arithmetic)

@@ -95,16 +95,16 @@ class QuantizedBuild:
         self.comparison = _comparison(job, reference)
         self.assets = _copy_assets(reference, self.root)
         self.store = _store(job, reference, self.graphs)
-        ends, work = "ends" in self.store.method.measures, job.folders.work
-        layers = planned(self.store.layers, self.scheme, ends)
+        flow, measures, work = flow_of(self.pipeline), self.store.method.measures, job.folders.work
+        once = flow.once if "once" in measures else ()
+        layers = planned(self.store.layers, self.scheme, "ends" in measures, once)
         measure = _no_images
         if self.comparison is not None:
             measure = Sensitivities(
                 self.comparison, self.store, layers, self.scheme, work, self.progress
             ).measure
-        generating = flow_of(self.pipeline).components
         self.search = SchemeSearch(
-            self.scheme, layers, self.store, measure, generating, self.progress
+            self.scheme, layers, self.store, measure, flow.components, self.progress
         )
         self.files = GraphFiles(
             self.root,

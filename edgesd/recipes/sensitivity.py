@@ -72,7 +72,11 @@ class Sensitivities:
                 la: self.store.summary(la, scheme).error ** 2 for la, scheme in generating.items()
             }
             return {layer: found.get(layer, 0.0) for layer in self.planned}
-        unknown = [layer for layer in generating if layer_name(layer) not in known]
+        names = {  # the file's name has the scheme that was asked for
+            layer: layer_name(layer) + ("" if scheme == self._scheme else f" {scheme}")
+            for layer, scheme in generating.items()
+        }
+        unknown = [layer for layer in generating if names[layer] not in known]
         if unknown:
             requests = [self.comparison.requests[index] for index in probes]
             source = [self.comparison.source_images[index] for index in probes]
@@ -83,12 +87,11 @@ class Sensitivities:
                     )
                     images = self._images_with(layer, generating[layer], pipeline, requests)
                     errors = map(mean_squared_error, source, images)
-                    known[layer_name(layer)] = statistics.fmean(errors)
+                    known[names[layer]] = statistics.fmean(errors)
                     with atomic_write(path) as file:
                         file.write(msgspec.json.encode(known))
         return {
-            layer: known[layer_name(layer)] if layer in generating else 0.0
-            for layer in self.planned
+            layer: known[names[layer]] if layer in generating else 0.0 for layer in self.planned
         }
 
     def _images_with(

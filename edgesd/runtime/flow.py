@@ -107,6 +107,11 @@ class Flow:
         """What runs at each step: the sides, then the denoiser."""
         return tuple(stage for stage in self.stages if stage.per == "step")
 
+    @property
+    def once(self) -> frozenset[str]:
+        """The components that run once for a prompt or an image, and not at each step."""
+        return frozenset(stage.component for stage in self.stages if stage.per != "step")
+
     def stage(self, component: str) -> Stage | None:
         """The stage of a component; None where it takes no part in generation."""
         return next((stage for stage in self.stages if stage.component == component), None)

@@ -40,8 +40,9 @@ Variant = Literal["base", "turbo", "lightning", "lcm"]
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
-Measure = Literal["split", "unsigned", "joint", "ends"]
-"""What is done for few bits, by the form of a graph, whatever the method (docs/quantization.md)."""
+Measure = Literal["split", "unsigned", "joint", "ends", "once"]
+"""What is done for few bits, by the form of graphs and their place in a pipeline, whatever the
+method (docs/quantization.md)."""
 
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 

@@ -7,7 +7,7 @@ gain most, given the error of each option of each layer in the image.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgesd.export.quantize.layers import Layer
@@ -32,12 +32,15 @@ _PRICES = (1.0, 8.0, 1 / 8, 64.0, 1 / 64, 1e6, 1e-6)
 """Of a byte against time, in turn, until both budgets hold."""
 
 
-def planned(layers: Sequence[Layer], scheme: Scheme, ends: bool = True) -> dict[Layer, LayerScheme]:
+def planned(
+    layers: Sequence[Layer], scheme: Scheme, ends: bool = True, once: Collection[str] = ()
+) -> dict[Layer, LayerScheme]:
     """The scheme of every layer before anything is measured.
 
     A component's ways in and out stay in fp16, as they see or make few channels and hold few
     weights: its first and last convolution, and, with `ends`, those of a transformer. An embedding,
-    which is read and not multiplied, gets 8 bits.
+    which is read and not multiplied, gets 8 bits. once: components that don't run at each step:
+    4-bit inputs would spare next to no time there, and have 8 bits instead.
     """
     convs: dict[str, list[Layer]] = {}
     for layer in layers:
@@ -45,10 +48,17 @@ def planned(layers: Sequence[Layer], scheme: Scheme, ends: bool = True) -> dict[
             convs.setdefault(layer.component, []).append(layer)
     kept = {layer for group in convs.values() for layer in (group[0], group[-1])}
     kept |= {layer for layer in layers if ends and layer.end}
-    return {
-        layer: None if layer in kept else Scheme(8, 16) if layer.kind == "embedding" else scheme
-        for layer in layers
-    }
+    found: dict[Layer, LayerScheme] = {}
+    for layer in layers:
+        if layer in kept:
+            found[layer] = None
+        elif layer.kind == "embedding":
+            found[layer] = Scheme(8, 16)
+        elif layer.component in once and scheme.activation_bits == 4:
+            found[layer] = promoted(scheme)
+        else:
+            found[layer] = scheme
+    return found
 
 
 def options_of(layer: Layer, scheme: LayerScheme) -> list[LayerScheme]:

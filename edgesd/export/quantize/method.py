@@ -66,8 +66,9 @@ class Method(ABC):
     correlates: ClassVar[bool] = True
 
     def __repr__(self) -> str:
-        # Part of the cache's keys: what was quantized before is found again.
-        left = sorted(set(MEASURES) - self.measures)
+        # Part of the cache's keys: what was quantized before is found again. `ends` and `once`
+        # choose the schemes of layers, not what becomes of one under a scheme.
+        left = sorted(set(MEASURES) - self.measures - {"ends", "once"})
         without = f", without={left}" if left else ""
         return f"Method(name={self.name!r}, static={self.static!r}{without})"
 

@@ -667,6 +667,7 @@ def test_stages_are_in_the_order_of_their_runs() -> None:
     assert flow.components == ("words", "phrases", "adapter", "sketch", "net", "painter")
     assert [len(group) for group in flow.groups] == [1, 1, 1, 2, 1]
     assert flow.denoiser == Stage("net", "denoiser", "step")
+    assert flow.once == {"words", "phrases", "adapter", "painter"}
     assert flow.stage("painter") == flow.decoder and flow.stage("another") is None
     assert flow.guided(3.0) and not flow.guided(1.0)
     assert not flow_of(

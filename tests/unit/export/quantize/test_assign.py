@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -36,6 +37,16 @@ def test_ends_stay_in_fp16_and_embeddings_get_eight_bits() -> None:
         convs[1]: scheme,
         convs[2]: None,
     }
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"), [("w4a4-g64-lr8", "w4a8-g64-lr8"), ("w8a8", "w8a8"), ("w4a16-g64",) * 2]
+)
+def test_networks_that_run_once_have_no_inputs_of_four_bits(asked: str, given: str) -> None:
+    line, text = layer("line"), replace(layer("line"), component="text_encoder")
+    table = replace(layer("table", "embedding", (100, 32)), component="text_encoder")
+    found = planned([line, text, table], parse_scheme(asked), once={"text_encoder"})
+    assert found == {line: parse_scheme(asked), text: parse_scheme(given), table: Scheme(8, 16)}
 
 
 def test_the_ladder_ends_in_fp16() -> None:
