@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +28,12 @@ from edgesd.export.quantize.rounding import rounded
 from edgesd.runtime.arrays import Float
 from edgesd.spec.scheme import Scheme
 
-VERSION = 7
-"""Part of the cache key: raised when a method changes its results, or their file its form."""
+VERSIONS = {False: 7, True: 8}
+"""Part of the cache key: raised when methods change their results, or their file its form. True: of
+those that use the inputs' covariance."""
+
+_PRIOR = 0.1
+"""Rows without correlations for each column; 1 loses as much where there are rows enough."""
 
 _ALPHAS = (0.25, 0.5, 0.75)
 _WORTHWHILE = 0.7
@@ -70,11 +74,11 @@ def quantize_layer(
     stats: LayerStats | None,
     scheme: Scheme,
     method: Method,
-    together: Iterable[Float] = (),
+    shared: Callable[[], Float | None] | None = None,
 ) -> QuantizedLayer:
     """Quantize weight [N, K]. stats: None for an embedding, and where nothing was recorded.
-    together: weights of all layers that read this one's input, itself included, in an order that
-    is the same for each of them: they get one smoothing. Not read where there is none to choose.
+    shared: gives the smoothing of all layers that read this one's input (`joint_smoothing`); not
+    called where none is to be chosen. Without it the layer gets its own.
 
     Raises EdgesdError when the weight or the statistics hold NaN or infinite values.
     """
@@ -88,11 +92,16 @@ def quantize_layer(
         return _blind(layer, matrix, scheme, group)
     source, recorded = matrix, _inputs(layer, stats)
     mode = activation_mode(layer, scheme, method.static)
-    smooth, inputs, acts = _choose_smoothing(
-        layer, matrix, together, recorded, scheme, mode, method
-    )
+    smooth = None
+    if method.smooths and mode != "none":
+        if shared is None:
+            smooth = _best_smoothing(layer, [matrix], recorded, scheme, mode, method)
+        elif (common := shared()) is not None:
+            smooth = torch.from_numpy(common)
+    inputs = recorded
     if smooth is not None:
-        matrix = matrix * _per_column(smooth, layer.columns)
+        matrix, inputs = matrix * _per_column(smooth, layer.columns), recorded.divided(smooth)
+    acts = _activations(layer, inputs, scheme, mode, method, smooth)
     rank = min(scheme.rank, *matrix.shape)
 
     def noise() -> Tensor | None:
@@ -113,6 +122,23 @@ def quantize_layer(
         activations=acts,
     )
     return replace(result, error=_error(result, source, recorded))
+
+
+def joint_smoothing(
+    layer: Layer, weights: Iterable[Float], stats: LayerStats, scheme: Scheme, method: Method
+) -> Float | None:
+    """The smoothing [C] that is best for all layers that read one input; None where it doesn't pay.
+
+    weights [N, K] of each, in an order that doesn't depend on which of them `layer` is. Raises
+    EdgesdError when the statistics hold NaN or infinite values.
+    """
+    matrices = [torch.from_numpy(np.array(weight, np.float32)) for weight in weights]
+    mode = activation_mode(layer, scheme, method.static)
+    found = _best_smoothing(layer, matrices, _inputs(layer, stats), scheme, mode, method)
+    if found is None:
+        return None
+    smooth: Float = found.numpy()
+    return smooth
 
 
 def rounded_layer(layer: Layer, weight: Float, scheme: Scheme) -> QuantizedLayer:
@@ -198,12 +224,24 @@ def _inputs(layer: Layer, stats: LayerStats) -> _Inputs:
                 f"{layer.component}: the inputs of {layer.name} aren't finite in calibration"
             )
     return _Inputs(
-        blocks=[torch.from_numpy(block) / stats.count for block in stats.blocks],
+        blocks=[_shrunk(torch.from_numpy(block), stats.count) for block in stats.blocks],
         rows=torch.from_numpy(stats.rows.astype(np.float32)),
         steps=torch.from_numpy(stats.row_steps),
         low=torch.from_numpy(stats.low),
         high=torch.from_numpy(stats.high),
     )
+
+
+def _shrunk(block: Tensor, count: int) -> Tensor:
+    """Covariance [B, B] of the sum of x x^T over `count` rows, as if there had been _PRIOR * B rows
+    more whose columns don't correlate.
+
+    What few rows say of correlations is partly chance: codes and branches that are fitted to that
+    lose on other prompts (docs/quantization.md). With many rows next to nothing changes.
+    """
+    shrunk = block / (count + _PRIOR * len(block))
+    shrunk.diagonal().copy_(block.diagonal() / count)
+    return shrunk
 
 
 def _per_column(values: Tensor, columns: int) -> Tensor:
@@ -243,31 +281,27 @@ def _shift(layer: Layer, scheme: Scheme, smooth: Tensor | None) -> Float | None:
     return shift
 
 
-def _choose_smoothing(
+def _best_smoothing(
     layer: Layer,
-    matrix: Tensor,
-    together: Iterable[Float],
+    matrices: Sequence[Tensor],
     inputs: _Inputs,
     scheme: Scheme,
     mode: str,
     method: Method,
-) -> tuple[Tensor | None, _Inputs, Activations]:
-    """The smoothing whose rounding to nearest loses least, none where it doesn't pay. together: see
-    quantize_layer."""
+) -> Tensor | None:
+    """The smoothing [C] whose rounding to nearest loses least over the weights of all layers that
+    read the input; None where it doesn't pay."""
     acts = _activations(layer, inputs, scheme, mode, method, None)
-    if mode == "none" or not method.smooths:
-        return None, inputs, acts
-    matrices = [torch.from_numpy(np.array(each, np.float32)) for each in together] or [matrix]
     peaks = torch.stack([each.abs().amax(0) for each in matrices])
     best = _trial(layer, matrices, None, inputs, inputs, acts, scheme) * _WORTHWHILE
-    chosen: tuple[Tensor | None, _Inputs, Activations] = (None, inputs, acts)
+    chosen: Tensor | None = None
     for alpha in _ALPHAS:
         smooth = smoothing(inputs.channel_max, peaks, alpha)
         divided = inputs.divided(smooth)
         acts = _activations(layer, divided, scheme, mode, method, smooth)
         error = _trial(layer, matrices, smooth, inputs, divided, acts, scheme)
         if error < best:
-            best, chosen = error, (smooth, divided, acts)
+            best, chosen = error, smooth
     return chosen
 
 

@@ -7,14 +7,16 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import onnx_ir as ir
 import torch
 
 from edgesd.errors import EdgesdError
 from edgesd.export.backends.base import Lowering
-from edgesd.export.calibrate import Calibration
+from edgesd.export.calibrate import Calibration, LayerStats
 from edgesd.export.external_data import (
     KERNELS_FILE,
     split_files,
@@ -38,9 +40,10 @@ from edgesd.export.quantize.layers import (
     weight_of,
 )
 from edgesd.export.quantize.method import Method
-from edgesd.export.quantize.quantize import quantize_layer
+from edgesd.export.quantize.quantize import joint_smoothing, quantize_layer
 from edgesd.export.source_graphs import SourceGraphs
 from edgesd.progress import Progress
+from edgesd.runtime.arrays import Float
 from edgesd.spec.bundle import SplitComponent
 from edgesd.spec.lora import LoraSlots
 from edgesd.spec.pipeline import Wiring
@@ -77,7 +80,7 @@ class Summary:
 
 def layers_folder(work: Path, calibration: Path, method: Method) -> Path:
     """Where a LayerStore keeps layers in `work`. calibration: the folder of their statistics."""
-    parts = (quantize.VERSION, method, torch.__version__, torch.get_num_threads())
+    parts = (quantize.VERSIONS[method.correlates], method, torch.__version__, torch.get_num_threads())
     key = hashlib.sha256(repr((calibration.name, parts)).encode()).hexdigest()[:16]
     return work / f"layers-{key}"
 
@@ -108,6 +111,8 @@ class LayerStore:
         for layer in nodes:
             if layer.source and method.smooths and "joint" in method.measures:
                 self._reading.setdefault((layer.component, layer.source), []).append(layer)
+        self._smoothings: dict[tuple[str, str, Scheme], Float | None] = {}
+        self._searching = Lock()
         self._summaries: dict[tuple[Layer, Scheme], Summary] = {}
         self.folder = layers_folder(folder, calibration.folder, method)
 
@@ -144,12 +149,24 @@ class LayerStore:
                 _log.warning("%s", exc)
         stats = self.calibration.layer(layer)
         weight = matrix_of(self._nodes[layer], layer)
-        others = self._reading.get((layer.component, layer.source), ())
-        together = (matrix_of(self._nodes[each], each) for each in others)
-        quantized = quantize_layer(layer, weight, stats, scheme, self.method, together)
+        shared = None
+        if stats is not None and (layer.component, layer.source) in self._reading:
+            shared = partial(self._joint_smoothing, layer, stats, scheme)
+        quantized = quantize_layer(layer, weight, stats, scheme, self.method, shared)
         self.graphs.check()
         save_layer(quantized, path)
         return load_layer(path)
+
+    def _joint_smoothing(self, layer: Layer, stats: LayerStats, scheme: Scheme) -> Float | None:
+        """That of all layers which read what `layer` reads, searched once for all of them."""
+        key = layer.component, layer.source, scheme
+        with self._searching:  # others of the group, which are quantized beside it, wait for it
+            if key not in self._smoothings:
+                others = self._reading[layer.component, layer.source]
+                weights = (matrix_of(self._nodes[each], each) for each in others)
+                found = joint_smoothing(layer, weights, stats, scheme, self.method)
+                self._smoothings[key] = found
+            return self._smoothings[key]
 
     def summary(self, layer: Layer, scheme: Scheme) -> Summary:
         """What `get` gives, without its tensors."""

@@ -45,11 +45,14 @@ def test_statistics_of_a_calibration() -> None:
     assert calibrate.calibration_key(asked, "0" * 64) == "4e9c6533bc8ecb9a"
 
 
-def test_quantized_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "key"), [("gptq", "5d66e17c0e272b2f"), ("rtn", "dbc12c89c850ed53")]
+)
+def test_quantized_layers(tmp_path: Path, method: str, key: str) -> None:
     calibration: Any = SimpleNamespace(folder=Path("calibration-4e9c6533bc8ecb9a"))
     no: Any = None
-    store = LayerStore(tmp_path, {}, calibration, get_method("gptq"), tmp_path, no, no)
-    assert store.folder.name == "layers-87caeaa4ad050472"
+    store = LayerStore(tmp_path, {}, calibration, get_method(method), tmp_path, no, no)
+    assert store.folder.name == f"layers-{key}"
 
 
 def test_layers_of_a_checkpoint_that_has_changed_are_not_kept(

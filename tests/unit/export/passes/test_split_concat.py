@@ -21,11 +21,14 @@ from edgesd.errors import EdgesdError  # noqa: E402
 from edgesd.export.backends.onnxruntime import LOWERING  # noqa: E402
 from edgesd.export.calibrate import LayerStats, _part_of  # noqa: E402
 from edgesd.export.passes.split_concat import SplitConcat  # noqa: E402
+from edgesd.export.quantize import store as layer_store  # noqa: E402
 from edgesd.export.quantize.assign import planned  # noqa: E402
 from edgesd.export.quantize.layers import GELU_FLOOR, Layer, find_layers, matrix_of  # noqa: E402
 from edgesd.export.quantize.methods import get_method  # noqa: E402
+from edgesd.export.quantize.quantize import joint_smoothing  # noqa: E402
 from edgesd.export.quantize.store import GraphForm, LayerStore, find_nodes  # noqa: E402
 from edgesd.export.source_graphs import SourceGraphs  # noqa: E402
+from edgesd.progress import SILENT  # noqa: E402
 from edgesd.spec.scheme import parse_scheme  # noqa: E402
 from tests.quantizing import normal  # noqa: E402
 
@@ -241,13 +244,24 @@ def test_a_quantized_graph(tmp_path: Path, scheme: str, measures: tuple[str, ...
     assert error < {"w8a8": 0.05, "w4a8-g32-lr8": 0.08, "w4a4-g32-lr8": 0.2}[scheme]
 
 
-def test_one_smoothing_for_layers_of_one_input(tmp_path: Path) -> None:
+def test_one_smoothing_for_layers_of_one_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[str] = []
+
+    def search(layer: Layer, *given: Any) -> Any:
+        searched.append(layer.source)
+        return joint_smoothing(layer, *given)
+
+    monkeypatch.setattr(layer_store, "joint_smoothing", search)
     proto = transformer()
     proto.graph.initializer[-1].CopyFrom(  # two channels far above the others
         numpy_helper.from_array(np.where(np.arange(D) % 40 == 3, 60, 1).astype(np.float32), "scale")
     )
     made = store(proto, tmp_path, None)
     scheme = parse_scheme("w4a4-g32-lr8")
+    made.quantize([(la, scheme) for la in made.layers if la.source == "h"], SILENT, "layers")
+    assert searched == ["h"]
     layers = {la.name: made.get(la, scheme) for la in made.layers if la.source == "h"}
     assert sorted(layers) == ["block.k", "block.q", "block.wide"]
     first = layers["block.q"].smooth

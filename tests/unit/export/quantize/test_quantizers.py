@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 from edgesd.errors import EdgesdError, UsageError  # noqa: E402
 from edgesd.export.calibrate import LayerStats  # noqa: E402
-from edgesd.export.quantize import activations, methods, rounding  # noqa: E402
+from edgesd.export.quantize import activations, methods, quantize, rounding  # noqa: E402
 from edgesd.export.quantize.layers import (  # noqa: E402
     GELU_FLOOR,
     Activations,
@@ -24,7 +24,11 @@ from edgesd.export.quantize.layers import (  # noqa: E402
 )
 from edgesd.export.quantize.methods import get_method, svdquant  # noqa: E402
 from edgesd.export.quantize.methods.gptq import DAMPING, gptq  # noqa: E402
-from edgesd.export.quantize.quantize import layer_error, quantize_layer  # noqa: E402
+from edgesd.export.quantize.quantize import (  # noqa: E402
+    joint_smoothing,
+    layer_error,
+    quantize_layer,
+)
 from edgesd.spec.scheme import parse_scheme  # noqa: E402
 from tests.quantizing import normal  # noqa: E402
 
@@ -658,26 +662,50 @@ def test_an_outlier_channel_of_the_input_is_smoothed_away() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "scheme", "reads"),
+    ("method", "name", "reads"),
     [("svdquant", "w4a4-g32-lr8", 1), ("svdquant", "w4a16-g32-lr8", 0), ("rtn", "w4a4-g32", 0)],
 )
-def test_weights_of_other_layers_are_read_for_a_smoothing(
-    method: str, scheme: str, reads: int
-) -> None:
+def test_correlations_of_few_rows_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = normal(48, 64), correlated(400, 64)
+    layer, scheme = linear(weight), parse_scheme("w4a16-g32-lr4")
+
+    def losses() -> list[float]:
+        """Beside all rows, of layers that were fitted to the first 24."""
+        fitted = (
+            quantize_layer(layer, weight, stats(x[:24], layer), scheme, get_method(method))
+            for method in ("gptq", "svdquant")
+        )
+        return [layer_error(found, weight, stats(x, layer)) for found in fitted]
+
+    shrunk = losses()
+    monkeypatch.setattr(quantize, "_shrunk", lambda block, count: block / count)
+    assert all(less < 0.95 * more for less, more in zip(shrunk, losses(), strict=True))
+
+
+def test_shrinking_keeps_variances_and_hardly_touches_many_rows() -> None:
+    rows = torch.from_numpy(correlated(200, 8))
+    total = rows.T @ rows
+    few, many = quantize._shrunk(total, 8), quantize._shrunk(1000 * total, 8000)
+    torch.testing.assert_close(few.diagonal(), total.diagonal() / 8)
+    torch.testing.assert_close(few.triu(1), total.triu(1) / 8.8)
+    torch.testing.assert_close(many, total / 8, rtol=2e-3, atol=0)
+
+
+def test_layers_of_one_input_share_a_smoothing(method: str, name: str, reads: int) -> None:
     weight, x = normal(32, 64), normal(400, 64, seed=7)
     x[:, [3, 40]] *= 60
     layer, read = linear(weight), []
+    recorded, scheme, how = stats(x, layer), parse_scheme(name), get_method(method)
 
-    def together() -> Iterator[Array]:
+    def shared() -> Array | None:
         read.append(layer)
-        yield from (weight, 8 * normal(16, 64, seed=9))
+        return joint_smoothing(layer, (weight, 8 * normal(16, 64, seed=9)), recorded, scheme, how)
 
-    found = quantize_layer(
-        layer, weight, stats(x, layer), parse_scheme(scheme), get_method(method), together()
-    )
-    alone = quantize_layer(layer, weight, stats(x, layer), parse_scheme(scheme), get_method(method))
+    found = quantize_layer(layer, weight, recorded, scheme, how, shared)
+    alone = quantize_layer(layer, weight, recorded, scheme, how)
     assert len(read) == reads
     if reads:
+        np.testing.assert_array_equal(found.smooth, shared())
         assert found.smooth is not None and alone.smooth is not None
         assert not np.array_equal(found.smooth, alone.smooth)
     else:
@@ -952,7 +980,7 @@ def test_layers_that_were_quantized_before_are_found_again() -> None:
     """The cache's keys hash it."""
     assert repr(get_method()) == "Method(name='svdquant', static=False)"
     assert repr(get_method("rtn", static=True)) == "Method(name='rtn', static=True)"
-    assert "without=['joint', 'split']" in repr(get_method(measures=("ends", "unsigned")))
+    assert "without=['joint', 'split']" in repr(get_method(measures=("unsigned",)))
 
 
 def test_inputs_that_never_change_have_a_metric_in_spite_of_rounding() -> None:
