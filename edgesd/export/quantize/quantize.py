@@ -36,9 +36,10 @@ _PRIOR = 0.1
 """Rows without correlations for each column; 1 loses as much where there are rows enough."""
 
 _ALPHAS = (0.25, 0.5, 0.75)
-_WORTHWHILE = 0.7
-"""The error must fall to this part for smoothing to be worth it: it costs a multiplication per run,
-and a small gain on sampled rows is a loss in images (docs/quantization.md)."""
+_WORTHWHILE = {8: 0.7, 4: 0.9}
+"""The error must fall to this part for smoothing to be worth it, by bits of the inputs: it costs a
+multiplication per run, and a small gain on sampled rows of 8 bits is a loss in images
+(docs/quantization.md)."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,8 @@ def _best_smoothing(
     read the input; None where it doesn't pay."""
     acts = _activations(layer, inputs, scheme, mode, method, None)
     peaks = torch.stack([each.abs().amax(0) for each in matrices])
-    best = _trial(layer, matrices, None, inputs, inputs, acts, scheme) * _WORTHWHILE
+    best = _trial(layer, matrices, None, inputs, inputs, acts, scheme)
+    best *= _WORTHWHILE[scheme.activation_bits]
     chosen: Tensor | None = None
     for alpha in _ALPHAS:
         smooth = smoothing(inputs.channel_max, peaks, alpha)

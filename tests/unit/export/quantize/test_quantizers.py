@@ -661,10 +661,6 @@ def test_an_outlier_channel_of_the_input_is_smoothed_away() -> None:
     assert smoothed.error < 0.6 * plain.error
 
 
-@pytest.mark.parametrize(
-    ("method", "name", "reads"),
-    [("svdquant", "w4a4-g32-lr8", 1), ("svdquant", "w4a16-g32-lr8", 0), ("rtn", "w4a4-g32", 0)],
-)
 def test_correlations_of_few_rows_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = normal(48, 64), correlated(400, 64)
     layer, scheme = linear(weight), parse_scheme("w4a16-g32-lr4")
@@ -691,6 +687,10 @@ def test_shrinking_keeps_variances_and_hardly_touches_many_rows() -> None:
     torch.testing.assert_close(many, total / 8, rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "reads"),
+    [("svdquant", "w4a4-g32-lr8", 1), ("svdquant", "w4a16-g32-lr8", 0), ("rtn", "w4a4-g32", 0)],
+)
 def test_layers_of_one_input_share_a_smoothing(method: str, name: str, reads: int) -> None:
     weight, x = normal(32, 64), normal(400, 64, seed=7)
     x[:, [3, 40]] *= 60
