@@ -80,7 +80,8 @@ class Summary:
 
 def layers_folder(work: Path, calibration: Path, method: Method) -> Path:
     """Where a LayerStore keeps layers in `work`. calibration: the folder of their statistics."""
-    parts = (quantize.VERSIONS[method.correlates], method, torch.__version__, torch.get_num_threads())
+    version = quantize.VERSIONS[method.correlates]
+    parts = (version, method, torch.__version__, torch.get_num_threads())
     key = hashlib.sha256(repr((calibration.name, parts)).encode()).hexdigest()[:16]
     return work / f"layers-{key}"
 

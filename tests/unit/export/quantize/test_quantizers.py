@@ -661,21 +661,23 @@ def test_an_outlier_channel_of_the_input_is_smoothed_away() -> None:
     assert smoothed.error < 0.6 * plain.error
 
 
-def test_correlations_of_few_rows_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, x = normal(48, 64), correlated(400, 64)
-    layer, scheme = linear(weight), parse_scheme("w4a16-g32-lr4")
+@pytest.mark.parametrize("method", ["gptq", "svdquant"])
+def test_correlations_of_few_rows_are_not_trusted(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turned = np.linalg.qr(normal(64, 64, seed=3))[0]  # into directions of falling strength
+    x = ((normal(1000, 64, seed=7) / np.arange(1, 65) ** 0.5) @ turned).astype(np.float32)
+    weight, scheme = normal(48, 64), parse_scheme("w4a8-g32-lr4")
+    layer = linear(weight)
 
-    def losses() -> list[float]:
-        """Beside all rows, of layers that were fitted to the first 24."""
-        fitted = (
-            quantize_layer(layer, weight, stats(x[:24], layer), scheme, get_method(method))
-            for method in ("gptq", "svdquant")
-        )
-        return [layer_error(found, weight, stats(x, layer)) for found in fitted]
+    def lost() -> float:
+        """On all rows, by a layer that was fitted to the first ones."""
+        found = quantize_layer(layer, weight, stats(x[:24], layer), scheme, get_method(method))
+        return layer_error(found, weight, stats(x, layer))
 
-    shrunk = losses()
+    shrunk = lost()
     monkeypatch.setattr(quantize, "_shrunk", lambda block, count: block / count)
-    assert all(less < 0.95 * more for less, more in zip(shrunk, losses(), strict=True))
+    assert shrunk < 0.9 * lost()
 
 
 def test_shrinking_keeps_variances_and_hardly_touches_many_rows() -> None:
