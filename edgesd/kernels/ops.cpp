@@ -303,7 +303,8 @@ bool is_mapped_file(Range range) {
 
 // Weights are mapped from their file and read where they lie. Those of layers beyond a budget are
 // let go after each use, and those of what comes next are asked for meanwhile: memory holds the
-// budget and one or two layers, the rest is the page cache's to keep or drop.
+// budget and one or two layers, the rest is the page cache's to keep or drop. What comes next is
+// what came next in the run before: ONNX Runtime makes layers in another order than it runs them.
 class WeightPager {
  public:
   static void keep(int64_t bytes) { budget() = bytes; }
@@ -318,12 +319,12 @@ class WeightPager {
       return;
     }
     place_ = places().size();
-    places().push_back({{}, {}, true});
+    places().push_back({{}, {}, NONE, true});
   }
   ~WeightPager() {
     if (stays_) return;
     const std::lock_guard<std::mutex> guard(mutex());
-    places()[place_] = {{}, {}, false};
+    places()[place_] = {{}, {}, NONE, false};
     while (!places().empty() && !places().back().taken) places().pop_back();
   }
   WeightPager(const WeightPager&) = delete;
@@ -332,11 +333,17 @@ class WeightPager {
   void before(const void* codes, const void* steps = nullptr) const {
     if (stays_) return;
     const std::lock_guard<std::mutex> guard(mutex());
-    places()[place_] = {{codes, bytes_}, {steps, steps ? steps_ : 0}, true};
+    Place& here = places()[place_];
+    here.codes = {codes, bytes_};
+    here.steps = {steps, steps ? steps_ : 0};
+    if (last() < places().size()) places()[last()].next = place_;
+    last() = place_;
     int64_t asked = 0;
-    for (size_t i = 1; i < places().size() && asked < LEAST_ASKED; i++) {
-      const Place& next = places()[(place_ + i) % places().size()];
-      if (!next.codes.memory) continue;
+    size_t at = here.next;
+    for (size_t i = 1; i < places().size() && at < places().size() && asked < LEAST_ASKED; i++) {
+      const Place& next = places()[at];
+      if (!next.codes.memory) break;
+      at = next.next;
       advise(next.codes, MADV_WILLNEED);
       advise(next.steps, MADV_WILLNEED);
       asked += next.codes.bytes;
@@ -358,7 +365,8 @@ class WeightPager {
   struct Place {
     Range codes;  // null before the layer's first run
     Range steps;
-    bool taken;  // by a layer that is still there
+    size_t next;  // the place of the layer that ran after this one
+    bool taken;   // by a layer that is still there
   };
   static std::mutex& mutex() {
     static std::mutex one;
@@ -369,6 +377,11 @@ class WeightPager {
   static int64_t& budget() {
     static thread_local int64_t bytes = -1;
     return bytes;
+  }
+  // The place of the layer that ran last, on each thread: pipelines of two run side by side.
+  static size_t& last() {
+    static thread_local size_t place = NONE;
+    return place;
   }
   static std::vector<Place>& places() {
     static std::vector<Place> all;
@@ -381,6 +394,7 @@ class WeightPager {
     const uintptr_t end = (uintptr_t(range.memory) + uintptr_t(range.bytes)) / page * page;
     if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
   }
+  static constexpr size_t NONE = SIZE_MAX;
   static constexpr int64_t LEAST_ASKED = 1 << 20;  // a branch's factors are too small to wait for
   int64_t bytes_, steps_;
   bool stays_;

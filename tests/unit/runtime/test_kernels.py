@@ -492,6 +492,92 @@ def test_weights_that_are_let_go_come_back(
         assert all(np.array_equal(a, b) for a, b in zip(wanted, generated(), strict=True))
 
 
+ADVICE = """
+#include <dlfcn.h>
+#include <stdio.h>
+#include <sys/mman.h>
+extern "C" int madvise(void* address, size_t bytes, int advice) noexcept {
+  using Function = int (*)(void*, size_t, int);
+  static const auto real = reinterpret_cast<Function>(dlsym(RTLD_NEXT, "madvise"));
+  if (advice == MADV_WILLNEED || advice == MADV_DONTNEED)
+    dprintf(1, "%s %p %zu\\n", advice == MADV_WILLNEED ? "ask" : "drop", address, bytes);
+  return real(address, bytes, advice);
+}
+"""
+"""The C library's function, which prints what it is told."""
+
+
+def run_twice_without_keeping_weights(folder: Path) -> None:
+    """Runs in a process with ADVICE."""
+    with kernels.keeping_weights(0):
+        loaded = onnxruntime.InferenceSession(
+            str(folder / "model.onnx"),
+            session_options(1, kernels.library()),
+            ["CPUExecutionProvider"],
+        )
+    for _ in range(2):
+        print("run", flush=True)
+        answer(loaded, {"x": normal(1, 8, 512)})
+
+
+def test_weights_are_asked_for_in_the_order_that_layers_run_in(
+    tmp_path: Path, library: Path
+) -> None:
+    """ONNX Runtime makes layers of one input in the graph's order, and runs them in another."""
+    (tmp_path / "advice.cpp").write_text(ADVICE)
+    advice = tmp_path / "advice.so"
+    command = ["g++", "-shared", "-fPIC", str(tmp_path / "advice.cpp"), "-o", str(advice), "-ldl"]
+    subprocess.run(command, check=True)
+    names, make = ("q", "k", "v", "out"), helper.make_node
+    nodes = [make("MatMul", ["x", f"{one}.w"], [one], name=f"{one}/MatMul") for one in names[:3]]
+    nodes += [
+        make("Mul", ["q", "k"], ["qk"]),
+        make("Mul", ["qk", "v"], ["qkv"]),
+        make("MatMul", ["qkv", "out.w"], ["y"], name="out/MatMul"),
+    ]
+    rows = ["batch", "n", 512]
+    info = helper.make_tensor_value_info
+    inner = [info(name, TensorProto.FLOAT, rows) for name in (*names[:3], "qk", "qkv")]
+    proto = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "unet",
+            [info("x", TensorProto.FLOAT, rows)],
+            [info("y", TensorProto.FLOAT, rows)],
+            [
+                numpy_helper.from_array(normal(512, 512, seed=i), f"{n}.w")
+                for i, n in enumerate(names)
+            ],
+            value_info=inner,
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    layers = {q.layer.node: q for q in quantized_block(proto, "w4a8-g32")}
+    assert len(layers) == 4
+    write_model(own_model(proto, layers), tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from tests.unit.runtime import test_kernels\n"
+        "test_kernels.run_twice_without_keeping_weights(Path(sys.argv[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "LD_PRELOAD": str(advice), "EDGESD_KERNELS": str(library)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.split("run\n")[2].splitlines()
+    codes = [line.split() for line in last if 2**17 - 8192 < int(line.split()[2]) <= 2**17]
+    ran = [address for what, address, _ in codes if what == "drop"]
+    assert len(ran) == len(set(ran)) == 4
+    for place, address in enumerate(ran):
+        asked = [one for what, one, _ in codes[4 * place : 4 * place + 3] if what == "ask"]
+        assert asked == [*ran[place + 1 :], *ran[:place]], f"before {address}"
+
+
 @pytest.mark.parametrize("scheme", ["w4a8-g32", "w4a8-g32-lr64"])
 def test_weights_that_lie_in_memory_are_not_let_go(scheme: str, library: Path) -> None:
     """They would be lost, and answers be of zeros: of this thread, and of another one, which isn't
