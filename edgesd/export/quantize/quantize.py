@@ -36,10 +36,11 @@ _PRIOR = 0.1
 """Rows without correlations for each column; 1 loses as much where there are rows enough."""
 
 _ALPHAS = (0.25, 0.5, 0.75)
-_WORTHWHILE = {8: 0.7, 4: 0.9}
-"""The error must fall to this part for smoothing to be worth it, by bits of the inputs: it costs a
-multiplication per run, and a small gain on sampled rows of 8 bits is a loss in images
-(docs/quantization.md)."""
+_WORTHWHILE = 0.7
+"""The error must fall to this part for smoothing to be worth it: it costs a multiplication per run,
+and a small gain on sampled rows is a loss in images (docs/quantization.md)."""
+_SHARED_WORTHWHILE = {8: 0.7, 4: 0.9}
+"""The same of what several layers share, by bits of the inputs."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def joint_smoothing(
     """
     matrices = [torch.from_numpy(np.array(weight, np.float32)) for weight in weights]
     mode = activation_mode(layer, scheme, method.static)
-    found = _best_smoothing(layer, matrices, _inputs(layer, stats), scheme, mode, method)
+    pays = _SHARED_WORTHWHILE[scheme.activation_bits]
+    found = _best_smoothing(layer, matrices, _inputs(layer, stats), scheme, mode, method, pays)
     if found is None:
         return None
     smooth: Float = found.numpy()
@@ -289,13 +291,13 @@ def _best_smoothing(
     scheme: Scheme,
     mode: str,
     method: Method,
+    pays: float = _WORTHWHILE,
 ) -> Tensor | None:
     """The smoothing [C] whose rounding to nearest loses least over the weights of all layers that
-    read the input; None where it doesn't pay."""
+    read the input; None where the error doesn't fall to the part `pays`."""
     acts = _activations(layer, inputs, scheme, mode, method, None)
     peaks = torch.stack([each.abs().amax(0) for each in matrices])
-    best = _trial(layer, matrices, None, inputs, inputs, acts, scheme)
-    best *= _WORTHWHILE[scheme.activation_bits]
+    best = _trial(layer, matrices, None, inputs, inputs, acts, scheme) * pays
     chosen: Tensor | None = None
     for alpha in _ALPHAS:
         smooth = smoothing(inputs.channel_max, peaks, alpha)

@@ -714,6 +714,17 @@ def test_layers_of_one_input_share_a_smoothing(method: str, name: str, reads: in
         assert found.smooth is None and np.array_equal(found.codes, alone.codes)
 
 
+@pytest.mark.parametrize(("name", "pays"), [("w4a4-g32-lr8", True), ("w4a8-g32-lr8", False)])
+def test_a_shared_smoothing_pays_earlier_in_four_bits(name: str, pays: bool) -> None:
+    uneven = np.random.default_rng(1).lognormal(0, 0.45, 64)
+    weight, x = normal(32, 64), (normal(400, 64, seed=7) * uneven).astype(np.float32)
+    layer, scheme, method = linear(weight), parse_scheme(name), get_method()
+    recorded = stats(x, layer)
+    shared = joint_smoothing(layer, (weight,), recorded, scheme, method)
+    assert (shared is not None) == pays
+    assert quantize_layer(layer, weight, recorded, scheme, method).smooth is None
+
+
 def test_the_same_inputs_give_the_same_layer() -> None:
     weight = normal(24, 40)
     layer = linear(weight)
