@@ -105,8 +105,8 @@ class ExportSpec:
     makes diffusers' own pipeline of it, with the same scheduler, which the pipeline is compared
     with (own_pipeline.py). assumed: a line on what the model doesn't say; empty where it says all.
     judged_by: the metric by which changes of its graphs are judged, by images. PSNR suits models
-    whose images stay the same ones when weights are rounded; those of few steps, or whose images
-    lie at some 20 dB in 4 bits, are judged by LPIPS (or what stands in for it).
+    whose images stay the same ones when weights are rounded; those whose images lie at some 20 dB
+    in 4 bits are judged by LPIPS (or what stands in for it).
     """
 
     pipeline: PipelineSpec
