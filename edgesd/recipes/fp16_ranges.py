@@ -1,8 +1,9 @@
 """Finds what must stay in fp32 in a graph that computes in fp16, by generating an image with it.
 
-On a CPU, ONNX Runtime computes these graphs in fp32, and an overflow on the GPU wouldn't show in
-its images. So the largest magnitude of every fp16 value is recorded while the pipeline's own loop
-generates; where one comes near fp16's limit, the nodes that make and read it are kept in fp32.
+On a CPU, ONNX Runtime computes most of these graphs in fp32, and an overflow on the GPU might not
+show in its images. So the largest magnitude of every fp16 value is recorded while the pipeline's
+own loop generates; where one comes near fp16's limit, the nodes that make and read it are kept in
+fp32.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from edgesd.runtime.arrays import Array
 from edgesd.runtime.backends.base import BoundRunner, Runner
 from edgesd.runtime.backends.onnxruntime import OnnxRuntimeRunner
 from edgesd.runtime.bundle import Bundle, GraphFile
+from edgesd.runtime.onnx_wire import fp16_in_fp32
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.requests import Request, painted_whole
 from edgesd.runtime.settings import Settings
@@ -100,16 +102,24 @@ def _recorder(
     whole: bool,
     slots: LoraSlots | None,
 ) -> Runner:
-    model = ir.serde.deserialize_model(onnx.load_model_from_string(graph.model))
-    recorded = RecordLargest()
-    if recorded(model):
-        output = TensorSpec(LARGEST, "float32", (len(recorded.names),))
+    written, names = measuring(ir.serde.deserialize_model(onnx.load_model_from_string(graph.model)))
+    if names:
+        output = TensorSpec(LARGEST, "float32", (len(names),))
         spec = msgspec.structs.replace(spec, outputs=(*spec.outputs, output))
-    proto = ir.serde.serialize_model(model)
     if not whole:
-        return _PieceRecorder(spec, proto, graph, recorded.names, kept, slots)
-    written = graph._replace(model=proto.SerializeToString())
-    return _RangeRecorder(spec, written, recorded.names, kept, slots)
+        proto = onnx.load_model_from_string(written)
+        return _PieceRecorder(spec, proto, graph, names, kept, slots)
+    return _RangeRecorder(spec, graph._replace(model=written), names, kept, slots)
+
+
+def measuring(model: ir.Model) -> tuple[bytes, list[str]]:
+    """The graph with an output of the largest magnitudes of its fp16 values, and these values'
+    names. It computes in fp32: else one value that fp16 can't hold makes all behind it NaN, and
+    nothing would be left in fp16."""
+    recorded = RecordLargest()
+    recorded(model)
+    raw: bytes = ir.serde.serialize_model(model).SerializeToString()
+    return fp16_in_fp32(raw), recorded.names
 
 
 class _RangeRecorder(OnnxRuntimeRunner):

@@ -1,4 +1,4 @@
-"""Rewrites serialized ONNX models without `onnx`: where their weights lie, and bf16 as fp32.
+"""Rewrites serialized ONNX models without `onnx`: where their weights lie, and 16 bits as 32.
 
 ONNX Runtime memory-maps weights that lie in a file of their own; weights handed over in memory are
 copied (measured: RSS doubles). So each reference `(location, offset)` is rewritten to point to the
@@ -25,9 +25,9 @@ _LENGTH_DELIMITED = 2
 
 _NODE, _VALUE_INFO, _TENSOR_TYPE, _TENSOR_NAME = 1, 13, 2, 8
 _NODE_IN, _NODE_OUT, _OPERATOR, _ATTRIBUTE, _ATTRIBUTE_INT = 1, 2, 4, 5, 3
-_FLOAT, _BFLOAT16 = 1, 16
+_FLOAT, _FLOAT16, _BFLOAT16 = 1, 10, 16
 """GraphProto.node, .value_info; TensorProto.data_type, .name; NodeProto.input, .output, .op_type,
-.attribute; AttributeProto.i; two values of TensorProto.DataType."""
+.attribute; AttributeProto.i; values of TensorProto.DataType."""
 
 _INNER: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
@@ -93,21 +93,32 @@ def bf16_in_fp32(model: bytes) -> bytes:
     stay bf16 in their file, with a Cast behind each; Casts to bf16 become Casts to fp32. Raises
     BundleError as `relocate_external_data` does.
     """
+    return _in_fp32(model, _BFLOAT16, b"/bf16")
+
+
+def fp16_in_fp32(model: bytes) -> bytes:
+    """The same of fp16. ONNX Runtime replaces its arithmetic by itself, but not where values are
+    only moved: what exceeds fp16 is infinite behind a Concat, and whatever is made of it is NaN."""
+    return _in_fp32(model, _FLOAT16, b"/fp16")
+
+
+def _in_fp32(model: bytes, half: int, suffix: bytes) -> bytes:
+    """half: the type that becomes fp32. suffix: of the names of its weights."""
     casts: list[bytes] = []
 
     def in_tensor(tensor: memoryview) -> bytes:
-        if _number_of(tensor, _TENSOR_TYPE) != _BFLOAT16:
+        if _number_of(tensor, _TENSOR_TYPE) != half:
             return bytes(tensor)
         name = next(bytes(body) for number, body in _fields(tensor) if number == _TENSOR_NAME)
-        casts.append(_field(_NODE, _cast(name + b"/bf16", name)))
-        return _rewrite(tensor, {_TENSOR_NAME: lambda body: bytes(body) + b"/bf16"})
+        casts.append(_field(_NODE, _cast(name + suffix, name)))
+        return _rewrite(tensor, {_TENSOR_NAME: lambda body: bytes(body) + suffix})
 
     def in_node(node: memoryview) -> bytes:
         if b"Cast" not in [bytes(body) for number, body in _fields(node) if number == _OPERATOR]:
             return bytes(node)
 
         def in_attribute(attribute: memoryview) -> bytes:
-            halved = _number_of(attribute, _ATTRIBUTE_INT) == _BFLOAT16
+            halved = _number_of(attribute, _ATTRIBUTE_INT) == half
             return _TO_FLOAT if halved else bytes(attribute)
 
         return _rewrite(node, {_ATTRIBUTE: in_attribute})

@@ -15,7 +15,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 import onnxruntime  # noqa: E402
-from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from edgesd.errors import InputError, UsageError  # noqa: E402
 from edgesd.export.backends import tensorrt  # noqa: E402
@@ -30,14 +29,7 @@ from edgesd.export.passes.own_kernels import AttentionIn8Bits  # noqa: E402
 from edgesd.export.passes.standard_attention import StandardAttention  # noqa: E402
 from edgesd.export.passes.standard_norms import StandardNorms  # noqa: E402
 from edgesd.export.pipeline import export_spec  # noqa: E402
-from edgesd.export.quantize.assign import planned  # noqa: E402
-from edgesd.export.quantize.layers import (  # noqa: E402
-    QuantizedLayer,
-    find_layers,
-    matrix_of,
-)
-from edgesd.export.quantize.methods import get_method  # noqa: E402
-from edgesd.export.quantize.quantize import quantize_layer  # noqa: E402
+from edgesd.export.quantize.layers import QuantizedLayer, find_layers  # noqa: E402
 from edgesd.export.quiet import quiet  # noqa: E402
 from edgesd.export.source import resolve_source  # noqa: E402
 from edgesd.export.source.folder import ModelSource  # noqa: E402
@@ -47,11 +39,10 @@ from edgesd.runtime.arrays import Array  # noqa: E402
 from edgesd.runtime.backends.onnxruntime import session_options  # noqa: E402
 from edgesd.runtime.tokenizer import PromptTokenizer  # noqa: E402
 from edgesd.spec.pipeline import ShapeSpec  # noqa: E402
-from edgesd.spec.scheme import parse_scheme  # noqa: E402
 from tests.models import EMOJI  # noqa: E402
+from tests.quantizing import evaluate, rounded_layers  # noqa: E402
 from tests.support import assert_refused, run_cli  # noqa: E402
 from tests.tiny_pipelines import write_tiny  # noqa: E402
-from tests.unit.export.passes.test_quantized_ort import record  # noqa: E402
 from tests.unit.runtime.test_t5_tokenizer import pieces  # noqa: E402
 
 ENCODER, TOKENIZER, TOKENS = "text_encoder_2", "tokenizer_2", 128
@@ -192,27 +183,7 @@ def test_biases_are_no_weights(graph: bytes) -> None:
 
 def quantized(model: ir.Model, scheme: str, static: bool = False) -> dict[str, QuantizedLayer]:
     """Layers of the graph, by their nodes, calibrated on one prompt."""
-    nodes = {node.name: node for node in model.graph}
-    layers = find_layers("t5", model)
-    fed = {la: nodes[la.node].inputs[0] for la in layers if la.kind == "linear"}
-    seen = ir.from_proto(ir.to_proto(model))
-    values = {out.name: out for node in seen.graph for out in node.outputs}
-    names = sorted({value.name for value in fed.values() if value is not None})
-    seen.graph.outputs.extend(values[name] for name in names)
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(seen).SerializeToString(), session_options(1)
-    )
-    recorded = session.run(names, {"input_ids": ids_of(PROMPTS[1:2])})
-    inputs = dict(zip(names, recorded, strict=True))
-    schemes, method = planned(layers, parse_scheme(scheme)), get_method("rtn", static)
-    found = {}
-    for layer in layers:
-        value, chosen = fed.get(layer), schemes[layer]
-        assert chosen is not None
-        stats = None if value is None else record(layer, [inputs[value.name]])
-        weight = matrix_of(nodes[layer.node], layer)
-        found[layer.node] = quantize_layer(layer, weight, stats, chosen, method)
-    return found
+    return rounded_layers(model, {"input_ids": ids_of(PROMPTS[1:2])}, scheme, static)
 
 
 @pytest.mark.integration
@@ -243,12 +214,6 @@ def test_quantized(
     assert not any(node.domain for node in model.graph)
 
 
-def evaluate(model: ir.Model, ids: Array) -> Array:
-    """The output, each value computed in its own type, as a GPU does."""
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        return ReferenceEvaluator(ir.to_proto(model)).run(None, {"input_ids": ids})[0]
-
-
 def test_sums_beyond_fp16_stay_in_fp32(source: ModelSource, graph: bytes) -> None:
     """As at the true size: only the norms bound what the layers add to."""
     loud, ids = model_of(graph), ids_of(PROMPTS[1:2])
@@ -258,7 +223,8 @@ def test_sums_beyond_fp16_stay_in_fp32(source: ModelSource, graph: bytes) -> Non
     graph, wanted = ir.to_proto(loud).SerializeToString(), reference(source, ids, loud=True)
 
     def error_of(model: ir.Model) -> float:
-        return float(np.sqrt(np.mean((evaluate(model, ids) - wanted) ** 2) / np.mean(wanted**2)))
+        (found,) = evaluate(model, {"input_ids": ids})
+        return float(np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2)))
 
     naive = model_of(graph)
     for rewrite in (StandardNorms(), StandardAttention(), HalfCompute()):

@@ -17,6 +17,7 @@ ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("torch")
 
 import onnx  # noqa: E402
+import onnxruntime  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 from onnx_ir.passes import common  # noqa: E402
 
@@ -28,7 +29,12 @@ from edgesd.export.passes.fp32_region import Fp32Region  # noqa: E402
 from edgesd.export.passes.half_compute import HalfCompute  # noqa: E402
 from edgesd.export.passes.record_largest import LARGEST, RecordLargest  # noqa: E402
 from edgesd.recipes import fp16_ranges  # noqa: E402
-from edgesd.recipes.fp16_ranges import LIMIT, protect_fp16_overflows, record  # noqa: E402
+from edgesd.recipes.fp16_ranges import (  # noqa: E402
+    LIMIT,
+    measuring,
+    protect_fp16_overflows,
+    record,
+)
 from edgesd.runtime.bundle import Bundle, open_bundle  # noqa: E402
 from edgesd.runtime.pipeline import Pipeline  # noqa: E402
 from edgesd.runtime.requests import Request  # noqa: E402
@@ -92,6 +98,27 @@ def test_what_overflows_is_found_in_the_arithmetic_of_a_gpu() -> None:
     sizes = dict(zip(recorded.names, evaluate(model)[1], strict=True))
     assert np.isinf(sizes["b"]) and sizes["a"] == pytest.approx(np.abs(X @ WEIGHT).max(), rel=1e-3)
     assert sizes.keys() >= {"a", "b", "c", "d", "x/to_fp16"}
+
+
+def test_what_overflows_spoils_nothing_behind_it() -> None:
+    """ONNX Runtime moves values in fp16, though it computes in fp32."""
+    body = "a = MatMul(x, w)  b = Mul(a, big)  s = Concat <axis = 0> (b, b)  d = Mul(s, small)"
+    shapes = "r = Reshape(d, shape)  m = ReduceMax <keepdims = 1> (r, axes)  y = Mul(m, x)"
+    model = parse(
+        f"{body} {shapes}",
+        w=WEIGHT * 6e4,
+        big=np.array([4.0], np.float32),
+        small=np.array([1e-5], np.float32),
+        shape=np.array([8, 1]),
+        axes=np.array([0]),
+    )
+    HalfCompute()(model)
+    raw, names = measuring(model)
+    found = onnxruntime.InferenceSession(raw).run([LARGEST], {"x": X})[0]
+    sizes = dict(zip(names, found, strict=True))
+    assert np.isfinite(found).all()
+    assert {name for name, size in sizes.items() if size > LIMIT} == {"a", "b", "s"}
+    assert sizes["b"] == pytest.approx(np.abs(X @ WEIGHT).max() * 2.4e5, rel=1e-2)
 
 
 def test_a_region_in_fp32_computes_what_fp32_computes(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from edgesd.spec.bundle import LayerRecipe, QuantRecipe  # noqa: E402
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec  # noqa: E402
 from edgesd.spec.scheme import parse_scheme  # noqa: E402
 from tests.hostile_graphs import CASES  # noqa: E402
-from tests.quantizing import normal  # noqa: E402
+from tests.quantizing import normal, record  # noqa: E402
 from tests.support import write_bundle  # noqa: E402
 from tests.unit.export.passes.test_quantized_ort import (  # noqa: E402
     KINDS,
@@ -55,7 +55,6 @@ from tests.unit.export.passes.test_quantized_ort import (  # noqa: E402
     graph,
     lowered,
     quantize,
-    record,
     run,
     session,
 )

@@ -36,8 +36,7 @@ from edgesd.runtime.backends.onnxruntime import session_options  # noqa: E402
 from edgesd.spec.base import Dim  # noqa: E402
 from edgesd.spec.pipeline import ComponentSpec, TensorSpec  # noqa: E402
 from edgesd.spec.scheme import parse_scheme  # noqa: E402
-from tests.quantizing import normal  # noqa: E402
-from tests.unit.export.passes.test_quantized_ort import record  # noqa: E402
+from tests.quantizing import normal, record  # noqa: E402
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 

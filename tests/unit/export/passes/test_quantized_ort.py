@@ -19,7 +19,6 @@ import onnxruntime  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from edgesd.errors import EdgesdError  # noqa: E402
-from edgesd.export.calibrate import LayerStats  # noqa: E402
 from edgesd.export.external_data import write_model  # noqa: E402
 from edgesd.export.passes.lowering import Timesteps  # noqa: E402
 from edgesd.export.passes.quantized_ort import QuantizedOrt  # noqa: E402
@@ -36,7 +35,7 @@ from edgesd.export.quantize.methods import get_method  # noqa: E402
 from edgesd.export.quantize.quantize import quantize_layer  # noqa: E402
 from edgesd.runtime.backends.onnxruntime import session_options  # noqa: E402
 from edgesd.spec.scheme import parse_scheme  # noqa: E402
-from tests.quantizing import normal, patches  # noqa: E402
+from tests.quantizing import normal, patches, record  # noqa: E402
 
 Array = npt.NDArray[np.float32]
 TIMESTEPS = Timesteps("timestep", np.array([900, 500, 20], np.float32))
@@ -111,21 +110,6 @@ def graph(kind: Kind, name: str = "mid.block") -> onnx.ModelProto:
         [numpy_helper.from_array(array, n) for n, array in weights.items()],
     )
     return helper.make_model(proto, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-
-
-def record(layer: Layer, inputs: list[Array]) -> LayerStats:
-    """Statistics of one input for each timestep."""
-    rows = [patches(x, layer).reshape(-1, layer.columns) for x in inputs]
-    axes = (0, 2, 3) if layer.kind == "conv" else tuple(range(inputs[0].ndim - 1))
-    every = np.concatenate(rows)
-    return LayerStats(
-        low=np.stack([x.min(axes) for x in inputs]).astype(np.float32),
-        high=np.stack([x.max(axes) for x in inputs]).astype(np.float32),
-        blocks=(every.T @ every,),
-        count=len(every),
-        rows=every.astype(np.float16),
-        row_steps=np.repeat(np.arange(len(rows)), [len(r) for r in rows]).astype(np.int64),
-    )
 
 
 def example(kind: Kind, seed: int, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
