@@ -297,13 +297,14 @@ def _best_smoothing(
     read the input; None where the error doesn't fall to the part `pays`."""
     acts = _activations(layer, inputs, scheme, mode, method, None)
     peaks = torch.stack([each.abs().amax(0) for each in matrices])
-    best = _trial(layer, matrices, None, inputs, inputs, acts, scheme) * pays
+    wanted = [inputs.rows @ each.T for each in matrices]
+    best = _trial(layer, matrices, wanted, None, inputs, acts, scheme) * pays
     chosen: Tensor | None = None
     for alpha in _ALPHAS:
         smooth = smoothing(inputs.channel_max, peaks, alpha)
         divided = inputs.divided(smooth)
         acts = _activations(layer, divided, scheme, mode, method, smooth)
-        error = _trial(layer, matrices, smooth, inputs, divided, acts, scheme)
+        error = _trial(layer, matrices, wanted, smooth, divided, acts, scheme)
         if error < best:
             best, chosen = error, smooth
     return chosen
@@ -312,17 +313,19 @@ def _best_smoothing(
 def _trial(
     layer: Layer,
     matrices: Sequence[Tensor],
+    outputs: Sequence[Tensor],
     smooth: Tensor | None,
-    before: _Inputs,
-    after: _Inputs,
+    inputs: _Inputs,
     acts: Activations,
     scheme: Scheme,
 ) -> float:
-    """RMS of the layers' errors, each relative to its output, when codes are rounded to nearest."""
-    low = fake_quantize(after.rows, acts, layer, after.ranges, after.steps)
+    """RMS of the layers' errors, each relative to its output, when codes are rounded to nearest.
+
+    outputs: of each, without any error. inputs: divided by `smooth`.
+    """
+    low = fake_quantize(inputs.rows, acts, layer, inputs.ranges, inputs.steps)
     total = 0.0
-    for source in matrices:
-        wanted = before.rows @ source.T
+    for source, wanted in zip(matrices, outputs, strict=True):
         matrix = source if smooth is None else source * _per_column(smooth, layer.columns)
         if not scheme.rank:  # else the branch takes care of the weights: judge the inputs
             matrix = rounded(matrix, scheme.group or layer.columns, scheme.weight_bits)[2]

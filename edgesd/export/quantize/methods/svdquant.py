@@ -127,9 +127,48 @@ class Metric:
         return blockwise(matrix, self.factors, solve)
 
 
-def low_rank(matrix: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
-    """(up [N, r], down [r, K]) with |matrix - up down| least in the metric, r at most `rank`."""
-    return _truncated(metric.apply(matrix), rank, metric)
+def low_rank(weighted: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
+    """(up [N, r], down [r, K]) with |M - up down| least in the metric, r at most `rank`. weighted
+    [N, K]: the metric applied to M."""
+    basis = top_singular(weighted, rank)
+    return _balanced(basis, metric.undo(basis.T @ weighted))
+
+
+class Fit:
+    """A weight W [N, K], with what is computed of it once for all codes Q that it is tried with.
+
+    blocks, noise: see Metric; None for inputs in 16 bits.
+    """
+
+    def __init__(self, weight: Tensor, blocks: Sequence[Tensor], noise: Tensor | None) -> None:
+        self.weight, self.blocks, self.noise = weight, blocks, noise
+        self.metric = Metric(blocks, noise)
+        self.weighted = self.metric.apply(weight)
+        self.covered = None if noise is None else _covered(weight, blocks)
+
+    def beside(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Of codes times scales Q [N, K]: what a branch has to be, times the metric's factor, and
+        (W - Q) E x x^T, of which `loss` is.
+
+        The branch B of a rank with the least E |(W - Q - B) x|^2 + |(W - B) noise|^2: with
+        S = E x x^T + noise^2 = L L^T, the unconstrained optimum is Y S^-1 with
+        Y = (W - Q) E x x^T + W noise^2 = W S - Q E x x^T; the best of a rank is its SVD in the
+        metric S. Codes of the next round carry what the branch doesn't, which is what noise passes
+        through.
+        """
+        if self.covered is None:
+            rest = self.weight - residual
+            return self.metric.apply(rest), _covered(rest, self.blocks)
+        spoiled = _covered(residual, self.blocks)
+        return self.weighted - self.metric.undo_transposed(spoiled), self.covered - spoiled
+
+    def loss(self, residual: Tensor, lost: Tensor, up: Tensor, down: Tensor) -> float:
+        """E |(W - Q - B) x|^2 + |Q noise|^2, B = up down. lost: (W - Q) E x x^T."""
+        left = lost - up @ _covered(down, self.blocks)
+        total = float(((self.weight - residual - up @ down) * left).sum())
+        if self.noise is not None:
+            total += float((residual * self.noise).square().sum())
+        return total
 
 
 def svdquant(
@@ -148,14 +187,15 @@ def svdquant(
     None for inputs in 16 bits. quantize: used in all rounds but the `last` one. Each of
     `rounds` takes the branch that is best for the present codes, then codes for what is left.
     """
-    metric = Metric(blocks, noise)
-    up, down = _rounded_to_fp16(low_rank(weight, rank, metric))
+    fit = Fit(weight, blocks, noise)
+    up, down = _rounded_to_fp16(low_rank(fit.weighted, rank, fit.metric))
     best: tuple[float, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
     for index in range(rounds):
         chosen = last if index + 1 == rounds else quantize
         codes, scales, residual = chosen(weight - up @ down)
-        up, down = _rounded_to_fp16(_repair(weight, residual, rank, blocks, noise, metric))
-        loss = _loss(weight, residual, up @ down, blocks, noise)
+        wanted, lost = fit.beside(residual)
+        up, down = _rounded_to_fp16(low_rank(wanted, rank, fit.metric))
+        loss = fit.loss(residual, lost, up, down)
         if best is None or loss < best[0]:
             best = loss, (codes, scales, up, down)
     assert best is not None
@@ -188,45 +228,9 @@ def top_singular(matrix: Tensor, rank: int) -> Tensor:
     return basis @ order.float()
 
 
-def _repair(
-    weight: Tensor,
-    residual: Tensor,
-    rank: int,
-    blocks: Sequence[Tensor],
-    noise: Tensor | None,
-    metric: Metric,
-) -> tuple[Tensor, Tensor]:
-    """The branch B of that rank with the least E |(W - Q - B) x|^2 + |(W - B) noise|^2.
-
-    With S = E x x^T + noise^2 = L L^T, the unconstrained optimum is Y S^-1 with
-    Y = (W - Q) E x x^T + W noise^2 = W S - Q E x x^T; the best of a rank is its SVD in the metric
-    S. Codes of the next round carry what the branch doesn't, which is what noise passes through.
-    """
-    if noise is None:
-        return low_rank(weight - residual, rank, metric)
-    spoiled = blockwise(residual, blocks, torch.matmul)
-    return _truncated(metric.apply(weight) - metric.undo_transposed(spoiled), rank, metric)
-
-
-def _truncated(weighted: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
-    """(up, down) of the matrix whose product with the metric's factor is `weighted` [N, K]."""
-    basis = top_singular(weighted, rank)
-    return _balanced(basis, metric.undo(basis.T @ weighted))
-
-
-def _loss(
-    weight: Tensor,
-    residual: Tensor,
-    branch: Tensor,
-    blocks: Sequence[Tensor],
-    noise: Tensor | None,
-) -> float:
-    """E |(W - Q - B) x|^2 + |Q noise|^2."""
-    difference, total = weight - residual - branch, 0.0
-    for span, block in spans(blocks):
-        part = difference[:, span]
-        total += float(((part @ block) * part).sum())
-    return total if noise is None else total + float((residual * noise).square().sum())
+def _covered(matrix: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    """M E x x^T [N, K]."""
+    return blockwise(matrix, blocks, torch.matmul)
 
 
 def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

@@ -398,7 +398,7 @@ def test_low_rank_is_the_svd_in_the_metric(rows: int, columns: int, rank: int, n
     metric = svdquant.Metric(
         [torch.from_numpy(b) for b in blocks], None if noise is None else torch.from_numpy(noise)
     )
-    up, down = svdquant.low_rank(torch.from_numpy(weight), rank, metric)
+    up, down = svdquant.low_rank(metric.apply(torch.from_numpy(weight)), rank, metric)
     assert up.shape == (rows, min(rank, rows, columns))
     assert down.shape == (min(rank, rows, columns), columns)
     dense = metric_matrix(blocks, noise)
@@ -413,7 +413,7 @@ def test_low_rank_is_the_svd_in_the_metric(rows: int, columns: int, rank: int, n
 def test_a_branch_of_full_rank_is_the_weight() -> None:
     weight = normal(10, 40)
     metric = svdquant.Metric([torch.from_numpy(b) for b in blocks_of(40)])
-    factors = svdquant.low_rank(torch.from_numpy(weight), 512, metric)
+    factors = svdquant.low_rank(metric.apply(torch.from_numpy(weight)), 512, metric)
     assert factors[0].shape == (10, 10)
     np.testing.assert_allclose(product(factors), weight, atol=1e-4)
 
@@ -465,10 +465,9 @@ def test_repair_is_the_closed_form_and_no_branch_is_better(
     arguments = (
         [torch.from_numpy(b) for b in blocks], None if noise is None else torch.from_numpy(noise)
     )  # fmt: skip
-    factors = svdquant._repair(
-        torch.from_numpy(weight), torch.from_numpy(residual), rank, *arguments,
-        svdquant.Metric(*arguments),
-    )  # fmt: skip
+    fit = svdquant.Fit(torch.from_numpy(weight), *arguments)
+    wanted, lost = fit.beside(torch.from_numpy(residual))
+    factors = svdquant.low_rank(wanted, rank, fit.metric)
     found = product(factors)
     dense = metric_matrix(blocks, noise)
     expected = repaired(weight, residual, rank, blocks, noise)
@@ -484,6 +483,11 @@ def test_repair_is_the_closed_form_and_no_branch_is_better(
         return size(weight - residual - branch, undamped) + size(weight - branch, through)
 
     best = loss(found)
+    codes = 0.0 if noise is None else float(np.square(residual * noise, dtype=np.float64).sum())
+    own = size(weight - residual - found, metric_matrix_undamped(blocks)) + codes
+    within = 1e-5 * size(weight, metric_matrix_undamped(blocks))
+    got = fit.loss(torch.from_numpy(residual), lost, *factors)
+    assert got == pytest.approx(own, rel=1e-3, abs=within)
     up, down = (factor.double().numpy() for factor in factors)
     for seed in range(20):
         rng = np.random.default_rng(seed)
