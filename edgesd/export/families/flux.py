@@ -103,6 +103,8 @@ _EVEN = "use_flow_sigmas"
 _SIZE = ("width", "height")
 """In edgesd.json: nothing in a transformer's config says a size."""
 _STEPS_OF_SCHNELL, _NO_GUIDANCE = 4, 0.0
+_CHANNELS = 64
+"""Of a transformer's tokens, where its config doesn't say it, as in diffusers."""
 _MAX_TOKENS = {True: 512, False: 256}
 """Of T5, by whether the model was distilled with guidance, as dev was."""
 
@@ -126,8 +128,8 @@ def export_spec(
         raise InputError(f"{source.name}: textual inversions of FLUX aren't supported")
     if source.sides:
         raise InputError(f"{source.name}: ControlNets and adapters of FLUX aren't supported")
-    form = _FORMS.get(str(source.index.get("_class_name")), _PLAIN)
     given = source.config(f"{TRANSFORMER}/config.json")
+    form = _form(source, given)
     defaults = _defaults(source, form, scheduler, bool(given.get("guidance_embeds")))
     with quiet():  # libraries log while they are imported
         from edgesd.export.families.parts import clip, flux_transformer, t5, vae
@@ -192,6 +194,16 @@ FAMILY = Family(
     configs=("scheduler", *TOKENIZER_OF.values()),
     export_spec=export_spec,
 )
+
+
+def _form(source: Checkpoint, config: Mapping[str, Any]) -> _Form:
+    """What a model was made for, or is by a LoRA. config: of its transformer."""
+    from edgesd.export.families.parts.lora import takes_control
+
+    found = _FORMS.get(str(source.index.get("_class_name")), _PLAIN)
+    if found is _PLAIN and takes_control(source.loras, config.get("in_channels", _CHANNELS)):
+        return _FORMS[_CONTROL]
+    return found
 
 
 def _defaults(source: Checkpoint, form: _Form, scheduler: str | None, guided: bool) -> Defaults:

@@ -18,6 +18,7 @@ from edgesd.export.lora.update import (
     Magnitude,
     Product,
     Update,
+    Whole,
     brief,
     files_sha256,
     listed,
@@ -56,9 +57,10 @@ _PARTS = {
     "kt2": rf"\.lokr_t2{_ADAPTER}",
     "diff": r"\.diff|\.w_norm",
     "diff_bias": r"\.diff_b|\.b_norm",
+    "norm": r"(?<=_norm)\.scale|(?:(?<=\.norm_[qk])|(?<=\.norm_added_[qk]))\.weight",
 }
 """Part of an update -> ends of its tensors' names: of peft, of diffusers (old and new), of Kohya's
-scripts and of LyCORIS."""
+scripts and of LyCORIS; norm: of FLUX's Control-LoRAs, as its authors and diffusers call it."""
 
 _NAME = re.compile(
     "(.+?)(?:" + "|".join(f"(?P<{part}>{ends})" for part, ends in _PARTS.items()) + ")"
@@ -70,7 +72,6 @@ _OTHERS = (
     (r"on_input$", "(IA)3, which isn't supported"),
     (r"\.[ab][12]\.weight$", "GLoRA, which isn't supported"),
     (r"\.lora_embedding_[AB]|modules_to_save|base_layer", "a layer that was trained as a whole"),
-    (r"\.(query|key)_norm\.scale$", "norms of a Control-LoRA of FLUX, which isn't supported"),
     (r"^lora_controlnet$", "a Control-LoRA, which replaces a ControlNet"),
     (r"^(model\.)?diffusion_model\..*\.(weight|bias)$", "a whole model: give it as MODEL"),
 )
@@ -242,6 +243,8 @@ def _product(left: dict[str, Tensor]) -> Product | None:
         return Kronecker(tuple(first), tuple(second), left.pop("kt2", None))
     if whole := take("diff"):
         return None if "alpha" in left else Difference(whole[0])
+    if whole := take("norm"):
+        return Whole(whole[0])
     return None
 
 

@@ -186,6 +186,11 @@ class Difference:
 
 
 @dataclass(frozen=True, eq=False)
+class Whole(Difference):
+    """What takes the place of the weights, of their shape."""
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
     """Rows of a change. take: what takes them from a tensor [out, ...]. count: how many."""
 
@@ -249,6 +254,8 @@ class Update:
         As in peft, a magnitude is that of the weights with the scaled change.
         """
         assert self.product is not None
+        if isinstance(self.product, Whole):
+            return torch.lerp(weight.float(), self.product.computed(), scale)
         change = self.product.computed().reshape(weight.shape)
         changed = weight.float() + self.scale * scale * change
         return changed if self.magnitude is None else self.magnitude.applied(changed)

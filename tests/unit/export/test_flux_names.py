@@ -30,9 +30,11 @@ from edgesd.export.lora.update import LowRank  # noqa: E402
 from edgesd.export.mapped import state_of  # noqa: E402
 from edgesd.export.pipeline import export_spec  # noqa: E402
 from edgesd.export.source import ModelSource, resolve_source  # noqa: E402
-from edgesd.runtime.requests import Request  # noqa: E402
+from edgesd.runtime.requests import Control, Request  # noqa: E402
 from tests.flux_names import authors_norms, authors_rows, authors_state  # noqa: E402
+from tests.image_tasks import HINT  # noqa: E402
 from tests.loras import Tensors, save  # noqa: E402
+from tests.support import random_picture  # noqa: E402
 from tests.tiny_pipelines import diffusers_images, on_torch, tiny, write_tiny  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -443,8 +445,67 @@ def test_names_of_peft_have_its_config(tmp_path: Path) -> None:
     assert read_lora(str(file)).updates[0].scale == 3
 
 
-def test_control_loras_are_refused(tmp_path: Path) -> None:
-    tensors = low_rank({"img_in": (32, 32)}, (".lora_A.weight", ".lora_B.weight"), 2)
-    tensors["double_blocks.0.img_attn.norm.query_norm.scale"] = torch.ones(16)
-    with pytest.raises(InputError, match="norms of a Control-LoRA of FLUX"):
-        read_lora(str(save(tmp_path / "x.safetensors", tensors)))
+_CONTROL = {
+    "img_in": "transformer.x_embedder",
+    "double_blocks.0.txt_attn.proj": "transformer.transformer_blocks.0.attn.to_add_out",
+    "double_blocks.1.img_attn.norm.query_norm.scale": (
+        "transformer.transformer_blocks.1.attn.norm_q.weight"
+    ),
+    "single_blocks.0.norm.key_norm.scale": (
+        "transformer.single_transformer_blocks.0.attn.norm_k.weight"
+    ),
+}
+"""What a Control-LoRA changes, by the authors' names -> by diffusers'."""
+
+
+def control_lora(authors: bool) -> Tensors:
+    """For the tiny network: factors and biases of linears, and norms as they become."""
+    shapes = {"img_in": (32, 2 * 16), "double_blocks.0.txt_attn.proj": (32, 32)}
+    found = low_rank(shapes, (".lora_A.weight", ".lora_B.weight"), 2)
+    found |= {f"{name}.lora_B.bias": torch.linspace(-1, 1, 32) for name in shapes}
+    found |= {name: torch.linspace(0.5, 2, 16) for name in _CONTROL if "norm" in name}
+    if authors:
+        return found
+    return {
+        next(name.replace(one, other) for one, other in _CONTROL.items() if one in name): value
+        for name, value in found.items()
+    }
+
+
+@pytest.mark.parametrize("authors", [True, False])
+def test_a_control_lora_makes_a_control_model(authors: bool, folder: Path, tmp_path: Path) -> None:
+    parts = tiny("flux-dev").components
+    for unused in ("image_encoder", "feature_extractor"):
+        parts.pop(unused)
+    theirs = diffusers.FluxControlPipeline(**parts)
+    theirs.load_lora_weights(control_lora(authors=False))
+    asked = {"num_inference_steps": 2, **_SMALL}
+    wanted = diffusers_images(theirs, ["a red cat"], [3], control_image=[HINT.decoded()], **asked)[
+        0
+    ]
+    file = save(tmp_path / "x.safetensors", control_lora(authors))
+    source = replace(resolve_source(folder), loras=read_loras([str(file)]))
+    export = export_spec(source)
+    assert export.pipeline.wiring.tasks == ("control",)
+    pipeline = on_torch(source, export, tmp_path / "made")
+    found = [
+        pipeline.generate([Request("a red cat", seed=3, controls=(Control(hint),), **asked)])[0]
+        for hint in (HINT, random_picture(2, (63, 45)))
+    ]
+    off = [np.abs(np.int32(image) - np.int32(wanted)).max() for image in found]
+    assert off[0] <= 1 < off[1]
+
+
+def test_a_control_lora_is_merged_alone(folder: Path, tmp_path: Path) -> None:
+    file = save(tmp_path / "x.safetensors", control_lora(authors=True))
+    net = tiny("flux-dev").transformer
+    lora = read_lora(f"{file}:0")
+    shapes = shapes_of(net)
+    linears = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+    for known in shapes, linears:  # slots tell the latter
+        with pytest.raises(InputError, match=r"a Control-LoRA\), which dev doesn't.*build --lora"):
+            place(lora, "dev", {"transformer": known})
+    source = replace(resolve_source(folder), loras=(lora,))
+    before = dict(net.state_dict())
+    for name, edit in lora_edits(source, "transformer", net).items():
+        assert torch.equal(edit(before[name]), before[name])

@@ -44,7 +44,6 @@ def diffusers_pipeline(
     made = {}
     for part, cls in networks.items():
         made[part] = _made(source, part, partial(shell, source, part, cls))
-        source.check_shapes(part, made[part])
     check_loras(source, made)
     for part, make in tokenizers.items():
         made[part] = _made(source, part, make)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from edgesd.export.families.latent_diffusion import UNET
 from edgesd.export.families.parts.flux_names import (
     MODULATION,
     TRANSFORMER,
+    WEIGHT,
     Rows,
     authors_layers,
+    authors_norms,
 )
 from edgesd.export.lora.update import Lora, Shape, Update, brief, listed
 from edgesd.export.mapped import Edit
@@ -88,6 +90,9 @@ _WIDTHS = {
 _OF_FLUX = ("double_blocks", "single_blocks", "single_transformer_blocks")
 """In names of its layers, by its authors and by diffusers."""
 
+_FIRST_LAYER = ("x_embedder", "img_in")
+"""Of FLUX's transformer, by diffusers and by its authors: what tokens of latents go into."""
+
 _SAYS_BASE = ("modelspec.architecture", "ss_base_model_version")
 """In a file's metadata."""
 
@@ -152,6 +157,12 @@ def place(lora: Lora, model: str, networks: Mapping[str, Shapes]) -> tuple[Place
 
     Raises InputError unless each has one place, whose weights have its shape.
     """
+    first = networks.get(TRANSFORMER, {}).get(f"{_FIRST_LAYER[0]}{WEIGHT}")
+    if first is not None and takes_control([lora], first[1]):
+        raise InputError(
+            f"{lora.name} takes a control image beside the latents (a Control-LoRA), which {model} "
+            "doesn't: build one that does with edgesd build --lora"
+        )
     tables = {name: _layers(shapes) for name, shapes in networks.items() if name in TAKES_LORA}
     placed: list[Placed] = []
     homeless: list[str] = []
@@ -191,6 +202,29 @@ def check_loras(source: Checkpoint, networks: Mapping[str, nn.Module]) -> None:
         shapes = {name: shapes_of(net) for name, net in networks.items() if name in TAKES_LORA}
         for lora in source.loras:
             place(lora, source.name, shapes)
+
+
+def takes_control(loras: Iterable[Lora], channels: int) -> bool:
+    """Whether one of `loras` makes a transformer of FLUX that takes `channels` of tokens one that
+    takes as many of a control image beside them, as FLUX.1's Control-LoRAs do."""
+    return any(
+        _flat(update.layer).endswith(_FIRST_LAYER)
+        and update.product is not None
+        and update.product.shape[1:] == (2 * channels,)
+        for lora in loras
+        for update in lora.updates
+    )
+
+
+def widen(net: Any, source: Checkpoint, component: str) -> None:
+    """Let a transformer of FLUX take a control image's latents beside its own, from which nothing
+    comes yet, where a LoRA of the source is for that. In place."""
+    if component != TRANSFORMER or not takes_control(source.loras, net.config.in_channels):
+        return
+    first, channels = net.x_embedder, net.config.in_channels
+    wide = torch.cat([first.weight, torch.zeros_like(first.weight)], 1)
+    first.weight, first.in_features = nn.Parameter(wide, requires_grad=False), 2 * channels
+    net.register_to_config(in_channels=2 * channels, out_channels=net.out_channels)
 
 
 def lora_edits(source: Checkpoint, component: str, net: nn.Module) -> dict[str, Edit]:
@@ -263,7 +297,12 @@ def _layers(shapes: Shapes) -> _Layers:
             if block in authors:
                 names.append(".".join(filter(None, (authors[block], _RESNET.get(rest, rest)))))
         found |= {_flat(name): rows for name in names if _flat(name) not in found}
-    return found | {_flat(name): rows for name, rows in authors_layers(shapes, xlabs=True).items()}
+    found |= {_flat(name): rows for name, rows in authors_layers(shapes, xlabs=True).items()}
+    for theirs, ours in authors_norms(shapes).items():
+        if ours in shapes:  # slots don't tell all weights
+            layer = ours.removesuffix(WEIGHT)
+            found[_flat(theirs.rpartition(".")[0])] = (Rows(layer, 0, shapes[ours][0]),)
+    return found
 
 
 def _aliases(layer: str) -> list[str]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from edgesd.errors import InputError
 from edgesd.export.families.checkpoint import Checkpoint, Weights
-from edgesd.export.families.parts.lora import lora_edits
+from edgesd.export.families.parts.lora import lora_edits, widen
 from edgesd.export.families.parts.textual_inversion import add_vectors
 from edgesd.export.mapped import edit_mapped, hold_mapped
 from edgesd.export.quiet import quiet
@@ -41,6 +41,7 @@ def load_network(source: Checkpoint, component: str, cls: Any, weights: bool = T
         net.load_state_dict(state, strict=True, assign=True)
     net = net.eval().requires_grad_(False)
     add_vectors(net, source, component)
+    widen(net, source, component)
     for name, tensor in net.state_dict().items():
         if not _is_finite(tensor):
             where = source.folder(component) if state is None else source.name
@@ -110,11 +111,13 @@ def _from_pretrained(folder: Path, files: Weights, cls: Any, dtype: torch.dtype)
 
 def shell(source: Checkpoint, component: str, cls: Any) -> Any:
     """The network by its config, on torch's meta device, where it takes no memory. Raises
-    InputError."""
+    InputError, also where the source's files are seen to have another."""
     with torch.device("meta"):
         net = _by_config(source, component, cls)
     net = net.eval().requires_grad_(False).float()
+    source.check_shapes(component, net)
     add_vectors(net, source, component)
+    widen(net, source, component)
     return net
 
 
