@@ -277,3 +277,12 @@ def test_a_lora_of_flux_fills_slots_of_both_its_networks(tmp_path: Path) -> None
     options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     (wanted,) = diffusers_images(theirs, [PROMPT], [SEED], width=WIDTH, height=HEIGHT, **options)
     assert difference(found, wanted) <= 1 < difference(found, plain)
+    quantized = built("flux-dev", tmp_path, "w4a8-g32-lr4", RANK)
+    made = convert(str(file), quantized, tmp_path / "other.lora")
+    assert made.layers == 3 + 3
+    with Pipeline(quantized, Settings(memory="fast")) as pipeline:
+        empty = drawn(pipeline)
+        filled = drawn(pipeline, Used(read_lora(made.path)))
+        assert difference(drawn(pipeline), empty) == 0
+    assert psnr(filled, wanted) > psnr(empty, plain) - 3
+    assert psnr(filled, wanted) > psnr(empty, wanted) + 2
