@@ -97,8 +97,8 @@ def bf16_in_fp32(model: bytes) -> bytes:
 
 
 def fp16_in_fp32(model: bytes) -> bytes:
-    """The same of fp16. ONNX Runtime replaces its arithmetic by itself, but not where values are
-    only moved: what exceeds fp16 is infinite behind a Concat, and whatever is made of it is NaN."""
+    """The same of fp16. ONNX Runtime replaces its arithmetic by itself, but not always where values
+    are moved: behind a Slice, what exceeds fp16 can be infinite, and what is made of it NaN."""
     return _in_fp32(model, _FLOAT16, b"/fp16")
 
 
