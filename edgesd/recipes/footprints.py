@@ -216,11 +216,13 @@ class Networks:
         if on_gpu is not None:
             weights = on_gpu[0] + form.factors
             return Footprint(weights, 0, weights, 0, 0, _sorted(runs))
+        # What is unpacked anew lies where other values of the run do later.
+        streamed = takes.streamed - min(takes.anew, min(touched[0] for touched in runs.values()))
         tiled = stage.role in ("encoder", "decoder") and any(max(shape) > TILE for shape in shapes)
         return Footprint(
             weights=takes.weights,
             loading=takes.loading,
-            streamed=takes.streamed,
+            streamed=streamed,
             in_file=0 if form.precision == "fp16" else takes.in_file,
             graph=takes.graph,
             runs=_sorted(runs),

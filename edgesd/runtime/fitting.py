@@ -167,7 +167,7 @@ class Fitting:
             scale,
             batch.count,
             flow_of(spec).denoiser.batch(batch.count, batch.guided, mode),
-            text_values(spec) * batch.chunks,
+            text_values(spec) * batch.chunks * (2 if batch.guided else 1),
             batch.previews,
             batch.chunks,
             batch.encodes,

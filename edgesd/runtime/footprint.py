@@ -42,8 +42,8 @@ _COPIES = 5
 _AUTOENCODERS = ("encoder", "decoder")
 """Roles of stages that can be run in parts or tiles."""
 
-_TEXT_COPIES = 10
-"""Of a prompt's embedding, both halves of guidance (measured with 16 images at a time)."""
+_TEXT_COPIES = 5
+"""Of each prompt's embedding (measured with 16 images at a time)."""
 
 _MARGIN = 0.13
 """Largest error of estimates that were too low, relative to what generating adds to the process."""
@@ -52,7 +52,7 @@ _MARGIN = 0.13
 @dataclass(frozen=True)
 class Generation:
     """Sizes that the memory of generating depends on. height, width: of the latents; scale: pixels
-    of a latent; count: images; batch: of the denoiser; text_values: of one prompt's embedding;
+    of a latent; count: images; batch: of the denoiser; text_values: of an image's embeddings;
     previews: whether unfinished images are decoded, while the denoiser is loaded; chunks: of
     tokens, that a prompt has; encodes: whether images are encoded first; sides: side components
     that run; picture_bytes: while pictures are read, and images are laid over them; rows: that a

@@ -54,13 +54,14 @@ _BLOCK = 64
 class Memory:
     """Bytes that one component takes. weights: what stays of them once loaded; loading: what there
     is besides while they are loaded; streamed: what stays of them in `stream`; in_file: of that,
-    what lies in its file. activations: what runs touch; workspace: of our kernels, which they keep;
-    graph: of the session itself."""
+    what lies in its file; anew: what runs unpack of them at their beginning. activations: what runs
+    touch; workspace: of our kernels, which they keep; graph: of the session itself."""
 
     weights: int
     loading: int
     streamed: int
     in_file: int
+    anew: int
     activations: int
     workspace: int
     graph: int
@@ -151,6 +152,7 @@ def memory(
         streamed=unfolded + twice + passing,
         # ONNX Runtime's operators take from the file what they need not unpack.
         in_file=kept - unpacked + twice + passing + codes,
+        anew=max(anew),
         # Inputs and outputs are bound to arrays, and what comes out is copied.
         activations=arena_bytes(workloads) + 2 * max(map(_outside, workloads)) + behind,
         workspace=max(_workspace(op) for each in workloads for op in each.operations),

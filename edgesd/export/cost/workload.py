@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgesd.errors import EdgesdError
@@ -172,11 +174,27 @@ def trace(component: Component, sizes: Sizes) -> Workload:
     inputs = [on_meta(tensor, sizes) for tensor in component.spec.inputs]
     recorder = _OperationRecorder(component.name, module, inputs)
     try:
-        with recorder, torch.no_grad():
+        with recorder, _RowsTogether(), torch.no_grad():
             out = module(*inputs)
     except Exception as exc:  # torch's own errors, of any kind
         raise EdgesdError(f"{component.name} can't be planned: {first_sentence(exc)}") from exc
     return recorder.workload(inputs, out if isinstance(out, tuple) else (out,))
+
+
+class _RowsTogether(TorchFunctionMode):
+    """Linears see all rows of their input as one matrix. Where these lie apart, as in a slice of
+    several images' tokens, torch multiplies each image with a copy of the weight; graphs don't."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is functional.linear:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -236,9 +254,6 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 left, right, above, below = args[1]
                 self._pads[id(out)] = above, left, below, right
             return out
-        if name == "add" and self._adds_bias(tensors):
-            self._alias(out, tensors[0])
-            return out
         made = [t for t in (out if isinstance(out, list | tuple) else (out,)) if t is not None]
         if name.startswith("native_"):
             made = made[:1]  # mean and deviation are of no use here
@@ -246,21 +261,6 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name = "gelu_tanh"
         self._record(name, args, tensors, made)
         return out
-
-    def _adds_bias(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether a sum is the last linear with its bias, which torch adds by itself where the
-        input isn't contiguous. The linear is biased then."""
-        if not self._operations or len(tensors) != 2:
-            return False
-        last, (product, bias) = self._operations[-1], tensors
-        if last.layer is None or last.kind != "linear" or last.biased:
-            return False
-        if self._values.get(id(product)) != last.writes[0]:
-            return False
-        if self._parameters.get(id(bias)) != last.layer.module:
-            return False
-        self._operations[-1] = replace(last, biased=True)
-        return True
 
     def _record(
         self, name: str, args: tuple[Any, ...], tensors: list[Tensor], made: list[Tensor]
