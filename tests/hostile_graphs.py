@@ -190,13 +190,14 @@ def joint(
     )
 
 
-def few_rows(n: int, k: int, rows: tuple[int, ...] = (2,), group: int = 32) -> Graph:
+def few_rows(n: int, k: int, rows: tuple[int, ...] = (2,), group: int = 32, bits: int = 4) -> Graph:
     """A QuantRows of x [*rows, k]."""
-    codes, _, scales = weight(n, k, 4, group, 1)
+    layout = int(bits == 4)
+    codes, _, scales = weight(n, k, bits, group, layout)
     return Graph(
         "QuantRows",
-        {"bits": 4, "group": group, "layout": 1, "N": n, "K": k},
-        (Tensor(FLOAT, (*rows, k), constant=False), codes, scales),
+        {"bits": bits, "group": group, "layout": layout, "N": n, "K": k},
+        (Tensor(FLOAT, (*rows, k), constant=False), codes, scales or Tensor(FLOAT16, (n,))),
     )
 
 
@@ -235,7 +236,8 @@ def random_graph(rng: np.random.Generator, isa: str) -> Graph:
         return widen(tuple(below(60, 0) for _ in range(below(4))))
     if op == "rows":
         rows = tuple(below(10, 0) for _ in range(below(3, 0)))
-        return few_rows(below(100), below(300), rows, int(rng.choice([16, 48, 64, 256])))
+        group = int(rng.choice([16, 48, 64, 256]))
+        return few_rows(below(100), below(300), rows, group, 4 if maybe() else 8)
     bits = 4 if isa in kernels.ONLY_4_BITS or maybe() else 8
     if op == "linear":
         layout = int(bits == 4 and maybe())
@@ -538,11 +540,12 @@ CASES: dict[str, tuple[Graph, str]] = {
     "widen fp32": (put(widen((3, 5)), 0, Tensor(FLOAT, (3, 5))), "tensor(float)"),
     "widen beyond all": (with_attributes(widen((3, 5)), values=2**41), "values is 2199023255552"),
     "few rows": (few_rows(33, 70), "ran"),
+    "few rows of 8 bits": (few_rows(33, 70, bits=8), "ran"),
     "few rows none": (few_rows(33, 70, (0,)), "ran"),
     "rows of 8 bits": (with_attributes(few_rows(33, 70), bits=8), "blocks of outputs are of 4"),
     "rows of another layout": (
         with_attributes(few_rows(33, 70), layout=0),
-        "are blocks of outputs",
+        "4 bits lie in blocks",
     ),
     "rows of a large group": (few_rows(8, 8, group=2**16), "groups are too large"),
     "rows of more outputs": (with_attributes(few_rows(33, 70), N=10**6), "codes is [33, 3, 16]"),

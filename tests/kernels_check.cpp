@@ -322,17 +322,25 @@ void check_widen(const Compute& compute) {
   report("widen", 16, y, wanted);
 }
 
-void check_rows(const Compute& compute, int64_t m, int64_t n, int64_t k, int group) {
-  const Made made = make(4, Weight::BLOCKS_OF_N, n, k, group);
+void check_rows(const Compute& compute, int bits, int64_t m, int64_t n, int64_t k, int group) {
+  Made made = make(bits, bits == 4 ? Weight::BLOCKS_OF_N : Weight::ROWS_K_BY_N, n, k, group);
+  if (bits == 8) {
+    for (int64_t i = 0; i < n; i++) {
+      made.steps[i] = half(made.scale[i]);
+      for (int64_t j = 0; j < k; j++)
+        made.values[i * k + j] = int8_t(made.codes[j * n + i]) * double(single(made.steps[i]));
+    }
+  }
   const auto x = normal(size_t(m * k), 0.3f);
   std::vector<float> y(size_t(m * n));
-  compute.rows({x.data(), made.codes.data(), made.steps.data(), y.data(), m, n, k, group}, two);
+  compute.rows({x.data(), made.codes.data(), made.steps.data(), y.data(), m, n, k, bits,
+                group}, two);
   std::vector<double> wanted(y.size());
   for (int64_t row = 0; row < m; row++)
     for (int64_t i = 0; i < n; i++)
       for (int64_t j = 0; j < k; j++)
         wanted[row * n + i] += x[row * k + j] * made.values[i * k + j];
-  report("rows", 4, y, wanted);
+  report("rows", bits, y, wanted);
 }
 
 // What is thrown in another thread arrives here: prints the part of the calls for which it didn't.
@@ -391,9 +399,11 @@ int main() {
   check_joint(compute, 0, 30, 3, 38, true, true);
   check_joint(compute, 5, 20, 2, 64, false, true);
   check_joint(compute, 3, 66, 2, 24, true, false);
-  check_rows(compute, 1, 70, 200, 64);
-  check_rows(compute, 6, 33, 100, 16);
-  check_rows(compute, 4, 40, 64, 32);
+  check_rows(compute, 4, 1, 70, 200, 64);
+  check_rows(compute, 4, 6, 33, 100, 16);
+  check_rows(compute, 4, 4, 40, 64, 32);
+  check_rows(compute, 8, 1, 70, 96, 96);
+  check_rows(compute, 8, 33, 1029, 67, 67);
   check_widen(compute);
   check_refused(compute);
 }

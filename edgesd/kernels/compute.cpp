@@ -1050,10 +1050,11 @@ void attention(const Attention& job, Threads threads) {
   parallel(threads, size_t(heads * parts), rows);
 }
 
-constexpr int S = W < 8 ? W : 8;  // bytes of codes at a time: groups are of a multiple of 16
+constexpr int S = W < 8 ? W : 8;  // bytes of codes at a time: half a group is a multiple of 8
 typedef float vs __attribute__((vector_size(S * 4)));
 typedef int32_t is __attribute__((vector_size(S * 4)));
 typedef uint8_t bs __attribute__((vector_size(S)));
+typedef int8_t cs __attribute__((vector_size(S)));
 
 // One output of R rows. x: of each row, of each group its even values, then its odd ones, as a byte of
 // codes has one of each.
@@ -1083,7 +1084,7 @@ void row_sums(const Rows& job, const float* x, int64_t stride, int64_t n, float*
   }
 }
 
-void rows(const Rows& job, Threads threads) {
+void rows_of_4_bits(const Rows& job, Threads threads) {
   constexpr int64_t PART = 32;
   const int64_t group = job.group, half = group / 2, stride = job.groups() * group;
   std::vector<float> halves(size_t(job.m * stride));  // zeros behind each row's end
@@ -1103,6 +1104,38 @@ void rows(const Rows& job, Threads threads) {
     }
   };
   parallel(threads, size_t((job.n + PART - 1) / PART), part);
+}
+
+// Weights lie input by input: of each, some outputs are read at a time.
+void rows_of_8_bits(const Rows& job, Threads threads) {
+  constexpr int64_t PART = 512, SOON = 16, LINE = 64;
+  auto part = [&](size_t task) {
+    const int64_t begin = int64_t(task) * PART, columns = std::min(PART, job.n - begin);
+    std::vector<float> sums(size_t(job.m * columns));
+    for (int64_t k = 0; k < job.k; k++) {
+      const uint8_t* codes = job.codes + k * job.n + begin;
+      if (k + SOON < job.k)
+        for (int64_t j = 0; j < columns; j += LINE) __builtin_prefetch(codes + SOON * job.n + j);
+      for (int64_t r = 0; r < job.m; r++) {
+        const float x = job.x[r * job.k + k];
+        float* sum = sums.data() + r * columns;
+        int64_t j = 0;
+        for (; j + S <= columns; j += S) {
+          const is eight = __builtin_convertvector((cs)load<bs>(codes + j), is);
+          store(sum + j, load<vs>(sum + j) + x * __builtin_convertvector(eight, vs));
+        }
+        for (; j < columns; j++) sum[j] += x * float(int8_t(codes[j]));
+      }
+    }
+    for (int64_t r = 0; r < job.m; r++)
+      for (int64_t j = 0; j < columns; j++)
+        job.y[r * job.n + begin + j] = sums[size_t(r * columns + j)] * from_half(job.scales[begin + j]);
+  };
+  parallel(threads, size_t((job.n + PART - 1) / PART), part);
+}
+
+void rows(const Rows& job, Threads threads) {
+  job.bits == 4 ? rows_of_4_bits(job, threads) : rows_of_8_bits(job, threads);
 }
 
 void widen(const Halves& job, Threads threads) {

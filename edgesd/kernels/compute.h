@@ -42,14 +42,14 @@ struct Linear {
   int64_t gates = 1;            // equal parts of the rows that have one each
 };
 
-// A few rows, which aren't rounded, times a weight of 4 bits.
+// A few rows, which aren't rounded, times a weight.
 struct Rows {
   const float* x;          // [m, k]
-  const uint8_t* codes;    // [n, groups * group / 2], 8 more than int4
-  const uint16_t* scales;  // fp16 [n, groups]
+  const uint8_t* codes;    // int8 [k, n]; or of 4 bits [n, groups * group / 2], 8 more than int4
+  const uint16_t* scales;  // fp16: [n]; or of 4 bits [n, groups]
   float* y;                // [m, n]
   int64_t m, n, k;
-  int group;
+  int bits, group;
   int64_t groups() const { return (k + group - 1) / group; }
 };
 

@@ -490,35 +490,39 @@ struct QuantLinear {
   }
 };
 
-// QuantRows(x [..., K], codes [N, K / group, group / 2], scales in fp16 [N, K / group]) -> [..., N]:
-// of 4 bits, 8 more than int4. For a few rows: x stays as it is.
+// QuantRows(x [..., K], codes, scales in fp16) -> [..., N]: for a few rows, which stay as they are.
+// Codes are int8 [K, N], and scales [N]; or blocks of 4 bits, and scales [N, K / group].
 struct QuantRows {
   static constexpr const char* NAME = "QuantRows";
   static constexpr size_t INPUTS = 3, REQUIRED_INPUTS = 3;
-  static constexpr int TYPES[] = {FLOAT, UINT8, FLOAT16};
+  static constexpr int TYPES[] = {FLOAT, ANY, FLOAT16};
   const Compute* compute;
   WeightFormat weight;
+  int64_t scales;
   WeightPager pager;
   QuantRows(const Compute* compute, const Kernel& kernel)
-      : compute(compute), weight(kernel), pager(weight.bytes(), weight.step_bytes()) {
-    if (weight.bits != 4 || weight.layout != Weight::BLOCKS_OF_N)
-      throw Failure("weights are blocks of outputs, of 4 bits");
-    if (weight.group > MAX_GROUP) throw Failure("groups are too large");
+      : compute(compute),
+        weight(kernel),
+        scales(weight.bits == 4 ? weight.n * weight.groups() : weight.n),
+        pager(weight.bytes(), 2 * scales) {
+    if ((weight.bits == 4) != (weight.layout == Weight::BLOCKS_OF_N))
+      throw Failure("4 bits lie in blocks of outputs, and 8 don't");
+    if (weight.bits == 4 && weight.group > MAX_GROUP) throw Failure("groups are too large");
   }
   void operator()(Run& run) const {
     Shape shape = run.shape(0);
     if (shape.empty() || shape.back() != weight.k)
       throw Failure("x is " + text_of(shape) + ", not [..., K] of K = " + std::to_string(weight.k));
-    const void* codes = run.data(1, "codes", UINT8, weight.bytes());
-    const uint16_t* scales = run.halves(2, "scales", weight.n * weight.groups());
-    Rows job{run.data(0), static_cast<const uint8_t*>(codes), scales, nullptr,
-             count_of(shape, shape.size() - 1), weight.n, weight.k, weight.group};
-    if (!codes || !scales) throw Failure("a weight's codes or scales aren't there");
+    const void* codes = run.data(1, "codes", weight.bits == 4 ? UINT8 : INT8, weight.bytes());
+    Rows job{run.data(0), static_cast<const uint8_t*>(codes), run.halves(2, "scales", scales),
+             nullptr, count_of(shape, shape.size() - 1), weight.n, weight.k, weight.bits,
+             weight.group};
+    if (!codes || !job.scales) throw Failure("a weight's codes or scales aren't there");
     shape.back() = weight.n;
     const int64_t outputs = count_of(shape);
     job.y = run.output(shape);
     if (outputs == 0) return;
-    pager.before(codes, scales);
+    pager.before(codes, job.scales);
     compute->rows(job, run.threads());
     pager.after();
   }

@@ -107,7 +107,7 @@ class OrtOps:
             self.made.append(self._plain(op))
         elif not self.eight_bits(op, choice):
             four = choice.weight_bits == 4 and op.kind == "linear"
-            self.made.append(replace(op, form=self.four_bits(op) if four else "fp32"))
+            self.made.append(replace(op, form=self.exact_form(op, four)))
         elif op.kind == "linear":
             self.made.append(replace(op, form=MATMUL_NBITS if choice.weight_bits == 4 else "int8"))
         else:
@@ -129,9 +129,9 @@ class OrtOps:
         mode = activation_mode(op.layer, choice, False)
         return choice.activation_bits == 8 and mode != "none"
 
-    def four_bits(self, op: Operation) -> str:
-        """The form of a linear of 4 bits whose input stays as it is."""
-        return MATMUL_NBITS
+    def exact_form(self, op: Operation, four: bool) -> str:
+        """The form of a quantized layer whose input stays as it is. four: a linear's 4 bits."""
+        return MATMUL_NBITS if four else "fp32"
 
     def has_slot(self, op: Operation) -> bool:
         """Whether a LoRA is added to an operation's output."""
@@ -227,9 +227,9 @@ class EdgesdOps(OrtOps):
         if op.biased and "bias" not in layer.fused:
             self.made.append(Operation("add", op.writes, op.writes, in_place=True))
 
-    def four_bits(self, op: Operation) -> str:
-        taken = op.layer is not None and rows_taken(op.layer, self.choices.get(op.layer))
-        return EDGESD_ROWS if taken else super().four_bits(op)
+    def exact_form(self, op: Operation, four: bool) -> str:
+        taken = op.layer is not None and rows_taken(op.layer)
+        return EDGESD_ROWS if taken else super().exact_form(op, four)
 
     def fill_slot(self, op: Operation) -> None:
         if op.layer is None or op.kind != "linear" or self._form(op) is None:

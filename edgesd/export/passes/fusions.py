@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edgesd.export.quantize.layers import Layer
-from edgesd.spec.scheme import Scheme
 
 MAX_HEAD = 160
 """Widest head that the kernel of attention takes."""
@@ -244,10 +243,8 @@ def kernel_takes(layer: Layer) -> bool:
     return layer.columns <= MAX_K and all(pad <= size for pad, size in pads)
 
 
-def rows_taken(layer: Layer, scheme: Scheme | None) -> bool:
-    """Whether edgesd's kernel of a few rows takes a layer, whose input stays as it is."""
-    if scheme is None or scheme.weight_bits != 4:
-        return False
+def rows_taken(layer: Layer) -> bool:
+    """Whether edgesd's kernel of a few rows takes a quantized layer, whose input stays as it is."""
     return layer.kind == "linear" and layer.one_row and layer.columns <= MAX_K
 
 

@@ -3,7 +3,7 @@
 | layer                                  | becomes                                             |
 |----------------------------------------|-----------------------------------------------------|
 | linear with 8-bit inputs               | QuantLinear: each row of the input has a format     |
-| linear of one row, in 4 bits           | QuantRows: the input stays as it is                 |
+| linear of one row                      | QuantRows: the input stays as it is                 |
 | convolution with 8-bit inputs          | QuantConv: each image of the input has a format     |
 | attention that isn't causal            | QuantAttention, in 8 bits                           |
 | factors of low-rank branches           | Widen: fp16 in their file, fp32 while they are read |
@@ -95,7 +95,7 @@ class OwnKernels(QuantizedOrt):
         self, model: ir.Model, node: ir.Node, quantized: QuantizedLayer, prefix: str
     ) -> LayerLowering:
         layer = quantized.layer
-        if rows_taken(layer, quantized.scheme) and quantized.activations.mode == "none":
+        if rows_taken(layer):
             return _Rows(model, node, quantized, prefix, self.made, None)
         if quantized.activations.bits != 8 or not kernel_takes(layer):
             return super().lowering(model, node, quantized, prefix)
@@ -114,11 +114,16 @@ class _Widened(OrtLowering):
 class _Rows(_Widened):
     """A layer that sees a few vectors: weights are read where they are mapped, as of the others."""
 
-    def nbits(self, x: ir.Value, level: int) -> ir.Value:
-        codes, scales = self.blocks()
+    def _linear(self, x: ir.Value) -> ir.Value:
         rows, columns = self.q.stored.shape
-        attributes = {"bits": 4, "group": self.q.group, "layout": _BLOCKS_OF_N}
-        return self.op(ROWS, [x, codes, scales], DOMAIN, N=rows, K=columns, **attributes)
+        if self.q.scheme.weight_bits == 4:
+            codes, scales = self.blocks()
+            how = {"bits": 4, "group": self.q.group, "layout": _BLOCKS_OF_N}
+        else:
+            codes = self.matrix(np.transpose)
+            scales = self.const("scales", self.q.scales[:, 0].astype(np.float16))
+            how = {"bits": 8, "group": columns, "layout": _ROWS_K_BY_N}
+        return self.op(ROWS, [x, codes, scales], DOMAIN, N=rows, K=columns, **how)
 
 
 class _Kernel(_Widened):

@@ -249,7 +249,7 @@ class OrtLowering(LayerLowering):
                 "MatMulIntegerToFloat", [codes, weight, a_scale, scales, a_zero], _MICROSOFT
             )
         if self.q.scheme.weight_bits == 4:
-            return self.nbits(x, _LEVEL_INT8 if act.bits == 8 else _LEVEL_FP32)
+            return self._nbits(x, _LEVEL_INT8 if act.bits == 8 else _LEVEL_FP32)
         return self.op("MatMul", [x, self._matrix()])
 
     def blocks(self) -> tuple[ir.Value, ir.Value]:
@@ -270,8 +270,7 @@ class OrtLowering(LayerLowering):
         codes = self.codes("codes", (rows, count, group // 2), ir.DataType.UINT8, packed)
         return codes, self.const("scales", self.q.scales)
 
-    def nbits(self, x: ir.Value, level: int) -> ir.Value:
-        """x times a linear's 4-bit weight. level: of accuracy."""
+    def _nbits(self, x: ir.Value, level: int) -> ir.Value:
         rows, columns = self.q.stored.shape
         codes, scales = self.blocks()
         return self.op(
