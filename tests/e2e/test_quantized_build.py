@@ -215,7 +215,9 @@ def test_rtn_gptq_and_static_ranges(
 
 def test_four_bit_activations_are_called_a_simulation(small: Path, tmp_path: Path) -> None:
     bundle = built_small(tmp_path / "bundle", small, "w4a4-g32")
-    assert bundle.manifest.recipe is not None and bundle.manifest.recipe.simulated
+    recipe = bundle.manifest.recipe
+    assert recipe is not None and recipe.simulated
+    assert {la.component for la in recipe.layers if "a4" in la.scheme} == {"unet"}  # each step's
     page = tmp_path / "page.html"
     assert run_cli("report", bundle.path, "-o", page).code == 0
     assert "simulated" in page.read_text()
