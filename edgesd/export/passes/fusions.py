@@ -173,6 +173,7 @@ FUSIONS = (
         ("mul", "add"),
         ("image", "output"),
         ("gate", "residual"),
+        excludes=("residual",),
         last=True,
     ),
     Fusion(
