@@ -17,6 +17,7 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
+from edgesd.engines.tensorrt import BuildSpec, build_plan  # noqa: E402
 from edgesd.errors import InputError, UsageError  # noqa: E402
 from edgesd.evaluate.psnr import psnr  # noqa: E402
 from edgesd.export.families.parts import flux_transformer  # noqa: E402
@@ -299,3 +300,28 @@ def test_plans_of_both(name: str, tmp_path: Path) -> None:
     assert_refused(run_cli(*plan, "--size", "62x64"), "width 62 isn't a multiple of 4")
     if name == "flux-control":
         assert_refused(run_cli(*plan, "--task", "inpaint"), "draws by a control image alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "w8a8"])
+@pytest.mark.parametrize("name", ["flux-fill", "flux-control"])
+def test_graphs_of_both_for_tensorrt(name: str, precision: str, kept: Kept, tmp_path: Path) -> None:
+    """The build lints each graph; TensorRT takes the transformer's, where it is."""
+    model, folders = kept(name)
+    quantization = QuantOptions(calibration_prompts=PROMPTS, quality_prompts=(), steps=2)
+    options = BuildOptions("jetson-orin-nano", precision, size=(64, 48), quantization=quantization)
+    made = build(str(model), options, tmp_path / "bundle", folders)
+    inputs = made.bundle.manifest.pipeline.components["transformer"].inputs
+    shapes = {tensor.name: tensor.shape for tensor in inputs}
+    assert shapes["sample"] == (1, 4 + 4, 24, 32)
+    assert shapes.get("mask") == ((1, 1, 48, 64) if name == "flux-fill" else None)
+    plan = estimate_build(
+        str(model), "jetson-orin-nano", PlanRequest(precision, (64, 48), fixed=True)
+    )
+    assert plan.mode is not None and {*plan.components} == {*made.bundle.manifest.engines}
+    pytest.importorskip("tensorrt_rtx")
+    graph = made.bundle.path / made.bundle.manifest.engines["transformer"].path
+    report = build_plan(
+        graph, BuildSpec("transformer", "tensorrt_rtx", "sm_86"), tmp_path / "transformer.plan"
+    )
+    assert report.plan_bytes > 0
