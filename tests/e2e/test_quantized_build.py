@@ -28,6 +28,7 @@ from edgesd.recipes.sensitivity import Sensitivities
 from edgesd.runtime.bundle import Bundle, open_bundle
 from edgesd.spec.bundle import FileEntry
 from edgesd.spec.quality import Gate
+from tests.exports import KeptExports
 from tests.marks import LPIPS_WEIGHTS, needs_lpips_weights
 from tests.support import assert_refused, run_cli
 from tests.tiny_pipelines import write_tiny
@@ -374,9 +375,11 @@ def test_a_floor_out_of_reach_fails_and_names_layers(
 
 @pytest.mark.slow
 def test_weights_that_stay_in_the_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_exports: KeptExports
 ) -> None:
     monkeypatch.setattr("edgesd.export.source_graphs.REFER_BYTES", 0)
+    # Not the graphs that another test has exported with their weights.
+    monkeypatch.setattr("edgesd.export.pipeline.export_pipeline", kept_exports.export)
     bundle = built(tmp_path / "b", tmp_path / "work", "w8a8", method="rtn", min_psnr=42.0)
     assert bundle.manifest.quality is not None and bundle.manifest.recipe is not None
     assert bundle.manifest.quality.psnr_min >= 42
