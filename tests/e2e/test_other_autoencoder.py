@@ -158,14 +158,6 @@ def test_an_autoencoder_of_other_latents_is_refused(make: Any, words: str, tmp_p
             {"config.json": json.dumps({"_class_name": "AutoencoderKL", "latent_channels": 10**9})},
             "it has 1000000000 channels",
         ),
-        (
-            {
-                "config.json": json.dumps(
-                    {"_class_name": "AutoencoderTiny", "block_out_channels": [8] * 4}
-                )
-            },
-            "has no weights",
-        ),
         ("file", "is a file: expected the folder of one network"),
         ("missing", "doesn't exist: give the folder of one network"),
     ],
@@ -180,3 +172,15 @@ def test_what_is_no_network_is_told_so(content: Any, words: str, tmp_path: Path)
             (folder / name).write_text(text)
     refused = run_cli("plan", "demo", "--vae", folder, "--target", "x86-64-cpu")
     assert_refused(refused, words)
+
+
+def test_a_network_without_weights_can_be_planned_and_not_built(tmp_path: Path) -> None:
+    folder, out = tmp_path / "vae", tmp_path / "out.edgesd"
+    folder.mkdir()
+    config = {"_class_name": "AutoencoderTiny", "block_out_channels": [8] * 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    asked = ("demo", "--vae", folder, "--target", "x86-64-cpu")
+    assert run_cli("plan", *asked).code == 0
+    refused = run_cli("build", *asked, "-o", out)
+    assert refused.code == 3 and "has no weights" in refused.err.splitlines()[-1]
+    assert not out.exists()
