@@ -67,8 +67,8 @@ class Row(NamedTuple):
     step_ratio: float | None = None
 
 
-IMAGES = 8
-"""Fields of a Row that are of images and size: the first ones."""
+IMAGES = len(Row._fields) - len(Row._field_defaults)
+"""Fields of a Row that are of images and size: the first ones, which each has."""
 
 
 def cases() -> list[Case]:

@@ -417,6 +417,13 @@ struct WeightFormat {
       throw Failure("blocks of outputs are of 4 bits, in groups of a multiple of 16");
   }
   int64_t groups() const { return (k + group - 1) / group; }
+  // Of a linear's x [..., K].
+  Shape input(const Run& run) const {
+    const Shape shape = run.shape(0);
+    if (shape.empty() || shape.back() != k)
+      throw Failure("x is " + text_of(shape) + ", not [..., K] of K = " + std::to_string(k));
+    return shape;
+  }
   // Values in the file, of which the last bytes of a row may be none of the weight's.
   int64_t values() const { return n * (layout == Weight::BLOCKS_OF_N ? groups() * group : k); }
   int64_t bytes() const { return (values() * bits + 7) / 8; }
@@ -458,9 +465,7 @@ struct QuantLinear {
     if (gated && weight.n % 2) throw Failure("gated, with an odd N");
   }
   void operator()(Run& run) const {
-    Shape shape = run.shape(0);
-    if (shape.empty() || shape.back() != weight.k)
-      throw Failure("x is " + text_of(shape) + ", not [..., K] of K = " + std::to_string(weight.k));
+    Shape shape = weight.input(run);
     Linear job{run.data(0), weight.at(run), run.floats(4, "bias", weight.n), nullptr, nullptr,
                count_of(shape, shape.size() - 1), gated};
     if (run.has(6) != run.has(7)) throw Failure("of low and up only one is there");
@@ -510,9 +515,7 @@ struct QuantRows {
     if (weight.bits == 4 && weight.group > MAX_GROUP) throw Failure("groups are too large");
   }
   void operator()(Run& run) const {
-    Shape shape = run.shape(0);
-    if (shape.empty() || shape.back() != weight.k)
-      throw Failure("x is " + text_of(shape) + ", not [..., K] of K = " + std::to_string(weight.k));
+    Shape shape = weight.input(run);
     const void* codes = run.data(1, "codes", weight.bits == 4 ? UINT8 : INT8, weight.bytes());
     Rows job{run.data(0), static_cast<const uint8_t*>(codes), run.halves(2, "scales", scales),
              nullptr, count_of(shape, shape.size() - 1), weight.n, weight.k, weight.bits,

@@ -341,16 +341,18 @@ class Bundle:
 
     def read(self, name: str) -> bytes:
         """The verified bytes of the file `name`. Raises BundleError if it was altered."""
-        if name not in self.manifest.files:
-            raise BundleError(f"{self.path}: the manifest lists no {name}; build the bundle again")
+        self._check_listed(name)
         return b"".join(self.verified_chunks(name))
 
     def map(self, name: str) -> memoryview:
         """The same, mapped: for files whose copy would take more memory than there may be."""
-        if name not in self.manifest.files:
-            raise BundleError(f"{self.path}: the manifest lists no {name}; build the bundle again")
+        self._check_listed(name)
         where = self.verified_location(name)
         return mapped(where.file.fileno(), where.offset, self.size(name))
+
+    def _check_listed(self, name: str) -> None:
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: the manifest lists no {name}; build the bundle again")
 
     def total_bytes(self) -> int:
         """Bytes of all files that the manifest lists: what `verify` and `pack_bundle` count."""

@@ -102,31 +102,40 @@ class OwnKernels(QuantizedOrt):
         return _Kernel(model, node, quantized, prefix, self.made, None)
 
 
-class _Widened(OrtLowering):
-    """A layer whose branch's factors are fp32 while they are read: Cast would be computed once, and
-    stay."""
+class _Own(OrtLowering):
+    """A layer in a kernel of ours, which reads its weights where they are mapped."""
 
     def factor(self, name: str, array: Array, after: ir.Value) -> ir.Value:
+        """As fp32 while it is read: Cast would be computed once, and stay."""
         value = self.const(name, array.astype(np.float16))
         return self.op(WIDEN, [value, after], DOMAIN, values=array.size)
 
+    def weight_format(self, blocks: bool) -> dict[str, int]:
+        """What a kernel is told of the weight. blocks: its codes lie in blocks of outputs."""
+        bits = self.q.scheme.weight_bits
+        return {
+            "bits": bits,
+            "group": self.q.group if bits == 4 else self.q.layer.columns,
+            "layout": _BLOCKS_OF_N if blocks else _ROWS_K_BY_N,
+            "N": self.q.layer.rows,
+            "K": self.q.layer.columns,
+        }
 
-class _Rows(_Widened):
-    """A layer that sees a few vectors: weights are read where they are mapped, as of the others."""
+
+class _Rows(_Own):
+    """A layer that sees a few vectors, which stay as they are."""
 
     def _linear(self, x: ir.Value) -> ir.Value:
-        rows, columns = self.q.stored.shape
-        if self.q.scheme.weight_bits == 4:
+        four = self.q.scheme.weight_bits == 4
+        if four:
             codes, scales = self.blocks()
-            how = {"bits": 4, "group": self.q.group, "layout": _BLOCKS_OF_N}
         else:
             codes = self.matrix(np.transpose)
             scales = self.const("scales", self.q.scales[:, 0].astype(np.float16))
-            how = {"bits": 8, "group": columns, "layout": _ROWS_K_BY_N}
-        return self.op(ROWS, [x, codes, scales], DOMAIN, N=rows, K=columns, **how)
+        return self.op(ROWS, [x, codes, scales], DOMAIN, **self.weight_format(four))
 
 
-class _Kernel(_Widened):
+class _Kernel(_Own):
     """One layer. The kernel adds its branch: a linear's in the registers, a convolution's where
     another branch's values would come in."""
 
@@ -138,14 +147,7 @@ class _Kernel(_Widened):
             inputs += [None, *self.branch_factors(x)]
         elif q.rank:
             inputs.append(self.branch(x))
-        blocks = layer.kind == "linear" and q.activations.mode == "group"
-        attributes = {
-            "bits": q.scheme.weight_bits,
-            "group": q.group if q.scheme.weight_bits == 4 else layer.columns,
-            "layout": _BLOCKS_OF_N if blocks else _ROWS_K_BY_N,
-            "N": layer.rows,
-            "K": layer.columns,
-        }
+        attributes = self.weight_format(layer.kind == "linear" and q.activations.mode == "group")
         if layer.kind == "linear":
             return self.op(LINEAR, inputs, DOMAIN, gated=0, gelu=0, **attributes)
         return self.op(

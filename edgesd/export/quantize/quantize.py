@@ -39,7 +39,7 @@ _ALPHAS = (0.25, 0.5, 0.75)
 _WORTHWHILE = 0.7
 """The error must fall to this part for smoothing to be worth it: it costs a multiplication per run,
 and a small gain on sampled rows is a loss in images (docs/quantization.md)."""
-_SHARED_WORTHWHILE = {8: 0.7, 4: 0.9}
+_SHARED_WORTHWHILE = {8: _WORTHWHILE, 4: 0.9}
 """The same of what several layers share, by bits of the inputs."""
 
 
