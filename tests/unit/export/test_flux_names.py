@@ -355,6 +355,10 @@ def test_changes_of_fused_layers_are_cut(folder: Path, tmp_path: Path) -> None:
             "dev has no double_blocks.9.img_attn.qkv .*for a FLUX of another size",
         ),
         (
+            {"transformer.context_embedder.lora_A.weight": (2, 7), "@lora_B": (32, 2)},
+            r"shape \[32, 7\], and .*it looks like one for another model with a transformer:",
+        ),
+        (
             {
                 "transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight": (2, 64),
                 "@lora_B": (64, 2),

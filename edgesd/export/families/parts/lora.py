@@ -382,6 +382,8 @@ def _made_for(lora: Lora, networks: Collection[str]) -> str:
         base = "a FLUX of another size" if TRANSFORMER in networks else "FLUX"
     elif any(name.startswith(("transformer.", "lora_transformer_")) for name in names):
         base = "a model with a transformer in place of a UNet"
+        if TRANSFORMER in networks:
+            base = "another model with a transformer"
     else:
         base = _by_width(lora) or _said(lora)
     return f"; it looks like one for {base}" if base else ""
